@@ -1,0 +1,35 @@
+"""Time functions against each other on a machine that is never quite idle."""
+
+import statistics
+from collections.abc import Callable, Hashable, Mapping
+from typing import TypeVar
+
+from torch.utils.benchmark.utils.timer import timer
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+def measure_times(
+    functions: Mapping[Key, Callable[[], object]], *, rounds: int = 15, round_seconds: float = 0.002
+) -> dict[Key, float]:
+    """The time of one call of each function in milliseconds: the median over interleaved rounds.
+
+    Interleaving lets what else the machine does fall on all of them alike. A round repeats a short function until it fills
+    `round_seconds`. An accelerator is synchronised before the clock is read.
+    """
+    repeats = {}
+    for key, function in functions.items():
+        function()
+        repeats[key] = max(1, int(round_seconds / max(_seconds(function, 1), 1e-7)))
+    samples: dict[Key, list[float]] = {key: [] for key in functions}
+    for _ in range(rounds):
+        for key, function in functions.items():
+            samples[key].append(_seconds(function, repeats[key]))
+    return {key: 1e3 * statistics.median(values) for key, values in samples.items()}
+
+
+def _seconds(function: Callable[[], object], repeats: int) -> float:
+    start = timer()
+    for _ in range(repeats):
+        function()
+    return float(timer() - start) / repeats
