@@ -1,0 +1,33 @@
+"""Write files so that a reader sees the old one or the new one, never a half-written one."""
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from torch import Tensor
+
+
+def replace_file(path: str | PathLike[str], write: Callable[[Path], object]) -> None:
+    """Call write(temporary path), then put that file in the place of `path` in one step."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_json(values: Mapping[str, Any], path: str | PathLike[str]) -> None:
+    """Write JSON, complete or not at all."""
+    replace_file(path, lambda temporary: temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8"))
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: str | PathLike[str], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file, complete or not at all. Tensors may be views and may share memory."""
+    own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    replace_file(path, lambda temporary: safetensors.torch.save_file(own, temporary, dict(metadata or {})))

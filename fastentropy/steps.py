@@ -1,0 +1,106 @@
+"""The steps of a pruning run, and how they lie on disk: a folder each, `step.json` written last."""
+
+import json
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from fastentropy.files import save_json, save_tensors
+from fastentropy.statistics import Statistics
+
+
+@dataclass(frozen=True)
+class Step:
+    """One turn of the loop: what it linearised, and the network after its fine-tuning. Step 0 is the dense network.
+
+    layer_entropy: bits by site, of the sites that are left, in call order. score: what `evaluate` returned. metrics: what
+    `measure` returned.
+    """
+
+    removed: tuple[str, ...]
+    layer_entropy: dict[str, float]
+    score: float
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+class StepFolder:
+    """A folder with the subfolders 00, 01, …: the model, statistics and random state of each finished step.
+
+    Everything is read with safetensors or as JSON; a damaged file raises ValueError and names itself.
+    """
+
+    def __init__(self, path: str | PathLike[str]) -> None:
+        """Use a folder, which is made with the first step if it does not exist."""
+        self.path = Path(path)
+
+    def save(self, index: int, step: Step, model: nn.Module, statistics: Statistics, random_state: dict[str, Tensor]) -> None:
+        """Write a step. It counts as there once it is complete."""
+        folder = self._folder(index)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_tensors(model.state_dict(), folder / "model.safetensors")
+        save_tensors(random_state, folder / "random_state.safetensors")
+        statistics.save(folder / "statistics.safetensors")
+        save_json(
+            {"removed": list(step.removed), "score": step.score, "metrics": step.metrics}, folder / "step.json"
+        )
+
+    def load(self) -> list[Step]:
+        """The finished steps."""
+        steps: list[Step] = []
+        while (self._folder(len(steps)) / "step.json").exists():
+            steps.append(self._load_step(len(steps)))
+        return steps
+
+    def load_weights(self, index: int, model: nn.Module) -> None:
+        """Put the weights of a step into a model that has its activations linearised already."""
+        path = self._folder(index) / "model.safetensors"
+        try:
+            model.load_state_dict(_load_tensors(path))
+        except RuntimeError as error:
+            raise ValueError(f"{path} does not fit the model: {' '.join(str(error).split())}") from error
+
+    def load_random_state(self, index: int) -> dict[str, Tensor]:
+        """The state of torch's random generators at the end of a step, by device."""
+        return _load_tensors(self._folder(index) / "random_state.safetensors")
+
+    def _load_step(self, index: int) -> Step:
+        folder = self._folder(index)
+        entropies = Statistics.load(folder / "statistics.safetensors").layer_entropy()
+        try:
+            values = json.loads((folder / "step.json").read_text(encoding="utf-8"))
+            removed, metrics = tuple(map(str, values["removed"])), dict(values["metrics"])
+            return Step(removed, entropies, float(values["score"]), metrics)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{folder / 'step.json'} is damaged: {error!r}; without {folder} the run goes on before it") from error
+
+    def _folder(self, index: int) -> Path:
+        return self.path / f"{index:02d}"
+
+
+def random_state() -> dict[str, Tensor]:
+    """The state of torch's default random generators, by device."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states |= {f"cuda:{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())}
+    return states
+
+
+def set_random_state(states: dict[str, Tensor]) -> None:
+    """Put torch's default random generators, of those devices that are here, into a state that `random_state` returned."""
+    for device, state in states.items():
+        if device == "cpu":
+            torch.set_rng_state(state)
+        elif torch.device(device).index < torch.cuda.device_count():
+            torch.cuda.set_rng_state(state, device)
+
+
+def _load_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, FileNotFoundError) as error:
+        raise ValueError(f"{path} is damaged or missing: {error}") from error
