@@ -1,1 +1,28 @@
-"""Find the layers that a network does not need, at the speed of inference, and take them out."""
+"""Find the layers that a network does not need, at the speed of inference, and take them out so that it really runs faster.
+
+collect -> Statistics -> prune -> fuse. See README.md for an example of each.
+"""
+
+from fastentropy.collector import EntropyCollector, collect
+from fastentropy.fusion import FusedModel, FusionReport, fuse, load
+from fastentropy.pruning import PruningResult, linearize, prune
+from fastentropy.sites import Site, find_sites
+from fastentropy.statistics import SiteStatistics, Statistics
+from fastentropy.steps import Step
+
+__all__ = [
+    "EntropyCollector",
+    "FusedModel",
+    "FusionReport",
+    "PruningResult",
+    "Site",
+    "SiteStatistics",
+    "Statistics",
+    "Step",
+    "collect",
+    "find_sites",
+    "fuse",
+    "linearize",
+    "load",
+    "prune",
+]

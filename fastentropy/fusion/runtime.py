@@ -168,6 +168,7 @@ def _rewrite(
         end.replace_all_uses_with(result)
         for node in reversed(chain.members):
             graph.erase_node(copies[node.name])
+        copies[chain.end.name] = result  # the next chain may begin here
     return _with_constants(traced, graph, constants)
 
 

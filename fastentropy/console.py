@@ -1,0 +1,98 @@
+"""What a run looks like in a terminal: progress bars while it works, a table when it is done."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from fastentropy.steps import Step
+
+T = TypeVar("T")
+
+
+class ProgressDisplay:
+    """Bars on standard error: one for the steps with the score so far, one for the phase that runs."""
+
+    def __init__(self, console: Console) -> None:
+        """Draw on a console."""
+        columns = (
+            TextColumn("{task.description}"), BarColumn(bar_width=16), MofNCompleteColumn(), TimeElapsedColumn(),
+            TextColumn("{task.fields[figure]}"),
+        )  # fmt: skip
+        self._console = console
+        self._progress = Progress(*columns, console=console)
+        self._removed = self._progress.add_task("activations removed", total=None, figure="")
+
+    def __enter__(self) -> "ProgressDisplay":
+        """Show the bars."""
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Leave the bars as they are."""
+        self._progress.stop()
+
+    def track(self, values: Iterable[T], total: int, title: str) -> Iterator[T]:
+        """Pass the values on under a bar that goes when they end; a number is shown as the loss."""
+        task = self._progress.add_task(title, total=total, figure="")
+        try:
+            for value in values:
+                figure = f"loss {value:.3f}" if isinstance(value, float) else ""
+                self._progress.update(task, advance=1, figure=figure)
+                yield value
+        finally:
+            self._progress.remove_task(task)
+
+    def finish_step(self, steps: Sequence[Step]) -> None:
+        """Print a line for the step, and move the bar of the steps."""
+        step = steps[-1]
+        removed = sum(len(each.removed) for each in steps)
+        score = f"validation {step.score:.2%}"
+        what = ", ".join(step.removed) or "dense network"
+        self._progress.update(self._removed, completed=removed, total=len(steps[0].layer_entropy), figure=score)
+        self._console.print(f"step {len(steps) - 1}: {what}, {score}", highlight=False)
+
+
+def print_history(history: Mapping[str, Any], folder: Path, console: Console) -> None:
+    """The table of the steps, and what came of the run."""
+    steps, kept = history["steps"], history["kept_step"]
+    table = Table(title="Steps (* kept)", title_justify="left")
+    for name in ("step", "removed", "bits", "valid.", "test", "ms", "fused ms"):
+        table.add_column(name, justify="left" if name == "removed" else "right", overflow="fold")
+    for index, step in enumerate(steps):
+        entropies = steps[index - 1]["layer_entropy"] if index else {}
+        table.add_row(
+            f"{index}{' *' if index == kept else ''}",
+            "\n".join(step["removed"]) or "(dense)",
+            "\n".join(f"{entropies[name]:.3f}" for name in step["removed"]),
+            f"{step['validation']:.2%}",
+            f"{step['test']:.2%}",
+            f"{step['latency_ms']['pruned']:.2f}",
+            f"{step['latency_ms']['fused']:.2f}",
+            style="bold" if index == kept else ("dim" if index > kept else None),
+        )
+    console.print(table)
+    _print_outcome(history, folder, console)
+
+
+def _print_outcome(history: Mapping[str, Any], folder: Path, console: Console) -> None:
+    dense, kept, fusion = history["steps"][0], history["steps"][history["kept_step"]], history["fusion"]
+    removed = sum(len(step["removed"]) for step in history["steps"][: history["kept_step"] + 1])
+    times = fusion["milliseconds"]
+    lines = [
+        f"removed  {removed} of {len(dense['layer_entropy'])} activations",
+        f"test     {dense['test']:.2%} -> {kept['test']:.2%}",
+        f"latency  dense {dense['latency_ms']['pruned']:.2f} ms -> fused {times[fusion['choice']]:.2f} ms "
+        f"({dense['latency_ms']['pruned'] / times[fusion['choice']]:.2f}x as fast)",
+        f"         pruned network {times['original']:.2f} ms, batch norm folded {times['folded']:.2f} ms",
+        f"error    fused against pruned: {fusion['max_relative_error']:.0e} (relative)",
+        f"report   {folder / 'report.html'}",
+    ]
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True)

@@ -1,0 +1,202 @@
+"""A pruning run of a recipe in a folder: train, prune, fuse, report. Whatever is finished is on disk at every moment."""
+
+import datetime
+import json
+import platform
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from fastentropy.files import save_json, save_tensors
+from fastentropy.fusion import FusedModel, fuse
+from fastentropy.pruning import PruningResult, prune
+from fastentropy.recipes import RECIPES, Recipe, load_recipe
+from fastentropy.report import write_report
+from fastentropy.steps import Step
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the outcome of a run."""
+
+    recipe: str
+    seed: int
+    max_drop: float
+    max_removed: int | None
+    per_step: int
+    epochs: int
+    device: str
+
+
+class Display(Protocol):
+    """Shows what goes on."""
+
+    def track(self, values: Iterable[T], total: int, title: str) -> Iterator[T]:
+        """Pass the values on, and show how far they are and, where they are numbers, the last one."""
+        ...
+
+    def finish_step(self, steps: Sequence[Step]) -> None:
+        """Show the score of the step that was finished."""
+        ...
+
+
+class Run:
+    """A run folder: history.json, the steps, the dense, pruned and fused network and report.html."""
+
+    def __init__(self, folder: Path, settings: Settings) -> None:
+        """See `create_run` and `open_run`."""
+        self.folder, self.settings = folder, settings
+
+    def execute(self, display: Display) -> dict[str, Any]:
+        """Do the work that is not done yet; returns the history. The same settings give the same removals."""
+        recipe = load_recipe(self.settings.recipe, torch.device(self.settings.device))
+        dense = self._train_dense(recipe, display)
+        result = self._prune(dense, recipe, display)
+        fused = fuse(result.model, recipe.example_inputs())
+        removed = json.dumps(result.removed)
+        save_tensors(result.model.state_dict(), self.folder / "pruned.safetensors", {"removed": removed})
+        fused.save(self.folder / "fused.pt2")
+        history = self._history(result.steps, result.kept_step, fused)
+        save_json(history, self.folder / "history.json")
+        write_report(history, self.folder / "report.html")
+        return history
+
+    def save_settings(self) -> None:
+        """Write a history without steps, from which the run can be resumed."""
+        save_json(self._history((), None, None), self.folder / "history.json")
+
+    def _train_dense(self, recipe: Recipe, display: Display) -> nn.Module:
+        torch.manual_seed(self.settings.seed)
+        model, path = recipe.build_model(), self.folder / "dense.safetensors"
+        if path.exists():
+            _load_weights(model, path)
+        else:
+            epochs = self.settings.epochs
+            for _ in display.track(recipe.train(model.train(), epochs), epochs, "train the dense network"):
+                pass
+            save_tensors(model.state_dict(), path)
+        # From here on a resumed run draws the same random numbers as one that has just trained.
+        torch.manual_seed(self.settings.seed)
+        return model
+
+    def _prune(self, dense: nn.Module, recipe: Recipe, display: Display) -> PruningResult:
+        def train(model: nn.Module) -> None:
+            epochs = self.settings.epochs
+            for _ in display.track(recipe.train(model, epochs), epochs, "fine-tune"):
+                pass
+
+        def calibrate(model: nn.Module) -> None:
+            for _ in display.track(recipe.calibrate(model), recipe.calibration_batches, "measure entropies"):
+                pass
+
+        def finish_step(steps: Sequence[Step]) -> None:
+            save_json(self._history(steps, None, None), self.folder / "history.json")
+            display.finish_step(steps)
+
+        return prune(
+            dense,
+            train=train,
+            evaluate=lambda model: recipe.evaluate(model, "validation"),
+            calibrate=calibrate,
+            example_inputs=recipe.example_inputs(),
+            max_drop=self.settings.max_drop,
+            max_removed=self.settings.max_removed,
+            per_step=self.settings.per_step,
+            checkpoint_dir=self.folder / "steps",
+            measure=lambda model: _measure(model, recipe),
+            on_step=finish_step,
+        )
+
+    def _history(self, steps: Sequence[Step], kept_step: int | None, fused: FusedModel | None) -> dict[str, Any]:
+        options = {name: value for name, value in asdict(self.settings).items() if name not in ("recipe", "seed")}
+        return {
+            "recipe": self.settings.recipe,
+            "seed": self.settings.seed,
+            "options": options,
+            "machine": _machine(self.settings.device),
+            "steps": [_step_dict(step) for step in steps],
+            "kept_step": kept_step,
+            "fusion": fused.report.to_dict() if fused else None,
+        }
+
+
+def create_run(folder: Path, settings: Settings) -> Run:
+    """Begin a run in a new or empty folder. Raises ValueError where it holds something, OSError where it cannot be written."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} exists and is not an empty folder; name a new --output, or go on with --resume {folder}")
+    folder.mkdir(parents=True, exist_ok=True)
+    run = Run(folder, settings)
+    run.save_settings()
+    return run
+
+
+def open_run(folder: Path) -> Run:
+    """Take up the run in a folder. Raises ValueError where its history.json is missing or damaged."""
+    history = read_history(folder / "history.json")
+    return Run(folder, Settings(recipe=history["recipe"], seed=history["seed"], **history["options"]))
+
+
+def read_history(path: Path) -> dict[str, Any]:
+    """The history of a run. Raises ValueError where the file is missing, damaged or of another kind."""
+    try:
+        history = json.loads(path.read_text(encoding="utf-8"))
+        settings = Settings(recipe=history["recipe"], seed=history["seed"], **history["options"])
+        numbers = (settings.seed, settings.per_step, settings.epochs, settings.max_removed or 0)
+        if settings.recipe not in RECIPES or not all(type(number) is int for number in numbers):
+            raise ValueError(f"unknown recipe {settings.recipe!r} or an option that is not a number")
+        torch.device(settings.device)
+        history["steps"], history["kept_step"], history["fusion"]
+        return dict(history)
+    except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{path} is missing, damaged or not the history of a run: {error!r}") from error
+
+
+@torch.no_grad()
+def _measure(model: nn.Module, recipe: Recipe) -> dict[str, float]:
+    report = fuse(model, recipe.example_inputs()).report
+    return {
+        "test": recipe.evaluate(model, "test"),
+        "pruned_ms": report.milliseconds["original"],
+        "fused_ms": report.milliseconds[report.choice],
+    }
+
+
+def _step_dict(step: Step) -> dict[str, Any]:
+    return {
+        "removed": list(step.removed),
+        "layer_entropy": step.layer_entropy,
+        "validation": step.score,
+        "test": step.metrics["test"],
+        "latency_ms": {"pruned": step.metrics["pruned_ms"], "fused": step.metrics["fused_ms"]},
+    }
+
+
+def _load_weights(model: nn.Module, path: Path) -> None:
+    try:
+        model.load_state_dict(load_file(path))
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(f"{path} is damaged or of another network: {' '.join(str(error).split())}") from error
+
+
+def _machine(device: str) -> dict[str, str]:
+    if device.startswith("cuda"):
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"{_processor()}, {torch.get_num_threads()} threads"
+    return {"device": name, "torch": torch.__version__, "date": datetime.date.today().isoformat()}
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

@@ -1,0 +1,67 @@
+"""The two layouts that the kernels know, and how a tensor is seen as one of them."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Arranged(NamedTuple):
+    """A tensor seen as rows or planes, and the way back.
+
+    `values` is *rows* `[rows, channels]` (the channel fastest, any distance between rows) or *planes*
+    `[outer, channels, inner]` (contiguous). `mask` has the same axes without the channel and is contiguous.
+    """
+
+    values: Tensor
+    mask: Tensor | None
+    shape: tuple[int, ...]  # of the original, in the order of its strides
+    order: tuple[int, ...]  # the original axes, slowest first
+
+    def restore(self, y: Tensor) -> Tensor:
+        """Give a contiguous result in the layout of `values` the shape and the order of strides of the original."""
+        inverse = sorted(range(len(self.order)), key=self.order.__getitem__)
+        return y.view(self.shape).permute(inverse)
+
+
+def arrange(x: Tensor, channel_axis: int, mask: Tensor | None) -> Arranged:
+    """See `x` as rows or planes; `channel_axis` is not negative and `x` is not empty.
+
+    Sorted by stride, every tensor without gaps is contiguous, so its axes slower than the channel merge into one and
+    its faster ones into another: channels-last images and transposed matrices cost nothing. With gaps, rows at equal
+    distance (a slice of the hidden axis) are taken as they are. Everything else (gaps inside planes, expanded axes)
+    is copied once to contiguous memory.
+    """
+    order = tuple(range(x.ndim))
+    values = None
+    if not x.is_contiguous():
+        by_stride = tuple(sorted(order, key=x.stride, reverse=True))
+        values = _merge_axes(x.permute(by_stride), by_stride.index(channel_axis))
+        if values is not None:
+            order = by_stride
+    if values is None:
+        values = _merge_axes(x.contiguous(), channel_axis)
+        assert values is not None
+    if mask is not None:
+        mask_order = [axis - (axis > channel_axis) for axis in order if axis != channel_axis]
+        mask = mask.permute(mask_order).reshape(_without_channel(values)).contiguous()
+    return Arranged(values, mask, tuple(x.shape[axis] for axis in order), order)
+
+
+def _merge_axes(x: Tensor, channel_axis: int) -> Tensor | None:
+    """Merge the axes before and after the channel without a copy; None where the strides forbid it."""
+    outer, channels, inner = prod(x.shape[:channel_axis]), x.shape[channel_axis], prod(x.shape[channel_axis + 1 :])
+    if x.is_contiguous():
+        return x.view(outer, channels) if inner == 1 else x.view(outer, channels, inner)
+    if inner > 1 or (channels > 1 and x.stride(channel_axis) != 1):
+        return None
+    try:
+        return x.view(outer, channels)
+    except RuntimeError:
+        return None
+
+
+def _without_channel(values: Tensor) -> tuple[int, ...]:
+    return (values.shape[0], *values.shape[2:])
