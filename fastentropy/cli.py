@@ -5,7 +5,7 @@ import datetime
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -33,7 +33,9 @@ def _commands() -> None:
 
 @app.command()
 def prune(
-    recipe: Annotated[str | None, typer.Argument(help=f"What to train and prune: {', '.join(RECIPES)}. [default: digits]")] = None,
+    recipe: Annotated[
+        str | None, typer.Argument(help=f"What to train and prune: {', '.join(RECIPES)}. [default: digits]")
+    ] = None,
     max_drop: Annotated[
         float | None, typer.Option(min=0, max=1, help="Stop where validation accuracy falls by more. [default: 0.005]")
     ] = None,
@@ -80,10 +82,10 @@ def doctor() -> None:
 
 def _created(recipe: str, options: dict[str, float | int | None], output: Path | None, device: str | None) -> Run:
     chosen = _device(device)
-    defaults = {"max_drop": 0.005, "per_step": 1, "seed": 0, "epochs": load_recipe(recipe, chosen).epochs}
-    given = {name: value for name, value in options.items() if value is not None}
+    defaults = {"max_drop": 0.005, "max_removed": None, "per_step": 1, "seed": 0, "epochs": load_recipe(recipe, chosen).epochs}
+    given: dict[str, Any] = {**defaults, **{name: value for name, value in options.items() if value is not None}}
     folder = output or Path("runs") / f"{recipe}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
-    return create_run(folder, Settings(**{"recipe": recipe, "device": str(chosen), "max_removed": None, **defaults, **given}))
+    return create_run(folder, Settings(recipe=recipe, device=str(chosen), **given))
 
 
 def _resumed(folder: Path, recipe: str | None, options: dict[str, object]) -> Run:

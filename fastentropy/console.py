@@ -32,9 +32,7 @@ class ProgressDisplay:
         self._progress.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         """Leave the bars as they are."""
         self._progress.stop()
 
@@ -84,14 +82,13 @@ def print_history(history: Mapping[str, Any], folder: Path, console: Console) ->
 def _print_outcome(history: Mapping[str, Any], folder: Path, console: Console) -> None:
     dense, kept, fusion = history["steps"][0], history["steps"][history["kept_step"]], history["fusion"]
     removed = sum(len(step["removed"]) for step in history["steps"][: history["kept_step"] + 1])
-    times = fusion["milliseconds"]
+    times = history["latency_ms"]
     lines = [
         f"removed  {removed} of {len(dense['layer_entropy'])} activations",
         f"test     {dense['test']:.2%} -> {kept['test']:.2%}",
-        f"latency  dense {dense['latency_ms']['pruned']:.2f} ms -> fused {times[fusion['choice']]:.2f} ms "
-        f"({dense['latency_ms']['pruned'] / times[fusion['choice']]:.2f}x as fast)",
-        f"         pruned network {times['original']:.2f} ms, batch norm folded {times['folded']:.2f} ms",
-        f"error    fused against pruned: {fusion['max_relative_error']:.0e} (relative)",
+        f"latency  dense {times['dense']:.2f} ms, pruned {times['pruned']:.2f} ms, fused {times['fused']:.2f} ms: "
+        f"{times['dense'] / times['fused']:.2f}x as fast as dense",
+        f"error    {fusion['max_relative_error']:.0e}, fused against pruned, relative",
         f"report   {folder / 'report.html'}",
     ]
     for line in lines:

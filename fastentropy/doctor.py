@@ -26,7 +26,11 @@ def examine() -> list[Finding]:
         devices += [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
     version = platform.python_version()
     return [
-        Finding("python", version if sys.version_info >= (3, 10) else f"{version}: 3.10 or newer is needed", sys.version_info >= (3, 10)),
+        Finding(
+            "python",
+            version if sys.version_info >= (3, 10) else f"{version}: 3.10 or newer is needed",
+            sys.version_info >= (3, 10),
+        ),
         *map(_library, ("torch", "numpy", "safetensors", "numba", "scikit-learn", "matplotlib", "jinja2")),
         _library("triton", needed=False),
         *(finding for device in devices for finding in _device(device)),

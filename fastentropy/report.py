@@ -19,7 +19,7 @@ from fastentropy.files import replace_file
 
 INK = "#24292f"
 GREY = "#8c959f"
-# Two pairs of Okabe and Ito's palette: apart for every kind of colour vision, and on a light and a dark ground.
+#: Of Okabe and Ito's palette: apart for every kind of colour vision, and readable on a light and on a dark ground.
 BLUE, ORANGE = "#0072b2", "#d55e00"
 STYLE = {
     "axes.edgecolor": INK,
@@ -34,24 +34,21 @@ STYLE = {
     "lines.linewidth": 1.6,
     "lines.markersize": 5,
     "svg.fonttype": "none",
-    "svg.hashsalt": "fastentropy",
     "text.color": INK,
     "text.parse_math": False,
     "xtick.color": INK,
     "ytick.color": INK,
 }
-WIDTH = 7.6
-"""The width of a figure of the page in inches."""
-ROW = 0.2
-"""The height of a site's row in inches."""
+#: Inches: the width of a figure of the page, and the height of a site's row.
+WIDTH, ROW = 7.6, 0.2
+#: The characters of a site's name that a plot has room for; the table of steps has the whole name.
 LABEL_LENGTH = 42
-"""The characters of a site's name that a plot has room for; the table of steps has the whole name."""
 
 
 def write_report(history: Mapping[str, Any], path: str | PathLike[str]) -> None:
     """Write the history of one run (`history.json`) as one HTML page that needs nothing but itself.
 
-    The same history gives the same bytes. A run that is not finished (`"fusion": null`) gives the page of its steps.
+    The same history gives the same bytes. A run that is not finished (`"kept_step": null`) gives the page of its steps.
     """
     run = _Run(history)
     environment = Environment(
@@ -84,7 +81,7 @@ class _Run:
     def __init__(self, history: Mapping[str, Any]) -> None:
         self.history = history
         self.steps: Sequence[Mapping[str, Any]] = history["steps"]
-        self.kept_step: int = history["kept_step"]
+        self.kept_step: int = len(self.steps) - 1 if history["kept_step"] is None else history["kept_step"]
         self.fusion: Mapping[str, Any] | None = history["fusion"]
         self.dense, self.kept = self.steps[0], self.steps[self.kept_step]
         self.sites: list[str] = list(self.dense["layer_entropy"])
@@ -107,15 +104,16 @@ class _Run:
         return float(self.dense["validation"] - self.history["options"]["max_drop"])
 
     @property
-    def milliseconds(self) -> float:
-        """One call of the network that the run ends with, or has come to."""
-        fusion = self.fusion
-        return float(fusion["milliseconds"][fusion["choice"]] if fusion else self.kept["latency_ms"]["fused"])
+    def latency(self) -> Mapping[str, float]:
+        """Milliseconds per call, measured side by side at the end; of a run that has not come to it, those of its steps."""
+        dense, kept = self.dense["latency_ms"], self.kept["latency_ms"]
+        steps = {"dense": dense["pruned"], "dense_fused": dense["fused"], "pruned": kept["pruned"], "fused": kept["fused"]}
+        return self.history["latency_ms"] or steps
 
     @property
     def speedup(self) -> float:
         """How many times as fast as the dense network, run as it is."""
-        return float(self.dense["latency_ms"]["pruned"] / self.milliseconds)
+        return self.latency["dense"] / self.latency["fused"]
 
     def entropy_before(self, index: int) -> dict[str, float]:
         """What a step removed, with the entropy in bits that each site had before."""
@@ -142,26 +140,25 @@ def _milliseconds(value: float) -> str:
 def _figures(run: _Run) -> dict[str, Markup]:
     """The page's figures as inline SVG, by name."""
     rows = _rows_height(run)
-    with matplotlib.style.context(["default", STYLE]):
-        return {
-            "entropy": _svg(_draw_entropy, run, rows, "Bars: the entropy of each activation in the dense network"),
-            "map": _svg(_draw_entropy_map, run, rows, "Heat map: the entropy of each activation after each step"),
-            "accuracy": _svg(_draw_accuracy, run, 3.2, "Lines: accuracy in percent against activations removed"),
-            "latency": _svg(_draw_latency, run, 3.2, "Lines: milliseconds per call against activations removed"),
-        }
+    return {
+        "entropy": _svg(_draw_entropy, run, rows, "Bars: the entropy of each activation in the dense network"),
+        "map": _svg(_draw_entropy_map, run, rows, "Heat map: the entropy of each activation after each step"),
+        "accuracy": _svg(_draw_accuracy, run, 3.2, "Lines: accuracy in percent against activations removed"),
+        "latency": _svg(_draw_latency, run, 3.2, "Lines: milliseconds per call against activations removed"),
+    }
 
 
 def _svg(draw: Callable[[Axes, _Run], None], run: _Run, height: float, description: str) -> Markup:
     """A figure as an SVG element that takes its ink from the page, so that it reads on a light and on a dark ground."""
-    figure = Figure(figsize=(WIDTH, height), layout="constrained")
-    draw(figure.subplots(), run)
     buffer = io.StringIO()
-    no_metadata = dict.fromkeys(["Creator", "Date", "Format", "Type"])
-    figure.savefig(buffer, format="svg", transparent=True, metadata=no_metadata)
-    text = buffer.getvalue()
+    # Identifiers must be unique in a page: the salt tells its figures apart, and those of groups are used by nothing.
+    with matplotlib.style.context(["default", STYLE, {"svg.hashsalt": description}]):
+        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        draw(figure.subplots(), run)
+        no_metadata = dict.fromkeys(["Creator", "Date", "Format", "Type"])
+        figure.savefig(buffer, format="svg", transparent=True, metadata=no_metadata)
+    text = re.sub(r'<g id="[\w.]+"', "<g", buffer.getvalue())
     text = text[text.index("<svg") :].replace(INK, "currentColor")
-    # The figures would share the names of their groups, which must be unique in a page. Nothing refers to them.
-    text = re.sub(r'<g id="[\w.]+">', "<g>", text)
     return Markup(text.replace("<svg", f'<svg role="img" aria-label="{escape(description)}"', 1))
 
 

@@ -1,9 +1,10 @@
 """A pruning run of a recipe in a folder: train, prune, fuse, report. Whatever is finished is on disk at every moment."""
 
 import datetime
+import functools
 import json
 import platform
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -13,12 +14,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from fastentropy.files import save_json, save_tensors
+from fastentropy.files import replace_file, save_json, save_tensors
 from fastentropy.fusion import FusedModel, fuse
 from fastentropy.pruning import PruningResult, prune
 from fastentropy.recipes import RECIPES, Recipe, load_recipe
 from fastentropy.report import write_report
 from fastentropy.steps import Step
+from fastentropy.timing import measure_times
 
 T = TypeVar("T")
 
@@ -63,15 +65,20 @@ class Run:
         fused = fuse(result.model, recipe.example_inputs())
         removed = json.dumps(result.removed)
         save_tensors(result.model.state_dict(), self.folder / "pruned.safetensors", {"removed": removed})
-        fused.save(self.folder / "fused.pt2")
-        history = self._history(result.steps, result.kept_step, fused)
+        replace_file(self.folder / "fused.pt2", fused.save)
+        history = {
+            **self._history(result.steps),
+            "kept_step": result.kept_step,
+            "fusion": fused.report.to_dict(),
+            "latency_ms": _latency(dense, result.model, fused, recipe),
+        }
         save_json(history, self.folder / "history.json")
         write_report(history, self.folder / "report.html")
         return history
 
     def save_settings(self) -> None:
         """Write a history without steps, from which the run can be resumed."""
-        save_json(self._history((), None, None), self.folder / "history.json")
+        save_json(self._history(()), self.folder / "history.json")
 
     def _train_dense(self, recipe: Recipe, display: Display) -> nn.Module:
         torch.manual_seed(self.settings.seed)
@@ -98,7 +105,9 @@ class Run:
                 pass
 
         def finish_step(steps: Sequence[Step]) -> None:
-            save_json(self._history(steps, None, None), self.folder / "history.json")
+            history = self._history(steps)
+            save_json(history, self.folder / "history.json")
+            write_report(history, self.folder / "report.html")
             display.finish_step(steps)
 
         return prune(
@@ -115,7 +124,8 @@ class Run:
             on_step=finish_step,
         )
 
-    def _history(self, steps: Sequence[Step], kept_step: int | None, fused: FusedModel | None) -> dict[str, Any]:
+    def _history(self, steps: Sequence[Step]) -> dict[str, Any]:
+        """The history of a run that is not finished."""
         options = {name: value for name, value in asdict(self.settings).items() if name not in ("recipe", "seed")}
         return {
             "recipe": self.settings.recipe,
@@ -123,8 +133,9 @@ class Run:
             "options": options,
             "machine": _machine(self.settings.device),
             "steps": [_step_dict(step) for step in steps],
-            "kept_step": kept_step,
-            "fusion": fused.report.to_dict() if fused else None,
+            "kept_step": None,
+            "fusion": None,
+            "latency_ms": None,
         }
 
 
@@ -167,6 +178,14 @@ def _measure(model: nn.Module, recipe: Recipe) -> dict[str, float]:
         "pruned_ms": report.milliseconds["original"],
         "fused_ms": report.milliseconds[report.choice],
     }
+
+
+@torch.no_grad()
+def _latency(dense: nn.Module, pruned: nn.Module, fused: FusedModel, recipe: Recipe) -> dict[str, float]:
+    """The time of one call of each network in milliseconds, measured side by side; the dense one may be fused as well."""
+    inputs = recipe.example_inputs()
+    models = {"dense": dense, "dense_fused": fuse(dense.eval(), inputs), "pruned": pruned, "fused": fused}
+    return measure_times({name: functools.partial(model.eval(), *inputs) for name, model in models.items()}, rounds=31)
 
 
 def _step_dict(step: Step) -> dict[str, Any]:

@@ -15,6 +15,9 @@ from torch.utils.hooks import RemovableHandle
 
 from fastentropy.activations import activation_modules, activation_name
 
+#: The attribute by which a watched forward keeps the original.
+_WATCHED = "_fastentropy_watched"
+
 
 @dataclass(frozen=True)
 class Site:
@@ -75,7 +78,7 @@ class SiteWatcher:
 
     def attach(self) -> None:
         """Begin to watch. Raises RuntimeError where the model is being watched already."""
-        if hasattr(self._model.forward, "_fastentropy_watched"):
+        if hasattr(self._model.forward, _WATCHED):
             raise RuntimeError("a collector is attached to this model already; detach it first")
         for name, module in self._modules.items():
             hook = functools.partial(self._before_activation, name)
@@ -87,7 +90,7 @@ class SiteWatcher:
         for handle in self._handles:
             handle.remove()
         if self._handles:
-            original = self._model.forward._fastentropy_watched
+            original = getattr(self._model.forward, _WATCHED)
             del self._model.forward
             if self._model.forward != original:
                 self._model.forward = original
@@ -99,7 +102,7 @@ class SiteWatcher:
             with self._forward_pass():
                 return forward(*args, **kwargs)
 
-        watched_forward._fastentropy_watched = forward  # type: ignore[attr-defined]
+        setattr(watched_forward, _WATCHED, forward)
         return watched_forward
 
     @contextlib.contextmanager
@@ -121,7 +124,9 @@ class SiteWatcher:
 
     def _before_activation(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self._depth:
-            raise RuntimeError(f"activation {name!r} ran outside of a call of the watched model; watch the module that you call")
+            raise RuntimeError(
+                f"activation {name!r} ran outside of a call of the watched model; watch the module that you call"
+            )
         x: Tensor = args[0] if args else kwargs["input"]
         call = self._calls[name]
         self._calls[name] += 1
@@ -144,7 +149,7 @@ class SiteWatcher:
         return Site(name, activation_name(module) or "", x.shape[axis], axis % x.ndim)
 
 
-class AxisTracker(TorchDispatchMode):
+class AxisTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Follows, while active, which axis of every tensor holds the channels of the operator that produced it.
 
     A convolution or a channel norm makes axis 1, a matrix product or a layer norm the last axis; permutations and reshapes move
@@ -152,16 +157,16 @@ class AxisTracker(TorchDispatchMode):
     """
 
     # ATen operators by name: some exist only in some releases of PyTorch.
-    _FIRST = frozenset(
-        "convolution native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training cudnn_batch_norm "
-        "miopen_batch_norm _batch_norm_with_update native_group_norm".split()
-    )
-    _LAST = frozenset("mm addmm bmm baddbmm linear native_layer_norm".split())
-    _RESHAPES = frozenset("view _unsafe_view reshape _reshape_alias unsqueeze squeeze".split())
+    _FIRST = frozenset({
+        "convolution", "native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training",
+        "_batch_norm_with_update", "cudnn_batch_norm", "miopen_batch_norm", "native_group_norm",
+    })  # fmt: skip
+    _LAST = frozenset({"mm", "addmm", "bmm", "baddbmm", "linear", "native_layer_norm"})
+    _RESHAPES = frozenset({"view", "_unsafe_view", "reshape", "_reshape_alias", "unsqueeze", "squeeze"})
 
     def __init__(self) -> None:
         """Know nothing yet."""
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._axes: dict[tuple[Any, ...], int] = {}
 
     def axis_of(self, x: Tensor) -> int:

@@ -61,14 +61,11 @@ class SiteStatistics:
             raise ValueError(
                 f"{self.activation} with {self.neurons} neurons and {other.activation} with {other.neurons} are not one site"
             )
-        both = self.batch_entropies is not None and other.batch_entropies is not None
-        return SiteStatistics(
-            self.activation,
-            self.counts + other.counts,
-            self.nan + other.nan,
-            self.batch_entropies + other.batch_entropies if both else None,
-            self.batches + other.batches if both else 0,
-        )
+        counts, nan = self.counts + other.counts, self.nan + other.nan
+        if self.batch_entropies is None or other.batch_entropies is None:
+            return SiteStatistics(self.activation, counts, nan)
+        batch_entropies, batches = self.batch_entropies + other.batch_entropies, self.batches + other.batches
+        return SiteStatistics(self.activation, counts, nan, batch_entropies, batches)
 
 
 class Statistics(Mapping[str, SiteStatistics]):
@@ -133,7 +130,9 @@ class Statistics(Mapping[str, SiteStatistics]):
                     }
                 )
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is damaged or not a statistics file (write one with stats.save(path)): {error}") from error
+            raise ValueError(
+                f"{path} is damaged or not a statistics file (write one with stats.save(path)): {error}"
+            ) from error
 
 
 def state_entropy(counts: Tensor, zero: Zero = "discard") -> Tensor:
@@ -146,7 +145,6 @@ def state_entropy(counts: Tensor, zero: Zero = "discard") -> Tensor:
         on = on + zeros
     p = on / (on + off).clamp_min(1)
     return torch.where(on + off > 0, -(torch.special.xlogy(p, p) + torch.special.xlogy(1 - p, 1 - p)), 0) / _LN2
-
 
 
 def _counts(counts: Tensor) -> Tensor:

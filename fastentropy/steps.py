@@ -45,9 +45,7 @@ class StepFolder:
         save_tensors(model.state_dict(), folder / "model.safetensors")
         save_tensors(random_state, folder / "random_state.safetensors")
         statistics.save(folder / "statistics.safetensors")
-        save_json(
-            {"removed": list(step.removed), "score": step.score, "metrics": step.metrics}, folder / "step.json"
-        )
+        save_json({"removed": list(step.removed), "score": step.score, "metrics": step.metrics}, folder / "step.json")
 
     def load(self) -> list[Step]:
         """The finished steps."""
@@ -76,7 +74,9 @@ class StepFolder:
             removed, metrics = tuple(map(str, values["removed"])), dict(values["metrics"])
             return Step(removed, entropies, float(values["score"]), metrics)
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{folder / 'step.json'} is damaged: {error!r}; without {folder} the run goes on before it") from error
+            raise ValueError(
+                f"{folder / 'step.json'} is damaged: {error!r}; without {folder} the run goes on before it"
+            ) from error
 
     def _folder(self, index: int) -> Path:
         return self.path / f"{index:02d}"

@@ -9,6 +9,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -117,8 +118,9 @@ def compose(first: AffineOperator, second: AffineOperator) -> AffineOperator:
     ]
     weight = inner.new_zeros((groups, outer.shape[1], inner.shape[2], *extent))
     for tap in itertools.product(*map(range, second.kernel)):
+        at_tap: Any = (..., *tap)
         offset = [t * d // step for t, d, step in zip(tap, spacing, dilation, strict=True)]
-        weight[(..., *_window(first, offset, dilation))] += torch.einsum("gom,gmi...->goi...", outer[(..., *tap)], inner)
+        weight[_window(first, offset, dilation)] += torch.einsum("gom,gmi...->goi...", outer[at_tap], inner)
     through = torch.einsum("gomk,gm->go", outer.reshape(*outer.shape[:3], -1), first.bias.reshape(groups, -1))
     return AffineOperator(
         weight.flatten(0, 1),
@@ -144,8 +146,8 @@ def add(left: AffineOperator, right: AffineOperator) -> AffineOperator:
     groups = math.gcd(left.groups, right.groups)
     padding = tuple(map(max, left.padding, right.padding))
     dilation = tuple(
-        math.gcd(_common_step(*taps, default=0), p1 - p2) or 1
-        for *taps, p1, p2 in zip(
+        math.gcd(_common_step(k1, d1, k2, d2, default=0), p1 - p2) or 1
+        for k1, d1, k2, d2, p1, p2 in zip(
             left.kernel, left.dilation, right.kernel, right.dilation, left.padding, right.padding, strict=True
         )
     )
@@ -154,7 +156,7 @@ def add(left: AffineOperator, right: AffineOperator) -> AffineOperator:
     weight = blocks[0].new_zeros((*blocks[0].shape[:3], *extent))
     for operator, block in zip((left, right), blocks, strict=True):
         offset = [(p - own) // step for p, own, step in zip(padding, operator.padding, dilation, strict=True)]
-        weight[(..., *_window(operator, offset, dilation))] += block
+        weight[_window(operator, offset, dilation)] += block
     return AffineOperator(weight.flatten(0, 1), left.bias + right.bias, left.stride, padding, dilation, groups)
 
 
@@ -164,10 +166,7 @@ def borders_agree(first: AffineOperator, second: AffineOperator) -> bool:
     The zeros that `second` pads with stand for first(x) outside of the image. Where `first` is pointwise and unpadded, its
     linear part maps the zeros outside of x to just these, and only its bias differs there.
     """
-    return all(
-        p2 == 0 or (k1 == 1 and p1 == 0)
-        for k1, p1, p2 in zip(first.kernel, first.padding, second.padding, strict=True)
-    )
+    return all(p2 == 0 or (k1 == 1 and p1 == 0) for k1, p1, p2 in zip(first.kernel, first.padding, second.padding, strict=True))
 
 
 def run(chain: Chain, x: Tensor) -> Tensor:
@@ -188,10 +187,8 @@ def sum_branches(element: Sum, x: Tensor) -> Tensor:
 def output_shape(chain: Chain, shape: Sequence[int]) -> tuple[int, ...]:
     """The shape of a chain's output for an input of that shape."""
     for element in chain:
-        if isinstance(element, Sum):
-            shape = output_shape(max(element.branches, key=len), shape)
-        else:
-            shape = element.output_shape(shape)
+        branch = max(element.branches, key=len) if isinstance(element, Sum) else ()
+        shape = output_shape(branch, shape) if isinstance(element, Sum) else element.output_shape(shape)
     return tuple(shape)
 
 
@@ -282,12 +279,13 @@ def _common_step(k1: int, d1: int, k2: int, d2: int, default: int = 1) -> int:
     return math.gcd(d1 if k1 > 1 else 0, d2 if k2 > 1 else 0) or default
 
 
-def _window(operator: AffineOperator, offset: Sequence[int], dilation: Sequence[int]) -> tuple[slice, ...]:
-    """Where the taps of an operator lie on the grid of a merged kernel, from an offset on."""
-    return tuple(
+def _window(operator: AffineOperator, offset: Sequence[int], dilation: Sequence[int]) -> tuple[Any, ...]:
+    """The index of an operator's taps on the grid of a merged kernel, from an offset on."""
+    taps = (
         slice(start, start + (k - 1) * d // step + 1, d // step if k > 1 else 1)
         for start, k, d, step in zip(offset, operator.kernel, operator.dilation, dilation, strict=True)
     )
+    return (..., *taps)
 
 
 def _describe(operator: AffineOperator) -> str:

@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Node
 from fastentropy.fusion.affine import AffineOperator, Chain, Sum
 
 _aten = torch.ops.aten
-_CONVOLUTIONS = {_aten.conv1d.default: 1, _aten.conv2d.default: 2, _aten.conv3d.default: 3}
+_CONVOLUTIONS: dict[Any, int] = {_aten.conv1d.default: 1, _aten.conv2d.default: 2, _aten.conv3d.default: 3}
 _ADDITIONS = {_aten.add.Tensor, _aten.add_.Tensor}
 _DROPOUTS = {_aten.dropout.default, _aten.dropout_.default, _aten.feature_dropout.default, _aten.feature_dropout_.default}
 _IDENTITIES = {_aten.alias.default, _aten.clone.default}

@@ -1,5 +1,7 @@
 """Write chains of affine operators back into a graph of ATen operators."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
@@ -18,9 +20,7 @@ def lower(chain: Chain, graph: Graph, value: Node, tensors: dict[str, Tensor], l
     for index, element in enumerate(chain):
         name = f"{prefix}_{index}"
         if isinstance(element, Sum):
-            branches = [
-                lower(branch, graph, value, tensors, like, f"{name}_{n}") for n, branch in enumerate(element.branches)
-            ]
+            branches = [lower(branch, graph, value, tensors, like, f"{name}_{n}") for n, branch in enumerate(element.branches)]
             value = branches[0]
             for branch in branches[1:]:
                 value = graph.call_function(_aten.add.Tensor, (value, branch))
@@ -52,10 +52,8 @@ def _lower_operator(
         weight = operator.dense_weight()
         return graph.call_function(_aten.linear.default, (value, constant("weight", weight), constant("bias", operator.bias)))
     everywhere = operator.bias.ndim == 1
-    geometry = [list(operator.stride), list(operator.padding), list(operator.dilation), operator.groups]
+    geometry: list[Any] = [list(operator.stride), list(operator.padding), list(operator.dilation), operator.groups]
     bias = constant("bias", operator.bias) if everywhere else None
-    output = graph.call_function(
-        _CONVOLUTIONS[axes - 1], (value, constant("weight", operator.weight), bias, *geometry)
-    )
+    output = graph.call_function(_CONVOLUTIONS[axes - 1], (value, constant("weight", operator.weight), bias, *geometry))
     # The map is added in place: the convolution's output is this graph's own.
     return output if everywhere else graph.call_function(_aten.add_.Tensor, (output, constant("bias", operator.bias)))

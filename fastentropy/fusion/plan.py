@@ -69,9 +69,7 @@ def _fastest_split(chain: Chain, x: Tensor) -> Chain:
     best: list[tuple[float, Chain]] = [(0.0, ())]
     for stop in range(1, len(chain) + 1):
         ways = [
-            (best[key[0]][0] + times[key], best[key[0]][1] + stretch)
-            for key, stretch in stretches.items()
-            if key[1] == stop
+            (best[key[0]][0] + times[key], best[key[0]][1] + stretch) for key, stretch in stretches.items() if key[1] == stop
         ]
         best.append(min(ways, key=lambda way: way[0]))
     return best[-1][1]
@@ -100,9 +98,7 @@ def _spatial_size(chain: Chain, x: Tensor) -> torch.Size:
 
 
 def _time_forms(forms: Mapping[Key, Chain], inputs: Mapping[Key, Tensor]) -> dict[Key, float]:
-    return measure_times(
-        {key: functools.partial(compile_chain(form, inputs[key]), inputs[key]) for key, form in forms.items()}
-    )
+    return measure_times({key: functools.partial(compile_chain(form, inputs[key]), inputs[key]) for key, form in forms.items()})
 
 
 def _measure(forms: Mapping[str, Chain], chain: Chain, x: Tensor) -> dict[str, Candidate]:

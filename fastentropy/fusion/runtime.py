@@ -153,9 +153,7 @@ def _attribute(module: nn.Module, name: str) -> Any:
     return value
 
 
-def _rewrite(
-    traced: GraphModule, chains: list[FoundChain], forms: list[Chain], sources: Mapping[Node, Tensor]
-) -> GraphModule:
+def _rewrite(traced: GraphModule, chains: list[FoundChain], forms: list[Chain], sources: Mapping[Node, Tensor]) -> GraphModule:
     """The same graph with each chain in another form, in the dtype and on the device of its source's value."""
     graph = copy.deepcopy(traced.graph)
     copies = {node.name: node for node in graph.nodes}
@@ -198,9 +196,7 @@ def _comparison_inputs(program: ExportedProgram, example_inputs: Inputs) -> list
     inputs = [example_inputs, _random_like(example_inputs, seed=0)]
     if _is_dynamic(program):
         batch = _batch_size(example_inputs) or 0
-        inputs += [
-            _random_like(_with_batch_size(example_inputs, size), seed=size) for size in (1, batch + 1) if size != batch
-        ]
+        inputs += [_random_like(_with_batch_size(example_inputs, size), seed=size) for size in (1, batch + 1) if size != batch]
     return inputs
 
 
@@ -209,9 +205,7 @@ def _compare(original: nn.Module, fused: nn.Module, inputs: list[Inputs]) -> flo
     errors = [0.0]
     for each in inputs:
         outputs = (pytree.tree_leaves(model(*each)) for model in (fused, original))
-        errors += [
-            relative_error(actual, expected) for actual, expected in zip(*outputs, strict=True) if _is_float(expected)
-        ]
+        errors += [relative_error(actual, expected) for actual, expected in zip(*outputs, strict=True) if _is_float(expected)]
     return max(errors)
 
 

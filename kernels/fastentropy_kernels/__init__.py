@@ -20,9 +20,7 @@ _IMPLEMENTATIONS = ("triton", "numba", "reference")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def count_states(
-    x: Tensor, counts: Tensor, *, channel_axis: int = 1, mask: Tensor | None = None, impl: str = "auto"
-) -> None:
+def count_states(x: Tensor, counts: Tensor, *, channel_axis: int = 1, mask: Tensor | None = None, impl: str = "auto") -> None:
     """Add the states of `x`, per neuron, to `counts` in place.
 
     Args:
@@ -146,9 +144,7 @@ def _validate(x: Tensor, counts: Tensor, channel_axis: int, mask: Tensor | None)
     if counts.dtype != torch.int64:
         raise TypeError(f"counts: got {counts.dtype}, expected torch.int64")
     if counts.shape != (neurons, 3):
-        raise ValueError(
-            f"counts: got shape {list(counts.shape)}, expected [{neurons}, 3], for axis {channel_axis} of x"
-        )
+        raise ValueError(f"counts: got shape {list(counts.shape)}, expected [{neurons}, 3], for axis {channel_axis} of x")
     if not counts.is_contiguous():
         raise ValueError(f"counts: got strides {list(counts.stride())}, expected contiguous memory")
     if counts.device != x.device:
@@ -185,6 +181,4 @@ def _refuse_unfused(impl: str, activation: str, needs_grad: bool) -> None:
         supported = ", ".join(states_numba.FUSED_ACTIVATIONS)
         raise ValueError(f"activation: got {activation!r}, expected {supported} for impl='numba' (or use impl='auto')")
     if needs_grad:
-        raise ValueError(
-            f"x: requires a gradient, expected none for impl={impl!r} (use impl='auto' or torch.no_grad())"
-        )
+        raise ValueError(f"x: requires a gradient, expected none for impl={impl!r} (use impl='auto' or torch.no_grad())")

@@ -39,9 +39,7 @@ def count_states(x: Tensor, counts: Tensor, channel_axis: int, mask: Tensor | No
     counts += torch.stack([off, zero, on], dim=1)
 
 
-def activation_states(
-    x: Tensor, counts: Tensor, activation: str, channel_axis: int, mask: Tensor | None = None
-) -> Tensor:
+def activation_states(x: Tensor, counts: Tensor, activation: str, channel_axis: int, mask: Tensor | None = None) -> Tensor:
     """Return the activation of `x` as a new tensor and add the states of `x` to `counts`; see `count_states`."""
     y = ACTIVATIONS[activation](x)
     count_states(x, counts, channel_axis, mask)

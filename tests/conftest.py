@@ -1,0 +1,68 @@
+"""Small networks that several test modules use."""
+
+import hypothesis
+import pytest
+import torch
+from torch import Tensor, nn
+
+# The first example of a test pays for imports and compilation.
+hypothesis.settings.register_profile("fastentropy", deadline=None)
+hypothesis.settings.load_profile("fastentropy")
+
+
+class Residual(nn.Module):
+    """A network with everything the loop meets: convolutions, batch norm, a residual addition, a linear classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, 6, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(6)
+        self.relu1 = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(6, 6, 1)
+        self.bn2 = nn.BatchNorm2d(6)
+        self.relu2 = nn.ReLU(inplace=True)
+        self.fc1 = nn.Linear(6 * 5 * 5, 8)
+        self.gelu = nn.GELU()
+        self.fc2 = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu1(self.bn1(self.conv1(x)))
+        x = self.relu2(self.bn2(self.conv2(x)) + x)
+        return self.fc2(self.gelu(self.fc1(x.flatten(1))))
+
+
+@pytest.fixture
+def network():
+    """A `Residual` with odd batch-norm statistics, in training mode as a new module is."""
+    torch.manual_seed(0)
+    model = Residual()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.weight)
+            nn.init.normal_(module.bias)
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+    return model
+
+
+@pytest.fixture
+def images():
+    """Inputs of `network`."""
+    return torch.randn(4, 1, 5, 5, generator=torch.Generator().manual_seed(1))
+
+
+def snapshot(model):
+    """All that a user could see of a model: weights, modules and their order, modes, hooks and attributes."""
+    return (
+        {name: value.clone() for name, value in model.state_dict().items()},
+        [(name, id(module), module.training, sorted(vars(module))) for name, module in model.named_modules()],
+        [(len(m._forward_pre_hooks), len(m._forward_hooks), len(m._backward_hooks)) for m in model.modules()],
+    )
+
+
+def assert_unchanged(model, before):
+    """Raise where `snapshot(model)` is not what it was."""
+    weights, modules, hooks = snapshot(model)
+    assert (modules, hooks) == before[1:]
+    assert list(weights) == list(before[0])
+    assert all(torch.equal(value, before[0][name]) for name, value in weights.items())

@@ -1,0 +1,64 @@
+import pytest
+import torch
+from fastentropy import find_sites
+from fastentropy.recipes import RECIPES, load_recipe
+from fastentropy.recipes.digits import BATCH_SIZE, Digits
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    return Digits(torch.device("cpu"))
+
+
+def test_every_recipe_of_the_table_loads():
+    for name in RECIPES:
+        assert load_recipe(name, torch.device("cpu")).epochs > 0
+
+
+def test_unknown_recipe_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match="unknown recipe 'digit'; the recipes are digits"):
+        load_recipe("digit", torch.device("cpu"))
+
+
+def test_splits_hold_every_image_once_and_do_not_overlap(recipe):
+    images = torch.cat([images for images, _ in recipe._data.values()])
+    assert images.shape == (1797, 1, 8, 8)
+    assert images.max() == 1
+    sizes = {name: len(labels) for name, (_, labels) in recipe._data.items()}
+    assert sizes == {"train": 898, "validation": 449, "test": 450}
+    assert len({image.numpy().tobytes() for image in images}) == 1797
+
+
+def test_splits_are_the_same_every_time(recipe):
+    again = Digits(torch.device("cpu"))
+    assert all(torch.equal(recipe._data[name][0], again._data[name][0]) for name in recipe._data)
+
+
+def test_the_network_has_at_least_eight_activations_each_called_once(recipe):
+    sites = find_sites(recipe.build_model(), recipe.example_inputs())
+    assert len(sites) >= 8
+    assert not any(":" in site.name for site in sites)
+
+
+def test_calibration_visits_every_training_image_once(recipe):
+    seen = []
+
+    def model(batch):
+        seen.append(len(batch))
+
+    assert len(list(recipe.calibrate(model))) == recipe.calibration_batches
+    assert (sum(seen), max(seen)) == (898, BATCH_SIZE)
+
+
+def test_training_yields_a_falling_loss_for_each_epoch_and_depends_on_the_seed_alone(recipe):
+    def train():
+        torch.manual_seed(4)
+        model = recipe.build_model().train()
+        losses = list(recipe.train(model, 2))
+        return losses, recipe.evaluate(model.eval(), "validation")
+
+    (losses, score), again = train(), train()
+    assert (losses, score) == again
+    assert len(losses) == 2
+    assert losses[1] < losses[0]
+    assert score > 0.5

@@ -1,0 +1,61 @@
+import pickle
+
+import pytest
+import torch
+from fastentropy import SiteStatistics, Statistics, Step
+from fastentropy.steps import StepFolder, random_state, set_random_state
+from torch import nn
+
+STATISTICS = Statistics({"b": SiteStatistics("relu", torch.tensor([[1, 0, 1]])), "a": SiteStatistics("relu", torch.tensor([[1, 0, 3]]))})
+STEP = Step(("c",), STATISTICS.layer_entropy(), 0.1 + 0.2, {"test": 1 / 3})
+
+
+@pytest.fixture
+def folder(tmp_path):
+    folder = StepFolder(tmp_path / "steps")
+    folder.save(0, STEP, nn.Linear(2, 3), STATISTICS, random_state())
+    return folder
+
+
+def test_steps_are_read_as_they_were_written(folder):
+    folder.save(1, STEP, nn.Linear(2, 3), STATISTICS, random_state())
+    assert folder.load() == [STEP, STEP]
+    assert list(folder.load()[0].layer_entropy) == ["b", "a"]
+
+
+def test_a_folder_that_does_not_exist_has_no_steps(tmp_path):
+    assert StepFolder(tmp_path / "none").load() == []
+
+
+def test_a_step_that_was_not_finished_does_not_count(folder):
+    folder.save(1, STEP, nn.Linear(2, 3), STATISTICS, random_state())
+    (folder.path / "01" / "step.json").unlink()
+    assert len(folder.load()) == 1
+
+
+def test_weights_are_those_that_were_saved(tmp_path):
+    folder, model, other = StepFolder(tmp_path), nn.Linear(2, 3), nn.Linear(2, 3)
+    folder.save(0, STEP, model, STATISTICS, random_state())
+    folder.load_weights(0, other)
+    assert torch.equal(other.weight, model.weight)
+
+
+def test_weights_of_another_model_are_refused(folder):
+    with pytest.raises(ValueError, match=r"model\.safetensors does not fit the model"):
+        folder.load_weights(0, nn.Linear(2, 4))
+
+
+def test_random_state_goes_on_where_it_was(folder):
+    set_random_state(folder.load_random_state(0))
+    first = torch.rand(3)
+    torch.rand(100)
+    set_random_state(folder.load_random_state(0))
+    assert torch.equal(torch.rand(3), first)
+
+
+@pytest.mark.parametrize("name", ["step.json", "statistics.safetensors", "model.safetensors", "random_state.safetensors"])
+@pytest.mark.parametrize("content", [b"", b"{}", b"[1]", pickle.dumps({"score": 1.0})])
+def test_a_damaged_file_is_named_and_never_unpickled(folder, name, content):
+    (folder.path / "00" / name).write_bytes(content)
+    with pytest.raises(ValueError, match=name.replace(".", r"\.")):
+        folder.load(), folder.load_weights(0, nn.Linear(2, 3)), folder.load_random_state(0)
