@@ -1,10 +1,11 @@
 """Time functions against each other on a machine that is never quite idle."""
 
 import statistics
+import time
 from collections.abc import Callable, Hashable, Mapping
 from typing import TypeVar
 
-from torch.utils.benchmark.utils.timer import timer
+import torch
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -29,7 +30,14 @@ def measure_times(
 
 
 def _seconds(function: Callable[[], object], repeats: int) -> float:
-    start = timer()
+    start = _clock()
     for _ in range(repeats):
         function()
-    return float(timer() - start) / repeats
+    return (_clock() - start) / repeats
+
+
+def _clock() -> float:
+    """Seconds, once everything that was asked of an accelerator is done."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    return time.perf_counter()

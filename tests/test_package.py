@@ -1,0 +1,68 @@
+"""The shape of the house: what is public, and which floor may import which."""
+
+import ast
+from pathlib import Path
+
+import fastentropy
+import fastentropy_kernels
+
+FLOORS = [
+    {"__main__"},
+    {"cli"},
+    {"console", "doctor", "runs"},
+    {"recipes", "report"},
+    {"pruning"},
+    {"collector", "fusion", "steps"},
+    {"sites"},
+    {"activations", "statistics"},
+    {"files", "timing"},
+]
+FUSION = ["runtime", "plan", "lowering", "chains", "affine"]
+
+
+def imported(path):
+    """The modules that a file imports, by full name."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+    return names
+
+
+def floor_of(module):
+    return next(index for index, floor in enumerate(FLOORS) if module in floor)
+
+
+def test_imports_go_down_by_floors():
+    root = Path(fastentropy.__file__).parent
+    for path in root.rglob("*.py"):
+        module = path.relative_to(root).parts[0].removesuffix(".py")
+        if module == "__init__":
+            continue
+        for name in imported(path):
+            parts = name.split(".")
+            if parts[0] == "fastentropy" and len(parts) > 1 and parts[1] != module:
+                assert floor_of(module) < floor_of(parts[1]), f"{path.name} imports {name}"
+
+
+def test_fusion_goes_one_way():
+    root = Path(fastentropy.__file__).parent / "fusion"
+    for index, module in enumerate(FUSION):
+        above = {f"fastentropy.fusion.{name}" for name in FUSION[:index]}
+        assert not imported(root / f"{module}.py") & above
+
+
+def test_kernels_know_tensors_only():
+    for path in Path(fastentropy_kernels.__file__).parent.glob("*.py"):
+        names = imported(path)
+        assert not any(name.split(".")[0] == "fastentropy" or name.startswith("torch.nn") for name in names - {"torch.nn.functional"})
+
+
+def test_public_names_are_those_of_the_documentation():
+    names = """collect EntropyCollector Statistics SiteStatistics find_sites Site prune PruningResult Step linearize
+    fuse FusedModel FusionReport load"""
+    assert set(fastentropy.__all__) == set(names.split())
+    assert all(hasattr(fastentropy, name) for name in fastentropy.__all__)
+    assert {"activation_states", "count_states"} <= set(fastentropy_kernels.__all__)
