@@ -8,6 +8,7 @@ information is what the operation has to move at least: x read, y written.
 
 import pytest
 import torch
+
 from fastentropy_kernels import activation_states, count_states
 
 SHAPES = {"planes": (21, 64, 56, 56), "rows": (4096, 1024)}  # 4.2 million values: NCHW, and tokens x hidden

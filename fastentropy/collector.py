@@ -5,11 +5,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from fastentropy_kernels import count_states
 from torch import Tensor, nn
 
 from fastentropy.sites import Site, SiteWatcher
 from fastentropy.statistics import Average, SiteStatistics, Statistics, state_entropy
+from fastentropy_kernels import count_states
 
 
 class EntropyCollector:

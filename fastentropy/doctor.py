@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+
 from fastentropy_kernels import available_implementations, count_states
 
 

@@ -179,8 +179,8 @@ class _Loop:
         score = float(self._evaluate(self.model))
         if not math.isfinite(score):
             raise ValueError(
-                f"evaluate returned {score} after the removal of {', '.join(names) or 'nothing'}; it must return a finite number, "
-                "higher for a better model: look at the data it reads and at the learning rate of train"
+                f"evaluate returned {score} after the removal of {', '.join(names) or 'nothing'}; "
+                "it must return a finite number, higher for a better model"
             )
         return score
 

@@ -12,6 +12,7 @@ import matplotlib.style
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 from matplotlib.axes import Axes
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -173,7 +174,7 @@ def _draw_entropy(axes: Axes, run: _Run) -> None:
         gone = step is not None and step <= run.kept_step
         note = "" if step is None else f", {'removed' if gone else 'tried'} at step {step}"
         axes.barh(row, bits, height=0.72, color=ORANGE if gone else BLUE)
-        axes.annotate(f"{bits:.2f}{note}", (bits, row), (4, 0), textcoords="offset points", va="center", fontsize=8)
+        axes.annotate(f"{bits:.3f}{note}", (bits, row), (4, 0), textcoords="offset points", va="center", fontsize=8)
     _label_sites(axes, run)
     axes.set_xlim(0, 1)
     axes.set_xlabel("entropy (bits)")
@@ -185,7 +186,7 @@ def _draw_entropy_map(axes: Axes, run: _Run) -> None:
     """Sites × steps; a cell's colour is the entropy of the site after the step, and hatching says that it is gone."""
     entropies = [[step["layer_entropy"].get(name, math.nan) for step in run.steps] for name in run.sites]
     edges = [[index - 0.5 for index in range(len(cells) + 1)] for cells in (run.steps, run.sites)]
-    mesh = axes.pcolormesh(*edges, entropies, vmin=0, vmax=1)
+    mesh = axes.pcolormesh(*edges, entropies, norm=_entropy_range(entropies))
     for name, step in run.tried_at.items():
         row, columns = run.sites.index(name), len(run.steps) - step
         axes.barh(row, columns, 1, step - 0.5, color="none", edgecolor=GREY, hatch="//////", linewidth=0.5)
@@ -197,6 +198,13 @@ def _draw_entropy_map(axes: Axes, run: _Run) -> None:
     _label_steps(axes, run, range(len(run.steps)))
     axes.set_xlabel("step")
     axes.figure.colorbar(mesh, ax=axes, label="entropy (bits)", aspect=30, pad=0.02)
+
+
+def _entropy_range(entropies: Sequence[Sequence[float]]) -> Normalize:
+    """The tenths of a bit between which the entropies lie: networks differ more than the layers of one network."""
+    bits = [value for row in entropies for value in row if not math.isnan(value)] or [0.0, 1.0]
+    lowest, highest = math.floor(10 * min(bits)) / 10, math.ceil(10 * max(bits)) / 10
+    return Normalize(min(lowest, highest - 0.1), highest)
 
 
 def _draw_accuracy(axes: Axes, run: _Run) -> None:

@@ -1,6 +1,7 @@
 import pytest
-from fastentropy.activations import ACTIVATIONS, activation_modules, activation_name
 from torch import nn
+
+from fastentropy.activations import ACTIVATIONS, activation_modules, activation_name
 
 
 @pytest.mark.parametrize(("kind", "name"), ACTIVATIONS.items())

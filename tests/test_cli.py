@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from typer.testing import CliRunner
+
 from fastentropy import Statistics, load
 from fastentropy.cli import app
 from fastentropy.recipes.digits import Digits, DigitsNet
-from safetensors import safe_open
-from typer.testing import CliRunner
 
 SHORT = ["prune", "--epochs", "2", "--max-removed", "2", "--max-drop", "1", "--seed", "3"]
 
@@ -51,7 +52,7 @@ def test_the_run_folder_holds_what_it_promises(finished):
     for index, step in enumerate(history["steps"]):
         statistics = Statistics.load(folder / "steps" / f"{index:02d}" / "statistics.safetensors")
         assert statistics.layer_entropy() == step["layer_entropy"]
-        assert 0 < step["latency_ms"]["fused"]
+        assert step["latency_ms"]["fused"] > 0
     assert set(history["latency_ms"]) == {"dense", "dense_fused", "pruned", "fused"}
     assert (folder / "report.html").stat().st_size > 10_000
     assert not list(folder.rglob("*.tmp"))
@@ -191,8 +192,8 @@ def test_no_file_of_a_run_is_unpickled(copied, monkeypatch):
             assert_one_line(invoke("prune", "--resume", copied), path.name)
         assert not (copied / "executed").exists()
         path.write_bytes(kept)
+    (copied / "fused.pt2").write_bytes(payload)
     with pytest.raises(ValueError, match="is not a fused model"):
-        (copied / "fused.pt2").write_bytes(payload)
         load(copied / "fused.pt2")
     assert not (copied / "executed").exists()
 
@@ -218,7 +219,8 @@ def test_the_module_runs_as_the_command_and_names_a_missing_library():
     code = "import sys; sys.modules['typer'] = None; from fastentropy.__main__ import main; main()"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 2
-    assert result.stderr.splitlines()[-1] == "Error: the command line needs typer; install it with: pip install 'fastentropy[cli]'"
+    advice = "Error: the command line needs typer; install it with: pip install 'fastentropy[cli]'"
+    assert result.stderr.splitlines() == [advice]
     shown = subprocess.run([sys.executable, "-m", "fastentropy", "--help"], capture_output=True, text=True, check=True)
     assert "prune" in shown.stdout
     assert "doctor" in shown.stdout

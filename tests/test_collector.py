@@ -2,9 +2,10 @@ import threading
 
 import pytest
 import torch
+from torch import nn
+
 from conftest import assert_unchanged, snapshot
 from fastentropy import collect
-from torch import nn
 
 
 def plain_counts(x, axis):

@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from fastentropy import find_sites
 from fastentropy.recipes import RECIPES, load_recipe
 from fastentropy.recipes.digits import BATCH_SIZE, Digits

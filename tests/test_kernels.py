@@ -3,12 +3,13 @@
 import subprocess
 import sys
 
-import fastentropy_kernels
 import pytest
 import torch
-from fastentropy_kernels import activation_states, available_implementations, count_states, reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import fastentropy_kernels
+from fastentropy_kernels import activation_states, available_implementations, count_states, reference
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 

@@ -3,10 +3,11 @@ import math
 
 import pytest
 import torch
+from torch import nn
+
 from conftest import Residual, assert_unchanged, snapshot
 from fastentropy import linearize, prune
 from fastentropy.pruning import lowest_entropy
-from torch import nn
 
 DATA = torch.randn(32, 1, 5, 5, generator=torch.Generator().manual_seed(3))
 LABELS = torch.arange(32) % 3
@@ -153,7 +154,7 @@ def test_further_figures_are_kept_with_each_step(network):
     assert seen[-1] == result.steps
 
 
-class Interrupted(Exception):
+class InterruptedRun(Exception):  # noqa: N818
     pass
 
 
@@ -172,7 +173,7 @@ def test_a_run_that_was_interrupted_anywhere_ends_as_one_that_was_not(tmp_path, 
             nonlocal calls
             calls += 1
             if calls == interrupted_call:
-                raise Interrupted
+                raise InterruptedRun
             return function(model)
 
         return wrapped
@@ -180,7 +181,7 @@ def test_a_run_that_was_interrupted_anywhere_ends_as_one_that_was_not(tmp_path, 
     expected = run(start(), checkpoint_dir=tmp_path / "whole")
     assert len(expected.steps) == 4
     functions = {"train": train, "evaluate": evaluate, "calibrate": calibrate}
-    with pytest.raises(Interrupted):
+    with pytest.raises(InterruptedRun):
         run(start(), checkpoint_dir=tmp_path / "parts", **{name: interrupting(f) for name, f in functions.items()})
     torch.rand(interrupted_call)
     actual = run(start(), checkpoint_dir=tmp_path / "parts")
@@ -216,7 +217,7 @@ def test_checkpoints_of_another_model_are_refused(tmp_path, network):
 @pytest.mark.parametrize("score", [math.nan, math.inf, torch.tensor(math.nan)])
 def test_a_score_that_is_no_number_is_refused_and_the_model_left_alone(network, score):
     before = snapshot(network)
-    with pytest.raises(ValueError, match="evaluate returned (nan|inf) after the removal of nothing; it must return a finite"):
+    with pytest.raises(ValueError, match=r"evaluate returned (nan|inf) after the removal of nothing; it must return a finite"):
         run(network, evaluate=lambda model: score)
     assert_unchanged(network, before)
 

@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
-from fastentropy_kernels import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from fastentropy_kernels import reference
 
 
 def counted(x: torch.Tensor, channel_axis: int, mask: torch.Tensor | None) -> torch.Tensor:

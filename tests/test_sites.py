@@ -1,9 +1,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+
 from conftest import assert_unchanged, snapshot
 from fastentropy import Site, find_sites
-from torch import nn
 
 
 class Reads(nn.Module):

@@ -4,9 +4,10 @@ import threading
 
 import pytest
 import torch
-from fastentropy_kernels import reference, states_numba
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from fastentropy_kernels import reference, states_numba
 
 INTEGER = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 

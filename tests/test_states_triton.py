@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
-from fastentropy_kernels import reference, states_triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
+
+from fastentropy_kernels import reference, states_triton
 
 INTERPRETED = states_triton.INTERPRETED
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -115,9 +116,7 @@ def test_longer_than_the_longest_strip(shape, monkeypatch):
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("activation", reference.ACTIVATIONS)
 def test_activation(activation, dtype):
-    x = torch.cat(
-        [torch.linspace(-100, 100, 1023), torch.randn(1023), torch.randn(37) * 1e-4, torch.tensor([torch.nan])]
-    )
+    x = torch.cat([torch.linspace(-100, 100, 1023), torch.randn(1023), torch.randn(37) * 1e-4, torch.tensor([torch.nan])])
     x = x[:, None].to(dtype)
     counts = torch.zeros(1, 3, dtype=torch.int64, device=DEVICE)
     y = states_triton.activation_states(x.to(DEVICE), counts, activation)

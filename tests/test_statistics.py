@@ -2,10 +2,11 @@ import math
 
 import pytest
 import torch
-from fastentropy import SiteStatistics, Statistics
-from fastentropy.statistics import state_entropy
 from hypothesis import given
 from hypothesis import strategies as st
+
+from fastentropy import SiteStatistics, Statistics
+from fastentropy.statistics import state_entropy
 
 COUNTS = st.lists(st.tuples(*[st.integers(0, 2**40)] * 3), min_size=1, max_size=8)
 

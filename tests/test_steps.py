@@ -2,11 +2,13 @@ import pickle
 
 import pytest
 import torch
-from fastentropy import SiteStatistics, Statistics, Step
-from fastentropy.steps import StepFolder, random_state, set_random_state
 from torch import nn
 
-STATISTICS = Statistics({"b": SiteStatistics("relu", torch.tensor([[1, 0, 1]])), "a": SiteStatistics("relu", torch.tensor([[1, 0, 3]]))})
+from fastentropy import SiteStatistics, Statistics, Step
+from fastentropy.steps import StepFolder, random_state, set_random_state
+
+COUNTS = {"b": torch.tensor([[1, 0, 1]]), "a": torch.tensor([[1, 0, 3]])}
+STATISTICS = Statistics({name: SiteStatistics("relu", counts) for name, counts in COUNTS.items()})
 STEP = Step(("c",), STATISTICS.layer_entropy(), 0.1 + 0.2, {"test": 1 / 3})
 
 
