@@ -95,6 +95,7 @@ def _resumed(folder: Path, recipe: str | None, options: dict[str, object]) -> Ru
     changed = [f"--{name.replace('_', '-')}" for name, value in options.items() if value is not None]
     if changed:
         raise ValueError(f"--resume takes the options of the run; leave out {', '.join(changed)}")
+    _device(run.settings.device)
     return run
 
 

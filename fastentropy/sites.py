@@ -1,6 +1,7 @@
 """Sites: the calls of rectifiers in a forward pass, their names, and which axis of their input holds the neurons."""
 
 import contextlib
+import copy
 import functools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -44,7 +45,7 @@ def find_sites(model: nn.Module, example_inputs: tuple[Any, ...]) -> list[Site]:
     watcher.attach()
     try:
         model.eval()
-        model(*example_inputs)
+        model(*copy.deepcopy(example_inputs))  # a model may write over its inputs
     finally:
         watcher.detach()
         for module in training:

@@ -81,7 +81,7 @@ def fuse(model: nn.Module, example_inputs: Inputs, *, tolerance: float | None = 
     RuntimeError where the result is not equal to the model.
     """
     _check(model, example_inputs)
-    original = copy.deepcopy(model)
+    original, example_inputs = copy.deepcopy(model), _clone(example_inputs)
     traced = _inference_module(_export(original, example_inputs))
     if tolerance is None:
         tolerance = TOLERANCE.get(next((p.dtype for p in model.parameters()), torch.float32), 1e-5)
@@ -111,7 +111,7 @@ def _check(model: nn.Module, example_inputs: Inputs) -> None:
     if model.training:
         raise ValueError("the model is in training mode, where batch norm and dropout are not linear; call model.eval() first")
     try:
-        model(*example_inputs)
+        model(*_clone(example_inputs))
     except Exception as error:
         raise ValueError(f"the model does not run on example_inputs: {error}") from error
 
@@ -204,7 +204,7 @@ def _compare(original: nn.Module, fused: nn.Module, inputs: list[Inputs]) -> flo
     """The largest relative error of any output on any of the inputs."""
     errors = [0.0]
     for each in inputs:
-        outputs = (pytree.tree_leaves(model(*each)) for model in (fused, original))
+        outputs = (pytree.tree_leaves(model(*_clone(each))) for model in (fused, original))
         errors += [relative_error(actual, expected) for actual, expected in zip(*outputs, strict=True) if _is_float(expected)]
     return max(errors)
 
@@ -249,6 +249,11 @@ def _random_like(inputs: Inputs, seed: int) -> Inputs:
         return torch.randn(value.shape, generator=generator).to(value)
 
     return tuple(pytree.tree_map(randomize, inputs))
+
+
+def _clone(inputs: Inputs) -> Inputs:
+    """Inputs of their own for a model that may write over them."""
+    return tuple(pytree.tree_map(lambda value: value.clone() if isinstance(value, Tensor) else value, inputs))
 
 
 def _is_float(value: Any) -> bool:

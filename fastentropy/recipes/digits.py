@@ -68,7 +68,7 @@ def _convolution(in_channels: int, out_channels: int, stride: int) -> nn.Sequent
 class Digits:
     """The recipe `digits`: 50 % of the images to train on, 25 % each for validation and test, classes in equal shares."""
 
-    epochs = 10
+    epochs = 15
 
     def __init__(self, device: torch.device) -> None:
         """Load and split the images, and put them on a device."""
@@ -91,7 +91,7 @@ class Digits:
         images, labels = self._data["train"]
         optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
         steps = epochs * -(-len(labels) // BATCH_SIZE)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=5e-3, total_steps=steps)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=steps)
         for _ in range(epochs):
             losses = []
             for batch in torch.randperm(len(labels)).to(self._device).split(BATCH_SIZE):
