@@ -31,6 +31,19 @@ class Residual(nn.Module):
         return self.fc2(self.gelu(self.fc1(x.flatten(1))))
 
 
+class Reads(nn.Module):
+    """A network given as a function of itself and its inputs; its modules are attributes."""
+
+    def __init__(self, forward, **modules):
+        super().__init__()
+        self._function = forward
+        for name, module in modules.items():
+            self.add_module(name, module)
+
+    def forward(self, *inputs):
+        return self._function(self, *inputs)
+
+
 @pytest.fixture
 def network():
     """A `Residual` with odd batch-norm statistics, in training mode as a new module is."""

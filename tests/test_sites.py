@@ -3,21 +3,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from conftest import assert_unchanged, snapshot
+from conftest import Reads, assert_unchanged, snapshot
 from fastentropy import Site, find_sites
-
-
-class Reads(nn.Module):
-    """A network given as a function of its input; its modules are attributes."""
-
-    def __init__(self, forward, **modules):
-        super().__init__()
-        self._function = forward
-        for name, module in modules.items():
-            self.add_module(name, module)
-
-    def forward(self, *inputs):
-        return self._function(self, *inputs)
 
 
 def axis_of(model, *inputs):

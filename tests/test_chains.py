@@ -1,0 +1,115 @@
+"""What is a chain, and where it ends, on traced networks."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import Reads
+from torch import nn
+
+from fastentropy.fusion.affine import Sum, run
+from fastentropy.fusion.chains import find_chains
+
+
+def traced(model, *inputs):
+    return torch.export.export(model.eval(), inputs).module(check_guards=False)
+
+
+def names(model, *inputs):
+    return [chain.names for chain in find_chains(traced(model, *inputs))]
+
+
+def conv(channels=4, **options):
+    return nn.Conv2d(4, channels, 3, padding=1, **options)
+
+
+X = torch.randn(2, 4, 6, 6)
+
+
+def two(forward, **modules):
+    """A network of two convolutions and what the forward does with them."""
+    return Reads(forward, a=conv(), b=conv(), relu=nn.ReLU(), relu_=nn.ReLU(inplace=True), **modules)
+
+
+@pytest.mark.parametrize(
+    ("forward", "expected"),
+    [
+        (lambda m, x: m.b(m.a(x)), [("a", "b")]),
+        (lambda m, x: m.b(m.relu(m.a(x))), [("a",), ("b",)]),
+        (lambda m, x: m.b(F.dropout(m.a(x), training=m.training)), [("a", "b")]),
+        (lambda m, x: m.b(m.a(x).clone()), [("a", "b")]),
+        (lambda m, x: (m.a(x), m.b(m.a(x))), [("a",), ("a", "b")]),
+        (lambda m, x: m.b(y := m.a(x)) * y, [("a",), ("b",)]),
+        (lambda m, x: [y := m.a(x), m.b(y)], [("a",), ("b",)]),
+        (lambda m, x: m.a(x) + x, [("a",)]),
+        (lambda m, x: m.a(x) + m.b(x), [("a", "b")]),
+        (lambda m, x: m.b(m.a(x) + x), [("a", "b")]),
+        (lambda m, x: m.b(y := m.a(x)) + y, [("a", "b")]),
+        (lambda m, x: m.a(x) + m.relu(x), [("a",)]),
+        (lambda m, x: m.a(x) + m.b(m.relu(x)), [("a",), ("b",)]),
+        (lambda m, x: torch.add(m.a(x), x, alpha=2), [("a",)]),
+        (lambda m, x: m.a(x) + x[:1], [("a",)]),
+        (lambda m, x: m.a(x) + 1.0, [("a",)]),
+        (lambda m, x: m.b(m.relu(x)).add_(m.relu(x)), [("b",)]),
+        (lambda m, x: F.conv2d(m.a(x), m.b.weight * 2), [("a",)]),
+        (lambda m, x: F.conv2d(m.a(x), m.b.weight), [("a", "b")]),
+    ],
+)
+def test_a_chain_is_a_maximal_linear_stretch(forward, expected):
+    assert names(two(forward), X) == expected
+
+
+def test_an_in_place_addition_closes_a_residual_block():
+    def forward(m, x):
+        x = m.relu(x)
+        y = m.b(m.a(x))
+        y += x
+        return m.relu_(y)
+
+    (chain,) = find_chains(traced(two(forward), X))
+    assert [type(element) for element in chain.elements] == [Sum]
+    assert [len(branch) for branch in chain.elements[0].branches] == [2, 0]
+
+
+def test_a_value_that_is_overwritten_while_others_read_it_starts_no_chain():
+    def forward(m, x):
+        y = m.relu(x)
+        z = m.a(y)
+        return m.b(m.relu_(y)) + z
+
+    assert all("a" not in each for each in names(two(forward), X))
+
+
+@pytest.mark.parametrize(
+    ("model", "x", "expected"),
+    [
+        (nn.Sequential(nn.Linear(4, 5), nn.Identity(), nn.Linear(5, 6)), torch.randn(2, 3, 4), [("0", "2")]),
+        (nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 6)), torch.randn(2, 4), [("0", "2")]),
+        (nn.Sequential(nn.Conv1d(4, 5, 3), nn.BatchNorm1d(5), nn.Conv1d(5, 6, 2)), torch.randn(2, 4, 9), [("0", "2")]),
+        (nn.Sequential(nn.Conv3d(1, 2, 2), nn.Conv3d(2, 3, 1)), torch.randn(2, 1, 3, 3, 3), [("0", "1")]),
+        (nn.Sequential(nn.Conv1d(4, 5, 3), nn.Linear(7, 6)), torch.randn(2, 4, 9), [("0",), ("1",)]),
+        (nn.Sequential(nn.BatchNorm2d(4), nn.ReLU()), X, []),
+        (nn.Sequential(conv(), nn.BatchNorm2d(4, track_running_stats=False), conv()), X, [("0",), ("2",)]),
+        (nn.Sequential(conv(), nn.MaxPool2d(2), conv()), X, [("0",), ("2",)]),
+        (nn.Sequential(conv(padding_mode="circular"), nn.Conv2d(4, 4, 1)), X, [("0", "1")]),
+    ],
+)
+def test_linear_layers_and_batch_norm_are_operators_of_their_own_kind(model, x, expected):
+    assert names(model, x) == expected
+
+
+def test_the_elements_compute_what_the_graph_computes(network, images):
+    network.relu1 = network.gelu = nn.Identity()
+    module = traced(network, images)
+    values = {}
+
+    class Record(torch.fx.Interpreter):
+        def run_node(self, n):
+            values[n] = super().run_node(n)
+            return values[n].clone() if isinstance(values[n], torch.Tensor) else values[n]
+
+    Record(module).run(images)
+    chains = find_chains(module)
+    assert [chain.names for chain in chains] == [("conv1", "conv2"), ("fc1", "fc2")]
+    for chain in chains:
+        actual = run(chain.elements, values[chain.source].double())
+        torch.testing.assert_close(actual.float(), values[chain.end], rtol=1e-4, atol=1e-4)
