@@ -41,7 +41,7 @@ def prune(
     ] = None,
     max_removed: Annotated[int | None, typer.Option(min=0, help="Remove at most so many. [default: no limit]")] = None,
     per_step: Annotated[int | None, typer.Option(min=1, help="Activations removed in one step. [default: 1]")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="The same seed gives the same removals. [default: 0]")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="Same seed, same removals. [default: 0]")] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Epochs of each schedule. [default: the recipe's]")] = None,
     output: Annotated[Path | None, typer.Option(help="The run folder. [default: runs/RECIPE-DATE]")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. [default: cuda if there is one]")] = None,
@@ -104,6 +104,8 @@ def _device(name: str | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("expected cpu, cuda or cuda:N")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error

@@ -25,7 +25,7 @@ class EntropyCollector:
         """See `collect`."""
         if average not in ("dataset", "batch"):
             raise ValueError(f"average={average!r}: expected 'dataset' or 'batch'")
-        self._watcher = SiteWatcher(model, self._count, self._end_batch, channel_axis)
+        self._watcher = SiteWatcher(model, self._count, self._begin_batch, self._end_batch, channel_axis)
         self._per_batch = average == "batch"
         self._paused = False
         self.reset()
@@ -95,12 +95,15 @@ class EntropyCollector:
         count_states(x, self._counts[site.name], channel_axis=site.channel_axis)
         self._values[site.name] += x.numel()
 
+    def _begin_batch(self) -> None:
+        if self._per_batch:
+            self._before_batch = {name: counts.clone() for name, counts in self._counts.items()}
+
     def _end_batch(self) -> None:
         if not self._per_batch or self._paused:
             return
         for name, counts in self._counts.items():
-            batch = counts - self._before_batch[name] if name in self._before_batch else counts.clone()
-            self._before_batch[name] = counts.clone()
+            batch = counts - self._before_batch.get(name, 0)
             entropies = torch.stack([state_entropy(batch, "discard"), state_entropy(batch, "on")], dim=1)
             self._batch_entropies[name] = self._batch_entropies.get(name, 0) + entropies
             self._batches[name] = self._batches.get(name, 0) + 1

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 
 def replace_file(path: str | PathLike[str], write: Callable[[Path], object]) -> None:
     """Call write(temporary path), then put that file in the place of `path` in one step."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
     try:
         write(temporary)
         temporary.replace(path)
@@ -30,4 +31,7 @@ def save_json(values: Mapping[str, Any], path: str | PathLike[str]) -> None:
 def save_tensors(tensors: Mapping[str, Tensor], path: str | PathLike[str], metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file, complete or not at all. Tensors may be views and may share memory."""
     own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    replace_file(path, lambda temporary: safetensors.torch.save_file(own, temporary, dict(metadata or {})))
+    try:
+        replace_file(path, lambda temporary: safetensors.torch.save_file(own, temporary, dict(metadata or {})))
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from error

@@ -56,20 +56,21 @@ def prune(
     max_drop: stop where the score is more than this below the dense model's, in the units of `evaluate`.
     max_removed: remove at most so many sites. per_step: how many of them in one step.
     criterion: "entropy" removes the lowest layer entropy first, and of equal ones the first in call order.
-    checkpoint_dir: write every finished step there, and go on from the steps that are there already. The end is the same as
-        without the interruption where `train` draws from torch's default random generators.
+    checkpoint_dir: write every finished step there, and go on from the steps that are there already, if they are of a run with
+        the same options. The end is the same as without the interruption where `train` draws from torch's default generators.
     measure(model) -> dict: further figures to keep with each step. on_step(steps so far): called after each step.
 
     Raises ValueError for a model without a known activation or with one that runs several times in a pass, an option out of
-    range, a calibration without a forward pass, a score that is not finite, and a checkpoint_dir that is damaged or of another
-    model.
+    range, a calibration without a forward pass, a score that is not finite, and a checkpoint_dir that is damaged, of another
+    model or of a run with other options.
     """
     _check_options(max_drop, max_removed, per_step, criterion)
     sites = [site.name for site in find_sites(model, example_inputs)]
     _check_called_once(sites)
     loop = _Loop(copy.deepcopy(model), train, evaluate, calibrate, measure, on_step)
     if checkpoint_dir is not None:
-        loop.resume(StepFolder(checkpoint_dir), sites)
+        options = {"max_drop": max_drop, "max_removed": max_removed, "per_step": per_step, "criterion": criterion}
+        loop.resume(StepFolder(checkpoint_dir, options), sites)
     if not loop.steps:
         loop.turn(())
     kept = None
@@ -142,7 +143,7 @@ class _Loop:
             if set(self.steps[0].layer_entropy) != set(sites):
                 raise ValueError(f"checkpoint_dir {folder.path} holds a run of another model; name another folder")
             self.restore(self.model, len(self.steps) - 1)
-            self._random_state = folder.load_random_state(len(self.steps) - 1)
+            self._random_state = folder.restore_random_state(len(self.steps) - 1)
 
     def restore(self, model: nn.Module, index: int) -> nn.Module:
         """Bring a copy of the dense model to where it was at the end of a step."""

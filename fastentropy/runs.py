@@ -3,6 +3,7 @@
 import datetime
 import functools
 import json
+import math
 import platform
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -14,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from fastentropy.files import replace_file, save_json, save_tensors
+from fastentropy.files import save_json, save_tensors
 from fastentropy.fusion import FusedModel, fuse
 from fastentropy.pruning import PruningResult, prune
 from fastentropy.recipes import RECIPES, Recipe, load_recipe
@@ -36,6 +37,24 @@ class Settings:
     per_step: int
     epochs: int
     device: str
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a value that makes no sense."""
+        limits: dict[str, tuple[type, float, float]] = {
+            "seed": (int, 0, 2**63 - 1),
+            "max_drop": (float, 0, 1),
+            "max_removed": (int, 0, math.inf),
+            "per_step": (int, 1, math.inf),
+            "epochs": (int, 1, math.inf),
+        }
+        if self.recipe not in RECIPES:
+            raise ValueError(f"unknown recipe {self.recipe!r}; the recipes are {', '.join(RECIPES)}")
+        for name, (kind, lowest, highest) in limits.items():
+            value = getattr(self, name)
+            if name == "max_removed" and value is None:
+                continue
+            if type(value) not in (kind, int) or not lowest <= value <= highest:
+                raise ValueError(f"{name} is {value!r}; expected a {kind.__name__} from {lowest} to {highest}")
 
 
 class Display(Protocol):
@@ -65,7 +84,7 @@ class Run:
         fused = fuse(result.model, recipe.example_inputs())
         removed = json.dumps(result.removed)
         save_tensors(result.model.state_dict(), self.folder / "pruned.safetensors", {"removed": removed})
-        replace_file(self.folder / "fused.pt2", fused.save)
+        fused.save(self.folder / "fused.pt2")
         history = {
             **self._history(result.steps),
             "kept_step": result.kept_step,
@@ -160,9 +179,6 @@ def read_history(path: Path) -> dict[str, Any]:
     try:
         history = json.loads(path.read_text(encoding="utf-8"))
         settings = Settings(recipe=history["recipe"], seed=history["seed"], **history["options"])
-        numbers = (settings.seed, settings.per_step, settings.epochs, settings.max_removed or 0)
-        if settings.recipe not in RECIPES or not all(type(number) is int for number in numbers):
-            raise ValueError(f"unknown recipe {settings.recipe!r} or an option that is not a number")
         torch.device(settings.device)
         history["steps"], history["kept_step"], history["fusion"]
         return dict(history)
@@ -189,6 +205,8 @@ def _latency(dense: nn.Module, pruned: nn.Module, fused: FusedModel, recipe: Rec
 
 
 def _step_dict(step: Step) -> dict[str, Any]:
+    if missing := {"test", "pruned_ms", "fused_ms"} - set(step.metrics):
+        raise ValueError(f"a step.json of the run is damaged: it lacks {', '.join(sorted(missing))}")
     return {
         "removed": list(step.removed),
         "layer_entropy": step.layer_entropy,

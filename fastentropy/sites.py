@@ -6,6 +6,7 @@ import functools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from fastentropy.activations import activation_modules, activation_name
 
-#: The attribute by which a watched forward keeps the original.
+#: The attribute by which a watched forward names the model that is watched.
 _WATCHED = "_fastentropy_watched"
 
 
@@ -42,6 +43,7 @@ def find_sites(model: nn.Module, example_inputs: tuple[Any, ...]) -> list[Site]:
     """
     watcher = SiteWatcher(model, observe=lambda site, x: None)
     training = [module for module in model.modules() if module.training]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     watcher.attach()
     try:
         model.eval()
@@ -50,6 +52,8 @@ def find_sites(model: nn.Module, example_inputs: tuple[Any, ...]) -> list[Site]:
         watcher.detach()
         for module in training:
             module.training = True
+        for buffer, before in buffers:
+            buffer.copy_(before)
     return list(watcher.sites.values())
 
 
@@ -57,54 +61,72 @@ class SiteWatcher:
     """Calls observe(site, x) with the input x of every activation call while attached, before the activation runs.
 
     The sites are discovered in the first complete forward pass. channel_axis names the neuron axis of sites where it should
-    not be inferred from the operator that made their input.
+    not be inferred from the operator that made their input. A copy of the model that is made in the meantime is not watched.
     """
 
     def __init__(
         self,
         model: nn.Module,
         observe: Callable[[Site, Tensor], None],
+        begin_pass: Callable[[], None] = lambda: None,
         end_pass: Callable[[], None] = lambda: None,
         channel_axis: Mapping[str, int] | None = None,
     ) -> None:
-        """Prepare to watch a model; end_pass is called after each complete forward pass."""
+        """Prepare to watch a model; begin_pass is called before each forward pass and end_pass after each complete one."""
         self.sites: dict[str, Site] = {}
         self._model, self._modules = model, activation_modules(model)
-        self._observe, self._end_pass = observe, end_pass
+        self._observe, self._begin_pass, self._end_pass = observe, begin_pass, end_pass
         self._channel_axis = dict(channel_axis or {})
         self._handles: list[RemovableHandle] = []
+        self._own_forward: Callable[..., Any] | None = None
         self._depth, self._calls = 0, Counter[str]()
         self._tracker: AxisTracker | None = None
         self._discovered = False
 
     def attach(self) -> None:
-        """Begin to watch. Raises RuntimeError where the model is being watched already."""
-        if hasattr(self._model.forward, _WATCHED):
+        """Begin to watch.
+
+        Raises RuntimeError where the model is being watched already, or where a part is compiled and would ignore hooks.
+        """
+        if getattr(self._model.forward, _WATCHED, None) is self._model:
             raise RuntimeError("a collector is attached to this model already; detach it first")
-        for name, module in self._modules.items():
-            hook = functools.partial(self._before_activation, name)
-            self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-        self._model.forward = self._watched(self._model.forward)
+        if compiled := [name for name, module in self._model.named_modules() if _is_compiled(module)]:
+            raise RuntimeError(
+                f"{type(self._model).__name__} is compiled ({', '.join(name or 'as a whole' for name in compiled)}) "
+                "and would run past the collector; collect on the model as it was before torch.compile"
+            )
+        try:
+            for name, module in self._modules.items():
+                self._handles.append(module.register_forward_pre_hook(self._activation_hook(name), with_kwargs=True))
+            self._model.forward = self._watched_forward()
+        except BaseException:
+            self.detach()
+            raise
 
     def detach(self) -> None:
         """Leave the model as it was before `attach`."""
         for handle in self._handles:
             handle.remove()
-        if self._handles:
-            original = getattr(self._model.forward, _WATCHED)
-            del self._model.forward
-            if self._model.forward != original:
-                self._model.forward = original
         self._handles.clear()
+        if getattr(self._model.forward, _WATCHED, None) is self._model:
+            del self._model.forward
+            if self._own_forward is not None:
+                self._model.forward = self._own_forward
 
-    def _watched(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(forward)
-        def watched_forward(*args: Any, **kwargs: Any) -> Any:
+    def _watched_forward(self) -> MethodType:
+        """The forward with a beginning and an end. As a method it is bound anew in a copy of the model, which runs alone."""
+        original = self._model.forward
+        self._own_forward = vars(self._model).get("forward")
+
+        @functools.wraps(original)
+        def watched_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if module is not self._model:
+                return type(module).forward(module, *args, **kwargs)
             with self._forward_pass():
-                return forward(*args, **kwargs)
+                return original(*args, **kwargs)
 
-        setattr(watched_forward, _WATCHED, forward)
-        return watched_forward
+        setattr(watched_forward, _WATCHED, self._model)
+        return MethodType(watched_forward, self._model)
 
     @contextlib.contextmanager
     def _forward_pass(self) -> Iterator[None]:
@@ -113,6 +135,7 @@ class SiteWatcher:
         if outermost:
             self._calls.clear()
             self._tracker = None if self._discovered else AxisTracker()
+            self._begin_pass()
         self._depth += 1
         try:
             with self._tracker if outermost and self._tracker else contextlib.nullcontext():
@@ -122,6 +145,15 @@ class SiteWatcher:
         if outermost:
             self._discovered, self._tracker = True, None
             self._end_pass()
+
+    def _activation_hook(self, name: str) -> Callable[..., None]:
+        """A hook, as a function: a copy of the model keeps it as it is, and it does nothing for the copy's modules."""
+
+        def before_activation(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if module is self._modules[name]:
+                self._before_activation(name, module, args, kwargs)
+
+        return before_activation
 
     def _before_activation(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self._depth:
@@ -134,7 +166,13 @@ class SiteWatcher:
         site_name = f"{name}:{call}" if call else name
         if site_name not in self.sites:
             self.sites[site_name] = self._discover(site_name, module, x)
-        self._observe(self.sites[site_name], x.detach())
+        site = self.sites[site_name]
+        if x.ndim <= site.channel_axis or x.shape[site.channel_axis] != site.neurons:
+            raise RuntimeError(
+                f"site {site_name!r} had {site.neurons} neurons on axis {site.channel_axis} and now has an input of shape "
+                f"{list(x.shape)}; name its neuron axis with channel_axis={{{site_name!r}: …}}"
+            )
+        self._observe(site, x.detach())
 
     def _discover(self, name: str, module: nn.Module, x: Tensor) -> Site:
         axis = self._channel_axis.get(name)
@@ -178,6 +216,11 @@ class AxisTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Run an operator and note the channel axis of its outputs."""
+        with self:
+            # In inference mode operators arrive that elsewhere are broken down to those below before they come here.
+            outputs = func.decompose(*args, **(kwargs or {}))
+        if outputs is not NotImplemented:
+            return outputs
         inputs = [value for value in pytree.tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
         known = [(x, self._axes[_place(x)]) for x in inputs if _place(x) in self._axes]
         outputs = func(*args, **(kwargs or {}))
@@ -207,6 +250,10 @@ class AxisTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if operator in self._RESHAPES:
             return _reshaped_axis(x.shape, axis, y.shape)
         return next((axis for x, axis in known if x.ndim == y.ndim), None)
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
 
 
 def _place(x: Tensor) -> tuple[Any, ...]:

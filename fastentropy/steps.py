@@ -1,9 +1,12 @@
 """The steps of a pruning run, and how they lie on disk: a folder each, `step.json` written last."""
 
 import json
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -29,19 +32,27 @@ class Step:
 
 
 class StepFolder:
-    """A folder with the subfolders 00, 01, …: the model, statistics and random state of each finished step.
+    """The options of a run, and in subfolders 00, 01, … the model, statistics and random state of each finished step.
 
     Everything is read with safetensors or as JSON; a damaged file raises ValueError and names itself.
     """
 
-    def __init__(self, path: str | PathLike[str]) -> None:
-        """Use a folder, which is made with the first step if it does not exist."""
-        self.path = Path(path)
+    def __init__(self, path: str | PathLike[str], options: Mapping[str, Any]) -> None:
+        """Use a folder, which is made with the first step if it does not exist.
+
+        Raises ValueError where it holds the steps of a run with other options: they might not be what these would give.
+        """
+        self.path, self._options = Path(path), dict(options)
+        if (self.path / "options.json").exists():
+            options = _load_json(self.path / "options.json")
+            if options != self._options:
+                raise ValueError(f"{self.path} holds a run with the options {options}, not {self._options}; name another")
 
     def save(self, index: int, step: Step, model: nn.Module, statistics: Statistics, random_state: dict[str, Tensor]) -> None:
         """Write a step. It counts as there once it is complete."""
         folder = self._folder(index)
         folder.mkdir(parents=True, exist_ok=True)
+        save_json(self._options, self.path / "options.json")
         save_tensors(model.state_dict(), folder / "model.safetensors")
         save_tensors(random_state, folder / "random_state.safetensors")
         statistics.save(folder / "statistics.safetensors")
@@ -62,21 +73,29 @@ class StepFolder:
         except RuntimeError as error:
             raise ValueError(f"{path} does not fit the model: {' '.join(str(error).split())}") from error
 
-    def load_random_state(self, index: int) -> dict[str, Tensor]:
-        """The state of torch's random generators at the end of a step, by device."""
-        return _load_tensors(self._folder(index) / "random_state.safetensors")
+    def restore_random_state(self, index: int) -> dict[str, Tensor]:
+        """Put torch's random generators into their state at the end of a step, and return it, by device."""
+        path = self._folder(index) / "random_state.safetensors"
+        states = _load_tensors(path)
+        try:
+            set_random_state(states)
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
+        return states
 
     def _load_step(self, index: int) -> Step:
         folder = self._folder(index)
         entropies = Statistics.load(folder / "statistics.safetensors").layer_entropy()
+        path = folder / "step.json"
+        values = _load_json(path)
         try:
-            values = json.loads((folder / "step.json").read_text(encoding="utf-8"))
-            removed, metrics = tuple(map(str, values["removed"])), dict(values["metrics"])
-            return Step(removed, entropies, float(values["score"]), metrics)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"{folder / 'step.json'} is damaged: {error!r}; without {folder} the run goes on before it"
-            ) from error
+            metrics = {str(name): float(value) for name, value in values["metrics"].items()}
+            step = Step(tuple(map(str, values["removed"])), entropies, float(values["score"]), metrics)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is damaged: {error!r}; without {folder} the run goes on before it") from error
+        if not math.isfinite(step.score):
+            raise ValueError(f"{path} is damaged: its score is {step.score}; without {folder} the run goes on before it")
+        return step
 
     def _folder(self, index: int) -> Path:
         return self.path / f"{index:02d}"
@@ -97,6 +116,13 @@ def set_random_state(states: dict[str, Tensor]) -> None:
             torch.set_rng_state(state)
         elif torch.device(device).index < torch.cuda.device_count():
             torch.cuda.set_rng_state(state, device)
+
+
+def _load_json(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged: {error}; without its folder the run begins before it") from error
 
 
 def _load_tensors(path: Path) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """The algebra against running the operators one after the other, in float64."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -92,6 +93,14 @@ def test_composition_equals_the_pair_wherever_no_padding_lies_between(pair):
 
 
 @given(pairs())
+def test_without_a_bias_between_the_composition_equals_the_pair_everywhere_where_borders_agree(pair):
+    first, second, x = pair
+    assume(borders_agree(first, second))
+    first = replace(first, bias=torch.zeros_like(first.bias))
+    close(plain(compose(first, second), x), plain_chain((first, second), x))
+
+
+@given(pairs())
 def test_one_merged_operator_equals_the_pair_everywhere_or_is_refused(pair):
     first, second, x = pair
     if borders_agree(first, second):
@@ -128,8 +137,10 @@ def branches(draw):
         assume(twice >= 0 and twice % 2 == 0)
         padding.append(twice // 2)
     generator = torch.Generator().manual_seed(draw(SEEDS))
-    weight = torch.randn(left.out_channels, left.in_channels, *kernel, generator=generator, dtype=torch.float64)
-    right = AffineOperator(weight, torch.zeros(left.out_channels).double(), left.stride, tuple(padding), tuple(dilation))
+    groups = draw(st.sampled_from([g for g in range(1, 5) if left.in_channels % g == left.out_channels % g == 0]))
+    shape = (left.out_channels, left.in_channels // groups, *kernel)
+    weight, bias = (torch.randn(size, generator=generator, dtype=torch.float64) for size in (shape, shape[:1]))
+    right = AffineOperator(weight, bias, left.stride, tuple(padding), tuple(dilation), groups)
     x = torch.randn(2, left.in_channels, *(draw(st.integers(1, 9)) for _ in range(axes)), generator=generator).double()
     assume(min(output_shape((left,), x.shape)) > 0)
     return (left, right, x) if draw(st.booleans()) else (right, left, x)
@@ -139,6 +150,17 @@ def branches(draw):
 def test_a_sum_equals_both_outputs_added_everywhere(drawn):
     left, right, x = drawn
     close(plain(add(left, right), x), plain(left, x) + plain(right, x))
+
+
+@given(pairs())
+def test_two_operators_are_added_exactly_where_their_outputs_have_one_size_for_every_input(pair):
+    left, right = (replace(o, weight=torch.zeros(6, 2, *o.kernel), bias=torch.zeros(6), groups=2) for o in pair[:2])
+    sizes = [output_shape((o,), (1, 4, *[n] * len(o.kernel))) for o in (left, right) for n in range(60)]
+    if sizes[:60] == sizes[60:]:
+        assert add(left, right).out_channels == 6
+    else:
+        with pytest.raises(ValueError, match="different sizes"):
+            add(left, right)
 
 
 def convolution(out_channels, in_channels, kernel, padding=0, groups=1, stride=1, seed=0):
@@ -154,13 +176,44 @@ def channelwise(channels, seed=0):
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 4), (2, 2), (3, 5), (8, 8)])
 def test_an_inverted_residual_block_merges_into_one_operator_that_is_exact_at_the_border(size):
-    inner = (convolution(12, 4, 1), channelwise(12, 1), convolution(12, 12, 3, 1, groups=12, seed=2), convolution(4, 12, 1, seed=3))
+    inner = (
+        convolution(12, 4, 1),
+        channelwise(12, 1),
+        convolution(12, 12, 3, 1, groups=12, seed=2),
+        convolution(4, 12, 1, seed=3),
+    )
     block = (Sum((inner, ())),)
     merged = merge(block, size)
     assert (merged.kernel, merged.padding, merged.groups) == ((3, 3), (1, 1), 1)
     x = torch.randn(3, 4, *size, dtype=torch.float64)
     close(plain(merged, x), plain_chain(block, x))
     assert merged.bias.shape == (4, *size) or size == (1, 1)
+
+
+@given(st.data())
+def test_an_expanded_convolution_of_any_geometry_merges_exactly_at_every_size(data):
+    """1×1, any grouped convolution, 1×1, all with biases, and the value itself added where the sizes allow it."""
+    axes = data.draw(st.integers(1, 3))
+    channels = data.draw(st.sampled_from([1, 2, 3]))
+    expand = data.draw(convolutions(axes, channels, pointwise=True))
+    middle = data.draw(convolutions(axes, expand.out_channels))
+    project = data.draw(convolutions(axes, middle.out_channels, pointwise=True))
+    chain = (expand, middle, project)
+    x = torch.randn(2, channels, *(data.draw(st.integers(1, 6)) for _ in range(axes)), dtype=torch.float64)
+    assume(min(output_shape(chain, x.shape)) > 0)
+    close(plain(merge(chain, x.shape[2:]), x), plain_chain(chain, x))
+    closed = AffineOperator(
+        torch.randn(channels, project.out_channels, *[1] * axes).double(),
+        torch.randn(channels).double(),
+        *((1,) * axes, (0,) * axes, (1,) * axes),
+    )
+    block = (Sum(((*chain, closed), ())),)
+    margins = [(k - 1) * d - 2 * p for k, d, p in zip(middle.kernel, middle.dilation, middle.padding, strict=True)]
+    if any(margins) or any(s > 1 for operator in chain for s in operator.stride):
+        with pytest.raises(ValueError, match="different sizes"):
+            merge(block, x.shape[2:])
+    else:
+        close(plain(merge(block, x.shape[2:]), x), plain_chain(block, x))
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -202,6 +255,15 @@ def test_multiplications_are_those_counted_by_hand():
     assert multiplications(chain, (2, 4, 5, 7)) == 2 * 5 * 7 * (4 * 12 + 9 * 12 + 12 * 4)
     dense = AffineOperator(torch.zeros(3, 8), torch.zeros(3))
     assert multiplications((dense,), (2, 6, 8)) == 2 * 6 * 3 * 8
+    strided = (Sum(((convolution(4, 4, 3, 1, stride=2),), (convolution(4, 4, 1, stride=2),))), convolution(8, 4, 2))
+    assert multiplications(strided, (1, 4, 6, 6)) == 9 * (4 * 4 * 9 + 4 * 4) + 4 * 8 * 4 * 4
+
+
+def test_the_output_shape_of_a_chain_is_that_of_its_output():
+    chain = (convolution(6, 4, 3, stride=2), Sum(((), (convolution(6, 6, 3, 1),))), convolution(2, 6, 2, 1))
+    x = torch.randn(3, 4, 9, 8, dtype=torch.float64)
+    assert output_shape(chain, x.shape) == plain_chain(chain, x).shape
+    assert output_shape((AffineOperator(torch.zeros(3, 8), torch.zeros(3)),), (2, 6, 8)) == (2, 6, 3)
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Reads
 from torch import nn
 
-from fastentropy.fusion.affine import Sum, run
+from conftest import Reads
+from fastentropy.fusion.affine import AffineOperator, Sum, operators, run
 from fastentropy.fusion.chains import find_chains
 
 
@@ -79,6 +79,83 @@ def test_a_value_that_is_overwritten_while_others_read_it_starts_no_chain():
     assert all("a" not in each for each in names(two(forward), X))
 
 
+def test_a_residual_block_behind_a_linear_stretch_continues_it():
+    (chain,) = find_chains(traced(two(lambda m, x: m.relu(m.b(y := m.a(x)) + y)), X))
+    first, block = chain.elements
+    assert (chain.source.op, chain.end.target) == ("placeholder", torch.ops.aten.add.Tensor)
+    assert isinstance(first, AffineOperator)
+    assert [len(branch) for branch in block.branches] == [1, 0]
+
+
+def test_a_residual_block_does_not_continue_a_value_that_others_read_too():
+    chains = find_chains(traced(two(lambda m, x: (m.b(y := m.a(x)) + y, y)), X))
+    assert [chain.names for chain in chains] == [("a",), ("b",)]
+    assert isinstance(chains[1].elements[0], Sum)
+
+
+def test_blocks_nest():
+    def forward(m, x):
+        y = m.a(x) + x
+        return m.b(y) + m.a(y) + x
+
+    (chain,) = find_chains(traced(two(forward), X))
+    assert chain.names == ("a", "b", "a")
+    ((outer,),) = (chain.elements,)
+    assert [[type(element) for element in branch] for branch in outer.branches] == [[Sum, Sum], []]
+
+
+def test_a_downsampling_branch_is_part_of_its_block():
+    block = two(lambda m, x: m.b(m.long(x)) + m.short(x), long=conv(stride=2), short=nn.Conv2d(4, 4, 1, stride=2))
+    (chain,) = find_chains(traced(block, X))
+    assert chain.names == ("long", "b", "short")
+    assert [operator.stride for operator in operators(chain.elements)] == [(2, 2), (1, 1), (2, 2)]
+
+
+def test_a_value_that_is_overwritten_through_a_view_closes_no_block():
+    def forward(m, x):
+        y = m.relu(x)
+        z = m.b(m.a(y))
+        y[:, 0] = 0
+        return z + y
+
+    # Nor does it start the chain of `a`, which would read it later than `a` does.
+    assert names(two(forward), X) == [("b",)]
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda m, x: m.b(m.norm(m.a(x))),
+        lambda m, x: m.relu(m.norm(m.a(m.relu(x))) + x),
+        lambda m, x: m.b(y := m.norm(m.a(x))) + y,
+        lambda m, x: m.b(m.norm(m.a(x)) + x) + m.a(x),
+        lambda m, x: m.b(y := m.relu(x)).add_(m.norm(m.a(y))),
+        lambda m, x: m.a((y := m.b(x)) + y),
+        lambda m, x: F.conv2d(m.a(x), m.b.weight, stride=(1, 2), padding=(2, 0), dilation=2, groups=1),
+    ],
+)
+def test_a_chain_computes_what_its_nodes_compute(forward):
+    model = two(forward, norm=nn.BatchNorm2d(4)).eval()
+    model.norm.running_mean.normal_()
+    model.norm.running_var.uniform_(0.5, 2)
+    module, values = traced(model, X), {}
+
+    class Record(torch.fx.Interpreter):
+        def run_node(self, n):
+            values[n] = super().run_node(n)
+            values[n] = values[n].clone() if isinstance(values[n], torch.Tensor) else values[n]
+            return values[n]
+
+    with torch.no_grad():
+        Record(module).run(X)
+    chains = find_chains(module)
+    assert chains
+    for chain in chains:
+        assert {operator.weight.dtype for operator in operators(chain.elements)} == {torch.float64}
+        actual = run(chain.elements, values[chain.source].double()).float()
+        torch.testing.assert_close(actual, values[chain.end], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("model", "x", "expected"),
     [
@@ -90,6 +167,9 @@ def test_a_value_that_is_overwritten_while_others_read_it_starts_no_chain():
         (nn.Sequential(nn.BatchNorm2d(4), nn.ReLU()), X, []),
         (nn.Sequential(conv(), nn.BatchNorm2d(4, track_running_stats=False), conv()), X, [("0",), ("2",)]),
         (nn.Sequential(conv(), nn.MaxPool2d(2), conv()), X, [("0",), ("2",)]),
+        (nn.Sequential(conv(), nn.ConvTranspose2d(4, 4, 2), conv()), X, [("0",), ("2",)]),
+        (nn.Sequential(conv(), nn.Sequential(nn.BatchNorm2d(4), conv(), nn.Dropout2d())), X, [("0", "1.1")]),
+        (nn.Sequential(conv(groups=2), nn.BatchNorm2d(4, affine=False), conv(bias=False)), X, [("0", "2")]),
         (nn.Sequential(conv(padding_mode="circular"), nn.Conv2d(4, 4, 1)), X, [("0", "1")]),
     ],
 )

@@ -55,7 +55,7 @@ def test_the_run_folder_holds_what_it_promises(finished):
         assert step["latency_ms"]["fused"] > 0
     assert set(history["latency_ms"]) == {"dense", "dense_fused", "pruned", "fused"}
     assert (folder / "report.html").stat().st_size > 10_000
-    assert not list(folder.rglob("*.tmp"))
+    assert not list(folder.rglob(".tmp-*"))
 
 
 def test_the_fused_network_equals_the_pruned_one(finished):
@@ -129,7 +129,9 @@ def test_an_interrupted_run_goes_on_to_the_same_result(finished, tmp_path, monke
         (["prune", "--per-step", "0"], "--per-step"),
         (["prune", "--epochs", "many"], "--epochs"),
         (["prune", "--seed", "-4"], "--seed"),
+        (["prune", "--seed", "99999999999999999999"], "--seed"),
         (["prune", "--device", "toaster"], "--device toaster cannot be used here"),
+        (["prune", "--device", "meta"], "--device meta cannot be used here: expected cpu, cuda"),
         (["prune", "--resume", "no/such/run"], r"no/such/run/history\.json is missing"),
         (["prune", "--frobnicate"], "(?i)no such option"),
     ],
@@ -167,6 +169,20 @@ def test_resume_keeps_the_options_of_the_run(copied):
 def test_a_damaged_history_is_one_line(copied, content):
     (copied / "history.json").write_bytes(content)
     assert_one_line(invoke("prune", "--resume", copied), r"history\.json is missing, damaged or not the history of a run")
+
+
+@pytest.mark.parametrize(("option", "value"), [("max_drop", "abc"), ("epochs", 1.5), ("seed", -1), ("device", "meta")])
+def test_an_impossible_option_in_a_history_is_one_line(copied, option, value):
+    history = json.loads((copied / "history.json").read_text())
+    (history if option == "seed" else history["options"])[option] = value
+    (copied / "history.json").write_text(json.dumps(history))
+    assert_one_line(invoke("prune", "--resume", copied), option)
+
+
+def test_a_step_without_its_figures_is_one_line(copied):
+    path = copied / "steps" / "01" / "step.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "metrics": {}}))
+    assert_one_line(invoke("prune", "--resume", copied), "lacks fused_ms, pruned_ms, test")
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,4 @@
+import copy
 import threading
 
 import pytest
@@ -97,6 +98,66 @@ def test_a_second_collector_on_one_model_is_refused(network, images):
             pass
         network(images)
     assert collector.compute()["gelu"].counts.sum() == 4 * 8
+
+
+@pytest.mark.parametrize("own_forward", [False, True])
+def test_a_forward_of_the_instance_is_put_back(network, images, own_forward):
+    if own_forward:
+        network.forward = lambda x: type(network).forward(network, x) * 2
+    before = dict(vars(network))
+    with collect(network.eval()) as collector:
+        network(images)
+    assert {name: value for name, value in vars(network).items() if name != "training"} == {
+        name: value for name, value in before.items() if name != "training"
+    }
+    assert collector.compute()["gelu"].counts.sum() == 4 * 8
+
+
+def test_a_forward_that_the_user_sets_meanwhile_stays(network, images):
+    with collect(network):
+        network.forward = replacement = lambda x: x
+    assert network.forward is replacement
+
+
+def test_a_copy_made_meanwhile_is_a_network_of_its_own(network, images):
+    network.eval()
+    with collect(network) as collector:
+        network(images)
+        duplicate = copy.deepcopy(network)
+        nn.init.constant_(duplicate.fc2.weight, 3.0)
+        inside = duplicate(images)
+    assert not torch.equal(inside, network(images))
+    assert torch.equal(duplicate(images), inside)
+    assert collector.compute()["gelu"].counts.sum() == 4 * 8
+    with collect(duplicate) as second:
+        duplicate(images)
+    assert second.compute()["gelu"].counts.sum() == 4 * 8
+
+
+def test_a_compiled_model_is_refused_not_miscounted():
+    part = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+    for model in (torch.compile(part), nn.Sequential(nn.ReLU(), torch.compile(part))):
+        with pytest.raises(RuntimeError, match=r"is compiled .* before torch\.compile"):
+            collect(model).attach()
+    assert not any(module._forward_pre_hooks for module in part.modules())
+
+
+def test_an_input_of_another_shape_names_the_site():
+    model = nn.Sequential(nn.ReLU())
+    with collect(model):
+        model(torch.zeros(2, 3))
+        with pytest.raises(RuntimeError, match="site '0' had 3 neurons on axis 1"):
+            model(torch.zeros(2, 4))
+
+
+def test_a_pass_that_failed_is_in_no_batch_average():
+    model = nn.Sequential(nn.ReLU(), nn.Linear(2, 2))
+    with collect(model, average="batch") as collector:
+        model(torch.tensor([[1.0, 1.0], [-1.0, 1.0]]))
+        with pytest.raises(RuntimeError):
+            model(torch.zeros(1, 2, 3))
+        model(torch.tensor([[1.0, 1.0], [-1.0, 1.0]]))
+    assert collector.compute()["0"].entropy(average="batch").tolist() == [1, 0]
 
 
 def test_calls_of_a_module_are_counted_apart():

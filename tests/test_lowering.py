@@ -24,6 +24,10 @@ CHAINS = {
     "batch norm of features": ((operator(4, 1, groups=4),), (2, 4)),
     "layers": (LAYERS, (2, 3, 4)),
     "residual": ((Sum((BLOCK, ())), operator(3, 4, 3, 3)), (2, 4, 5, 6)),
+    "nested residuals": ((Sum(((operator(4, 4, 1, 1), Sum((BLOCK, ()))), (), BLOCK)),), (2, 4, 5, 6)),
+    "merged nested residuals": ((merge((Sum((BLOCK, (Sum((BLOCK, ())),))),), (1, 3)),), (2, 4, 1, 3)),
+    "bias map in a branch": ((Sum(((), (merge(BLOCK, (5, 6)),))),), (2, 4, 5, 6)),
+    "grouped layers": ((operator(6, 2, groups=2), operator(3, 2, groups=3)), (5, 4)),
     "merged residual layers": ((merge((Sum((LAYERS, ())),), ()),), (2, 3, 4)),
     "identity of features": ((identity(4, LAYERS[0]),), (2, 4)),
 }

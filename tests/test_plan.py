@@ -1,12 +1,16 @@
 """The choice follows the measured times, among forms that are equal."""
 
+import contextlib
 import itertools
+import random
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fastentropy.fusion import plan
-from fastentropy.fusion.affine import AffineOperator, merge, operators, run
+from fastentropy.fusion.affine import AffineOperator, Sum, merge, operators, run
 from fastentropy.fusion.chains import FoundChain
 
 X = torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(0))
@@ -68,11 +72,67 @@ def test_the_split_is_the_cheapest_of_all_divisions(priced):
     assert "inner zero padding" in report.note
 
 
+def divisions(chain):
+    """Every way to merge stretches of a chain, within the branches of its sums too."""
+    if not chain:
+        yield ()
+    for stop in range(1, len(chain) + 1):
+        heads = [chain[:1]] if stop == 1 else []
+        if stop == 1 and isinstance(chain[0], Sum):
+            heads = [(Sum(branches),) for branches in itertools.product(*map(list, map(divisions, chain[0].branches)))]
+        with contextlib.suppress(ValueError):
+            heads.append((merge(chain[:stop], (6, 6)),))
+        yield from ((*head, *tail) for head in heads for tail in divisions(chain[stop:]))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_split_reaches_into_sums_that_are_not_merged(priced, seed):
+    torch.manual_seed(seed)
+    long = (operator(6, 4, 1), operator(6, 6, 3, 1), operator(8, 6, 1), operator(4, 8, 3, 1))
+    chain = (operator(4, 4, 1), Sum((long, ())), operator(5, 4, 1), operator(4, 5, 1))
+    prices = {
+        shape: random.Random(f"{seed}{shape}").uniform(1, 2) for shape in itertools.product(range(1, 9), range(1, 9), (1, 3, 5))
+    }
+
+    def price(form):
+        return sum(prices[o.out_channels, o.in_channels, o.kernel[0]] for o in operators(form))
+
+    priced(price)
+    form, report = plan.plan_chain(found(*chain), X, 1e-5)
+    assert report.choice == "split"
+    assert price(form) == pytest.approx(min(map(price, divisions(chain))))
+    torch.testing.assert_close(run(form, X.double()), run(chain, X.double()), rtol=1e-9, atol=1e-9)
+
+
 def test_whatever_is_chosen_equals_the_chain(priced):
     for chain in (BLOCK, (*BLOCK, operator(4, 4, 3, 1)), (operator(4, 4, 3, 1), operator(6, 4, 1), operator(4, 6, 3, 1))):
         form, report = plan.plan_chain(found(*chain), X, 1e-5)
         torch.testing.assert_close(run(form, X.double()), run(chain, X.double()), rtol=1e-9, atol=1e-9)
         assert report.candidates[report.choice].relative_error <= 1e-5
+
+
+def test_candidates_are_counted_by_operators_and_multiplications(priced):
+    _, report = plan.plan_chain(found(Sum((BLOCK, ())), operator(4, 4, 1, groups=4)), X, 1e-5)
+    counts = {name: (c.operators, c.multiplications) for name, c in report.candidates.items()}
+    kept = 48 + 9 * 12 + 48 + 4
+    assert counts == {"keep": (4, 2 * 36 * kept), "merge": (1, 2 * 36 * 9 * 16)}
+
+
+@given(st.permutations(("keep", "merge", "split")))
+def test_the_choice_is_the_fastest_measured_form(order):
+    chain = (*BLOCK, operator(4, 4, 3, 1), operator(4, 4, 1))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "merge", lambda chain, size: merged_by_force(chain))
+        patch.setattr(plan, "_fastest_split", lambda kept, x: (merge(kept[:3], (6, 6)), *kept[3:]))
+        patch.setattr(plan, "_time_forms", lambda forms, inputs: {name: 1.0 + order.index(name) for name in forms})
+        form, report = plan.plan_chain(found(*chain), X, tolerance=float("inf"))
+    assert report.choice == order[0]
+    assert len(form) == {"keep": 5, "merge": 1, "split": 3}[order[0]]
+
+
+def merged_by_force(chain):
+    """One operator of the right sizes, whether exact or not."""
+    return operator(chain[-1].out_channels, chain[0].in_channels, 3, 1)
 
 
 def test_a_form_above_the_tolerance_is_not_chosen_and_named(priced, monkeypatch):

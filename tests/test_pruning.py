@@ -210,8 +210,14 @@ def test_checkpoints_of_another_model_are_refused(tmp_path, network):
     other = Saturated()
     before = snapshot(other)
     with pytest.raises(ValueError, match="run of another model"):
-        run(other, checkpoint_dir=tmp_path)
+        run(other, max_removed=1, checkpoint_dir=tmp_path)
     assert_unchanged(other, before)
+
+
+def test_checkpoints_of_a_run_with_other_options_are_refused(tmp_path, network):
+    run(network, max_removed=1, checkpoint_dir=tmp_path)
+    with pytest.raises(ValueError, match=r"'max_removed': 1.*'max_removed': 2"):
+        run(network, max_removed=2, checkpoint_dir=tmp_path)
 
 
 @pytest.mark.parametrize("score", [math.nan, math.inf, torch.tensor(math.nan)])

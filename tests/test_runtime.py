@@ -1,15 +1,17 @@
 """A fused model is the model, faster, and the model itself is never touched."""
 
 import json
+import zipfile
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Reads, assert_unchanged, snapshot
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from conftest import Reads, assert_unchanged, snapshot
 from fastentropy import FusionReport, fuse, linearize, load
 from fastentropy.fusion import plan, runtime
 from fastentropy.fusion.affine import operators
@@ -142,7 +144,7 @@ def test_a_model_that_writes_over_its_input_leaves_the_examples_alone():
     before = x.clone()
     fused = fuse(model, (x,))
     assert torch.equal(x, before)
-    assert_equal(fused, lambda y: model(y.clone()), before.clone())
+    assert_equal(lambda y: fused(y.clone()), lambda y: model(y.clone()), before)
 
 
 @pytest.mark.parametrize(
@@ -163,6 +165,64 @@ def test_graphs_of_every_shape(forward):
     leaves = [torch.utils._pytree.tree_leaves(each(x)) for each in (fused, model)]
     for actual, expected in zip(*leaves, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("model", "shape"),
+    [
+        (nn.Sequential(nn.Linear(16, 32), nn.Linear(32, 4)), (16,)),
+        (nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 5, 3)), (3, 6, 6)),
+        (nn.Sequential(nn.Conv2d(1, 4, 1), nn.Conv2d(4, 5, 3)), (1, 6, 6)),
+        (nn.Sequential(nn.Unflatten(0, (1, -1)), nn.Flatten(), nn.Linear(16, 3), nn.Linear(3, 2)), (1, 4, 4)),
+    ],
+)
+def test_inputs_without_a_batch(model, shape):
+    x = torch.randn(shape)
+    assert_equal(fuse(model.eval(), (x,)), model, x)
+
+
+def test_a_batch_size_that_the_model_refuses_is_not_asked_of_it():
+    model = Reads(lambda m, x: m.b(m.a(x.view(-1, 4, 3).mean(1))), a=nn.Linear(3, 4), b=nn.Linear(4, 2))
+    fused = fuse(model.eval(), (torch.randn(8, 3),))
+    assert_equal(fused, model, torch.randn(8, 3))
+
+
+def test_a_size_that_it_was_not_fused_for_is_refused():
+    model = Reads(lambda m, x: m.b(m.a(x)) * (2 if x.shape[-1] > 16 else 1), a=nn.Conv2d(2, 2, 1), b=nn.Conv2d(2, 2, 1))
+    fused = fuse(model.eval(), (torch.randn(2, 2, 32, 32),))
+    with pytest.raises(ValueError, match=r"has shape \[2, 2, 8, 8\], but this model was fused for \['batch', 2, 32, 32\]"):
+        fused(torch.randn(2, 2, 8, 8))
+
+
+def test_a_model_that_updates_its_buffers_is_refused_and_left_alone():
+    def forward(m, x):
+        m.calls += 1
+        return m.b(m.a(x))
+
+    model = Reads(forward, a=nn.Linear(2, 2), b=nn.Linear(2, 2)).eval()
+    model.register_buffer("calls", torch.zeros(()))
+    with pytest.raises(ValueError, match="the model updates calls as it runs"):
+        fuse(model, (torch.zeros(3, 2),))
+    assert model.calls == 0
+
+
+def test_a_value_written_through_a_view_is_read_in_time():
+    def forward(m, x):
+        y = m.relu(m.a(x))
+        z = m.b(y)
+        y[:, :2].add_(1)
+        return m.c(z) + y.sigmoid()
+
+    model = Reads(forward, a=nn.Conv2d(4, 4, 1), b=nn.Conv2d(4, 4, 1), c=nn.Conv2d(4, 4, 1), relu=nn.ReLU())
+    x = torch.randn(2, 4, 5, 5)
+    fused = fuse(model.eval(), (x,))
+    assert fused.report.choice == "fused"
+    assert_equal(fused, model, x)
+
+
+def test_adding_a_size_is_not_adding_a_branch():
+    model = Reads(lambda m, x: m.b(m.a(x) + x.shape[0]), a=nn.Linear(3, 4), b=nn.Linear(4, 2))
+    assert_equal(fuse(model.eval(), (torch.randn(8, 3),)), model, torch.randn(5, 3))
 
 
 def test_several_and_nested_inputs():
@@ -192,8 +252,44 @@ def test_saving_and_loading_give_the_same_model_and_report(network, images, tmp_
 
 def test_an_archive_with_pickled_inputs_is_refused(network, images, tmp_path):
     torch.export.save(torch.export.export(network.eval(), (images,)), tmp_path / "plain.pt2")
-    with pytest.raises(ValueError, match="holds pickled inputs"):
+    with pytest.raises(ValueError, match="may hold a pickle"):
         load(tmp_path / "plain.pt2")
+
+
+class Mark:
+    """Leaves a file behind when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+@pytest.mark.parametrize(
+    "entry", ["model/data/weights/model.pt", "model/data/constants/model.pt", "model/data/weights/weight_0.pt"]
+)
+def test_a_pickle_slipped_into_an_archive_is_never_read(network, images, tmp_path, entry):
+    path = tmp_path / "model.pt2"
+    fuse(network.eval(), (images,)).save(path)
+    torch.save(Mark(tmp_path / "executed"), tmp_path / "pickle")
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.write(tmp_path / "pickle", entry)
+    with pytest.raises(ValueError, match="may hold a pickle"):
+        load(path)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_an_archive_in_an_older_layout_is_never_read(tmp_path):
+    torch.save(Mark(tmp_path / "executed"), tmp_path / "pickle")
+    with zipfile.ZipFile(tmp_path / "old.pt2", "w") as archive:
+        archive.writestr("version", "8.15")
+        archive.writestr("serialized_exported_program.json", "{}")
+        for name in ("state_dict", "constants", "example_inputs"):
+            archive.write(tmp_path / "pickle", f"serialized_{name}.pt")
+    with pytest.raises(ValueError, match="may hold a pickle"):
+        load(tmp_path / "old.pt2")
+    assert not (tmp_path / "executed").exists()
 
 
 @pytest.mark.parametrize("damage", [lambda b: b"text", lambda b: b"", lambda b: b[:-100], lambda b: b[: len(b) // 2]])
@@ -231,21 +327,48 @@ def test_bad_input_is_refused_in_one_line_and_the_model_left_alone(network, chan
 
 def test_a_model_that_cannot_be_traced_is_refused_in_one_line():
     model = Reads(lambda m, x: m.a(x) if x.sum() > 0 else x, a=nn.Linear(3, 3)).eval()
-    with pytest.raises(ValueError, match="torch.export cannot trace Reads") as raised:
+    with pytest.raises(ValueError, match=r"torch\.export cannot trace Reads") as raised:
         fuse(model, (torch.ones(2, 3),))
     assert "\n" not in str(raised.value)
 
 
-def test_a_wrong_result_is_never_returned(network, images, monkeypatch):
+def doubled(chain):
+    """A chain with another function."""
+    return tuple(replace(element, weight=2 * element.weight) if hasattr(element, "weight") else element for element in chain)
+
+
+@pytest.mark.parametrize(("wrong", "kept"), [(["plan_chain"], "folded"), (["plan_chain", "fold"], "original")])
+def test_a_form_with_another_result_is_not_kept(network, images, monkeypatch, wrong, kept):
     linearize(network.eval(), ["gelu"])
-    monkeypatch.setattr(runtime, "plan_chain", lambda chain, x, tolerance: (tuple(chain.elements[:0]) or _wrong(chain), None))
-    with pytest.raises(RuntimeError, match="differs from the original by"):
-        fuse(network, (images,))
+    originals = {name: getattr(runtime, name) for name in wrong}
+    patches = {
+        "plan_chain": lambda chain, x, tolerance: (doubled(chain.elements), originals["plan_chain"](chain, x, tolerance)[1]),
+        "fold": lambda chain: doubled(originals["fold"](chain)),
+    }
+    for name in wrong:
+        monkeypatch.setattr(runtime, name, patches[name])
+    fused = fuse(network, (images,))
+    assert fused.report.choice == kept
+    assert_equal(fused, network, images)
 
 
-def _wrong(chain):
-    first, *others = chain.elements
-    return (type(first)(first.weight * 2, *list(vars(first).values())[1:]), *others)
+@pytest.mark.parametrize("error", [1.0, float("inf"), float("nan")])
+def test_nothing_is_returned_that_is_not_proven_equal(network, images, monkeypatch, error):
+    monkeypatch.setattr(runtime, "relative_error", lambda actual, expected: error)
+    with pytest.raises(RuntimeError, match="differs from the model by"):
+        fuse(network.eval(), (images,))
+
+
+def test_a_fold_that_overflows_is_not_kept():
+    model = nn.Sequential(nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2, eps=1e-12)).half().eval()
+    model[1].running_var.fill_(1e-6)
+    with torch.no_grad():
+        model[0].weight.mul_(2000)
+        model[1].weight.fill_(1e-3)
+        model[1].weight.mul_(100)
+    x = torch.randn(2, 2, 4, 4).half() * 1e-3
+    fused = fuse(model, (x,))
+    assert torch.isfinite(fused(x)).all()
 
 
 def test_a_model_without_chains_is_itself(images):

@@ -109,21 +109,21 @@ def compose(first: AffineOperator, second: AffineOperator) -> AffineOperator:
     if first.out_channels != second.in_channels or len(first.kernel) != len(second.kernel):
         raise ValueError(f"{_describe(second)} cannot follow {_describe(first)}")
     groups = math.gcd(first.groups, second.groups)
-    inner, outer = _blocks(first, groups), _blocks(second, groups)
     spacing = [s * d for s, d in zip(first.stride, second.dilation, strict=True)]
     dilation = tuple(_common_step(*taps) for taps in zip(first.kernel, first.dilation, second.kernel, spacing, strict=True))
     extent = [
         ((k1 - 1) * d1 + (k2 - 1) * d2) // step + 1
         for k1, d1, k2, d2, step in zip(first.kernel, first.dilation, second.kernel, spacing, dilation, strict=True)
     ]
-    weight = inner.new_zeros((groups, outer.shape[1], inner.shape[2], *extent))
+    weight = first.weight.new_zeros((second.out_channels, first.in_channels // groups, *extent))
     for tap in itertools.product(*map(range, second.kernel)):
         at_tap: Any = (..., *tap)
         offset = [t * d // step for t, d, step in zip(tap, spacing, dilation, strict=True)]
-        weight[_window(first, offset, dilation)] += torch.einsum("gom,gmi...->goi...", outer[at_tap], inner)
-    through = torch.einsum("gomk,gm->go", outer.reshape(*outer.shape[:3], -1), first.bias.reshape(groups, -1))
+        weight[_window(first, offset, dilation)] += _multiply(first, second.weight[at_tap], second.groups)
+    summed = second.weight.reshape(second.groups, second.out_channels // second.groups, second.weight.shape[1], -1).sum(-1)
+    through = torch.einsum("gom,gm->go", summed, first.bias.reshape(second.groups, -1))
     return AffineOperator(
-        weight.flatten(0, 1),
+        weight,
         second.bias + through.flatten(),
         tuple(s1 * s2 for s1, s2 in zip(first.stride, second.stride, strict=True)),
         tuple(p1 + p2 * s1 for p1, p2, s1 in zip(first.padding, second.padding, first.stride, strict=True)),
@@ -263,6 +263,23 @@ def _add_all(element: Sum) -> AffineOperator:
     for other in others:
         total = add(total, other)
     return total
+
+
+def _multiply(first: AffineOperator, matrix: Tensor, matrix_groups: int) -> Tensor:
+    """The weight of `first` behind a grouped matrix [out, middle / matrix_groups]: [out, in / gcd of the groups, *kernel].
+
+    What is zero because of the groups is neither stored nor multiplied, so that depthwise convolutions stay small.
+    """
+    groups = math.gcd(first.groups, matrix_groups)
+    if first.groups == groups:
+        inner = first.weight.reshape(matrix_groups, -1, *first.weight.shape[1:])
+        outer = matrix.reshape(matrix_groups, -1, matrix.shape[1])
+        return torch.einsum("gom,gmi...->goi...", outer, inner).flatten(0, 1)
+    parts = first.groups // groups
+    outer = _blocks(AffineOperator(matrix, matrix[:, 0], groups=matrix_groups), groups)
+    outer = outer.reshape(groups, outer.shape[1], parts, -1)
+    inner = first.weight.reshape(groups, parts, -1, *first.weight.shape[1:])
+    return torch.einsum("gopm,gpmi...->gopi...", outer, inner).flatten(2, 3).flatten(0, 1)
 
 
 def _blocks(operator: AffineOperator, groups: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from operator import getitem
 from typing import Any
 
 import torch
@@ -53,6 +54,12 @@ def find_chains(module: GraphModule) -> list[FoundChain]:
             segments[node] = segment
     inner = {member for end, segment in segments.items() for member in segment.members if member is not end}
     return [_found(end, segment, module) for end, segment in segments.items() if end not in inner and _names(segment.steps)]
+
+
+def overwritten_constants(module: GraphModule) -> list[str]:
+    """The names of the buffers that a graph writes over."""
+    constants = module.graph.find_nodes(op="get_attr")
+    return [str(node.target) for node in constants if any(_writes(user, node) for user in node.users)]
 
 
 def _found(end: Node, segment: _Segment, module: GraphModule) -> FoundChain:
@@ -118,22 +125,31 @@ def _is_constant(argument: Any) -> bool:
 
 def _is_overwritten(node: Node) -> bool:
     """Whether an in-place operator writes over a value that others read: when they read it would then matter."""
-    return len(node.users) > 1 and any(
-        isinstance(user.target, torch._ops.OpOverload) and user.target._schema.is_mutable and user.args[0] is node
-        for user in node.users
-    )
+    return len(node.users) > 1 and any(_writes(user, node) for user in node.users)
+
+
+def _writes(user: Node, node: Node) -> bool:
+    """Whether a reader of a node writes over it, itself or through a view."""
+    if isinstance(user.target, torch._ops.OpOverload):
+        schema = user.target._schema
+        if schema.is_mutable:
+            return user.args[0] is node
+        is_view = any(returned.alias_info for returned in schema.returns)
+    else:
+        is_view = user.target is getitem  # one of the views that split or chunk gives
+    return is_view and any(_writes(other, user) for other in user.users)
 
 
 def _axes(node: Node) -> int | None:
     """How many spatial axes an operator has; None where it acts on values of any shape."""
     if node.target == _aten.batch_norm.default:
-        return len(_shape(node)) - 2
+        return len(_shape(node) or ()) - 2
     return 0 if node.target == _aten.linear.default else _CONVOLUTIONS.get(node.target)
 
 
-def _shape(node: Node) -> torch.Size:
-    shape: torch.Size = node.meta["val"].shape
-    return shape
+def _shape(node: Node) -> torch.Size | None:
+    """The shape of a tensor; None for a number."""
+    return getattr(node.meta.get("val"), "shape", None)
 
 
 def _operators(steps: _Steps) -> list[Node]:

@@ -37,11 +37,17 @@ def plan_chain(found: FoundChain, x: Tensor, tolerance: float) -> tuple[Chain, C
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """The largest difference at any position, over the largest expected value."""
+    """The largest difference at any position, over the largest finite expected value.
+
+    Infinite where only one of the two is NaN or infinite.
+    """
     if not expected.numel():
         return 0.0
-    scale = expected.abs().max().clamp_min(torch.finfo(expected.dtype).tiny)
-    return float((actual.to(expected) - expected).abs().max() / scale)
+    actual = actual.to(expected)
+    same = (actual == expected) | (actual.isnan() & expected.isnan())
+    difference = (actual - expected).abs().nan_to_num(torch.inf, torch.inf).masked_fill(same, 0)
+    scale = expected.abs().nan_to_num(0, 0, 0).max().clamp_min(torch.finfo(expected.dtype).tiny)
+    return float(difference.max() / scale)
 
 
 def _forms(kept: Chain, x: Tensor) -> tuple[dict[str, Chain], str]:
@@ -103,7 +109,8 @@ def _time_forms(forms: Mapping[Key, Chain], inputs: Mapping[Key, Tensor]) -> dic
 
 def _measure(forms: Mapping[str, Chain], chain: Chain, x: Tensor) -> dict[str, Candidate]:
     times = _time_forms(forms, dict.fromkeys(forms, x))
-    few = x[:2]
+    batched = x.ndim > len(operators(chain)[0].kernel) + 1
+    few = x[:2] if batched else x
     expected = run(chain, few.double())
     return {
         name: Candidate(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import textwrap
 from typing import Any
 
 
@@ -38,7 +39,8 @@ class ChainReport:
             for name, candidate in self.candidates.items()
         ]
         title = self.names[0] if len(self.names) == 1 else f"{self.names[0]} … {self.names[-1]}"
-        return "\n".join([title, *lines, *([f"    {self.note}"] if self.note else [])])
+        note = textwrap.wrap(self.note, 100, initial_indent="    ", subsequent_indent="    ")
+        return "\n".join([title, *lines, *note])
 
 
 @dataclasses.dataclass(frozen=True)
