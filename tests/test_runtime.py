@@ -220,6 +220,21 @@ def test_a_value_written_through_a_view_is_read_in_time():
     assert_equal(fused, model, x)
 
 
+def test_a_value_written_through_one_half_of_it_is_read_in_time():
+    def forward(m, x):
+        y = m.relu(x)
+        z = m.a(y)
+        left, _ = y.chunk(2, dim=1)
+        left.add_(1)
+        return m.b(z) + y
+
+    model = Reads(forward, a=nn.Conv2d(4, 4, 1), b=nn.Conv2d(4, 4, 1), relu=nn.ReLU()).eval()
+    x = torch.randn(2, 4, 5, 5)
+    fused = fuse(model, (x,))
+    assert fused.report.choice == "fused"
+    assert_equal(fused, model, x)
+
+
 def test_adding_a_size_is_not_adding_a_branch():
     model = Reads(lambda m, x: m.b(m.a(x) + x.shape[0]), a=nn.Linear(3, 4), b=nn.Linear(4, 2))
     assert_equal(fuse(model.eval(), (torch.randn(8, 3),)), model, torch.randn(5, 3))
@@ -229,6 +244,44 @@ def test_several_and_nested_inputs():
     model = Reads(lambda m, x, pair: m.b(m.a(x)) + pair["bias"], a=nn.Linear(3, 4), b=nn.Linear(4, 5))
     inputs = (torch.randn(2, 3), {"bias": torch.randn(2, 5)})
     assert_equal(fuse(model.eval(), inputs), model, torch.randn(4, 3), {"bias": torch.randn(4, 5)})
+
+
+@pytest.mark.parametrize("others", [(None,), (3,), (2.5, False), (torch.tensor(2.0),), (None, "negated")])
+def test_inputs_that_are_not_tensors(others, tmp_path):
+    def forward(m, x, factor, sign=True):
+        y = m.b(m.a(x)) if factor is None else m.b(m.a(x)) * factor
+        return y if sign is True else -y
+
+    model = Reads(forward, a=nn.Linear(3, 4), b=nn.Linear(4, 2)).eval()
+    fused = fuse(model, (torch.randn(2, 3), *others))
+    assert fused.report.choice == "fused"
+    assert_equal(fused, model, torch.randn(5, 3), *others)
+    fused.save(tmp_path / "model.pt2")
+    assert_equal(load(tmp_path / "model.pt2"), model, torch.randn(5, 3), *others)
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_another_number_of_inputs_is_refused(network, images, count):
+    fused = fuse(network.eval(), (images,))
+    with pytest.raises(ValueError, match=f"fused for 1 inputs, but is called with {count}"):
+        fused(*[images] * count)
+
+
+@pytest.mark.parametrize(
+    "arrange", [lambda x: x.contiguous(memory_format=torch.channels_last), lambda x: x.mT, lambda x: x[::2]]
+)
+def test_images_in_any_layout(arrange):
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.Conv2d(8, 3, 1)).eval()
+    x = arrange(torch.randn(4, 3, 6, 6))
+    assert_equal(fuse(model, (x,)), model, x)
+
+
+def test_operators_may_share_their_weights():
+    model = nn.Sequential(*(nn.Conv2d(3, 3, 1) for _ in range(2)), nn.Conv2d(3, 3, 3)).eval()
+    model[1].weight = model[0].weight
+    fused = fuse(model, (torch.randn(2, 3, 5, 5),))
+    assert fused.report.chains[0].choice == "merge"
+    assert_equal(fused, model, torch.randn(3, 3, 5, 5))
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.bfloat16, 5e-2)])
@@ -280,6 +333,25 @@ def test_a_pickle_slipped_into_an_archive_is_never_read(network, images, tmp_pat
     assert not (tmp_path / "executed").exists()
 
 
+def test_weights_that_are_called_pickles_are_never_read(network, images, tmp_path):
+    path = tmp_path / "model.pt2"
+    fuse(network.eval(), (images,)).save(path)
+    with zipfile.ZipFile(path) as archive, zipfile.ZipFile(tmp_path / "forged.pt2", "w") as forged:
+        for name in archive.namelist():
+            forged.writestr(name, archive.read(name).replace(b'"use_pickle": false', b'"use_pickle": true'))
+    with pytest.raises(ValueError, match="is a pickled object"):
+        load(tmp_path / "forged.pt2")
+
+
+def test_a_file_stays_as_it_was_where_saving_fails(network, images, tmp_path, monkeypatch):
+    fused, path = fuse(network.eval(), (images,)), tmp_path / "model.pt2"
+    path.write_bytes(b"old")
+    monkeypatch.setattr(torch.export, "save", lambda *args, **options: raises(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        fused.save(path)
+    assert [each.read_bytes() for each in tmp_path.iterdir()] == [b"old"]
+
+
 def test_an_archive_in_an_older_layout_is_never_read(tmp_path):
     torch.save(Mark(tmp_path / "executed"), tmp_path / "pickle")
     with zipfile.ZipFile(tmp_path / "old.pt2", "w") as archive:
@@ -314,6 +386,7 @@ def test_a_missing_file_is_an_os_error(tmp_path):
         (lambda m: m, torch.zeros(2, 1, 5, 5), r"must be a tuple of positional inputs, not a Tensor: \(x,\)"),
         (lambda m: m, (torch.zeros(2, 3, 5, 5),), "does not run on example_inputs"),
         (lambda m: m, (), "does not run on example_inputs"),
+        (lambda m: m, (torch.zeros(0, 1, 5, 5),), "a batch of no samples"),
     ],
 )
 def test_bad_input_is_refused_in_one_line_and_the_model_left_alone(network, change, inputs, text):
@@ -325,11 +398,32 @@ def test_bad_input_is_refused_in_one_line_and_the_model_left_alone(network, chan
     assert_unchanged(network, before)
 
 
-def test_a_model_that_cannot_be_traced_is_refused_in_one_line():
-    model = Reads(lambda m, x: m.a(x) if x.sum() > 0 else x, a=nn.Linear(3, 3)).eval()
-    with pytest.raises(ValueError, match=r"torch\.export cannot trace Reads") as raised:
+def raises(error):
+    raise error
+
+
+@pytest.mark.parametrize(
+    ("forward", "text"),
+    [
+        (lambda m, x: m.a(x) if x.sum() > 0 else x, r"torch\.export cannot trace Reads: .*data-dependent"),
+        (lambda m, x: raises(AssertionError()) if torch.compiler.is_exporting() else x, "cannot trace Reads: AssertionError"),
+        (lambda m, x: raises(TypeError("first\nsecond")), "does not run on example_inputs: first$"),
+        (lambda m, x: raises(AssertionError()), "does not run on example_inputs: AssertionError"),
+    ],
+)
+def test_a_model_that_cannot_be_traced_is_refused_in_one_line_and_left_alone(forward, text):
+    model = Reads(forward, a=nn.Linear(3, 3)).eval()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=text) as raised:
         fuse(model, (torch.ones(2, 3),))
     assert "\n" not in str(raised.value)
+    assert_unchanged(model, before)
+
+
+def test_a_model_that_is_not_a_function_of_its_inputs_is_refused():
+    model = Reads(lambda m, x: m.b(m.a(x)) + torch.rand_like(x), a=nn.Linear(3, 3), b=nn.Linear(3, 3))
+    with pytest.raises(RuntimeError, match="differs from the model by"):
+        fuse(model.eval(), (torch.ones(2, 3),))
 
 
 def doubled(chain):

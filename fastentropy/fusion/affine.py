@@ -103,7 +103,8 @@ def identity(channels: int, like: AffineOperator) -> AffineOperator:
 def compose(first: AffineOperator, second: AffineOperator) -> AffineOperator:
     """The operator x -> second(first(x)).
 
-    Equal to the pair where `borders_agree(first, second)`; otherwise wherever no tap of `second` falls into its own padding.
+    Equal to the pair wherever no tap of `second` falls into its own padding. Elsewhere it adds the bias of `first` once too
+    often for each such tap, and that is all where `borders_agree(first, second)`.
     Groups are kept as far as both have them: the result has gcd(first.groups, second.groups).
     """
     if first.out_channels != second.in_channels or len(first.kernel) != len(second.kernel):
