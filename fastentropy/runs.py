@@ -79,6 +79,14 @@ class Run:
     def execute(self, display: Display) -> dict[str, Any]:
         """Do the work that is not done yet; returns the history. The same settings give the same removals."""
         recipe = load_recipe(self.settings.recipe, torch.device(self.settings.device))
+        threads = torch.get_num_threads()
+        torch.set_num_threads(recipe.threads or threads)
+        try:
+            return self._execute(recipe, display)
+        finally:
+            torch.set_num_threads(threads)
+
+    def _execute(self, recipe: Recipe, display: Display) -> dict[str, Any]:
         dense = self._train_dense(recipe, display)
         result = self._prune(dense, recipe, display)
         fused = fuse(result.model, recipe.example_inputs())
@@ -227,7 +235,8 @@ def _machine(device: str) -> dict[str, str]:
     if device.startswith("cuda"):
         name = torch.cuda.get_device_name(device)
     else:
-        name = f"{_processor()}, {torch.get_num_threads()} threads"
+        threads = torch.get_num_threads()
+        name = f"{_processor()}, {threads} thread{'s' if threads > 1 else ''}"
     return {"device": name, "torch": torch.__version__, "date": datetime.date.today().isoformat()}
 
 

@@ -27,7 +27,8 @@ X = torch.randn(2, 4, 6, 6)
 
 def two(forward, **modules):
     """A network of two convolutions and what the forward does with them."""
-    return Reads(forward, a=conv(), b=conv(), relu=nn.ReLU(), relu_=nn.ReLU(inplace=True), **modules)
+    modules |= {"whole": nn.Conv2d(4, 4, 6), "norm": nn.BatchNorm2d(4), "relu": nn.ReLU(), "relu_": nn.ReLU(inplace=True)}
+    return Reads(forward, a=conv(), b=conv(), **modules)
 
 
 @pytest.mark.parametrize(
@@ -46,8 +47,12 @@ def two(forward, **modules):
         (lambda m, x: m.b(y := m.a(x)) + y, [("a", "b")]),
         (lambda m, x: m.a(x) + m.relu(x), [("a",)]),
         (lambda m, x: m.a(x) + m.b(m.relu(x)), [("a",), ("b",)]),
-        (lambda m, x: torch.add(m.a(x), x, alpha=2), [("a",)]),
-        (lambda m, x: m.a(x) + x[:1], [("a",)]),
+        (lambda m, x: m.b(torch.add(m.a(x), x, alpha=2)), [("a",), ("b",)]),
+        (lambda m, x: m.b(m.a(x) + x[:1]), [("a",), ("b",)]),
+        (lambda m, x: m.b(m.whole(x) + x), [("whole",), ("b",)]),
+        (lambda m, x: m.b(F.dropout(m.a(x), training=True)), [("a",), ("b",)]),
+        (lambda m, x: m.b(F.batch_norm(m.a(x), m.norm.running_mean, m.norm.running_var, training=True)), [("a",), ("b",)]),
+        (lambda m, x: (y := m.relu(x)).add_(m.b(m.a(y))), [("b",)]),
         (lambda m, x: m.a(x) + 1.0, [("a",)]),
         (lambda m, x: m.b(m.relu(x)).add_(m.relu(x)), [("b",)]),
         (lambda m, x: F.conv2d(m.a(x), m.b.weight * 2), [("a",)]),
@@ -135,7 +140,7 @@ def test_a_value_that_is_overwritten_through_a_view_closes_no_block():
     ],
 )
 def test_a_chain_computes_what_its_nodes_compute(forward):
-    model = two(forward, norm=nn.BatchNorm2d(4)).eval()
+    model = two(forward).eval()
     model.norm.running_mean.normal_()
     model.norm.running_var.uniform_(0.5, 2)
     module, values = traced(model, X), {}

@@ -18,6 +18,8 @@ class Recipe(Protocol):
 
     epochs: int
     """The default length of a schedule."""
+    threads: int | None
+    """How many CPU threads its network has work for; None for as many as PyTorch takes."""
     calibration_batches: int
     """How often `calibrate` yields."""
 
