@@ -1,4 +1,4 @@
-"""What was counted, and the entropies that follow from it (EASIER, arXiv 2404.18949, equations 2 to 5)."""
+"""What was counted, and the entropies that follow from it (EASIER, arXiv 2404.18949)."""
 
 from __future__ import annotations
 
