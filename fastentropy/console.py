@@ -25,7 +25,7 @@ class ProgressDisplay:
         )  # fmt: skip
         self._console = console
         self._progress = Progress(*columns, console=console)
-        self._removed = self._progress.add_task("activations removed", total=None, figure="")
+        self._removed = self._progress.add_task("activations removed", total=None, figure="", visible=False)
 
     def __enter__(self) -> "ProgressDisplay":
         """Show the bars."""
@@ -53,7 +53,8 @@ class ProgressDisplay:
         removed = sum(len(each.removed) for each in steps)
         score = f"validation {step.score:.2%}"
         what = ", ".join(step.removed) or "dense network"
-        self._progress.update(self._removed, completed=removed, total=len(steps[0].layer_entropy), figure=score)
+        total = len(steps[0].layer_entropy)
+        self._progress.update(self._removed, completed=removed, total=total, figure=score, visible=True)
         self._console.print(f"step {len(steps) - 1}: {what}, {score}", highlight=False)
 
 

@@ -167,12 +167,17 @@ class Run:
 
 
 def create_run(folder: Path, settings: Settings) -> Run:
-    """Begin a run in a new or empty folder. Raises ValueError where it holds something, OSError where it cannot be written."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} exists and is not an empty folder; name a new --output, or go on with --resume {folder}")
-    folder.mkdir(parents=True, exist_ok=True)
+    """Begin a run in a new or empty folder. Raises ValueError where it holds something or cannot be written."""
     run = Run(folder, settings)
-    run.save_settings()
+    try:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ValueError(
+                f"{folder} exists and is not an empty folder; name a new --output, or --resume {folder}"
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        run.save_settings()
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be written ({error.strerror}); name another folder with --output") from error
     return run
 
 

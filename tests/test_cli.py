@@ -144,10 +144,10 @@ def test_bad_input_is_one_line_and_status_2(arguments, text, tmp_path, monkeypat
 
 def test_an_output_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
-    assert_one_line(invoke("prune", "--output", tmp_path / "file" / "run"), "Not a directory")
+    assert_one_line(invoke("prune", "--output", tmp_path / "file" / "run"), r"cannot be written \(Not a directory\)")
     assert_one_line(invoke("prune", "--output", tmp_path / "file"), "not an empty folder")
     assert_one_line(invoke("prune", "--output", tmp_path), "not an empty folder")
-    assert_one_line(invoke("prune", "--output", "/proc/run"), "/proc/run")
+    assert_one_line(invoke("prune", "--output", "/proc/run"), "/proc/run cannot be written")
 
 
 @pytest.fixture
