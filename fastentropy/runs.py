@@ -171,9 +171,7 @@ def create_run(folder: Path, settings: Settings) -> Run:
     run = Run(folder, settings)
     try:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ValueError(
-                f"{folder} exists and is not an empty folder; name a new --output, or --resume {folder}"
-            )
+            raise ValueError(f"{folder} exists and is not an empty folder; name a new --output, or --resume {folder}")
         folder.mkdir(parents=True, exist_ok=True)
         run.save_settings()
     except OSError as error:
