@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Arranged(NamedTuple):
-    """A tensor seen as rows or planes, and the way back.
+    """A tensor seen as rows or planes.
 
     `values` is *rows* `[rows, channels]` (the channel fastest, any distance between rows) or *planes*
     `[outer, channels, inner]` (contiguous). `mask` has the same axes without the channel and is contiguous.
@@ -17,13 +17,12 @@ class Arranged(NamedTuple):
 
     values: Tensor
     mask: Tensor | None
-    shape: tuple[int, ...]  # of the original, in the order of its strides
-    order: tuple[int, ...]  # the original axes, slowest first
+    order: tuple[int, ...]  # the axes of the original, slowest first
+    channel: int  # where the channel is in `order`
 
-    def restore(self, y: Tensor) -> Tensor:
-        """Give a contiguous result in the layout of `values` the shape and the order of strides of the original."""
-        inverse = sorted(range(len(self.order)), key=self.order.__getitem__)
-        return y.view(self.shape).permute(inverse)
+    def view(self, y: Tensor) -> Tensor | None:
+        """See a tensor of the original's shape in the same way; None where its strides forbid that."""
+        return _merge_axes(y.permute(self.order), self.channel)
 
 
 def arrange(x: Tensor, channel_axis: int, mask: Tensor | None) -> Arranged:
@@ -47,7 +46,7 @@ def arrange(x: Tensor, channel_axis: int, mask: Tensor | None) -> Arranged:
     if mask is not None:
         mask_order = [axis - (axis > channel_axis) for axis in order if axis != channel_axis]
         mask = mask.permute(mask_order).reshape(_without_channel(values)).contiguous()
-    return Arranged(values, mask, tuple(x.shape[axis] for axis in order), order)
+    return Arranged(values, mask, order, order.index(channel_axis))
 
 
 def _merge_axes(x: Tensor, channel_axis: int) -> Tensor | None:

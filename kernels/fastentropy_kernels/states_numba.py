@@ -1,8 +1,8 @@
 """CPU: states counted, with identity or relu in the same pass, by loops that Numba compiles on their first use.
 
-A state is read from the bits, as unsigned integers: with the sign bit apart, the values from 1 to infinity's pattern
-are the numbers, what lies above is NaN and 0 is zero. So one loop serves float32 and both 16-bit formats, its sums are
-as narrow as its values (the widest vectors), and a flushed subnormal cannot change a count.
+A state is read from the bits, as integers. With the sign bit apart, the values from 1 to infinity's pattern are the
+numbers, what lies above is NaN and 0 is zero. So one loop serves float32 and both 16-bit formats, its sums are as
+narrow as its values (the widest vectors), and a flushed subnormal cannot change a count.
 
 The loops run in the OpenMP team of PyTorch. Numba's own parallel loops bring a second team, and two teams whose
 threads wait by spinning take the cores from each other: a relu after such a loop cost 8 ms in place of 0.7 ms.
@@ -13,10 +13,12 @@ threads wait by spinning take the cores from each other: a relu after such a loo
 from __future__ import annotations
 
 import ctypes
+import logging
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,37 +27,56 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from torch import Tensor
 
-FUSED_ACTIVATIONS = ("identity", "relu")
 
-# dtype -> the unsigned integer of its width, the bits of infinity, the sign bit
-_FORMATS: dict[torch.dtype, tuple[Any, int, int]] = {
-    torch.float32: (np.uint32, 0x7F800000, 0x80000000),
-    torch.bfloat16: (np.uint16, 0x7F80, 0x8000),
-    torch.float16: (np.uint16, 0x7C00, 0x8000),
+class _Format(NamedTuple):
+    """The integers that a floating dtype is read as."""
+
+    signed: Any
+    unsigned: Any
+    infinity: int  # its bits
+    off_bias: int  # the bits of the smallest number below zero
+
+    @property
+    def positive(self) -> int:
+        """Every bit but the sign."""
+        return self.off_bias - 2
+
+
+_FORMATS = {
+    torch.float32: _Format(np.int32, np.uint32, 0x7F800000, 0x80000001),
+    torch.bfloat16: _Format(np.int16, np.uint16, 0x7F80, 0x8001),
+    torch.float16: _Format(np.int16, np.uint16, 0x7C00, 0x8001),
 }
 
 _LONGEST_RUN = 1 << 15  # values summed before a 16-bit sum could overflow
-# Rows are read as they lie in memory, and the sums of all their channels are visited for each row. As bytes these stay
+# Rows are read as they lie in memory, and the sums of all their channels are visited for every two. As bytes these stay
 # in the first-level cache up to 4,096 channels; blocks of channels would keep more, but break the prefetched stream.
-_LONGEST_BYTE_SUM = 255
-_FOLDED_WIDTH = 1024  # values: narrower rows are read several at once, a longer loop for the same channels
+_LONGEST_BYTE_SUM = 254
+_FOLDED_WIDTH = 4096  # values: narrower rows are read several at once, a longer loop for the same channels
 _SMALLEST_PLANE = 256  # values: a plane below it is too short a loop, and is read as a stretch of a row
 _SMALLEST_TASK = 1 << 15  # values; below it another thread costs more than it saves (PyTorch's grain size)
 _ROWS_PER_TASK = 16  # at least: a task clears and adds up 24 bytes for every channel
+_LONG_COMPILATION = 1.0  # seconds, from which on the user is told
 
 _COUNTS_LOCK = threading.Lock()  # two Python threads may count into one tensor
+_told_of_compilation = threading.Event()
+_logger = logging.getLogger(__name__)
 
-# What a team works on: addresses and sizes in elements. The team's threads take tasks by counting `next_task` up.
-_JOB = np.dtype(
-    [
-        (name, np.int64)
+
+class _JobStructure(ctypes.Structure):
+    """What a team works on: addresses, and sizes in elements. Its threads take tasks by counting `next_task` up."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_int64)
         for name in (
-            *("next_task", "tasks", "x", "y", "mask", "tiles", "outer", "channels", "inner", "x_row_stride", "fold"),
-            *("infinity", "sign", "cleared_off"),
+            *("next_task", "tasks", "x", "y", "mask", "thresholds", "tiles", "counts", "nan"),
+            *("outer", "channels", "inner", "x_row_stride", "y_row_stride", "fold", "columns", "positions"),
+            *("infinity", "off_bias", "kept_off"),
         )
-    ]
-)
-_Job = from_dtype(_JOB)
+    )
+
+
+_Job = from_dtype(np.dtype(_JobStructure))
 
 
 @intrinsic
@@ -80,17 +101,19 @@ def _pointer(typing_context, address):
 
 
 @njit(nogil=True)
-def _count_run(x, y, mask, infinity, sign, cleared_off):
-    """Count the states of at most _LONGEST_RUN values of one channel; y takes them, off ones without `cleared_off`."""
+def _count_run(x, y, mask, infinity, off_bias, kept_off, inplace):
+    """Return how many of at most _LONGEST_RUN values are off, zero and on; y takes them, off ones without `~kept_off`."""
     unsigned = x.dtype.type
     one, off, zero, on = unsigned(1), unsigned(0), unsigned(0), unsigned(0)
     for i in range(x.size):
         bits = x[i]
-        is_off = unsigned(bits - sign - one) < infinity
-        is_zero = unsigned(bits + bits) == 0
-        is_on = unsigned(bits - one) < infinity
-        if y is not None:
-            y[i] = bits & ~unsigned(cleared_off * unsigned(is_off))
+        is_off = unsigned(unsigned(bits - off_bias) < infinity)
+        is_zero = unsigned(unsigned(bits + bits) == 0)
+        is_on = unsigned(unsigned(bits - one) < infinity)
+        if inplace:
+            x[i] = bits & unsigned(kept_off | unsigned(is_off - one))
+        elif y is not None:
+            y[i] = bits & unsigned(kept_off | unsigned(is_off - one))
         if mask is not None:
             is_off, is_zero, is_on = is_off & mask[i], is_zero & mask[i], is_on & mask[i]
         off, zero, on = unsigned(off + is_off), unsigned(zero + is_zero), unsigned(on + is_on)
@@ -98,62 +121,88 @@ def _count_run(x, y, mask, infinity, sign, cleared_off):
 
 
 @njit(nogil=True)
-def _count_row(x, y, counted, sums, infinity, sign, cleared_off):
-    """Add the states of one row to `sums` [state, channel], where `counted` is not None and not False."""
-    unsigned = x.dtype.type
+def _count_two_rows(x0, x1, y0, y1, sums, infinity, off_bias, kept_off, inplace):
+    """Add the states of two rows, in one visit to the sums, to the byte sums [state, position]; write y."""
+    unsigned = x0.dtype.type
     one = unsigned(1)
     off, zero, on = sums[0], sums[1], sums[2]
-    for channel in range(x.size):
-        bits = x[channel]
-        is_off = unsigned(bits - sign - one) < infinity
-        is_zero = unsigned(bits + bits) == 0
-        is_on = unsigned(bits - one) < infinity
-        if y is not None:
-            y[channel] = bits & ~unsigned(cleared_off * unsigned(is_off))
-        if counted is not None:
-            is_off, is_zero, is_on = is_off & counted, is_zero & counted, is_on & counted
-        off[channel] += is_off
-        zero[channel] += is_zero
-        on[channel] += is_on
+    for i in range(x0.size):
+        a, b = x0[i], x1[i]
+        off_a, off_b = unsigned(unsigned(a - off_bias) < infinity), unsigned(unsigned(b - off_bias) < infinity)
+        if inplace:
+            x0[i] = a & unsigned(kept_off | unsigned(off_a - one))
+            x1[i] = b & unsigned(kept_off | unsigned(off_b - one))
+        elif y0 is not None:
+            y0[i] = a & unsigned(kept_off | unsigned(off_a - one))
+            y1[i] = b & unsigned(kept_off | unsigned(off_b - one))
+        off[i] += np.uint8(off_a + off_b)
+        zero[i] += np.uint8(unsigned(unsigned(a + a) == 0) + unsigned(unsigned(b + b) == 0))
+        on[i] += np.uint8(unsigned(unsigned(a - one) < infinity) + unsigned(unsigned(b - one) < infinity))
 
 
 @njit(nogil=True)
-def _add_sums(sums, tile, repeat):
-    """Move `sums` [state, channel * repeat] to `tile` [state, channel]."""
+def _count_row(x, y, sums, infinity, off_bias, kept_off, inplace):
+    """Do the same for one row."""
+    unsigned = x.dtype.type
+    one = unsigned(1)
+    off, zero, on = sums[0], sums[1], sums[2]
+    for i in range(x.size):
+        bits = x[i]
+        is_off = unsigned(unsigned(bits - off_bias) < infinity)
+        if inplace:
+            x[i] = bits & unsigned(kept_off | unsigned(is_off - one))
+        elif y is not None:
+            y[i] = bits & unsigned(kept_off | unsigned(is_off - one))
+        off[i] += np.uint8(is_off)
+        zero[i] += np.uint8(unsigned(bits + bits) == 0)
+        on[i] += np.uint8(unsigned(bits - one) < infinity)
+
+
+@njit(nogil=True)
+def _add_sums(sums, tile, inner):
+    """Move `sums` [state, (row, channel, position inside of a plane)] to `tile` [state, channel]."""
+    channels = tile.shape[1]
     for state in range(3):
-        if repeat == 1:
-            for channel in range(tile.shape[1]):
-                tile[state, channel] += sums[state, channel]
-        else:
-            for channel in range(tile.shape[1]):
-                total = 0
-                for i in range(repeat):
-                    total += sums[state, channel * repeat + i]
-                tile[state, channel] += total
+        for start in range(0, sums.shape[1], channels * inner):
+            if inner == 1:
+                for channel in range(channels):
+                    tile[state, channel] += sums[state, start + channel]
+            else:
+                for channel in range(channels):
+                    total = 0
+                    for i in range(inner):
+                        total += sums[state, start + channel * inner + i]
+                    tile[state, channel] += total
     sums[:] = 0
 
 
 @njit(nogil=True)
-def _count_strip(x, x_row_stride, y, mask, rows, width, tile, repeat, infinity, sign, cleared_off):
-    """Add the states of `rows` rows, `width` values each, to `tile` [state, width // repeat]."""
+def _count_strip(x, x_row_stride, y, y_row_stride, mask, rows, width, tile, inner, infinity, off_bias, kept_off, inplace):
+    """Add the states of `rows` rows, `width` values each, to `tile` [state, channel]."""
     sums = np.zeros((3, width), np.uint8)
-    for row in range(rows):
-        _count_row(
-            x[row * x_row_stride : row * x_row_stride + width],
-            None if y is None else y[row * width : (row + 1) * width],
-            None if mask is None else mask[row],
-            sums,
-            infinity,
-            sign,
-            cleared_off,
-        )
-        if row % _LONGEST_BYTE_SUM == _LONGEST_BYTE_SUM - 1:
-            _add_sums(sums, tile, repeat)
-    _add_sums(sums, tile, repeat)
+    uncounted = sums if mask is None else np.zeros((3, width), np.uint8)
+    row = summed = 0
+    while row < rows:
+        x0 = x[row * x_row_stride : row * x_row_stride + width]
+        y0 = None if y is None else y[row * y_row_stride : row * y_row_stride + width]
+        if mask is None and row + 1 < rows:
+            x1 = x[(row + 1) * x_row_stride : (row + 1) * x_row_stride + width]
+            y1 = None if y is None else y[(row + 1) * y_row_stride : (row + 1) * y_row_stride + width]
+            _count_two_rows(x0, x1, y0, y1, sums, infinity, off_bias, kept_off, inplace)
+            row += 2
+        else:
+            counted = mask is None or mask[row]
+            if counted or y is not None or inplace:
+                _count_row(x0, y0, sums if counted else uncounted, infinity, off_bias, kept_off, inplace)
+            row += 1
+        summed += 2
+        if summed == _LONGEST_BYTE_SUM:
+            _add_sums(sums, tile, inner)
+            summed = 0
+    _add_sums(sums, tile, inner)
 
 
-@cache
-def _rows_task(unsigned: Any, writes: bool, masked: bool) -> Any:
+def _rows_task(unsigned: Any, writes: bool, inplace: bool, masked: bool) -> Any:
     """Compile what a thread does with rows: while there are tasks, take one and count its strip of rows.
 
     A strip of narrow contiguous rows is read as rows `fold` times as wide, and what is left of it as rows of its own.
@@ -163,13 +212,14 @@ def _rows_task(unsigned: Any, writes: bool, masked: bool) -> Any:
     @cfunc(types.void(types.CPointer(_Job)), cache=True)
     def rows_task(job_pointer):
         job = carray(job_pointer, 1)[0]
-        rows, channels, inner, fold, x_row_stride = job.outer, job.channels, job.inner, job.fold, job.x_row_stride
-        infinity, sign, cleared_off = unsigned(job.infinity), unsigned(job.sign), unsigned(job.cleared_off)
+        rows, channels, inner, fold = job.outer, job.channels, job.inner, job.fold
+        x_row_stride, y_row_stride = job.x_row_stride, job.y_row_stride
+        infinity, off_bias, kept_off = unsigned(job.infinity), unsigned(job.off_bias), unsigned(job.kept_off)
         width = channels * inner
         x = carray(_pointer(job.x), (rows - 1) * x_row_stride + width, unsigned)
-        y = carray(_pointer(job.y), rows * width, unsigned) if writes else None
+        y = carray(_pointer(job.y), (rows - 1) * y_row_stride + width, unsigned) if writes else None
         mask = carray(_pointer(job.mask), rows, np.bool_) if masked else None
-        tiles = carray(_pointer(job.tiles), (job.tasks, 3, fold * channels), np.int64)
+        tiles = carray(_pointer(job.tiles), (job.tasks, 3, channels), np.int64)
         task = _take_task(job_pointer)
         while task < job.tasks:
             row, end = rows * task // job.tasks, rows * (task + 1) // job.tasks
@@ -179,15 +229,17 @@ def _rows_task(unsigned: Any, writes: bool, masked: bool) -> Any:
                 _count_strip(
                     x[row * x_row_stride :],
                     x_row_stride * together,
-                    y[row * width :] if writes else None,
+                    None if y is None else y[row * y_row_stride :],
+                    y_row_stride * together,
                     mask[row:] if masked else None,
                     strip,
                     width * together,
-                    tiles[task][:, : channels * together],
+                    tiles[task],
                     inner,
                     infinity,
-                    sign,
-                    cleared_off,
+                    off_bias,
+                    kept_off,
+                    inplace,
                 )
                 row += strip * together
             task = _take_task(job_pointer)
@@ -195,8 +247,7 @@ def _rows_task(unsigned: Any, writes: bool, masked: bool) -> Any:
     return rows_task
 
 
-@cache
-def _planes_task(unsigned: Any, writes: bool, masked: bool) -> Any:
+def _planes_task(unsigned: Any, writes: bool, inplace: bool, masked: bool) -> Any:
     """Compile what a thread does with planes: while there are tasks, take one and count its stretch of memory."""
 
     @cfunc(types.void(types.CPointer(_Job)), cache=True)
@@ -204,18 +255,16 @@ def _planes_task(unsigned: Any, writes: bool, masked: bool) -> Any:
         job = carray(job_pointer, 1)[0]
         channels, inner = job.channels, job.inner
         size = job.outer * channels * inner
-        infinity, sign, cleared_off = unsigned(job.infinity), unsigned(job.sign), unsigned(job.cleared_off)
+        infinity, off_bias, kept_off = unsigned(job.infinity), unsigned(job.off_bias), unsigned(job.kept_off)
         x = carray(_pointer(job.x), size, unsigned)
         y = carray(_pointer(job.y), size, unsigned) if writes else None
         mask = carray(_pointer(job.mask), job.outer * inner, np.bool_) if masked else None
         tiles = carray(_pointer(job.tiles), (job.tasks, 3, channels), np.int64)
         task = _take_task(job_pointer)
         while task < job.tasks:
-            tile = tiles[task]
             start, end = size * task // job.tasks, size * (task + 1) // job.tasks
             while start < end:
                 plane = start // inner
-                channel = plane % channels
                 stop = min(end, (plane + 1) * inner, start + _LONGEST_RUN)
                 mask_start = plane // channels * inner + start - plane * inner
                 off, zero, on = _count_run(
@@ -223,61 +272,191 @@ def _planes_task(unsigned: Any, writes: bool, masked: bool) -> Any:
                     y[start:stop] if writes else None,
                     mask[mask_start : mask_start + stop - start] if masked else None,
                     infinity,
-                    sign,
-                    cleared_off,
+                    off_bias,
+                    kept_off,
+                    inplace,
                 )
-                tile[0, channel] += off
-                tile[1, channel] += zero
-                tile[2, channel] += on
+                channel = plane % channels
+                tiles[task, 0, channel] += off
+                tiles[task, 1, channel] += zero
+                tiles[task, 2, channel] += on
                 start = stop
             task = _take_task(job_pointer)
 
     return planes_task
 
 
-def count_states(values: Tensor, counts: Tensor, mask: Tensor | None = None) -> None:
-    """Add the states of `values`, arranged as rows or planes (see `layout.Arranged`), to `counts` in place."""
-    _run(values, None, counts, mask, cleared_off=0)
+@njit(nogil=True)
+def _ordered(bits, positive):
+    """Return a number's bits, as a signed integer, in the order of the numbers: -0 is -1, beyond infinity lies NaN."""
+    return bits if bits >= 0 else bits ^ positive
 
 
-def activation_states(values: Tensor, counts: Tensor, activation: str, mask: Tensor | None = None) -> Tensor:
-    """Return the activation of `values`, contiguous, and add the states of `values` to `counts` in place."""
-    y = torch.empty(values.shape, dtype=values.dtype)
-    _run(values, y, counts, mask, cleared_off=-1 if activation == "relu" else 0)
-    return y
+def _histogram_task(signed: Any, masked: bool) -> Any:
+    """Compile what a thread does for a histogram of rows or planes: count how many values are at least each threshold."""
+    positive = signed(np.iinfo(signed).max)
+
+    @cfunc(types.void(types.CPointer(_Job)), cache=True)
+    def histogram_task(job_pointer):
+        job = carray(job_pointer, 1)[0]
+        channels, inner, stride = job.channels, job.inner, job.x_row_stride
+        x = carray(_pointer(job.x), (job.outer - 1) * stride + channels * inner, signed)
+        mask = carray(_pointer(job.mask), (job.outer, inner), np.bool_) if masked else None
+        thresholds = carray(_pointer(job.thresholds), job.columns, signed)
+        tiles = carray(_pointer(job.tiles), (job.tasks, job.columns, channels), np.int64)
+        task = _take_task(job_pointer)
+        while task < job.tasks:
+            tile = tiles[task]
+            for row in range(job.outer * task // job.tasks, job.outer * (task + 1) // job.tasks):
+                for column in range(job.columns):
+                    threshold = thresholds[column]
+                    if inner == 1:
+                        values = x[row * stride : row * stride + channels]
+                        if mask is None or mask[row, 0]:
+                            for channel in range(channels):
+                                tile[column, channel] += _ordered(values[channel], positive) >= threshold
+                    else:
+                        for channel in range(channels):
+                            start = row * stride + channel * inner
+                            plane = x[start : start + inner]
+                            number = 0
+                            for i in range(inner):
+                                number += (_ordered(plane[i], positive) >= threshold) & (mask is None or mask[row, i])
+                            tile[column, channel] += number
+            task = _take_task(job_pointer)
+
+    return histogram_task
 
 
-def _run(values: Tensor, y: Tensor | None, counts: Tensor, mask: Tensor | None, cleared_off: int) -> None:
-    unsigned, infinity, sign = _FORMATS[values.dtype]
+def _adder() -> Any:
+    """Compile the last step of a job: tiles to counts, and to nan the positions that are in no state.
+
+    A tile of signs is off, zero and on. One of a histogram is how many values are at least each threshold, from
+    -infinity on: a state is what lies between two of them.
+    """
+
+    @cfunc(types.void(types.CPointer(_Job)), cache=True)
+    def add_tiles(job_pointer):
+        job = carray(job_pointer, 1)[0]
+        channels, columns = job.channels, job.columns
+        states = columns - 1 if job.thresholds else columns
+        tiles = carray(_pointer(job.tiles), (job.tasks, columns, channels), np.int64)
+        counts = carray(_pointer(job.counts), (channels, states), np.int64)
+        nan = carray(_pointer(job.nan), channels, np.int64)
+        histogram, positions = job.thresholds != 0, job.positions
+        sums = tiles[0]
+        for task in range(1, job.tasks):
+            sums += tiles[task]
+        if job.nan:
+            nan += positions
+        for state in range(states):
+            for channel in range(channels):
+                number = sums[state, channel] - (sums[state + 1, channel] if histogram else 0)
+                counts[channel, state] += number
+                if job.nan:
+                    nan[channel] -= number
+
+    return add_tiles
+
+
+def fuses(activation: str, edges: Sequence[float] | None) -> bool:
+    """Whether the activation and the count of its input are one pass."""
+    return activation in ("identity", "relu") and edges is None
+
+
+def add_states(
+    values: Tensor,
+    counts: Tensor,
+    *,
+    edges: Sequence[float] | None = None,
+    mask: Tensor | None = None,
+    nan: Tensor | None = None,
+    y: Tensor | None = None,
+    activation: str = "identity",
+    parameters: Sequence[float] = (),
+    weight: Tensor | None = None,
+) -> None:
+    """Add the states of `values`, arranged as rows or planes, to `counts` and NaN to `nan`; write its activation to `y`.
+
+    See `reference.add_states` for the states and `layout.Arranged` for values and y, which may be the same memory.
+    `activation` is one that `fuses` says yes to, and has no parameters.
+    """
+    form = _FORMATS[values.dtype]
     outer, channels = values.shape[:2]
     inner = values.shape[2] if values.ndim == 3 else 1
+    row_stride, y_row_stride = values.stride(0), 0 if y is None else y.stride(0)
     as_rows = values.ndim == 2 or (inner < _SMALLEST_PLANE and mask is None)
-    row_stride, fold = values.stride(0), 1
-    if as_rows and mask is None and row_stride == channels * inner:
-        fold = max(1, _FOLDED_WIDTH // row_stride)
-    smallest_task = max(_SMALLEST_TASK, _ROWS_PER_TASK * channels)
-    tasks = max(1, min(torch.get_num_threads(), values.numel() // smallest_task))
-    tiles = torch.zeros(tasks, 3, fold, channels, dtype=torch.int64)
-    addresses = [0 if tensor is None else tensor.data_ptr() for tensor in (values, y, mask, tiles)]
-    sizes = (outer, channels, inner, row_stride, fold)
-    job = np.array([(0, tasks, *addresses, *sizes, infinity, sign, cleared_off)], _JOB)
-    compiled = (_rows_task if as_rows else _planes_task)(unsigned, y is not None, mask is not None)
-    _run_team(compiled, job, tasks)
-    sums = tiles.sum((0, 2)).T
+    foldable = as_rows and mask is None and row_stride == channels * inner and y_row_stride in (0, row_stride)
+    tasks = max(1, min(torch.get_num_threads(), values.numel() // max(_SMALLEST_TASK, _ROWS_PER_TASK * channels)))
+    thresholds = None if edges is None else _thresholds(edges, values.dtype)
+    columns = 3 if thresholds is None else thresholds.numel()
+    tiles = torch.zeros(tasks * columns * channels, dtype=torch.int64)
+    job = _JobStructure(
+        0,
+        tasks,
+        *(0 if tensor is None else tensor.data_ptr() for tensor in (values, y, mask, thresholds, tiles, counts, nan)),
+        *(outer, channels, inner, row_stride, y_row_stride),
+        max(1, _FOLDED_WIDTH // row_stride) if foldable else 1,
+        columns,
+        0 if nan is None else int(outer * inner if mask is None else mask.sum()),
+        *(form.infinity, form.off_bias),
+        0 if activation == "relu" else -1,
+    )
+    masked = mask is not None
+    if edges is not None:
+        loop = _compiled(_histogram_task, form.signed, masked)
+    else:
+        inplace = y is not None and y.data_ptr() == values.data_ptr()
+        kind = _rows_task if as_rows else _planes_task
+        loop = _compiled(kind, form.unsigned, y is not None and not inplace, inplace, masked)
+    _run_team(loop, ctypes.addressof(job), tasks)
     with _COUNTS_LOCK:
-        counts += sums
+        _compiled(_adder).call(ctypes.addressof(job))
 
 
-def _run_team(compiled: Any, job: np.ndarray[Any, Any], threads: int) -> None:
-    """Run a compiled task function on a team of PyTorch's threads, without the GIL.
+def _thresholds(edges: Sequence[float], dtype: torch.dtype) -> Tensor:
+    """Return -infinity, the smallest value of `dtype` at or above each edge, and what lies beyond infinity, as ordered bits."""
+    form = _FORMATS[dtype]
+    exact = torch.tensor(edges, dtype=torch.float64)
+    rounded = exact.to(dtype)
+    integers = torch.int32 if dtype == torch.float32 else torch.int16
+    bits = rounded.view(integers).long()
+    ordered = torch.where(bits >= 0, bits, bits ^ form.positive) + (rounded.double() < exact)
+    ordered = torch.where(rounded == 0, torch.where(exact > 0, 1, -1), ordered)
+    return torch.tensor([-form.infinity - 1, *ordered.tolist(), form.infinity + 1], dtype=integers)
+
+
+class _Loop(NamedTuple):
+    """A compiled function of a job's address."""
+
+    address: int
+    call: Callable[[int], None]
+
+
+@cache
+def _compiled(kind: Callable[..., Any], *variant: Any) -> _Loop:
+    """Compile a loop, or read it from where an earlier run left it; say so once where the user had to wait."""
+    start = time.perf_counter()
+    function = kind(*variant)
+    seconds = time.perf_counter() - start
+    if seconds > _LONG_COMPILATION and not _told_of_compilation.is_set():
+        _told_of_compilation.set()
+        _logger.warning(
+            "compiled a CPU loop in %.1f s; there is one for each dtype and layout, and each is kept for later runs", seconds
+        )
+    return _Loop(function.address, function.ctypes)
+
+
+def _run_team(loop: _Loop, job: int, threads: int) -> None:
+    """Run a loop on a team of PyTorch's threads, without the GIL.
 
     Tasks are taken, not assigned: a team smaller than asked for, or no OpenMP at all, does all of them as well.
     """
     parallel = _openmp_parallel()
     if threads > 1 and parallel is not None:
-        parallel(compiled.address, job.ctypes.data, threads, 0)
+        parallel(loop.address, job, threads, 0)
     else:
-        compiled.ctypes(job.ctypes.data)
+        loop.call(job)
 
 
 @cache

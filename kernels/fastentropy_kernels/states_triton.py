@@ -1,39 +1,46 @@
 """GPU: an activation and the states of its input in one pass, or the states alone.
 
-Nothing is summed over a tile while a strip is read: every lane keeps its own three counts, ten bits wide, in one int32.
+Nothing is summed over a tile while a strip is read: every lane keeps its own counts, three of ten bits in an int32.
 They are summed over the tile and added to memory once, when the strip is done.
 """
 
 # Kernels have no types of their own, and Triton none for its decorator.
-# mypy: disable-error-code="misc, no-untyped-def, no-untyped-call, untyped-decorator"
+# mypy: disable-error-code="assignment, misc, no-untyped-def, no-untyped-call, untyped-decorator"
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 # Where the three counts of a lane lie in its int32, and how far each can count: the longest strip, in tiles.
-_ON: tl.constexpr = tl.constexpr(1)
-_OFF: tl.constexpr = tl.constexpr(1 << 10)
-_ZERO: tl.constexpr = tl.constexpr(1 << 20)
+_FIRST: tl.constexpr = tl.constexpr(1)
+_SECOND: tl.constexpr = tl.constexpr(1 << 10)
+_THIRD: tl.constexpr = tl.constexpr(1 << 20)
 _LONGEST_STRIP: tl.constexpr = tl.constexpr((1 << 10) - 1)
 
 
 @triton.jit
-def _states_rows_kernel(
+def states_rows_kernel(
     x_ptr,
     y_ptr,
     mask_ptr,
     counts_ptr,
+    nan_ptr,
+    weight_ptr,
     rows,
     channels,
     x_row_stride,
     y_row_stride,
+    weight_stride,
     strip_rows,
+    parameters,
+    edges,
     ACTIVATION: tl.constexpr,  # noqa: N803
-    WRITES_Y: tl.constexpr,  # noqa: N803
-    HAS_MASK: tl.constexpr,  # noqa: N803
     BLOCK_ROWS: tl.constexpr,  # noqa: N803
     BLOCK_CHANNELS: tl.constexpr,  # noqa: N803
 ):
@@ -46,66 +53,78 @@ def _states_rows_kernel(
     channel = program % channel_blocks * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     first_row = program // channel_blocks * strip_rows
     last_row = tl.minimum(first_row + strip_rows, rows)
-    counts = tl.zeros((BLOCK_ROWS, BLOCK_CHANNELS), tl.int32)
+    weight = _load_weight(weight_ptr, weight_stride, channel, channels)
+    counts = _no_counts(BLOCK_ROWS, BLOCK_CHANNELS, edges)
+    positions = tl.zeros((BLOCK_ROWS,), tl.int32)
     for start in range(first_row, last_row, BLOCK_ROWS):
-        row = start + tl.arange(0, BLOCK_ROWS)
+        row = start + tl.arange(0, BLOCK_ROWS).to(tl.int64)
         inside = (row < rows)[:, None] & (channel < channels)[None, :]
         x = _load(x_ptr + row[:, None] * x_row_stride + channel[None, :], inside)
-        if WRITES_Y:
-            y = _activate(x, ACTIVATION)
+        if y_ptr is not None:
+            y = _activate(x, ACTIVATION, parameters, weight[None, :])
             tl.store(y_ptr + row[:, None] * y_row_stride + channel[None, :], y.to(y_ptr.dtype.element_ty), mask=inside)
-        state = _state(x)
-        if HAS_MASK:
-            counted = tl.load(mask_ptr + row, mask=row < rows, other=0)
-            state = tl.where(counted[:, None], state, 0)
-        counts += state
-    _add_counts(counts_ptr, counts, 0, channel, channels)
+        counted = row < rows
+        if mask_ptr is not None:
+            counted = tl.load(mask_ptr + row, mask=row < rows, other=0) != 0
+            x = tl.where(counted[:, None], x, float("nan"))
+        if nan_ptr is not None:
+            positions += counted
+        counts = _count(counts, x, edges)
+    _add_counts(counts_ptr, nan_ptr, counts, positions, 0, channel, channels, edges)
 
 
 @triton.jit
-def _states_planes_kernel(
+def states_planes_kernel(
     x_ptr,
     y_ptr,
     mask_ptr,
     counts_ptr,
-    outer,
+    nan_ptr,
+    weight_ptr,
+    tiles,
     channels,
     inner_multiples,
+    weight_stride,
     strip,
+    parameters,
+    edges,
     ACTIVATION: tl.constexpr,  # noqa: N803
-    WRITES_Y: tl.constexpr,  # noqa: N803
-    HAS_MASK: tl.constexpr,  # noqa: N803
     INNER_MULTIPLE: tl.constexpr,  # noqa: N803
     BLOCK_CHANNELS: tl.constexpr,  # noqa: N803
     BLOCK_INNER: tl.constexpr,  # noqa: N803
 ):
-    """One program: BLOCK_CHANNELS channels and `strip` of the tiles that these channels have over outer and inner.
+    """One program: BLOCK_CHANNELS channels and `strip` of the `tiles` that these channels have over outer and inner.
 
     A tile is BLOCK_CHANNELS x BLOCK_INNER values of one outer index. Planes are `inner_multiples * INNER_MULTIPLE`
     long: a product tells the compiler the alignment of every plane. Counts leave the registers once, after the strip.
     """
-    inner = inner_multiples * INNER_MULTIPLE
+    inner = inner_multiples * tl.full((), INNER_MULTIPLE, tl.int64)
     program = tl.program_id(0).to(tl.int64)
     channel_blocks = tl.cdiv(channels, BLOCK_CHANNELS)
     channel = program % channel_blocks * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     inner_blocks = tl.cdiv(inner, BLOCK_INNER)
     first_tile = program // channel_blocks * strip
-    last_tile = tl.minimum(first_tile + strip, outer.to(tl.int64) * inner_blocks)
-    counts = tl.zeros((BLOCK_CHANNELS, BLOCK_INNER), tl.int32)
+    last_tile = tl.minimum(first_tile + strip, tiles)
+    weight = _load_weight(weight_ptr, weight_stride, channel, channels)
+    counts = _no_counts(BLOCK_CHANNELS, BLOCK_INNER, edges)
+    positions = tl.zeros((BLOCK_INNER,), tl.int32)
     for tile in range(first_tile, last_tile):
         image = tile // inner_blocks
         position = tile % inner_blocks * BLOCK_INNER + tl.arange(0, BLOCK_INNER)
         inside = (channel < channels)[:, None] & (position < inner)[None, :]
         offset = (image * channels + channel)[:, None] * inner + position[None, :]
         x = _load(x_ptr + offset, inside)
-        if WRITES_Y:
-            tl.store(y_ptr + offset, _activate(x, ACTIVATION).to(y_ptr.dtype.element_ty), mask=inside)
-        state = _state(x)
-        if HAS_MASK:
-            counted = tl.load(mask_ptr + image * inner + position, mask=position < inner, other=0)
-            state = tl.where(counted[None, :], state, 0)
-        counts += state
-    _add_counts(counts_ptr, counts, 1, channel, channels)
+        if y_ptr is not None:
+            y = _activate(x, ACTIVATION, parameters, weight[:, None])
+            tl.store(y_ptr + offset, y.to(y_ptr.dtype.element_ty), mask=inside)
+        counted = position < inner
+        if mask_ptr is not None:
+            counted = tl.load(mask_ptr + image * inner + position, mask=position < inner, other=0) != 0
+            x = tl.where(counted[None, :], x, float("nan"))
+        if nan_ptr is not None:
+            positions += counted
+        counts = _count(counts, x, edges)
+    _add_counts(counts_ptr, nan_ptr, counts, positions, 1, channel, channels, edges)
 
 
 @triton.jit
@@ -115,173 +134,296 @@ def _load(pointers, inside):
 
 
 @triton.jit
-def _state(x):
-    return tl.where(x > 0, _ON, tl.where(x < 0, _OFF, tl.where(x == 0, _ZERO, 0)))
+def _load_weight(weight_ptr, weight_stride, channel, channels):
+    if weight_ptr is None:
+        return tl.zeros(channel.shape, tl.float32)
+    else:
+        return tl.load(weight_ptr + channel * weight_stride, mask=channel < channels, other=0).to(tl.float32)
 
 
 @triton.jit
-def _add_counts(counts_ptr, counts, AXIS: tl.constexpr, channel, channels):  # noqa: N803
-    """Sum the lanes' counts over AXIS and add them to `counts_ptr` [channels, 3], an atomic for each that is not 0."""
-    off = tl.sum(counts // _OFF & _LONGEST_STRIP, AXIS)
-    zero = tl.sum(counts // _ZERO & _LONGEST_STRIP, AXIS)
-    on = tl.sum(counts & _LONGEST_STRIP, AXIS)
-    row_ptr = counts_ptr + channel * 3
-    inside = channel < channels
-    tl.atomic_add(row_ptr, off.to(tl.int64), mask=inside & (off != 0), sem="relaxed")
-    tl.atomic_add(row_ptr + 1, zero.to(tl.int64), mask=inside & (zero != 0), sem="relaxed")
-    tl.atomic_add(row_ptr + 2, on.to(tl.int64), mask=inside & (on != 0), sem="relaxed")
+def _no_counts(HEIGHT: tl.constexpr, WIDTH: tl.constexpr, edges):  # noqa: N803
+    """Make the tiles of lane counts: one for the signs, one for every three of the histogram's len(edges) + 1 counts."""
+    counts = (tl.zeros((HEIGHT, WIDTH), tl.int32),)
+    for _ in tl.static_range(len(edges) // 3):
+        counts = counts + (tl.zeros((HEIGHT, WIDTH), tl.int32),)  # noqa: RUF005
+    return counts
 
 
 @triton.jit
-def _activate(x, ACTIVATION: tl.constexpr):  # noqa: N803
+def _count(counts, x, edges):
+    """Count each value where its lane keeps its counts: on, off and zero, or at least -infinity, edges[0], edges[1], …"""
+    if len(edges) == 0:
+        return (counts[0] + tl.where(x > 0, _FIRST, tl.where(x < 0, _SECOND, tl.where(x == 0, _THIRD, 0))),)
+    else:
+        counted = ()
+        for group in tl.static_range(len(counts)):
+            counted = counted + (counts[group] + _three_at_least(x, edges, 3 * group),)  # noqa: RUF005
+        return counted
+
+
+@triton.jit
+def _three_at_least(x, edges, FIRST: tl.constexpr):  # noqa: N803
+    state = tl.where(x >= (float("-inf") if FIRST == 0 else edges[FIRST - 1]), _FIRST, 0)
+    if len(edges) > FIRST:
+        state += tl.where(x >= edges[FIRST], _SECOND, 0)
+    if len(edges) > FIRST + 1:
+        state += tl.where(x >= edges[FIRST + 1], _THIRD, 0)
+    return state
+
+
+@triton.jit
+def _add_counts(counts_ptr, nan_ptr, counts, positions, AXIS: tl.constexpr, channel, channels, edges):  # noqa: N803
+    """Sum the lanes' counts over AXIS and add them to memory: an atomic per channel for each count that is not 0.
+
+    `counts_ptr` is [channels, states]. What was counted at `positions` and is in no state is added to `nan_ptr`.
+    """
+    if len(edges) == 0:
+        on, off, zero = _sum(counts[0], 0, AXIS), _sum(counts[0], 1, AXIS), _sum(counts[0], 2, AXIS)
+        _add(counts_ptr + channel * 3, off, channel < channels)
+        _add(counts_ptr + channel * 3 + 1, zero, channel < channels)
+        _add(counts_ptr + channel * 3 + 2, on, channel < channels)
+        numbers = on + off + zero
+    else:
+        numbers = _sum(counts[0], 0, AXIS)
+        at_least = numbers
+        for state in tl.static_range(len(edges)):
+            beyond = _sum(counts[(state + 1) // 3], (state + 1) % 3, AXIS)
+            _add(counts_ptr + channel * (len(edges) + 1) + state, at_least - beyond, channel < channels)
+            at_least = beyond
+        _add(counts_ptr + channel * (len(edges) + 1) + len(edges), at_least, channel < channels)
+    if nan_ptr is not None:
+        _add(nan_ptr + channel, tl.sum(positions, 0) - numbers, channel < channels)
+
+
+@triton.jit
+def _sum(counts, PLACE: tl.constexpr, AXIS: tl.constexpr):  # noqa: N803
+    return tl.sum(counts // (1 << 10 * PLACE) & _LONGEST_STRIP, AXIS)
+
+
+@triton.jit
+def _add(pointers, number, inside):
+    tl.atomic_add(pointers, number.to(tl.int64), mask=inside & (number != 0), sem="relaxed")
+
+
+@triton.jit
+def _activate(x, ACTIVATION: tl.constexpr, parameters, weight):  # noqa: N803
     """The activation named in `reference.ACTIVATIONS`, of float32; NaN stays NaN."""
     if ACTIVATION == "identity":
         return x
     elif ACTIVATION == "relu":
-        return tl.where(x < 0, 0.0, x)
+        return _at_least(x, 0.0)
     elif ACTIVATION == "relu6":
-        return _relu6(x)
+        return _clamp(x, 0.0, 6.0)
+    elif ACTIVATION == "hardtanh":
+        return _clamp(x, parameters[0], parameters[1])
+    elif ACTIVATION == "leaky_relu":
+        return tl.where(x > 0, x, x * parameters[0])
+    elif ACTIVATION == "prelu":
+        return tl.where(x > 0, x, x * weight)
+    elif ACTIVATION == "relu2":
+        return _at_least(x, 0.0) * _at_least(x, 0.0)
+    elif ACTIVATION == "hardswish":
+        return x * _clamp(x + 3.0, 0.0, 6.0) / 6.0
+    elif ACTIVATION == "elu":
+        return tl.where(x > 0, x, parameters[0] * _expm1(x))
+    elif ACTIVATION == "celu":
+        return tl.where(x > 0, x, parameters[0] * _expm1(x / parameters[0]))
+    elif ACTIVATION == "selu":
+        return 1.0507009873554805 * tl.where(x > 0, x, 1.6732632423543772 * _expm1(x))
     elif ACTIVATION == "gelu":
         return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
     elif ACTIVATION == "gelu_tanh":
         # (1 + tanh u) / 2 = sigmoid 2u
         return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    elif ACTIVATION == "quick_gelu":
+        return x * tl.sigmoid(1.702 * x)
     elif ACTIVATION == "silu":
         return x * tl.sigmoid(x)
-    elif ACTIVATION == "hardswish":
-        return x * _relu6(x + 3.0) / 6.0
     elif ACTIVATION == "mish":
         # tanh(log(1 + e^x)) = n / (n + 2) with n = e^x (e^x + 2); from 20 on it is 1 in float32
         e = tl.exp(tl.where(x > 20.0, 20.0, x))
         n = e * (e + 2.0)
         return x * (n / (n + 2.0))
-    elif ACTIVATION == "softplus":
-        return tl.where(x > 20.0, x, _log1p(tl.exp(tl.where(x > 20.0, 20.0, x))))
     else:
-        tl.static_assert(ACTIVATION == "selu", "unknown activation")
-        return 1.0507009873554805 * tl.where(x > 0, x, 1.6732632423543772 * _expm1(tl.where(x > 0, 0.0, x)))
+        tl.static_assert(ACTIVATION == "softplus", "unknown activation")
+        scaled = x * parameters[0]
+        return tl.where(scaled > parameters[1], x, _softplus(scaled) / parameters[0])
 
 
 @triton.jit
-def _relu6(x):
-    return tl.where(x < 0, 0.0, tl.where(x > 6.0, 6.0, x))
+def _at_least(x, low):
+    return tl.maximum(x, low, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
-def _log1p(e):
-    """log(1 + e) for e >= 0, accurate where 1 + e rounds: log(u) e / (u - 1) (Kahan; see Higham 2002, 1.14.1)."""
-    u = 1.0 + e
-    return tl.where(u == 1.0, e, tl.log(u) * (e / (u - 1.0)))
+def _clamp(x, low, high):
+    return tl.minimum(_at_least(x, low), high, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _softplus(x):
+    """log(1 + e^x) = max(x, 0) + log(1 + e) with e = e^-|x|, which is 2 artanh(s) with s = e / (2 + e) up to 1/3."""
+    e = tl.exp(-tl.abs(x))
+    s = e / (2.0 + e)
+    z = s * s
+    series = 1 / 3 + z * (1 / 5 + z * (1 / 7 + z * (1 / 9 + z * (1 / 11 + z * (1 / 13 + z * (1 / 15))))))
+    return _at_least(x, 0.0) + 2.0 * (s + s * z * series)
 
 
 @triton.jit
 def _expm1(x):
-    """e^x - 1 for x <= 0, by the same formula the other way round."""
-    u = tl.exp(x)
-    return tl.where(u == 1.0, x, tl.where(u - 1.0 == -1.0, -1.0, (u - 1.0) * (x / tl.log(u))))
+    """e^x - 1. Near 0, where the difference cancels, it is Taylor's series."""
+    series = 1 / 24 + x * (1 / 120 + x * (1 / 720 + x * (1 / 5040 + x * (1 / 40320))))
+    return tl.where(tl.abs(x) < 0.35, x + x * x * (0.5 + x * (1 / 6 + x * series)), tl.exp(x) - 1.0)
 
 
-INTERPRETED = not isinstance(_states_rows_kernel, triton.JITFunction)
+INTERPRETED = not isinstance(states_rows_kernel, triton.JITFunction)
 """Whether the kernels run in Triton's interpreter, on CPU tensors: TRITON_INTERPRET=1 when this module was imported."""
 
-# A tile is 8 KB: 4 warps of 16-byte accesses, 4 of them in flight per thread, enough to hide the latency of memory at
-# half of a multiprocessor's threads and few enough that counts, x and y stay in registers.
-NUM_WARPS = 4
-_TILE_BYTES = 8192
-# A tile of rows is 256 bytes wide. Each row of it is two whole 128-byte lines; wider, the strip has fewer rows, and
-# every program pays its atomics for fewer values.
-_TILE_ROW_BYTES = 256
-# 8 programs of 4 warps fill half of a multiprocessor's threads: one wave, as few atomics as that allows.
-_PROGRAMS_PER_MULTIPROCESSOR = 8
+
+class Launch(NamedTuple):
+    """How a kernel is spread over a GPU."""
+
+    tile_bytes: int  # of x, that a program reads at once
+    row_bytes: int  # the widest tile of rows
+    num_warps: int
+    programs_per_multiprocessor: int  # aimed at; each adds its counts to memory once
 
 
-def count_states(values: Tensor, counts: Tensor, mask: Tensor | None = None) -> None:
-    """Add the states of `values`, arranged as rows or planes (see `layout.Arranged`), to `counts` in place."""
-    _launch(values, None, counts, "identity", mask)
+# 4 warps of 16-byte accesses are 2 KB. 4 of them in flight per thread hide the latency of memory, and few enough that
+# counts, x and y stay in registers. 8 programs of 4 warps fill half of a multiprocessor's threads: one wave, as few
+# atomics as that allows. None of these numbers has been measured on a GPU yet; `python bench/sweep_states.py` does.
+LAUNCHES = {
+    # Each row of a tile is two whole 128-byte lines. Wider, the strip has fewer rows: more atomics for a value.
+    "rows": Launch(tile_bytes=8192, row_bytes=256, num_warps=4, programs_per_multiprocessor=8),
+    # A plane is contiguous: a tile is as long as a plane allows, and holds several planes where these are short.
+    "planes": Launch(tile_bytes=8192, row_bytes=8192, num_warps=4, programs_per_multiprocessor=8),
+    # Below a wave of large tiles, small ones: every multiprocessor gets some.
+    "small rows": Launch(tile_bytes=2048, row_bytes=256, num_warps=4, programs_per_multiprocessor=8),
+    "small planes": Launch(tile_bytes=2048, row_bytes=2048, num_warps=4, programs_per_multiprocessor=8),
+    # Up to 6 counters a value in place of 1: one access per thread, or they would not fit into the registers.
+    "histogram rows": Launch(tile_bytes=4096, row_bytes=256, num_warps=8, programs_per_multiprocessor=4),
+    "histogram planes": Launch(tile_bytes=4096, row_bytes=4096, num_warps=8, programs_per_multiprocessor=4),
+}
 
 
-def activation_states(values: Tensor, counts: Tensor, activation: str, mask: Tensor | None = None) -> Tensor:
-    """Return the activation of `values`, contiguous, and add the states of `values` to `counts` in place."""
-    y = torch.empty(values.shape, dtype=values.dtype, device=values.device)
-    _launch(values, y, counts, activation, mask)
-    return y
+def fuses(activation: str, edges: Sequence[float] | None) -> bool:
+    """Whether the activation and the count of its input are one pass: always."""
+    return True
 
 
-def _launch(values: Tensor, y: Tensor | None, counts: Tensor, activation: str, mask: Tensor | None) -> None:
-    launch = _launch_rows if values.ndim == 2 else _launch_planes
+def add_states(
+    values: Tensor,
+    counts: Tensor,
+    *,
+    edges: Sequence[float] | None = None,
+    mask: Tensor | None = None,
+    nan: Tensor | None = None,
+    y: Tensor | None = None,
+    activation: str = "identity",
+    parameters: Sequence[float] = (),
+    weight: Tensor | None = None,
+    launch: Launch | None = None,
+) -> None:
+    """Add the states of `values`, arranged as rows or planes, to `counts` and NaN to `nan`; write its activation to `y`.
+
+    See `reference.add_states` for the states and `layout.Arranged` for values and y, which may be the same memory.
+    `launch` takes the place of the table's line.
+    """
+    launch = launch or LAUNCHES[_line(values, edges)]
+    pointers = (values, y, mask, counts, nan, weight)
+    # A single slope is that of every channel. Edges between two float32 numbers are rounded up: x >= edge stays exact.
+    weight_stride = 0 if weight is None or weight.numel() == 1 else weight.stride(0)
+    numbers = (tuple(parameters), tuple(_float32_from(edge) for edge in edges or ()))
+    run = _launch_rows if values.ndim == 2 else _launch_planes
     # A launch goes to the current device, which need not be the tensor's. Nothing changes for a CPU tensor.
     with torch.cuda.device_of(values):
-        launch(values, y, counts, activation, mask)
+        run(pointers, weight_stride, numbers, activation, launch)
 
 
-def _launch_rows(values: Tensor, y: Tensor | None, counts: Tensor, activation: str, mask: Tensor | None) -> None:
+def _launch_rows(pointers, weight_stride, numbers, activation: str, launch: Launch) -> None:
+    values, y, *_ = pointers
     rows, channels = values.shape
-    block_rows, block_channels = rows_tile(channels, values.element_size())
-    channel_blocks = triton.cdiv(channels, block_channels)
-    strip_rows = block_rows * _strip(values, triton.cdiv(rows, block_rows), channel_blocks)
-    _states_rows_kernel[(triton.cdiv(rows, strip_rows) * channel_blocks,)](
-        values,
-        y,
-        mask,
-        counts,
+    constants = tile("rows", channels, 1, values.element_size(), launch)
+    channel_blocks = triton.cdiv(channels, constants["BLOCK_CHANNELS"])
+    tiles = triton.cdiv(rows, constants["BLOCK_ROWS"])
+    strip_rows = constants["BLOCK_ROWS"] * _strip(values, tiles, channel_blocks, launch)
+    states_rows_kernel[(triton.cdiv(rows, strip_rows) * channel_blocks,)](
+        *pointers,
         rows,
         channels,
         values.stride(0),
-        channels,
+        channels if y is None else y.stride(0),
+        weight_stride,
         strip_rows,
+        *numbers,
         ACTIVATION=activation,
-        WRITES_Y=y is not None,
-        HAS_MASK=mask is not None,
-        BLOCK_ROWS=block_rows,
-        BLOCK_CHANNELS=block_channels,
-        num_warps=NUM_WARPS,
+        **constants,
+        num_warps=launch.num_warps,
         enable_fp_fusion=True,
     )
 
 
-def _launch_planes(values: Tensor, y: Tensor | None, counts: Tensor, activation: str, mask: Tensor | None) -> None:
+def _launch_planes(pointers, weight_stride, numbers, activation: str, launch: Launch) -> None:
+    values, *_ = pointers
     outer, channels, inner = values.shape
-    block_channels, block_inner = planes_tile(channels, inner, values.element_size())
-    inner_multiple = inner & -inner if inner % 16 else 16  # the largest power of two in inner, up to 16
-    channel_blocks = triton.cdiv(channels, block_channels)
-    tiles = outer * triton.cdiv(inner, block_inner)
-    strip = _strip(values, tiles, channel_blocks)
-    _states_planes_kernel[(triton.cdiv(tiles, strip) * channel_blocks,)](
-        values,
-        y,
-        mask,
-        counts,
-        outer,
+    constants = tile("planes", channels, inner, values.element_size(), launch)
+    channel_blocks = triton.cdiv(channels, constants["BLOCK_CHANNELS"])
+    tiles = outer * triton.cdiv(inner, constants["BLOCK_INNER"])
+    strip = _strip(values, tiles, channel_blocks, launch)
+    states_planes_kernel[(triton.cdiv(tiles, strip) * channel_blocks,)](
+        *pointers,
+        tiles,
         channels,
-        inner // inner_multiple,
+        inner // constants["INNER_MULTIPLE"],
+        weight_stride,
         strip,
+        *numbers,
         ACTIVATION=activation,
-        WRITES_Y=y is not None,
-        HAS_MASK=mask is not None,
-        INNER_MULTIPLE=inner_multiple,
-        BLOCK_CHANNELS=block_channels,
-        BLOCK_INNER=block_inner,
-        num_warps=NUM_WARPS,
+        **constants,
+        num_warps=launch.num_warps,
         enable_fp_fusion=True,
     )
 
 
-def rows_tile(channels: int, element_size: int) -> tuple[int, int]:
-    """BLOCK_ROWS and BLOCK_CHANNELS for values of `element_size` bytes."""
-    block_channels = min(triton.next_power_of_2(channels), _TILE_ROW_BYTES // element_size)
-    return _TILE_BYTES // element_size // block_channels, block_channels
+def tile(layout: str, channels: int, inner: int, element_size: int, launch: Launch) -> dict[str, int]:
+    """Return the compile-time sizes of a kernel for values of `element_size` bytes."""
+    size, row = launch.tile_bytes // element_size, launch.row_bytes // element_size
+    if layout == "rows":
+        block_channels = min(triton.next_power_of_2(channels), row)
+        return {"BLOCK_ROWS": size // block_channels, "BLOCK_CHANNELS": block_channels}
+    block_inner = min(triton.next_power_of_2(inner), row)
+    return {
+        "INNER_MULTIPLE": inner & -inner if inner % 16 else 16,  # the largest power of two in inner, up to 16
+        "BLOCK_CHANNELS": min(triton.next_power_of_2(channels), size // block_inner),
+        "BLOCK_INNER": block_inner,
+    }
 
 
-def planes_tile(channels: int, inner: int, element_size: int) -> tuple[int, int]:
-    """BLOCK_CHANNELS and BLOCK_INNER for values of `element_size` bytes."""
-    block_inner = min(triton.next_power_of_2(inner), _TILE_BYTES // element_size)
-    return min(triton.next_power_of_2(channels), _TILE_BYTES // element_size // block_inner), block_inner
+def _line(values: Tensor, edges: Sequence[float] | None) -> str:
+    """Choose the line of LAUNCHES."""
+    layout = "rows" if values.ndim == 2 else "planes"
+    if edges:
+        return f"histogram {layout}"
+    launch = LAUNCHES[layout]
+    wave = _multiprocessors(values) * launch.programs_per_multiprocessor * launch.tile_bytes
+    return layout if values.numel() * values.element_size() >= wave else f"small {layout}"
 
 
-def _strip(values: Tensor, tiles: int, channel_blocks: int) -> int:
+def _strip(values: Tensor, tiles: int, channel_blocks: int, launch: Launch) -> int:
     """How many of the `tiles` of one block of channels a program reads: one wave of programs over the device."""
-    multiprocessors: int = 1
-    if values.is_cuda:
-        multiprocessors = torch.cuda.get_device_properties(values.device).multi_processor_count
-    programs = multiprocessors * _PROGRAMS_PER_MULTIPROCESSOR
+    programs = _multiprocessors(values) * launch.programs_per_multiprocessor
     return min(max(1, tiles * channel_blocks // programs), int(_LONGEST_STRIP.value))
+
+
+def _multiprocessors(values: Tensor) -> int:
+    count: int = torch.cuda.get_device_properties(values.device).multi_processor_count if values.is_cuda else 1
+    return count
+
+
+def _float32_from(edge: float) -> float:
+    """Return the smallest float32 that is not below `edge`."""
+    with np.errstate(over="ignore"):
+        rounded = np.float32(edge)
+    return float(rounded if float(rounded) >= edge else np.nextafter(rounded, np.float32(np.inf)))

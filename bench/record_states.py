@@ -1,0 +1,69 @@
+"""Measure the state kernels and their peers in turns, print the ratios and keep them as bench/results/states-NAME.json.
+
+python bench/record_states.py [cpu|cuda] [NAME]
+"""
+
+import datetime
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+from state_peers import DTYPES, PASSES, SHAPES, copy, machine, operands, relu, relu_with_states
+
+import fastentropy
+from fastentropy.files import save_json
+from fastentropy.timing import measure_times
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def main(device: str, name: str) -> None:
+    """Print one line for each shape and dtype, and write the file."""
+    cases = []
+    for shape in SHAPES[device]:
+        for dtype in DTYPES:
+            cases.append(measure(device, shape, dtype))
+            print(line(cases[-1]), flush=True)
+    record = {
+        "machine": machine(device),
+        "date": datetime.date.today().isoformat(),
+        "torch": torch.__version__,
+        "fastentropy": fastentropy.__version__,
+        "command": f"python bench/record_states.py {device} {name}",
+        "cases": cases,
+    }
+    save_json(record, RESULTS / f"states-{name}.json")
+
+
+def measure(device: str, shape: str, dtype: str) -> dict[str, object]:
+    """Return the milliseconds of every operation, interleaved, and what follows from them."""
+    x, counts = operands(device, shape, dtype)
+    times = measure_times(
+        {operation.__name__: partial(operation, x, counts) for operation in PASSES}, rounds=31, round_seconds=0.02
+    )
+    size = x.numel() * x.element_size()
+    fused = times[relu_with_states.__name__]
+    return {
+        "shape": shape,
+        "dtype": dtype,
+        "bytes": 2 * size,
+        "milliseconds": times,
+        "ratio_to_relu": fused / times[relu.__name__],
+        "speedup_over_published": times["relu_and_published_procedure"] / fused,
+        "copy_gigabytes_per_second": 2 * size / times[copy.__name__] / 1e6,
+        "share_of_copy_bandwidth": times[copy.__name__] / fused,
+    }
+
+
+def line(case: dict[str, object]) -> str:
+    """Show one measurement."""
+    return (
+        f"{case['shape']:12} {case['dtype']:9} relu with states / relu {case['ratio_to_relu']:5.2f}   "
+        f"published / ours {case['speedup_over_published']:6.1f}   of the copy bandwidth {case['share_of_copy_bandwidth']:.2f}"
+    )
+
+
+if __name__ == "__main__":
+    chosen = sys.argv[1] if len(sys.argv) > 1 else "cpu"
+    main(chosen, sys.argv[2] if len(sys.argv) > 2 else chosen)

@@ -1,0 +1,124 @@
+"""Which implementation runs on which tensor, and running it."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.util import find_spec
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .arguments import IMPLEMENTATIONS, Request
+from .layout import arrange
+
+
+def available_implementations(device: torch.device) -> dict[str, str]:
+    """Map every implementation to "" where it runs on tensors of `device`, else to the reason why not, one line."""
+    return {impl: _why_not(impl, device) for impl in IMPLEMENTATIONS}
+
+
+def count(x: Tensor, counts: Tensor, nan: Tensor | None, request: Request) -> None:
+    """Add the states of `x` to `counts` and its NaN to `nan`."""
+    impl = _choose(request.impl, x)
+    if x.numel() == 0:
+        return
+    if impl == "reference":
+        reference.add_states(x, counts, request.channel_axis, edges=request.edges, mask=request.mask, nan=nan)
+        return
+    arranged = arrange(x.detach().resolve_neg(), request.channel_axis, request.mask)
+    _kernels(impl).add_states(arranged.values, counts, edges=request.edges, mask=arranged.mask, nan=nan)
+    _tell_autograd(counts, nan)
+
+
+def activate_and_count(x: Tensor, counts: Tensor, nan: Tensor | None, request: Request, inplace: bool) -> Tensor:
+    """Return the activation of `x`, which is `x` itself where `inplace`, and count as `count` does."""
+    impl = _choose(request.impl, x)
+    if x.numel() == 0:
+        return x if inplace else torch.empty_like(x)
+    if impl == "reference" or not _kernels(impl).fuses(request.activation, request.edges):
+        count(x, counts, nan, request)
+        y = reference.activate(x, request.activation, request.parameters, request.weight, request.channel_axis)
+        return x.copy_(y) if inplace else _laid_out_as(x, y)
+    if x.is_neg():
+        y = activate_and_count(x.resolve_neg(), counts, nan, request, inplace=True)
+        return x.copy_(y) if inplace else y
+    arranged = arrange(x, request.channel_axis, request.mask)
+    y = x if inplace else torch.empty_like(x)
+    target = arranged.view(y)
+    written = torch.empty_like(arranged.values) if target is None else target
+    _kernels(impl).add_states(
+        arranged.values,
+        counts,
+        edges=request.edges,
+        mask=arranged.mask,
+        nan=nan,
+        y=written,
+        activation=request.activation,
+        parameters=request.parameters,
+        weight=None if request.weight is None else request.weight.resolve_neg(),
+    )
+    if target is None:
+        in_order = y.permute(arranged.order)
+        in_order.copy_(written.view(in_order.shape))
+    _tell_autograd(counts, nan, x if inplace else None)
+    return y
+
+
+def _laid_out_as(x: Tensor, y: Tensor) -> Tensor:
+    """Return `y` with the strides of `torch.empty_like(x)`, which is what tracers are told; it nearly always has them."""
+    strides = torch.empty_like(x, device="meta").stride()
+    return y if y.stride() == strides else torch.empty_like(x).copy_(y)
+
+
+def _tell_autograd(*written: Tensor | None) -> None:
+    """Count up the version of what a kernel wrote to, so that a backward that needs the old values says so."""
+    torch.autograd.graph.increment_version([tensor for tensor in written if tensor is not None])
+
+
+@cache
+def _kernels(impl: str) -> ModuleType:
+    """Import an implementation on its first use: a compiler is loaded by those who need it."""
+    if impl == "triton":
+        from . import states_triton
+
+        return states_triton
+    from . import states_numba
+
+    return states_numba
+
+
+def _choose(impl: str, x: Tensor) -> str:
+    if impl == "auto":
+        fastest = {"cpu": "numba", "cuda": "triton"}.get(x.device.type, "reference")
+        return fastest if x.dtype != torch.float64 and not _why_not(fastest, x.device) else "reference"
+    reason = _why_not(impl, x.device)
+    if reason:
+        raise ValueError(f"impl: {impl!r} {reason}")
+    if x.dtype == torch.float64 and impl != "reference":
+        raise TypeError(f"x: got torch.float64, expected float16, bfloat16 or float32 for impl={impl!r}")
+    return impl
+
+
+def _why_not(impl: str, device: torch.device) -> str:
+    if impl == "reference":
+        return ""
+    if impl == "numba":
+        if not _installed("numba"):
+            return "numba is not installed"
+        return "" if device.type == "cpu" else f"runs on CPU tensors, not on {device.type}"
+    if not _installed("triton"):
+        return "triton is not installed"
+    if device.type == "cuda":
+        return "" if torch.cuda.is_available() else "PyTorch sees no GPU"
+    from . import states_triton
+
+    if device.type == "cpu" and states_triton.INTERPRETED:
+        return ""
+    return f"runs on CUDA tensors, not on {device.type} (a CPU needs TRITON_INTERPRET=1 set before the import)"
+
+
+@cache
+def _installed(package: str) -> bool:
+    return find_spec(package) is not None
