@@ -90,6 +90,8 @@ CASES = {
     "edges": st.integers(0, 15),
     "target": st.sampled_from([None, "y", "x"]),
     "activation": st.sampled_from(["identity", "relu"]),
+    # By the table, and in long strips of small tiles.
+    "launch": st.sampled_from([None, Launch(512, 512, 4, 1), Launch(2048, 256, 4, 1)]),
     "seed": st.integers(0, 2**31),
 }
 
@@ -103,7 +105,7 @@ CASES = {
     y_gap=st.sampled_from([0, 3, 16]),
     **CASES,
 )
-def test_rows(rows, channels, gap, y_gap, dtype, masked, edges, target, activation, seed):
+def test_rows(rows, channels, gap, y_gap, dtype, masked, edges, target, activation, launch, seed):
     memory = random_values((rows, gap + channels), dtype, seed)
     values = memory[:, gap:]
     around = torch.full((rows, y_gap + channels), POISON, dtype=dtype, device=DEVICE)
@@ -113,6 +115,7 @@ def test_rows(rows, channels, gap, y_gap, dtype, masked, edges, target, activati
         activation,
         mask=torch.rand(rows) > 0.5 if masked else None,
         edges=random_edges(values, edges, seed) or None,
+        launch=launch,
     )
     assert (around[:, :y_gap] == POISON).all()
     assert torch.equal(memory[:, :gap].nan_to_num(), random_values(memory.shape, dtype, seed)[:, :gap].nan_to_num())
@@ -123,11 +126,11 @@ def test_rows(rows, channels, gap, y_gap, dtype, masked, edges, target, activati
 @given(
     outer=st.sampled_from([1, 2, 5]),
     channels=st.sampled_from([1, 3, 37]),
-    inner=st.sampled_from([2, 37, 196, 1023]),
+    inner=st.sampled_from([2, 37, 196, 256, 1023]),
     offset=st.sampled_from([0, 1]),
     **CASES,
 )
-def test_planes(outer, channels, inner, offset, dtype, masked, edges, target, activation, seed):
+def test_planes(outer, channels, inner, offset, dtype, masked, edges, target, activation, launch, seed):
     size = outer * channels * inner
     values = random_values((offset + size,), dtype, seed)[offset:].view(outer, channels, inner)
     around = torch.full((offset + size + 1,), POISON, dtype=dtype, device=DEVICE)
@@ -137,6 +140,7 @@ def test_planes(outer, channels, inner, offset, dtype, masked, edges, target, ac
         activation,
         mask=torch.rand(outer, inner) > 0.5 if masked else None,
         edges=random_edges(values, edges, seed) or None,
+        launch=launch,
     )
     assert (around[:offset] == POISON).all()
     assert around[-1] == POISON

@@ -108,9 +108,10 @@ def states_planes_kernel(
     weight = _load_weight(weight_ptr, weight_stride, channel, channels)
     counts = _no_counts(BLOCK_CHANNELS, BLOCK_INNER, edges)
     positions = tl.zeros((BLOCK_INNER,), tl.int32)
-    for tile in range(first_tile, last_tile):
-        image = tile // inner_blocks
-        position = tile % inner_blocks * BLOCK_INNER + tl.arange(0, BLOCK_INNER)
+    image = first_tile // inner_blocks
+    block = first_tile % inner_blocks
+    for _ in range(first_tile, last_tile):
+        position = block * BLOCK_INNER + tl.arange(0, BLOCK_INNER)
         inside = (channel < channels)[:, None] & (position < inner)[None, :]
         offset = (image * channels + channel)[:, None] * inner + position[None, :]
         x = _load(x_ptr + offset, inside)
@@ -124,6 +125,10 @@ def states_planes_kernel(
         if nan_ptr is not None:
             positions += counted
         counts = _count(counts, x, edges)
+        # A division for every tile would cost as much as three of its values.
+        is_last_of_plane = block + 1 == inner_blocks
+        image += is_last_of_plane
+        block = tl.where(is_last_of_plane, 0, block + 1)
     _add_counts(counts_ptr, nan_ptr, counts, positions, 1, channel, channels, edges)
 
 
@@ -291,14 +296,16 @@ class Launch(NamedTuple):
     programs_per_multiprocessor: int  # aimed at; each adds its counts to memory once
 
 
-# 4 warps of 16-byte accesses are 2 KB. 4 of them in flight per thread hide the latency of memory, and few enough that
-# counts, x and y stay in registers. 8 programs of 4 warps fill half of a multiprocessor's threads: one wave, as few
-# atomics as that allows. None of these numbers has been measured on a GPU yet; `python bench/sweep_states.py` does.
+# 4 warps of 16-byte accesses are 2 KB. With two of them in flight a 16-bit kernel takes 64 registers per thread, so that
+# 8 programs share a multiprocessor's 65,536: one wave, as few atomics as that allows, and 32 KB in flight, where an
+# H100's bandwidth (25 bytes per nanosecond and multiprocessor) over a latency of 0.7 microseconds needs 18 KB. With four
+# accesses it takes 100 to 160 registers, and 8 programs would be two waves. That is arithmetic on compiled code (`aot`):
+# nothing here has been measured on a GPU yet, which `python bench/sweep_states.py` does.
 LAUNCHES = {
     # Each row of a tile is two whole 128-byte lines. Wider, the strip has fewer rows: more atomics for a value.
-    "rows": Launch(tile_bytes=8192, row_bytes=256, num_warps=4, programs_per_multiprocessor=8),
+    "rows": Launch(tile_bytes=4096, row_bytes=256, num_warps=4, programs_per_multiprocessor=8),
     # A plane is contiguous: a tile is as long as a plane allows, and holds several planes where these are short.
-    "planes": Launch(tile_bytes=8192, row_bytes=8192, num_warps=4, programs_per_multiprocessor=8),
+    "planes": Launch(tile_bytes=4096, row_bytes=4096, num_warps=4, programs_per_multiprocessor=8),
     # Below a wave of large tiles, small ones: every multiprocessor gets some.
     "small rows": Launch(tile_bytes=2048, row_bytes=256, num_warps=4, programs_per_multiprocessor=8),
     "small planes": Launch(tile_bytes=2048, row_bytes=2048, num_warps=4, programs_per_multiprocessor=8),
