@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from state_peers import DTYPES, PASSES, SHAPES, copy, machine, operands, relu, relu_with_states
 
-import fastentropy
 from fastentropy.files import save_json
 from fastentropy.timing import measure_times
 
@@ -29,7 +28,6 @@ def main(device: str, name: str) -> None:
         "machine": machine(device),
         "date": datetime.date.today().isoformat(),
         "torch": torch.__version__,
-        "fastentropy": fastentropy.__version__,
         "command": f"python bench/record_states.py {device} {name}",
         "cases": cases,
     }

@@ -48,13 +48,20 @@ def relu_and_states_in_pytorch(x: Tensor, counts: Tensor) -> Tensor:
     return torch.relu(x)
 
 
-def relu_and_published_procedure(x: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """The activation, then what EASIER's code does per mini-batch: a float for on, their mean per neuron, its entropy."""
+def relu_and_published_procedure(x: Tensor, counts: Tensor) -> tuple[Tensor, float]:
+    """The activation, then the steps of EASIER's code (VGCQ/EASIER, utils.py) for one layer and one mini-batch.
+
+    Shares of the batch at or above zero, and below, at every position; their means per neuron; the entropy of the two;
+    its mean as a number.
+    """
     y = torch.relu(x)
-    state = (x > 0).float()
-    p = state.transpose(0, 1).reshape(x.shape[1], -1).mean(1)
-    entropy = -(p * torch.log2(p.clamp(min=1e-5)) + (1 - p) * torch.log2((1 - p).clamp(min=1e-5)))
-    return y, entropy
+    entropy = torch.zeros((), device=x.device)
+    for state in (x >= 0, x < 0):
+        share = state.sum(0) / x.shape[0]
+        while share.ndim > 1:
+            share = share.mean(1)
+        entropy = entropy - share * torch.log2(share.clamp(min=1e-10))
+    return y, entropy.mean().item()
 
 
 def copy(x: Tensor, counts: Tensor) -> Tensor:

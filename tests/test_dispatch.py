@@ -91,6 +91,7 @@ def test_every_implementation_runs_or_has_a_reason_of_one_line():
 @pytest.mark.parametrize("missing", ["numba", "triton"])
 def test_what_is_not_installed_is_the_reason(missing, used, monkeypatch):
     monkeypatch.setattr(dispatch, "_installed", lambda package: package != missing)
+    monkeypatch.setattr(dispatch, "_implementation", dispatch._implementation.__wrapped__)
     for device in (CPU, CUDA):
         assert available_implementations(device)[missing] == f"{missing} is not installed"
     with pytest.raises(ValueError, match=f"impl: '{missing}' {missing} is not installed"):

@@ -95,6 +95,8 @@ def checked_parameters(activation: str, parameters: Mapping[str, float]) -> tupl
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: got {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
     defaults = ACTIVATIONS[activation].parameters
+    if not defaults and not parameters:
+        return ()
     for name, value in parameters.items():
         if name not in defaults:
             takes = " and ".join(defaults) or "none"

@@ -27,7 +27,7 @@ def count(x: Tensor, counts: Tensor, nan: Tensor | None, request: Request) -> No
     if impl == "reference":
         reference.add_states(x, counts, request.channel_axis, edges=request.edges, mask=request.mask, nan=nan)
         return
-    arranged = arrange(x.detach().resolve_neg(), request.channel_axis, request.mask)
+    arranged = arrange(x.resolve_neg() if x.is_neg() else x, request.channel_axis, request.mask)
     _kernels(impl).add_states(arranged.values, counts, edges=request.edges, mask=arranged.mask, nan=nan)
     _tell_autograd(counts, nan)
 
@@ -90,13 +90,19 @@ def _kernels(impl: str) -> ModuleType:
 
 
 def _choose(impl: str, x: Tensor) -> str:
+    return _implementation(impl, x.device.type, x.dtype)
+
+
+@cache
+def _implementation(impl: str, device_type: str, dtype: torch.dtype) -> str:
+    device = torch.device(device_type)
     if impl == "auto":
-        fastest = {"cpu": "numba", "cuda": "triton"}.get(x.device.type, "reference")
-        return fastest if x.dtype != torch.float64 and not _why_not(fastest, x.device) else "reference"
-    reason = _why_not(impl, x.device)
+        fastest = {"cpu": "numba", "cuda": "triton"}.get(device_type, "reference")
+        return fastest if dtype != torch.float64 and not _why_not(fastest, device) else "reference"
+    reason = _why_not(impl, device)
     if reason:
         raise ValueError(f"impl: {impl!r} {reason}")
-    if x.dtype == torch.float64 and impl != "reference":
+    if dtype == torch.float64 and impl != "reference":
         raise TypeError(f"x: got torch.float64, expected float16, bfloat16 or float32 for impl={impl!r}")
     return impl
 

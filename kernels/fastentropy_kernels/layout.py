@@ -22,7 +22,7 @@ class Arranged(NamedTuple):
 
     def view(self, y: Tensor) -> Tensor | None:
         """See a tensor of the original's shape in the same way; None where its strides forbid that."""
-        return _merge_axes(y.permute(self.order), self.channel)
+        return _merge_axes(y if self.order == tuple(range(y.ndim)) else y.permute(self.order), self.channel)
 
 
 def arrange(x: Tensor, channel_axis: int, mask: Tensor | None) -> Arranged:
@@ -51,6 +51,8 @@ def arrange(x: Tensor, channel_axis: int, mask: Tensor | None) -> Arranged:
 
 def _merge_axes(x: Tensor, channel_axis: int) -> Tensor | None:
     """Merge the axes before and after the channel without a copy; None where the strides forbid it."""
+    if x.ndim - 1 == channel_axis == 1 and x.stride(1) == 1:
+        return x
     outer, channels, inner = prod(x.shape[:channel_axis]), x.shape[channel_axis], prod(x.shape[channel_axis + 1 :])
     if x.is_contiguous():
         return x.view(outer, channels) if inner == 1 else x.view(outer, channels, inner)

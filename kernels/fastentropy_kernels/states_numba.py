@@ -59,6 +59,7 @@ _ROWS_PER_TASK = 16  # at least: a task clears and adds up 24 bytes for every ch
 _LONG_COMPILATION = 1.0  # seconds, from which on the user is told
 
 _COUNTS_LOCK = threading.Lock()  # two Python threads may count into one tensor
+_workspace = threading.local()
 _told_of_compilation = threading.Event()
 _logger = logging.getLogger(__name__)
 
@@ -164,14 +165,16 @@ def _add_sums(sums, tile, inner):
     channels = tile.shape[1]
     for state in range(3):
         for start in range(0, sums.shape[1], channels * inner):
+            row = sums[state, start : start + channels * inner]
             if inner == 1:
                 for channel in range(channels):
-                    tile[state, channel] += sums[state, start + channel]
+                    tile[state, channel] += row[channel]
             else:
                 for channel in range(channels):
+                    plane = row[channel * inner : (channel + 1) * inner]
                     total = 0
-                    for i in range(inner):
-                        total += sums[state, start + channel * inner + i]
+                    for i in range(plane.size):
+                        total += plane[i]
                     tile[state, channel] += total
     sums[:] = 0
 
@@ -329,7 +332,7 @@ def _histogram_task(signed: Any, masked: bool) -> Any:
 
 
 def _adder() -> Any:
-    """Compile the last step of a job: tiles to counts, and to nan the positions that are in no state.
+    """Compile the last step of a job: move tiles to counts, and to nan the positions that are in no state.
 
     A tile of signs is off, zero and on. One of a histogram is how many values are at least each threshold, from
     -infinity on: a state is what lies between two of them.
@@ -355,6 +358,7 @@ def _adder() -> Any:
                 counts[channel, state] += number
                 if job.nan:
                     nan[channel] -= number
+        tiles[:] = 0
 
     return add_tiles
 
@@ -390,11 +394,14 @@ def add_states(
     tasks = max(1, min(torch.get_num_threads(), values.numel() // max(_SMALLEST_TASK, _ROWS_PER_TASK * channels)))
     thresholds = None if edges is None else _thresholds(edges, values.dtype)
     columns = 3 if thresholds is None else thresholds.numel()
-    tiles = torch.zeros(tasks * columns * channels, dtype=torch.int64)
+    tiles = _borrow_zeros(tasks * columns * channels)
     job = _JobStructure(
         0,
         tasks,
-        *(0 if tensor is None else tensor.data_ptr() for tensor in (values, y, mask, thresholds, tiles, counts, nan)),
+        *(0 if tensor is None else tensor.data_ptr() for tensor in (values, y, mask, thresholds)),
+        tiles.address,
+        counts.data_ptr(),
+        0 if nan is None else nan.data_ptr(),
         *(outer, channels, inner, row_stride, y_row_stride),
         max(1, _FOLDED_WIDTH // row_stride) if foldable else 1,
         columns,
@@ -412,6 +419,26 @@ def add_states(
     _run_team(loop, ctypes.addressof(job), tasks)
     with _COUNTS_LOCK:
         _compiled(_adder).call(ctypes.addressof(job))
+    _workspace.zeros = tiles
+
+
+class _Zeros(NamedTuple):
+    """Memory for the tiles of a call, zero whenever nobody uses it."""
+
+    memory: np.ndarray[Any, Any]
+    address: int
+
+
+def _borrow_zeros(size: int) -> _Zeros:
+    """Take this thread's memory: after a long loop every call into PyTorch starts from cold caches, 20 microseconds.
+
+    It is handed back when it is zero again. What is interrupted keeps it.
+    """
+    zeros: _Zeros | None = _workspace.__dict__.pop("zeros", None)
+    if zeros is None or zeros.memory.size < size:
+        memory = np.zeros(size, np.int64)
+        zeros = _Zeros(memory, memory.ctypes.data)
+    return zeros
 
 
 def _thresholds(edges: Sequence[float], dtype: torch.dtype) -> Tensor:
