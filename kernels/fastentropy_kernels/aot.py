@@ -2,10 +2,10 @@
 
     python -m fastentropy_kernels.aot [--arch sm_80 sm_90 sm_100 gfx942]
 
-A row for each: the registers, spill instructions and local bytes of a thread, the shared bytes of a program, and of the
-main loop the bytes that one access reads or writes, its instructions per element, and these as a share of what the GPU
-can issue while its memory moves the element. Where that share is small, memory is the bound. The exit status is 1 if
-anything spills or uses local memory.
+A row for each: the registers and local bytes (spills, stack) of a thread, the shared bytes of a program, and of the main
+loop the bytes that one access reads or writes, its instructions per element, and these as a share of what the GPU can
+issue while its memory moves the element. Where that share is small, memory is the bound. The exit status is 1 if anything
+spills or uses local memory.
 """
 
 # Triton has no types.
@@ -66,8 +66,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SHAPES = {"rows": (64 * 56 * 56, 256), "planes": (64, 256, 56 * 56)}
 # Without alignment there are no wide accesses; a size of 1 becomes a constant of the kernel.
 ODD_SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
-    "rows": {"37 wide": (1023, 37), "one row": (1, 256)},
-    "planes": {"7x7": (64, 256, 7 * 7), "11x93": (3, 37, 11 * 93), "one image": (1, 256, 56 * 56)},
+    "rows": {"37 wide": (1023, 37), "1 row": (1, 256)},
+    "planes": {"7x7": (64, 256, 7 * 7), "11x93": (3, 37, 11 * 93), "1 image": (1, 256, 56 * 56)},
 }
 
 
@@ -289,16 +289,16 @@ def examine_all(work: Sequence[tuple[Variant, str]]) -> Iterator[Findings]:
         yield from pool.map(examine, *zip(*work, strict=True))
 
 
-COLUMNS = "{:16} {:5} {:10} {:9} {:6} {:>4} {:>5} {:>5} {:>6} {:>4} {:>5} {:>5} {:>5}"
-HEADINGS = "line dtype activation with arch regs spill local shared read write instr issue"
+COLUMNS = "{:16} {:4} {:10} {:8} {:>4} {:>5} {:>4} {:>6} {:>3} {:>5} {:>5}"
+HEADINGS = "line type activation with regs local smem in out instr issue"
 
 
 def table_row(variant: Variant, arch: str, findings: Findings) -> str:
-    """Return a row of the table, at most 100 characters wide."""
+    """Return a row of the table of an architecture."""
     share = issue_share(variant, arch, findings.instructions)
     cells = (
-        *(variant.line, variant.dtype, variant.activation, variant.note, arch),
-        *findings[:4],
+        *(variant.line, variant.dtype, variant.activation, variant.note),
+        *(findings.registers, findings.local_bytes, findings.shared_bytes),
         *("+".join(map(str, widths)) for widths in (findings.loads, findings.stores)),
         f"{findings.instructions:.1f}" if findings.instructions else None,
         f"{share:.0%}{'!' if share > ISSUE_LIMIT else ' '}" if share else None,
@@ -326,10 +326,12 @@ def _refuse(reason: str) -> int:
 
 
 def _report(work: Sequence[tuple[Variant, str]]) -> int:
-    slow, spilled = [], []
-    print(COLUMNS.format(*HEADINGS.split()), flush=True)
+    slow, spilled, shown = [], [], None
     for number, ((variant, arch), findings) in enumerate(zip(work, examine_all(work), strict=True), 1):
         _progress("")
+        if arch != shown:
+            print(f"{arch}\n{COLUMNS.format(*HEADINGS.split())}")
+            shown = arch
         print(table_row(variant, arch, findings), flush=True)
         _progress(f"{number} of {len(work)} compiled")
         share = issue_share(variant, arch, findings.instructions)
