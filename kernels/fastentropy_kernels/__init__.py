@@ -10,7 +10,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.nn import Parameter
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from . import dispatch, registration
@@ -117,7 +116,7 @@ def activation_states(
 def _launches_directly(x: Tensor) -> bool:
     """Whether `x` is plain memory and nobody looks on: tracers, modes and forward derivatives get the operators."""
     return (
-        type(x) in (Tensor, Parameter)
+        type(x) in (Tensor, torch.nn.Parameter)
         and not torch.compiler.is_compiling()
         and torch._C._get_tracing_state() is None
         and not is_in_torch_dispatch_mode()
