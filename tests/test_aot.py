@@ -9,7 +9,9 @@ from functools import cache
 
 import pytest
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
+
+import triton
 
 from fastentropy_kernels import aot, states_triton
 from fastentropy_kernels.aot import Findings, Variant
