@@ -189,4 +189,4 @@ def test_a_long_compilation_is_told_once(monkeypatch, caplog):
     with caplog.at_level(logging.WARNING, logger="fastentropy_kernels"):
         for _ in range(2):
             states_numba.add_states(torch.ones(2, 3), torch.zeros(3, 3, dtype=torch.int64))
-    assert [record.message.split(" in ")[0] for record in caplog.records] == ["compiled a CPU loop"]
+    assert [record.message.split(" in ")[0] for record in caplog.records] == ["fastentropy compiled a CPU loop"]

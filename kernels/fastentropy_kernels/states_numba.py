@@ -469,7 +469,8 @@ def _compiled(kind: Callable[..., Any], *variant: Any) -> _Loop:
     if seconds > _LONG_COMPILATION and not _told_of_compilation.is_set():
         _told_of_compilation.set()
         _logger.warning(
-            "compiled a CPU loop in %.1f s; there is one for each dtype and layout, and each is kept for later runs", seconds
+            "fastentropy compiled a CPU loop in %.1f s; there is one for each dtype and layout, and each is kept for later runs",
+            seconds,
         )
     return _Loop(function.address, function.ctypes)
 
