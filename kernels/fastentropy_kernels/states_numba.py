@@ -469,7 +469,7 @@ def _compiled(kind: Callable[..., Any], *variant: Any) -> _Loop:
     if seconds > _LONG_COMPILATION and not _told_of_compilation.is_set():
         _told_of_compilation.set()
         _logger.warning(
-            "fastentropy compiled a CPU loop in %.1f s; there is one for each dtype and layout, and each is kept for later runs",
+            "fastentropy compiled a CPU loop in %.1f s; there is one for each dtype and layout, kept for later runs",
             seconds,
         )
     return _Loop(function.address, function.ctypes)
