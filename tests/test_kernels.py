@@ -397,3 +397,17 @@ def test_counts_add_up_over_calls(where):
 def test_public_names():
     names = ["activation_states", "available_implementations", "count_states", "linear_regions"]
     assert sorted(fastentropy_kernels.__all__) == names
+
+
+@pytest.mark.parametrize("activation", reference.ACTIVATIONS)
+def test_autocast_changes_nothing(activation, where):
+    device, impl = where
+    x = torch.randn(37, 5, device=device).bfloat16()
+    weight = torch.rand(5, device=device).bfloat16() if activation == "prelu" else None
+    plain, cast = no_counts(5, device=device), no_counts(5, device=device)
+    expected = activation_states(x, plain, activation, weight=weight, impl=impl)
+    with torch.autocast(device, torch.bfloat16):
+        y = activation_states(x, cast, activation, weight=weight, impl=impl)
+    assert y.dtype == x.dtype
+    assert torch.equal(y, expected)
+    assert torch.equal(cast, plain)

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from . import dispatch, registration
 from .arguments import States, activation_request, count_request, linear_regions
@@ -77,7 +76,7 @@ def activation_states(
     """Return the activation of `x` and add the states of `x` to `counts` in place.
 
     Args:
-        x: as in `count_states`. `y` gets the strides of `torch.empty_like(x)`.
+        x: as in `count_states`. `y` gets its dtype, also under autocast, and the strides of `torch.empty_like(x)`.
         counts: as in `count_states`, with a column for each state.
         activation: a key of `reference.ACTIVATIONS`. `y` is computed at every position, also where `mask` is False, in
             float32 and rounded once for the 16-bit formats.
@@ -119,6 +118,6 @@ def _launches_directly(x: Tensor) -> bool:
         type(x) in (Tensor, torch.nn.Parameter)
         and not torch.compiler.is_compiling()
         and torch._C._get_tracing_state() is None
-        and not is_in_torch_dispatch_mode()
+        and torch._C._len_torch_dispatch_stack() == 0
         and forward_ad._current_level < 0
     )

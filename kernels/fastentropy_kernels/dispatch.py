@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
@@ -39,7 +40,8 @@ def activate_and_count(x: Tensor, counts: Tensor, nan: Tensor | None, request: R
         return x if inplace else torch.empty_like(x)
     if impl == "reference" or not _kernels(impl).fuses(request.activation, request.edges):
         count(x, counts, nan, request)
-        y = reference.activate(x, request.activation, request.parameters, request.weight, request.channel_axis)
+        with _no_autocast(x.device.type):
+            y = reference.activate(x, request.activation, request.parameters, request.weight, request.channel_axis)
         return x.copy_(y) if inplace else _laid_out_as(x, y)
     if x.is_neg():
         y = activate_and_count(x.resolve_neg(), counts, nan, request, inplace=True)
@@ -64,6 +66,11 @@ def activate_and_count(x: Tensor, counts: Tensor, nan: Tensor | None, request: R
         in_order.copy_(written.view(in_order.shape))
     _tell_autograd(counts, nan, x if inplace else None)
     return y
+
+
+def _no_autocast(device_type: str) -> AbstractContextManager[object]:
+    """Switch autocast off, which would make a float32 y of some activations, and not where they are fused."""
+    return torch.autocast(device_type, enabled=False) if torch.amp.is_autocast_available(device_type) else nullcontext()
 
 
 def _laid_out_as(x: Tensor, y: Tensor) -> Tensor:
