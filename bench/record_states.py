@@ -3,18 +3,13 @@
 python bench/record_states.py [cpu|cuda] [NAME]
 """
 
-import datetime
 import sys
 from functools import partial
-from pathlib import Path
 
-import torch
-from state_peers import DTYPES, PASSES, SHAPES, copy, machine, operands, relu, relu_with_states
+from records import save_record
+from state_peers import DTYPES, PASSES, SHAPES, copy, operands, relu, relu_with_states
 
-from fastentropy.files import save_json
 from fastentropy.timing import measure_times
-
-RESULTS = Path(__file__).parent / "results"
 
 
 def main(device: str, name: str) -> None:
@@ -24,14 +19,7 @@ def main(device: str, name: str) -> None:
         for dtype in DTYPES:
             cases.append(measure(device, shape, dtype))
             print(line(cases[-1]), flush=True)
-    record = {
-        "machine": machine(device),
-        "date": datetime.date.today().isoformat(),
-        "torch": torch.__version__,
-        "command": f"python bench/record_states.py {device} {name}",
-        "cases": cases,
-    }
-    save_json(record, RESULTS / f"states-{name}.json")
+    save_record(f"states-{name}", device, cases=cases)
 
 
 def measure(device: str, shape: str, dtype: str) -> dict[str, object]:

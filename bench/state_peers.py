@@ -49,19 +49,23 @@ def relu_and_states_in_pytorch(x: Tensor, counts: Tensor) -> Tensor:
 
 
 def relu_and_published_procedure(x: Tensor, counts: Tensor) -> tuple[Tensor, float]:
-    """The activation, then the steps of EASIER's code (VGCQ/EASIER, utils.py) for one layer and one mini-batch.
+    """The activation, then what EASIER's code does with its input."""
+    return torch.relu(x), published_entropy(x)
 
-    Shares of the batch at or above zero, and below, at every position; their means per neuron; the entropy of the two;
-    its mean as a number.
+
+def published_entropy(x: Tensor, *, neurons_last: bool = False) -> float:
+    """The steps of EASIER's code (VGCQ/EASIER, utils.py) for one layer and one mini-batch, in bits.
+
+    Shares of the batch at or above zero, and below, at every position; their means per neuron, which are on axis 1 or, as
+    that code has it for Swin, on the last axis; the entropy of the two; its mean as a number.
     """
-    y = torch.relu(x)
     entropy = torch.zeros((), device=x.device)
     for state in (x >= 0, x < 0):
         share = state.sum(0) / x.shape[0]
         while share.ndim > 1:
-            share = share.mean(1)
+            share = share.mean(0 if neurons_last else 1)
         entropy = entropy - share * torch.log2(share.clamp(min=1e-10))
-    return y, entropy.mean().item()
+    return entropy.mean().item()
 
 
 def copy(x: Tensor, counts: Tensor) -> Tensor:
@@ -84,12 +88,3 @@ def operands(device: str, shape: str, dtype: str) -> tuple[Tensor, Tensor]:
     """Return fresh normal values and the counts for them."""
     x = torch.randn(SHAPES[device][shape], device=device).to(DTYPES[dtype])
     return x, torch.zeros(x.shape[1], 3, dtype=torch.int64, device=device)
-
-
-def machine(device: str) -> str:
-    """Name the processor, or the GPU."""
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    with open("/proc/cpuinfo") as lines:
-        models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{models[0] if models else 'CPU'}, {torch.get_num_threads()} threads"

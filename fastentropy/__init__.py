@@ -3,8 +3,10 @@
 collect -> Statistics -> prune -> fuse. See README.md for an example of each.
 """
 
+from fastentropy.activations import register_activation
 from fastentropy.collector import EntropyCollector, collect
 from fastentropy.fusion import FusedModel, FusionReport, fuse, load
+from fastentropy.isolation import isolate
 from fastentropy.pruning import PruningResult, linearize, prune
 from fastentropy.sites import Site, find_sites
 from fastentropy.statistics import SiteStatistics, Statistics
@@ -22,7 +24,9 @@ __all__ = [
     "collect",
     "find_sites",
     "fuse",
+    "isolate",
     "linearize",
     "load",
     "prune",
+    "register_activation",
 ]

@@ -1,40 +1,156 @@
-"""The table of activations: which modules are rectifiers whose state can be read from the sign of their input."""
+"""The table of activations: which modules and which functions are rectifiers, whose state is the sign of their input."""
 
-from torch import nn
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
-#: Module type -> the activation's name. A subclass counts as its nearest ancestor in the table.
-ACTIVATIONS: dict[type[nn.Module], str] = {
-    nn.ReLU: "relu",
-    nn.ReLU6: "relu6",
-    nn.LeakyReLU: "leaky_relu",
-    nn.PReLU: "prelu",
-    nn.RReLU: "rrelu",
-    nn.ELU: "elu",
-    nn.SELU: "selu",
-    nn.CELU: "celu",
-    nn.GELU: "gelu",
-    nn.SiLU: "silu",
-    nn.Mish: "mish",
-    nn.Softplus: "softplus",
-    nn.Hardswish: "hardswish",
-    nn.Hardtanh: "hardtanh",
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+#: Module type, by its full name since not every library is installed -> the activation's name.
+_MODULES: dict[str, str] = {
+    **{
+        f"torch.nn.modules.activation.{kind}": name
+        for kind, name in {
+            "ReLU": "relu",
+            "ReLU6": "relu6",
+            "LeakyReLU": "leaky_relu",
+            "PReLU": "prelu",
+            "RReLU": "rrelu",
+            "ELU": "elu",
+            "SELU": "selu",
+            "CELU": "celu",
+            "GELU": "gelu",
+            "SiLU": "silu",
+            "Mish": "mish",
+            "Softplus": "softplus",
+            "Hardswish": "hardswish",
+            "Hardtanh": "hardtanh",
+        }.items()
+    },
+    **{
+        f"transformers.activations.{kind}": name
+        for kind, name in {
+            "GELUActivation": "gelu",
+            "AccurateGELUActivation": "gelu_tanh",
+            "FastGELUActivation": "gelu_tanh",
+            "GELUTanh": "gelu_tanh",
+            "NewGELUActivation": "gelu_tanh",
+            "ClippedGELUActivation": "clipped_gelu",
+            "QuickGELUActivation": "quick_gelu",
+            "SiLUActivation": "silu",
+            "MishActivation": "mish",
+            "ReLUSquaredActivation": "relu2",
+            "XIELUActivation": "xielu",
+        }.items()
+    },
+    **{
+        f"timm.layers.{kind}": name
+        for kind, name in {
+            "activations.GELU": "gelu",
+            "activations.GELUTanh": "gelu_tanh",
+            "activations.QuickGELU": "quick_gelu",
+            "activations.Swish": "silu",
+            "activations.Mish": "mish",
+            "activations.HardSwish": "hardswish",
+            "activations.HardMish": "hard_mish",
+            "activations.PReLU": "prelu",
+            "activations_me.SwishMe": "silu",
+            "activations_me.MishMe": "mish",
+            "activations_me.HardSwishMe": "hardswish",
+            "activations_me.HardMishMe": "hard_mish",
+        }.items()
+    },
+}
+
+#: Function -> the activation's name.
+_FUNCTIONS: dict[Callable[..., Any], str] = {
+    **{
+        getattr(namespace, function): name
+        for name in ("relu", "relu6", "leaky_relu", "rrelu", "elu", "selu", "celu", "gelu", "silu", "mish", "softplus")
+        for namespace in (F, torch, Tensor)
+        for function in (name, f"{name}_")
+        if hasattr(namespace, function)
+    },
+    **dict.fromkeys((F.hardtanh, F.hardtanh_), "hardtanh"),
+    **dict.fromkeys((F.prelu, torch.prelu, Tensor.prelu), "prelu"),
+    F.hardswish: "hardswish",
 }
 
 
+class FusedActivation(NamedTuple):
+    """An activation module as arguments of `fastentropy_kernels.activation_states`."""
+
+    activation: str
+    parameters: dict[str, Any]
+    inplace: bool
+
+
+#: Module types whose forward is the kernels' activation and nothing else, with the attributes that are its parameters.
+_FUSED: dict[type[nn.Module], Callable[[Any], tuple[str, dict[str, float]]]] = {
+    nn.ReLU: lambda module: ("relu", {}),
+    nn.ReLU6: lambda module: ("relu6", {}),
+    nn.LeakyReLU: lambda module: ("leaky_relu", {"negative_slope": module.negative_slope}),
+    nn.ELU: lambda module: ("elu", {"alpha": module.alpha}),
+    nn.SELU: lambda module: ("selu", {}),
+    nn.CELU: lambda module: ("celu", {"alpha": module.alpha}),
+    nn.GELU: lambda module: ("gelu" if module.approximate == "none" else "gelu_tanh", {}),
+    nn.SiLU: lambda module: ("silu", {}),
+    nn.Mish: lambda module: ("mish", {}),
+    nn.Softplus: lambda module: ("softplus", {"beta": module.beta, "threshold": module.threshold}),
+    nn.Hardswish: lambda module: ("hardswish", {}),
+    nn.Hardtanh: lambda module: ("hardtanh", {"min_val": module.min_val, "max_val": module.max_val}),
+}
+
+
+def register_activation(activation: type[nn.Module] | Callable[..., Tensor], name: str) -> None:
+    """Let sites be found of one more activation: a module class (and its subclasses), or a function of a tensor.
+
+    A function is seen where it is called by PyTorch's own dispatch: it must be one of PyTorch's, or call
+    `torch.overrides.handle_torch_function`. Any other function is better made a module. The state that is counted is the sign
+    of the input.
+
+    Raises TypeError for anything else, and ValueError where name is not an identifier.
+    """
+    if not name.isidentifier():
+        raise ValueError(f"name: got {name!r}, expected an identifier such as 'squared_relu'")
+    if isinstance(activation, type):
+        if not issubclass(activation, nn.Module):
+            raise TypeError(f"activation: got the class {activation.__name__}, expected a subclass of torch.nn.Module")
+        _MODULES[_full_name(activation)] = name
+    elif callable(activation) and not isinstance(activation, nn.Module):
+        _FUNCTIONS[activation] = name
+    else:
+        raise TypeError(
+            f"activation: got an object of {type(activation).__name__}, expected a subclass of torch.nn.Module or a function"
+        )
+
+
 def activation_name(module: nn.Module) -> str | None:
-    """The name of a module's activation, or None where the module is not a known one."""
-    return next((ACTIVATIONS[kind] for kind in type(module).__mro__ if kind in ACTIVATIONS), None)
+    """The name of a module's activation, or None where it is not a known one. A subclass counts as its nearest ancestor."""
+    return next((_MODULES[name] for kind in type(module).__mro__ if (name := _full_name(kind)) in _MODULES), None)
+
+
+def function_name(function: Callable[..., Any]) -> str | None:
+    """The name of a function's activation, or None where it is not a known one."""
+    try:
+        return _FUNCTIONS.get(function)
+    except TypeError:  # not hashable
+        return None
+
+
+def fused_activation(module: nn.Module, kind: type[nn.Module]) -> FusedActivation | None:
+    """What the kernels compute in place of a module of exactly this type; None where that is not known to be the same."""
+    if kind not in _FUSED:
+        return None
+    activation, parameters = _FUSED[kind](module)
+    return FusedActivation(activation, parameters, bool(getattr(module, "inplace", False)))
 
 
 def activation_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """The model's activation modules by dotted path; a module with several paths has the first.
+    """The model's activation modules by dotted path; a module with several paths has the first."""
+    return {name: module for name, module in model.named_modules() if activation_name(module)}
 
-    Raises ValueError where there is none.
-    """
-    modules = {name: module for name, module in model.named_modules() if activation_name(module)}
-    if not modules:
-        known = ", ".join(sorted(kind.__name__ for kind in ACTIVATIONS))
-        raise ValueError(
-            f"{type(model).__name__} has no known activation module; write its activations as modules of torch.nn ({known})"
-        )
-    return modules
+
+def _full_name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"

@@ -1,37 +1,59 @@
 """Collect the states of every activation while the user's own loop runs the model."""
 
 import contextlib
+import threading
+import warnings
 from collections.abc import Iterator, Mapping
+from functools import reduce
+from operator import add
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
+from torch.utils._python_dispatch import _disable_current_modes
 
-from fastentropy.sites import Site, SiteWatcher
+from fastentropy.activations import FusedActivation, fused_activation
+from fastentropy.counters import Counters, Layout, SiteCounters
+from fastentropy.distributed import sum_over_ranks
+from fastentropy.interception import original_class
+from fastentropy.padding import Mask, positions_to_count
+from fastentropy.sites import Call, Site, SiteWatcher, no_sites
 from fastentropy.statistics import Average, SiteStatistics, Statistics, state_entropy
-from fastentropy_kernels import count_states
+from fastentropy_kernels import activation_states, count_states, is_fused
+
+_COUNTABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class EntropyCollector:
     """Counts, per neuron, how often the input of each activation is off, zero and on, while it is attached to a model.
 
-    Only integers are kept: 24 bytes per neuron. Inputs are read before the activation runs, so in-place ones count right.
-    Made by `collect`; also a context manager that attaches and detaches.
+    Only integers are kept. A pass is counted as a whole when it is complete: one that raises leaves nothing. Made by `collect`;
+    also a context manager that attaches and detaches.
     """
 
     def __init__(
-        self, model: nn.Module, *, average: Average = "dataset", channel_axis: Mapping[str, int] | None = None
+        self,
+        model: nn.Module,
+        *,
+        average: Average = "dataset",
+        channel_axis: Mapping[str, int] | None = None,
+        mask: Mask = "attention_mask",
     ) -> None:
         """See `collect`."""
         if average not in ("dataset", "batch"):
             raise ValueError(f"average={average!r}: expected 'dataset' or 'batch'")
-        self._watcher = SiteWatcher(model, self._count, self._begin_batch, self._end_batch, channel_axis)
-        self._per_batch = average == "batch"
-        self._paused = False
-        self.reset()
+        self._model, self._per_batch = model, average == "batch"
+        self._watcher = SiteWatcher(model, _Counting(self), channel_axis, mask)
+        self._layout, self._lock = Layout(), threading.Lock()
+        self._total, self._idle = Counters(self._layout), list[Counters]()
+        self._restored = Statistics({})
+        self._batch_entropies: dict[str, Tensor] = {}
+        self._batches: dict[str, int] = {}
+        self._is_paused = self._recommended = False
 
     def attach(self) -> None:
-        """Begin to count. Raises RuntimeError where a collector is attached to the model already."""
+        """Begin to count. Raises RuntimeError where a collector is attached to the model, or a part of it, already."""
         self._watcher.attach()
 
     def detach(self) -> None:
@@ -49,80 +71,194 @@ class EntropyCollector:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Count nothing inside of the block: for warm-up batches."""
-        before, self._paused = self._paused, True
+        """Count no pass that begins inside of the block: for warm-up batches. Their sites are discovered all the same."""
+        before, self._is_paused = self._is_paused, True
         try:
             yield
         finally:
-            self._paused = before
+            self._is_paused = before
 
     def reset(self) -> None:
-        """Forget what was counted."""
-        self._counts: dict[str, Tensor] = {}
-        self._values: dict[str, int] = {}
-        self._before_batch: dict[str, Tensor] = {}
-        self._batch_entropies: dict[str, Tensor] = {}
-        self._batches: dict[str, int] = {}
+        """Forget what was counted. Counters keep their addresses, so a CUDA graph that was captured goes on counting."""
+        with self._lock:
+            self._total.clear()
+            self._restored = Statistics({})
+            self._batch_entropies.clear()
+            self._batches.clear()
 
     def compute(self) -> Statistics:
         """The statistics so far, on the CPU, independent of what is counted later.
 
-        Raises RuntimeError where no forward pass was counted.
+        Raises RuntimeError where no forward pass was counted, and ValueError where the model calls no known activation.
         """
-        if not self._counts:
-            raise RuntimeError("nothing was counted: run the model while the collector is attached, then call compute()")
-        return Statistics(
-            {name: self._site_statistics(site) for name, site in self._watcher.sites.items() if name in self._counts}
+        statistics = self._statistics()
+        if statistics:
+            return statistics
+        if self._watcher.has_run and not self._watcher.sites:
+            raise ValueError(no_sites(self._model))
+        raise RuntimeError("nothing was counted: run the model while the collector is attached, then call compute()")
+
+    def sync(self) -> Statistics:
+        """The statistics of all ranks of torch.distributed together; those of `compute` where it is not initialised.
+
+        The counts of this rank stay as they are, so it can be called at any time, by all ranks.
+        """
+        return sum_over_ranks(self._statistics())
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was counted, as tensors and plain values, to be saved with torch.save or as `stats.save` does."""
+        return self._statistics().state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state: it takes the place of what was counted so far, and later passes are added to it.
+
+        Raises ValueError where it is no state of a collector, or of a model with other sites; nothing is changed then.
+        """
+        restored = Statistics.from_state_dict(state)
+        for name, site in restored.items():
+            known = self._watcher.sites.get(name)
+            if known and (known.activation, known.neurons) != (site.activation, site.neurons):
+                raise ValueError(
+                    f"site {name!r} is {known.activation} with {known.neurons} neurons in this model and {site.activation} "
+                    f"with {site.neurons} in the state; load the state of the same model"
+                )
+        self.reset()
+        self._restored = restored
+
+    def _statistics(self) -> Statistics:
+        with self._lock:
+            counted = {site.name: self._site_statistics(site) for site in list(self._watcher.sites.values())}
+        counted = {name: site for name, site in counted.items() if site.observations + site.nan}
+        names = [*self._restored, *(name for name in counted if name not in self._restored)]
+        parts = {name: [part[name] for part in (self._restored, counted) if name in part] for name in names}
+        return Statistics({name: reduce(add, sites) for name, sites in parts.items()})
+
+    def _recommend_isolation(self) -> None:
+        names = sorted(self._watcher.functional_sites)
+        if not names or self._recommended:
+            return
+        self._recommended = True
+        shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+        warnings.warn(
+            f"{original_class(self._model).__name__} calls {len(names)} of its activations as functions ({shown}); they are "
+            "counted by a slower route, and fe.isolate(model, example_inputs) makes modules of them",
+            stacklevel=2,
         )
 
     def _site_statistics(self, site: Site) -> SiteStatistics:
-        counts = self._counts[site.name].cpu().clone()
-        batch_entropies = self._batch_entropies.get(site.name)
-        return SiteStatistics(
-            site.activation,
-            counts,
-            self._values[site.name] - int(counts.sum()),
-            None if batch_entropies is None else batch_entropies.cpu().clone(),
-            self._batches.get(site.name, 0),
-        )
+        counts, positions = self._total.total(site)
+        nan = positions * site.neurons - int(counts.sum())
+        entropies = self._batch_entropies.get(site.name)
+        if entropies is None:
+            return SiteStatistics(site.activation, counts, nan)
+        return SiteStatistics(site.activation, counts, nan, entropies.clone(), self._batches[site.name])
 
-    def _count(self, site: Site, x: Tensor) -> None:
-        if self._paused:
+
+class _Counting:
+    """The collector as an observer of forward passes: each counts into counters of its own until it is complete."""
+
+    def __init__(self, collector: EntropyCollector) -> None:
+        self._collector = collector
+
+    def begin_pass(self) -> Counters | None:
+        collector = self._collector
+        if collector._is_paused:
+            return None
+        with collector._lock:
+            return collector._idle.pop() if collector._idle else Counters(collector._layout)
+
+    def run_activation(self, counters: Counters | None, call: Call) -> Any:
+        return call.run() if counters is None else _run_and_count(call, counters)
+
+    def end_pass(self, counters: Counters | None, completed: bool) -> None:
+        if counters is None:
             return
-        if site.name not in self._counts:
-            self._counts[site.name] = _zeros((site.neurons, 3), torch.int64, x.device)
-            self._values[site.name] = 0
-        count_states(x, self._counts[site.name], channel_axis=site.channel_axis)
-        self._values[site.name] += x.numel()
+        collector = self._collector
+        with collector._lock:
+            if completed:
+                collector._total.add(counters)
+                if collector._per_batch:
+                    self._add_batch_entropies(counters)
+            counters.clear()
+            collector._idle.append(counters)
+        if completed:
+            collector._recommend_isolation()
 
-    def _begin_batch(self) -> None:
-        if self._per_batch:
-            self._before_batch = {name: counts.clone() for name, counts in self._counts.items()}
-
-    def _end_batch(self) -> None:
-        if not self._per_batch or self._paused:
-            return
-        for name, counts in self._counts.items():
-            batch = counts - self._before_batch.get(name, 0)
-            entropies = torch.stack([state_entropy(batch, "discard"), state_entropy(batch, "on")], dim=1)
-            self._batch_entropies[name] = self._batch_entropies.get(name, 0) + entropies
-            self._batches[name] = self._batches.get(name, 0) + 1
+    def _add_batch_entropies(self, counters: Counters) -> None:
+        collector = self._collector
+        for site in counters.sites.values():
+            counts, _ = counters.total(site)
+            entropies = torch.stack([state_entropy(counts, "discard"), state_entropy(counts, "on")], dim=1)
+            collector._batch_entropies[site.name] = collector._batch_entropies.get(site.name, 0) + entropies
+            collector._batches[site.name] = collector._batches.get(site.name, 0) + 1
 
 
 def collect(
-    model: nn.Module, *, average: Average = "dataset", channel_axis: Mapping[str, int] | None = None
+    model: nn.Module,
+    *,
+    average: Average = "dataset",
+    channel_axis: Mapping[str, int] | None = None,
+    mask: Mask = "attention_mask",
 ) -> EntropyCollector:
-    """A collector for the model's activation modules, to be used as `with fe.collect(model) as collector:`.
+    """A collector for all activations of a model, to be used as `with fe.collect(model) as collector:`.
 
-    The model is unchanged afterwards, also when the block raises. average="batch" keeps, besides the exact counts, the mean of
-    the batches' own entropies. channel_axis gives the neuron axis of sites by name where it should not be inferred.
+    The model is unchanged afterwards, also when the block raises. What was compiled with torch.compile runs eagerly inside.
 
-    Raises ValueError where the model has no known activation module.
+    average: "batch" keeps, besides the exact counts, the mean of the batches' own entropies.
+    channel_axis: the neuron axis of sites, by name, where it should not be inferred from the operator that made their input.
+    mask: the name of the argument, of the model or of a part of it, that says which tokens are no padding: [batch, tokens],
+        0 at padding, which is not counted. Or a function of (args, kwargs) of a call that returns it, or None for no mask.
     """
-    return EntropyCollector(model, average=average, channel_axis=channel_axis)
+    return EntropyCollector(model, average=average, channel_axis=channel_axis, mask=mask)
 
 
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Any:
-    """Zeros that may be added to in any mode, also when the first forward pass runs in inference mode."""
-    with torch.inference_mode(False):
-        return torch.zeros(shape, dtype=dtype, device=device)
+def _run_and_count(call: Call, counters: Counters) -> Any:
+    """Run an activation and count the states of its input: in one pass where a kernel does both, else before it runs."""
+    site, x = call.site, call.x
+    if x.is_meta or isinstance(x, FakeTensor):
+        return call.run()
+    counter = counters.of(site, x.device)
+    mask = positions_to_count(call.is_token, x, site.channel_axis)
+    fused = _fused(call)
+    if fused is not None:
+        y = activation_states(
+            x,
+            counter.counts,
+            fused.activation,
+            channel_axis=site.channel_axis,
+            mask=mask,
+            inplace=fused.inplace,
+            **fused.parameters,
+        )
+        _add_positions(counters, counter, call, mask)
+        return y
+    with torch.no_grad(), _disable_current_modes():
+        values = x if x.dtype in _COUNTABLE else x.float()
+        count_states(values.detach(), counter.counts, channel_axis=site.channel_axis, mask=mask)
+        _add_positions(counters, counter, call, mask)
+    return call.run()
+
+
+def _fused(call: Call) -> FusedActivation | None:
+    """What a kernel can compute in place of the activation, where nobody looks on and nothing is differentiated."""
+    x = call.x
+    if call.module is None or type(x) is not Tensor or (x.requires_grad and torch.is_grad_enabled()):
+        return None
+    if torch._C._len_torch_dispatch_stack():
+        return None
+    fused = fused_activation(call.module, original_class(call.module))
+    if fused is None or not is_fused(fused.activation, x):
+        return None
+    if fused.activation == "softplus" and torch.is_autocast_enabled(x.device.type):
+        return None  # autocast makes its output float32
+    return fused
+
+
+def _add_positions(counters: Counters, counter: SiteCounters, call: Call, mask: Tensor | None) -> None:
+    """Note how many values of each neuron were read: on the host, unless only the device knows or a CUDA graph repeats it."""
+    if mask is not None:
+        counter.positions.add_(mask.sum())
+    elif call.x.is_cuda and torch.cuda.is_current_stream_capturing():
+        counter.positions.add_(call.x.numel() // max(call.site.neurons, 1))
+    else:
+        counters.add_positions(call.site, call.x.numel() // max(call.site.neurons, 1))

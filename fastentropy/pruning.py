@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from fastentropy.activations import activation_modules
 from fastentropy.collector import collect
-from fastentropy.sites import find_sites
+from fastentropy.interception import fast_paths
+from fastentropy.sites import find_sites, no_sites
 from fastentropy.statistics import Statistics
 from fastentropy.steps import Step, StepFolder, random_state, set_random_state
 
@@ -60,13 +61,13 @@ def prune(
         the same options. The end is the same as without the interruption where `train` draws from torch's default generators.
     measure(model) -> dict: further figures to keep with each step. on_step(steps so far): called after each step.
 
-    Raises ValueError for a model without a known activation or with one that runs several times in a pass, an option out of
-    range, a calibration without a forward pass, a score that is not finite, and a checkpoint_dir that is damaged, of another
-    model or of a run with other options.
+    Raises ValueError for a model without a known activation or with one that is no module of its own (see `isolate`), an option
+    out of range, a calibration without a forward pass, a score that is not finite, and a checkpoint_dir that is damaged, of
+    another model or of a run with other options.
     """
     _check_options(max_drop, max_removed, per_step, criterion)
     sites = [site.name for site in find_sites(model, example_inputs)]
-    _check_called_once(sites)
+    _check_own_modules(model, sites)
     loop = _Loop(copy.deepcopy(model), train, evaluate, calibrate, measure, on_step)
     if checkpoint_dir is not None:
         options = {"max_drop": max_drop, "max_removed": max_removed, "per_step": per_step, "criterion": criterion}
@@ -98,6 +99,8 @@ def linearize(model: nn.Module, names: Sequence[str]) -> None:
     if not names:
         return
     modules = activation_modules(model)
+    if not modules:
+        raise ValueError(no_sites(model))
     paths = [id(module) for _, module in model.named_modules(remove_duplicate=False)]
     for name in names:
         if name not in modules:
@@ -107,6 +110,8 @@ def linearize(model: nn.Module, names: Sequence[str]) -> None:
             raise ValueError(f"the module {name!r} stands in several places of the model; give each its own activation module")
     for name in names:
         model.set_submodule(name, nn.Identity().train(modules[name].training))
+        for module, attribute, value in fast_paths(model.get_submodule(name.rpartition(".")[0])):
+            setattr(module, attribute, value)  # that kernel would go on computing the activation
 
 
 def lowest_entropy(layer_entropy: Mapping[str, float], count: int) -> tuple[str, ...]:
@@ -187,9 +192,7 @@ class _Loop:
 
     @torch.no_grad()
     def _statistics(self) -> Statistics:
-        try:
-            activation_modules(self.model)
-        except ValueError:
+        if not activation_modules(self.model):
             return Statistics({})  # every activation is linearised
         with collect(self.model) as collector:
             self._calibrate(self.model)
@@ -211,10 +214,10 @@ def _check_options(max_drop: float, max_removed: int | None, per_step: int, crit
         raise ValueError(f"criterion is {criterion!r}; expected 'entropy'")
 
 
-def _check_called_once(sites: Sequence[str]) -> None:
-    repeated = [name for name in sites if ":" in name]
-    if repeated:
+def _check_own_modules(model: nn.Module, sites: Sequence[str]) -> None:
+    modules = activation_modules(model)
+    if others := [name for name in sites if name not in modules]:
         raise ValueError(
-            f"one module is called several times in a forward pass ({', '.join(repeated)}), so its calls cannot be linearised "
-            "one by one; give each call an activation module of its own"
+            f"{', '.join(others)}: activations that are called as functions, or by one module several times in a forward pass, "
+            "cannot be linearised one by one; prune the model that fe.isolate(model, example_inputs) returns"
         )

@@ -17,33 +17,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from fastentropy.files import replace_file
+from fastentropy.plots import BLUE, GREY, INK, MARGIN, ORANGE, ROW, STYLE, draw_layer_entropy, label_sites
 
-INK = "#24292f"
-GREY = "#8c959f"
-#: Of Okabe and Ito's palette: apart for every kind of colour vision, and readable on a light and on a dark ground.
-BLUE, ORANGE = "#0072b2", "#d55e00"
-STYLE = {
-    "axes.edgecolor": INK,
-    "axes.labelcolor": INK,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "font.size": 9,
-    "grid.alpha": 0.35,
-    "grid.color": GREY,
-    "hatch.linewidth": 0.6,
-    "legend.frameon": False,
-    "lines.linewidth": 1.6,
-    "lines.markersize": 5,
-    "svg.fonttype": "none",
-    "text.color": INK,
-    "text.parse_math": False,
-    "xtick.color": INK,
-    "ytick.color": INK,
-}
-#: Inches: the width of a figure of the page, and the height of a site's row.
-WIDTH, ROW = 7.6, 0.2
-#: The characters of a site's name that a plot has room for; the table of steps has the whole name.
-LABEL_LENGTH = 42
+#: Inches: the width of a figure of the page.
+WIDTH = 7.6
 
 
 def write_report(history: Mapping[str, Any], path: str | PathLike[str]) -> None:
@@ -164,22 +141,14 @@ def _svg(draw: Callable[[Axes, _Run], None], run: _Run, height: float, descripti
 
 
 def _rows_height(run: _Run) -> float:
-    return 0.9 + ROW * len(run.sites)
+    return MARGIN + ROW * len(run.sites)
 
 
 def _draw_entropy(axes: Axes, run: _Run) -> None:
     """A bar for each site of the dense network, in call order; the removed ones in another colour, with their step."""
-    for row, (name, bits) in enumerate(run.dense["layer_entropy"].items()):
-        step = run.tried_at.get(name)
-        gone = step is not None and step <= run.kept_step
-        note = "" if step is None else f", {'removed' if gone else 'tried'} at step {step}"
-        axes.barh(row, bits, height=0.72, color=ORANGE if gone else BLUE)
-        axes.annotate(f"{bits:.3f}{note}", (bits, row), (4, 0), textcoords="offset points", va="center", fontsize=8)
-    _label_sites(axes, run)
-    axes.set_xlim(0, 1)
-    axes.set_xlabel("entropy (bits)")
-    axes.grid(axis="x")
-    axes.set_axisbelow(True)
+    gone = {name for name, step in run.tried_at.items() if step <= run.kept_step}
+    notes = {name: f", {'removed' if name in gone else 'tried'} at step {step}" for name, step in run.tried_at.items()}
+    draw_layer_entropy(axes, run.dense["layer_entropy"], dict.fromkeys(gone, ORANGE), notes)
 
 
 def _draw_entropy_map(axes: Axes, run: _Run) -> None:
@@ -194,7 +163,7 @@ def _draw_entropy_map(axes: Axes, run: _Run) -> None:
         if column is not None:
             frame = axes.axvspan(column - 0.5, column + 0.5, fill=False, edgecolor=INK, linestyle=line, linewidth=1.4)
             frame.set_clip_on(False)
-    _label_sites(axes, run)
+    label_sites(axes, run.sites)
     _label_steps(axes, run, range(len(run.steps)))
     axes.set_xlabel("step")
     axes.figure.colorbar(mesh, ax=axes, label="entropy (bits)", aspect=30, pad=0.02)
@@ -251,14 +220,3 @@ def _label_steps(axes: Axes, run: _Run, positions: Sequence[int]) -> None:
         )
     axes.set_xlim(-0.5, positions[-1] + 0.5)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-
-
-def _label_sites(axes: Axes, run: _Run) -> None:
-    axes.set_yticks(range(len(run.sites)), [_shorten(name) for name in run.sites], fontsize=8)
-    axes.set_ylim(len(run.sites) - 0.5, -0.5)
-    axes.tick_params(axis="y", length=0)
-
-
-def _shorten(name: str) -> str:
-    """The end of a long name, where names differ most."""
-    return name if len(name) <= LABEL_LENGTH else f"…{name[1 - LABEL_LENGTH :]}"

@@ -2,31 +2,32 @@
 
 import contextlib
 import copy
-import functools
+import threading
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from types import MethodType
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Generic, NamedTuple, Protocol, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.hooks import RemovableHandle
+from torch.overrides import TorchFunctionMode
 
-from fastentropy.activations import activation_modules, activation_name
+from fastentropy.activations import activation_name, function_name
+from fastentropy.axes import AxisTracker
+from fastentropy.interception import Interception, original_class
+from fastentropy.padding import Mask, mask_argument, token_mask
 
-#: The attribute by which a watched forward names the model that is watched.
-_WATCHED = "_fastentropy_watched"
+P = TypeVar("P")
 
 
 @dataclass(frozen=True)
 class Site:
     """One call of one activation in a forward pass.
 
-    name is the module's dotted path, with :1, :2, … for further calls of it in the same pass. channel_axis is the axis of the
-    activation's input whose entries are the neurons.
+    name is the module's dotted path, with :1, :2, … for further calls of it in the same pass. A functional call is named after
+    the module whose forward makes it and the function. channel_axis is the axis of the activation's input whose entries are
+    the neurons.
     """
 
     name: str
@@ -35,236 +36,353 @@ class Site:
     channel_axis: int
 
 
-@torch.no_grad()
-def find_sites(model: nn.Module, example_inputs: tuple[Any, ...]) -> list[Site]:
-    """The sites of a model in call order, from one forward pass in eval mode on example_inputs. The model is left as it was.
+class Call(NamedTuple):
+    """One activation that is about to run."""
 
-    Raises ValueError where the model has no known activation module.
+    site: Site
+    x: Tensor
+    is_token: Tensor | None  # bool [batch, tokens]: False where the batch is padded
+    module: nn.Module | None  # None where a function is called
+    function: str  # its name; empty where a module is called
+    run: Callable[[], Any]
+
+
+class Observer(Protocol[P]):
+    """Looks on at forward passes. What begin_pass returns is given to the other two."""
+
+    def begin_pass(self) -> P:
+        """The model, or a part of it, is called from outside."""
+        ...
+
+    def run_activation(self, forward_pass: P, call: Call) -> Any:
+        """Run an activation, before or after looking at its input, and return its output."""
+        ...
+
+    def end_pass(self, forward_pass: P, completed: bool) -> None:
+        """The call is over; not completed where it raised."""
+        ...
+
+
+def find_sites(model: nn.Module, example_inputs: tuple[Any, ...] | Mapping[str, Any]) -> list[Site]:
+    """The sites of a model in call order, from one forward pass in eval mode. The model is left as it was.
+
+    example_inputs: the positional inputs of one call, or a mapping of its keyword inputs.
+
+    Raises ValueError where the model calls no known activation.
     """
-    watcher = SiteWatcher(model, observe=lambda site, x: None)
-    training = [module for module in model.modules() if module.training]
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    watcher = SiteWatcher(model, _NoObserver())
     watcher.attach()
     try:
-        model.eval()
-        model(*copy.deepcopy(example_inputs))  # a model may write over its inputs
+        call_once(model, example_inputs)
     finally:
         watcher.detach()
+    if not watcher.sites:
+        raise ValueError(no_sites(model))
+    return list(watcher.sites.values())
+
+
+@torch.no_grad()
+def call_once(model: nn.Module, example_inputs: tuple[Any, ...] | Mapping[str, Any]) -> Any:
+    """The output of a model in eval mode; its buffers, training mode and torch's random numbers are left as they were."""
+    training = [module for module in model.modules() if module.training]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    inputs = copy.deepcopy(example_inputs)  # a model may write over its inputs
+    args, kwargs = ((), inputs) if isinstance(inputs, Mapping) else (inputs, {})
+    try:
+        with torch.random.fork_rng():
+            return model.eval()(*args, **kwargs)
+    finally:
         for module in training:
             module.training = True
         for buffer, before in buffers:
             buffer.copy_(before)
-    return list(watcher.sites.values())
 
 
-class SiteWatcher:
-    """Calls observe(site, x) with the input x of every activation call while attached, before the activation runs.
+def no_sites(model: nn.Module) -> str:
+    """The error for a model in which no activation was found."""
+    return (
+        f"{type(model).__name__} calls no known activation: use those of torch.nn or torch.nn.functional, "
+        "or make yours known with fe.register_activation(YourModule, 'name')"
+    )
 
-    The sites are discovered in the first complete forward pass. channel_axis names the neuron axis of sites where it should
-    not be inferred from the operator that made their input. A copy of the model that is made in the meantime is not watched.
+
+@dataclass
+class _Pass(Generic[P]):
+    """A forward pass in one thread: the call of the model, or of a part of it, that no other call is around."""
+
+    observed: P
+    tracker: AxisTracker | None  # in passes that discover
+    follows_owners: bool  # whether it must be known whose forward is running
+    calls: Counter[str] = field(default_factory=Counter)
+    owners: list[str] = field(default_factory=list)
+    is_token: Tensor | None = None
+    inside_activation: bool = False
+
+
+class SiteWatcher(Generic[P]):
+    """Shows an observer every activation call of a model while attached, before the activation runs.
+
+    Sites are discovered in the first complete pass through each module that is called from outside. Passes of several threads
+    are kept apart. A forward that activation checkpointing repeats during backward is not shown.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        observe: Callable[[Site, Tensor], None],
-        begin_pass: Callable[[], None] = lambda: None,
-        end_pass: Callable[[], None] = lambda: None,
+        observer: Observer[P],
         channel_axis: Mapping[str, int] | None = None,
+        mask: Mask = None,
     ) -> None:
-        """Prepare to watch a model; begin_pass is called before each forward pass and end_pass after each complete one."""
+        """Prepare to watch a model. channel_axis names the neuron axis of sites where it should not be inferred."""
         self.sites: dict[str, Site] = {}
-        self._model, self._modules = model, activation_modules(model)
-        self._observe, self._begin_pass, self._end_pass = observe, begin_pass, end_pass
-        self._channel_axis = dict(channel_axis or {})
-        self._handles: list[RemovableHandle] = []
-        self._own_forward: Callable[..., Any] | None = None
-        self._depth, self._calls = 0, Counter[str]()
-        self._tracker: AxisTracker | None = None
-        self._discovered = False
+        self.functional_sites: set[str] = set()
+        self._model, self._observer = model, observer
+        self._channel_axis, self._mask = dict(channel_axis or {}), mask
+        modules = {_path(name): module for name, module in model.named_modules()}
+        self._activations = {name: activation for name, module in modules.items() if (activation := activation_name(module))}
+        containers = {
+            name: module for name, module in modules.items() if name not in self._activations and not _is_plain(module)
+        }
+        self._kinds = {name: original_class(module) for name, module in modules.items()}
+        self._mask_arguments = {
+            name: argument
+            for name, module in containers.items()
+            if isinstance(mask, str) and (argument := mask_argument(module, mask))
+        }
+        self._interception = Interception(model, containers, {name: modules[name] for name in self._activations})
+        self._ranks: dict[str, int] = {}
+        self._sibling_axes: dict[tuple[type[nn.Module], str, int], int] = {}
+        self._entries: set[str] = set()
+        self._thread = threading.local()
+        self._lock = threading.Lock()
 
     def attach(self) -> None:
         """Begin to watch.
 
-        Raises RuntimeError where the model is being watched already, or where a part is compiled and would ignore hooks.
+        Raises RuntimeError where the model is being watched already, and ValueError where activations are in TorchScript.
         """
-        if getattr(self._model.forward, _WATCHED, None) is self._model:
-            raise RuntimeError("a collector is attached to this model already; detach it first")
-        if compiled := [name for name, module in self._model.named_modules() if _is_compiled(module)]:
-            raise RuntimeError(
-                f"{type(self._model).__name__} is compiled ({', '.join(name or 'as a whole' for name in compiled)}) "
-                "and would run past the collector; collect on the model as it was before torch.compile"
+        if scripted := [name for name, module in self._model.named_modules() if _is_scripted_activation(module)]:
+            raise ValueError(
+                f"{_path(scripted[0])!r} is compiled by TorchScript, where calls cannot be seen; "
+                "collect on the model as it was before torch.jit.script"
             )
-        try:
-            for name, module in self._modules.items():
-                self._handles.append(module.register_forward_pre_hook(self._activation_hook(name), with_kwargs=True))
-            self._model.forward = self._watched_forward()
-        except BaseException:
-            self.detach()
-            raise
+        self._interception.attach(self._run_container, self._run_activation)
+        if compiled := [name for name, module in self._model.named_modules() if is_compiled(module)]:
+            parts = ", ".join(_path(name) or "as a whole" for name in compiled)
+            warnings.warn(
+                f"{original_class(self._model).__name__} is compiled ({parts}); while a collector is attached it runs eagerly, "
+                "so that every activation is counted",
+                stacklevel=4,
+            )
 
     def detach(self) -> None:
         """Leave the model as it was before `attach`."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        if getattr(self._model.forward, _WATCHED, None) is self._model:
-            del self._model.forward
-            if self._own_forward is not None:
-                self._model.forward = self._own_forward
+        self._interception.detach()
 
-    def _watched_forward(self) -> MethodType:
-        """The forward with a beginning and an end. As a method it is bound anew in a copy of the model, which runs alone."""
-        original = self._model.forward
-        self._own_forward = vars(self._model).get("forward")
+    @property
+    def has_run(self) -> bool:
+        """Whether a pass was completed."""
+        return bool(self._entries)
 
-        @functools.wraps(original)
-        def watched_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if module is not self._model:
-                return type(module).forward(module, *args, **kwargs)
-            with self._forward_pass():
-                return original(*args, **kwargs)
+    def _run_container(
+        self, name: str, module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        current: _Pass[P] | None = getattr(self._thread, "current", None)
+        if current is not None and not current.follows_owners and name not in self._mask_arguments:
+            return original(module, *args, **kwargs)
+        if _in_backward():
+            return original(module, *args, **kwargs)
+        if current is None:
+            with self._new_pass(name, args, kwargs) as current, self._inside(current, name, args, kwargs):
+                return original(module, *args, **kwargs)
+        with self._inside(current, name, args, kwargs):
+            return original(module, *args, **kwargs)
 
-        setattr(watched_forward, _WATCHED, self._model)
-        return MethodType(watched_forward, self._model)
+    def _run_activation(
+        self, name: str, module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        x = args[0] if args else next(iter(kwargs.values()), None)
+        if not _is_countable(x) or _in_backward():
+            return original(module, *args, **kwargs)
+        current: _Pass[P] | None = getattr(self._thread, "current", None)
+        with contextlib.nullcontext(current) if current else self._new_pass(name, args, kwargs) as current:
+            activation = self._activations[name]
+            return self._show(current, name, activation, x, module, "", lambda: original(module, *args, **kwargs))
+
+    def run_function(self, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Run any PyTorch function that is called in a pass; one of an activation is a site."""
+        current: _Pass[P] | None = getattr(self._thread, "current", None)
+        activation = function_name(function)
+        x = args[0] if args else kwargs.get("input")
+        if activation is None or current is None or current.inside_activation or not _is_countable(x) or _in_backward():
+            return function(*args, **kwargs)
+        owner = current.owners[-1] if current.owners else ""
+        name = f"{owner}.{function.__name__.strip('_')}".lstrip(".")
+        index = current.calls[name]
+        self.functional_sites.add(f"{name}:{index}" if index else name)
+        return self._show(current, name, activation, x, None, function.__name__, lambda: function(*args, **kwargs))
 
     @contextlib.contextmanager
-    def _forward_pass(self) -> Iterator[None]:
-        """One call of the model; a call of the model from inside of it belongs to the same pass."""
-        outermost = self._depth == 0
-        if outermost:
-            self._calls.clear()
-            self._tracker = None if self._discovered else AxisTracker()
-            self._begin_pass()
-        self._depth += 1
+    def _new_pass(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[_Pass[P]]:
+        """A call from outside. The first one through each module discovers sites, and so follows every operator."""
+        tracker = None if name in self._entries else AxisTracker(self._model.parameters())
+        follows_owners = tracker is not None or bool(self.functional_sites)
+        current = _Pass(self._observer.begin_pass(), tracker, follows_owners)
+        if callable(self._mask):
+            current.is_token = token_mask(self._mask(args, kwargs), args, kwargs)
+        self._thread.current = current
+        completed = False
         try:
-            with self._tracker if outermost and self._tracker else contextlib.nullcontext():
-                yield
+            with contextlib.ExitStack() as modes:
+                if follows_owners:
+                    modes.enter_context(_FunctionCalls(self))
+                if tracker is not None:
+                    modes.enter_context(tracker)
+                yield current
+            completed = True
         finally:
-            self._depth -= 1
-        if outermost:
-            self._discovered, self._tracker = True, None
-            self._end_pass()
+            self._thread.current = None
+            if completed:
+                self._entries.add(name)
+            self._observer.end_pass(current.observed, completed)
 
-    def _activation_hook(self, name: str) -> Callable[..., None]:
-        """A hook, as a function: a copy of the model keeps it as it is, and it does nothing for the copy's modules."""
+    @contextlib.contextmanager
+    def _inside(self, current: _Pass[P], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
+        """The forward of a module: functional calls are named after it, and its padding mask holds."""
+        is_token = current.is_token
+        if name in self._mask_arguments:
+            given, mask = self._mask_arguments[name].given(args, kwargs)
+            if given and (mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)):
+                current.is_token = token_mask(mask, args, kwargs)
+        current.owners.append(name)
+        try:
+            yield
+        finally:
+            current.owners.pop()
+            current.is_token = is_token
 
-        def before_activation(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if module is self._modules[name]:
-                self._before_activation(name, module, args, kwargs)
+    def _show(
+        self,
+        current: _Pass[P],
+        path: str,
+        activation: str,
+        x: Tensor,
+        module: nn.Module | None,
+        function: str,
+        run: Callable[[], Any],
+    ) -> Any:
+        """Find out which site this is, and let the observer run it."""
+        index = current.calls[path]
+        current.calls[path] += 1
+        name = f"{path}:{index}" if index else path
+        site = self.sites.get(name)
+        if site is None:
+            with self._lock:
+                site = self.sites[name] = self._discover(name, path, activation, x, current.tracker)
+        elif x.ndim != self._ranks[name]:
+            site = self._with_other_rank(site, x)
+        if x.shape[site.channel_axis] != site.neurons:
+            raise _changed_shape(site, x)
+        before, current.inside_activation = current.inside_activation, True
+        try:
+            return self._observer.run_activation(current.observed, Call(site, x, current.is_token, module, function, run))
+        finally:
+            current.inside_activation = before
 
-        return before_activation
-
-    def _before_activation(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self._depth:
+    def _discover(self, name: str, path: str, activation: str, x: Tensor, tracker: AxisTracker | None) -> Site:
+        if x.is_cuda and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
-                f"activation {name!r} ran outside of a call of the watched model; watch the module that you call"
+                f"site {name!r} is met for the first time while a CUDA graph is captured; "
+                "run one forward pass with the collector attached before the capture"
             )
-        x: Tensor = args[0] if args else kwargs["input"]
-        call = self._calls[name]
-        self._calls[name] += 1
-        site_name = f"{name}:{call}" if call else name
-        if site_name not in self.sites:
-            self.sites[site_name] = self._discover(site_name, module, x)
-        site = self.sites[site_name]
-        if x.ndim <= site.channel_axis or x.shape[site.channel_axis] != site.neurons:
-            raise RuntimeError(
-                f"site {site_name!r} had {site.neurons} neurons on axis {site.channel_axis} and now has an input of shape "
-                f"{list(x.shape)}; name its neuron axis with channel_axis={{{site_name!r}: …}}"
-            )
-        self._observe(site, x.detach())
-
-    def _discover(self, name: str, module: nn.Module, x: Tensor) -> Site:
+        owner, _, attribute = path.rpartition(".")
+        kind = (self._kinds.get(owner, nn.Module), attribute, x.ndim)
         axis = self._channel_axis.get(name)
-        if axis is None and self._tracker is None:
+        if axis is None and tracker is not None:
+            axis = tracker.axis_of(x)
+        if axis is None:
+            axis = self._sibling_axes.get(kind)
+        if axis is None:
             raise RuntimeError(
                 f"site {name!r} did not run in the first forward pass; name its neuron axis with channel_axis={{{name!r}: 1}}"
             )
-        if axis is None:
-            assert self._tracker is not None
-            axis = self._tracker.axis_of(x)
         if not -x.ndim <= axis < x.ndim:
             raise ValueError(f"channel_axis of site {name!r} is {axis}, but its input has shape {list(x.shape)}")
-        return Site(name, activation_name(module) or "", x.shape[axis], axis % x.ndim)
+        axis %= x.ndim
+        self._ranks[name], self._sibling_axes[kind] = x.ndim, axis
+        return Site(name, activation, x.shape[axis], axis)
+
+    def _with_other_rank(self, site: Site, x: Tensor) -> Site:
+        """The site for an input with more or fewer axes: a last axis stays the last, and others keep their place."""
+        axis = x.ndim - 1 if site.channel_axis == self._ranks[site.name] - 1 else site.channel_axis
+        if axis >= x.ndim:
+            raise _changed_shape(site, x)
+        return Site(site.name, site.activation, site.neurons, axis)
 
 
-class AxisTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Follows, while active, which axis of every tensor holds the channels of the operator that produced it.
+class _FunctionCalls(TorchFunctionMode):
+    """Shows a watcher every PyTorch function that is called while active."""
 
-    A convolution or a channel norm makes axis 1, a matrix product or a layer norm the last axis; permutations and reshapes move
-    it, and other operators keep it where they keep the number of axes.
-    """
+    def __init__(self, watcher: SiteWatcher[Any]) -> None:
+        super().__init__()
+        self._watcher = watcher
 
-    # ATen operators by name: some exist only in some releases of PyTorch.
-    _FIRST = frozenset({
-        "convolution", "native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training",
-        "_batch_norm_with_update", "cudnn_batch_norm", "miopen_batch_norm", "native_group_norm",
-    })  # fmt: skip
-    _LAST = frozenset({"mm", "addmm", "bmm", "baddbmm", "linear", "native_layer_norm"})
-    _RESHAPES = frozenset({"view", "_unsafe_view", "reshape", "_reshape_alias", "unsqueeze", "squeeze"})
-
-    def __init__(self) -> None:
-        """Know nothing yet."""
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._axes: dict[tuple[Any, ...], int] = {}
-
-    def axis_of(self, x: Tensor) -> int:
-        """The channel axis of x; where its origin is unknown, axis 1 of images (4 axes and more), else the last."""
-        return self._axes.get(_place(x), 1 if x.ndim >= 4 else x.ndim - 1)
-
-    def __torch_dispatch__(
+    def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Run an operator and note the channel axis of its outputs."""
-        with self:
-            # In inference mode operators arrive that elsewhere are broken down to those below before they come here.
-            outputs = func.decompose(*args, **(kwargs or {}))
-        if outputs is not NotImplemented:
-            return outputs
-        inputs = [value for value in pytree.tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
-        known = [(x, self._axes[_place(x)]) for x in inputs if _place(x) in self._axes]
-        outputs = func(*args, **(kwargs or {}))
-        for y in pytree.tree_leaves(outputs):
-            if isinstance(y, Tensor):
-                axis = self._output_axis(func, args, y, known)
-                if axis is None:
-                    self._axes.pop(_place(y), None)
-                else:
-                    self._axes[_place(y)] = axis
-        return outputs
-
-    def _output_axis(self, func: Any, args: Sequence[Any], y: Tensor, known: list[tuple[Tensor, int]]) -> int | None:
-        operator = func.overloadpacket.__name__
-        if operator in self._FIRST:
-            return 1 if y.ndim > 1 else None
-        if operator in self._LAST:
-            return y.ndim - 1
-        if not known:
-            return None
-        x, axis = known[0]
-        if operator == "permute":
-            return [dim % x.ndim for dim in args[1]].index(axis)
-        if operator in ("transpose", "t"):
-            first, second = (dim % x.ndim for dim in args[1:3]) if len(args) > 1 else (0, 1)
-            return {first: second, second: first}.get(axis, axis)
-        if operator in self._RESHAPES:
-            return _reshaped_axis(x.shape, axis, y.shape)
-        return next((axis for x, axis in known if x.ndim == y.ndim), None)
+        """Run one function."""
+        return self._watcher.run_function(func, args, kwargs or {})
 
 
-def _is_compiled(module: nn.Module) -> bool:
+class _NoObserver:
+    """Lets every activation run."""
+
+    def begin_pass(self) -> None:
+        return None
+
+    def run_activation(self, forward_pass: None, call: Call) -> Any:
+        return call.run()
+
+    def end_pass(self, forward_pass: None, completed: bool) -> None:
+        return None
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether a module was given to torch.compile."""
     return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
 
 
-def _place(x: Tensor) -> tuple[Any, ...]:
-    """Where a tensor lies in memory: views of one place are one value, whatever Python object holds them."""
-    return (x.untyped_storage()._cdata, x.storage_offset(), *x.shape, *x.stride())
+def _path(name: str) -> str:
+    """A module's path without the parts that torch.compile puts into it; its modules are found without them, too."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
-def _reshaped_axis(shape: Sequence[int], axis: int, new_shape: Sequence[int]) -> int | None:
-    """The axis of the new shape with the same size and the same number of positions before it."""
-    outer = torch.Size(shape[:axis]).numel()
-    for new_axis, size in enumerate(new_shape):
-        if size == shape[axis] and torch.Size(new_shape[:new_axis]).numel() == outer:
-            return new_axis
-    return None
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a module's forward calls no activation: those of torch.nn without modules inside, and code that is not Python."""
+    childless = next(module.children(), None) is None
+    return (childless and type(module).__module__.startswith("torch.nn.modules.")) or isinstance(module, torch.jit.ScriptModule)
+
+
+def _is_scripted_activation(module: nn.Module) -> bool:
+    return (
+        isinstance(module, torch.jit.ScriptModule)
+        and hasattr(nn, module.original_name)
+        and bool(activation_name(object.__new__(getattr(nn, module.original_name))))
+    )
+
+
+def _is_countable(x: Any) -> TypeGuard[Tensor]:
+    """Whether a value has neurons: an activation of a number or of a parameter of the model has none."""
+    return isinstance(x, Tensor) and x.is_floating_point() and x.ndim > 0 and not isinstance(x, nn.Parameter)
+
+
+def _in_backward() -> bool:
+    """Whether autograd is running, as it does where activation checkpointing repeats a forward."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def _changed_shape(site: Site, x: Tensor) -> RuntimeError:
+    return RuntimeError(
+        f"site {site.name!r} had {site.neurons} neurons on axis {site.channel_axis} and now has an input of shape "
+        f"{list(x.shape)}; name its neuron axis with channel_axis={{{site.name!r}: …}}"
+    )

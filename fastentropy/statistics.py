@@ -7,18 +7,25 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from os import PathLike
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fastentropy.files import save_tensors
+from fastentropy.tables import format_count, format_integer, format_share, format_table, plural, shorten_names
+
+if TYPE_CHECKING:
+    import pandas
+    from matplotlib.figure import Figure
 
 Zero = Literal["discard", "on"]
 Average = Literal["dataset", "batch"]
 _ZERO = ("discard", "on")
 _LN2 = math.log(2)
+#: The columns of `Statistics.to_dict` and `Statistics.to_pandas`.
+_FIGURES = ["activation", "neurons", "observations", "nan", "entropy", "dead", "always_on", "off", "zero", "on"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +47,26 @@ class SiteStatistics:
     def neurons(self) -> int:
         """How many neurons the site has."""
         return self.counts.shape[0]
+
+    @property
+    def observations(self) -> int:
+        """How many values were off, zero or on, over all neurons."""
+        return int(self.counts.sum())
+
+    @property
+    def observed(self) -> Tensor:
+        """Which neurons had a value in any of the three states, bool [neurons]. One that had none is neither dead nor on."""
+        return (self.counts > 0).any(1)
+
+    @property
+    def dead(self) -> Tensor:
+        """Which neurons were observed and never on, bool [neurons]: zero is as good as off, since relu gives 0 for both."""
+        return self.observed & (self.counts[:, 2] == 0)
+
+    @property
+    def always_on(self) -> Tensor:
+        """Which neurons were observed and never off nor zero, bool [neurons]: relu gave every value back as it came."""
+        return self.observed & (self.counts[:, :2] == 0).all(1)
 
     def entropy(self, zero: Zero = "discard", average: Average = "dataset") -> Tensor:
         """The entropy of each neuron in bits, float64 [neurons].
@@ -91,6 +118,70 @@ class Statistics(Mapping[str, SiteStatistics]):
         """The entropy of each site in bits: the mean over its neurons (see `SiteStatistics.entropy`)."""
         return {name: float(site.entropy(zero, average).mean()) for name, site in self.items()}
 
+    def to_dict(self, zero: Zero = "discard", average: Average = "dataset") -> dict[str, dict[str, Any]]:
+        """A row of figures for each site, in the types of JSON.
+
+        activation: its name. neurons, observations, nan: counts. entropy: of the layer, in bits. dead, always_on: the shares of
+        such neurons among those that were observed. off, zero, on: the shares of the observations in each state. Shares of
+        nothing are 0. The terms are those of `SiteStatistics`, the options those of `SiteStatistics.entropy`.
+        """
+        entropies = self.layer_entropy(zero, average)
+        return {name: _figures(site, entropies[name]) for name, site in self.items()}
+
+    def to_pandas(self, zero: Zero = "discard", average: Average = "dataset") -> pandas.DataFrame:
+        """The figures of `to_dict` as a data frame with a row for each site. Raises ImportError without pandas."""
+        try:
+            import pandas
+        except ImportError as error:
+            raise ImportError("stats.to_pandas() needs pandas: pip install pandas") from error
+        sites = self.to_dict(zero, average)
+        return pandas.DataFrame(list(sites.values()), pandas.Index(list(sites), name="site"), _FIGURES)
+
+    def plot(self, path: str | PathLike[str] | None = None, *, zero: Zero = "discard", average: Average = "dataset") -> Figure:
+        """The layer entropies as bars, and beside each the distribution of its neurons' entropies.
+
+        Also written to `path` (.png, .svg or .pdf), where one is given. Raises ImportError without matplotlib, and ValueError
+        where path ends otherwise or there are no sites.
+        """
+        try:
+            from fastentropy.plots import plot_entropies
+        except ImportError as error:
+            raise ImportError('stats.plot() needs matplotlib: pip install "fastentropy[cli]"') from error
+        return plot_entropies({name: site.entropy(zero, average) for name, site in self.items()}, path)
+
+    def __str__(self) -> str:
+        """A table of at most 80 columns with a row for each site (see `to_dict`), and a line about all of them."""
+        if not self:
+            return "no sites: nothing was counted"
+        sites = self.to_dict()
+        activations = shorten_names([site["activation"] for site in sites.values()], 12)
+        head = ["site", "activation", "neurons", "values", "bits", "dead", "always on"]
+        rows = [
+            [
+                name,
+                activation,
+                format_integer(site["neurons"]),
+                format_count(site["observations"]),
+                f"{site['entropy']:.3f}",
+                format_share(site["dead"]),
+                format_share(site["always_on"]),
+            ]
+            for (name, site), activation in zip(sites.items(), activations, strict=True)
+        ]
+        if any(site["nan"] for site in sites.values()):
+            head.append("NaN")
+            for row, site in zip(rows, sites.values(), strict=True):
+                row.append(format_count(site["nan"]))
+        mean = sum(site["entropy"] for site in sites.values()) / len(sites)
+        return f"{format_table(head, rows, left=2)}\n\n{self._size()}, mean layer entropy {mean:.3f} bits"
+
+    def __repr__(self) -> str:
+        """How much there is."""
+        return f"<Statistics: {self._size()}>"
+
+    def _size(self) -> str:
+        return f"{plural(len(self), 'site')}, {plural(sum(site.neurons for site in self.values()), 'neuron')}"
+
     def __add__(self, other: Statistics) -> Statistics:
         """The statistics of two runs of one model together. Raises ValueError where the sites are not the same."""
         if list(self) != list(other):
@@ -98,8 +189,8 @@ class Statistics(Mapping[str, SiteStatistics]):
             raise ValueError(f"statistics of different sites cannot be added; they differ in {', '.join(different)}")
         return Statistics({name: site + other[name] for name, site in self.items()})
 
-    def save(self, path: str | PathLike[str]) -> None:
-        """Write a safetensors file; a file of that name is replaced only when the new one is complete."""
+    def state_dict(self) -> dict[str, Any]:
+        """Everything as tensors by `site/counts` and `site/batch_entropies`, and the sites in call order under `sites`."""
         tensors = {f"{name}/counts": site.counts for name, site in self.items()}
         for name, site in self.items():
             if site.batch_entropies is not None:
@@ -108,7 +199,21 @@ class Statistics(Mapping[str, SiteStatistics]):
             {"name": name, "activation": site.activation, "nan": site.nan, "batches": site.batches}
             for name, site in self.items()
         ]
-        save_tensors(tensors, path, {"fastentropy_sites": json.dumps(sites)})
+        return {"sites": sites, **tensors}
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any]) -> Statistics:
+        """The statistics that `state_dict` was called on. Raises ValueError where state is something else."""
+        try:
+            sites = state["sites"]
+            return cls({site["name"]: _site_from_state_dict(site, state) for site in sites})
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"not the state of statistics (make one with stats.state_dict()): {error!r}") from error
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write a safetensors file; a file of that name is replaced only when the new one is complete."""
+        tensors = self.state_dict()
+        save_tensors(tensors, path, {"fastentropy_sites": json.dumps(tensors.pop("sites"))})
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Statistics:
@@ -116,19 +221,7 @@ class Statistics(Mapping[str, SiteStatistics]):
         try:
             with safe_open(path, framework="pt") as file:
                 sites = json.loads((file.metadata() or {})["fastentropy_sites"])
-                names = set(file.keys())
-                return cls(
-                    {
-                        site["name"]: SiteStatistics(
-                            site["activation"],
-                            _counts(file.get_tensor(f"{site['name']}/counts")),
-                            int(site["nan"]),
-                            file.get_tensor(batch) if (batch := f"{site['name']}/batch_entropies") in names else None,
-                            int(site["batches"]),
-                        )
-                        for site in sites
-                    }
-                )
+                return cls.from_state_dict({"sites": sites, **{key: file.get_tensor(key) for key in file.keys()}})  # noqa: SIM118
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{path} is damaged or not a statistics file (write one with stats.save(path)): {error}"
@@ -147,7 +240,16 @@ def state_entropy(counts: Tensor, zero: Zero = "discard") -> Tensor:
     return torch.where(on + off > 0, -(torch.special.xlogy(p, p) + torch.special.xlogy(1 - p, 1 - p)), 0) / _LN2
 
 
-def _counts(counts: Tensor) -> Tensor:
+def _figures(site: SiteStatistics, entropy: float) -> dict[str, Any]:
+    observed, observations = int(site.observed.sum()), site.observations
+    neurons = [int(site.dead.sum()) / max(observed, 1), int(site.always_on.sum()) / max(observed, 1)]
+    states = [count / max(observations, 1) for count in site.counts.sum(0).tolist()]
+    figures = (site.activation, site.neurons, observations, site.nan, entropy, *neurons, *states)
+    return dict(zip(_FIGURES, figures, strict=True))
+
+
+def _site_from_state_dict(site: Mapping[str, Any], state: Mapping[str, Any]) -> SiteStatistics:
+    counts, batch_entropies = state[f"{site['name']}/counts"], state.get(f"{site['name']}/batch_entropies")
     if counts.dtype != torch.int64 or counts.ndim != 2 or counts.shape[1] != 3:
         raise ValueError(f"counts are {counts.dtype} {list(counts.shape)}, expected torch.int64 [neurons, 3]")
-    return counts
+    return SiteStatistics(site["activation"], counts, int(site["nan"]), batch_entropies, int(site["batches"]))

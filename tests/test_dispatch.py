@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastentropy_kernels import activation_states, available_implementations, count_states, dispatch, reference
+from fastentropy_kernels import activation_states, available_implementations, count_states, dispatch, is_fused, reference
 
 CPU, CUDA, META = map(torch.device, ("cpu", "cuda", "meta"))
 
@@ -54,6 +54,25 @@ def test_what_numba_does_not_fuse_is_activated_by_pytorch_and_counted_by_numba(u
     assert torch.equal(activation_states(x, counts, "gelu", impl="numba"), F.gelu(x))
     assert counts.sum() == 20
     assert used == ["numba"]
+
+
+@pytest.mark.parametrize("activation", reference.ACTIVATIONS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_what_is_fused_needs_no_activation_of_pytorch(dtype, activation, monkeypatch):
+    calls = []
+    monkeypatch.setattr(reference, "activate", lambda x, *_: calls.append(x) or x)
+    weight = torch.ones(5, dtype=dtype) if activation == "prelu" else None
+    call(dtype, activation, weight=weight)
+    assert is_fused(activation, torch.empty(0, dtype=dtype)) == (not calls)
+    assert (not calls) == (activation in ("identity", "relu", "relu6") and dtype != torch.float64)
+
+
+def test_fused_on_a_gpu_and_not_by_the_reference():
+    for activation in reference.ACTIVATIONS:
+        assert dispatch._is_fused(activation, "cuda", torch.float32) == torch.cuda.is_available()
+        assert not is_fused(activation, torch.empty(2, device=META))
+    with pytest.raises(ValueError, match="activation: got 'swish', expected one of identity, relu, "):
+        is_fused("swish", torch.empty(2))
 
 
 @pytest.mark.parametrize("activation", [None, "relu", "gelu"])
@@ -120,5 +139,6 @@ def test_works_without(missing):
         f"k.dispatch._installed = lambda package: package != '{missing}';"
         "c = torch.zeros(3, 3, dtype=torch.int64); k.count_states(torch.ones(2, 3), c); assert c.sum() == 6;"
         "y = k.activation_states(torch.ones(2, 3), c, 'relu'); assert c.sum() == 12 and y.sum() == 6;"
+        f"assert k.is_fused('relu', torch.ones(2)) == ('{missing}' != 'numba');"
         f"assert k.available_implementations(torch.device('cpu'))['{missing}'] == '{missing} is not installed'"
     )

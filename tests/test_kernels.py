@@ -143,6 +143,24 @@ def test_prelu_has_the_slope_of_its_channel_at_any_axis(slope, shape, where):
         torch.testing.assert_close(y, expected, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("activation", ["identity", "relu", "relu6"])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("masked", [False, True])
+def test_what_clips_is_exact_on_images_and_in_place(masked, memory_format, activation, dtype, where):
+    device, impl = where
+    for shape in [(3, 5, 1, 1), (2, 5, 7, 7), (1, 37, 5, 6), (2, 3, 33, 31), (1, 1, 100, 100)]:
+        x = random_values(shape, dtype=dtype, device=device).to(memory_format=memory_format)
+        mask = torch.rand(shape[0], *shape[2:], device=device) > 0.5 if masked else None
+        counts, expected = oracle(x, mask=mask)[0], PYTORCH[activation](x)
+        for inplace in (False, True):
+            ours = no_counts(shape[1], device=device)
+            y = activation_states(x, ours, activation, mask=mask, inplace=inplace, impl=impl)
+            assert torch.equal(ours.cpu(), counts)
+            assert (y is x) == inplace
+            torch.testing.assert_close(y, expected, rtol=0, atol=0, equal_nan=True)
+
+
 def test_identity_is_no_view(where):
     device, impl = where
     x = torch.randn(6, 5, device=device)
@@ -395,7 +413,7 @@ def test_counts_add_up_over_calls(where):
 
 
 def test_public_names():
-    names = ["activation_states", "available_implementations", "count_states", "linear_regions"]
+    names = ["activation_states", "available_implementations", "count_states", "is_fused", "linear_regions"]
     assert sorted(fastentropy_kernels.__all__) == names
 
 

@@ -12,10 +12,13 @@ FLOORS = [
     {"console", "doctor", "runs"},
     {"recipes", "report"},
     {"pruning"},
-    {"collector", "fusion", "steps"},
-    {"sites"},
-    {"activations", "statistics"},
-    {"files", "timing"},
+    {"fusion", "steps"},
+    {"collector"},
+    {"isolation", "counters"},
+    {"sites", "distributed"},
+    {"statistics"},
+    {"plots"},
+    {"activations", "axes", "files", "interception", "padding", "rewriting", "tables", "timing"},
 ]
 FUSION = ["runtime", "plan", "lowering", "chains", "affine"]
 
@@ -61,8 +64,8 @@ def test_kernels_know_tensors_only():
 
 
 def test_public_names_are_those_of_the_documentation():
-    names = """collect EntropyCollector Statistics SiteStatistics find_sites Site prune PruningResult Step linearize
-    fuse FusedModel FusionReport load"""
+    names = """collect EntropyCollector Statistics SiteStatistics find_sites isolate register_activation Site prune
+    PruningResult Step linearize fuse FusedModel FusionReport load"""
     assert set(fastentropy.__all__) == set(names.split())
     assert all(hasattr(fastentropy, name) for name in fastentropy.__all__)
     assert {"activation_states", "count_states"} <= set(fastentropy_kernels.__all__)

@@ -1,6 +1,7 @@
 """The Numba loops against the reference, exactly: counts, and the bits of y."""
 
 import logging
+import math
 import threading
 
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from fastentropy_kernels import reference, states_numba
 
 INTEGER = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
-FUSED = ("identity", "relu")
+FUSED = ("identity", "relu", "relu6")
 EDGES = st.lists(st.floats(allow_nan=False), min_size=1, max_size=15, unique=True).map(sorted) | st.sampled_from(
     [(0.0,), (-0.0,), (1e-50,), (-1e-50,), (-torch.inf, 0.1, torch.inf), (-1e300, 1e300), tuple(range(-7, 8))]
 )
@@ -25,6 +26,14 @@ def random_values(shape, dtype, seed):
     x = torch.randint(limits.min, limits.max + 1, shape, generator=generator).to(INTEGER[dtype]).view(dtype)
     zeros = torch.rand(shape, generator=generator)
     return x.masked_fill(zeros < 0.06, 0.0).masked_fill(zeros > 0.94, -0.0)
+
+
+def awkward_values(dtype):
+    """Of both signs: zero, subnormals, what lies around 6, the greatest number, infinity and NaN."""
+    bounds = torch.tensor([torch.finfo(dtype).smallest_normal, 6, torch.inf], dtype=dtype).view(INTEGER[dtype])
+    last = torch.iinfo(INTEGER[dtype]).max
+    magnitudes = torch.cat([torch.tensor([0, 1, last]), *(bounds.long() + i for i in (-1, 0, 1))]).to(INTEGER[dtype])
+    return torch.cat([magnitudes, magnitudes ^ torch.iinfo(INTEGER[dtype]).min]).view(dtype)
 
 
 def bits(x):
@@ -108,6 +117,17 @@ def test_planes(outer, channels, inner, offset, dtype, masked, edges, seed):
     mask = torch.rand(outer, inner) > 0.5 if masked else None
     check_signs(values, mask, seed)
     check_histogram(values[:3], edges, mask if mask is None else mask[:3], seed)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 37), (2, 1023), (37, 3), (1, 1, 2), (3, 2, 37), (2, 1, 1023)])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", INTEGER, ids=str)
+def test_awkward_values_at_every_position(dtype, masked, shape):
+    awkward = awkward_values(dtype)
+    positions = torch.arange(math.prod(shape)).view(shape)
+    mask = torch.rand(shape[0], *shape[2:]) > 0.5 if masked else None
+    for shift in range(awkward.numel()):
+        check_signs(awkward[(positions + shift) % awkward.numel()], mask)
 
 
 @pytest.mark.parametrize("shape", [(70_000, 3), (200_000, 1), (140_000, 16), (1, 2, 100_000), (2, 32_768)])

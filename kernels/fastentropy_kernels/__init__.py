@@ -13,9 +13,9 @@ from torch.autograd import forward_ad
 
 from . import dispatch, registration
 from .arguments import States, activation_request, count_request, linear_regions
-from .dispatch import available_implementations
+from .dispatch import available_implementations, is_fused
 
-__all__ = ["activation_states", "available_implementations", "count_states", "linear_regions"]
+__all__ = ["activation_states", "available_implementations", "count_states", "is_fused", "linear_regions"]
 
 
 def count_states(
@@ -87,8 +87,8 @@ def activation_states(
         edges: as in `count_states`, in place of `states`.
         weight: the slopes of prelu, `[neurons]` or `[1]`, dtype and device of `x`.
         inplace: write y over `x`, which must not need a gradient nor overlap itself, and return `x`.
-        impl: Triton does both in one pass for every activation. Numba does for identity and relu; for the others it
-            counts, and PyTorch's own vectorised function makes y.
+        impl: Triton does both in one pass for every activation. Numba does for identity, relu and relu6; for the others
+            it counts, and PyTorch's own vectorised function makes y. See `is_fused`.
         **parameters: those of torch.nn.functional: `negative_slope` of leaky_relu, `alpha` of elu and celu, `beta` and
             `threshold` of softplus, `min_val` and `max_val` of hardtanh.
 

@@ -186,6 +186,8 @@ def _check_weight(x: Tensor, activation: str, weight: Tensor | None, channel_axi
 def _check_inplace(x: Tensor, weight: Tensor | None) -> None:
     if torch.is_grad_enabled() and (x.requires_grad or (weight is not None and weight.requires_grad)):
         raise ValueError("inplace: got True with a gradient required, expected False (or use torch.no_grad())")
+    if x.is_contiguous():
+        return
     span = 1
     axes = sorted(zip(x.stride(), x.shape, strict=True)) if x.numel() > 1 else []
     for stride, size in axes:

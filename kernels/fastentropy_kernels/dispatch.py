@@ -11,13 +11,21 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .arguments import IMPLEMENTATIONS, Request
+from .arguments import IMPLEMENTATIONS, Request, checked_parameters
 from .layout import arrange
 
 
 def available_implementations(device: torch.device) -> dict[str, str]:
     """Map every implementation to "" where it runs on tensors of `device`, else to the reason why not, one line."""
     return {impl: _why_not(impl, device) for impl in IMPLEMENTATIONS}
+
+
+def is_fused(activation: str, x: Tensor) -> bool:
+    """Whether `activation_states(x, counts, activation)` does both in one pass; where not, it counts in a pass of its own.
+
+    The answer is remembered for each activation, type of device and dtype. Raises ValueError for an unknown activation.
+    """
+    return _is_fused(activation, x.device.type, x.dtype)
 
 
 def count(x: Tensor, counts: Tensor, nan: Tensor | None, request: Request) -> None:
@@ -98,6 +106,13 @@ def _kernels(impl: str) -> ModuleType:
 
 def _choose(impl: str, x: Tensor) -> str:
     return _implementation(impl, x.device.type, x.dtype)
+
+
+@cache
+def _is_fused(activation: str, device_type: str, dtype: torch.dtype) -> bool:
+    checked_parameters(activation, {})
+    impl = _implementation("auto", device_type, dtype)
+    return impl != "reference" and bool(_kernels(impl).fuses(activation, None))
 
 
 @cache

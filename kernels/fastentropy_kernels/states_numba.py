@@ -1,8 +1,11 @@
-"""CPU: states counted, with identity or relu in the same pass, by loops that Numba compiles on their first use.
+"""CPU: states counted, with identity, relu or relu6 in the same pass, by loops that Numba compiles on their first use.
 
 A state is read from the bits, as integers. With the sign bit apart, the values from 1 to infinity's pattern are the
 numbers, what lies above is NaN and 0 is zero. So one loop serves float32 and both 16-bit formats, its sums are as
-narrow as its values (the widest vectors), and a flushed subnormal cannot change a count.
+narrow as its values (the widest vectors), and a flushed subnormal cannot change a count. An activation is written as
+bits too: relu clears those of what is off, and relu6 puts those of 6 in place of all from there up to infinity's.
+Whether bits lie in such a range is one comparison after the addition, wrapping, that takes the range's first pattern
+to the least integer. It is signed: x86 had no unsigned one before AVX-512, and needs two instructions in its place.
 
 The loops run in the OpenMP team of PyTorch. Numba's own parallel loops bring a second team, and two teams whose
 threads wait by spinning take the cores from each other: a relu after such a loop cost 8 ms in place of 0.7 ms.
@@ -32,28 +35,26 @@ class _Format(NamedTuple):
     """The integers that a floating dtype is read as."""
 
     signed: Any
-    unsigned: Any
+    positive: int  # every bit but the sign
     infinity: int  # its bits
-    off_bias: int  # the bits of the smallest number below zero
-
-    @property
-    def positive(self) -> int:
-        """Every bit but the sign."""
-        return self.off_bias - 2
+    six: int  # its bits
 
 
 _FORMATS = {
-    torch.float32: _Format(np.int32, np.uint32, 0x7F800000, 0x80000001),
-    torch.bfloat16: _Format(np.int16, np.uint16, 0x7F80, 0x8001),
-    torch.float16: _Format(np.int16, np.uint16, 0x7C00, 0x8001),
+    torch.float32: _Format(np.int32, 0x7FFFFFFF, 0x7F800000, 0x40C00000),
+    torch.bfloat16: _Format(np.int16, 0x7FFF, 0x7F80, 0x40C0),
+    torch.float16: _Format(np.int16, 0x7FFF, 0x7C00, 0x4600),
 }
 
-_LONGEST_RUN = 1 << 15  # values summed before a 16-bit sum could overflow
+_LONGEST_RUN = 1 << 14  # values summed before a 16-bit sum could overflow
 # Rows are read as they lie in memory, and the sums of all their channels are visited for every two. As bytes these stay
 # in the first-level cache up to 4,096 channels; blocks of channels would keep more, but break the prefetched stream.
 _LONGEST_BYTE_SUM = 254
 _FOLDED_WIDTH = 4096  # values: narrower rows are read several at once, a longer loop for the same channels
-_SMALLEST_PLANE = 256  # values: a plane below it is too short a loop, and is read as a stretch of a row
+# Bytes of a value -> values: a plane below it is too short a loop, and is read as a stretch of a row, which pays the more
+# the more rows share the sums of a task. What those cost besides is as much as four rows.
+_SMALLEST_PLANE = {4: 96, 2: 256}
+_ROWS_FOR_SUMS = 4
 _SMALLEST_TASK = 1 << 15  # values; below it another thread costs more than it saves (PyTorch's grain size)
 _ROWS_PER_TASK = 16  # at least: a task clears and adds up 24 bytes for every channel
 _LONG_COMPILATION = 1.0  # seconds, from which on the user is told
@@ -72,7 +73,7 @@ class _JobStructure(ctypes.Structure):
         for name in (
             *("next_task", "tasks", "x", "y", "mask", "thresholds", "tiles", "counts", "nan"),
             *("outer", "channels", "inner", "x_row_stride", "y_row_stride", "fold", "columns", "positions"),
-            *("infinity", "off_bias", "kept_off"),
+            *("limit", "kept_off", "ceiling"),
         )
     )
 
@@ -102,61 +103,89 @@ def _pointer(typing_context, address):
 
 
 @njit(nogil=True)
-def _count_run(x, y, mask, infinity, off_bias, kept_off, inplace):
-    """Return how many of at most _LONGEST_RUN values are off, zero and on; y takes them, off ones without `~kept_off`."""
-    unsigned = x.dtype.type
-    one, off, zero, on = unsigned(1), unsigned(0), unsigned(0), unsigned(0)
+def _is_off(bits, limit):
+    """Return 1 for a number below zero, else 0; `limit` is the least integer plus infinity's bits."""
+    signed = type(bits)
+    return signed(signed(bits - signed(1)) < limit)
+
+
+@njit(nogil=True)
+def _is_zero(bits):
+    """Return 1 for zero of either sign, else 0."""
+    signed = type(bits)
+    return signed(signed(bits + bits) == 0)
+
+
+@njit(nogil=True)
+def _is_above(bits, floor, limit):
+    """Return 1 for a number above one that is not negative, whose bits are `floor`, else 0."""
+    signed = type(bits)
+    return signed(signed(bits + signed(np.iinfo(bits).max - floor)) < signed(limit - floor))
+
+
+@njit(nogil=True)
+def _activated(bits, is_off, limit, kept_off, ceiling):
+    """Return the bits of y: of a value that is off no more than `kept_off`, of a number above a ceiling the ceiling's."""
+    signed = type(bits)
+    kept = signed(bits & signed(kept_off | signed(is_off - signed(1))))
+    if ceiling is None:
+        return kept
+    return ceiling if _is_above(bits, ceiling, limit) else kept
+
+
+@njit(nogil=True)
+def _count_run(x, y, mask, limit, kept_off, ceiling, inplace):
+    """Return how many of at most _LONGEST_RUN values are off, zero and on; y takes what `_activated` makes of them."""
+    signed = x.dtype.type
+    nothing = signed(0)
+    off, zero, on = nothing, nothing, nothing
     for i in range(x.size):
         bits = x[i]
-        is_off = unsigned(unsigned(bits - off_bias) < infinity)
-        is_zero = unsigned(unsigned(bits + bits) == 0)
-        is_on = unsigned(unsigned(bits - one) < infinity)
+        is_off, is_zero, is_on = _is_off(bits, limit), _is_zero(bits), _is_above(bits, nothing, limit)
         if inplace:
-            x[i] = bits & unsigned(kept_off | unsigned(is_off - one))
+            x[i] = _activated(bits, is_off, limit, kept_off, ceiling)
         elif y is not None:
-            y[i] = bits & unsigned(kept_off | unsigned(is_off - one))
+            y[i] = _activated(bits, is_off, limit, kept_off, ceiling)
         if mask is not None:
             is_off, is_zero, is_on = is_off & mask[i], is_zero & mask[i], is_on & mask[i]
-        off, zero, on = unsigned(off + is_off), unsigned(zero + is_zero), unsigned(on + is_on)
+        off, zero, on = signed(off + is_off), signed(zero + is_zero), signed(on + is_on)
     return off, zero, on
 
 
 @njit(nogil=True)
-def _count_two_rows(x0, x1, y0, y1, sums, infinity, off_bias, kept_off, inplace):
+def _count_two_rows(x0, x1, y0, y1, sums, limit, kept_off, ceiling, inplace):
     """Add the states of two rows, in one visit to the sums, to the byte sums [state, position]; write y."""
-    unsigned = x0.dtype.type
-    one = unsigned(1)
+    nothing = x0.dtype.type(0)
     off, zero, on = sums[0], sums[1], sums[2]
     for i in range(x0.size):
         a, b = x0[i], x1[i]
-        off_a, off_b = unsigned(unsigned(a - off_bias) < infinity), unsigned(unsigned(b - off_bias) < infinity)
+        off_a, off_b = _is_off(a, limit), _is_off(b, limit)
         if inplace:
-            x0[i] = a & unsigned(kept_off | unsigned(off_a - one))
-            x1[i] = b & unsigned(kept_off | unsigned(off_b - one))
+            x0[i] = _activated(a, off_a, limit, kept_off, ceiling)
+            x1[i] = _activated(b, off_b, limit, kept_off, ceiling)
         elif y0 is not None:
-            y0[i] = a & unsigned(kept_off | unsigned(off_a - one))
-            y1[i] = b & unsigned(kept_off | unsigned(off_b - one))
+            y0[i] = _activated(a, off_a, limit, kept_off, ceiling)
+            y1[i] = _activated(b, off_b, limit, kept_off, ceiling)
         off[i] += np.uint8(off_a + off_b)
-        zero[i] += np.uint8(unsigned(unsigned(a + a) == 0) + unsigned(unsigned(b + b) == 0))
-        on[i] += np.uint8(unsigned(unsigned(a - one) < infinity) + unsigned(unsigned(b - one) < infinity))
+        zero[i] += np.uint8(_is_zero(a) + _is_zero(b))
+        on[i] += np.uint8(_is_above(a, nothing, limit) + _is_above(b, nothing, limit))
 
 
 @njit(nogil=True)
-def _count_row(x, y, sums, infinity, off_bias, kept_off, inplace):
+def _count_row(x, y, sums, limit, kept_off, ceiling, inplace):
     """Do the same for one row."""
-    unsigned = x.dtype.type
-    one = unsigned(1)
+    nothing = x.dtype.type(0)
     off, zero, on = sums[0], sums[1], sums[2]
     for i in range(x.size):
         bits = x[i]
-        is_off = unsigned(unsigned(bits - off_bias) < infinity)
+        is_off = _is_off(bits, limit)
         if inplace:
-            x[i] = bits & unsigned(kept_off | unsigned(is_off - one))
+            x[i] = _activated(bits, is_off, limit, kept_off, ceiling)
         elif y is not None:
-            y[i] = bits & unsigned(kept_off | unsigned(is_off - one))
+            y[i] = _activated(bits, is_off, limit, kept_off, ceiling)
         off[i] += np.uint8(is_off)
-        zero[i] += np.uint8(unsigned(bits + bits) == 0)
-        on[i] += np.uint8(unsigned(bits - one) < infinity)
+        zero[i] += np.uint8(_is_zero(bits))
+        on[i] += np.uint8(_is_above(bits, nothing, limit))
 
 
 @njit(nogil=True)
@@ -180,7 +209,7 @@ def _add_sums(sums, tile, inner):
 
 
 @njit(nogil=True)
-def _count_strip(x, x_row_stride, y, y_row_stride, mask, rows, width, tile, inner, infinity, off_bias, kept_off, inplace):
+def _count_strip(x, x_row_stride, y, y_row_stride, mask, rows, width, tile, inner, limit, kept_off, ceiling, inplace):
     """Add the states of `rows` rows, `width` values each, to `tile` [state, channel]."""
     sums = np.zeros((3, width), np.uint8)
     uncounted = sums if mask is None else np.zeros((3, width), np.uint8)
@@ -191,12 +220,12 @@ def _count_strip(x, x_row_stride, y, y_row_stride, mask, rows, width, tile, inne
         if mask is None and row + 1 < rows:
             x1 = x[(row + 1) * x_row_stride : (row + 1) * x_row_stride + width]
             y1 = None if y is None else y[(row + 1) * y_row_stride : (row + 1) * y_row_stride + width]
-            _count_two_rows(x0, x1, y0, y1, sums, infinity, off_bias, kept_off, inplace)
+            _count_two_rows(x0, x1, y0, y1, sums, limit, kept_off, ceiling, inplace)
             row += 2
         else:
             counted = mask is None or mask[row]
             if counted or y is not None or inplace:
-                _count_row(x0, y0, sums if counted else uncounted, infinity, off_bias, kept_off, inplace)
+                _count_row(x0, y0, sums if counted else uncounted, limit, kept_off, ceiling, inplace)
             row += 1
         summed += 2
         if summed == _LONGEST_BYTE_SUM:
@@ -205,7 +234,7 @@ def _count_strip(x, x_row_stride, y, y_row_stride, mask, rows, width, tile, inne
     _add_sums(sums, tile, inner)
 
 
-def _rows_task(unsigned: Any, writes: bool, inplace: bool, masked: bool) -> Any:
+def _rows_task(signed: Any, writes: bool, inplace: bool, clipped: bool, masked: bool) -> Any:
     """Compile what a thread does with rows: while there are tasks, take one and count its strip of rows.
 
     A strip of narrow contiguous rows is read as rows `fold` times as wide, and what is left of it as rows of its own.
@@ -217,10 +246,11 @@ def _rows_task(unsigned: Any, writes: bool, inplace: bool, masked: bool) -> Any:
         job = carray(job_pointer, 1)[0]
         rows, channels, inner, fold = job.outer, job.channels, job.inner, job.fold
         x_row_stride, y_row_stride = job.x_row_stride, job.y_row_stride
-        infinity, off_bias, kept_off = unsigned(job.infinity), unsigned(job.off_bias), unsigned(job.kept_off)
+        limit, kept_off = signed(job.limit), signed(job.kept_off)
+        ceiling = signed(job.ceiling) if clipped else None
         width = channels * inner
-        x = carray(_pointer(job.x), (rows - 1) * x_row_stride + width, unsigned)
-        y = carray(_pointer(job.y), (rows - 1) * y_row_stride + width, unsigned) if writes else None
+        x = carray(_pointer(job.x), (rows - 1) * x_row_stride + width, signed)
+        y = carray(_pointer(job.y), (rows - 1) * y_row_stride + width, signed) if writes else None
         mask = carray(_pointer(job.mask), rows, np.bool_) if masked else None
         tiles = carray(_pointer(job.tiles), (job.tasks, 3, channels), np.int64)
         task = _take_task(job_pointer)
@@ -239,9 +269,9 @@ def _rows_task(unsigned: Any, writes: bool, inplace: bool, masked: bool) -> Any:
                     width * together,
                     tiles[task],
                     inner,
-                    infinity,
-                    off_bias,
+                    limit,
                     kept_off,
+                    ceiling,
                     inplace,
                 )
                 row += strip * together
@@ -250,7 +280,7 @@ def _rows_task(unsigned: Any, writes: bool, inplace: bool, masked: bool) -> Any:
     return rows_task
 
 
-def _planes_task(unsigned: Any, writes: bool, inplace: bool, masked: bool) -> Any:
+def _planes_task(signed: Any, writes: bool, inplace: bool, clipped: bool, masked: bool) -> Any:
     """Compile what a thread does with planes: while there are tasks, take one and count its stretch of memory."""
 
     @cfunc(types.void(types.CPointer(_Job)), cache=True)
@@ -258,9 +288,10 @@ def _planes_task(unsigned: Any, writes: bool, inplace: bool, masked: bool) -> An
         job = carray(job_pointer, 1)[0]
         channels, inner = job.channels, job.inner
         size = job.outer * channels * inner
-        infinity, off_bias, kept_off = unsigned(job.infinity), unsigned(job.off_bias), unsigned(job.kept_off)
-        x = carray(_pointer(job.x), size, unsigned)
-        y = carray(_pointer(job.y), size, unsigned) if writes else None
+        limit, kept_off = signed(job.limit), signed(job.kept_off)
+        ceiling = signed(job.ceiling) if clipped else None
+        x = carray(_pointer(job.x), size, signed)
+        y = carray(_pointer(job.y), size, signed) if writes else None
         mask = carray(_pointer(job.mask), job.outer * inner, np.bool_) if masked else None
         tiles = carray(_pointer(job.tiles), (job.tasks, 3, channels), np.int64)
         task = _take_task(job_pointer)
@@ -274,9 +305,9 @@ def _planes_task(unsigned: Any, writes: bool, inplace: bool, masked: bool) -> An
                     x[start:stop],
                     y[start:stop] if writes else None,
                     mask[mask_start : mask_start + stop - start] if masked else None,
-                    infinity,
-                    off_bias,
+                    limit,
                     kept_off,
+                    ceiling,
                     inplace,
                 )
                 channel = plane % channels
@@ -365,7 +396,7 @@ def _adder() -> Any:
 
 def fuses(activation: str, edges: Sequence[float] | None) -> bool:
     """Whether the activation and the count of its input are one pass."""
-    return activation in ("identity", "relu") and edges is None
+    return activation in ("identity", "relu", "relu6") and edges is None
 
 
 def add_states(
@@ -389,9 +420,10 @@ def add_states(
     outer, channels = values.shape[:2]
     inner = values.shape[2] if values.ndim == 3 else 1
     row_stride, y_row_stride = values.stride(0), 0 if y is None else y.stride(0)
-    as_rows = values.ndim == 2 or (inner < _SMALLEST_PLANE and mask is None)
-    foldable = as_rows and mask is None and row_stride == channels * inner and y_row_stride in (0, row_stride)
     tasks = max(1, min(torch.get_num_threads(), values.numel() // max(_SMALLEST_TASK, _ROWS_PER_TASK * channels)))
+    short = inner * (outer + _ROWS_FOR_SUMS * tasks) < _SMALLEST_PLANE[values.element_size()] * outer
+    as_rows = values.ndim == 2 or (short and mask is None)
+    foldable = as_rows and mask is None and row_stride == channels * inner and y_row_stride in (0, row_stride)
     thresholds = None if edges is None else _thresholds(edges, values.dtype)
     columns = 3 if thresholds is None else thresholds.numel()
     tiles = _borrow_zeros(tasks * columns * channels)
@@ -406,8 +438,9 @@ def add_states(
         max(1, _FOLDED_WIDTH // row_stride) if foldable else 1,
         columns,
         0 if nan is None else int(outer * inner if mask is None else mask.sum()),
-        *(form.infinity, form.off_bias),
-        0 if activation == "relu" else -1,
+        form.infinity - form.positive - 1,
+        -1 if activation == "identity" else 0,
+        form.six,
     )
     masked = mask is not None
     if edges is not None:
@@ -415,7 +448,7 @@ def add_states(
     else:
         inplace = y is not None and y.data_ptr() == values.data_ptr()
         kind = _rows_task if as_rows else _planes_task
-        loop = _compiled(kind, form.unsigned, y is not None and not inplace, inplace, masked)
+        loop = _compiled(kind, form.signed, y is not None and not inplace, inplace, activation == "relu6", masked)
     _run_team(loop, ctypes.addressof(job), tasks)
     with _COUNTS_LOCK:
         _compiled(_adder).call(ctypes.addressof(job))

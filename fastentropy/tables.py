@@ -1,0 +1,76 @@
+"""Figures and tables as plain text that a terminal of 80 columns does not wrap."""
+
+import functools
+from collections.abc import Sequence
+
+#: Columns of a terminal.
+WIDTH = 80
+GAP = "  "
+
+
+def format_table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1, width: int = WIDTH) -> str:
+    """Rows of texts below their heads, the first `left` columns flush left and the others flush right.
+
+    The texts of the first column are shortened to what the others leave of `width`.
+    """
+    others = [max(len(row[column]) for row in [head, *rows]) for column in range(1, len(head))]
+    room = max(width - sum(len(GAP) + other for other in others), len(head[0]))
+    names = shorten_names([row[0] for row in rows], room)
+    widths = [max(map(len, [head[0], *names])), *others]
+    lines = [head, ["-" * size for size in widths], *([name, *row[1:]] for name, row in zip(names, rows, strict=True))]
+    return "\n".join(GAP.join(_align(line, widths, left)).rstrip() for line in lines)
+
+
+def shorten_names(names: Sequence[str], length: int) -> list[str]:
+    """The names in at most `length` characters, an ellipsis for the middle of long ones, or for both ends.
+
+    All are cut at the place where most of them stay apart. Of equal places, the middle that leaves a quarter of the room for
+    the beginning, since names of sites differ most at their ends.
+    """
+    heads = sorted(range(length), key=lambda head: abs(head - length // 4))
+    starts = range(1, max(map(len, names), default=0) - length + 1)
+    cuts = [functools.partial(_without_middle, head=head) for head in heads]
+    cuts += [functools.partial(_without_ends, start=start) for start in starts]
+    return max(([cut(name, length) for name in names] for cut in cuts), key=lambda shortened: len(set(shortened)))
+
+
+def format_count(count: int) -> str:
+    """A count in at most five characters: 640, 1.2 G."""
+    size = float(count)
+    for unit in ("", " k", " M", " G", " T", " P", " E"):
+        if size < 999.5:
+            return f"{size:.1f}{unit}" if unit and size < 9.95 else f"{size:.0f}{unit}"
+        size /= 1000
+    return f"{count:.0e}"
+
+
+def format_integer(value: int) -> str:
+    """An integer with its digits in groups of three: 4 800."""
+    return f"{value:,}".replace(",", " ")
+
+
+def format_share(share: float) -> str:
+    """A share in percent, in at most five characters; none and all are said only where it is none or all."""
+    if share in (0, 1):
+        return f"{share:.0%}"
+    return "<0.1%" if share < 0.001 else f"{min(share, 0.999):.1%}"
+
+
+def plural(count: int, noun: str) -> str:
+    """A count with its noun: 1 site, 17 sites."""
+    return f"{format_integer(count)} {noun}{'' if count == 1 else 's'}"
+
+
+def _align(texts: Sequence[str], widths: Sequence[int], left: int) -> list[str]:
+    sized = enumerate(zip(texts, widths, strict=True))
+    return [text.ljust(size) if column < left else text.rjust(size) for column, (text, size) in sized]
+
+
+def _without_middle(name: str, length: int, head: int) -> str:
+    return name if len(name) <= length else f"{name[:head]}…{name[len(name) - (length - 1 - head) :]}"
+
+
+def _without_ends(name: str, length: int, start: int) -> str:
+    if length < 3 or start > len(name) - length:
+        return _without_middle(name, length, 0)
+    return f"…{name[start : start + length - 2]}…"

@@ -1,0 +1,173 @@
+"""Every rectifier call of a forward pass, caught with no code of fastentropy.
+
+`nn.Module.__call__` and the functions of PyTorch are patched for the length of the pass.
+"""
+
+import contextlib
+import functools
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from unittest import mock
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+try:
+    from timm.layers import activations as timm_activations
+except ImportError:  # timm is optional
+    timm_activations = None
+
+_TORCH = "ReLU ReLU6 LeakyReLU PReLU RReLU ELU SELU CELU GELU SiLU Mish Softplus Hardswish Hardtanh"
+_TRANSFORMERS = (
+    "GELUActivation NewGELUActivation GELUTanh FastGELUActivation QuickGELUActivation ClippedGELUActivation "
+    "AccurateGELUActivation MishActivation SiLUActivation ReLUSquaredActivation XIELUActivation"
+)
+_TIMM = "Swish Mish HardSwish HardMish GELU GELUTanh QuickGELU PReLU"
+_FUNCTIONS = (
+    "relu relu_ relu6 leaky_relu leaky_relu_ elu elu_ selu selu_ celu celu_ gelu silu mish softplus hardswish "
+    "hardtanh hardtanh_ prelu rrelu rrelu_"
+)
+
+RECTIFIERS: tuple[type[nn.Module], ...] = (
+    *(getattr(nn, name) for name in _TORCH.split()),
+    *(getattr(transformers.activations, name) for name in _TRANSFORMERS.split()),
+    *(getattr(timm_activations, name) for name in _TIMM.split() if timm_activations),
+)
+PATCHED = [(owner, name) for owner in (nn.functional, torch, Tensor) for name in _FUNCTIONS.split() if hasattr(owner, name)]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a rectifier: its site's name (None where no rule gives one), its neuron axis, its counts [neurons, 3]."""
+
+    name: str | None
+    axis: int
+    counts: Tensor
+
+    def __add__(self, other: "Call") -> "Call":
+        """The same call in two passes."""
+        assert (self.name, self.axis) == (other.name, other.axis)
+        return Call(self.name, self.axis, self.counts + other.counts)
+
+
+def recorded_calls(model: nn.Module, run: Callable[[], object], widths: Mapping[str, int] | None = None) -> list[Call]:
+    """The calls of one forward pass, in order.
+
+    The neurons of a call are the channels that the last module with weights made, or half of them where a gate was split off.
+    widths gives their number where that is not so, by a pattern (of fnmatch) for the call's name.
+    """
+    calls: list[Call] = []
+
+    def record(name: str, named: bool, x: Tensor, channels: int) -> None:
+        width = next((width for pattern, width in (widths or {}).items() if fnmatchcase(name, pattern)), channels)
+        axis = neuron_axis(x, width)
+        calls.append(Call(name if named else None, axis, plain_counts(x, axis)))
+
+    with observed_calls(model, record):
+        run()
+    return calls
+
+
+@contextlib.contextmanager
+def observed_calls(model: nn.Module, observe: Callable[[str, bool, Tensor, int], None]) -> Iterator[None]:
+    """Call observe(name, named, x, channels) before each rectifier runs; channels are those that were made last.
+
+    named is False where the name is a guess: of a function called like a submodule, of a module that the model does not own.
+    """
+    paths = {module: path for path, module in model.named_modules()}
+    running: list[nn.Module] = []  # modules of the model whose forward is under way
+    seen = Counter[str]()
+    inside, channels = False, 0
+    module_call = nn.Module.__call__
+
+    @contextlib.contextmanager
+    def rectifier(name: str, named: bool, x: Tensor) -> Iterator[None]:
+        """Observe a call, unless a rectifier makes it to do its own work."""
+        nonlocal inside
+        if inside:
+            yield
+            return
+        again, seen[name] = seen[name], seen[name] + 1
+        observe(f"{name}:{again}" if again else name, named, x.detach(), channels)
+        inside = True
+        try:
+            yield
+        finally:
+            inside = False
+
+    def name_of_call(what: str) -> str:
+        return f"{paths[running[-1]]}.{what}".removeprefix(".")
+
+    def call_module(module, *args, **kwargs):
+        nonlocal channels
+        if isinstance(module, RECTIFIERS):
+            name = paths[module] if module in paths else name_of_call(type(module).__name__)
+            with rectifier(name, module in paths, args[0] if args else kwargs["input"]):
+                return module_call(module, *args, **kwargs)
+        with running_in(module) if module in paths else contextlib.nullcontext():
+            y = module_call(module, *args, **kwargs)
+        channels = made_channels(module) or channels
+        return y
+
+    @contextlib.contextmanager
+    def running_in(module: nn.Module) -> Iterator[None]:
+        running.append(module)
+        try:
+            yield
+        finally:
+            running.pop()
+
+    def patch(owner: object, name: str) -> mock._patch:
+        function = getattr(owner, name)
+
+        @functools.wraps(function)
+        def call_function(*args, **kwargs):
+            site = name_of_call(name.rstrip("_"))
+            with rectifier(site, site not in paths.values(), args[0] if args else kwargs["input"]):
+                return function(*args, **kwargs)
+
+        return mock.patch.object(owner, name, call_function)
+
+    with contextlib.ExitStack() as patches:
+        for patched in [mock.patch.object(nn.Module, "__call__", call_module), *(patch(*place) for place in PATCHED)]:
+            patches.enter_context(patched)
+        yield
+
+
+def made_channels(module: nn.Module) -> int | None:
+    """How many channels a module with a weight of its own makes; None for containers and for what has no weight."""
+    weight = (module._parameters | module._buffers).get("weight")
+    if weight is None:
+        return None
+    declared = (getattr(module, name, None) for name in ("out_channels", "out_features", "embedding_dim", "nf"))
+    return next((channels for channels in declared if isinstance(channels, int)), weight.shape[0])
+
+
+def neuron_axis(x: Tensor, channels: int) -> int:
+    """The one axis of x, after the batch, with that many entries, or with half as many."""
+    for size in (channels, channels / 2):
+        axes = [axis for axis in range(1, x.ndim) if x.shape[axis] == size]
+        if axes:
+            assert len(axes) == 1, f"{size} channels fit several axes of {list(x.shape)}: choose another input size"
+            return axes[0]
+    raise AssertionError(f"{channels} channels fit no axis of {list(x.shape)}: name the call's width")
+
+
+def plain_counts(x: Tensor, axis: int) -> Tensor:
+    """How many values are off, zero and on, per neuron: int64 [neurons, 3]."""
+    values = x.movedim(axis, 0).flatten(1)
+    return torch.stack([(values < 0).sum(1), (values == 0).sum(1), (values > 0).sum(1)], 1)
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Small inputs are no work to share, and threads that wait for each other on a busy machine take minutes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
