@@ -1,11 +1,12 @@
 """CPU: states counted, with identity, relu or relu6 in the same pass, by loops that Numba compiles on their first use.
 
-A state is read from the bits, as integers. With the sign bit apart, the values from 1 to infinity's pattern are the
-numbers, what lies above is NaN and 0 is zero. So one loop serves float32 and both 16-bit formats, its sums are as
-narrow as its values (the widest vectors), and a flushed subnormal cannot change a count. An activation is written as
-bits too: relu clears those of what is off, and relu6 puts those of 6 in place of all from there up to infinity's.
-Whether bits lie in such a range is one comparison after the addition, wrapping, that takes the range's first pattern
-to the least integer. It is signed: x86 had no unsigned one before AVX-512, and needs two instructions in its place.
+The states of float32 are three comparisons. Those of the 16-bit formats are read from the bits, as integers: with the
+sign bit apart, the values from 1 to infinity's pattern are the numbers, what lies above is NaN and 0 is zero. So sums are
+as narrow as values (the widest vectors). An activation is written as bits too: relu clears those of what is off, and
+relu6 puts those of 6 in place of all from there up to infinity's. Whether bits lie in such a range is one comparison
+after the addition, wrapping, that takes the range's first pattern to the least integer. It is signed: x86 had no unsigned
+one before AVX-512, and needs two instructions in its place. Where subnormals are flushed, float32 is read from its bits,
+too, so that a flushed one does not change a count.
 
 The loops run in the OpenMP team of PyTorch. Numba's own parallel loops bring a second team, and two teams whose
 threads wait by spinning take the cores from each other: a relu after such a loop cost 8 ms in place of 0.7 ms.
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -57,6 +59,7 @@ _SMALLEST_PLANE = {4: 96, 2: 256}
 _ROWS_FOR_SUMS = 4
 _SMALLEST_TASK = 1 << 15  # values; below it another thread costs more than it saves (PyTorch's grain size)
 _ROWS_PER_TASK = 16  # at least: a task clears and adds up 24 bytes for every channel
+_LEAST = 5e-324  # above zero, but where this thread flushes subnormals
 _LONG_COMPILATION = 1.0  # seconds, from which on the user is told
 
 _COUNTS_LOCK = threading.Lock()  # two Python threads may count into one tensor
@@ -68,13 +71,16 @@ _logger = logging.getLogger(__name__)
 class _JobStructure(ctypes.Structure):
     """What a team works on: addresses, and sizes in elements. Its threads take tasks by counting `next_task` up."""
 
-    _fields_ = tuple(
-        (name, ctypes.c_int64)
-        for name in (
-            *("next_task", "tasks", "x", "y", "mask", "thresholds", "tiles", "counts", "nan"),
-            *("outer", "channels", "inner", "x_row_stride", "y_row_stride", "fold", "columns", "positions"),
-            *("limit", "kept_off", "ceiling"),
-        )
+    _fields_ = (
+        *(
+            (name, ctypes.c_int64)
+            for name in (
+                *("next_task", "tasks", "x", "y", "mask", "thresholds", "tiles", "counts", "nan"),
+                *("outer", "channels", "inner", "x_row_stride", "y_row_stride", "fold", "columns", "positions", "limit"),
+            )
+        ),
+        ("floor", ctypes.c_double),
+        ("ceiling", ctypes.c_double),
     )
 
 
@@ -103,17 +109,33 @@ def _pointer(typing_context, address):
 
 
 @njit(nogil=True)
-def _is_off(bits, limit):
-    """Return 1 for a number below zero, else 0; `limit` is the least integer plus infinity's bits."""
-    signed = type(bits)
-    return signed(signed(bits - signed(1)) < limit)
+def _is_off(value, limit):
+    """Return 1 for a number below zero, else 0.
+
+    `limit` is the least integer plus infinity's bits; None where values are floats, not their bits.
+    """
+    kind = type(value)
+    if limit is None:
+        return np.int32(value < kind(0))
+    return kind(kind(value - kind(1)) < limit)
 
 
 @njit(nogil=True)
-def _is_zero(bits):
+def _is_zero(value, limit):
     """Return 1 for zero of either sign, else 0."""
-    signed = type(bits)
-    return signed(signed(bits + bits) == 0)
+    kind = type(value)
+    if limit is None:
+        return np.int32(value == kind(0))
+    return kind(kind(value + value) == 0)
+
+
+@njit(nogil=True)
+def _is_on(value, limit):
+    """Return 1 for a number above zero, else 0."""
+    kind = type(value)
+    if limit is None:
+        return np.int32(value > kind(0))
+    return _is_above(value, kind(0), limit)
 
 
 @njit(nogil=True)
@@ -124,68 +146,68 @@ def _is_above(bits, floor, limit):
 
 
 @njit(nogil=True)
-def _activated(bits, is_off, limit, kept_off, ceiling):
-    """Return the bits of y: of a value that is off no more than `kept_off`, of a number above a ceiling the ceiling's."""
-    signed = type(bits)
-    kept = signed(bits & signed(kept_off | signed(is_off - signed(1))))
+def _activated(value, is_off, limit, floor, ceiling):
+    """Return y: 0 for what is off, or everything where the floor lets it pass, and the ceiling for a number above it."""
+    kind = type(value)
+    if limit is None:
+        raised = floor if value < floor else value
+        return ceiling if raised > ceiling else raised
+    kept = kind(value & kind(floor | kind(is_off - kind(1))))
     if ceiling is None:
         return kept
-    return ceiling if _is_above(bits, ceiling, limit) else kept
+    return ceiling if _is_above(value, ceiling, limit) else kept
 
 
 @njit(nogil=True)
-def _count_run(x, y, mask, limit, kept_off, ceiling, inplace):
+def _count_run(x, y, mask, limit, floor, ceiling, inplace):
     """Return how many of at most _LONGEST_RUN values are off, zero and on; y takes what `_activated` makes of them."""
-    signed = x.dtype.type
-    nothing = signed(0)
-    off, zero, on = nothing, nothing, nothing
+    off = zero = on = _is_off(x.dtype.type(0), limit)
+    narrow = type(off)
     for i in range(x.size):
-        bits = x[i]
-        is_off, is_zero, is_on = _is_off(bits, limit), _is_zero(bits), _is_above(bits, nothing, limit)
+        value = x[i]
+        is_off, is_zero, is_on = _is_off(value, limit), _is_zero(value, limit), _is_on(value, limit)
         if inplace:
-            x[i] = _activated(bits, is_off, limit, kept_off, ceiling)
+            x[i] = _activated(value, is_off, limit, floor, ceiling)
         elif y is not None:
-            y[i] = _activated(bits, is_off, limit, kept_off, ceiling)
+            y[i] = _activated(value, is_off, limit, floor, ceiling)
         if mask is not None:
             is_off, is_zero, is_on = is_off & mask[i], is_zero & mask[i], is_on & mask[i]
-        off, zero, on = signed(off + is_off), signed(zero + is_zero), signed(on + is_on)
+        off, zero, on = narrow(off + is_off), narrow(zero + is_zero), narrow(on + is_on)
     return off, zero, on
 
 
 @njit(nogil=True)
-def _count_two_rows(x0, x1, y0, y1, sums, limit, kept_off, ceiling, inplace):
+def _count_two_rows(x0, x1, y0, y1, sums, limit, floor, ceiling, inplace):
     """Add the states of two rows, in one visit to the sums, to the byte sums [state, position]; write y."""
-    nothing = x0.dtype.type(0)
     off, zero, on = sums[0], sums[1], sums[2]
     for i in range(x0.size):
         a, b = x0[i], x1[i]
         off_a, off_b = _is_off(a, limit), _is_off(b, limit)
         if inplace:
-            x0[i] = _activated(a, off_a, limit, kept_off, ceiling)
-            x1[i] = _activated(b, off_b, limit, kept_off, ceiling)
+            x0[i] = _activated(a, off_a, limit, floor, ceiling)
+            x1[i] = _activated(b, off_b, limit, floor, ceiling)
         elif y0 is not None:
-            y0[i] = _activated(a, off_a, limit, kept_off, ceiling)
-            y1[i] = _activated(b, off_b, limit, kept_off, ceiling)
+            y0[i] = _activated(a, off_a, limit, floor, ceiling)
+            y1[i] = _activated(b, off_b, limit, floor, ceiling)
         off[i] += np.uint8(off_a + off_b)
-        zero[i] += np.uint8(_is_zero(a) + _is_zero(b))
-        on[i] += np.uint8(_is_above(a, nothing, limit) + _is_above(b, nothing, limit))
+        zero[i] += np.uint8(_is_zero(a, limit) + _is_zero(b, limit))
+        on[i] += np.uint8(_is_on(a, limit) + _is_on(b, limit))
 
 
 @njit(nogil=True)
-def _count_row(x, y, sums, limit, kept_off, ceiling, inplace):
+def _count_row(x, y, sums, limit, floor, ceiling, inplace):
     """Do the same for one row."""
-    nothing = x.dtype.type(0)
     off, zero, on = sums[0], sums[1], sums[2]
     for i in range(x.size):
-        bits = x[i]
-        is_off = _is_off(bits, limit)
+        value = x[i]
+        is_off = _is_off(value, limit)
         if inplace:
-            x[i] = _activated(bits, is_off, limit, kept_off, ceiling)
+            x[i] = _activated(value, is_off, limit, floor, ceiling)
         elif y is not None:
-            y[i] = _activated(bits, is_off, limit, kept_off, ceiling)
+            y[i] = _activated(value, is_off, limit, floor, ceiling)
         off[i] += np.uint8(is_off)
-        zero[i] += np.uint8(_is_zero(bits))
-        on[i] += np.uint8(_is_above(bits, nothing, limit))
+        zero[i] += np.uint8(_is_zero(value, limit))
+        on[i] += np.uint8(_is_on(value, limit))
 
 
 @njit(nogil=True)
@@ -209,7 +231,7 @@ def _add_sums(sums, tile, inner):
 
 
 @njit(nogil=True)
-def _count_strip(x, x_row_stride, y, y_row_stride, mask, rows, width, tile, inner, limit, kept_off, ceiling, inplace):
+def _count_strip(x, x_row_stride, y, y_row_stride, mask, rows, width, tile, inner, limit, floor, ceiling, inplace):
     """Add the states of `rows` rows, `width` values each, to `tile` [state, channel]."""
     sums = np.zeros((3, width), np.uint8)
     uncounted = sums if mask is None else np.zeros((3, width), np.uint8)
@@ -220,12 +242,12 @@ def _count_strip(x, x_row_stride, y, y_row_stride, mask, rows, width, tile, inne
         if mask is None and row + 1 < rows:
             x1 = x[(row + 1) * x_row_stride : (row + 1) * x_row_stride + width]
             y1 = None if y is None else y[(row + 1) * y_row_stride : (row + 1) * y_row_stride + width]
-            _count_two_rows(x0, x1, y0, y1, sums, limit, kept_off, ceiling, inplace)
+            _count_two_rows(x0, x1, y0, y1, sums, limit, floor, ceiling, inplace)
             row += 2
         else:
             counted = mask is None or mask[row]
             if counted or y is not None or inplace:
-                _count_row(x0, y0, sums if counted else uncounted, limit, kept_off, ceiling, inplace)
+                _count_row(x0, y0, sums if counted else uncounted, limit, floor, ceiling, inplace)
             row += 1
         summed += 2
         if summed == _LONGEST_BYTE_SUM:
@@ -234,23 +256,25 @@ def _count_strip(x, x_row_stride, y, y_row_stride, mask, rows, width, tile, inne
     _add_sums(sums, tile, inner)
 
 
-def _rows_task(signed: Any, writes: bool, inplace: bool, clipped: bool, masked: bool) -> Any:
+def _rows_task(kind: Any, writes: bool, inplace: bool, clipped: bool, masked: bool) -> Any:
     """Compile what a thread does with rows: while there are tasks, take one and count its strip of rows.
 
     A strip of narrow contiguous rows is read as rows `fold` times as wide, and what is left of it as rows of its own.
     A row holds every channel `inner` times.
     """
+    floats = kind is np.float32
 
     @cfunc(types.void(types.CPointer(_Job)), cache=True)
     def rows_task(job_pointer):
         job = carray(job_pointer, 1)[0]
         rows, channels, inner, fold = job.outer, job.channels, job.inner, job.fold
         x_row_stride, y_row_stride = job.x_row_stride, job.y_row_stride
-        limit, kept_off = signed(job.limit), signed(job.kept_off)
-        ceiling = signed(job.ceiling) if clipped else None
+        limit = None if floats else kind(job.limit)
+        floor = kind(job.floor)
+        ceiling = kind(job.ceiling) if clipped else None
         width = channels * inner
-        x = carray(_pointer(job.x), (rows - 1) * x_row_stride + width, signed)
-        y = carray(_pointer(job.y), (rows - 1) * y_row_stride + width, signed) if writes else None
+        x = carray(_pointer(job.x), (rows - 1) * x_row_stride + width, kind)
+        y = carray(_pointer(job.y), (rows - 1) * y_row_stride + width, kind) if writes else None
         mask = carray(_pointer(job.mask), rows, np.bool_) if masked else None
         tiles = carray(_pointer(job.tiles), (job.tasks, 3, channels), np.int64)
         task = _take_task(job_pointer)
@@ -270,7 +294,7 @@ def _rows_task(signed: Any, writes: bool, inplace: bool, clipped: bool, masked: 
                     tiles[task],
                     inner,
                     limit,
-                    kept_off,
+                    floor,
                     ceiling,
                     inplace,
                 )
@@ -280,18 +304,20 @@ def _rows_task(signed: Any, writes: bool, inplace: bool, clipped: bool, masked: 
     return rows_task
 
 
-def _planes_task(signed: Any, writes: bool, inplace: bool, clipped: bool, masked: bool) -> Any:
+def _planes_task(kind: Any, writes: bool, inplace: bool, clipped: bool, masked: bool) -> Any:
     """Compile what a thread does with planes: while there are tasks, take one and count its stretch of memory."""
+    floats = kind is np.float32
 
     @cfunc(types.void(types.CPointer(_Job)), cache=True)
     def planes_task(job_pointer):
         job = carray(job_pointer, 1)[0]
         channels, inner = job.channels, job.inner
         size = job.outer * channels * inner
-        limit, kept_off = signed(job.limit), signed(job.kept_off)
-        ceiling = signed(job.ceiling) if clipped else None
-        x = carray(_pointer(job.x), size, signed)
-        y = carray(_pointer(job.y), size, signed) if writes else None
+        limit = None if floats else kind(job.limit)
+        floor = kind(job.floor)
+        ceiling = kind(job.ceiling) if clipped else None
+        x = carray(_pointer(job.x), size, kind)
+        y = carray(_pointer(job.y), size, kind) if writes else None
         mask = carray(_pointer(job.mask), job.outer * inner, np.bool_) if masked else None
         tiles = carray(_pointer(job.tiles), (job.tasks, 3, channels), np.int64)
         task = _take_task(job_pointer)
@@ -306,7 +332,7 @@ def _planes_task(signed: Any, writes: bool, inplace: bool, clipped: bool, masked
                     y[start:stop] if writes else None,
                     mask[mask_start : mask_start + stop - start] if masked else None,
                     limit,
-                    kept_off,
+                    floor,
                     ceiling,
                     inplace,
                 )
@@ -417,6 +443,7 @@ def add_states(
     `activation` is one that `fuses` says yes to, and has no parameters.
     """
     form = _FORMATS[values.dtype]
+    floats = values.dtype == torch.float32 and _LEAST > 0
     outer, channels = values.shape[:2]
     inner = values.shape[2] if values.ndim == 3 else 1
     row_stride, y_row_stride = values.stride(0), 0 if y is None else y.stride(0)
@@ -439,16 +466,19 @@ def add_states(
         columns,
         0 if nan is None else int(outer * inner if mask is None else mask.sum()),
         form.infinity - form.positive - 1,
-        -1 if activation == "identity" else 0,
-        form.six,
+        0 if activation != "identity" else -math.inf if floats else -1,
+        form.six if not floats else 6 if activation == "relu6" else math.inf,
     )
     masked = mask is not None
     if edges is not None:
         loop = _compiled(_histogram_task, form.signed, masked)
     else:
         inplace = y is not None and y.data_ptr() == values.data_ptr()
-        kind = _rows_task if as_rows else _planes_task
-        loop = _compiled(kind, form.signed, y is not None and not inplace, inplace, activation == "relu6", masked)
+        kind = np.float32 if floats else form.signed
+        task = _rows_task if as_rows else _planes_task
+        # Without a ceiling, LLVM would store floats in place through a mask, which takes twice the time of a plain store.
+        clipped = floats or activation == "relu6"
+        loop = _compiled(task, kind, y is not None and not inplace, inplace, clipped, masked)
     _run_team(loop, ctypes.addressof(job), tasks)
     with _COUNTS_LOCK:
         _compiled(_adder).call(ctypes.addressof(job))
