@@ -20,7 +20,7 @@ from fastentropy.interception import original_class
 from fastentropy.padding import Mask, positions_to_count
 from fastentropy.sites import Call, Site, SiteWatcher, no_sites
 from fastentropy.statistics import Average, SiteStatistics, Statistics, state_entropy
-from fastentropy_kernels import activation_states, count_states, is_fused
+from fastentropy_kernels import ActivationPlan, activation_states, count_states, is_fused, plan_activation_states
 
 _COUNTABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -215,41 +215,54 @@ def collect(
 def _run_and_count(call: Call, counters: Counters) -> Any:
     """Run an activation and count the states of its input: in one pass where a kernel does both, else before it runs."""
     site, x = call.site, call.x
+    plan = counters.plans.get(site.name)
+    if plan is not None and _may_run(plan, call):
+        y = plan(x)
+        counters.add_positions(site, x.numel() // site.neurons)
+        return y
     if x.is_meta or isinstance(x, FakeTensor):
         return call.run()
     counter = counters.of(site, x.device)
     mask = positions_to_count(call.is_token, x, site.channel_axis)
     fused = _fused(call)
-    if fused is not None:
-        y = activation_states(
-            x,
-            counter.counts,
-            fused.activation,
-            channel_axis=site.channel_axis,
-            mask=mask,
-            inplace=fused.inplace,
-            **fused.parameters,
-        )
-        _add_positions(counters, counter, call, mask)
-        return y
-    with torch.no_grad(), _disable_current_modes():
-        values = x if x.dtype in _COUNTABLE else x.float()
-        count_states(values.detach(), counter.counts, channel_axis=site.channel_axis, mask=mask)
-        _add_positions(counters, counter, call, mask)
-    return call.run()
+    if fused is None:
+        with torch.no_grad(), _disable_current_modes():
+            values = x if x.dtype in _COUNTABLE else x.float()
+            count_states(values.detach(), counter.counts, channel_axis=site.channel_axis, mask=mask)
+            _add_positions(counters, counter, call, mask)
+        return call.run()
+    options = {"channel_axis": site.channel_axis, "inplace": fused.inplace, **fused.parameters}
+    plan = plan_activation_states(x, counter.counts, fused.activation, **options)
+    if plan is not None:
+        counters.plans[site.name] = plan
+    y = activation_states(x, counter.counts, fused.activation, mask=mask, **options)
+    _add_positions(counters, counter, call, mask)
+    return y
+
+
+def _may_run(plan: ActivationPlan, call: Call) -> bool:
+    """Whether the plan that an earlier call of the site left does what this one asks for."""
+    if call.is_token is not None or (call.x.requires_grad and torch.is_grad_enabled()):
+        return False
+    return plan.inplace is getattr(call.module, "inplace", False) and plan.fits(call.x)
+
+
+def _is_free(call: Call) -> bool:
+    """Whether a kernel may take the place of the activation: nobody looks on, and nothing is differentiated."""
+    x = call.x
+    if call.module is None or type(x) is not Tensor or (x.requires_grad and torch.is_grad_enabled()):
+        return False
+    return torch._C._len_torch_dispatch_stack() == 0
 
 
 def _fused(call: Call) -> FusedActivation | None:
-    """What a kernel can compute in place of the activation, where nobody looks on and nothing is differentiated."""
-    x = call.x
-    if call.module is None or type(x) is not Tensor or (x.requires_grad and torch.is_grad_enabled()):
-        return None
-    if torch._C._len_torch_dispatch_stack():
+    """What a kernel can compute in place of the activation, to the same end."""
+    if call.module is None or not _is_free(call):
         return None
     fused = fused_activation(call.module, original_class(call.module))
-    if fused is None or not is_fused(fused.activation, x):
+    if fused is None or not is_fused(fused.activation, call.x):
         return None
-    if fused.activation == "softplus" and torch.is_autocast_enabled(x.device.type):
+    if fused.activation == "softplus" and torch.is_autocast_enabled(call.x.device.type):
         return None  # autocast makes its output float32
     return fused
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastentropy.sites import Site
+from fastentropy_kernels import ActivationPlan
 
 
 class SiteCounters(NamedTuple):
@@ -41,6 +42,7 @@ class Counters:
     def __init__(self, layout: Layout) -> None:
         """Begin with nothing counted."""
         self.sites: dict[str, Site] = {}
+        self.plans: dict[str, ActivationPlan] = {}  # by site, for the counters here
         self._layout = layout
         self._buffers: dict[torch.device, dict[int, Tensor]] = {}
         self._views: dict[tuple[str, torch.device], SiteCounters] = {}

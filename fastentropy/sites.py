@@ -4,13 +4,13 @@ import contextlib
 import copy
 import threading
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, NamedTuple, Protocol, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._C import _current_graph_task_id
 from torch.overrides import TorchFunctionMode
 
 from fastentropy.activations import activation_name, function_name
@@ -113,7 +113,7 @@ class _Pass(Generic[P]):
     observed: P
     tracker: AxisTracker | None  # in passes that discover
     follows_owners: bool  # whether it must be known whose forward is running
-    calls: Counter[str] = field(default_factory=Counter)
+    calls: dict[str, int] = field(default_factory=dict)  # how often each path was called
     owners: list[str] = field(default_factory=list)
     is_token: Tensor | None = None
     inside_activation: bool = False
@@ -205,9 +205,11 @@ class SiteWatcher(Generic[P]):
         if not _is_countable(x) or _in_backward():
             return original(module, *args, **kwargs)
         current: _Pass[P] | None = getattr(self._thread, "current", None)
-        with contextlib.nullcontext(current) if current else self._new_pass(name, args, kwargs) as current:
-            activation = self._activations[name]
-            return self._show(current, name, activation, x, module, "", lambda: original(module, *args, **kwargs))
+        if current is None:
+            with self._new_pass(name, args, kwargs):
+                return self._run_activation(name, module, original, args, kwargs)
+        activation = self._activations[name]
+        return self._show(current, name, activation, x, module, "", lambda: original(module, *args, **kwargs))
 
     def run_function(self, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Run any PyTorch function that is called in a pass; one of an activation is a site."""
@@ -218,7 +220,7 @@ class SiteWatcher(Generic[P]):
             return function(*args, **kwargs)
         owner = current.owners[-1] if current.owners else ""
         name = f"{owner}.{function.__name__.strip('_')}".lstrip(".")
-        index = current.calls[name]
+        index = current.calls.get(name, 0)
         self.functional_sites.add(f"{name}:{index}" if index else name)
         return self._show(current, name, activation, x, None, function.__name__, lambda: function(*args, **kwargs))
 
@@ -272,8 +274,8 @@ class SiteWatcher(Generic[P]):
         run: Callable[[], Any],
     ) -> Any:
         """Find out which site this is, and let the observer run it."""
-        index = current.calls[path]
-        current.calls[path] += 1
+        index = current.calls.get(path, 0)
+        current.calls[path] = index + 1
         name = f"{path}:{index}" if index else path
         site = self.sites.get(name)
         if site is None:
@@ -373,12 +375,13 @@ def _is_scripted_activation(module: nn.Module) -> bool:
 
 def _is_countable(x: Any) -> TypeGuard[Tensor]:
     """Whether a value has neurons: an activation of a number or of a parameter of the model has none."""
-    return isinstance(x, Tensor) and x.is_floating_point() and x.ndim > 0 and not isinstance(x, nn.Parameter)
+    is_activation = type(x) is Tensor or (isinstance(x, Tensor) and not isinstance(x, nn.Parameter))
+    return is_activation and x.is_floating_point() and x.ndim > 0
 
 
 def _in_backward() -> bool:
     """Whether autograd is running, as it does where activation checkpointing repeats a forward."""
-    return torch._C._current_graph_task_id() != -1
+    return _current_graph_task_id() != -1
 
 
 def _changed_shape(site: Site, x: Tensor) -> RuntimeError:

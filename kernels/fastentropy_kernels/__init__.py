@@ -9,13 +9,21 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from . import dispatch, registration
 from .arguments import States, activation_request, count_request, linear_regions
 from .dispatch import available_implementations, is_fused
+from .plan import ActivationPlan, make_plan
 
-__all__ = ["activation_states", "available_implementations", "count_states", "is_fused", "linear_regions"]
+__all__ = [
+    "ActivationPlan",
+    "activation_states",
+    "available_implementations",
+    "count_states",
+    "is_fused",
+    "linear_regions",
+    "plan_activation_states",
+]
 
 
 def count_states(
@@ -49,7 +57,7 @@ def count_states(
         ValueError: any other argument does not fit. In both cases `counts` and `nan` are unchanged.
     """
     request = count_request(x, counts, nan, channel_axis, mask, edges, impl)
-    if _launches_directly(x):
+    if dispatch.launches_directly(x):
         dispatch.count(x, counts, nan, request)
         return
     added, added_nan = registration.count_states(x, request.channel_axis, mask, request.edges, impl)
@@ -103,7 +111,7 @@ def activation_states(
         x, counts, activation, nan, channel_axis, mask, states, edges, weight, parameters, inplace, impl
     )
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or (weight is not None and weight.requires_grad))
-    if not needs_grad and _launches_directly(x):
+    if not needs_grad and dispatch.launches_directly(x):
         return dispatch.activate_and_count(x, counts, nan, request, inplace)
     y, added, added_nan = registration.activation_states(x, *request)
     counts += added
@@ -112,12 +120,22 @@ def activation_states(
     return x.copy_(y) if inplace else y
 
 
-def _launches_directly(x: Tensor) -> bool:
-    """Whether `x` is plain memory and nobody looks on: tracers, modes and forward derivatives get the operators."""
-    return (
-        type(x) in (Tensor, torch.nn.Parameter)
-        and not torch.compiler.is_compiling()
-        and torch._C._get_tracing_state() is None
-        and torch._C._len_torch_dispatch_stack() == 0
-        and forward_ad._current_level < 0
+def plan_activation_states(
+    x: Tensor,
+    counts: Tensor,
+    activation: str,
+    *,
+    channel_axis: int = 1,
+    inplace: bool = False,
+    **parameters: float,
+) -> ActivationPlan | None:
+    """Work out `activation_states` for tensors like `x`, so that a call costs a fraction of the checks and of the launch.
+
+    Arguments and errors are those of `activation_states`. The plan adds to `counts` each time: `plan(x)` where
+    `plan.fits(x)`. It is for one thread at a time. None where there is nothing to gain: on a GPU, for an activation that
+    Numba does not fuse, and for a tensor that would be copied.
+    """
+    request = activation_request(
+        x, counts, activation, None, channel_axis, None, "sign", None, None, parameters, inplace, "auto"
     )
+    return make_plan(x, counts, request, inplace)

@@ -9,6 +9,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import reference
 from .arguments import IMPLEMENTATIONS, Request, checked_parameters
@@ -38,7 +39,7 @@ def count(x: Tensor, counts: Tensor, nan: Tensor | None, request: Request) -> No
         return
     arranged = arrange(x.resolve_neg() if x.is_neg() else x, request.channel_axis, request.mask)
     _kernels(impl).add_states(arranged.values, counts, edges=request.edges, mask=arranged.mask, nan=nan)
-    _tell_autograd(counts, nan)
+    tell_autograd(counts, nan)
 
 
 def activate_and_count(x: Tensor, counts: Tensor, nan: Tensor | None, request: Request, inplace: bool) -> Tensor:
@@ -72,7 +73,7 @@ def activate_and_count(x: Tensor, counts: Tensor, nan: Tensor | None, request: R
     if target is None:
         in_order = y.permute(arranged.order)
         in_order.copy_(written.view(in_order.shape))
-    _tell_autograd(counts, nan, x if inplace else None)
+    tell_autograd(counts, nan, x if inplace else None)
     return y
 
 
@@ -87,9 +88,21 @@ def _laid_out_as(x: Tensor, y: Tensor) -> Tensor:
     return y if y.stride() == strides else torch.empty_like(x).copy_(y)
 
 
-def _tell_autograd(*written: Tensor | None) -> None:
+def launches_directly(x: Tensor) -> bool:
+    """Whether `x` is plain memory and nobody looks on: tracers, modes and forward derivatives get the operators."""
+    return (
+        type(x) in (Tensor, torch.nn.Parameter)
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._get_tracing_state() is None
+        and forward_ad._current_level < 0
+        and not torch.compiler.is_compiling()
+    )
+
+
+def tell_autograd(*written: Tensor | None) -> None:
     """Count up the version of what a kernel wrote to, so that a backward that needs the old values says so."""
-    torch.autograd.graph.increment_version([tensor for tensor in written if tensor is not None])
+    if not torch.is_inference_mode_enabled():
+        torch.autograd.graph.increment_version([tensor for tensor in written if tensor is not None])
 
 
 @cache

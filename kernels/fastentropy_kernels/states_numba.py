@@ -442,23 +442,66 @@ def add_states(
     See `reference.add_states` for the states and `layout.Arranged` for values and y, which may be the same memory.
     `activation` is one that `fuses` says yes to, and has no parameters.
     """
+    launch = prepare(values, counts, edges=edges, mask=mask, nan=nan, y=y, activation=activation)
+    launch(values.data_ptr(), 0 if y is None else y.data_ptr())
+
+
+class Launch(NamedTuple):
+    """A loop with all that it works on but the addresses of x and y: any tensors with the same sizes and strides will do.
+
+    It is for one thread at a time, and holds for as long as `is_current`.
+    """
+
+    job: _JobStructure
+    address: int  # of the job
+    loop: _Loop
+    tile_size: int
+    settings: tuple[int, bool]
+    operands: tuple[Tensor | None, ...]  # kept alive: the job has their addresses
+
+    def is_current(self) -> bool:
+        """Whether this thread's settings are those that the loop was chosen for."""
+        return self.settings == _settings()
+
+    def __call__(self, x: int, y: int) -> None:
+        """Run for the tensors at these addresses; y is x for a launch prepared in place, and 0 where none is written."""
+        job, tiles = self.job, _borrow_zeros(self.tile_size)
+        job.next_task, job.x, job.y, job.tiles = 0, x, y, tiles.address
+        _run_team(self.loop, self.address, job.tasks)
+        with _COUNTS_LOCK:
+            _compiled(_adder).call(self.address)
+        _workspace.zeros = tiles
+
+
+def prepare(
+    values: Tensor,
+    counts: Tensor,
+    *,
+    edges: Sequence[float] | None = None,
+    mask: Tensor | None = None,
+    nan: Tensor | None = None,
+    y: Tensor | None = None,
+    activation: str = "identity",
+) -> Launch:
+    """Choose the loop for the arguments of `add_states`, and fill in its job."""
     form = _FORMATS[values.dtype]
-    floats = values.dtype == torch.float32 and _LEAST > 0
+    threads, keeps_subnormals = _settings()
+    floats = values.dtype == torch.float32 and keeps_subnormals
     outer, channels = values.shape[:2]
     inner = values.shape[2] if values.ndim == 3 else 1
     row_stride, y_row_stride = values.stride(0), 0 if y is None else y.stride(0)
-    tasks = max(1, min(torch.get_num_threads(), values.numel() // max(_SMALLEST_TASK, _ROWS_PER_TASK * channels)))
+    tasks = max(1, min(threads, values.numel() // max(_SMALLEST_TASK, _ROWS_PER_TASK * channels)))
     short = inner * (outer + _ROWS_FOR_SUMS * tasks) < _SMALLEST_PLANE[values.element_size()] * outer
     as_rows = values.ndim == 2 or (short and mask is None)
     foldable = as_rows and mask is None and row_stride == channels * inner and y_row_stride in (0, row_stride)
     thresholds = None if edges is None else _thresholds(edges, values.dtype)
     columns = 3 if thresholds is None else thresholds.numel()
-    tiles = _borrow_zeros(tasks * columns * channels)
     job = _JobStructure(
         0,
         tasks,
-        *(0 if tensor is None else tensor.data_ptr() for tensor in (values, y, mask, thresholds)),
-        tiles.address,
+        *(0, 0),
+        *(0 if tensor is None else tensor.data_ptr() for tensor in (mask, thresholds)),
+        0,
         counts.data_ptr(),
         0 if nan is None else nan.data_ptr(),
         *(outer, channels, inner, row_stride, y_row_stride),
@@ -479,10 +522,13 @@ def add_states(
         # Without a ceiling, LLVM would store floats in place through a mask, which takes twice the time of a plain store.
         clipped = floats or activation == "relu6"
         loop = _compiled(task, kind, y is not None and not inplace, inplace, clipped, masked)
-    _run_team(loop, ctypes.addressof(job), tasks)
-    with _COUNTS_LOCK:
-        _compiled(_adder).call(ctypes.addressof(job))
-    _workspace.zeros = tiles
+    operands = (counts, nan, mask, thresholds)
+    return Launch(job, ctypes.addressof(job), loop, tasks * columns * channels, (threads, keeps_subnormals), operands)
+
+
+def _settings() -> tuple[int, bool]:
+    """What a loop is chosen for besides its operands: the number of threads, and whether subnormals are kept."""
+    return torch.get_num_threads(), _LEAST > 0
 
 
 class _Zeros(NamedTuple):
