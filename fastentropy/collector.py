@@ -50,7 +50,7 @@ class EntropyCollector:
         self._restored = Statistics({})
         self._batch_entropies: dict[str, Tensor] = {}
         self._batches: dict[str, int] = {}
-        self._is_paused = self._recommended = False
+        self._is_paused = self._recommended = self._has_counted = False
 
     def attach(self) -> None:
         """Begin to count. Raises RuntimeError where a collector is attached to the model, or a part of it, already."""
@@ -94,7 +94,7 @@ class EntropyCollector:
         statistics = self._statistics()
         if statistics:
             return statistics
-        if self._watcher.has_run and not self._watcher.sites:
+        if self._has_counted and not self._watcher.sites:
             raise ValueError(no_sites(self._model))
         raise RuntimeError("nothing was counted: run the model while the collector is attached, then call compute()")
 
@@ -177,6 +177,7 @@ class _Counting:
         with collector._lock:
             if completed:
                 collector._total.add(counters)
+                collector._has_counted = True
                 if collector._per_batch:
                     self._add_batch_entropies(counters)
             counters.clear()

@@ -57,7 +57,8 @@ class Counters:
         return view
 
     def add_positions(self, site: Site, positions: int) -> None:
-        """Note on the host how many values of each neuron were read."""
+        """Note on the host how many values of each neuron were read; the site is among `sites` from then on."""
+        self.sites[site.name] = site
         self._positions[site.name] = self._positions.get(site.name, 0) + positions
 
     def add(self, other: "Counters") -> None:

@@ -70,7 +70,7 @@ def find_sites(model: nn.Module, example_inputs: tuple[Any, ...] | Mapping[str, 
 
     Raises ValueError where the model calls no known activation.
     """
-    watcher = SiteWatcher(model, _NoObserver())
+    watcher = SiteWatcher(model, NoObserver())
     watcher.attach()
     try:
         call_once(model, example_inputs)
@@ -141,7 +141,9 @@ class SiteWatcher(Generic[P]):
         modules = {_path(name): module for name, module in model.named_modules()}
         self._activations = {name: activation for name, module in modules.items() if (activation := activation_name(module))}
         containers = {
-            name: module for name, module in modules.items() if name not in self._activations and not _is_plain(module)
+            name: module
+            for name, module in modules.items()
+            if name not in self._activations and (module is model or not _is_plain(module))
         }
         self._kinds = {name: original_class(module) for name, module in modules.items()}
         self._mask_arguments = {
@@ -178,11 +180,6 @@ class SiteWatcher(Generic[P]):
     def detach(self) -> None:
         """Leave the model as it was before `attach`."""
         self._interception.detach()
-
-    @property
-    def has_run(self) -> bool:
-        """Whether a pass was completed."""
-        return bool(self._entries)
 
     def _run_container(
         self, name: str, module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -336,8 +333,8 @@ class _FunctionCalls(TorchFunctionMode):
         return self._watcher.run_function(func, args, kwargs or {})
 
 
-class _NoObserver:
-    """Lets every activation run."""
+class NoObserver:
+    """Lets every activation run, and looks at nothing."""
 
     def begin_pass(self) -> None:
         return None

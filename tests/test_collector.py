@@ -1,11 +1,17 @@
 import copy
+import gc
 import threading
+import warnings
+from collections import OrderedDict
+from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from conftest import assert_unchanged, snapshot
+from conftest import Reads, assert_unchanged, snapshot
 from fastentropy import collect
 
 
@@ -134,12 +140,76 @@ def test_a_copy_made_meanwhile_is_a_network_of_its_own(network, images):
     assert second.compute()["gelu"].counts.sum() == 4 * 8
 
 
-def test_a_compiled_model_is_refused_not_miscounted():
-    part = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
-    for model in (torch.compile(part), nn.Sequential(nn.ReLU(), torch.compile(part))):
-        with pytest.raises(RuntimeError, match=r"is compiled .* before torch\.compile"):
-            collect(model).attach()
-    assert not any(module._forward_pre_hooks for module in part.modules())
+def make_part():
+    return nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Sequential(nn.Linear(4, 5), nn.GELU()))
+
+
+def counted(collector):
+    """How many values each site saw."""
+    return {name: site.observations for name, site in collector.compute().items()}
+
+
+@pytest.mark.filterwarnings("ignore:.*is compiled")
+@pytest.mark.parametrize("which", ["the compiled module", "the model inside", "module.compile()"])
+def test_a_model_compiled_before_is_counted(which):
+    model = make_part()
+    x = torch.randn(7, 3)
+    if which == "module.compile()":
+        model.compile(backend="eager")
+        compiled = model
+    else:
+        compiled = torch.compile(model, backend="eager")
+    expected = compiled(x)
+    with collect(model if which == "the model inside" else compiled) as collector:
+        assert torch.equal(compiled(x), expected)
+        compiled(x)
+    assert counted(collector) == {"1": 2 * 28, "2.1": 2 * 35}
+    compiled(x)
+    assert counted(collector) == {"1": 2 * 28, "2.1": 2 * 35}
+
+
+def test_a_model_compiled_while_collecting_is_counted_then_and_not_afterwards():
+    model, x = make_part(), torch.randn(7, 3)
+    with collect(model) as collector:
+        compiled = torch.compile(model, backend="eager")
+        compiled(x)
+    before = counted(collector)
+    assert before == {"1": 28, "2.1": 35}
+    assert torch.equal(compiled(x), model(x))
+    assert counted(collector) == before
+
+
+def test_a_compiled_model_is_told_to_run_eagerly_meanwhile():
+    with pytest.warns(UserWarning, match="OptimizedModule is compiled .* runs eagerly"), collect(torch.compile(make_part())):
+        pass
+
+
+def test_what_was_compiled_runs_compiled_again_after_two_collectors():
+    runs = []
+
+    def backend(graph, inputs):
+        def run(*args):
+            runs.append(1)
+            return graph(*args)
+
+        return run
+
+    function = torch.compile(lambda x: x + 1, backend=backend)
+    first, second = collect(make_part()), collect(make_part())
+    first.attach()
+    second.attach()
+    first.detach()
+    function(torch.ones(2))
+    assert not runs
+    second.detach()
+    function(torch.ones(2))
+    assert runs
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_activations_in_torchscript_are_refused():
+    with pytest.raises(ValueError, match=r"'0\.1' is compiled by TorchScript"):
+        collect(nn.Sequential(torch.jit.script(make_part()))).attach()
 
 
 def test_an_input_of_another_shape_names_the_site():
@@ -241,10 +311,32 @@ def test_nothing_counted_says_what_to_do(network):
         collector.compute()
 
 
-def test_a_call_around_the_model_is_an_error_not_a_wrong_count():
-    model = nn.Sequential(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), nn.Linear(2, 2))
-    with collect(model), pytest.raises(RuntimeError, match=r"'0\.1' ran outside of a call of the watched model"):
-        model[0](torch.zeros(1, 2))
+def test_a_part_that_is_called_directly_is_counted():
+    model = nn.Sequential(nn.Sequential(nn.Conv2d(1, 2, 1), nn.ReLU()), nn.Flatten(), nn.Sequential(nn.Linear(8, 3), nn.GELU()))
+    x = torch.randn(5, 1, 2, 2)
+    with collect(model) as collector:
+        model[2](model[1](model[0](x)))
+        model(x)
+        model[0][1](model[0][0](x))
+    sites = collector.compute()
+    assert counted(collector) == {"0.1": 3 * 40, "2.1": 2 * 15}
+    assert torch.equal(sites["0.1"].counts, 3 * plain_counts(model[0][0](x), 1))
+
+
+def test_a_second_site_of_a_kind_that_is_known_needs_no_axis():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.act = nn.Linear(2, 3), nn.ReLU()
+
+        def forward(self, x):
+            return self.act(self.fc(x).transpose(0, 1)).transpose(0, 1)
+
+    model = Reads(lambda m, x, deep: m.second(x) if deep else m.first(x), first=Block(), second=Block())
+    with collect(model) as collector:
+        model(torch.zeros(7, 2), False)
+        model(torch.zeros(7, 2), True)
+    assert collector.compute()["second.act"].neurons == 3
 
 
 def test_a_site_that_appears_later_needs_its_axis_named():
@@ -311,3 +403,346 @@ def test_models_in_several_threads_do_not_mix():
     for thread in threads:
         thread.join()
     assert totals == [20 * 8 * 2] * 4
+
+
+class Functional(nn.Module):
+    """Activations as functions, in place and as methods, beside a module of the same name."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.fc, self.relu = nn.Conv2d(3, 6, 3), nn.Linear(6, 4), nn.ReLU()
+
+    def inputs(self, x):
+        """What each activation reads, in order."""
+        first = self.conv(x)
+        second = self.fc(first.clamp(min=0).mean([2, 3]))
+        third = second.clamp(min=0)
+        return {"relu": first, "relu:1": second, "relu:2": third, "gelu": third}
+
+    def forward(self, x):
+        x = F.relu(self.conv(x), inplace=True).mean([2, 3])
+        return F.gelu(self.relu(self.fc(x).relu_()))
+
+
+@pytest.mark.filterwarnings("ignore:.*fe.isolate")
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_functional_activations_are_counted_before_they_write(mode):
+    model, batches = Functional(), [torch.randn(2, 3, 8, 8) for _ in range(3)]
+    with mode(), collect(model) as collector:
+        for batch in batches:
+            model(batch)
+    statistics = collector.compute()
+    assert list(statistics) == ["relu", "relu:1", "relu:2", "gelu"]
+    for name, site in statistics.items():
+        expected = sum(plain_counts(model.inputs(batch)[name], 1) for batch in batches)
+        assert torch.equal(site.counts, expected), name
+
+
+def test_isolate_is_recommended_once():
+    model, x = Functional(), torch.randn(2, 3, 8, 8)
+    with collect(model):
+        with pytest.warns(UserWarning, match=r"3 of its activations as functions \(gelu, relu, relu:1\).*fe\.isolate"):
+            model(x)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model(x)
+
+
+def test_activations_of_numbers_and_of_parameters_are_no_sites():
+    model = Reads(
+        lambda m, x: m.relu(m.fc(x)) * F.softplus(m.scale) + F.relu(torch.tensor(1.0)), fc=nn.Linear(2, 2), relu=nn.ReLU()
+    )
+    model.scale = nn.Parameter(torch.ones(2))
+    with collect(model) as collector:
+        model(torch.zeros(1, 2))
+    assert list(collector.compute()) == ["relu"]
+
+
+class Checkpointed(nn.Module):
+    """Two blocks whose forward is repeated in backward, one inside of the other."""
+
+    def __init__(self, use_reentrant):
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
+        self.outer, self.head, self.use_reentrant = nn.GELU(), nn.Linear(3, 1), use_reentrant
+
+    def block(self, x):
+        return self.outer(checkpoint(self.inner, x, use_reentrant=self.use_reentrant))
+
+    def forward(self, x):
+        return self.head(checkpoint(self.block, x, use_reentrant=self.use_reentrant))
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_a_checkpointed_forward_is_counted_once(use_reentrant):
+    model = Checkpointed(use_reentrant)
+    with collect(model) as collector:
+        for _ in range(3):
+            model(torch.randn(5, 3, requires_grad=True)).sum().backward()
+    assert counted(collector) == {"inner.1": 45, "outer": 45}
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu", F.gelu])
+def test_the_fast_path_of_transformer_layers_is_off_only_meanwhile(activation):
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, activation=activation)
+    model = nn.TransformerEncoder(layer, 2).eval()
+    x, padding = torch.randn(2, 5, 8), torch.tensor([[0, 0, 0, 0, 1], [0, 0, 0, 0, 0]]).bool()
+    with torch.inference_mode(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        before, padded = model(x), model(x, src_key_padding_mask=padding)
+        with collect(model) as collector:
+            torch.testing.assert_close(model(x), before)
+            model(x, src_key_padding_mask=padding)
+        assert torch.equal(model(x), before)
+        assert torch.equal(model(x, src_key_padding_mask=padding), padded)
+    assert list(counted(collector).values()) == [2 * 2 * 5 * 16] * 2
+
+
+def replica(module):
+    """What nn.DataParallel makes of a module for another device: a shallow copy with tensors of its own."""
+    other = module._replicate_for_data_parallel()
+    for name, child in module.named_children():
+        setattr(other, name, replica(child))
+    for name, parameter in module.named_parameters(recurse=False):
+        setattr(other, name, parameter.detach().clone())
+    return other
+
+
+def in_threads(*functions):
+    threads = [threading.Thread(target=function) for function in functions]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def test_replicas_of_data_parallel_are_counted():
+    model, x = make_part(), torch.randn(7, 3)
+    with collect(model) as collector:
+        model(x)
+        in_threads(*[partial(replica(model), x) for _ in range(3)])
+    assert torch.equal(collector.compute()["1"].counts, 4 * plain_counts(model[0](x), 1))
+
+
+def test_one_model_in_several_threads_is_counted_right():
+    model, inputs = make_part(), [torch.randn(7, 3) for _ in range(4)]
+
+    def work(x):
+        for _ in range(50):
+            model(x)
+
+    with collect(model) as collector:
+        in_threads(*[partial(work, x) for x in inputs])
+    expected = 50 * sum(plain_counts(model[0](x), 1) for x in inputs)
+    assert torch.equal(collector.compute()["1"].counts, expected)
+
+
+def test_a_pass_that_raises_leaves_no_counts():
+    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2), nn.ReLU())
+    interrupted = [False]
+
+    def interrupt(module, args):
+        if interrupted[0]:
+            raise KeyboardInterrupt
+
+    model[2].register_forward_pre_hook(interrupt)
+    with collect(model) as collector:
+        model(torch.zeros(3, 2))
+        interrupted[0] = True
+        with pytest.raises(KeyboardInterrupt):
+            model(torch.zeros(5, 2))
+        interrupted[0] = False
+        model(torch.zeros(1, 2))
+    assert counted(collector) == {"1": 8, "3": 8}
+
+
+def test_a_hook_of_the_user_before_an_activation_is_heard():
+    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+    model[1].register_forward_pre_hook(lambda module, args: (args[0] * 0 - 1,))
+    with collect(model) as collector:
+        model(torch.randn(3, 2))
+    assert collector.compute()["1"].counts.tolist() == [[3, 0, 0]] * 2
+
+
+def test_a_forward_of_the_activation_itself_still_runs():
+    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+    model[1].forward = lambda x: x * 5
+    x = torch.randn(3, 2)
+    expected = model(x)
+    with collect(model) as collector:
+        assert torch.equal(model(x), expected)
+    assert counted(collector) == {"1": 6}
+
+
+def test_keyword_arguments_and_autocast():
+    model = nn.Sequential(OrderedDict(fc=nn.Linear(2, 3), relu=nn.ReLU()))
+    with collect(model) as collector, torch.autocast("cpu", dtype=torch.bfloat16):
+        model(input=torch.randn(4, 2))
+        model.relu(input=torch.randn(4, 3))
+    assert counted(collector) == {"relu": 24}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e4m3fn])
+def test_every_floating_dtype_is_counted(dtype):
+    model = Reads(lambda m, x: m.act(x), act=nn.Identity() if dtype == torch.float8_e4m3fn else nn.ReLU())
+    if dtype == torch.float8_e4m3fn:
+        model.act = ReadsOnly()
+    x = torch.tensor([[-1.0, 2.0], [0.0, 3.0]]).to(dtype)
+    with collect(model) as collector:
+        model(x)
+    assert collector.compute()["act"].counts.tolist() == [[1, 1, 0], [0, 0, 2]]
+
+
+class ReadsOnly(nn.ReLU):
+    def forward(self, x):
+        return x
+
+
+def test_memory_is_the_counters():
+    model = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU())
+    with collect(model) as collector:
+        model(torch.randn(4, 8))
+        model(torch.randn(4, 8))
+        buffers = collector._total._buffers[torch.device("cpu")]
+    assert [buffer.numel() for buffer in buffers.values()] == [3 * 96 + 2]
+
+
+def test_a_thousand_collectors_leak_nothing(network, images):
+    network.eval()
+
+    def objects():
+        gc.collect()
+        return len(gc.get_objects())
+
+    def run(times):
+        for _ in range(times):
+            with collect(network):
+                network(images)
+
+    with torch.inference_mode():
+        run(20)
+        before, snap = objects(), snapshot(network)
+        run(1000)
+        assert objects() - before < 100
+    assert_unchanged(network, snap)
+
+
+def test_attaching_again_goes_on_counting(network, images):
+    collector = collect(network.eval())
+    for _ in range(3):
+        with collector:
+            network(images)
+        network(images)
+    assert counted(collector)["gelu"] == 3 * 4 * 8
+
+
+def test_a_part_of_a_watched_model_is_refused_and_the_model_goes_on(network, images):
+    model = nn.Sequential(network.eval())
+    with collect(model) as collector:
+        with pytest.raises(RuntimeError, match="detach it first"):
+            collect(network).attach()
+        model(images)
+    assert counted(collector)["0.gelu"] == 32
+
+
+def test_a_state_can_be_taken_up_by_a_new_collector(network, images, tmp_path):
+    network.eval()
+    with collect(network, average="batch") as whole:
+        for batch in (images, images[:1], images[1:]):
+            network(batch)
+    with collect(network, average="batch") as first:
+        network(images)
+        network(images[:1])
+    torch.save(first.state_dict(), tmp_path / "state.pt")
+    second = collect(network, average="batch")
+    second.load_state_dict(torch.load(tmp_path / "state.pt"))
+    with second:
+        network(images[1:])
+    for name, site in whole.compute().items():
+        other = second.compute()[name]
+        assert torch.equal(site.counts, other.counts)
+        torch.testing.assert_close(site.entropy(average="batch"), other.entropy(average="batch"))
+    second.load_state_dict(first.state_dict())
+    assert counted(second) == counted(first)
+
+
+def test_a_state_of_another_model_changes_nothing(network, images):
+    other = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
+    with collect(other) as foreign:
+        other(torch.zeros(1, 2))
+    with collect(network.eval()) as collector:
+        network(images)
+        before = counted(collector)
+        for state in ({}, {"sites": [{"name": "relu1"}]}, {"sites": 3}, {**foreign.state_dict(), "1/counts": torch.zeros(3)}):
+            with pytest.raises(ValueError, match="not the state of statistics"):
+                collector.load_state_dict(state)
+        state = foreign.state_dict()
+        state = {"sites": [{**state["sites"][0], "name": "relu1"}], "relu1/counts": state["1/counts"]}
+        with pytest.raises(ValueError, match="'relu1' is relu with 6 neurons in this model and relu with 3 in the state"):
+            collector.load_state_dict(state)
+    assert counted(collector) == before
+
+
+def test_reset_keeps_the_addresses_of_the_counters(network, images):
+    with collect(network.eval()) as collector:
+        network(images)
+        network(images)
+
+        def addresses():
+            return [buffer.data_ptr() for buffers in collector._total._buffers.values() for buffer in buffers.values()]
+
+        before = addresses()
+        collector.reset()
+        with pytest.raises(RuntimeError, match="nothing was counted"):
+            collector.compute()
+        network(images)
+        assert addresses() == before
+    assert counted(collector)["gelu"] == 32
+
+
+def test_a_model_without_activations_is_told_what_to_do():
+    model = nn.Linear(2, 2)
+    with collect(model) as collector:
+        model(torch.zeros(1, 2))
+    with pytest.raises(ValueError, match=r"Linear calls no known activation.*register_activation"):
+        collector.compute()
+
+
+def test_prelu_counts_and_learns():
+    model = nn.Sequential(nn.Linear(2, 3), nn.PReLU(3))
+    x = torch.randn(5, 2)
+    expected = model(x)
+    with collect(model) as collector:
+        assert torch.equal(model(x), expected)
+        model(x).sum().backward()
+    assert counted(collector) == {"1": 30}
+    assert model[1].weight.grad is not None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_captured_cuda_graph_counts_at_each_replay():
+    model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64), nn.SiLU()).cuda().eval()
+    x = torch.randn(32, 64, device="cuda")
+    with torch.inference_mode(), collect(model) as collector:
+        with collector.paused():
+            model(x)
+        model(x)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            model(x)
+        collector.reset()
+        for _ in range(5):
+            graph.replay()
+        torch.cuda.synchronize()
+    assert counted(collector) == {"1": 5 * 32 * 128, "3": 5 * 32 * 64}
+    assert all(site.nan == 0 for site in collector.compute().values())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_devices_of_one_model_are_added_up():
+    model = nn.DataParallel(make_part().cuda())
+    with collect(model) as collector:
+        model(torch.randn(8, 3, device="cuda"))
+    assert counted(collector) == {"module.1": 32, "module.2.1": 40}

@@ -5,7 +5,7 @@ from torch import nn
 
 from conftest import Reads, assert_unchanged, snapshot
 from fastentropy import Site, find_sites
-from fastentropy.sites import SiteWatcher, _NoObserver
+from fastentropy.sites import NoObserver, SiteWatcher
 
 
 @pytest.fixture(params=[torch.no_grad, torch.inference_mode, torch.enable_grad])
@@ -13,7 +13,7 @@ def axis_of(request):
     """The neuron axis and its size of a model with one site, found in each of the modes that people run models in."""
 
     def find(model, *inputs):
-        watcher = SiteWatcher(model, _NoObserver())
+        watcher = SiteWatcher(model, NoObserver())
         watcher.attach()
         with request.param():
             model(*inputs)

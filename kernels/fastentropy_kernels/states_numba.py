@@ -146,12 +146,20 @@ def _is_above(bits, floor, limit):
 
 
 @njit(nogil=True)
+def _within(value, floor, ceiling):
+    """Return the value, or the floor or the ceiling in place of one beyond it; NaN is beyond neither."""
+    raised = floor if value < floor else value
+    if ceiling is None:
+        return raised
+    return ceiling if raised > ceiling else raised
+
+
+@njit(nogil=True)
 def _activated(value, is_off, limit, floor, ceiling):
     """Return y: 0 for what is off, or everything where the floor lets it pass, and the ceiling for a number above it."""
     kind = type(value)
     if limit is None:
-        raised = floor if value < floor else value
-        return ceiling if raised > ceiling else raised
+        return _within(value, floor, ceiling)
     kept = kind(value & kind(floor | kind(is_off - kind(1))))
     if ceiling is None:
         return kept

@@ -1,0 +1,139 @@
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from conftest import assert_unchanged, snapshot
+from fastentropy.interception import Interception, fast_paths, original_class
+
+
+@pytest.fixture
+def calls():
+    return []
+
+
+@pytest.fixture
+def attach(calls):
+    """Intercept every call of some modules and every forward of others; each is noted."""
+
+    def attach(model, on_call=(), on_forward=()):
+        modules = dict(model.named_modules())
+
+        def handler(kind):
+            def handle(name, module, original, args, kwargs):
+                calls.append((kind, name))
+                return original(module, *args, **kwargs)
+
+            return handle
+
+        interception = Interception(model, {n: modules[n] for n in on_call}, {n: modules[n] for n in on_forward})
+        interception.attach(handler("call"), handler("forward"))
+        return interception
+
+    return attach
+
+
+def make():
+    return nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Sequential(nn.Linear(3, 2)))
+
+
+def test_named_modules_are_handled_and_no_others(attach, calls):
+    model = make()
+    interception = attach(model, on_call=["", "2"], on_forward=["1"])
+    model(torch.zeros(1, 2))
+    assert calls == [("call", ""), ("forward", "1"), ("call", "2")]
+    interception.detach()
+    model(torch.zeros(1, 2))
+    assert len(calls) == 3
+
+
+def test_classes_look_as_before_and_are_as_before(attach):
+    model = make()
+    before = snapshot(model)
+    interception = attach(model, on_call=["", "2"], on_forward=["1"])
+    assert repr(model) == repr(make())
+    assert isinstance(model[1], nn.ReLU)
+    assert original_class(model[1]) is nn.ReLU
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    interception.detach()
+    assert [type(module) for module in model.modules()] == [type(module) for module in make().modules()]
+    assert_unchanged(model, before)
+
+
+def test_hooks_run_around_the_forward_and_inside_of_the_call(attach, calls):
+    model = make()
+    model[1].register_forward_pre_hook(lambda module, args: calls.append("hook before"))
+    model[1].register_forward_hook(lambda module, args, y: calls.append("hook after"))
+    interception = attach(model, on_forward=["1"])
+    model(torch.zeros(1, 2))
+    assert calls == ["hook before", ("forward", "1"), "hook after"]
+    interception.detach()
+    calls.clear()
+    attach(model, on_call=["1"])
+    model(torch.zeros(1, 2))
+    assert calls == [("call", "1"), "hook before", "hook after"]
+
+
+def test_copies_and_pickles_are_of_the_original_class(attach, calls):
+    model = make()
+    interception = attach(model, on_call=["", "2"], on_forward=["1"])
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    copies = [copy.deepcopy(model), copy.copy(model[1]), pickle.loads(pickle.dumps(model))]
+    copies.append(torch.load(io.BytesIO(buffer.getvalue()), weights_only=False))
+    for duplicate in copies:
+        assert {type(module) for module in duplicate.modules()} <= {nn.Sequential, nn.Linear, nn.ReLU}
+        assert not any("fastentropy" in name for module in duplicate.modules() for name in vars(module))
+    copies[0](torch.zeros(1, 2))
+    assert calls == []
+    interception.detach()
+
+
+def test_an_own_forward_is_handled_as_a_call(attach, calls):
+    model = make()
+    model[1].forward = lambda x: x + 1
+    attach(model, on_forward=["1"])
+    assert torch.equal(model[1](torch.ones(1)), torch.full((1,), 2.0))
+    assert calls == [("forward", "1")]
+
+
+def test_one_interception_at_a_time_also_of_a_part(attach):
+    model = make()
+    interception = attach(model[2], on_call=["0"])
+    before = snapshot(model)
+    with pytest.raises(RuntimeError, match="attached to this model already; detach it first"):
+        attach(model, on_call=[""])
+    assert_unchanged(model, before)
+    interception.detach()
+    attach(model, on_call=[""]).detach()
+
+
+def test_what_fails_on_the_way_is_undone(attach):
+    class Final(nn.Linear):
+        def __init_subclass__(cls):
+            raise TypeError("this class has no subclasses")
+
+    model = nn.Sequential(nn.ReLU(), Final(2, 2))
+    before = snapshot(model)
+    with pytest.raises(TypeError, match="no subclasses"):
+        attach(model, on_call=["", "0", "1"])
+    assert_unchanged(model, before)
+    assert type(model[0]) is nn.ReLU
+
+
+def test_a_class_that_was_put_on_top_meanwhile_runs_the_original(attach, calls):
+    model = make()
+    interception = attach(model, on_forward=["1"])
+    model[1].__class__ = type("OnTop", (type(model[1]),), {})
+    interception.detach()
+    assert torch.equal(model[1](torch.tensor([-1.0, 1.0])), torch.tensor([0.0, 1.0]))
+    assert calls == []
+
+
+def test_fast_paths_are_those_that_are_on():
+    layer = nn.TransformerEncoderLayer(8, 2, batch_first=True, activation="gelu")
+    assert [(name, value) for _, name, value in fast_paths(layer)] == [("activation_relu_or_gelu", 0)]
+    assert fast_paths(make()) == []
