@@ -58,7 +58,8 @@ def isolate(model: nn.Module, example_inputs: tuple[Any, ...] | Mapping[str, Any
     of one forward pass in eval mode.
 
     Warns, and names the calls, where some cannot be isolated: in a loop, in a module that is itself called several times,
-    outside of the methods of a module, or with arguments that are not constants. Raises RuntimeError for a compiled model.
+    outside of the methods of a module, in code without a source file (typed into a prompt), or with arguments that are not
+    constants. Raises RuntimeError for a compiled model.
     """
     if compiled := [name for name, module in model.named_modules() if is_compiled(module)]:
         raise RuntimeError(
@@ -75,8 +76,8 @@ def isolate(model: nn.Module, example_inputs: tuple[Any, ...] | Mapping[str, Any
     if left := _not_isolated(isolated, example_inputs):
         warnings.warn(
             f"{len(left)} activation calls of {type(model).__name__} keep no module of their own: {', '.join(left)} "
-            "(in a loop, in a module that is called several times, or with arguments that are not constants); "
-            "write them as modules by hand",
+            "(in a loop, in a module that is called several times, with arguments that are not constants, or in code without "
+            "a source file); write them as modules by hand",
             stacklevel=2,
         )
     return isolated

@@ -10,8 +10,8 @@ SITES = [Site("a", "relu", 3, 1), Site("b", "gelu", 5, 1), Site("c", "relu", 1, 
 
 def fill(counters, site, value):
     view = counters.of(site, CPU)
-    view.counts += value
-    view.positions += value
+    view.counts.add_(value)
+    view.positions.add_(value)
     counters.add_positions(site, 10 * value)
 
 

@@ -4,6 +4,8 @@ import json
 import re
 from pathlib import Path
 
+import fastentropy as fe
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -11,8 +13,11 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 def test_every_python_block_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     namespace = {}
-    for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
-        exec(compile(block, "README.md", "exec"), namespace)
+    for index, block in enumerate(re.findall(r"```python\n(.*?)```", README, re.DOTALL)):
+        path = tmp_path / f"block{index}.py"
+        path.write_text(block, encoding="utf-8")
+        exec(compile(block, path, "exec"), namespace)
+    assert [site.name for site in fe.find_sites(namespace["block"], (namespace["x"],))] == ["relu", "relu_1", "gelu"]
     assert (tmp_path / "model.pt2").exists()
 
 
