@@ -337,13 +337,14 @@ class NoObserver:
     """Lets every activation run, and looks at nothing."""
 
     def begin_pass(self) -> None:
-        return None
+        """Begin."""
 
     def run_activation(self, forward_pass: None, call: Call) -> Any:
+        """Run it."""
         return call.run()
 
     def end_pass(self, forward_pass: None, completed: bool) -> None:
-        return None
+        """End."""
 
 
 def is_compiled(module: nn.Module) -> bool:

@@ -71,7 +71,7 @@ class Keyword(Block):
 
 class Chained(Block):
     def forward(self, x):
-        return self.fc2(self.fc1(x).relu()).relu().sub(0.1).relu()
+        return self.fc2(self.fc1(x).relu()).relu().neg().add(0.5).relu()
 
 
 class OverSeveralLines(Block):
@@ -111,7 +111,7 @@ class Helper(Block):
         return F.relu(self.fc1(x) + bias)
 
     def forward(self, x):
-        return F.relu(self.helper(x) - 0.1)
+        return F.relu(0.5 - self.helper(x))
 
 
 class Inherited(Helper):
@@ -252,10 +252,7 @@ SMALL = {
     "transformer with module": (lambda: transformer(nn.GELU()), TOKENS),
     "transformer layer": (lambda: nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, activation=F.gelu), TOKENS),
 }
-UNUSUAL = {
-    kind.__name__: (kind, VECTOR)
-    for kind in (PositionalOnly, SelfPositionalOnly, LocalName, OfListItem, KeptTensor, FunctionalSequential)
-}
+UNUSUAL = {kind.__name__: (kind, VECTOR) for kind in (LocalName, OfListItem, KeptTensor, FunctionalSequential)}
 LARGE = {
     "resnet18": (torchvision.models.resnet18, IMAGE),
     "densenet121": (torchvision.models.densenet121, IMAGE),
@@ -305,8 +302,20 @@ def test_every_site_is_a_module_called_once(name):
 
 
 @pytest.mark.parametrize("name", UNUSUAL)
-def test_unusual_ways_to_write_a_call(name):
+def test_unusual_ways_to_write_a_call_are_isolated_or_named(name):
     model, x = build(name)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        isolated = isolate(model, (x,))
+    left = [site for site in names(isolated, x) if site not in dict(isolated.named_modules())]
+    assert len(caught) == bool(left)
+    assert all(f": {', '.join(left)} (" in str(warning.message) for warning in caught)
+    assert outputs_equal(model, isolated, x)
+
+
+@pytest.mark.parametrize("kind", [PositionalOnly, SelfPositionalOnly])
+def test_positional_only_arguments(kind):
+    model, x = kind().eval(), torch.randn(VECTOR)
     with no_warnings():
         isolated = isolate(model, (x,))
     assert set(names(isolated, x)) <= set(dict(isolated.named_modules()))

@@ -92,10 +92,10 @@ def launches_directly(x: Tensor) -> bool:
     """Whether `x` is plain memory and nobody looks on: tracers, modes and forward derivatives get the operators."""
     return (
         type(x) in (Tensor, torch.nn.Parameter)
+        and not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._get_tracing_state() is None
         and forward_ad._current_level < 0
-        and not torch.compiler.is_compiling()
     )
 
 
