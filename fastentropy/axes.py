@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -31,7 +32,6 @@ class AxisTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     _PRODUCTS = frozenset({"mm", "addmm", "bmm", "baddbmm", "linear"})
     _LAST_UNLESS_KNOWN = frozenset({"native_layer_norm", "_fused_rms_norm", "rms_norm"})
     _RESHAPES = frozenset({"view", "_unsafe_view", "reshape", "_reshape_alias", "unsqueeze", "squeeze"})
-    _REDUCTIONS = frozenset({"mean", "sum", "amax", "amin", "select", "unbind", "max", "min"})
 
     def __init__(self, weights: Iterable[Tensor] = ()) -> None:
         """Know the weights of the model, and nothing of its activations yet."""
@@ -71,7 +71,7 @@ class AxisTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._weights.discard(_storage(y))
 
     def _is_weight(self, x: Tensor) -> bool:
-        return _storage(x) in self._weights
+        return (storage := _storage(x)) is not None and storage in self._weights
 
     def _output_axis(
         self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], y: Tensor, known: list[tuple[Tensor, int]]
@@ -84,7 +84,8 @@ class AxisTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             weight_first = operator != "linear" and self._is_weight(left) and not self._is_weight(right)
             return y.ndim - 2 if weight_first else y.ndim - 1
         if not known:
-            return y.ndim - 1 if operator in self._LAST_UNLESS_KNOWN else None
+            scaled = any(self._is_weight(x) and x.shape == y.shape[-1:] for x in args if isinstance(x, Tensor))
+            return y.ndim - 1 if operator in self._LAST_UNLESS_KNOWN or (scaled and y.ndim > 1) else None
         x, axis = known[0]
         if operator == "permute":
             return next(place for place, dim in enumerate(args[1]) if dim % x.ndim == axis)
@@ -93,10 +94,11 @@ class AxisTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return {first: second, second: first}.get(axis, axis)
         if operator in self._RESHAPES:
             return reshaped_axis(x.shape, axis, y.shape)
+        dim = _argument(func, args, kwargs, "dim")
         if operator == "stack":
-            return axis + int((args[1] if len(args) > 1 else kwargs.get("dim", 0)) % y.ndim <= axis)
-        if operator in self._REDUCTIONS and y.ndim < x.ndim:
-            return _reduced_axis(x.ndim, axis, args[1] if len(args) > 1 else kwargs.get("dim"))
+            return axis + int(dim % y.ndim <= axis)
+        if y.ndim < x.ndim and dim is not None:
+            return _reduced_axis(x.ndim, axis, dim)
         return next((axis for x, axis in known if x.ndim == y.ndim), None)
 
 
@@ -118,18 +120,30 @@ def reshaped_axis(shape: Sequence[int], axis: int, new_shape: Sequence[int]) -> 
     return last if prod(new_shape[: last + 1]) % (outer * size) == 0 else None
 
 
-def _reduced_axis(ndim: int, axis: int, dims: int | Sequence[int] | None) -> int | None:
+def _argument(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], name: str) -> Any:
+    """What an operator was called with under a name of its schema, or the default; None where it has none."""
+    for place, argument in enumerate(func._schema.arguments if hasattr(func, "_schema") else ()):
+        if argument.name == name:
+            return args[place] if place < len(args) else kwargs.get(name, argument.default_value)
+    return None
+
+
+def _reduced_axis(ndim: int, axis: int, dims: int | Sequence[int]) -> int | None:
     """Where an axis goes when others are taken away; None where it is taken away itself."""
-    if dims is None:
-        dims = range(ndim)
     gone = {dim % ndim for dim in ([dims] if isinstance(dims, int) else dims)}
     return None if axis in gone or not gone else axis - sum(dim < axis for dim in gone)
 
 
 def _place(x: Tensor) -> tuple[Any, ...]:
-    """Where a tensor lies in memory: views of one place are one value, whatever Python object holds them."""
-    return (_storage(x), x.storage_offset(), *x.shape, *x.stride())
+    """Where a tensor lies in memory: views of one place are one value, whatever Python object holds them.
+
+    Tensors without a place (sparse, nested, not yet initialised) have none in common with any other.
+    """
+    storage = _storage(x)
+    return (id(x),) if storage is None else (storage, x.storage_offset(), *x.shape, *x.stride())
 
 
-def _storage(x: Tensor) -> int:
+def _storage(x: Tensor) -> int | None:
+    if x.layout != torch.strided or is_lazy(x):
+        return None
     return int(x.untyped_storage()._cdata)

@@ -243,9 +243,7 @@ def _run_and_count(call: Call, counters: Counters) -> Any:
 
 def _may_run(plan: ActivationPlan, call: Call) -> bool:
     """Whether the plan that an earlier call of the site left does what this one asks for."""
-    if call.is_token is not None or (call.x.requires_grad and torch.is_grad_enabled()):
-        return False
-    return plan.inplace is getattr(call.module, "inplace", False) and plan.fits(call.x)
+    return call.is_token is None and plan.inplace is getattr(call.module, "inplace", False) and plan.fits(call.x)
 
 
 def _is_free(call: Call) -> bool:
@@ -258,7 +256,7 @@ def _is_free(call: Call) -> bool:
 
 def _fused(call: Call) -> FusedActivation | None:
     """What a kernel can compute in place of the activation, to the same end."""
-    if call.module is None or not _is_free(call):
+    if call.module is None or not _is_free(call) or "forward" in vars(call.module):
         return None
     fused = fused_activation(call.module, original_class(call.module))
     if fused is None or not is_fused(fused.activation, call.x):

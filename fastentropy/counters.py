@@ -1,5 +1,6 @@
 """Counters of all sites of a model: one flat int64 buffer per device, with a view for each site."""
 
+import threading
 from typing import NamedTuple
 
 import torch
@@ -22,14 +23,16 @@ class Layout:
     def __init__(self) -> None:
         """Begin with no sites."""
         self.size = 0
+        self._lock = threading.Lock()
         self._slots: dict[str, tuple[int, int]] = {}
 
     def slot(self, site: Site) -> tuple[int, int]:
         """Where a site begins, and how many neurons it has: 3 counts for each, and one number of positions behind them."""
-        if site.name not in self._slots:
-            self._slots[site.name] = (self.size, site.neurons)
-            self.size += 3 * site.neurons + 1
-        return self._slots[site.name]
+        with self._lock:
+            if site.name not in self._slots:
+                start, self.size = self.size, self.size + 3 * site.neurons + 1
+                self._slots[site.name] = (start, site.neurons)
+            return self._slots[site.name]
 
 
 class Counters:

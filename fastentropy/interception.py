@@ -22,37 +22,41 @@ _KEY = "_fastentropy_interception"
 
 
 class _Intercepted(NamedTuple):
-    """What an intercepted module has in its __dict__."""
+    """What an intercepted module has in its __dict__. In copies and pickles of that it is None."""
 
     name: str
     kind: type[nn.Module]
     handler: Handler
 
+    def __deepcopy__(self, memo: object) -> None:
+        return None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()
+
 
 class Interception:
-    """Modules whose calls are handled, while attached, by one of two functions.
+    """Modules of a model whose forwards, while attached, are run by a handler.
 
-    on_call gets whole calls, hooks included. on_forward gets the forward alone, between the hooks; a module that has a forward
-    of its own in its __dict__ is given to on_call instead, since no class can stand before that.
+    It stands between the hooks of a module and its forward, also where that is called without them, as a compiled model does. A
+    module that has a forward of its own in its __dict__ is handled around its hooks, since no class can stand before that one.
     """
 
-    def __init__(self, model: nn.Module, on_call: Mapping[str, nn.Module], on_forward: Mapping[str, nn.Module]) -> None:
-        """Name the modules; see `attach` for the functions."""
-        self._model, self._on_call, self._on_forward = model, dict(on_call), dict(on_forward)
+    def __init__(self, model: nn.Module) -> None:
+        """Attach to nothing yet."""
+        self._model = model
         self._changed: list[tuple[nn.Module, type[nn.Module], type[nn.Module]]] = []
         self._undo = contextlib.ExitStack()
 
-    def attach(self, call_handler: Handler, forward_handler: Handler) -> None:
-        """Begin. Raises RuntimeError where another interception is attached to one of the modules."""
+    def attach(self, handlers: Mapping[str, tuple[nn.Module, Handler]]) -> None:
+        """Begin to handle modules, by name. Raises RuntimeError where the model or a part of it is intercepted already."""
         if any(_KEY in vars(module) for module in self._model.modules()):
             raise RuntimeError("a collector is attached to this model already; detach it first")
         try:
-            self._undo.enter_context(_EAGER)
+            _EAGER.enter(self)
             self._undo.enter_context(_without_fast_paths(self._model))
-            for name, module in self._on_call.items():
-                self._intercept(name, module, "__call__", call_handler)
-            for name, module in self._on_forward.items():
-                self._intercept(name, module, "__call__" if "forward" in vars(module) else "forward", forward_handler)
+            for name, (module, handler) in handlers.items():
+                self._intercept(name, module, handler)
         except BaseException:
             self.detach()
             raise
@@ -62,16 +66,17 @@ class Interception:
         for module, kind, subclass in self._changed:
             vars(module).pop(_KEY, None)
             if type(module) is subclass:  # else somebody put another class on top, which now runs the original
-                module.__class__ = kind
+                object.__setattr__(module, "__class__", kind)
         self._changed.clear()
         self._undo.close()
+        _EAGER.leave(self)
 
-    def _intercept(self, name: str, module: nn.Module, method: str, handler: Handler) -> None:
+    def _intercept(self, name: str, module: nn.Module, handler: Handler) -> None:
         kind = type(module)
-        subclass = _subclass(kind, method)
-        vars(module)[_KEY] = _Intercepted(name, kind, handler)
+        subclass = _subclass(kind, "__call__" if "forward" in vars(module) else "forward")
         self._changed.append((module, kind, subclass))
-        module.__class__ = subclass
+        vars(module)[_KEY] = _Intercepted(name, kind, handler)
+        object.__setattr__(module, "__class__", subclass)
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
@@ -109,7 +114,9 @@ def _subclass(kind: type[nn.Module], method: str) -> type[nn.Module]:
         "__qualname__": kind.__qualname__,
         "__doc__": kind.__doc__,
     }
-    return types.new_class(kind.__name__, (kind,), exec_body=lambda namespace: namespace.update(body))
+    subclass = types.new_class(kind.__name__, (nn.Module,), {"metaclass": type(kind)}, lambda space: space.update(body))
+    subclass.__bases__ = (kind,)  # afterwards: the class's __init_subclass__ would take it for one of the user's
+    return subclass
 
 
 class _Eager:
@@ -119,18 +126,19 @@ class _Eager:
     """
 
     def __init__(self) -> None:
-        self._lock, self._inside = threading.Lock(), 0
+        self._lock, self._inside = threading.Lock(), set[int]()
         self._stance = contextlib.ExitStack()
 
-    def __enter__(self) -> None:
+    def enter(self, who: object) -> None:
         with self._lock:
             if not self._inside:
                 self._stance.enter_context(torch.compiler.set_stance("force_eager"))
-            self._inside += 1
+            self._inside.add(id(who))
 
-    def __exit__(self, *exception: object) -> None:
+    def leave(self, who: object) -> None:
+        """Leave, where `who` is inside."""
         with self._lock:
-            self._inside -= 1
+            self._inside.discard(id(who))
             if not self._inside:
                 self._stance.close()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import copy
 import itertools
@@ -18,9 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from fastentropy.activations import activation_name
+from fastentropy.activations import activation_name, function_name
 from fastentropy.interception import fast_paths
-from fastentropy.rewriting import CannotBeRewrittenError, MethodRewriter, Place
+from fastentropy.rewriting import Arguments, CannotBeRewrittenError, MethodRewriter, Place
 from fastentropy.sites import Call, SiteWatcher, call_once, is_compiled
 
 #: Activation -> the module that is the function, and the names of the function's arguments behind the input, in order.
@@ -40,9 +41,12 @@ _MODULES: dict[str, tuple[Callable[..., nn.Module], tuple[str, ...]]] = {
 }
 
 #: Files whose frames stand between the code that calls an activation and the observer of the call.
-_BETWEEN = tuple(
-    str(Path(torch.__file__).parent / name)
-    for name in ("nn/functional.py", "nn/modules/module.py", "nn/modules/activation.py", "overrides.py", "utils/_contextlib.py")
+_BETWEEN = (
+    *(str(Path(__file__).parent / name) for name in ("isolation.py", "interception.py", "sites.py")),
+    *(
+        str(Path(torch.__file__).parent / name)
+        for name in ("nn/functional.py", "nn/modules/module.py", "nn/modules/activation.py", "overrides.py", "_tensor.py")
+    ),
 )
 
 
@@ -89,6 +93,7 @@ class _Traced(NamedTuple):
     name: str  # of the site
     activation: str
     module: nn.Module | None
+    function: str  # without underscores; empty for a module
     inplace: bool
     code: CodeType
     place: Place
@@ -113,6 +118,7 @@ class _Tracer:
                 call.site.name,
                 call.site.activation,
                 call.module,
+                call.function.strip("_"),
                 call.function.endswith("_"),
                 code,
                 Place.of(frame),
@@ -156,8 +162,7 @@ def _trace(model: nn.Module, example_inputs: tuple[Any, ...] | Mapping[str, Any]
 def _calling_frame() -> FrameType:
     """The innermost frame that belongs neither to this package nor to what PyTorch puts around a call."""
     frame: FrameType | None = sys._getframe(1)
-    package = str(Path(__file__).parent)
-    while frame is not None and (frame.f_code.co_filename.startswith(package) or frame.f_code.co_filename in _BETWEEN):
+    while frame is not None and frame.f_code.co_filename in _BETWEEN:
         frame = frame.f_back
     assert frame is not None
     return frame
@@ -165,41 +170,59 @@ def _calling_frame() -> FrameType:
 
 def _isolate_calls(caller: nn.Module, calls: Sequence[_Traced]) -> None:
     """Give the calls that the methods of one module make modules of their own, as far as that can be done."""
+    if isinstance(caller, nn.Sequential | nn.ModuleList | nn.ModuleDict):
+        return  # a new module would be one more in the sequence
     times = Counter((call.code, call.place) for call in calls)
     needy = [call for call in calls if times[call.code, call.place] == 1 and (call.module is None or ":" in call.name)]
     methods: dict[str, Any] = {}
     for code in {call.code: None for call in needy}:
         with contextlib.suppress(CannotBeRewrittenError):
-            rewriter = MethodRewriter(caller, code)
-            for call in needy:
-                if call.code is code:
-                    with contextlib.suppress(CannotBeRewrittenError):
-                        _isolate_call(caller, call, rewriter)
-            if rewriter.changed:
-                methods[rewriter.name] = rewriter.compile()
+            methods |= _isolate_in_method(caller, code, [call for call in needy if call.code is code])
     if methods:
         kind = type(caller)
         body = {**methods, "__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
         caller.__class__ = types.new_class(kind.__name__, (kind,), exec_body=lambda namespace: namespace.update(body))
 
 
-def _isolate_call(caller: nn.Module, call: _Traced, rewriter: MethodRewriter) -> None:
-    """Let one call be that of a new module, which becomes an attribute of the caller."""
-    node = rewriter.find(call.place)
-    if call.module is not None:
-        if any(True for _ in (*call.module.parameters(), *call.module.buffers())):
-            raise CannotBeRewrittenError  # a copy would bring new keys into the state dict
-        arguments, module = rewriter.arguments(node), copy.deepcopy(call.module)
-    else:
-        arguments = rewriter.arguments(node)
-        module = _as_module(call, arguments.constants())
-    attribute = rewriter.own_function(node)
-    if attribute is not None:
+def _isolate_in_method(caller: nn.Module, code: CodeType, calls: Sequence[_Traced]) -> dict[str, Any]:
+    """The method that has this code, by its names, with calls of new modules; these become attributes of the caller."""
+    rewriter = MethodRewriter(caller, code)
+    added: dict[str, nn.Module] = {}
+    for call in calls:
+        with contextlib.suppress(CannotBeRewrittenError):
+            node = rewriter.find(call.place)
+            arguments = rewriter.arguments(node)
+            _check_is_called(call, rewriter.value(node.func), node)
+            module = _module_for(call, arguments)
+            attribute = rewriter.own_function(node)
+            if attribute is None or attribute in added:
+                attribute = _unused_attribute(caller, added, call.function or call.name.rpartition(".")[2].partition(":")[0])
+                rewriter.replace(node, attribute, arguments.input)
+            added[attribute] = module.train(caller.training)
+    methods = dict.fromkeys(rewriter.names, rewriter.compile()) if rewriter.changed else {}
+    for attribute, module in added.items():
         setattr(caller, attribute, module)
-        return
-    attribute = _unused_attribute(caller, call.name.rpartition(".")[2].partition(":")[0])
-    caller.add_module(attribute, module.train(caller.training))
-    rewriter.replace(node, attribute, arguments.input)
+    return methods
+
+
+def _check_is_called(call: _Traced, value: Any, node: ast.Call) -> None:
+    """Raise where the code may call something else next time than the module, function or tensor method of the example."""
+    if value is None and call.module is None and isinstance(node.func, ast.Attribute):
+        value = getattr(Tensor, node.func.attr, None)
+        if node.args:
+            raise CannotBeRewrittenError  # of some other object: the input would not be the receiver
+    if call.module is not None and value is not call.module:
+        raise CannotBeRewrittenError
+    if call.module is None and (not callable(value) or function_name(value) != call.activation):
+        raise CannotBeRewrittenError
+
+
+def _module_for(call: _Traced, arguments: Arguments) -> nn.Module:
+    if call.module is None:
+        return _as_module(call, arguments.constants())
+    if any(True for _ in (*call.module.parameters(), *call.module.buffers())):
+        raise CannotBeRewrittenError  # a copy would bring new keys into the state dict
+    return copy.deepcopy(call.module)
 
 
 def _as_module(call: _Traced, constants: tuple[Sequence[Any], Mapping[str, Any]]) -> nn.Module:
@@ -214,23 +237,29 @@ def _as_module(call: _Traced, constants: tuple[Sequence[Any], Mapping[str, Any]]
     return kind(**options, **({"inplace": True} if call.inplace else {}))
 
 
-def _unused_attribute(module: nn.Module, name: str) -> str:
+def _unused_attribute(module: nn.Module, added: Mapping[str, nn.Module], name: str) -> str:
+    taken = {*dir(module), *added}
     candidates = itertools.chain([name], (f"{name}_{index}" for index in itertools.count(1)))
-    return next(candidate for candidate in candidates if not hasattr(module, candidate))
+    return next(candidate for candidate in candidates if candidate not in taken)
 
 
 def _compare(model: nn.Module, isolated: nn.Module, example_inputs: tuple[Any, ...] | Mapping[str, Any]) -> None:
     """Raise where the two are not the same function on the example."""
     expected, actual = (pytree.tree_leaves(call_once(each, example_inputs)) for each in (model, isolated))
+    if len(expected) != len(actual):
+        raise _different(model, f"{len(expected)} of them, then {len(actual)}")
     for left, right in zip(expected, actual, strict=True):
         if isinstance(left, Tensor):
             try:
                 torch.testing.assert_close(right, left, equal_nan=True)
             except AssertionError as error:
-                reason = str(error).splitlines()[0]
-                raise RuntimeError(
-                    f"{type(model).__name__} cannot be isolated: outputs would differ ({reason}); are they the same each time?"
-                ) from error
+                raise _different(model, str(error).splitlines()[0]) from error
+
+
+def _different(model: nn.Module, how: str) -> RuntimeError:
+    return RuntimeError(
+        f"{type(model).__name__} cannot be isolated: outputs would differ ({how}); are they the same each time?"
+    )
 
 
 def _not_isolated(model: nn.Module, example_inputs: tuple[Any, ...] | Mapping[str, Any]) -> list[str]:

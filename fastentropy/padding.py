@@ -33,7 +33,8 @@ def mask_argument(module: nn.Module, name: str) -> MaskArgument | None:
     except (TypeError, ValueError):  # a forward without a signature, written in C
         return None
     if name not in parameters:
-        return None
+        takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+        return MaskArgument(name, None) if takes_any else None
     positional = [key for key, parameter in parameters.items() if parameter.kind is not parameter.KEYWORD_ONLY]
     return MaskArgument(name, positional.index(name) if name in positional else None)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import ast
 import inspect
 import sys
-from collections.abc import Mapping, Sequence
+import tokenize
+from collections.abc import Iterable, Mapping, Sequence
 from types import CodeType, FrameType, FunctionType
 from typing import Any, NamedTuple
 
@@ -54,13 +55,13 @@ class MethodRewriter:
     def __init__(self, module: nn.Module, code: CodeType) -> None:
         """Raise CannotBeRewrittenError where the code is no method of the module's class, or has no source."""
         self._module = module
-        self.name, self._function = _method(type(module), code)
+        self.names, self._function, self._decorated = _method(type(module), code)
         self.changed = False
         try:
             lines = inspect.getsource(self._function)
             # Inside of a block the source keeps its indentation, so that columns are those of the file.
             block = ast.parse("if True:\n" + lines if lines[0].isspace() else "\n" + lines)
-        except (OSError, TypeError, SyntaxError):
+        except (OSError, TypeError, SyntaxError, tokenize.TokenError):
             raise CannotBeRewrittenError from None
         definition = block.body[0].body[0] if isinstance(block.body[0], ast.If) else block.body[0]
         if not isinstance(definition, ast.FunctionDef) or _has_mangled_names(definition):
@@ -85,7 +86,7 @@ class MethodRewriter:
             keyword.arg is None for keyword in keywords
         ):
             raise CannotBeRewrittenError
-        if isinstance(call.func, ast.Attribute) and self._value(call.func) is None:
+        if isinstance(call.func, ast.Attribute) and self.value(call.func) is None:
             return Arguments(call.func.value, positional, keywords)
         if positional:
             return Arguments(positional[0], positional[1:], keywords)
@@ -103,64 +104,87 @@ class MethodRewriter:
 
     def replace(self, call: ast.Call, attribute: str, argument: ast.expr) -> None:
         """Let a call be that of a module, an attribute of this one."""
-        receiver = ast.Name(self._definition.args.args[0].arg, ast.Load())
+        receiver = ast.Name(self._function.__code__.co_varnames[0], ast.Load())
         call.func = ast.copy_location(ast.Attribute(receiver, attribute, ast.Load()), call.func)
         call.args, call.keywords = [argument], []
         self.changed = True
 
     def compile(self) -> Any:
-        """The rewritten method, decorated as the original is, with its globals, closure and defaults."""
+        """The rewritten method, with the original's decorators, globals, closure and defaults."""
         function, definition = self._function, self._definition
-        for argument in (*definition.args.posonlyargs, *definition.args.args, *definition.args.kwonlyargs):
-            argument.annotation = None
-        definition.returns = None
-        definition.args.defaults = [ast.Constant(None) for _ in definition.args.defaults]
-        definition.args.kw_defaults = [default and ast.Constant(None) for default in definition.args.kw_defaults]
-        closure = {
-            name: cell.cell_contents
-            for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
-        }
-        factory = ast.parse(f"def factory({', '.join(closure)}):\n    return {definition.name}")
-        factory.body[0].body.insert(0, definition)  # type: ignore[attr-defined]
-        namespace: dict[str, Any] = {}
-        compiled = compile(ast.fix_missing_locations(factory), function.__code__.co_filename, "exec")
-        try:
-            exec(compiled, function.__globals__, namespace)
-            method = namespace["factory"](**closure)
-        except Exception as error:  # a decorator may ask for anything
-            raise CannotBeRewrittenError from error
-        rewritten: Any = inspect.unwrap(method)
-        for name in ("__defaults__", "__kwdefaults__", "__annotations__", "__doc__", "__qualname__"):
-            setattr(rewritten, name, getattr(function, name))
+        cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
+        code = self._compiled_definition(cells)
+        if not set(code.co_freevars) <= set(cells):
+            raise CannotBeRewrittenError
+        closure = tuple(cells[name] for name in code.co_freevars)
+        method: Any = FunctionType(code, function.__globals__, function.__name__, function.__defaults__, closure)
+        for name in ("__kwdefaults__", "__annotations__", "__doc__", "__module__", "__qualname__"):
+            setattr(method, name, getattr(function, name))
+        vars(method).update(vars(function))
+        for decorator in reversed(definition.decorator_list if self._decorated else []):
+            expression = compile(ast.Expression(decorator), function.__code__.co_filename, "eval")
+            try:
+                method = eval(expression, function.__globals__, inspect.getclosurevars(function).nonlocals)(method)
+            except Exception as error:  # a decorator may ask for anything
+                raise CannotBeRewrittenError from error
         return method
 
-    def _value(self, expression: ast.expr) -> Any:
-        """What a name, or an attribute of one, stands for where that is known before the method runs; else None."""
+    def _compiled_definition(self, cells: Iterable[str]) -> CodeType:
+        """The code of the definition alone, inside of a function that has the names of its closure."""
+        definition = self._definition
+        definition.returns = None
+        for argument in (*definition.args.posonlyargs, *definition.args.args, *definition.args.kwonlyargs):
+            argument.annotation = None
+        definition.args.defaults = [ast.Constant(None) for _ in definition.args.defaults]
+        definition.args.kw_defaults = [default and ast.Constant(None) for default in definition.args.kw_defaults]
+        factory = ast.parse(f"def factory({', '.join(cells)}):\n    pass")
+        factory.body[0].body = [definition]  # type: ignore[attr-defined]
+        compiled = compile(ast.fix_missing_locations(factory), self._function.__code__.co_filename, "exec")
+        (outer,) = (constant for constant in compiled.co_consts if isinstance(constant, CodeType))
+        codes = [constant for constant in outer.co_consts if isinstance(constant, CodeType)]
+        return next(code for code in codes if code.co_name == definition.name)
+
+    def value(self, expression: ast.expr) -> Any:
+        """What a name, an attribute or an item stands for where that is known before the method runs; else None."""
         if isinstance(expression, ast.Name):
             return self._names().get(expression.id)
         if isinstance(expression, ast.Attribute):
-            owner = self._value(expression.value)
+            owner = self.value(expression.value)
             return None if owner is None else getattr(owner, expression.attr, None)
+        if isinstance(expression, ast.Subscript) and isinstance(expression.slice, ast.Constant):
+            owner = self.value(expression.value)
+            item: Any = expression.slice.value
+            return owner[item] if isinstance(owner, nn.ModuleList | nn.ModuleDict | nn.Sequential) else None
         return None
 
     def _names(self) -> Mapping[str, Any]:
         function = self._function
         local = dict.fromkeys(function.__code__.co_varnames)
-        closure = inspect.getclosurevars(function).nonlocals
+        try:
+            closure = inspect.getclosurevars(function).nonlocals
+        except ValueError:  # a cell that is empty still
+            raise CannotBeRewrittenError from None
         return {**function.__globals__, **closure, **local, function.__code__.co_varnames[0]: self._module}
 
     def _is_self(self, expression: ast.expr) -> bool:
         return isinstance(expression, ast.Name) and expression.id == self._function.__code__.co_varnames[0]
 
 
-def _method(kind: type, code: CodeType) -> tuple[str, FunctionType]:
-    """The name of the method of a class that has this code, and its function without decorators."""
-    for ancestor in kind.__mro__:
-        for name, value in vars(ancestor).items():
-            function = inspect.unwrap(value) if callable(value) else None
-            if isinstance(function, FunctionType) and function.__code__ is code and getattr(kind, name, None) is value:
-                return name, function
-    raise CannotBeRewrittenError
+def _method(kind: type, code: CodeType) -> tuple[list[str], FunctionType, bool]:
+    """The names of the method of a class that has this code, its function without decorators, and whether it has some."""
+    methods = {name: inspect.getattr_static(kind, name) for ancestor in kind.__mro__ for name in vars(ancestor)}
+    found = {name: value for name, value in methods.items() if getattr(_undecorated(value), "__code__", None) is code}
+    if not found or len(set(found.values())) > 1:
+        raise CannotBeRewrittenError
+    value = next(iter(found.values()))
+    function = _undecorated(value)
+    assert isinstance(function, FunctionType)
+    return list(found), function, function is not value
+
+
+def _undecorated(value: Any) -> Any:
+    is_method = callable(value) and not isinstance(value, staticmethod)
+    return inspect.unwrap(value) if is_method else None
 
 
 def _has_mangled_names(definition: ast.FunctionDef) -> bool:
@@ -168,4 +192,5 @@ def _has_mangled_names(definition: ast.FunctionDef) -> bool:
     nodes = list(ast.walk(definition))
     names = [node.attr for node in nodes if isinstance(node, ast.Attribute)]
     names += [node.id for node in nodes if isinstance(node, ast.Name)]
+    names += [node.arg or "" for node in nodes if isinstance(node, ast.arg | ast.keyword)]
     return any(name.startswith("__") and not name.endswith("__") for name in names)

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import re
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -9,8 +10,11 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, NamedTuple, Protocol, TypeGuard, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._C import _current_graph_task_id
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
 from fastentropy.activations import activation_name, function_name
@@ -85,7 +89,11 @@ def find_sites(model: nn.Module, example_inputs: tuple[Any, ...] | Mapping[str, 
 def call_once(model: nn.Module, example_inputs: tuple[Any, ...] | Mapping[str, Any]) -> Any:
     """The output of a model in eval mode; its buffers, training mode and torch's random numbers are left as they were."""
     training = [module for module in model.modules() if module.training]
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    buffers = [
+        (module, name, buffer, None if buffer is None or is_lazy(buffer) else buffer.clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+    ]
     inputs = copy.deepcopy(example_inputs)  # a model may write over its inputs
     args, kwargs = ((), inputs) if isinstance(inputs, Mapping) else (inputs, {})
     try:
@@ -94,8 +102,10 @@ def call_once(model: nn.Module, example_inputs: tuple[Any, ...] | Mapping[str, A
     finally:
         for module in training:
             module.training = True
-        for buffer, before in buffers:
-            buffer.copy_(before)
+        for owner, name, buffer, before in buffers:
+            owner._buffers[name] = buffer  # the forward may have put another one there
+            if buffer is not None and before is not None:
+                buffer.copy_(before)
 
 
 def no_sites(model: nn.Module) -> str:
@@ -151,12 +161,15 @@ class SiteWatcher(Generic[P]):
             for name, module in containers.items()
             if isinstance(mask, str) and (argument := mask_argument(module, mask))
         }
-        self._interception = Interception(model, containers, {name: modules[name] for name in self._activations})
+        self._handled = {name: (module, self._run_container) for name, module in containers.items()}
+        self._handled |= {name: (modules[name], self._run_activation) for name in self._activations}
+        self._interception = Interception(model)
         self._ranks: dict[str, int] = {}
         self._sibling_axes: dict[tuple[type[nn.Module], str, int], int] = {}
         self._entries: set[str] = set()
         self._thread = threading.local()
         self._lock = threading.Lock()
+        self._warned_of_mask = False
 
     def attach(self) -> None:
         """Begin to watch.
@@ -168,7 +181,6 @@ class SiteWatcher(Generic[P]):
                 f"{_path(scripted[0])!r} is compiled by TorchScript, where calls cannot be seen; "
                 "collect on the model as it was before torch.jit.script"
             )
-        self._interception.attach(self._run_container, self._run_activation)
         if compiled := [name for name, module in self._model.named_modules() if is_compiled(module)]:
             parts = ", ".join(_path(name) or "as a whole" for name in compiled)
             warnings.warn(
@@ -176,6 +188,8 @@ class SiteWatcher(Generic[P]):
                 "so that every activation is counted",
                 stacklevel=4,
             )
+        self._thread = threading.local()
+        self._interception.attach(self._handled)
 
     def detach(self) -> None:
         """Leave the model as it was before `attach`."""
@@ -205,6 +219,8 @@ class SiteWatcher(Generic[P]):
         if current is None:
             with self._new_pass(name, args, kwargs):
                 return self._run_activation(name, module, original, args, kwargs)
+        if current.inside_activation:  # a part of another one
+            return original(module, *args, **kwargs)
         activation = self._activations[name]
         return self._show(current, name, activation, x, module, "", lambda: original(module, *args, **kwargs))
 
@@ -215,11 +231,19 @@ class SiteWatcher(Generic[P]):
         x = args[0] if args else kwargs.get("input")
         if activation is None or current is None or current.inside_activation or not _is_countable(x) or _in_backward():
             return function(*args, **kwargs)
-        owner = current.owners[-1] if current.owners else ""
-        name = f"{owner}.{function.__name__.strip('_')}".lstrip(".")
+        name = self._function_path(current.owners[-1] if current.owners else "", function.__name__.strip("_"))
         index = current.calls.get(name, 0)
         self.functional_sites.add(f"{name}:{index}" if index else name)
         return self._show(current, name, activation, x, None, function.__name__, lambda: function(*args, **kwargs))
+
+    def _function_path(self, owner: str, function: str) -> str:
+        """The name of a function's calls by a module: one that is no other module's path."""
+        path = f"{owner}.{function}".lstrip(".")
+        index = 0
+        while path in self._kinds:
+            index += 1
+            path = f"{owner}.{function}_{index}".lstrip(".")
+        return path
 
     @contextlib.contextmanager
     def _new_pass(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[_Pass[P]]:
@@ -229,9 +253,9 @@ class SiteWatcher(Generic[P]):
         current = _Pass(self._observer.begin_pass(), tracker, follows_owners)
         if callable(self._mask):
             current.is_token = token_mask(self._mask(args, kwargs), args, kwargs)
-        self._thread.current = current
         completed = False
         try:
+            self._thread.current = current
             with contextlib.ExitStack() as modes:
                 if follows_owners:
                     modes.enter_context(_FunctionCalls(self))
@@ -253,12 +277,24 @@ class SiteWatcher(Generic[P]):
             given, mask = self._mask_arguments[name].given(args, kwargs)
             if given and (mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)):
                 current.is_token = token_mask(mask, args, kwargs)
+            elif given and not current.owners:
+                self._warn_of_mask(mask)
         current.owners.append(name)
         try:
             yield
         finally:
             current.owners.pop()
             current.is_token = is_token
+
+    def _warn_of_mask(self, mask: Any) -> None:
+        if not self._warned_of_mask:
+            self._warned_of_mask = True
+            given = f"shape {list(mask.shape)}" if isinstance(mask, Tensor) else f"type {type(mask).__name__}"
+            warnings.warn(
+                f"{self._mask} of {given} does not say which tokens are padding, so they are counted; pass [batch, tokens], or "
+                "collect with a function as mask=",
+                stacklevel=2,
+            )
 
     def _show(
         self,
@@ -312,11 +348,15 @@ class SiteWatcher(Generic[P]):
         return Site(name, activation, x.shape[axis], axis)
 
     def _with_other_rank(self, site: Site, x: Tensor) -> Site:
-        """The site for an input with more or fewer axes: a last axis stays the last, and others keep their place."""
-        axis = x.ndim - 1 if site.channel_axis == self._ranks[site.name] - 1 else site.channel_axis
-        if axis >= x.ndim:
+        """The site for an input with more or fewer axes: its axis counted from the first or the last, as the size tells."""
+        named = self._channel_axis.get(site.name)
+        candidates = (
+            [site.channel_axis, x.ndim - self._ranks[site.name] + site.channel_axis] if named is None else [named % x.ndim]
+        )
+        fitting = {axis for axis in candidates if 0 <= axis < x.ndim and x.shape[axis] == site.neurons}
+        if len(fitting) != 1:
             raise _changed_shape(site, x)
-        return Site(site.name, site.activation, site.neurons, axis)
+        return Site(site.name, site.activation, site.neurons, fitting.pop())
 
 
 class _FunctionCalls(TorchFunctionMode):
@@ -364,15 +404,19 @@ def _is_plain(module: nn.Module) -> bool:
 
 
 def _is_scripted_activation(module: nn.Module) -> bool:
-    return (
-        isinstance(module, torch.jit.ScriptModule)
-        and hasattr(nn, module.original_name)
-        and bool(activation_name(object.__new__(getattr(nn, module.original_name))))
-    )
+    if not isinstance(module, torch.jit.ScriptModule):
+        return False
+    operators = re.findall(r"aten::(\w+)", str(getattr(module, "inlined_graph", "")))
+    functions = [getattr(namespace, name, None) for name in operators for namespace in (torch.Tensor, F)]
+    return any(function is not None and function_name(function) for function in functions)
 
 
 def _is_countable(x: Any) -> TypeGuard[Tensor]:
     """Whether a value has neurons: an activation of a number or of a parameter of the model has none."""
+    if isinstance(x, Tensor) and is_functorch_wrapped_tensor(x):
+        raise RuntimeError(
+            "activations cannot be counted inside of torch.func transforms; collect while the model is called alone"
+        )
     is_activation = type(x) is Tensor or (isinstance(x, Tensor) and not isinstance(x, nn.Parameter))
     return is_activation and x.is_floating_point() and x.ndim > 0
 

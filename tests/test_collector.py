@@ -179,6 +179,47 @@ def test_a_model_compiled_while_collecting_is_counted_then_and_not_afterwards():
     assert counted(collector) == before
 
 
+class Root(nn.Module):
+    """Everything that a pass of the root decides: functional calls, repeated calls, padding."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.act = nn.Linear(8, 8), nn.Linear(8, 8), nn.ReLU()
+
+    def forward(self, x, attention_mask=None):
+        return F.relu(self.b(self.act(self.a(self.act(x)))))
+
+
+@pytest.mark.filterwarnings("ignore:.*is compiled", "ignore:.*fe.isolate")
+@pytest.mark.parametrize("given", ["outside", "inside"])
+def test_the_root_of_a_compiled_model_makes_the_same_pass(given):
+    model, x = Root(), torch.randn(2, 5, 8)
+    compiled = torch.compile(model, backend="eager")
+    mask = torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 1, 0]])
+    compiled(x, attention_mask=mask)
+    with collect(compiled if given == "outside" else model) as collector:
+        compiled(x, attention_mask=mask)
+    assert counted(collector) == {"act": 48, "act:1": 48, "relu": 48}
+
+
+@pytest.mark.filterwarnings("ignore:.*fe.isolate")
+def test_a_forward_that_is_called_without_the_module_is_a_pass():
+    model = Root()
+    with collect(model) as collector:
+        model.forward(torch.randn(2, 8))
+    assert counted(collector) == {"act": 16, "act:1": 16, "relu": 16}
+
+
+def test_a_warning_that_is_an_error_leaves_no_trace():
+    model = torch.compile(make_part(), backend="eager")
+    before = snapshot(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="is compiled"):
+            collect(model).attach()
+    assert_unchanged(model, before)
+
+
 def test_a_compiled_model_is_told_to_run_eagerly_meanwhile():
     with pytest.warns(UserWarning, match="OptimizedModule is compiled .* runs eagerly"), collect(torch.compile(make_part())):
         pass
@@ -208,7 +249,7 @@ def test_what_was_compiled_runs_compiled_again_after_two_collectors():
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit")
 def test_activations_in_torchscript_are_refused():
-    with pytest.raises(ValueError, match=r"'0\.1' is compiled by TorchScript"):
+    with pytest.raises(ValueError, match="'0' is compiled by TorchScript"):
         collect(nn.Sequential(torch.jit.script(make_part()))).attach()
 
 
@@ -417,7 +458,7 @@ class Functional(nn.Module):
         first = self.conv(x)
         second = self.fc(first.clamp(min=0).mean([2, 3]))
         third = second.clamp(min=0)
-        return {"relu": first, "relu:1": second, "relu:2": third, "gelu": third}
+        return {"relu_1": first, "relu_1:1": second, "relu": third, "gelu": third}
 
     def forward(self, x):
         x = F.relu(self.conv(x), inplace=True).mean([2, 3])
@@ -432,7 +473,7 @@ def test_functional_activations_are_counted_before_they_write(mode):
         for batch in batches:
             model(batch)
     statistics = collector.compute()
-    assert list(statistics) == ["relu", "relu:1", "relu:2", "gelu"]
+    assert list(statistics) == ["relu_1", "relu_1:1", "relu", "gelu"]
     for name, site in statistics.items():
         expected = sum(plain_counts(model.inputs(batch)[name], 1) for batch in batches)
         assert torch.equal(site.counts, expected), name
@@ -441,7 +482,7 @@ def test_functional_activations_are_counted_before_they_write(mode):
 def test_isolate_is_recommended_once():
     model, x = Functional(), torch.randn(2, 3, 8, 8)
     with collect(model):
-        with pytest.warns(UserWarning, match=r"3 of its activations as functions \(gelu, relu, relu:1\).*fe\.isolate"):
+        with pytest.warns(UserWarning, match=r"3 of its activations as functions \(gelu, relu_1, relu_1:1\).*fe\.isolate"):
             model(x)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -569,9 +610,56 @@ def test_a_forward_of_the_activation_itself_still_runs():
     model[1].forward = lambda x: x * 5
     x = torch.randn(3, 2)
     expected = model(x)
+    model[1].register_forward_hook(lambda module, args, y: y + 1)
+    with torch.no_grad(), collect(model) as collector:
+        for _ in range(3):
+            assert torch.equal(model(x), expected + 1)
+    assert counted(collector) == {"1": 18}
+
+
+def test_an_activation_inside_of_one_is_no_site(monkeypatch):
+    class Outer(nn.ReLU):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.ReLU()
+
+        def forward(self, x):
+            return self.inner(x)
+
+    model = nn.Sequential(Outer())
     with collect(model) as collector:
-        assert torch.equal(model(x), expected)
-    assert counted(collector) == {"1": 6}
+        model(torch.randn(3, 2))
+    assert counted(collector) == {"0": 6}
+
+
+def test_transforms_of_torch_func_are_refused():
+    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+    with collect(model), pytest.raises(RuntimeError, match=r"inside of torch\.func transforms"):
+        torch.func.vmap(model)(torch.randn(3, 2))
+
+
+def test_inputs_without_strides_pass():
+    model = Reads(lambda m, a, x: m.relu(torch.sparse.mm(a, m.fc(x))), fc=nn.Linear(2, 3), relu=nn.ReLU())
+    with torch.no_grad(), collect(model) as collector:
+        model(torch.eye(5).to_sparse(), torch.randn(5, 2))
+    assert counted(collector) == {"relu": 15}
+
+
+def test_a_lazy_model_is_counted_from_its_first_pass_on():
+    model = nn.Sequential(nn.LazyLinear(3), nn.ReLU())
+    with collect(model) as collector:
+        model(torch.randn(5, 2))
+    assert counted(collector) == {"1": 15}
+
+
+def test_another_number_of_axes_is_no_guess():
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU())
+    with collect(model) as collector:
+        model(torch.randn(2, 3, 9, 9))
+        model(torch.randn(3, 9, 9))
+        with pytest.raises(RuntimeError, match="channel_axis"):
+            model(torch.randn(3, 8, 8))
+    assert counted(collector) == {"1": 3 * 6 * 49}
 
 
 def test_keyword_arguments_and_autocast():

@@ -17,20 +17,16 @@ def calls():
 
 @pytest.fixture
 def attach(calls):
-    """Intercept every call of some modules and every forward of others; each is noted."""
+    """Intercept some modules; each call is noted."""
 
-    def attach(model, on_call=(), on_forward=()):
+    def attach(model, *names):
+        def handle(name, module, original, args, kwargs):
+            calls.append(name)
+            return original(module, *args, **kwargs)
+
         modules = dict(model.named_modules())
-
-        def handler(kind):
-            def handle(name, module, original, args, kwargs):
-                calls.append((kind, name))
-                return original(module, *args, **kwargs)
-
-            return handle
-
-        interception = Interception(model, {n: modules[n] for n in on_call}, {n: modules[n] for n in on_forward})
-        interception.attach(handler("call"), handler("forward"))
+        interception = Interception(model)
+        interception.attach({name: (modules[name], handle) for name in names})
         return interception
 
     return attach
@@ -42,18 +38,19 @@ def make():
 
 def test_named_modules_are_handled_and_no_others(attach, calls):
     model = make()
-    interception = attach(model, on_call=["", "2"], on_forward=["1"])
+    interception = attach(model, "", "1", "2")
     model(torch.zeros(1, 2))
-    assert calls == [("call", ""), ("forward", "1"), ("call", "2")]
+    model.forward(torch.zeros(1, 2))
+    assert calls == ["", "1", "2"] * 2
     interception.detach()
     model(torch.zeros(1, 2))
-    assert len(calls) == 3
+    assert len(calls) == 6
 
 
 def test_classes_look_as_before_and_are_as_before(attach):
     model = make()
     before = snapshot(model)
-    interception = attach(model, on_call=["", "2"], on_forward=["1"])
+    interception = attach(model, "", "1", "2")
     assert repr(model) == repr(make())
     assert isinstance(model[1], nn.ReLU)
     assert original_class(model[1]) is nn.ReLU
@@ -63,23 +60,18 @@ def test_classes_look_as_before_and_are_as_before(attach):
     assert_unchanged(model, before)
 
 
-def test_hooks_run_around_the_forward_and_inside_of_the_call(attach, calls):
+def test_hooks_run_around_the_forward(attach, calls):
     model = make()
     model[1].register_forward_pre_hook(lambda module, args: calls.append("hook before"))
     model[1].register_forward_hook(lambda module, args, y: calls.append("hook after"))
-    interception = attach(model, on_forward=["1"])
+    attach(model, "1")
     model(torch.zeros(1, 2))
-    assert calls == ["hook before", ("forward", "1"), "hook after"]
-    interception.detach()
-    calls.clear()
-    attach(model, on_call=["1"])
-    model(torch.zeros(1, 2))
-    assert calls == [("call", "1"), "hook before", "hook after"]
+    assert calls == ["hook before", "1", "hook after"]
 
 
 def test_copies_and_pickles_are_of_the_original_class(attach, calls):
     model = make()
-    interception = attach(model, on_call=["", "2"], on_forward=["1"])
+    interception = attach(model, "", "1", "2")
     buffer = io.BytesIO()
     torch.save(model, buffer)
     copies = [copy.deepcopy(model), copy.copy(model[1]), pickle.loads(pickle.dumps(model))]
@@ -95,38 +87,68 @@ def test_copies_and_pickles_are_of_the_original_class(attach, calls):
 def test_an_own_forward_is_handled_as_a_call(attach, calls):
     model = make()
     model[1].forward = lambda x: x + 1
-    attach(model, on_forward=["1"])
+    attach(model, "1")
     assert torch.equal(model[1](torch.ones(1)), torch.full((1,), 2.0))
-    assert calls == [("forward", "1")]
+    assert calls == ["1"]
 
 
 def test_one_interception_at_a_time_also_of_a_part(attach):
     model = make()
-    interception = attach(model[2], on_call=["0"])
+    interception = attach(model[2], "0")
     before = snapshot(model)
     with pytest.raises(RuntimeError, match="attached to this model already; detach it first"):
-        attach(model, on_call=[""])
+        attach(model, "")
     assert_unchanged(model, before)
     interception.detach()
-    attach(model, on_call=[""]).detach()
+    attach(model, "").detach()
 
 
 def test_what_fails_on_the_way_is_undone(attach):
-    class Final(nn.Linear):
-        def __init_subclass__(cls):
-            raise TypeError("this class has no subclasses")
+    class Slots(nn.Linear):
+        __slots__ = ("more",)
 
-    model = nn.Sequential(nn.ReLU(), Final(2, 2))
+    model = nn.Sequential(nn.ReLU(), Slots(2, 2))
     before = snapshot(model)
-    with pytest.raises(TypeError, match="no subclasses"):
-        attach(model, on_call=["", "0", "1"])
+    with pytest.raises(TypeError, match="layout"):
+        attach(model, "", "0", "1")
     assert_unchanged(model, before)
     assert type(model[0]) is nn.ReLU
 
 
+def test_classes_that_count_or_refuse_subclasses_and_attributes(attach, calls):
+    class Final(nn.ReLU):
+        def __init_subclass__(cls, tag):
+            raise TypeError("this class has no subclasses")
+
+        def __setattr__(self, name, value):
+            if name == "__class__":
+                raise TypeError("this object keeps its class")
+            super().__setattr__(name, value)
+
+    model = nn.Sequential(Final())
+    attach(model, "0").detach()
+    attach(model, "0")
+    assert torch.equal(model(torch.tensor([-1.0, 2.0])), torch.tensor([0.0, 2.0]))
+    assert calls == ["0"]
+
+
+def test_a_copy_of_the_attributes_alone_is_of_no_consequence(attach, calls):
+    class Copies(nn.ReLU):
+        def __deepcopy__(self, memo):
+            other = type(self).__new__(type(self))
+            other.__dict__ = copy.deepcopy(self.__dict__, memo)
+            return other
+
+    model = nn.Sequential(Copies())
+    attach(model, "0")
+    duplicate = copy.deepcopy(model)
+    assert torch.equal(duplicate(torch.tensor([-1.0, 2.0])), torch.tensor([0.0, 2.0]))
+    assert calls == []
+
+
 def test_a_class_that_was_put_on_top_meanwhile_runs_the_original(attach, calls):
     model = make()
-    interception = attach(model, on_forward=["1"])
+    interception = attach(model, "1")
     model[1].__class__ = type("OnTop", (type(model[1]),), {})
     interception.detach()
     assert torch.equal(model[1](torch.tensor([-1.0, 1.0])), torch.tensor([0.0, 1.0]))

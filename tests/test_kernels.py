@@ -413,8 +413,9 @@ def test_counts_add_up_over_calls(where):
 
 
 def test_public_names():
-    names = ["activation_states", "available_implementations", "count_states", "is_fused", "linear_regions"]
-    assert sorted(fastentropy_kernels.__all__) == names
+    names = """ActivationPlan activation_states available_implementations count_states is_fused linear_regions
+    plan_activation_states"""
+    assert sorted(fastentropy_kernels.__all__) == names.split()
 
 
 @pytest.mark.parametrize("activation", reference.ACTIVATIONS)

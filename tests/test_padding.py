@@ -156,6 +156,29 @@ def test_nan_in_padding_is_not_counted_either():
     assert (site.observations, site.nan) == (19, 1)
 
 
+def test_a_mask_of_another_form_is_told_once():
+    model, ids = llama().eval(), tokens()
+    mask = torch.ones(3, 1, 7, 7).tril().bool()
+    with torch.inference_mode(), fe.collect(model) as collector:
+        with pytest.warns(UserWarning, match=r"attention_mask of shape \[3, 1, 7, 7\] does not say which tokens are padding"):
+            model(ids, attention_mask=mask)
+        model(ids, attention_mask=mask)
+    assert [site.observations for site in collector.compute().values()] == [2 * 21 * 24] * 2
+
+
+def test_a_forward_that_takes_any_keyword_takes_the_mask():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.act = nn.ReLU()
+
+        def forward(self, x, **kwargs):
+            return self.act(x)
+
+    site = collected(Model(), {"x": torch.ones(3, 7, 4), "attention_mask": RIGHT})["act"]
+    assert site.observations == int(RIGHT.sum()) * 4
+
+
 @pytest.mark.parametrize("shape", [(3, 1, 7, 7), (7,), ()])
 def test_masks_with_another_number_of_axes_are_no_padding(shape):
     assert token_mask(torch.zeros(shape), (), {}) is None

@@ -57,6 +57,19 @@ def test_buffers_that_the_model_updates_are_left_as_they_were():
     assert model.calls == 0
 
 
+def test_a_buffer_that_the_model_replaces_is_put_back():
+    def forward(m, x):
+        m.calls = m.calls + 1
+        return m.relu(m.fc(x))
+
+    model = Reads(forward, fc=nn.Linear(2, 2), relu=nn.ReLU())
+    model.register_buffer("calls", torch.zeros(()))
+    before = model.calls
+    find_sites(model, (torch.zeros(1, 2),))
+    assert model.calls is before
+    assert model.calls == 0
+
+
 def test_further_calls_of_a_module_are_sites_of_their_own():
     model = Reads(lambda m, x: m.relu(m.fc(m.relu(m.fc(x)))), fc=nn.Linear(3, 3), relu=nn.ReLU())
     assert [site.name for site in find_sites(model, (torch.zeros(2, 3),))] == ["relu", "relu:1"]

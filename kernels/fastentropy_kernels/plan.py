@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch._C import _get_tracing_state, _len_torch_dispatch_stack
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd import forward_ad
 
 from .arguments import Request
@@ -31,14 +32,16 @@ class ActivationPlan:
         """Whether x is a tensor that the plan was made for, under the same settings, and nobody looks on."""
         return (
             type(x) is Tensor
+            and _get_tracing_state() is None
             and x.shape == self._shape
             and x.dtype is self._dtype
             and x.stride() == self._strides
             and x.is_cpu
             and not x.is_neg()
             and _len_torch_dispatch_stack() == 0
-            and _get_tracing_state() is None
             and forward_ad._current_level < 0
+            and not is_functorch_wrapped_tensor(x)
+            and not (x.requires_grad and torch.is_grad_enabled())
             and self._launch.is_current()
         )
 
