@@ -69,6 +69,14 @@ class EntropyCollector:
         """Detach, also after an exception."""
         self.detach()
 
+    def update(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the model with a batch, count it and return the output: update, compute, reset and sync as in torchmetrics.
+
+        Attaches for the call where the collector is not attached.
+        """
+        with contextlib.nullcontext() if self._watcher.is_attached else self:
+            return self._model(*args, **kwargs)
+
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Count no pass that begins inside of the block: for warm-up batches. Their sites are discovered all the same."""
@@ -233,8 +241,7 @@ def _run_and_count(call: Call, counters: Counters) -> Any:
             _add_positions(counters, counter, call, mask)
         return call.run()
     options = {"channel_axis": site.channel_axis, "inplace": fused.inplace, **fused.parameters}
-    plan = plan_activation_states(x, counter.counts, fused.activation, **options)
-    if plan is not None:
+    if x.is_cpu and mask is None and (plan := plan_activation_states(x, counter.counts, fused.activation, **options)):
         counters.plans[site.name] = plan
     y = activation_states(x, counter.counts, fused.activation, mask=mask, **options)
     _add_positions(counters, counter, call, mask)

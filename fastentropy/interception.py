@@ -9,6 +9,7 @@ import contextlib
 import copyreg
 import threading
 import types
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -60,6 +61,11 @@ class Interception:
         except BaseException:
             self.detach()
             raise
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether modules are handled."""
+        return bool(self._changed)
 
     def detach(self) -> None:
         """Leave every module as it was before `attach`."""
@@ -126,7 +132,7 @@ class _Eager:
     """
 
     def __init__(self) -> None:
-        self._lock, self._inside = threading.Lock(), set[int]()
+        self._lock, self._inside = threading.RLock(), set[int]()
         self._stance = contextlib.ExitStack()
 
     def enter(self, who: object) -> None:
@@ -134,11 +140,15 @@ class _Eager:
             if not self._inside:
                 self._stance.enter_context(torch.compiler.set_stance("force_eager"))
             self._inside.add(id(who))
+        weakref.finalize(who, self._leave, id(who)).atexit = False
 
     def leave(self, who: object) -> None:
-        """Leave, where `who` is inside."""
+        self._leave(id(who))
+
+    def _leave(self, who: int) -> None:
+        """Leave, where one is inside still; who is forgotten without a detach leaves so, too."""
         with self._lock:
-            self._inside.discard(id(who))
+            self._inside.discard(who)
             if not self._inside:
                 self._stance.close()
 

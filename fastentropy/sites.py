@@ -195,6 +195,11 @@ class SiteWatcher(Generic[P]):
         """Leave the model as it was before `attach`."""
         self._interception.detach()
 
+    @property
+    def is_attached(self) -> bool:
+        """Whether calls are watched."""
+        return self._interception.is_attached
+
     def _run_container(
         self, name: str, module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:

@@ -137,7 +137,7 @@ def test_relu_takes_ten_instructions_an_element(layout):
 MOST = {
     "elu": 80,
     "selu": 80,
-    "celu": 85,
+    "celu": 86,  # 85.3 with Triton 3.8
     "gelu": 112,
     "gelu_tanh": 76,
     "silu": 60,

@@ -337,6 +337,16 @@ def test_reset_forgets_but_stays_attached(network, images):
     assert (int(site.counts.sum()), site.batches) == (8, 1)
 
 
+def test_update_counts_a_batch_attached_or_not(network, images):
+    collector, before = collect(network.eval()), snapshot(network)
+    assert torch.equal(collector.update(images), network(images))
+    assert_unchanged(network, before)
+    with collector:
+        collector.update(images)
+        collector.update(x=images)
+    assert collector.compute()["gelu"].counts.sum() == 3 * 4 * 8
+
+
 def test_statistics_do_not_change_when_more_is_counted(network, images):
     network.eval()
     with collect(network) as collector:

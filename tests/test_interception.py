@@ -1,4 +1,5 @@
 import copy
+import gc
 import io
 import pickle
 
@@ -26,10 +27,14 @@ def attach(calls):
 
         modules = dict(model.named_modules())
         interception = Interception(model)
+        attached.append(interception)
         interception.attach({name: (modules[name], handle) for name in names})
         return interception
 
-    return attach
+    attached = []
+    yield attach
+    for interception in attached:
+        interception.detach()
 
 
 def make():
@@ -159,3 +164,18 @@ def test_fast_paths_are_those_that_are_on():
     layer = nn.TransformerEncoderLayer(8, 2, batch_first=True, activation="gelu")
     assert [(name, value) for _, name, value in fast_paths(layer)] == [("activation_relu_or_gelu", 0)]
     assert fast_paths(make()) == []
+
+
+def test_a_model_that_is_forgotten_lets_others_compile_again():
+    runs = []
+
+    def backend(graph, inputs):
+        runs.append(1)
+        return graph
+
+    model = make()
+    Interception(model).attach({"1": (model[1], lambda name, module, original, args, kwargs: original(module, *args))})
+    del model
+    gc.collect()
+    torch.compile(lambda x: x + 1, backend=backend)(torch.ones(2))
+    assert runs
