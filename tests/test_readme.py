@@ -21,6 +21,29 @@ def test_every_python_block_runs(tmp_path, monkeypatch):
     assert (tmp_path / "model.pt2").exists()
 
 
+def test_every_figure_of_collecting_is_in_a_recorded_run():
+    results = ROOT / "bench" / "results"
+    records = [
+        json.loads((results / name).read_text(encoding="utf-8")) for name in ("collect-epyc.json", "collect-epyc-swin_t.json")
+    ]
+    (text,) = re.findall(r"^<!-- collect -->\n(.*?)\n\nActivations", README, re.DOTALL | re.MULTILINE)
+    assert all(figure in " ".join(text.split()) for record in records for figure in (record["machine"], record["date"]))
+    for case in records[0]["cases"]:
+        ratios, memory = case["ratios_to_plain"], case["memory_bytes"]
+        added = (memory["added_by_collecting"] / 1e6, (memory["published"] - memory["plain"]) / 1e6)
+        published = ratios["published"]["median"]
+        cells = (case["model"], spread(ratios), f"{published:.2f}", f"{added[0]:.2f} MB", f"{added[1]:.0f} MB")
+        assert f"| {' | '.join(cells)} |" in text
+    assert f"{records[1]['rounds']} rounds" in text
+    assert spread(records[1]["cases"][0]["ratios_to_plain"]) in text
+
+
+def spread(ratios):
+    """A median ratio with its quartiles, as the README writes it."""
+    collecting = ratios["collecting"]
+    return f"{collecting['median']:.2f} ({collecting['lower_quartile']:.2f} to {collecting['upper_quartile']:.2f})"
+
+
 def test_every_figure_of_the_result_is_in_the_recorded_run():
     history = json.loads((ROOT / "bench" / "results" / "digits.json").read_text(encoding="utf-8"))
     (result,) = re.findall(r"^<!-- digits -->\n(.*?)\n\n", README, re.DOTALL | re.MULTILINE)
