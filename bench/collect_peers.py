@@ -1,7 +1,6 @@
 """What is measured side by side on whole models: inference alone, while collecting, and with the published procedure."""
 
 import contextlib
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 
@@ -62,8 +61,3 @@ PROCEDURES: tuple[Callable[[nn.Module], AbstractContextManager[Inference]], ...]
 def load_model(name: str) -> nn.Module:
     """One of torchvision's models with random weights, in eval mode."""
     return torchvision.models.get_model(name).eval()
-
-
-def copy_model(model: nn.Module) -> nn.Module:
-    """A copy with modules of its own and the same parameters and buffers."""
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})

@@ -18,12 +18,13 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from collect_peers import MODELS, PROCEDURES, collecting, copy_model, load_model, plain, published
+from collect_peers import MODELS, PROCEDURES, collecting, load_model, plain, published
 from records import save_record
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import fastentropy as fe
+from fastentropy.isolation import copy_sharing_tensors
 
 
 def main() -> None:
@@ -46,7 +47,7 @@ def measure(name: str, rounds: int) -> dict[str, object]:
     """Return the milliseconds of every procedure, the ratios of paired repetitions, and the memory."""
     model, images = load_model(name), torch.randn(16, 3, 224, 224)
     with contextlib.ExitStack() as stack:
-        runs = {procedure.__name__: stack.enter_context(procedure(copy_model(model))) for procedure in PROCEDURES}
+        runs = {procedure.__name__: stack.enter_context(procedure(copy_sharing_tensors(model))) for procedure in PROCEDURES}
         seconds = measure_pairs({key: partial(run, images) for key, run in runs.items()}, rounds)
     return {
         "model": name,
@@ -87,7 +88,7 @@ def measure_memory(model: nn.Module, images: Tensor) -> dict[str, int]:
     """
     bytes_of = {}
     for procedure in PROCEDURES:
-        with procedure(copy_model(model)) as run:
+        with procedure(copy_sharing_tensors(model)) as run:
             run(images)
             bytes_of[procedure.__name__] = peak_bytes(partial(run, images))
     collector = fe.collect(model)

@@ -9,7 +9,9 @@ import functools
 
 import pytest
 import torch
-from collect_peers import MODELS, PROCEDURES, copy_model, load_model
+from collect_peers import MODELS, PROCEDURES, load_model
+
+from fastentropy.isolation import copy_sharing_tensors
 
 load_model_once = functools.cache(load_model)
 
@@ -18,5 +20,5 @@ load_model_once = functools.cache(load_model)
 @pytest.mark.parametrize("name", MODELS)
 def test_collect(benchmark, name, procedure):
     benchmark.group = name
-    with torch.inference_mode(), procedure(copy_model(load_model_once(name))) as run:
+    with torch.inference_mode(), procedure(copy_sharing_tensors(load_model_once(name))) as run:
         benchmark.pedantic(run, (torch.randn(4, 3, 96, 96),), rounds=10, warmup_rounds=2)

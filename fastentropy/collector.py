@@ -253,31 +253,27 @@ def _may_run(plan: ActivationPlan, call: Call) -> bool:
     return call.is_token is None and plan.inplace is getattr(call.module, "inplace", False) and plan.fits(call.x)
 
 
-def _is_free(call: Call) -> bool:
-    """Whether a kernel may take the place of the activation: nobody looks on, and nothing is differentiated."""
-    x = call.x
-    if call.module is None or type(x) is not Tensor or (x.requires_grad and torch.is_grad_enabled()):
-        return False
-    return torch._C._len_torch_dispatch_stack() == 0
-
-
 def _fused(call: Call) -> FusedActivation | None:
-    """What a kernel can compute in place of the activation, to the same end."""
-    if call.module is None or not _is_free(call) or "forward" in vars(call.module):
+    """What a kernel can compute in place of the activation, where nobody looks on and nothing is differentiated."""
+    x = call.x
+    if call.module is None or "forward" in vars(call.module) or type(x) is not Tensor:
+        return None
+    if (x.requires_grad and torch.is_grad_enabled()) or torch._C._len_torch_dispatch_stack():
         return None
     fused = fused_activation(call.module, original_class(call.module))
-    if fused is None or not is_fused(fused.activation, call.x):
+    if fused is None or not is_fused(fused.activation, x):
         return None
-    if fused.activation == "softplus" and torch.is_autocast_enabled(call.x.device.type):
+    if fused.activation == "softplus" and torch.is_autocast_enabled(x.device.type):
         return None  # autocast makes its output float32
     return fused
 
 
 def _add_positions(counters: Counters, counter: SiteCounters, call: Call, mask: Tensor | None) -> None:
     """Note how many values of each neuron were read: on the host, unless only the device knows or a CUDA graph repeats it."""
+    positions = call.x.numel() // max(call.site.neurons, 1)
     if mask is not None:
         counter.positions.add_(mask.sum())
     elif call.x.is_cuda and torch.cuda.is_current_stream_capturing():
-        counter.positions.add_(call.x.numel() // max(call.site.neurons, 1))
+        counter.positions.add_(positions)
     else:
-        counters.add_positions(call.site, call.x.numel() // max(call.site.neurons, 1))
+        counters.add_positions(call.site, positions)

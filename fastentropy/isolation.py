@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 from fastentropy.activations import activation_name, function_name
 from fastentropy.interception import fast_paths
 from fastentropy.rewriting import Arguments, CannotBeRewrittenError, MethodRewriter, Place
-from fastentropy.sites import Call, SiteWatcher, call_once, is_compiled
+from fastentropy.sites import Call, NoObserver, SiteWatcher, call_once, is_compiled
 
 #: Activation -> the module that is the function, and the names of the function's arguments behind the input, in order.
 _MODULES: dict[str, tuple[Callable[..., nn.Module], tuple[str, ...]]] = {
@@ -69,7 +69,7 @@ def isolate(model: nn.Module, example_inputs: tuple[Any, ...] | Mapping[str, Any
         raise RuntimeError(
             f"{compiled[0] or type(model).__name__!r} is compiled; isolate the model as it was before torch.compile"
         )
-    isolated = _copy_sharing_tensors(model)
+    isolated = copy_sharing_tensors(model)
     _separate_places(isolated)
     calls = _trace(isolated, example_inputs).calls
     for caller in {id(call.caller): call.caller for call in calls if call.caller is not None}.values():
@@ -100,14 +100,11 @@ class _Traced(NamedTuple):
     caller: nn.Module | None  # whose method the code is
 
 
-class _Tracer:
-    """Observes one pass, and notes who calls each activation."""
+class _Tracer(NoObserver):
+    """Notes who calls each activation."""
 
     def __init__(self) -> None:
         self.calls: list[_Traced] = []
-
-    def begin_pass(self) -> None:
-        return None
 
     def run_activation(self, forward_pass: None, call: Call) -> Any:
         frame = _calling_frame()
@@ -125,13 +122,11 @@ class _Tracer:
                 caller if isinstance(caller, nn.Module) else None,
             )
         )
-        return call.run()
-
-    def end_pass(self, forward_pass: None, completed: bool) -> None:
-        return None
+        return super().run_activation(forward_pass, call)
 
 
-def _copy_sharing_tensors(model: nn.Module) -> nn.Module:
+def copy_sharing_tensors(model: nn.Module) -> nn.Module:
+    """A copy with modules of its own and the same parameters and buffers."""
     return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
 
 
@@ -142,7 +137,7 @@ def _separate_places(model: nn.Module) -> None:
         for name, child in module._modules.items():
             if child is not None and activation_name(child):
                 if id(child) in seen:
-                    module._modules[name] = _copy_sharing_tensors(child)
+                    module._modules[name] = copy_sharing_tensors(child)
                 seen.add(id(child))
 
 
