@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from conftest import INTEGER, bits, random_values
 from fastentropy_kernels import activation_states, plan_activation_states, reference
 
-INTEGER = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 FUSED = ("identity", "relu", "relu6")
 
 
@@ -23,20 +23,6 @@ def settings_are_restored():
     yield
     torch.set_num_threads(threads)
     torch.set_flush_denormal(False)
-
-
-def random_values(shape, dtype, seed=0):
-    """Every bit pattern is as likely as any other, but for zeros of both signs, which are every eighth value."""
-    generator = torch.Generator().manual_seed(seed)
-    limits = torch.iinfo(INTEGER[dtype])
-    x = torch.randint(limits.min, limits.max + 1, shape, generator=generator).to(INTEGER[dtype]).view(dtype)
-    zeros = torch.rand(shape, generator=generator)
-    return x.masked_fill(zeros < 0.06, 0.0).masked_fill(zeros > 0.94, -0.0)
-
-
-def bits(x):
-    """The bits of a tensor: -0.0 is not 0.0, and one NaN is as good as another (PyTorch changes their payload)."""
-    return x.masked_fill(x.isnan(), torch.nan).contiguous().view(INTEGER[x.dtype])
 
 
 def counters(neurons, seed=0):

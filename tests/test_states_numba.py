@@ -10,22 +10,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conftest import INTEGER, bits, random_values
 from fastentropy_kernels import reference, states_numba
 
-INTEGER = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 FUSED = ("identity", "relu", "relu6")
 EDGES = st.lists(st.floats(allow_nan=False), min_size=1, max_size=15, unique=True).map(sorted) | st.sampled_from(
     [(0.0,), (-0.0,), (1e-50,), (-1e-50,), (-torch.inf, 0.1, torch.inf), (-1e300, 1e300), tuple(range(-7, 8))]
 )
-
-
-def random_values(shape, dtype, seed):
-    """Every bit pattern is as likely as any other, but for zeros of both signs, which are every eighth value."""
-    generator = torch.Generator().manual_seed(seed)
-    limits = torch.iinfo(INTEGER[dtype])
-    x = torch.randint(limits.min, limits.max + 1, shape, generator=generator).to(INTEGER[dtype]).view(dtype)
-    zeros = torch.rand(shape, generator=generator)
-    return x.masked_fill(zeros < 0.06, 0.0).masked_fill(zeros > 0.94, -0.0)
 
 
 def awkward_values(dtype):
@@ -34,11 +25,6 @@ def awkward_values(dtype):
     last = torch.iinfo(INTEGER[dtype]).max
     magnitudes = torch.cat([torch.tensor([0, 1, last]), *(bounds.long() + i for i in (-1, 0, 1))]).to(INTEGER[dtype])
     return torch.cat([magnitudes, magnitudes ^ torch.iinfo(INTEGER[dtype]).min]).view(dtype)
-
-
-def bits(x):
-    """The bits of a tensor: -0.0 is not 0.0, and one NaN is as good as another (PyTorch changes their payload)."""
-    return x.masked_fill(x.isnan(), torch.nan).contiguous().view(INTEGER[x.dtype])
 
 
 def counters(values, states=3, seed=0):
