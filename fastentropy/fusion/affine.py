@@ -1,44 +1,75 @@
-"""The algebra of linearised chains: affine operators that compose, add and merge into one.
+"""The algebra of linearised chains: affine operators that compose and add.
 
-An operator is a convolution written as numbers; a linear layer is a convolution without spatial axes, and a batch norm in
-eval mode is a depthwise 1×1 convolution. Composition in stride and dilation follows from the input position that
-tap t of output position o reads: s·o + d·t − p (Dumoulin and Visin, arXiv 1603.07285).
+An operator is a convolution written as numbers. A linear layer is one without spatial axes, a batch norm in eval mode and
+average pooling are depthwise ones, and a transposed convolution is one of an input between whose values zeros are inserted
+(Dumoulin and Visin, arXiv 1603.07285). Tap t of output position o reads position s·o + d·t − p of that input, from which
+composition in stride, dilation, padding and upsampling follows.
 """
 
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
+class Axis(NamedTuple):
+    """What an operator does along one spatial axis; padding is how many zeros stand before and after, negative for a crop."""
+
+    kernel: int
+    stride: int = 1
+    before: int = 0
+    after: int = 0
+    dilation: int = 1
+    upsampling: int = 1
+
+    @property
+    def reach(self) -> int:
+        """From the first tap to the last."""
+        return (self.kernel - 1) * self.dilation
+
+    def output_size(self, size: int) -> int:
+        """How many positions the output has for an input of that many."""
+        stuffed = (size - 1) * self.upsampling + 1
+        return (stuffed + self.before + self.after - self.reach - 1) // self.stride + 1
+
+
 @dataclass(frozen=True, eq=False)
 class AffineOperator:
-    """A zero-padded convolution over 0 (a linear layer), 1, 2 or 3 spatial axes.
+    """A convolution over 0 (a linear layer), 1, 2 or 3 spatial axes of a zero-padded input.
 
     weight is [out_channels, in_channels / groups, *kernel]; bias is [out_channels], or [out_channels, *output_size] where it
-    depends on the position. stride, padding and dilation have one entry for each spatial axis. Channels are axis 1 of the
-    input, or its last axis where there is no spatial axis.
+    depends on the position. stride, padding, dilation and upsampling have one entry for each spatial axis; padding is the
+    number of zeros before and after, or one number for both. upsampling − 1 zeros are inserted between the input's values.
+    Channels are axis 1 of the input, or its last axis where there is no spatial axis.
     """
 
     weight: Tensor
     bias: Tensor
     stride: tuple[int, ...] = ()
-    padding: tuple[int, ...] = ()
+    padding: tuple[Any, ...] = ()
     dilation: tuple[int, ...] = ()
     groups: int = 1
+    upsampling: tuple[int, ...] = ()
+    axes: tuple[Axis, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         """Raise ValueError where the parts do not belong to one operator."""
-        axes = self.weight.ndim - 2
-        if not len(self.stride) == len(self.padding) == len(self.dilation) == axes:
-            raise ValueError(f"stride, padding and dilation must have {axes} entries each, one per kernel axis")
+        kernel = self.weight.shape[2:]
+        upsampling = self.upsampling or (1,) * len(kernel)
+        if not len(self.stride) == len(self.padding) == len(self.dilation) == len(upsampling) == len(kernel):
+            raise ValueError(f"stride, padding and dilation must have {len(kernel)} entries each, one per kernel axis")
         if self.weight.shape[0] % self.groups:
             raise ValueError(f"{self.weight.shape[0]} output channels do not divide into {self.groups} groups")
+        padding = tuple((p, p) if isinstance(p, int) else tuple(p) for p in self.padding)
+        parts = zip(kernel, self.stride, padding, self.dilation, upsampling, strict=True)
+        object.__setattr__(self, "padding", padding)
+        object.__setattr__(self, "upsampling", upsampling)
+        object.__setattr__(self, "axes", tuple(Axis(k, s, *p, d, u) for k, s, p, d, u in parts))
 
     @property
     def kernel(self) -> tuple[int, ...]:
@@ -56,18 +87,39 @@ class AffineOperator:
         return self.weight.shape[0]
 
     @property
+    def is_pointwise(self) -> bool:
+        """Whether each output position reads the input position that it has itself, and no other."""
+        return all(axis == Axis(1) for axis in self.axes)
+
+    @property
     def is_channelwise(self) -> bool:
         """Whether each output channel is one input channel, scaled and shifted."""
-        pointwise = all(k == 1 for k in self.kernel) and all(s == 1 for s in self.stride) and not any(self.padding)
-        return pointwise and self.groups == self.in_channels == self.out_channels
+        return self.is_pointwise and self.groups == self.in_channels == self.out_channels
+
+    @property
+    def is_average(self) -> bool:
+        """Whether this is average pooling: each output channel the mean of one input channel over the kernel."""
+        each = self.groups == self.in_channels == self.out_channels and self.bias.ndim == 1 and not self.is_pointwise
+        return each and bool((self.weight == 1 / math.prod(self.kernel)).all()) and not self.bias.any()
 
     def __call__(self, x: Tensor) -> Tensor:
         """Apply the operator to x: [batch, in_channels, *spatial], or [..., in_channels] without spatial axes."""
-        if not self.kernel:
+        if not self.axes:
             return F.linear(x, self.dense_weight(), self.bias)
-        convolution = (F.conv1d, F.conv2d, F.conv3d)[len(self.kernel) - 1]
-        bias = self.bias if self.bias.ndim > 1 else self.bias.reshape(-1, *(1,) * len(self.kernel))
-        return convolution(x, self.weight, None, self.stride, self.padding, self.dilation, self.groups) + bias
+        convolution = (F.conv1d, F.conv2d, F.conv3d)[len(self.axes) - 1]
+        bias = self.bias if self.bias.ndim > 1 else self.bias.reshape(-1, *(1,) * len(self.axes))
+        padding = [zeros for axis in reversed(self.axes) for zeros in (axis.before, axis.after)]
+        padded = F.pad(self._upsample(x), [max(zeros, 0) for zeros in padding])
+        cropped = F.pad(padded, [min(zeros, 0) for zeros in padding])
+        return convolution(cropped, self.weight, None, self.stride, 0, self.dilation, self.groups) + bias
+
+    def _upsample(self, x: Tensor) -> Tensor:
+        if all(axis.upsampling == 1 for axis in self.axes):
+            return x
+        sizes = [(n - 1) * axis.upsampling + 1 for n, axis in zip(x.shape[-len(self.axes) :], self.axes, strict=True)]
+        stuffed = x.new_zeros((*x.shape[: -len(self.axes)], *sizes))
+        stuffed[(..., *(slice(None, None, axis.upsampling) for axis in self.axes))] = x
+        return stuffed
 
     def dense_weight(self) -> Tensor:
         """The weight [out_channels, in_channels, *kernel] of the same operator with one group."""
@@ -75,27 +127,20 @@ class AffineOperator:
 
     def output_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """The shape of the output for an input of that shape."""
-        if not self.kernel:
+        if not self.axes:
             return (*shape[:-1], self.out_channels)
-        axes = len(self.kernel)
-        taps = zip(shape[-axes:], self.kernel, self.stride, self.padding, self.dilation, strict=True)
-        size = ((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in taps)
-        return (*shape[: -axes - 1], self.out_channels, *size)
+        size = (axis.output_size(n) for n, axis in zip(shape[-len(self.axes) :], self.axes, strict=True))
+        return (*shape[: -len(self.axes) - 1], self.out_channels, *size)
 
-
-@dataclass(frozen=True, eq=False)
-class Sum:
-    """Branches that start at the same value and are added; an empty branch is the value itself."""
-
-    branches: tuple["Chain", ...]
-
-
-Chain = tuple[AffineOperator | Sum, ...]
+    def multiplications(self, shape: Sequence[int]) -> int:
+        """How many multiplications it costs for an input of that shape; those with inserted zeros do not count."""
+        inserted = math.prod(axis.upsampling for axis in self.axes)
+        return math.prod(self.output_shape(shape)) * math.prod(self.weight.shape[1:]) // inserted
 
 
 def identity(channels: int, like: AffineOperator) -> AffineOperator:
     """The operator that returns its input, with as many spatial axes as `like`, in its dtype and on its device."""
-    axes = len(like.kernel)
+    axes = len(like.axes)
     weight = like.weight.new_ones((channels, 1) + (1,) * axes)
     return AffineOperator(weight, like.bias.new_zeros(channels), (1,) * axes, (0,) * axes, (1,) * axes, channels)
 
@@ -104,33 +149,50 @@ def compose(first: AffineOperator, second: AffineOperator) -> AffineOperator:
     """The operator x -> second(first(x)).
 
     Equal to the pair wherever no tap of `second` falls into its own padding. Elsewhere it adds the bias of `first` once too
-    often for each such tap, and that is all where `borders_agree(first, second)`.
+    often for each such tap, and that is all where what `first` would compute out there is zero (see `merging.wrong_border`).
     Groups are kept as far as both have them: the result has gcd(first.groups, second.groups).
+    Raises ValueError where one does not fit behind the other, or their composition is no convolution.
     """
-    if first.out_channels != second.in_channels or len(first.kernel) != len(second.kernel):
+    if first.out_channels != second.in_channels or len(first.axes) != len(second.axes):
         raise ValueError(f"{_describe(second)} cannot follow {_describe(first)}")
+    axes = [_compose_axes(*pair) for pair in zip(first.axes, second.axes, strict=True)]
     groups = math.gcd(first.groups, second.groups)
-    spacing = [s * d for s, d in zip(first.stride, second.dilation, strict=True)]
-    dilation = tuple(_common_step(*taps) for taps in zip(first.kernel, first.dilation, second.kernel, spacing, strict=True))
-    extent = [
-        ((k1 - 1) * d1 + (k2 - 1) * d2) // step + 1
-        for k1, d1, k2, d2, step in zip(first.kernel, first.dilation, second.kernel, spacing, dilation, strict=True)
-    ]
-    weight = first.weight.new_zeros((second.out_channels, first.in_channels // groups, *extent))
+    weight = first.weight.new_zeros((second.out_channels, first.in_channels // groups, *(axis.kernel for axis in axes)))
+    spread = [b.upsampling * a.dilation for a, b in zip(first.axes, second.axes, strict=True)]
+    dilation = [axis.dilation for axis in axes]
     for tap in itertools.product(*map(range, second.kernel)):
         at_tap: Any = (..., *tap)
-        offset = [t * d // step for t, d, step in zip(tap, spacing, dilation, strict=True)]
-        weight[_window(first, offset, dilation)] += _multiply(first, second.weight[at_tap], second.groups)
+        offset = [
+            t * b.dilation * a.stride // step for t, a, b, step in zip(tap, first.axes, second.axes, dilation, strict=True)
+        ]
+        weight[_window(first.kernel, offset, spread, dilation)] += _multiply(first, second.weight[at_tap], second.groups)
     summed = second.weight.reshape(second.groups, second.out_channels // second.groups, second.weight.shape[1], -1).sum(-1)
     through = torch.einsum("gom,gm->go", summed, first.bias.reshape(second.groups, -1))
-    return AffineOperator(
-        weight,
-        second.bias + through.flatten(),
-        tuple(s1 * s2 for s1, s2 in zip(first.stride, second.stride, strict=True)),
-        tuple(p1 + p2 * s1 for p1, p2, s1 in zip(first.padding, second.padding, first.stride, strict=True)),
-        dilation,
-        groups,
+    return _along(weight, second.bias + through.flatten(), axes, groups)
+
+
+def _compose_axes(first: Axis, second: Axis) -> Axis:
+    if second.upsampling > 1 and first.stride > 1:
+        raise ValueError("a transposed convolution behind a strided one: together they are no convolution")
+    stride, upsampling = first.stride * second.stride, first.upsampling * second.upsampling
+    if stride > 1 and upsampling > 1:
+        raise ValueError("a strided convolution behind a transposed one: together they are no convolution")
+    spread, spacing = second.upsampling * first.dilation, first.stride * second.dilation
+    dilation = _common_step(first.kernel, spread, second.kernel, spacing) or 1
+    kernel = ((first.kernel - 1) * spread + (second.kernel - 1) * spacing) // dilation + 1
+    before, after = (
+        second.upsampling * inner + first.stride * outer
+        for inner, outer in ((first.before, second.before), (first.after, second.after))
     )
+    return _checked(Axis(kernel, stride, before, after, dilation, upsampling))
+
+
+def _checked(axis: Axis) -> Axis:
+    """Raise ValueError for what PyTorch's transposed convolution cannot do."""
+    more = axis.after - axis.before
+    if axis.upsampling > 1 and not (axis.before <= axis.reach and 0 <= more < max(axis.upsampling, axis.dilation)):
+        raise ValueError("a padded convolution behind a transposed one: together they are no transposed convolution")
+    return axis
 
 
 def add(left: AffineOperator, right: AffineOperator) -> AffineOperator:
@@ -138,132 +200,40 @@ def add(left: AffineOperator, right: AffineOperator) -> AffineOperator:
 
     Raises ValueError where the two do not give outputs of one size for every input size.
     """
-    margins = [
-        tuple((k - 1) * d - 2 * p for k, d, p in zip(o.kernel, o.dilation, o.padding, strict=True)) for o in (left, right)
-    ]
     channels_agree = left.in_channels == right.in_channels and left.out_channels == right.out_channels
-    if not channels_agree or left.stride != right.stride or margins[0] != margins[1]:
+    if not channels_agree or not all(_sizes_agree(*pair) for pair in zip(left.axes, right.axes, strict=True)):
         raise ValueError(f"{_describe(left)} and {_describe(right)} give outputs of different sizes and cannot be added")
+    axes = [_add_axes(*pair) for pair in zip(left.axes, right.axes, strict=True)]
     groups = math.gcd(left.groups, right.groups)
-    padding = tuple(map(max, left.padding, right.padding))
-    dilation = tuple(
-        math.gcd(_common_step(k1, d1, k2, d2, default=0), p1 - p2) or 1
-        for k1, d1, k2, d2, p1, p2 in zip(
-            left.kernel, left.dilation, right.kernel, right.dilation, left.padding, right.padding, strict=True
-        )
-    )
-    extent = [(margin + 2 * p) // step + 1 for margin, p, step in zip(margins[0], padding, dilation, strict=True)]
     blocks = [_blocks(operator, groups) for operator in (left, right)]
-    weight = blocks[0].new_zeros((*blocks[0].shape[:3], *extent))
+    weight = blocks[0].new_zeros((*blocks[0].shape[:3], *(axis.kernel for axis in axes)))
     for operator, block in zip((left, right), blocks, strict=True):
-        offset = [(p - own) // step for p, own, step in zip(padding, operator.padding, dilation, strict=True)]
-        weight[_window(operator, offset, dilation)] += block
-    return AffineOperator(weight.flatten(0, 1), left.bias + right.bias, left.stride, padding, dilation, groups)
+        offset = [(axis.before - own.before) // axis.dilation for axis, own in zip(axes, operator.axes, strict=True)]
+        spread = [own.dilation for own in operator.axes]
+        weight[_window(operator.kernel, offset, spread, [axis.dilation for axis in axes])] += block
+    return _along(weight.flatten(0, 1), left.bias + right.bias, axes, groups)
 
 
-def borders_agree(first: AffineOperator, second: AffineOperator) -> bool:
-    """Whether `compose(first, second)` is linear in the input as the pair is, at the borders too.
-
-    The zeros that `second` pads with stand for first(x) outside of the image. Where `first` is pointwise and unpadded, its
-    linear part maps the zeros outside of x to just these, and only its bias differs there.
-    """
-    return all(p2 == 0 or (k1 == 1 and p1 == 0) for k1, p1, p2 in zip(first.kernel, first.padding, second.padding, strict=True))
+def _sizes_agree(left: Axis, right: Axis) -> bool:
+    margins = {axis.reach - axis.before - axis.after for axis in (left, right)}
+    return len(margins) == 1 and (left.stride, left.upsampling) == (right.stride, right.upsampling)
 
 
-def run(chain: Chain, x: Tensor) -> Tensor:
-    """Apply the elements of a chain one after the other."""
-    for element in chain:
-        x = sum_branches(element, x) if isinstance(element, Sum) else element(x)
-    return x
+def _add_axes(left: Axis, right: Axis) -> Axis:
+    step = _common_step(left.kernel, left.dilation, right.kernel, right.dilation)
+    dilation = math.gcd(step, left.before - right.before) or 1
+    before, after = max(left.before, right.before), max(left.after, right.after)
+    reach = left.reach - left.before - left.after + before + after
+    return _checked(Axis(reach // dilation + 1, left.stride, before, after, dilation, left.upsampling))
 
 
-def sum_branches(element: Sum, x: Tensor) -> Tensor:
-    """Apply each branch to x and add the results."""
-    first, *others = (run(branch, x) for branch in element.branches)
-    for other in others:
-        first = first + other
-    return first
-
-
-def output_shape(chain: Chain, shape: Sequence[int]) -> tuple[int, ...]:
-    """The shape of a chain's output for an input of that shape."""
-    for element in chain:
-        branch = max(element.branches, key=len) if isinstance(element, Sum) else ()
-        shape = output_shape(branch, shape) if isinstance(element, Sum) else element.output_shape(shape)
-    return tuple(shape)
-
-
-def multiplications(chain: Chain, shape: Sequence[int]) -> int:
-    """How many multiplications a chain costs for an input of that shape."""
-    total = 0
-    for element in chain:
-        if isinstance(element, Sum):
-            total += sum(multiplications(branch, shape) for branch in element.branches)
-        else:
-            total += math.prod(element.output_shape(shape)) * math.prod(element.weight.shape[1:])
-        shape = output_shape((element,), shape)
-    return total
-
-
-def operators(chain: Chain) -> list[AffineOperator]:
-    """All operators of a chain, those of its branches included."""
-    return [
-        operator
-        for element in chain
-        for operator in (
-            [o for branch in element.branches for o in operators(branch)] if isinstance(element, Sum) else [element]
-        )
-    ]
-
-
-def merge(chain: Chain, spatial_size: Sequence[int]) -> AffineOperator:
-    """One operator for the whole chain, equal to it at every position for inputs of that spatial size.
-
-    Its bias is what the chain answers to zeros; near a border that can differ from place to place.
-    Raises ValueError, with the reason, where no single operator is exact.
-    """
-    merged = _compose_all(chain)
-    if not merged.kernel:
-        return merged
-    response = run(chain, merged.bias.new_zeros((1, merged.in_channels, *spatial_size)))[0]
-    interior = merged.bias.reshape(-1, *(1,) * len(spatial_size)).expand_as(response)
-    return merged if torch.allclose(response, interior, rtol=1e-12, atol=1e-12) else replace(merged, bias=response)
-
-
-def fold(chain: Chain) -> Chain:
-    """Compose every operator that only scales and shifts channels (a batch norm) with its neighbour, where that is exact."""
-    folded: list[AffineOperator | Sum] = []
-    for element in chain:
-        previous = folded[-1] if folded else None
-        if isinstance(element, Sum):
-            folded.append(Sum(tuple(fold(branch) for branch in element.branches)))
-        elif isinstance(previous, AffineOperator) and _folds(previous, element):
-            folded[-1] = compose(previous, element)
-        else:
-            folded.append(element)
-    return tuple(folded)
-
-
-def _folds(first: AffineOperator, second: AffineOperator) -> bool:
-    return second.is_channelwise or (first.is_channelwise and not any(second.padding))
-
-
-def _compose_all(chain: Chain) -> AffineOperator:
-    merged, *others = (_add_all(element) if isinstance(element, Sum) else element for element in chain)
-    for operator in others:
-        if not borders_agree(merged, operator):
-            raise ValueError("inner zero padding: one operator would differ in a ring at the border")
-        merged = compose(merged, operator)
-    return merged
-
-
-def _add_all(element: Sum) -> AffineOperator:
-    branches = [_compose_all(branch) if branch else None for branch in element.branches]
-    like = next(operator for operator in branches if operator is not None)
-    total, *others = (identity(like.in_channels, like) if operator is None else operator for operator in branches)
-    for other in others:
-        total = add(total, other)
-    return total
+def _along(weight: Tensor, bias: Tensor, axes: Sequence[Axis], groups: int) -> AffineOperator:
+    """The operator of a weight and a bias with the geometry of `axes`."""
+    stride, dilation, upsampling = (
+        tuple(getattr(axis, name) for axis in axes) for name in ("stride", "dilation", "upsampling")
+    )
+    padding = tuple((axis.before, axis.after) for axis in axes)
+    return AffineOperator(weight, bias, stride, padding, dilation, groups, upsampling)
 
 
 def _multiply(first: AffineOperator, matrix: Tensor, matrix_groups: int) -> Tensor:
@@ -292,16 +262,16 @@ def _blocks(operator: AffineOperator, groups: int) -> Tensor:
     return torch.einsum("gaoi...,ab->gaobi...", own, diagonal).reshape(groups, ratio * out, ratio * in_, *operator.kernel)
 
 
-def _common_step(k1: int, d1: int, k2: int, d2: int, default: int = 1) -> int:
-    """The largest dilation on whose grid lie the taps of both kernels; `default` where both have one tap."""
-    return math.gcd(d1 if k1 > 1 else 0, d2 if k2 > 1 else 0) or default
+def _common_step(k1: int, d1: int, k2: int, d2: int) -> int:
+    """The largest dilation on whose grid lie the taps of both kernels; 0 where both have one tap."""
+    return math.gcd(d1 if k1 > 1 else 0, d2 if k2 > 1 else 0)
 
 
-def _window(operator: AffineOperator, offset: Sequence[int], dilation: Sequence[int]) -> tuple[Any, ...]:
-    """The index of an operator's taps on the grid of a merged kernel, from an offset on."""
+def _window(kernel: Sequence[int], offset: Sequence[int], spread: Sequence[int], dilation: Sequence[int]) -> tuple[Any, ...]:
+    """The index of a kernel's taps, `spread` apart, on the grid of a merged kernel, from an offset on."""
     taps = (
         slice(start, start + (k - 1) * d // step + 1, d // step if k > 1 else 1)
-        for start, k, d, step in zip(offset, operator.kernel, operator.dilation, dilation, strict=True)
+        for start, k, d, step in zip(offset, kernel, spread, dilation, strict=True)
     )
     return (..., *taps)
 

@@ -1,23 +1,21 @@
 """Find the chains of a traced model: maximal stretches of linear operators with one input and one output."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from operator import getitem
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from fastentropy.fusion.affine import AffineOperator, Chain, Sum
+from fastentropy.fusion.affine import AffineOperator
+from fastentropy.fusion.elements import Chain, Flatten, Sum
+from fastentropy.fusion.reading import Linear, read, shape_of
 
 _aten = torch.ops.aten
-_CONVOLUTIONS: dict[Any, int] = {_aten.conv1d.default: 1, _aten.conv2d.default: 2, _aten.conv3d.default: 3}
 _ADDITIONS = {_aten.add.Tensor, _aten.add_.Tensor}
-_DROPOUTS = {_aten.dropout.default, _aten.dropout_.default, _aten.feature_dropout.default, _aten.feature_dropout_.default}
-_IDENTITIES = {_aten.alias.default, _aten.clone.default}
-
-_Steps = tuple["Node | tuple[_Steps, ...]", ...]
+_VIEWS = {_aten.view.default, _aten.reshape.default, _aten.flatten.using_ints, _aten.permute.default}
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +23,8 @@ class FoundChain:
     """A chain in a graph: `elements` take the value of `source` to the value of `end`, and nothing else reads between.
 
     The weights are float64. `members` are the nodes from after the source to the end, and `names` the paths of the
-    operators' modules in the model, in call order.
+    operators' modules in the model, in call order. `views` are nodes that are still to be applied to what the elements give:
+    a reshape of all axes but the last, whose last size is to be replaced, and a permutation of the axes.
     """
 
     source: Node
@@ -33,23 +32,45 @@ class FoundChain:
     members: tuple[Node, ...]
     elements: Chain
     names: tuple[str, ...]
+    views: tuple[Node, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class _Step:
+    """An operator of a chain in the making, to be built once the number of its spatial axes is known."""
+
+    build: Callable[[int], AffineOperator]
+    name: str
+
+
+_Steps = tuple["_Step | tuple[_Steps, ...]", ...]
 
 
 @dataclass(frozen=True, eq=False)
 class _Segment:
-    """A chain in the making: node after node, or branches that are added. `axes` is None as long as no operator fixed it."""
+    """A chain in the making. `axes` is None as long as no operator fixed it.
+
+    `flat` holds the spatial sizes that the value had before it was flattened; the layers after that are convolutions that
+    cover the whole of it.
+    """
 
     source: Node
     steps: _Steps
     axes: int | None
     members: frozenset[Node]
+    views: tuple[Node, ...] = ()
+    flat: tuple[int, ...] | None = None
+
+    @property
+    def is_permuted(self) -> bool:
+        return bool(self.views) and self.views[-1].target is _aten.permute.default
 
 
 def find_chains(module: GraphModule) -> list[FoundChain]:
     """The maximal chains of a graph of ATen operators as `torch.export` gives it, in call order."""
     segments: dict[Node, _Segment] = {}
     for node in module.graph.nodes:
-        segment = _add_branches(node, segments) if node.target in _ADDITIONS else _extend(node, segments)
+        segment = _segment_to(node, segments, module)
         if segment is not None:
             segments[node] = segment
     inner = {member for end, segment in segments.items() for member in segment.members if member is not end}
@@ -64,36 +85,121 @@ def overwritten_constants(module: GraphModule) -> list[str]:
 
 def _found(end: Node, segment: _Segment, module: GraphModule) -> FoundChain:
     members = tuple(node for node in module.graph.nodes if node in segment.members)
-    return FoundChain(segment.source, end, members, _elements(segment.steps, module), _names(segment.steps))
+    elements = _elements(segment.steps, segment.axes or 0)
+    if segment.flat is not None:
+        elements += (Flatten(),)
+    return FoundChain(segment.source, end, members, elements, _names(segment.steps), segment.views)
 
 
-def _extend(node: Node, segments: Mapping[Node, _Segment]) -> _Segment | None:
-    """The segment that ends with a linear operator of one input."""
-    if not _is_linear(node):
+def _segment_to(node: Node, segments: Mapping[Node, _Segment], module: GraphModule) -> _Segment | None:
+    """The segment that ends with a node."""
+    if node.target in _VIEWS:
+        return _view(node, segments)
+    linear = read(node, module)
+    if linear is None:
+        return _add_branches(node, segments) if node.target in _ADDITIONS else None
+    before = segments.get(linear.operand) if len(linear.operand.users) == 1 else None
+    overwrites = _writes(node, linear.operand)
+    if before and (before.steps or not overwrites) and (extended := _extend(before, node, linear)):
+        return extended
+    if overwrites or _is_overwritten(linear.operand):
         return None
-    operand, axes, steps = node.args[0], _axes(node), () if _axes(node) is None else (node,)
+    start = _Segment(linear.operand, (), None, frozenset())
+    return _extend(start, node, linear)
+
+
+def _extend(before: _Segment, node: Node, linear: Linear) -> _Segment | None:
+    """A segment with one more operator; None where that does not act on its channels."""
+    members, shape = before.members | {node}, shape_of(linear.operand) or ()
+    if linear.build is None and linear.axes is None:
+        return replace(before, members=members)
+    if before.is_permuted:
+        return _extend_channelwise(before, linear, len(shape), members)
+    if before.flat is not None:
+        return _extend_flat(before, linear, members)
+    if None not in (linear.axes, before.axes) and linear.axes != before.axes:
+        return None
+    axes = before.axes if linear.axes is None else linear.axes
+    steps = before.steps if linear.build is None else (*before.steps, _Step(linear.build, linear.name))
+    flat = (1,) * (linear.axes or 0) if linear.flattens else None
+    return replace(before, steps=steps, axes=axes, members=members, flat=flat)
+
+
+def _extend_channelwise(before: _Segment, linear: Linear, dimensions: int, members: frozenset[Node]) -> _Segment | None:
+    """A scale of the channels, which were the last axis before they were permuted to be the second."""
+    build, spatial = linear.build, dimensions - 2
+    if linear.name or build is None or linear.axes not in (None, spatial) or not build(spatial).is_channelwise:
+        return None
+
+    def build_last(_: int) -> AffineOperator:
+        operator = build(spatial)
+        return AffineOperator(operator.weight.flatten(1), operator.bias, groups=operator.groups)
+
+    return replace(before, steps=(*before.steps, _Step(build_last, "")), members=members)
+
+
+def _extend_flat(before: _Segment, linear: Linear, members: frozenset[Node]) -> _Segment | None:
+    """A layer of flattened features: a convolution whose kernel is as large as its input."""
+    sizes, build = before.flat or (), linear.build
+    is_dense = bool(linear.name)
+    if linear.axes not in (None, 0) or build is None or not (is_dense or math.prod(sizes) == 1):
+        return None
+
+    def build_covering(axes: int) -> AffineOperator:
+        operator, ones = build(0), (1,) * axes
+        weight = operator.weight.reshape(operator.weight.shape[0], -1, *sizes)
+        return AffineOperator(weight, operator.bias, ones, (0,) * axes, ones, operator.groups)
+
+    step = _Step(build_covering, linear.name)
+    return replace(before, steps=(*before.steps, step), members=members, flat=(1,) * len(sizes))
+
+
+def _view(node: Node, segments: Mapping[Node, _Segment]) -> _Segment | None:
+    """The segment that ends with a reshape of all axes but the last, a flattening, or channels permuted to the front."""
+    operand = node.args[0]
     assert isinstance(operand, Node)
-    before = segments.get(operand)
-    if before and len(operand.users) == 1 and (None in (axes, before.axes) or axes == before.axes):
-        merged_axes = before.axes if axes is None else axes
-        return _Segment(before.source, before.steps + steps, merged_axes, before.members | {node})
-    return None if _is_overwritten(operand) else _Segment(operand, steps, axes, frozenset({node}))
+    shape, result = shape_of(operand) or (), shape_of(node) or ()
+    before = segments.get(operand) if len(operand.users) == 1 else None
+    if before and before.axes and before.flat is None and not before.views:
+        return _flatten(before, node, shape, result)
+    if node.target is _aten.permute.default:
+        channels_first = [0, len(shape) - 1, *range(1, len(shape) - 1)]
+        if before and before.axes == 0 and not before.is_permuted and list(node.args[1]) == channels_first:  # type: ignore[arg-type]
+            return replace(before, members=before.members | {node}, views=(*before.views, node))
+        return None
+    if node.target is _aten.flatten.using_ints or not shape or not result or shape[-1] != result[-1]:
+        return None
+    if before and before.axes in (None, 0) and before.flat is None and not before.is_permuted:
+        return replace(before, axes=0, members=before.members | {node}, views=(node,))
+    return None if _is_overwritten(operand) else _Segment(operand, (), 0, frozenset({node}), (node,))
+
+
+def _flatten(before: _Segment, node: Node, shape: tuple[Any, ...], result: tuple[Any, ...]) -> _Segment | None:
+    spatial = tuple(shape[2:])
+    if len(shape) != (before.axes or 0) + 2 or not all(isinstance(size, int) for size in spatial):
+        return None
+    if node.target is _aten.permute.default or tuple(result) != (shape[0], shape[1] * math.prod(spatial)):
+        return None
+    return replace(before, members=before.members | {node}, flat=spatial)
 
 
 def _add_branches(node: Node, segments: Mapping[Node, _Segment]) -> _Segment | None:
     """The segment that ends with the addition of two branches of one value, continued backwards where nothing else reads it."""
     left, right = node.args[:2]
-    if not (isinstance(left, Node) and isinstance(right, Node)) or node.kwargs or _shape(left) != _shape(right):
+    if not (isinstance(left, Node) and isinstance(right, Node)) or node.kwargs or shape_of(left) != shape_of(right):
         return None
     branches = [_branch(operand, segments) for operand in (left, right)]
     source, members = branches[0].source, branches[0].members | branches[1].members | {node}
-    axes = {branch.axes for branch in branches} - {None}
+    axes = {branch.axes for branch in branches if branch.steps} - {None}
     overwrites_source = node.target == _aten.add_.Tensor and left is source
     if branches[1].source is not source or len(axes) != 1 or overwrites_source or _is_overwritten(source):
         return None
+    if not all(_ends_as_it_began(branch, operand) for branch, operand in zip(branches, (left, right), strict=True)):
+        return None
     steps: _Steps = (tuple(branch.steps for branch in branches),)
     before = segments.get(source)
-    if before and members.issuperset(source.users) and before.axes in (None, *axes):
+    continues = before and members.issuperset(source.users) and before.axes in (None, *axes)
+    if before and continues and before.flat is None and not before.views:
         return _Segment(before.source, before.steps + steps, axes.pop(), before.members | members)
     return _Segment(source, steps, axes.pop(), members)
 
@@ -104,23 +210,11 @@ def _branch(operand: Node, segments: Mapping[Node, _Segment]) -> _Segment:
     return _Segment(operand, (), None, frozenset())
 
 
-def _is_linear(node: Node) -> bool:
-    """Whether a node is an affine function of its first operand, with constant weights."""
-    if node.op != "call_function" or not node.args or not isinstance(node.args[0], Node):
+def _ends_as_it_began(branch: _Segment, operand: Node) -> bool:
+    """Whether a branch's views, if it has any, leave its value in the shape of its source, but for the channels."""
+    if branch.flat is not None or branch.is_permuted:
         return False
-    if node.target in _DROPOUTS:
-        return not node.args[2]
-    if node.target in _CONVOLUTIONS or node.target == _aten.linear.default:
-        return all(_is_constant(argument) for argument in node.args[1:3])
-    if node.target == _aten.batch_norm.default:
-        uses_batch_statistics, running = node.args[5], node.args[3:5]
-        constants = all(_is_constant(argument) for argument in node.args[1:5])
-        return constants and not uses_batch_statistics and None not in running
-    return node.target in _IDENTITIES
-
-
-def _is_constant(argument: Any) -> bool:
-    return argument is None or (isinstance(argument, Node) and argument.op == "get_attr")
+    return not branch.views or (shape_of(operand) or ())[:-1] == (shape_of(branch.source) or ())[:-1]
 
 
 def _is_overwritten(node: Node) -> bool:
@@ -140,76 +234,19 @@ def _writes(user: Node, node: Node) -> bool:
     return is_view and any(_writes(other, user) for other in user.users)
 
 
-def _axes(node: Node) -> int | None:
-    """How many spatial axes an operator has; None where it acts on values of any shape."""
-    if node.target == _aten.batch_norm.default:
-        return len(_shape(node) or ()) - 2
-    return 0 if node.target == _aten.linear.default else _CONVOLUTIONS.get(node.target)
-
-
-def _shape(node: Node) -> torch.Size | None:
-    """The shape of a tensor; None for a number."""
-    return getattr(node.meta.get("val"), "shape", None)
-
-
-def _operators(steps: _Steps) -> list[Node]:
-    return [
-        operator
-        for step in steps
-        for operator in ([step] if isinstance(step, Node) else [o for branch in step for o in _operators(branch)])
-    ]
-
-
 def _names(steps: _Steps) -> tuple[str, ...]:
     """The paths of the convolutions and linear layers among the steps."""
-    weights = [node.args[1] for node in _operators(steps) if node.target != _aten.batch_norm.default]
-    return tuple(str(weight.target).removesuffix(".weight") for weight in weights if isinstance(weight, Node))
+    names: list[str] = []
+    for step in steps:
+        if isinstance(step, _Step):
+            names += [step.name] * bool(step.name)
+        else:
+            names += [name for branch in step for name in _names(branch)]
+    return tuple(names)
 
 
-def _elements(steps: _Steps, module: GraphModule) -> Chain:
+def _elements(steps: _Steps, axes: int) -> Chain:
     return tuple(
-        _operator(step, module) if isinstance(step, Node) else Sum(tuple(_elements(branch, module) for branch in step))
+        step.build(axes) if isinstance(step, _Step) else Sum(tuple(_elements(branch, axes) for branch in step))
         for step in steps
     )
-
-
-def _operator(node: Node, module: GraphModule) -> AffineOperator:
-    """An operator of the graph as numbers, in float64."""
-    arguments = node.normalized_arguments(module, normalize_to_only_use_kwargs=True)
-    assert arguments is not None
-    values = {name: _value(value, module) for name, value in arguments.kwargs.items()}
-    if node.target == _aten.batch_norm.default:
-        return _batch_norm(values, _axes(node) or 0)
-    weight = values["weight"]
-    bias = weight.new_zeros(weight.shape[0]) if values["bias"] is None else values["bias"]
-    if node.target == _aten.linear.default:
-        return AffineOperator(weight, bias)
-    axes = _CONVOLUTIONS[node.target]
-    stride, padding, dilation = (
-        tuple(values[name]) * (axes // len(values[name])) for name in ("stride", "padding", "dilation")
-    )
-    return AffineOperator(weight, bias, stride, padding, dilation, values["groups"])
-
-
-def _batch_norm(values: Mapping[str, Any], axes: int) -> AffineOperator:
-    """Batch norm in eval mode, y = (x − mean) / sqrt(var + eps) · weight + bias (Ioffe and Szegedy, arXiv 1502.03167)."""
-    mean, variance = values["running_mean"], values["running_var"]
-    scale = torch.rsqrt(variance + values["eps"])
-    if values["weight"] is not None:
-        scale = scale * values["weight"]
-    shift = -mean * scale
-    if values["bias"] is not None:
-        shift = shift + values["bias"]
-    channels = mean.shape[0]
-    return AffineOperator(
-        scale.reshape(channels, 1, *(1,) * axes), shift, (1,) * axes, (0,) * axes, (1,) * axes, groups=channels
-    )
-
-
-def _value(argument: Any, module: GraphModule) -> Any:
-    if not (isinstance(argument, Node) and argument.op == "get_attr"):
-        return argument
-    value: Any = module
-    for name in str(argument.target).split("."):
-        value = getattr(value, name)
-    return value.detach().to(torch.float64) if isinstance(value, Tensor) else value

@@ -1,59 +1,177 @@
 """Write chains of affine operators back into a graph of ATen operators."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
-from fastentropy.fusion.affine import AffineOperator, Chain, Sum
+from fastentropy.fusion.affine import AffineOperator, Axis
+from fastentropy.fusion.elements import Bordered, Chain, Element, Flatten, Kernel, Sum, output_shape
 
 _aten = torch.ops.aten
 _CONVOLUTIONS = (_aten.conv1d.default, _aten.conv2d.default, _aten.conv3d.default)
+_TRANSPOSED = (_aten.conv_transpose1d.default, _aten.conv_transpose2d.input, _aten.conv_transpose3d.input)
+_POOLS = (_aten.avg_pool1d.default, _aten.avg_pool2d.default, _aten.avg_pool3d.default)
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
-def lower(chain: Chain, graph: Graph, value: Node, tensors: dict[str, Tensor], like: Tensor, prefix: str) -> Node:
-    """Append the operators of a chain to a graph at its insertion point and return the node of the result.
+class Lowering:
+    """Appends operators to a graph at its insertion point.
 
-    Their weights, in the dtype and on the device of `like`, are added to `tensors` under names that begin with `prefix`.
+    Their weights are added to `tensors` under names that begin with `prefix`, in the dtype, on the device and in the memory
+    format of `like`, a value of the chain's source.
     """
-    for index, element in enumerate(chain):
-        name = f"{prefix}_{index}"
-        if isinstance(element, Sum):
-            branches = [lower(branch, graph, value, tensors, like, f"{name}_{n}") for n, branch in enumerate(element.branches)]
-            value = branches[0]
-            for branch in branches[1:]:
-                value = graph.call_function(_aten.add.Tensor, (value, branch))
+
+    def __init__(self, graph: Graph, like: Tensor, prefix: str) -> None:
+        """Begin with no tensors."""
+        self.tensors: dict[str, Tensor] = {}
+        self._graph, self._like, self._prefix = graph, like, prefix
+
+    def lower(self, chain: Chain, value: Node, shape: Sequence[int]) -> Node:
+        """Append a chain that is applied to a value of that shape, and return the node of the result."""
+        elements = list(chain)
+        while elements:
+            element = elements.pop(0)
+            if isinstance(element, AffineOperator) and _covers(element, shape):
+                value = self._covering_layer(element, value, flattened=elements == [Flatten()])
+                elements = [] if elements == [Flatten()] else elements
+            else:
+                value = self._element(element, value, shape)
+            shape = output_shape((element,), shape)
+        return value
+
+    def _element(self, element: Element, value: Node, shape: Sequence[int]) -> Node:
+        match element:
+            case Sum(branches):
+                total, *others = (self.lower(branch, value, shape) for branch in branches)
+                for other in others:
+                    total = self._graph.call_function(_aten.add.Tensor, (total, other))
+                return total
+            case Bordered():
+                return self._bordered(element, value, shape)
+            case Kernel(name, first, second):
+                return self._kernel(name, first, second, value)
+            case Flatten():
+                return self._graph.call_function(_aten.flatten.using_ints, (value, 1))
+            case operator:
+                return self._operator(operator, value)
+
+    def _operator(self, operator: AffineOperator, value: Node) -> Node:
+        if not operator.axes and not operator.is_channelwise:
+            weight, bias = self._constant(operator.dense_weight()), self._bias(operator)
+            return self._graph.call_function(_aten.linear.default, (value, weight, bias))
+        if operator.is_channelwise and operator.bias.ndim == 1:
+            return self._scale(operator, value)
+        if operator.is_average and all(axis.before == axis.after >= 0 for axis in operator.axes):
+            padding = [axis.before for axis in operator.axes]
+            arguments = (value, list(operator.kernel), list(operator.stride), padding)
+            return self._graph.call_function(_POOLS[len(padding) - 1], arguments)
+        if any(axis.upsampling > 1 for axis in operator.axes):
+            return self._transposed_convolution(operator, value)
+        return self._convolution(operator, value)
+
+    def _scale(self, operator: AffineOperator, value: Node) -> Node:
+        """A batch norm with nothing to fold into: one pass over the values."""
+        scale, shift = (t.reshape(-1, *(1,) * len(operator.axes)) for t in (operator.weight, operator.bias))
+        return self._graph.call_function(_aten.addcmul.default, (self._constant(shift), value, self._constant(scale)))
+
+    def _convolution(self, operator: AffineOperator, value: Node) -> Node:
+        padding = [min(axis.before, axis.after) for axis in operator.axes]
+        more = [margin - own for axis, own in zip(operator.axes, padding, strict=True) for margin in (axis.before, axis.after)]
+        if any(more):  # zeros on one side only
+            pairs = [more[index : index + 2] for index in range(0, len(more), 2)]
+            value = self._graph.call_function(_aten.constant_pad_nd.default, (value, [n for pair in pairs[::-1] for n in pair]))
+        geometry: list[Any] = [list(operator.stride), padding, list(operator.dilation), operator.groups]
+        arguments = (value, self._constant(operator.weight), self._bias(operator), *geometry)
+        output = self._graph.call_function(_CONVOLUTIONS[len(padding) - 1], arguments)
+        return self._with_map(operator, output)
+
+    def _transposed_convolution(self, operator: AffineOperator, value: Node) -> Node:
+        axes, groups = operator.axes, operator.groups
+        split = operator.weight.flip(tuple(range(2, 2 + len(axes)))).unflatten(0, (groups, -1))
+        weight = self._constant(split.transpose(1, 2).flatten(0, 1))
+        padding = [axis.reach - axis.before for axis in axes]
+        more = [axis.after - axis.before for axis in axes]
+        geometry = [list(operator.upsampling), padding, more, groups, list(operator.dilation)]
+        arguments = (value, weight, self._bias(operator), *geometry)
+        return self._with_map(operator, self._graph.call_function(_TRANSPOSED[len(axes) - 1], arguments))
+
+    def _with_map(self, operator: AffineOperator, output: Node) -> Node:
+        """Add a bias that depends on the position, in place: the convolution's output is this graph's own."""
+        if operator.bias.ndim == 1:
+            return output
+        return self._graph.call_function(_aten.add_.Tensor, (output, self._constant(operator.bias)))
+
+    def _covering_layer(self, operator: AffineOperator, value: Node, flattened: bool) -> Node:
+        """A convolution with as many taps as its input has positions: a linear layer of the flattened input."""
+        features = self._graph.call_function(_aten.flatten.using_ints, (value, 1))
+        arguments = (features, self._constant(operator.weight.flatten(1)), self._bias(operator))
+        output = self._graph.call_function(_aten.linear.default, arguments)
+        if flattened:
+            return output
+        sizes = [operator.out_channels, *(1,) * len(operator.axes)]
+        return self._graph.call_function(_aten.unflatten.int, (output, 1, sizes))
+
+    def _bordered(self, element: Bordered, value: Node, shape: Sequence[int]) -> Node:
+        output = self._operator(element.interior, value)
+        first = len(shape) - len(element.interior.axes)
+        for strip in element.strips:
+            axis = first + strip.axis
+            cut = list(shape)
+            cut[axis] = strip.input[1] - strip.input[0]
+            border = self.lower(element.chain, self._slice(value, axis, strip.input), cut)
+            kept = self._slice(border, axis, strip.kept)
+            self._graph.call_function(_aten.copy_.default, (self._slice(output, axis, strip.output), kept))
+        return output
+
+    def _slice(self, value: Node, axis: int, positions: tuple[int, int]) -> Node:
+        return self._graph.call_function(_aten.slice.Tensor, (value, axis, *positions))
+
+    def _kernel(self, name: str, first: AffineOperator, second: AffineOperator, value: Node) -> Node:
+        weights = [self._constant(t) for o in (first, second) for t in (o.weight, o.bias)]
+        if name == "conv_pointwise":
+            weights[2] = self._constant(second.weight.flatten(1))
+            geometry: tuple[Any, ...] = (list(first.stride), [a.before for a in first.axes], list(first.dilation), first.groups)
         else:
-            value = _lower_operator(element, graph, value, tensors, like, name)
-    return value
+            geometry = ()
+        return self._graph.call_function(getattr(torch.ops.fastentropy, name).default, (value, *weights, *geometry))
+
+    def _bias(self, operator: AffineOperator) -> Node | None:
+        return self._constant(operator.bias) if operator.bias.ndim == 1 and operator.bias.any() else None
+
+    def _constant(self, tensor: Tensor) -> Node:
+        name = f"{self._prefix}_{len(self.tensors)}"
+        self.tensors[name] = like_format(tensor.to(self._like), self._like)
+        return self._graph.create_node("get_attr", name)
+
+
+def like_format(tensor: Tensor, like: Tensor) -> Tensor:
+    """The tensor in the memory format of a value, where it has as many axes."""
+    last = _CHANNELS_LAST.get(like.ndim)
+    if last and tensor.ndim == like.ndim and is_channels_last(like):
+        return tensor.contiguous(memory_format=last)
+    return tensor.contiguous()
+
+
+def is_channels_last(value: Tensor) -> bool:
+    """Whether the channels of images are what lies next to each other, and not their positions."""
+    last = _CHANNELS_LAST.get(value.ndim)
+    return last is not None and value.is_contiguous(memory_format=last) and not value.is_contiguous()
 
 
 def compile_chain(chain: Chain, like: Tensor) -> GraphModule:
     """A chain as a module of its own that runs just as it will inside a fused model."""
-    graph, tensors = Graph(), dict[str, Tensor]()
-    graph.output(lower(chain, graph, graph.placeholder("x"), tensors, like, "operator"))
-    return GraphModule(tensors, graph)
+    graph = Graph()
+    lowering = Lowering(graph, like, "operator")
+    graph.output(lowering.lower(chain, graph.placeholder("x"), like.shape))
+    return GraphModule(lowering.tensors, graph)
 
 
-def _lower_operator(
-    operator: AffineOperator, graph: Graph, value: Node, tensors: dict[str, Tensor], like: Tensor, name: str
-) -> Node:
-    def constant(suffix: str, tensor: Tensor) -> Node:
-        tensors[f"{name}_{suffix}"] = tensor.to(like).contiguous()
-        return graph.create_node("get_attr", f"{name}_{suffix}")
-
-    axes = len(operator.kernel)
-    if operator.is_channelwise and operator.bias.ndim == 1:
-        # A batch norm with nothing to fold into: one pass over the values.
-        scale, shift = (t.reshape(-1, *(1,) * axes) for t in (operator.weight, operator.bias))
-        return graph.call_function(_aten.addcmul.default, (constant("bias", shift), value, constant("weight", scale)))
-    if not axes:
-        weight = operator.dense_weight()
-        return graph.call_function(_aten.linear.default, (value, constant("weight", weight), constant("bias", operator.bias)))
-    everywhere = operator.bias.ndim == 1
-    geometry: list[Any] = [list(operator.stride), list(operator.padding), list(operator.dilation), operator.groups]
-    bias = constant("bias", operator.bias) if everywhere else None
-    output = graph.call_function(_CONVOLUTIONS[axes - 1], (value, constant("weight", operator.weight), bias, *geometry))
-    # The map is added in place: the convolution's output is this graph's own.
-    return output if everywhere else graph.call_function(_aten.add_.Tensor, (output, constant("bias", operator.bias)))
+def _covers(operator: AffineOperator, shape: Sequence[int]) -> bool:
+    """Whether an operator reads its whole input once, each value with a weight of its own."""
+    if not operator.axes or len(shape) != len(operator.axes) + 2 or operator.groups > 1 or operator.bias.ndim > 1:
+        return False
+    plain = all(axis == Axis(axis.kernel, axis.stride) for axis in operator.axes)
+    return plain and operator.kernel == tuple(shape[2:])

@@ -1,77 +1,124 @@
 """Choose, for each chain, the form that runs fastest: by measurement, on real inputs, among forms that are proven equal."""
 
+import contextlib
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
 
-from fastentropy.fusion.affine import AffineOperator, Chain, Sum, fold, merge, multiplications, operators, run
+from fastentropy.fusion.affine import AffineOperator, compose
 from fastentropy.fusion.chains import FoundChain
+from fastentropy.fusion.elements import Chain, Cost, Flatten, Sum, cost, operators, run
 from fastentropy.fusion.lowering import compile_chain
+from fastentropy.fusion.merging import fold, kernels, merge, outline, pools_first, spatial_size
+from fastentropy.fusion.proof import relative_error
 from fastentropy.fusion.report import Candidate, ChainReport
 from fastentropy.timing import Key, measure_times
 
 #: How much faster than the folded chain another form must be to take its place.
 TIE = 0.02
 
+#: Multiplications in the time of one byte, in float32: about 10 on a server's processor and on an H100 without tensor cores.
+MULTIPLICATIONS_PER_BYTE = 10
+
+#: A merged operator is not composed where its counted cost is so many times that of the chain: it could not be faster.
+HOPELESS = 1.5
+
+#: A stretch is not made longer after so many lengths without hope: an expansion, a depthwise convolution and a projection
+#: are worth merging though the first two are not.
+PATIENCE = 4
+
+Prices = Callable[[Mapping[Key, Chain], Mapping[Key, Tensor]], dict[Key, float]]
+
 
 @torch.no_grad()
-def plan_chain(found: FoundChain, x: Tensor, tolerance: float) -> tuple[Chain, ChainReport]:
+def plan_chain(found: FoundChain, x: Tensor, tolerance: float, *, measure: bool = True) -> tuple[Chain, ChainReport]:
     """The fastest form of a chain on the input x among those with a relative error of at most `tolerance`, and the report.
 
     `keep` is the chain with batch norm folded, `merge` one operator for all of it, `split` the division into merged
-    stretches whose measured times add up to the least.
+    stretches whose times add up to the least, `reorder` that with average pooling moved forward, and `kernel` the chain with
+    pairs of operators in fused kernels. Without `measure`, counted costs stand for the times.
     """
     kept = fold(found.elements)
     if len(operators(kept)) == 1:
         return kept, ChainReport(found.names, {}, "keep")
-    forms, note = _forms(kept, x)
-    candidates = _measure(forms, found.elements, x)
-    times = {name: c.milliseconds for name, c in candidates.items() if c.relative_error <= tolerance}
-    if len(times) < len(candidates):
-        note = f"above the tolerance of {tolerance:.0e}: {', '.join(name for name in forms if name not in times)}"
-    fastest = min(times, key=lambda name: times[name], default="keep")
-    choice = fastest if times.get(fastest, 0.0) <= (1 - TIE) * candidates["keep"].milliseconds else "keep"
+    price = measured if measure else counted
+    forms, note = _forms(kept, x, price)
+    prices = price(forms, dict.fromkeys(forms, x))
+    candidates = {
+        name: Candidate(
+            prices[name] if measure else None,
+            len(operators(form)),
+            *cost(form, x.shape, x.element_size()),
+            _chain_error(form, found.elements, x),
+        )
+        for name, form in forms.items()
+    }
+    proven = [name for name, candidate in candidates.items() if candidate.relative_error <= tolerance]
+    if len(proven) < len(candidates):
+        note = f"above the tolerance of {tolerance:.0e}: {', '.join(name for name in forms if name not in proven)}"
+    fastest = min(proven, key=lambda name: prices[name], default="keep")
+    choice = fastest if prices[fastest] <= (1 - TIE) * prices["keep"] else "keep"
     return forms[choice], ChainReport(found.names, candidates, choice, note)
 
 
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """The largest difference at any position, over the largest finite expected value.
-
-    Infinite where only one of the two is NaN or infinite.
-    """
-    if not expected.numel():
-        return 0.0
-    actual = actual.to(expected)
-    same = (actual == expected) | (actual.isnan() & expected.isnan())
-    difference = (actual - expected).abs().nan_to_num(torch.inf, torch.inf).masked_fill(same, 0)
-    scale = expected.abs().nan_to_num(0, 0, 0).max().clamp_min(torch.finfo(expected.dtype).tiny)
-    return float(difference.max() / scale)
+def measured(forms: Mapping[Key, Chain], inputs: Mapping[Key, Tensor]) -> dict[Key, float]:
+    """The milliseconds of each form on its input, timed side by side."""
+    functions = {key: functools.partial(compile_chain(form, inputs[key]), inputs[key]) for key, form in forms.items()}
+    return measure_times(functions, rounds=5)
 
 
-def _forms(kept: Chain, x: Tensor) -> tuple[dict[str, Chain], str]:
+def counted(forms: Mapping[Key, Chain], inputs: Mapping[Key, Tensor]) -> dict[Key, float]:
+    """The multiplications of each form and its bytes in terms of them, in place of a time."""
+    return {key: _weigh(cost(form, inputs[key].shape, inputs[key].element_size())) for key, form in forms.items()}
+
+
+def _weigh(counted: Cost) -> float:
+    return counted.multiplications + MULTIPLICATIONS_PER_BYTE * counted.bytes
+
+
+def _chain_error(form: Chain, chain: Chain, x: Tensor) -> float:
+    """The error of a form on a given value and on a random one of the same size."""
+    batched = x.ndim > len(operators(chain)[0].axes) + 1
+    generator = torch.Generator().manual_seed(0)
+    given = x[:1] if batched else x
+    drawn = torch.randn(given.shape, generator=generator).to(given) * given.std(correction=0)
+    compiled = compile_chain(form, given)
+    return max(relative_error(compiled(each), run(chain, each.double())) for each in (given, drawn))
+
+
+def _forms(kept: Chain, x: Tensor, price: Prices[str]) -> tuple[dict[str, Chain], str]:
     forms, note = {"keep": kept}, ""
     try:
-        forms["merge"] = (merge(kept, _spatial_size(kept, x)),)
+        body = kept[:-1] if isinstance(kept[-1], Flatten) else kept
+        if _is_hopeless(outline(body), body, x):
+            note = f"one operator would cost more than {HOPELESS} times as much"
+        else:
+            forms["merge"] = merge(kept, spatial_size(kept, x))
     except ValueError as error:
         note = str(error)
-    split = _fastest_split(kept, x)
-    if 1 < len(operators(split)) < len(operators(kept)):
-        forms["split"] = split
+    ways = {"split": _fastest_split(kept, x, price)}
+    if (reordered := pools_first(kept)) != kept:
+        ways["reorder"] = _fastest_split(reordered, x, price)
+    if x.is_cuda:
+        ways["kernel"] = kernels(kept)
+    for name, way in ways.items():
+        if name == "reorder" or way not in forms.values():
+            forms[name] = way
     return forms, note
 
 
-def _fastest_split(chain: Chain, x: Tensor) -> Chain:
-    """Divide a chain into stretches, each merged or left as it is, so that the sum of their measured times is the least.
+def _fastest_split(chain: Chain, x: Tensor, price: Prices) -> Chain:
+    """Divide a chain into stretches, each merged or left as it is, so that the sum of their times is the least.
 
     Dynamic programming over the places between elements; the branches of a sum that is not merged are divided likewise.
     """
     inputs = [x]
     for element in chain:
-        inputs.append(compile_chain((element,), x)(inputs[-1]))
-    stretches = _stretches(chain, inputs)
-    times = _time_forms(stretches, {key: inputs[key[0]] for key in stretches})
+        inputs.append(compile_chain((element,), inputs[-1])(inputs[-1]))
+    stretches = _stretches(chain, inputs, price)
+    times = price(stretches, {key: inputs[key[0]] for key in stretches})
     best: list[tuple[float, Chain]] = [(0.0, ())]
     for stop in range(1, len(chain) + 1):
         ways = [
@@ -81,43 +128,41 @@ def _fastest_split(chain: Chain, x: Tensor) -> Chain:
     return best[-1][1]
 
 
-def _stretches(chain: Chain, inputs: list[Tensor]) -> dict[tuple[int, int, bool], Chain]:
+def _stretches(chain: Chain, inputs: list[Tensor], price: Prices) -> dict[tuple[int, int, bool], Chain]:
     """Every stretch chain[start:stop] that can stand as one, by (start, stop, whether it is merged)."""
     stretches: dict[tuple[int, int, bool], Chain] = {}
+    sketches = [None if isinstance(element, Flatten) else outline((element,)) for element in chain]
     for start, element in enumerate(chain):
+        x = inputs[start]
         if isinstance(element, Sum):
-            element = Sum(tuple(_fastest_split(branch, inputs[start]) for branch in element.branches))
+            element = Sum(tuple(_fastest_split(branch, x, price) for branch in element.branches))
         stretches[start, start + 1, False] = (element,)
-        for stop in range(start + 1, len(chain) + 1):
-            stretch = chain[start:stop]
-            if isinstance(stretch[-1], AffineOperator) and len(stretch) == 1:
-                continue
-            try:
-                stretches[start, stop, True] = (merge(stretch, _spatial_size(stretch, inputs[start])),)
-            except ValueError:
-                break
+        for stop in _promising_stops(chain[start:], sketches[start:], x):
+            if stop > 1 or isinstance(element, Sum):
+                with contextlib.suppress(ValueError):
+                    stretches[start, start + stop, True] = merge(chain[start : start + stop], spatial_size(chain, x))
     return stretches
 
 
-def _spatial_size(chain: Chain, x: Tensor) -> torch.Size:
-    return x.shape[x.ndim - len(operators(chain)[0].kernel) :]
+def _promising_stops(chain: Chain, sketches: list[AffineOperator | None], x: Tensor) -> Iterator[int]:
+    """How many elements from the first on may be worth merging, by the counted cost of the one operator and of the chain."""
+    merged, hopeless = sketches[0], 0
+    for stop in range(1, len(chain) + 1):
+        sketch = sketches[stop - 1]
+        try:
+            merged = merged if stop == 1 or merged is None or sketch is None else compose(merged, sketch)
+        except ValueError:
+            return
+        if merged is None or sketch is None or hopeless == PATIENCE:
+            return
+        if _is_hopeless(merged, chain[:stop], x):
+            hopeless += 1
+        else:
+            hopeless = 0
+            yield stop
 
 
-def _time_forms(forms: Mapping[Key, Chain], inputs: Mapping[Key, Tensor]) -> dict[Key, float]:
-    return measure_times({key: functools.partial(compile_chain(form, inputs[key]), inputs[key]) for key, form in forms.items()})
-
-
-def _measure(forms: Mapping[str, Chain], chain: Chain, x: Tensor) -> dict[str, Candidate]:
-    times = _time_forms(forms, dict.fromkeys(forms, x))
-    batched = x.ndim > len(operators(chain)[0].kernel) + 1
-    few = x[:2] if batched else x
-    expected = run(chain, few.double())
-    return {
-        name: Candidate(
-            times[name],
-            len(operators(form)),
-            multiplications(form, x.shape),
-            relative_error(compile_chain(form, x)(few), expected),
-        )
-        for name, form in forms.items()
-    }
+def _is_hopeless(merged: AffineOperator, chain: Chain, x: Tensor) -> bool:
+    """Whether a merged operator, known by its outline, would cost so much more than the chain that it need not be composed."""
+    one, all_ = (_weigh(cost(form, x.shape, x.element_size())) for form in ((merged,), chain))
+    return one > HOPELESS * all_

@@ -9,15 +9,16 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """One form of a chain.
+    """One form of a chain, for one call on the example inputs.
 
-    milliseconds is for one call on the example inputs, multiplications for the whole batch; relative_error is the largest
-    difference to the chain run in float64, over the chain's largest value.
+    milliseconds is None where nothing was measured. multiplications and bytes (read and written) are counted for the whole
+    batch; relative_error is the largest difference to the chain run in float64, over the chain's largest value.
     """
 
-    milliseconds: float
+    milliseconds: float | None
     operators: int
     multiplications: int
+    bytes: int
     relative_error: float
 
 
@@ -33,9 +34,9 @@ class ChainReport:
     def __str__(self) -> str:
         """The chain on a line, then a line for each candidate."""
         lines = [
-            f"  {'*' if name == self.choice else ' '} {name:<6}{candidate.milliseconds:>9.3f} ms"
-            f"{candidate.operators:>5} operators{candidate.multiplications / 1e6:>11.2f} M multiplications"
-            f"   error {candidate.relative_error:.0e}"
+            f"  {'*' if name == self.choice else ' '} {name:<7}{_milliseconds(candidate.milliseconds):>12}"
+            f"{candidate.operators:>4} operators{candidate.multiplications / 1e6:>10.2f} M multiplications"
+            f"{candidate.bytes / 1e6:>9.2f} MB   error {candidate.relative_error:.0e}"
             for name, candidate in self.candidates.items()
         ]
         title = self.names[0] if len(self.names) == 1 else f"{self.names[0]} … {self.names[-1]}"
@@ -48,19 +49,22 @@ class FusionReport:
     """What `fuse` did.
 
     milliseconds holds the time of one call on the example inputs of the model as given (`original`), with only batch norm
-    folded (`folded`) and with every chain in its fastest form (`fused`), measured side by side; `choice` names the one that
-    was kept. max_relative_error is that of the kept one against the original over all inputs that it was compared on.
+    folded (`folded`) and with every chain in its fastest form (`fused`), measured side by side, each in the memory format in
+    which it is fastest (`memory_formats`); it is empty where nothing was measured. `choice` names the one that was kept.
+    max_relative_error is that of the kept one over all inputs that it was compared on, against the model in float64 where
+    that runs.
     """
 
     chains: tuple[ChainReport, ...]
     milliseconds: dict[str, float]
+    memory_formats: dict[str, str]
     choice: str
     max_relative_error: float
 
     @property
-    def speedup(self) -> float:
-        """How many times as fast as the model as given the kept one is."""
-        return self.milliseconds["original"] / self.milliseconds[self.choice]
+    def speedup(self) -> float | None:
+        """How many times as fast as the model as given the kept one is; None where nothing was measured."""
+        return self.milliseconds["original"] / self.milliseconds[self.choice] if self.milliseconds else None
 
     def to_dict(self) -> dict[str, Any]:
         """The report in the types of JSON."""
@@ -78,11 +82,18 @@ class FusionReport:
             )
             for chain in values["chains"]
         )
-        return cls(chains, values["milliseconds"], values["choice"], values["max_relative_error"])
+        names = ("milliseconds", "memory_formats", "choice", "max_relative_error")
+        return cls(chains, *(values[name] for name in names))
 
     def __str__(self) -> str:
         """Each chain with its candidates, and the times of the whole model."""
         chains = [str(chain) for chain in self.chains]
-        times = ", ".join(f"{name} {value:.3f} ms" for name, value in self.milliseconds.items())
-        kept = f"kept: {self.choice}, {self.speedup:.2f}× as fast as the original"
-        return "\n".join([*chains, f"model: {times}", f"{kept}, relative error {self.max_relative_error:.0e}"])
+        times = ", ".join(f"{name} {value:.3f} ms ({self.memory_formats[name]})" for name, value in self.milliseconds.items())
+        gain = f", {self.speedup:.2f}× as fast as the original" if self.speedup else ""
+        kept = f"kept: {self.choice}{gain}, relative error {self.max_relative_error:.0e}"
+        slower = "\nthe fused form was slower or not proven equal, and is not used" if self.choice != "fused" else ""
+        return "\n".join([*chains, f"model: {times or 'not measured'}", kept + slower])
+
+
+def _milliseconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f} ms"

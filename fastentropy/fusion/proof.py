@@ -1,0 +1,76 @@
+"""Prove a rewritten network equal to the network, on given and on random inputs, at several batch sizes."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from fastentropy.fusion.inputs import Inputs, batch_size, clone, is_float, random_like, to_double, with_batch_size
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """The largest difference at any position, over the largest finite expected value.
+
+    Infinite where only one of the two is NaN or infinite.
+    """
+    if not expected.numel():
+        return 0.0
+    actual = actual.to(expected)
+    same = (actual == expected) | (actual.isnan() & expected.isnan())
+    difference = (actual - expected).abs().nan_to_num(torch.inf, torch.inf).masked_fill(same, 0)
+    scale = expected.abs().nan_to_num(0, 0, 0).max().clamp_min(torch.finfo(expected.dtype).tiny)
+    return float(difference.max() / scale)
+
+
+class Proof:
+    """What a model answers to some inputs: the outputs that another form must have."""
+
+    def __init__(self, model: nn.Module, example_inputs: Inputs, takes: Callable[[Inputs], bool], tolerance: float) -> None:
+        """Run the model on the example, on random values, and at two other batch sizes among those that `takes` allows."""
+        batch = batch_size(example_inputs) or 0
+        inputs = [example_inputs, random_like(example_inputs, seed=0)]
+        for size in sorted({1, batch + 1} - {batch}):
+            other = random_like(with_batch_size(example_inputs, size), seed=size)
+            if takes(other) and _answers(model, other) is not None:
+                inputs.append(other)
+        self._cases = [(each, _answers(model, each)) for each in inputs]
+        self._model, self._tolerance = model, tolerance
+
+    def error(self, form: Callable[..., Any]) -> float:
+        """The largest relative error of any output of a form on any of the inputs.
+
+        A network can amplify rounding so much that its own outputs are far from exact. Where a form differs by more than
+        the tolerance, its outputs are compared with those of the model in float64, if that runs.
+        """
+        return max(self._case_error(_answers(form, inputs), inputs, expected) for inputs, expected in self._cases)
+
+    def _case_error(self, actual: list[Any] | None, inputs: Inputs, expected: list[Any] | None) -> float:
+        error = _largest_error(actual, expected)
+        if error <= self._tolerance or (double := _in_double(self._model)) is None:
+            return error
+        return min(error, _largest_error(actual, _answers(double, to_double(inputs))))
+
+
+def _largest_error(actual: list[Any] | None, expected: list[Any] | None) -> float:
+    if actual is None or expected is None:
+        return torch.inf
+    pairs = [pair for pair in zip(actual, expected, strict=True) if is_float(pair[1])]
+    return max((relative_error(*pair) for pair in pairs), default=0.0)
+
+
+def _answers(model: Callable[..., Any], inputs: Inputs) -> list[Any] | None:
+    """The outputs of a call; None where it raises, as for a size that a model does not take, or for lack of memory."""
+    try:
+        return pytree.tree_leaves(model(*clone(inputs)))
+    except Exception:  # whatever a model raises
+        return None
+
+
+def _in_double(model: nn.Module) -> nn.Module | None:
+    try:
+        return copy.deepcopy(model).double()
+    except Exception:  # no memory, or weights that do not convert
+        return None

@@ -1,0 +1,201 @@
+"""Trace a model into a graph of ATen operators, and rewrite the graph."""
+
+import copy
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram, ShapesCollection
+from torch.export.graph_signature import InputKind
+from torch.fx import GraphModule, Interpreter, Node
+from torch.utils import _pytree as pytree
+
+from fastentropy.fusion.chains import FoundChain
+from fastentropy.fusion.elements import Chain, output_shape
+from fastentropy.fusion.inputs import Inputs, batch_size, clone, has_batch, with_batch_size
+from fastentropy.fusion.lowering import Lowering
+
+#: The sizes that an axis may have, from the first on and below the second; None for no limit.
+Sizes = tuple[int, int | None]
+
+
+def export(model: nn.Module, example_inputs: Inputs) -> ExportedProgram:
+    """Trace a model with a free batch size, or for that of the example where the model does not allow another.
+
+    Raises ValueError where torch.export cannot trace it.
+    """
+    inputs = clone(example_inputs)
+    try:
+        return _trace_single(model, inputs) if batch_size(inputs) == 1 else _trace(model, inputs)
+    except Exception as error:
+        raise ValueError(f"torch.export cannot trace {type(model).__name__}: {first_line(error)}") from error
+
+
+def _trace(model: nn.Module, inputs: Inputs) -> ExportedProgram:
+    shapes, batch = ShapesCollection(), batch_size(inputs)  # type: ignore[no-untyped-call]
+    for value in pytree.tree_leaves(inputs):
+        if has_batch(value, batch):
+            shapes[value] = {0: Dim.AUTO}
+    return torch.export.export(model, inputs, dynamic_shapes=shapes)
+
+
+def _trace_single(model: nn.Module, inputs: Inputs) -> ExportedProgram:
+    """Trace for a batch of one: with two, since torch.export takes a one for a constant, and with one where that fails."""
+    try:
+        program = _trace(model, with_batch_size(inputs, 2))
+        if _is_dynamic(program):
+            return program
+    except Exception:  # whatever a model raises for another batch size
+        pass
+    return torch.export.export(model, inputs)
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's text, or its name."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def inference_module(program: ExportedProgram) -> GraphModule:
+    """The graph of a program with its constants as buffers, and without the checks of its input shapes."""
+    module = program.module(check_guards=False)
+    return _with_constants(module, module.graph, {})
+
+
+def _with_constants(module: nn.Module, graph: torch.fx.Graph, added: Mapping[str, Tensor]) -> GraphModule:
+    """A module that owns only the constants which the graph reads."""
+    graph.eliminate_dead_code()
+    names = {str(node.target) for node in graph.nodes if node.op == "get_attr"} - set(added)
+    constants: dict[str, Any] = {name: attribute(module, name) for name in names}
+    detached = {name: v.detach() if isinstance(v, Tensor) else v for name, v in constants.items()}
+    return GraphModule({**detached, **added}, graph)
+
+
+def attribute(module: nn.Module, name: str) -> Any:
+    """What a dotted path names."""
+    value: Any = module
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def rewrite(traced: GraphModule, chains: list[FoundChain], forms: list[Chain], sources: Mapping[Node, Tensor]) -> GraphModule:
+    """The same graph with each chain in another form, in the dtype, memory format and on the device of its source's value."""
+    graph = copy.deepcopy(traced.graph)
+    copies = {node.name: node for node in graph.nodes}
+    constants: dict[str, Tensor] = {}
+    for index, (chain, form) in enumerate(zip(chains, forms, strict=True)):
+        end = copies[chain.end.name]
+        like = sources[chain.source]
+        with graph.inserting_before(end):
+            lowering = Lowering(graph, like, f"chain_{index}")
+            result = lowering.lower(form, copies[chain.source.name], like.shape)
+            for view in chain.views:
+                result = _view_again(graph, view, copies, result, output_shape(form, like.shape)[-1])
+        constants |= lowering.tensors
+        end.replace_all_uses_with(result)
+        for node in reversed(chain.members):
+            graph.erase_node(copies[node.name])
+        copies[chain.end.name] = result  # the next chain may begin here
+    return _with_constants(traced, graph, constants)
+
+
+def _view_again(graph: torch.fx.Graph, view: Node, copies: Mapping[str, Node], value: Node, features: int) -> Node:
+    """A chain's view of what its new form gives: a permutation, or a reshape with another number of features."""
+    if view.target is torch.ops.aten.permute.default:
+        return graph.call_function(view.target, (value, view.args[1]))
+    sizes = view.args[1]
+    assert isinstance(sizes, Sequence)
+    leading = [copies[size.name] if isinstance(size, Node) else size for size in sizes[:-1]]
+    return graph.call_function(torch.ops.aten.reshape.default, (value, [*leading, features]))
+
+
+def in_channels_last(traced: GraphModule) -> GraphModule | None:
+    """The same graph with the weights of its 2-d and 3-d convolutions in channels-last, which their outputs follow.
+
+    None where it has none.
+    """
+    weights = {str(node.args[1].target) for node in traced.graph.nodes if _is_spatial_convolution(node, traced)}
+    if not weights:
+        return None
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    values = {name: attribute(traced, name) for name in weights}
+    added = {name: value.contiguous(memory_format=formats[value.ndim]) for name, value in values.items()}
+    return _with_constants(traced, copy.deepcopy(traced.graph), added)
+
+
+def _is_spatial_convolution(node: Node, traced: GraphModule) -> bool:
+    if node.op != "call_function" or ".conv" not in f".{str(node.target).removeprefix('aten')}":
+        return False
+    weight = node.args[1]
+    is_constant = isinstance(weight, Node) and weight.op == "get_attr"
+    return is_constant and attribute(traced, str(weight.target)).ndim in (4, 5)  # type: ignore[union-attr]
+
+
+class _Recorder(Interpreter):
+    """Runs a graph and keeps the values of some of its nodes."""
+
+    def __init__(self, module: GraphModule, nodes: Iterable[Node]) -> None:
+        super().__init__(module)
+        self.values: dict[str, Tensor] = {}
+        self._names = {node.name for node in nodes}
+
+    def run_node(self, n: Node) -> Any:
+        value = super().run_node(n)
+        if n.name in self._names:
+            self.values[n.name] = value
+        return value
+
+
+def values_of(traced: GraphModule, nodes: Sequence[Node], inputs: Inputs) -> dict[Node, Tensor]:
+    """The values that nodes of a graph, or of the graph that it is a copy of, have for some inputs."""
+    recorder = _Recorder(traced, nodes)
+    recorder.run(*pytree.tree_leaves(inputs), enable_io_processing=False)
+    return {node: recorder.values[node.name] for node in nodes}
+
+
+def input_sizes(program: ExportedProgram) -> list[tuple[Sizes, ...] | None]:
+    """The sizes that each input may have; None for what is not a tensor."""
+    specs = program.graph_signature.input_specs
+    placeholders = zip(specs, program.graph.find_nodes(op="placeholder"), strict=True)
+    return [_sizes(node.meta.get("val"), program) for spec, node in placeholders if spec.kind is InputKind.USER_INPUT]
+
+
+def fits(value: Any, sizes: tuple[Sizes, ...] | None) -> bool:
+    """Whether an input has sizes that are allowed."""
+    if sizes is None:
+        return True
+    if not isinstance(value, Tensor) or value.ndim != len(sizes):
+        return False
+    return all(low <= size and (high is None or size < high) for size, (low, high) in zip(value.shape, sizes, strict=True))
+
+
+def _sizes(value: Any, program: ExportedProgram) -> tuple[Sizes, ...] | None:
+    if not isinstance(value, Tensor):
+        return None
+    return tuple(_allowed(size, program) for size in value.shape)
+
+
+def _allowed(size: int | torch.SymInt, program: ExportedProgram) -> Sizes:
+    if (constant := _constant(size)) is not None:
+        return constant, constant + 1
+    assert isinstance(size, torch.SymInt)
+    bounds = program.range_constraints.get(size.node.expr)
+    lowest, highest = (int(bounds.lower), bounds.upper) if bounds else (0, None)
+    limit = int(highest) + 1 if highest is not None and highest < sys.maxsize else None
+    # A trace has sizes from 2 on; a batch of one runs as well, and is compared.
+    return 0 if lowest <= 2 else lowest, limit
+
+
+def _is_dynamic(program: ExportedProgram) -> bool:
+    return any(
+        _constant(size) is None
+        for node in program.graph.find_nodes(op="placeholder")
+        for size in getattr(node.meta.get("val"), "shape", ())
+    )
+
+
+def _constant(size: int | torch.SymInt) -> int | None:
+    """A size that a trace fixed, though it may still be written as a symbol; None for a free one."""
+    return size if isinstance(size, int) else size.node.maybe_as_int()
