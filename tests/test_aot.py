@@ -13,8 +13,9 @@ pytest.importorskip("triton")
 
 import triton
 
-from fastentropy_kernels import aot, states_triton
+from fastentropy_kernels import aot, aot_inspect, chain_triton, states_triton
 from fastentropy_kernels.aot import Findings, Variant
+from fastentropy_kernels.aot_chains import LAYERS, ChainVariant, chain_variants, compile_chain
 from fastentropy_kernels.reference import ACTIVATIONS
 
 pytestmark = pytest.mark.skipif(states_triton.INTERPRETED, reason="an interpreted function cannot be compiled")
@@ -39,7 +40,7 @@ def variant(layout, dtype="bf16", activation="relu", **changed):
 
 compiled = cache(aot.compile_variant)
 findings = cache(aot.examine)
-disassembled = cache(lambda variant, arch: aot.disassemble(compiled(variant, arch)))
+disassembled = cache(lambda variant, arch: aot_inspect.disassemble(compiled(variant, arch)))
 
 
 def opcodes(code, pattern):
@@ -83,7 +84,7 @@ def test_one_atomic_for_each_state_after_the_loop(layout, dtype, activation, arc
     code = disassembled(variant(layout, dtype, activation), arch)
     atomics = "REDG?|ATOMG?"
     assert len(opcodes([code], atomics)) == 3  # a thread has one channel at most
-    assert not opcodes(aot.main_loop(code), atomics)
+    assert not opcodes(aot_inspect.main_loop(code), atomics)
 
 
 @pytest.mark.parametrize(("changed", "states"), [({"nan": True}, 4), ({"edges": 15}, 16), ({"edges": 1, "nan": True}, 3)])
@@ -171,6 +172,54 @@ def test_every_kernel_and_configuration_is_there():
         assert plain == {(dtype, activation) for dtype in aot.DTYPES for activation in (None, *ACTIVATIONS)}
 
 
+# Of each chain: in one memory format and both, alone and with everything, aligned and not.
+SOME_CHAINS = [
+    (ChainVariant("pointwise", "bf16", "", channels_last=True), "sm_90"),
+    (ChainVariant("pointwise", "bf16", "7 x 7", everything=True), "sm_80"),
+    (ChainVariant("depthwise pointwise", "fp32", "", everything=True), "gfx942"),
+    (ChainVariant("bordered", "fp32", "", channels_last=True, everything=True), "sm_80"),
+    (ChainVariant("bordered", "bf16", "7 x 7", channels_last=True, everything=True), "gfx942"),
+    (ChainVariant("depthwise bordered", "bf16", "", everything=True), "sm_90"),
+    (ChainVariant("linear pair", "bf16", "", everything=True), "sm_80"),
+]
+
+
+@pytest.mark.parametrize(("chain", "arch"), SOME_CHAINS, ids=str)
+def test_registers_suffice_for_a_chain(chain, arch):
+    assert not findings(chain, arch).spilled
+
+
+@pytest.mark.parametrize(("chain", "arch"), [each for each in SOME_CHAINS if not each[0].size and each[1] != "gfx942"], ids=str)
+def test_a_chain_writes_16_bytes_at_once(chain, arch):
+    assert findings(chain, arch).stores == (16,)
+
+
+@pytest.mark.parametrize("chain", [chain for chain, _ in SOME_CHAINS if chain.kernel != "linear pair"], ids=str)
+def test_offsets_of_a_chain_have_64_bits(chain):
+    ttir = compile_chain(chain, "sm_90").asm["ttir"]
+    offsets = re.findall(r"tt\.addptr .*tensor<(\d+)x(\d+)x!tt\.ptr<\w+>>, tensor<\w*x(i\d+)>", ttir)
+    tiles = [width for height, breadth, width in offsets if "1" not in (height, breadth)]
+    assert len(tiles) >= 2
+    assert set(tiles) == {"i64"}
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_no_product_is_of_tf32(dtype):
+    ttir = compile_chain(ChainVariant("pointwise", dtype, ""), "sm_90").asm["ttir"]
+    assert "tt.dot" in ttir
+    assert "inputPrecision = tf32" not in ttir
+
+
+def test_every_chain_is_there():
+    chains = chain_variants()
+    assert len(set(chains)) == len(chains)
+    assert {chain.kernel for chain in chains} == set(LAYERS)
+    kinds = {line.replace("16-bit", "").replace("float32", "").replace("narrow", "").strip() for line in chain_triton.LAUNCHES}
+    assert kinds == set(LAYERS)
+    for kernel in LAYERS:
+        assert {chain.dtype for chain in chains if chain.kernel == kernel} == set(aot.DTYPES)
+
+
 def test_main_loop_is_the_one_that_reads():
     sass = """
         /*0010*/    LDG.E.128 R4, desc[UR4][R2.64] ;    /* 0x0 */
@@ -180,14 +229,14 @@ def test_main_loop_is_the_one_that_reads():
         /*0050*/    BRA.U !UP0, 0x30 ;                  /* 0x0 */
         /*0060*/    BRA 0x60;                           /* 0x0 */
     """
-    assert [instruction.split()[0] for instruction in aot.main_loop(sass)] == ["LDG.E.128", "@P1", "BRA.U"]
-    assert aot.accesses(aot.main_loop(sass), "LDG") == [16, 2]
+    assert [instruction.split()[0] for instruction in aot_inspect.main_loop(sass)] == ["LDG.E.128", "@P1", "BRA.U"]
+    assert aot_inspect.accesses(aot_inspect.main_loop(sass), "LDG") == [16, 2]
 
 
 def test_launches_are_launches_again_afterwards():
-    driver = aot.driver._active
+    driver = aot_inspect.driver._active
     aot.compile_variant(variant("rows"), "sm_90")
-    assert aot.driver._active is driver
+    assert aot_inspect.driver._active is driver
     assert "run" not in vars(states_triton.states_rows_kernel)
 
 
@@ -197,6 +246,7 @@ SOUND = Findings(64, 0, 0, 1024, (16,), (16,), 8.5)
 def report(monkeypatch, capsys, found, **changed):
     kernels = [variant("rows"), variant("planes", activation="gelu")]
     monkeypatch.setattr(aot, "variants", lambda: kernels)
+    monkeypatch.setattr(aot, "chain_variants", lambda: [ChainVariant("depthwise pointwise", "bf16", "", True, True)])
     monkeypatch.setattr(aot, "examine_all", lambda work: [found._replace(**changed) for _ in work])
     status = aot.main(["--arch", "sm_80", "gfx942"])
     return status, capsys.readouterr().out
@@ -204,27 +254,30 @@ def report(monkeypatch, capsys, found, **changed):
 
 def test_command_line(monkeypatch, capsys):
     monkeypatch.setattr(aot, "variants", lambda: [variant("rows"), variant("planes", activation=None)])
+    monkeypatch.setattr(aot, "chain_variants", lambda: [ChainVariant("linear pair", "bf16", "")])
     assert aot.main(["--arch", "sm_90"]) == 0
-    arch, heading, rows, planes, *_ = capsys.readouterr().out.splitlines()
+    arch, heading, rows, planes, _, chain_heading, pair, *_ = capsys.readouterr().out.splitlines()
     assert arch == "sm_90"
     assert heading.split() == aot.HEADINGS.split()
     assert rows.split()[:4] == ["rows", "bf16", "relu", "-"]
     assert planes.split()[:4] == ["planes", "bf16", "-", "-"]
     assert rows.split()[5] == "0"
+    assert chain_heading.split() == aot.CHAIN_HEADINGS.split()
+    assert pair.split()[:4] == ["linear", "pair", "bf16", "-"]
 
 
 def test_a_table_of_80_columns(monkeypatch, capsys):
     status, text = report(monkeypatch, capsys, SOUND, loads=(16, 8, 1), instructions=123.4)
     assert status == 0
     assert max(map(len, text.splitlines())) <= 80
-    assert "above half of the issue rate: 2 of 4\n  relu bf16 rows sm_80 323%\n  gelu bf16 planes sm_80 323%\n" in text
+    assert "above half of the issue rate: 2 of 6\n  relu bf16 rows sm_80 323%\n  gelu bf16 planes sm_80 323%\n" in text
 
 
 @pytest.mark.parametrize("changed", [{"spills": 2}, {"local_bytes": 8}])
 def test_a_spill_is_status_1(changed, monkeypatch, capsys):
     status, text = report(monkeypatch, capsys, SOUND, **changed)
     assert status == 1
-    assert "spills or local memory: 4 of 4\n  relu bf16 rows sm_80\n" in text
+    assert "spills or local memory: 6 of 6\n  relu bf16 rows sm_80\n" in text
 
 
 def test_refused_in_one_line(monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""Activations that count, per neuron, the states of their input: on tensors only, no modules.
+"""Activations that count, per neuron, the states of their input, and fused chains: on tensors only, no modules.
 
 A state is `off` (x < 0), `zero` (x == 0, of either sign) or `on` (x > 0), infinities included; NaN is in none of them.
 """
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import dispatch, registration
 from .arguments import States, activation_request, count_request, linear_regions
+from .chains import conv_bordered, conv_pointwise, linear_pair
 from .dispatch import available_implementations, is_fused
 from .plan import ActivationPlan, make_plan
 
@@ -19,8 +20,11 @@ __all__ = [
     "ActivationPlan",
     "activation_states",
     "available_implementations",
+    "conv_bordered",
+    "conv_pointwise",
     "count_states",
     "is_fused",
+    "linear_pair",
     "linear_regions",
     "plan_activation_states",
 ]

@@ -2,10 +2,10 @@
 
     python -m fastentropy_kernels.aot [--arch sm_80 sm_90 sm_100 gfx942]
 
-A row for each: the registers and local bytes (spills, stack) of a thread, the shared bytes of a program, and of the main
-loop the bytes that one access reads or writes, its instructions per element, and these as a share of what the GPU can
-issue while its memory moves the element. Where that share is small, memory is the bound. The exit status is 1 if anything
-spills or uses local memory.
+A row for each: the registers and local bytes (spills, stack) of a thread, the shared bytes of a program, and the bytes
+that one access to global memory reads or writes. For the states these are the accesses of the main loop, followed by its
+instructions per element, and these as a share of what the GPU can issue while its memory moves the element. Where that
+share is small, memory is the bound. The exit status is 1 if anything spills or uses local memory.
 """
 
 # Triton has no types.
@@ -14,33 +14,21 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
-import subprocess
 import sys
-import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from itertools import product
 from multiprocessing import get_context
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from triton import knobs
-from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
-from triton.runtime import driver
 
 from . import states_triton
+from .aot_chains import ChainVariant, chain_variants, compile_chain
+from .aot_inspect import DTYPES, TARGETS, Findings, compiling_for, inspect
 from .arguments import MOST_EDGES
 from .reference import ACTIVATIONS
-
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
 
 
 class Gpu(NamedTuple):
@@ -62,7 +50,6 @@ ISSUED_PER_CYCLE = 4 * 32
 # throughputs: 64 per cycle for compute capability 8.0 and 9.0). Below half of the issue rate these are no bound either.
 ISSUE_LIMIT = 0.5
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SHAPES = {"rows": (64 * 56 * 56, 256), "planes": (64, 256, 56 * 56)}
 # Without alignment there are no wide accesses; a size of 1 becomes a constant of the kernel.
 ODD_SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
@@ -88,25 +75,8 @@ class Variant(NamedTuple):
         return " ".join(filter(None, (self.activation or "count", self.dtype, self.line, self.note)))
 
 
-class Findings(NamedTuple):
-    """What the compiled code shows."""
-
-    registers: int  # of a thread
-    spills: int  # instructions that access local memory; on AMD registers
-    local_bytes: int  # of a thread, stack included
-    shared_bytes: int  # of a program
-    loads: tuple[int, ...]  # bytes of an access to global memory in the main loop: every width, the widest first
-    stores: tuple[int, ...]
-    instructions: float | None  # of the main loop, per element; None on AMD
-
-    @property
-    def spilled(self) -> bool:
-        """Whether the registers did not suffice."""
-        return self.spills > 0 or self.local_bytes > 0
-
-
 def variants() -> list[Variant]:
-    """Return every kernel and configuration. What does not depend on the activation is there with ReLU alone."""
+    """Return every kernel of states and configuration. What does not depend on the activation is there with ReLU alone."""
     found = []
     for layout, dtype in product(SHAPES, DTYPES):
         plain = Variant(layout, dtype, "relu", SHAPES[layout])
@@ -127,7 +97,7 @@ def compile_variant(variant: Variant, arch: str) -> CompiledKernel:
 
     _, channels, *inner = variant.shape
     activation = variant.activation or "identity"
-    with _compiling_for(arch) as compiled:
+    with compiling_for(arch) as compiled:
         states_triton.add_states(
             tensor(variant.shape),
             tensor((channels, variant.edges + 1 if variant.edges else 3), torch.int64),
@@ -143,125 +113,6 @@ def compile_variant(variant: Variant, arch: str) -> CompiledKernel:
     return compiled[0]
 
 
-@contextmanager
-def _compiling_for(arch: str) -> Iterator[list[CompiledKernel]]:
-    """Make launches compile for `arch` and add the kernel to a list in place of starting it."""
-    if states_triton.INTERPRETED:
-        raise RuntimeError("TRITON_INTERPRET: set, expected a compiler; run again with env -u TRITON_INTERPRET")
-    compiled: list[CompiledKernel] = []
-    kernels = (states_triton.states_rows_kernel, states_triton.states_planes_kernel)
-
-    def compile_only(run: Any) -> Any:
-        return lambda *arguments, warmup, **options: compiled.append(run(*arguments, warmup=True, **options))
-
-    active, driver._active = driver._active, _AbsentDriver(arch)
-    for kernel in kernels:
-        kernel.run = compile_only(kernel.run)
-    try:
-        yield compiled
-    finally:
-        driver._active = active
-        for kernel in kernels:
-            del kernel.run
-
-
-class _AbsentDriver(NamedTuple):
-    """As much of a GPU's driver as Triton's compiler asks for. Kernels are kept by device: each architecture is one."""
-
-    arch: str
-
-    def get_current_device(self) -> str:
-        return self.arch
-
-    def get_current_stream(self, device: str) -> int:
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        return TARGETS[self.arch]
-
-
-def inspect(compiled: CompiledKernel, variant: Variant) -> Findings:
-    """Read the compiler's output."""
-    return _inspect_amd(compiled) if "amdgcn" in compiled.asm else _inspect_nvidia(compiled, variant)
-
-
-def _inspect_nvidia(compiled: CompiledKernel, variant: Variant) -> Findings:
-    sass = disassemble(compiled)
-    loop = main_loop(sass)
-    loads, stores = accesses(loop, "LDG"), accesses(loop, "STG")
-    # What is written is y. Where nothing is, what is read is x alone: no variant counts alone and has a mask.
-    elements = sum(stores or loads) // DTYPES[variant.dtype].itemsize
-    return Findings(
-        registers=_number(r"REG:(\d+)", sass),
-        spills=len(re.findall(r"\b(?:LDL|STL)\b", sass)),
-        local_bytes=_number(r"STACK:(\d+)", sass) + _number(r"LOCAL:(\d+)", sass),
-        shared_bytes=compiled.metadata.shared,
-        loads=_widths(loads),
-        stores=_widths(stores),
-        instructions=len(loop) / elements,
-    )
-
-
-def disassemble(compiled: CompiledKernel) -> str:
-    """Return the machine code as text, and the resources that it takes, from the cuobjdump that Triton brings along."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        command = [knobs.nvidia.cuobjdump.path, "-sass", "-res-usage", file.name]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
-
-def main_loop(sass: str) -> list[str]:
-    """Return the instructions from a backward branch's target to the branch: those of the loop that reads most bytes.
-
-    A loop that runs once may be none. Then it is the whole kernel.
-    """
-    lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]+?)\s*;", sass)
-    code = {int(address, 16): instruction for address, instruction in lines}
-    loops = []
-    for end, instruction in code.items():
-        branch = re.search(r"\bBRA\b.*\b0x([0-9a-f]+)", instruction)
-        if branch and (start := int(branch[1], 16)) < end:
-            loops.append([code[address] for address in code if start <= address <= end])
-    return max(loops, key=lambda loop: sum(accesses(loop, "LDG")), default=list(code.values()))
-
-
-def accesses(code: Iterable[str], opcode: str) -> list[int]:
-    """Return the bytes of each access: 16 for LDG.E.128 and STG.E.128, 4 for a plain LDG.E, 2 for LDG.E.U16."""
-    widths = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}
-    found = filter(None, (re.search(rf"\b{opcode}([.\w]*)", instruction) for instruction in code))
-    return [next((widths[suffix] for suffix in match[1].split(".") if suffix in widths), 4) for match in found]
-
-
-def _inspect_amd(compiled: CompiledKernel) -> Findings:
-    text = compiled.asm["amdgcn"]
-    widths = {"byte": 1, "short": 2, "dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16}
-
-    def moved(direction: str) -> tuple[int, ...]:
-        sizes = re.findall(rf"\b(?:global|buffer|flat)_{direction}_[us]?(byte|short|dword(?:x\d)?)", text)
-        return _widths(widths[size] for size in sizes)
-
-    return Findings(
-        registers=_number(r"\.vgpr_count:\s+(\d+)", text),
-        spills=_number(r"\.vgpr_spill_count:\s+(\d+)", text),
-        local_bytes=_number(r"\.private_segment_fixed_size:\s+(\d+)", text),
-        shared_bytes=compiled.metadata.shared,
-        loads=moved("load"),
-        stores=moved("store"),
-        instructions=None,
-    )
-
-
-def _number(pattern: str, text: str) -> int:
-    match = re.search(pattern, text)
-    assert match, f"no {pattern} in what the compiler wrote"
-    return int(match[1])
-
-
-def _widths(sizes: Iterable[int]) -> tuple[int, ...]:
-    return tuple(sorted(set(sizes), reverse=True))
-
-
 def issue_share(variant: Variant, arch: str, instructions: float | None) -> float | None:
     """Return the instructions of an element over those that the GPU can issue while memory moves its bytes.
 
@@ -275,15 +126,17 @@ def issue_share(variant: Variant, arch: str, instructions: float | None) -> floa
     return instructions / (bytes_moved / gpu.bandwidth * gpu.multiprocessors * gpu.clock * ISSUED_PER_CYCLE)
 
 
-def examine(variant: Variant, arch: str) -> Findings:
+def examine(variant: Variant | ChainVariant, arch: str) -> Findings:
     """Compile and inspect."""
     try:
-        return inspect(compile_variant(variant, arch), variant)
+        if isinstance(variant, ChainVariant):
+            return inspect(compile_chain(variant, arch))
+        return inspect(compile_variant(variant, arch), DTYPES[variant.dtype].itemsize)
     except Exception as error:
         raise RuntimeError(f"{variant}: does not compile for {arch}") from error
 
 
-def examine_all(work: Sequence[tuple[Variant, str]]) -> Iterator[Findings]:
+def examine_all(work: Sequence[tuple[Variant | ChainVariant, str]]) -> Iterator[Findings]:
     """Examine on every core, in processes of their own; what they find comes in the order of `work`."""
     with ProcessPoolExecutor(len(os.sched_getaffinity(0)), get_context("spawn")) as pool:
         yield from pool.map(examine, *zip(*work, strict=True))
@@ -291,19 +144,35 @@ def examine_all(work: Sequence[tuple[Variant, str]]) -> Iterator[Findings]:
 
 COLUMNS = "{:16} {:4} {:10} {:8} {:>4} {:>5} {:>4} {:>6} {:>3} {:>5} {:>5}"
 HEADINGS = "line type activation with regs local smem in out instr issue"
+CHAIN_COLUMNS = "{:19} {:4} {:25} {:>4} {:>5} {:>5} {:>8} {:>3}"
+CHAIN_HEADINGS = "chain type with regs local smem in out"
 
 
-def table_row(variant: Variant, arch: str, findings: Findings) -> str:
+def heading(variant: Variant | ChainVariant) -> str:
+    """Return what stands above the rows of variants of this kind."""
+    if isinstance(variant, ChainVariant):
+        return CHAIN_COLUMNS.format(*CHAIN_HEADINGS.split())
+    return COLUMNS.format(*HEADINGS.split())
+
+
+def table_row(variant: Variant | ChainVariant, arch: str, findings: Findings) -> str:
     """Return a row of the table of an architecture."""
+    if isinstance(variant, ChainVariant):
+        cells: tuple[object, ...] = (variant.kernel, variant.dtype, variant.note, *_numbers(findings))
+        return CHAIN_COLUMNS.format(*("-" if cell == "" else cell for cell in cells))
     share = issue_share(variant, arch, findings.instructions)
     cells = (
         *(variant.line, variant.dtype, variant.activation, variant.note),
-        *(findings.registers, findings.local_bytes, findings.shared_bytes),
-        *("+".join(map(str, widths)) for widths in (findings.loads, findings.stores)),
+        *_numbers(findings),
         f"{findings.instructions:.1f}" if findings.instructions else None,
         f"{share:.0%}{'!' if share > ISSUE_LIMIT else ' '}" if share else None,
     )
     return COLUMNS.format(*("-" if cell in (None, "") else cell for cell in cells)).rstrip()
+
+
+def _numbers(findings: Findings) -> tuple[object, ...]:
+    widths = ("+".join(map(str, widths)) for widths in (findings.loads, findings.stores))
+    return (findings.registers, findings.local_bytes, findings.shared_bytes, *widths)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -317,7 +186,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _refuse(f"--arch: got {unknown[0]!r}, expected one of {', '.join(TARGETS)}")
     if states_triton.INTERPRETED:
         return _refuse("TRITON_INTERPRET: set, expected a compiler; run again with env -u TRITON_INTERPRET")
-    return _report([(variant, arch) for arch, variant in product(architectures, variants())])
+    return _report([(variant, arch) for arch, variant in product(architectures, [*variants(), *chain_variants()])])
 
 
 def _refuse(reason: str) -> int:
@@ -325,16 +194,17 @@ def _refuse(reason: str) -> int:
     return 2
 
 
-def _report(work: Sequence[tuple[Variant, str]]) -> int:
-    slow, spilled, shown = [], [], None
+def _report(work: Sequence[tuple[Variant | ChainVariant, str]]) -> int:
+    slow, spilled = [], []
+    shown: object = None
     for number, ((variant, arch), findings) in enumerate(zip(work, examine_all(work), strict=True), 1):
         _progress("")
-        if arch != shown:
-            print(f"{arch}\n{COLUMNS.format(*HEADINGS.split())}")
-            shown = arch
+        if (arch, type(variant)) != shown:
+            print(f"{arch}\n{heading(variant)}")
+            shown = (arch, type(variant))
         print(table_row(variant, arch, findings), flush=True)
         _progress(f"{number} of {len(work)} compiled")
-        share = issue_share(variant, arch, findings.instructions)
+        share = None if isinstance(variant, ChainVariant) else issue_share(variant, arch, findings.instructions)
         if share and share > ISSUE_LIMIT:
             slow.append(f"{variant} {arch} {share:.0%}")
         if findings.spilled:

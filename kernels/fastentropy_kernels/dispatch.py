@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
@@ -50,7 +49,7 @@ def activate_and_count(x: Tensor, counts: Tensor, nan: Tensor | None, request: R
         return x if inplace else torch.empty_like(x)
     if impl == "reference" or not _kernels(impl).fuses(request.activation, request.edges):
         count(x, counts, nan, request)
-        with _no_autocast(x.device.type):
+        with reference.no_autocast(x.device.type):
             y = reference.activate(x, request.activation, request.parameters, request.weight, request.channel_axis)
         return x.copy_(y) if inplace else _laid_out_as(x, y)
     if x.is_neg():
@@ -78,11 +77,6 @@ def activate_and_count(x: Tensor, counts: Tensor, nan: Tensor | None, request: R
     return y
 
 
-def _no_autocast(device_type: str) -> AbstractContextManager[object]:
-    """Switch autocast off, which would make a float32 y of some activations, and not where they are fused."""
-    return torch.autocast(device_type, enabled=False) if torch.amp.is_autocast_available(device_type) else nullcontext()
-
-
 def _laid_out_as(x: Tensor, y: Tensor) -> Tensor:
     """Return `y` with the strides of `torch.empty_like(x)`, which is what tracers are told; it nearly always has them."""
     strides = torch.empty_like(x, device="meta").stride()
@@ -105,6 +99,23 @@ def tell_autograd(*written: Tensor | None) -> None:
     """Count up the version of what a kernel wrote to, so that a backward that needs the old values says so."""
     if not torch.is_inference_mode_enabled():
         torch.autograd.graph.increment_version([tensor for tensor in written if tensor is not None])
+
+
+@cache
+def chain_kernels(impl: str, device_type: str) -> ModuleType:
+    """Return the module whose functions run fused chains: for "auto" Triton on CUDA, the reference elsewhere."""
+    device = torch.device(device_type)
+    if impl == "auto":
+        impl = "triton" if device_type == "cuda" and not _why_not("triton", device) else "reference"
+    if reason := _why_not(impl, device):
+        raise ValueError(f"impl: {impl!r} {reason}")
+    if impl == "triton":
+        from . import chain_triton
+
+        return chain_triton
+    from . import chain_reference
+
+    return chain_reference
 
 
 @cache

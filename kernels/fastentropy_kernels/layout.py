@@ -1,10 +1,12 @@
-"""The two layouts that the kernels know, and how a tensor is seen as one of them."""
+"""The two layouts that the kernels know, how a tensor is seen as one of them, and the images that a convolution makes."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -66,3 +68,31 @@ def _merge_axes(x: Tensor, channel_axis: int) -> Tensor | None:
 
 def _without_channel(values: Tensor) -> tuple[int, ...]:
     return (values.shape[0], *values.shape[2:])
+
+
+def is_channels_last(images: Tensor) -> bool:
+    """Whether channels are the fastest axis of [batch, channels, height, width], gaps between pixels allowed.
+
+    A single channel is where the strides say so, as for PyTorch; images of a single value are not.
+    """
+    _, channels, height, width = images.shape
+    _, channel_stride, _, column_stride = images.stride()
+    return bool(channel_stride == 1 and column_stride >= channels and channels * height * width > 1)
+
+
+def convolved_size(
+    x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> tuple[int, int]:
+    """Return height and width of the convolution of `x` with a weight [out, in, height, width]."""
+    height, width = (
+        (x.shape[axis] + 2 * padding[axis - 2] - dilation[axis - 2] * (weight.shape[axis] - 1) - 1) // stride[axis - 2] + 1
+        for axis in (2, 3)
+    )
+    return height, width
+
+
+def empty_images(x: Tensor, channels: int, size: tuple[int, int]) -> Tensor:
+    """Return images without values, with the dtype, device and memory format of `x`."""
+    memory_format = torch.channels_last if is_channels_last(x) else torch.contiguous_format
+    shape = (x.shape[0], channels, *size)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format)

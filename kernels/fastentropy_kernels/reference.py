@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from types import MappingProxyType
 from typing import NamedTuple, cast
@@ -119,6 +120,11 @@ def activate_backward(
     others = [axis for axis in range(x.ndim) if weight.numel() == 1 or axis != channel_axis % x.ndim]
     slopes = torch.where(x > 0, 0, x * grad)
     return grad_x, (slopes.sum(others) if others else slopes).view_as(weight)
+
+
+def no_autocast(device_type: str) -> AbstractContextManager[object]:
+    """Switch autocast off, which would make a float32 y of some activations, and 16-bit sums of some products."""
+    return torch.autocast(device_type, enabled=False) if torch.amp.is_autocast_available(device_type) else nullcontext()
 
 
 def along_axis(weight: Tensor, ndim: int, channel_axis: int) -> Tensor:

@@ -203,7 +203,12 @@ def _add_counts(counts_ptr, nan_ptr, counts, positions, AXIS: tl.constexpr, chan
 
 @triton.jit
 def _sum(counts, PLACE: tl.constexpr, AXIS: tl.constexpr):  # noqa: N803
-    return tl.sum(counts // (1 << 10 * PLACE) & _LONGEST_STRIP, AXIS)
+    return tl.sum(_unpack(counts, PLACE), AXIS)
+
+
+@triton.jit
+def _unpack(counts, PLACE: tl.constexpr):  # noqa: N803
+    return counts // (1 << 10 * PLACE) & _LONGEST_STRIP
 
 
 @triton.jit
@@ -402,10 +407,15 @@ def tile(layout: str, channels: int, inner: int, element_size: int, launch: Laun
         return {"BLOCK_ROWS": size // block_channels, "BLOCK_CHANNELS": block_channels}
     block_inner = min(triton.next_power_of_2(inner), row)
     return {
-        "INNER_MULTIPLE": inner & -inner if inner % 16 else 16,  # the largest power of two in inner, up to 16
+        "INNER_MULTIPLE": largest_power_of_2(inner),
         "BLOCK_CHANNELS": min(triton.next_power_of_2(channels), size // block_inner),
         "BLOCK_INNER": block_inner,
     }
+
+
+def largest_power_of_2(size: int) -> int:
+    """Return the largest power of two that divides `size`, up to 16: beyond, no access gets wider."""
+    return size & -size if size % 16 else 16
 
 
 def _line(values: Tensor, edges: Sequence[float] | None) -> str:
