@@ -20,7 +20,20 @@ FLOORS = [
     {"plots"},
     {"activations", "axes", "files", "interception", "padding", "rewriting", "tables", "timing"},
 ]
-FUSION = ["runtime", "plan", "lowering", "chains", "affine"]
+FUSION = [
+    "runtime",
+    "archive",
+    "tracing",
+    "plan",
+    "lowering",
+    "proof",
+    "inputs",
+    "chains",
+    "reading",
+    "merging",
+    "elements",
+    "affine",
+]
 
 
 def imported(path):

@@ -13,8 +13,8 @@ from torch import nn
 
 from conftest import Reads, assert_unchanged, snapshot
 from fastentropy import FusionReport, fuse, linearize, load
-from fastentropy.fusion import plan, runtime
-from fastentropy.fusion.affine import operators
+from fastentropy.fusion import archive, plan, proof, runtime
+from fastentropy.fusion.elements import Bordered, operators
 
 
 @pytest.fixture(autouse=True)
@@ -23,8 +23,8 @@ def counted_times(request, monkeypatch):
     if "measured" in request.keywords:
         return
     price = {"original": 3.0, "folded": 2.0, "fused": 1.0}
-    monkeypatch.setattr(runtime, "measure_times", lambda functions: {name: price[name] for name in functions})
-    monkeypatch.setattr(plan, "_time_forms", lambda forms, inputs: {key: len(operators(f)) for key, f in forms.items()})
+    monkeypatch.setattr(runtime, "measure_times", lambda functions: {key: price[key[0]] for key in functions})
+    monkeypatch.setattr(plan, "measured", lambda forms, inputs: {key: len(operators(f)) for key, f in forms.items()})
 
 
 def odd(model, seed=0):
@@ -109,15 +109,14 @@ def test_fewer_operators_are_left(network, images):
     linearize(network.eval(), ["relu1", "relu2", "gelu"])
     graph = fuse(network, (images,)).graph_module.graph
     called = [str(node.target) for node in graph.nodes if node.op == "call_function"]
-    assert sum("conv2d" in name for name in called) == 1
-    assert sum("linear" in name for name in called) == 1
+    assert sum("conv2d" in name or "linear" in name for name in called) == 1
     assert not any("batch_norm" in name for name in called)
 
 
 @pytest.mark.parametrize("slowest", ["original", "folded", "fused"])
 def test_what_is_slower_is_not_kept(network, images, monkeypatch, slowest):
     times = {"original": 1.0, "folded": 1.1, "fused": 1.2, slowest: 9.0}
-    monkeypatch.setattr(runtime, "measure_times", lambda functions: times)
+    monkeypatch.setattr(runtime, "measure_times", lambda functions: {key: times[key[0]] for key in functions})
     fused = fuse(network.eval(), (images,))
     assert fused.report.choice == min(times, key=times.get)
     assert_equal(fused, network, images)
@@ -190,7 +189,7 @@ def test_a_batch_size_that_the_model_refuses_is_not_asked_of_it():
 def test_a_size_that_it_was_not_fused_for_is_refused():
     model = Reads(lambda m, x: m.b(m.a(x)) * (2 if x.shape[-1] > 16 else 1), a=nn.Conv2d(2, 2, 1), b=nn.Conv2d(2, 2, 1))
     fused = fuse(model.eval(), (torch.randn(2, 2, 32, 32),))
-    with pytest.raises(ValueError, match=r"has shape \[2, 2, 8, 8\], but this model was fused for \['batch', 2, 32, 32\]"):
+    with pytest.raises(ValueError, match=r"has shape \[2, 2, 8, 8\], but this model was fused for \['any', 2, 32, 32\]"):
         fused(torch.randn(2, 2, 8, 8))
 
 
@@ -301,6 +300,236 @@ def test_saving_and_loading_give_the_same_model_and_report(network, images, tmp_
     assert loaded.report == fused.report
     loaded.save(tmp_path / "again.pt2")
     assert torch.equal(load(tmp_path / "again.pt2")(images), fused(images))
+
+
+def inverted_residual(channels=3, size=9):
+    """A network whose merged chain has a bias that depends on the position, and its input."""
+    torch.manual_seed(0)
+    expand, depthwise = nn.Conv2d(channels, 8, 1), nn.Conv2d(8, 8, 3, padding=1, groups=8)
+    model = Reads(
+        lambda m, x: m.relu(m.project(m.depthwise(m.expand(x))) + x).mean((2, 3)),
+        expand=expand,
+        depthwise=depthwise,
+        project=nn.Conv2d(8, channels, 1),
+        relu=nn.ReLU(),
+    )
+    return model.eval(), torch.randn(3, channels, size, size)
+
+
+def ringed():
+    """A network whose merged chain has a border that is recomputed, and its input."""
+    torch.manual_seed(0)
+    layers = nn.Conv2d(2, 16, 3, padding=1), nn.Conv2d(16, 2, 3, padding=1), nn.ReLU()
+    return nn.Sequential(*layers).eval(), torch.randn(3, 2, 11, 12)
+
+
+@pytest.fixture
+def merged(monkeypatch):
+    """One operator is taken wherever there is one, however many operators its border needs."""
+
+    def price(form):
+        return sum(1 if isinstance(element, Bordered) else len(operators((element,))) for element in form)
+
+    monkeypatch.setattr(plan, "measured", lambda forms, inputs: {key: price(form) for key, form in forms.items()})
+
+
+@pytest.mark.parametrize("build", [inverted_residual, ringed])
+def test_a_fused_model_exports_again(build, merged):
+    model, x = build()
+    fused = fuse(model, (x,))
+    assert fused.report.chains[0].choice == "merge"
+    batch = torch.export.Dim.AUTO
+    again = torch.export.export(fused, (x,), dynamic_shapes={"inputs": ({0: batch},)}).module()
+    assert_equal(again, model, torch.randn(5, *x.shape[1:]))
+
+
+@pytest.mark.parametrize("build", [inverted_residual, ringed])
+def test_a_fused_model_compiles(build, merged):
+    model, x = build()
+    compiled = torch.compile(fuse(model, (x,)), backend="aot_eager", fullgraph=True)
+    for batch in (3, 5):
+        assert_equal(compiled, model, torch.randn(batch, *x.shape[1:]))
+
+
+def test_a_package_for_this_machine_computes_the_same(tmp_path):
+    model, x = inverted_residual()
+    fuse(model, (x,)).save_package(tmp_path / "model.pt2")
+    loaded = torch._inductor.aoti_load_package(str(tmp_path / "model.pt2"))
+    assert_equal(loaded, model, torch.randn(5, *x.shape[1:]))
+    assert [path.name for path in tmp_path.iterdir()] == ["model.pt2"]
+
+
+@pytest.mark.parametrize("build", [inverted_residual, ringed])
+def test_onnx_computes_the_same(build, tmp_path, merged):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    model, x = build()
+    fuse(model, (x,)).save_onnx(tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    name = session.get_inputs()[0].name
+    run = lambda y: torch.from_numpy(session.run(None, {name: y.numpy()})[0])  # noqa: E731
+    assert_equal(run, model, torch.randn(5, *x.shape[1:]))
+
+
+def test_a_name_without_the_suffix_is_refused(network, images, tmp_path):
+    with pytest.raises(ValueError, match=r"model\.pt: the name of a fused model must end in \.pt2"):
+        fuse(network.eval(), (images,)).save(tmp_path / "model.pt")
+
+
+def test_onnx_without_its_packages_is_refused_in_one_line(tmp_path, monkeypatch):
+    model, x = inverted_residual()
+    fused = fuse(model, (x,))
+    monkeypatch.setattr(archive, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"^onnx, onnxscript, onnxruntime: not installed; pip install"):
+        fused.save_onnx(tmp_path / "model.onnx")
+
+
+@pytest.mark.parametrize("save", ["save", "save_package", "save_onnx"])
+def test_a_file_that_computes_something_else_is_not_kept(save, tmp_path, monkeypatch):
+    if save == "save_onnx":
+        pytest.importorskip("onnxscript")
+    model, x = inverted_residual()
+    fused = fuse(model, (x,))
+    (tmp_path / "model.pt2").write_bytes(b"old")
+    monkeypatch.setattr(archive, "largest_error", lambda actual, expected: 1.0)
+    with pytest.raises(RuntimeError, match="was not kept"):
+        getattr(fused, save)(tmp_path / "model.pt2")
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"old"]
+
+
+@pytest.mark.parametrize(("height", "width"), [(9, 9), (2, 5), (30, 17)])
+def test_images_of_other_sizes(height, width):
+    model, x = inverted_residual()
+    fused = fuse(model, (x,), dynamic_sizes=True)
+    assert fused.report.chains[0].choice == "merge"
+    for batch in (1, 2, 4):
+        assert_equal(fused, model, torch.randn(batch, 3, height, width))
+
+
+def test_sequences_of_other_lengths(tmp_path):
+    model = nn.Sequential(nn.Linear(4, 16), nn.Identity(), nn.Linear(16, 4), nn.ReLU()).eval()
+    fused = fuse(model, (torch.randn(2, 7, 4),), dynamic_sizes=True)
+    assert fused.report.chains[0].choice == "merge"
+    assert_equal(fused, model, torch.randn(3, 19, 4))
+    fused.save(tmp_path / "model.pt2")
+    assert_equal(load(tmp_path / "model.pt2"), model, torch.randn(3, 5, 4))
+
+
+def test_a_border_whose_place_is_not_known_is_left_to_the_chain():
+    model, x = ringed()
+    fused = fuse(model, (x,), dynamic_sizes=True)
+    assert fused.report.chains[0].choice == "keep"
+    assert "depends on the size" in fused.report.chains[0].note
+    assert_equal(fused, model, torch.randn(2, 2, 5, 30))
+
+
+def test_borders_to_be_trained_differ_and_the_rest_does_not(merged):
+    model, x = ringed()
+    fused = fuse(model, (x,), borders="train")
+    with torch.no_grad():
+        actual, expected = fused(x), model(x)
+    torch.testing.assert_close(actual[..., 1:-1, 1:-1], expected[..., 1:-1, 1:-1], rtol=1e-4, atol=1e-5)
+    assert fused.report.max_relative_error > 1e-3
+    assert "differs at the border" in fused.report.chains[0].note
+    first, second = model[0], model[1]
+    with torch.no_grad():
+        moved = F.conv2d(F.conv2d(x, first.weight, first.bias, padding=2), second.weight, second.bias).relu()
+    torch.testing.assert_close(actual, moved, rtol=1e-4, atol=1e-5)
+
+
+def test_borders_are_trained_and_saved(merged, tmp_path):
+    model, x = ringed()
+    fused = fuse(model, (x,), borders="train")
+    target = model(x).detach()
+    optimizer = torch.optim.SGD(fused.parameters(), lr=0.1)
+    losses = []
+    for _ in range(20):
+        loss = F.mse_loss(fused(x), target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+    fused.save(tmp_path / "model.pt2")
+    torch.testing.assert_close(load(tmp_path / "model.pt2")(x), fused(x))
+
+
+def test_other_borders_are_refused(network, images):
+    with pytest.raises(ValueError, match=r"^borders must be 'exact' or 'train', not 'near'$"):
+        fuse(network.eval(), (images,), borders="near")
+
+
+def test_without_measuring_nothing_is_timed(monkeypatch):
+    model, x = inverted_residual()
+    for module in (plan, runtime):
+        monkeypatch.setattr(module, "measure_times", lambda *args, **options: raises(AssertionError("timed")))
+    fused = fuse(model, (x,), measure=False)
+    assert (fused.report.choice, fused.report.speedup, fused.report.milliseconds) == ("fused", None, {})
+    (chain,) = fused.report.chains
+    assert chain.choice == "merge"
+    assert all(candidate.milliseconds is None for candidate in chain.candidates.values())
+    assert "not measured" in str(fused.report)
+    assert_equal(fused, model, x)
+
+
+@pytest.mark.parametrize("fastest", ["contiguous", "channels_last"])
+def test_everybody_gets_the_memory_format_in_which_they_are_fastest(network, images, monkeypatch, fastest, tmp_path):
+    price = {"original": 3.0, "folded": 2.0, "fused": 1.0}
+    prices = lambda functions: {key: price[key[0]] + (key[1] != fastest) / 2 for key in functions}  # noqa: E731
+    monkeypatch.setattr(runtime, "measure_times", prices)
+    fused = fuse(network.eval(), (images,))
+    assert fused.report.milliseconds == price
+    assert set(fused.report.memory_formats.values()) == {fastest}
+    images = torch.randn(4, 1, 5, 5)
+    assert_equal(fused, network, images)
+    fused.save(tmp_path / "model.pt2")
+    weights = [w for m in (fused, load(tmp_path / "model.pt2")) for w in m.buffers() if w.ndim == 4 and min(w.shape[1:]) > 1]
+    assert all(w.is_contiguous() == (fastest == "contiguous") for w in weights)
+
+
+def test_a_model_whose_views_need_contiguous_values_stays_contiguous():
+    model = Reads(lambda m, x: m.c(m.b(m.relu(m.a(x))).view(x.shape[0], -1)), a=nn.Conv2d(3, 4, 3), b=nn.Conv2d(4, 4, 3))
+    model.c, model.relu = nn.Linear(4 * 5 * 5, 3), nn.ReLU()
+    x = torch.randn(2, 3, 9, 9)
+    fused = fuse(model.eval(), (x,))
+    assert_equal(fused, model, x)
+
+
+def test_layers_of_two_chains_may_share_their_weights():
+    shared = nn.Linear(4, 4)
+    model = nn.Sequential(nn.Linear(4, 4), shared, nn.ReLU(), shared, nn.Linear(4, 4)).eval()
+    fused = fuse(model, (torch.randn(2, 4),))
+    assert [chain.choice for chain in fused.report.chains] == ["merge", "merge"]
+    assert_equal(fused, model, torch.randn(3, 4))
+
+
+def test_sparse_weights_are_refused_in_one_line_or_left_alone():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).eval()
+    model[1].weight = nn.Parameter(model[1].weight.detach().to_sparse(), requires_grad=False)
+    x, before = torch.randn(2, 4), model[1].weight.to_dense()
+    assert_equal_or_refused(model, x)
+    assert model[1].weight.layout is torch.sparse_coo
+    assert torch.equal(model[1].weight.to_dense(), before)
+
+
+def test_quantised_layers_are_refused_in_one_line_or_left_alone():
+    model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)).eval()
+    quantised = torch.ao.quantization.quantize_dynamic(model, {"3": torch.ao.quantization.default_dynamic_qconfig})
+    x = torch.randn(2, 4)
+    before = quantised(x)
+    assert_equal_or_refused(quantised, x)
+    assert torch.equal(quantised(x), before)
+
+
+def assert_equal_or_refused(model, x):
+    try:
+        fused = fuse(model, (x,))
+    except ValueError as error:
+        text = str(error)
+    else:
+        text = ""
+        assert_equal(fused, model, x)
+    assert "\n" not in text
 
 
 def test_an_archive_with_pickled_inputs_is_refused(network, images, tmp_path):
@@ -436,7 +665,7 @@ def test_a_form_with_another_result_is_not_kept(network, images, monkeypatch, wr
     linearize(network.eval(), ["gelu"])
     originals = {name: getattr(runtime, name) for name in wrong}
     patches = {
-        "plan_chain": lambda chain, x, tolerance: (doubled(chain.elements), originals["plan_chain"](chain, x, tolerance)[1]),
+        "plan_chain": lambda chain, x, *a, **o: (doubled(chain.elements), originals["plan_chain"](chain, x, *a, **o)[1]),
         "fold": lambda chain: doubled(originals["fold"](chain)),
     }
     for name in wrong:
@@ -448,7 +677,7 @@ def test_a_form_with_another_result_is_not_kept(network, images, monkeypatch, wr
 
 @pytest.mark.parametrize("error", [1.0, float("inf"), float("nan")])
 def test_nothing_is_returned_that_is_not_proven_equal(network, images, monkeypatch, error):
-    monkeypatch.setattr(runtime, "relative_error", lambda actual, expected: error)
+    monkeypatch.setattr(proof, "relative_error", lambda actual, expected: error)
     with pytest.raises(RuntimeError, match="differs from the model by"):
         fuse(network.eval(), (images,))
 

@@ -65,11 +65,11 @@ class AffineOperator:
             raise ValueError(f"stride, padding and dilation must have {len(kernel)} entries each, one per kernel axis")
         if self.weight.shape[0] % self.groups:
             raise ValueError(f"{self.weight.shape[0]} output channels do not divide into {self.groups} groups")
-        padding = tuple((p, p) if isinstance(p, int) else tuple(p) for p in self.padding)
+        padding = tuple((p, p) if isinstance(p, int) else (p[0], p[1]) for p in self.padding)
         parts = zip(kernel, self.stride, padding, self.dilation, upsampling, strict=True)
         object.__setattr__(self, "padding", padding)
         object.__setattr__(self, "upsampling", upsampling)
-        object.__setattr__(self, "axes", tuple(Axis(k, s, *p, d, u) for k, s, p, d, u in parts))
+        object.__setattr__(self, "axes", tuple(Axis(k, s, p[0], p[1], d, u) for k, s, p, d, u in parts))
 
     @property
     def kernel(self) -> tuple[int, ...]:
@@ -118,7 +118,8 @@ class AffineOperator:
             return x
         sizes = [(n - 1) * axis.upsampling + 1 for n, axis in zip(x.shape[-len(self.axes) :], self.axes, strict=True)]
         stuffed = x.new_zeros((*x.shape[: -len(self.axes)], *sizes))
-        stuffed[(..., *(slice(None, None, axis.upsampling) for axis in self.axes))] = x
+        places: Any = (..., *(slice(None, None, axis.upsampling) for axis in self.axes))
+        stuffed[places] = x
         return stuffed
 
     def dense_weight(self) -> Tensor:

@@ -1,16 +1,25 @@
-"""Fused models in files: torch.export archives, without pickled objects."""
+"""Fused models in files: torch.export archives without pickled objects, AOTInductor packages, and ONNX."""
 
+import functools
 import json
 import re
 import zipfile
+from collections.abc import Callable
+from importlib.util import find_spec
 from os import PathLike
+from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
 
 from fastentropy.files import replace_file
+from fastentropy.fusion.inputs import clone, is_float
+from fastentropy.fusion.proof import TOLERANCE, largest_error
 from fastentropy.fusion.report import FusionReport
-from fastentropy.fusion.tracing import first_line
+from fastentropy.fusion.tracing import first_line, inference_module, sample_inputs
 
 #: The entries of an archive that `write` writes, below its folder.
 _OWN_ENTRIES = re.compile(
@@ -21,10 +30,70 @@ _OWN_ENTRIES = re.compile(
 
 
 def write(path: str | PathLike[str], program: ExportedProgram, report: FusionReport) -> None:
-    """Write a program and its report, whole or not at all."""
+    """Write a program and its report, whole or not at all, once what was written has been read and gives the same outputs."""
+    if Path(path).suffix != ".pt2":
+        raise ValueError(f"{path}: the name of a fused model must end in .pt2")
     text = json.dumps(report.to_dict())
     program.example_inputs = None
-    replace_file(path, lambda file: torch.export.save(program, file, extra_files={"report.json": text}))
+
+    def save(file: Path) -> None:
+        torch.export.save(program, file, extra_files={"report.json": text})
+        _check_equal(program, inference_module(read(file)[0]))
+
+    replace_file(path, save)
+
+
+def write_package(path: str | PathLike[str], program: ExportedProgram) -> None:
+    """Compile a program ahead of time for this machine's devices (AOTInductor) and write the package, checked as above."""
+    from torch._inductor import aoti_compile_and_package, aoti_load_package
+
+    def save(file: Path) -> None:
+        package = file.with_name(f"{file.name}.pt2")  # other names are refused
+        try:
+            aoti_compile_and_package(program, package_path=str(package))
+            _check_equal(program, aoti_load_package(str(package)))
+            package.replace(file)
+        finally:
+            package.unlink(missing_ok=True)
+
+    replace_file(path, save)
+
+
+def write_onnx(path: str | PathLike[str], program: ExportedProgram) -> None:
+    """Write a program for ONNX runtimes, checked as above by onnxruntime.
+
+    Raises ImportError where onnx, onnxscript or onnxruntime is missing.
+    """
+    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if not find_spec(name)]
+    if missing:
+        raise ImportError(f"{', '.join(missing)}: not installed; pip install 'fastentropy[onnx]'")
+
+    def save(file: Path) -> None:
+        exported = torch.onnx.export(program, dynamo=True, verbose=False)
+        assert exported is not None
+        exported.save(file)
+        _check_equal(program, functools.partial(_run_onnx, file))
+
+    replace_file(path, save)
+
+
+def _run_onnx(file: Path, *inputs: Any) -> list[Tensor]:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(file)
+    tensors = [value.numpy(force=True) for value in pytree.tree_leaves(inputs) if isinstance(value, Tensor)]
+    names = [each.name for each in session.get_inputs()]
+    return [torch.from_numpy(output) for output in session.run(None, dict(zip(names, tensors, strict=True)))]
+
+
+def _check_equal(program: ExportedProgram, written: Callable[..., Any]) -> None:
+    """Raise RuntimeError where what was written does not compute what the program computes."""
+    inputs = sample_inputs(program)
+    expected = pytree.tree_leaves(inference_module(program)(*clone(inputs)))
+    error = largest_error(pytree.tree_leaves(written(*clone(inputs))), expected)
+    tolerance = TOLERANCE.get(next((value.dtype for value in expected if is_float(value)), torch.float32), 1e-5)
+    if not error <= tolerance:
+        raise RuntimeError(f"the written model differs by {error:.1e} (relative), above {tolerance:.0e}, and was not kept")
 
 
 def read(path: str | PathLike[str]) -> tuple[ExportedProgram, FusionReport]:

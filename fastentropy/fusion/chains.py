@@ -10,7 +10,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from fastentropy.fusion.affine import AffineOperator
-from fastentropy.fusion.elements import Chain, Flatten, Sum
+from fastentropy.fusion.elements import Chain, Flatten, Sum, operators
 from fastentropy.fusion.reading import Linear, read, shape_of
 
 _aten = torch.ops.aten
@@ -33,6 +33,13 @@ class FoundChain:
     elements: Chain
     names: tuple[str, ...]
     views: tuple[Node, ...] = ()
+
+    @property
+    def has_fixed_size(self) -> bool:
+        """Whether the spatial sizes of the source are numbers, not free."""
+        axes = len(operators(self.elements)[0].axes)
+        shape = shape_of(self.source) or ()
+        return all(isinstance(size, int) for size in shape[len(shape) - axes :])
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,14 +3,15 @@
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeAlias
 
+import torch
 from torch import Tensor
 
 from fastentropy.fusion.affine import AffineOperator
 
-Element: TypeAlias = "AffineOperator | Sum | Bordered | Kernel | Flatten"
+Element: TypeAlias = "AffineOperator | Sum | Bordered | Masked | Kernel | Flatten"
 Chain: TypeAlias = "tuple[Element, ...]"
 
 
@@ -40,6 +41,24 @@ class Bordered:
     interior: AffineOperator
     chain: Chain
     strips: tuple[Strip, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Masked:
+    """A merged operator each of whose taps adds a bias of its own, but for the taps that fall into the padding.
+
+    tap_bias is [out_channels, *kernel]: what the bias of an operator that was merged into this one adds through each tap.
+    It is exact for inputs of every size.
+    """
+
+    operator: AffineOperator
+    tap_bias: Tensor
+
+    @property
+    def mask(self) -> AffineOperator:
+        """The operator that gives, of an image of ones, what the taps add at each position."""
+        weight, bias = self.tap_bias.unsqueeze(1), torch.zeros_like(self.operator.bias)
+        return replace(self.operator, weight=weight, bias=bias, groups=1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,6 +104,8 @@ def _run_element(element: Element, x: Tensor) -> Tensor:
                 border = run(chain, _cut(x, axis, strip.input))
                 _cut(y, axis, strip.output).copy_(_cut(border, axis, strip.kept))
             return y
+        case Masked(operator):
+            return operator(x) + element.mask(torch.ones_like(x[:1, :1]))
         case Kernel(_, first, second):
             return second(first(x))
         case Flatten():
@@ -104,7 +125,7 @@ def output_shape(chain: Chain, shape: Sequence[int]) -> tuple[int, ...]:
         match element:
             case Sum(branches):
                 shape = output_shape(max(branches, key=len), shape)
-            case Bordered(interior):
+            case Bordered(interior) | Masked(interior):
                 shape = interior.output_shape(shape)
             case Kernel(_, first, second):
                 shape = second.output_shape(first.output_shape(shape))
@@ -136,6 +157,9 @@ def _costs(element: Element, shape: Sequence[int], itemsize: int) -> Iterator[Co
                 cut = list(shape)
                 cut[len(shape) - len(interior.axes) + strip.axis] = strip.input[1] - strip.input[0]
                 yield cost(chain, cut, itemsize)
+        case Masked(operator):
+            yield _operator_cost(operator, shape, itemsize)
+            yield _operator_cost(element.mask, (1, 1, *shape[2:]), itemsize)
         case Kernel(_, first, second):
             one, other = _operator_cost(first, shape, itemsize), _operator_cost(second, first.output_shape(shape), itemsize)
             between = 2 * math.prod(first.output_shape(shape)) * itemsize
@@ -164,6 +188,8 @@ def _operators(element: Element) -> list[AffineOperator]:
             return [operator for branch in branches for operator in operators(branch)]
         case Bordered(interior, chain):
             return [interior, *operators(chain)]
+        case Masked(operator):
+            return [operator]
         case Kernel(_, first, second):
             return [first, second]
         case Flatten():

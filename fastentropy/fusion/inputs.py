@@ -32,6 +32,23 @@ def with_batch_size(inputs: Inputs, size: int) -> Inputs:
     return tuple(pytree.tree_map(resize, inputs))
 
 
+def with_longer_axes(inputs: Inputs) -> Inputs:
+    """The inputs with each axis behind the batch longer by one, if it has more than one position: the first comes again.
+
+    An axis of an image's channels is left as it is: nothing takes another number of them.
+    """
+
+    def extend(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        for axis in range(2 if value.ndim > 2 else 1, value.ndim):
+            if value.shape[axis] > 1:
+                value = torch.cat([value, value.narrow(axis, 0, 1)], axis)
+        return value
+
+    return tuple(pytree.tree_map(extend, inputs))
+
+
 def random_like(inputs: Inputs, seed: int) -> Inputs:
     """The inputs with normal random values in place of every floating tensor."""
     generator = torch.Generator().manual_seed(seed)

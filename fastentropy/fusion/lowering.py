@@ -1,6 +1,7 @@
 """Write chains of affine operators back into a graph of ATen operators."""
 
 from collections.abc import Sequence
+from operator import getitem
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from fastentropy.fusion.affine import AffineOperator, Axis
-from fastentropy.fusion.elements import Bordered, Chain, Element, Flatten, Kernel, Sum, output_shape
+from fastentropy.fusion.elements import Bordered, Chain, Element, Flatten, Kernel, Masked, Sum, output_shape
 
 _aten = torch.ops.aten
 _CONVOLUTIONS = (_aten.conv1d.default, _aten.conv2d.default, _aten.conv3d.default)
@@ -21,20 +22,20 @@ class Lowering:
     """Appends operators to a graph at its insertion point.
 
     Their weights are added to `tensors` under names that begin with `prefix`, in the dtype, on the device and in the memory
-    format of `like`, a value of the chain's source.
+    format of `like`, a value of the chain's source. Without `fixed_size`, its spatial sizes are only an example.
     """
 
-    def __init__(self, graph: Graph, like: Tensor, prefix: str) -> None:
+    def __init__(self, graph: Graph, like: Tensor, prefix: str, fixed_size: bool = True) -> None:
         """Begin with no tensors."""
         self.tensors: dict[str, Tensor] = {}
-        self._graph, self._like, self._prefix = graph, like, prefix
+        self._graph, self._like, self._prefix, self._fixed_size = graph, like, prefix, fixed_size
 
     def lower(self, chain: Chain, value: Node, shape: Sequence[int]) -> Node:
         """Append a chain that is applied to a value of that shape, and return the node of the result."""
         elements = list(chain)
         while elements:
             element = elements.pop(0)
-            if isinstance(element, AffineOperator) and _covers(element, shape):
+            if self._fixed_size and isinstance(element, AffineOperator) and _covers(element, shape):
                 value = self._covering_layer(element, value, flattened=elements == [Flatten()])
                 elements = [] if elements == [Flatten()] else elements
             else:
@@ -51,8 +52,10 @@ class Lowering:
                 return total
             case Bordered():
                 return self._bordered(element, value, shape)
-            case Kernel(name, first, second):
-                return self._kernel(name, first, second, value)
+            case Masked():
+                return self._masked(element, value)
+            case Kernel():
+                return self._kernel(element, value)
             case Flatten():
                 return self._graph.call_function(_aten.flatten.using_ints, (value, 1))
             case operator:
@@ -90,11 +93,12 @@ class Lowering:
 
     def _transposed_convolution(self, operator: AffineOperator, value: Node) -> Node:
         axes, groups = operator.axes, operator.groups
-        split = operator.weight.flip(tuple(range(2, 2 + len(axes)))).unflatten(0, (groups, -1))
+        flipped = operator.weight.flip(tuple(range(2, 2 + len(axes))))
+        split = flipped.reshape(groups, -1, *flipped.shape[1:])
         weight = self._constant(split.transpose(1, 2).flatten(0, 1))
         padding = [axis.reach - axis.before for axis in axes]
         more = [axis.after - axis.before for axis in axes]
-        geometry = [list(operator.upsampling), padding, more, groups, list(operator.dilation)]
+        geometry: list[Any] = [list(operator.upsampling), padding, more, groups, list(operator.dilation)]
         arguments = (value, weight, self._bias(operator), *geometry)
         return self._with_map(operator, self._graph.call_function(_TRANSPOSED[len(axes) - 1], arguments))
 
@@ -129,14 +133,29 @@ class Lowering:
     def _slice(self, value: Node, axis: int, positions: tuple[int, int]) -> Node:
         return self._graph.call_function(_aten.slice.Tensor, (value, axis, *positions))
 
-    def _kernel(self, name: str, first: AffineOperator, second: AffineOperator, value: Node) -> Node:
-        weights = [self._constant(t) for o in (first, second) for t in (o.weight, o.bias)]
-        if name == "conv_pointwise":
-            weights[2] = self._constant(second.weight.flatten(1))
-            geometry: tuple[Any, ...] = (list(first.stride), [a.before for a in first.axes], list(first.dilation), first.groups)
+    def _masked(self, element: Masked, value: Node) -> Node:
+        operator = element.operator
+        if self._like.is_cuda and len(operator.axes) == 2 and operator.groups == 1 and _is_symmetric(operator):
+            tensors = (self._constant(operator.weight), self._constant(operator.bias), self._constant(element.tap_bias))
+            arguments = (value, *tensors, None, *_geometry(operator), "identity", False, "auto")
+            both = self._graph.call_function(torch.ops.fastentropy_kernels.conv_bordered.default, arguments)
+            return self._graph.call_function(getitem, (both, 0))
+        output = self._operator(operator, value)
+        image = self._slice(self._slice(value, 0, (0, 1)), 1, (0, 1))
+        ones = self._graph.call_function(_aten.ones_like.default, (image,))
+        return self._graph.call_function(_aten.add_.Tensor, (output, self._operator(element.mask, ones)))
+
+    def _kernel(self, element: Kernel, value: Node) -> Node:
+        first, second = element.first, element.second
+        weights = [second.dense_weight().flatten(1), second.bias]
+        if element.name == "linear_pair":
+            tensors = map(self._constant, (first.dense_weight(), first.bias, *weights))
+            arguments: tuple[Any, ...] = (value, *tensors, None, "identity", "auto")
         else:
-            geometry = ()
-        return self._graph.call_function(getattr(torch.ops.fastentropy, name).default, (value, *weights, *geometry))
+            tensors = map(self._constant, (first.weight, first.bias, *weights))
+            arguments = (value, *tensors, None, *_geometry(first), "identity", "auto")
+        operator = getattr(torch.ops.fastentropy_kernels, element.name).default
+        return self._graph.call_function(operator, arguments)
 
     def _bias(self, operator: AffineOperator) -> Node | None:
         return self._constant(operator.bias) if operator.bias.ndim == 1 and operator.bias.any() else None
@@ -167,6 +186,16 @@ def compile_chain(chain: Chain, like: Tensor) -> GraphModule:
     lowering = Lowering(graph, like, "operator")
     graph.output(lowering.lower(chain, graph.placeholder("x"), like.shape))
     return GraphModule(lowering.tensors, graph)
+
+
+def _is_symmetric(operator: AffineOperator) -> bool:
+    return all(axis.before == axis.after >= 0 and axis.upsampling == 1 for axis in operator.axes)
+
+
+def _geometry(operator: AffineOperator) -> list[Any]:
+    """Stride, padding, dilation and groups, as operators take them."""
+    padding = [axis.before for axis in operator.axes]
+    return [list(operator.stride), padding, list(operator.dilation), operator.groups]
 
 
 def _covers(operator: AffineOperator, shape: Sequence[int]) -> bool:

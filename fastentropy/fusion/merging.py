@@ -7,35 +7,77 @@ only the bias differs near the border, and it becomes a map of the positions; el
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from fastentropy.fusion.affine import AffineOperator, Axis, add, compose, identity
-from fastentropy.fusion.elements import Bordered, Chain, Element, Flatten, Kernel, Strip, Sum, operators, run
+from fastentropy.fusion.elements import Bordered, Chain, Element, Flatten, Kernel, Masked, Strip, Sum, operators, run
+from fastentropy_kernels import MOST_MIDDLES
+
+Borders: TypeAlias = Literal["exact", "train"]
 
 
-def merge(chain: Chain, spatial_size: Sequence[int]) -> Chain:
-    """One operator for the whole chain, equal to it at every position for inputs of that spatial size.
+def merge(chain: Chain, spatial_size: Sequence[int] | None, borders: Borders = "exact") -> Chain:
+    """One operator for the whole chain, equal to it at every position for inputs of that spatial size, or of any if None.
 
     Its bias is what the chain answers to zeros; near a border that can differ from place to place. Where more than the bias
     differs there, the border is recomputed by the chain. A `Flatten` at the end stays.
+    With `borders="train"` all zero padding moves to where the chain begins, as in the literature (Fu et al., ICML 2022; Kim
+    et al., ICML 2023 and 2024): another function near the border, for those who train it afterwards.
     Raises ValueError, with the reason, where that cannot be.
     """
     body = chain[:-1] if isinstance(chain[-1], Flatten) else chain
-    merged = compose_all(body)
-    tail = chain[len(body) :]
+    merged, tail = compose_all(body), chain[len(body) :]
     if not merged.axes:
         return (merged, *tail)
+    if spatial_size is None:
+        return (merged if borders == "train" else _for_every_size(body, merged), *tail)
+    if borders == "train":
+        return (crop(merged, spatial_size), *tail)
     strips = border_strips(body, spatial_size)
     response = zero_response(body, spatial_size)
     interior = merged.bias.reshape(-1, *(1,) * len(spatial_size)).expand_as(response)
     differs = ~torch.isclose(response, interior, rtol=1e-12, atol=1e-12)
     for strip in strips:
         differs.narrow(1 + strip.axis, strip.output[0], strip.output[1] - strip.output[0]).fill_(False)
-    merged = replace(merged, bias=response) if differs.any() else merged
+    merged = crop(replace(merged, bias=response) if differs.any() else merged, spatial_size)
     return (Bordered(merged, body, strips) if strips else merged, *tail)
+
+
+def _for_every_size(chain: Chain, merged: AffineOperator) -> Element:
+    axes = range(len(merged.axes))
+    if any(_differs(chain, axis, of_zeros=False) for axis in axes):
+        raise ValueError("inner zero padding: where the border is depends on the size, which is free")
+    return masked(chain) if any(_differs(chain, axis, of_zeros=True) for axis in axes) else merged
+
+
+def _differs(chain: Chain, axis: int, of_zeros: bool) -> bool:
+    """Whether the merged operator differs at the borders of large inputs: in the bias alone, which zeros show, or in more."""
+    size = 1 << 20
+    start, stop, output = _read(chain, axis, _Reading(0, size, size), of_zeros)[:3]
+    return start > 0 or stop < output
+
+
+def crop(operator: AffineOperator, spatial_size: Sequence[int]) -> AffineOperator:
+    """The operator without the taps that only ever read padding, where its output has a single position."""
+    single = all(axis.output_size(size) == 1 for axis, size in zip(operator.axes, spatial_size, strict=True))
+    if not operator.axes or not single or any(axis.upsampling > 1 for axis in operator.axes):
+        return operator
+    weight = operator.weight.new_zeros((*operator.weight.shape[:2], *spatial_size))
+    read = [
+        [tap for tap in range(axis.kernel) if 0 <= tap * axis.dilation - axis.before < size]
+        for axis, size in zip(operator.axes, spatial_size, strict=True)
+    ]
+    if all(read):
+        taps: Any = (..., *(slice(each[0], each[-1] + 1) for each in read))
+        starts = [each[0] * axis.dilation - axis.before for each, axis in zip(read, operator.axes, strict=True)]
+        places: Any = (..., *(slice(n, None, a.dilation) for n, a in zip(starts, operator.axes, strict=True)))
+        weight[places][tuple(slice(0, n) for n in operator.weight[taps].shape)] = operator.weight[taps]
+    ones = (1,) * len(operator.axes)
+    bias = operator.bias.flatten(1)[:, 0] if operator.bias.ndim > 1 else operator.bias
+    return AffineOperator(weight, bias, ones, (0,) * len(ones), ones, operator.groups)
 
 
 def zero_response(chain: Chain, spatial_size: Sequence[int]) -> Tensor:
@@ -57,7 +99,7 @@ def _smaller(chain: Chain, axis: int, size: int) -> tuple[int, Tensor]:
     output = _length(chain, axis, size)
     if all(operator.axes[axis].upsampling == 1 for operator in operators(chain)):
         for smaller in range(size % period or period, size, period):
-            start, stop, length = _read(chain, axis, _Reading(0, smaller, smaller, False, False))[:3]
+            start, stop, length = _read(chain, axis, _Reading(0, smaller, smaller), of_zeros=True)[:3]
             if _length(chain, axis, smaller) and start < stop:
                 before, after = torch.arange(start), torch.arange(stop, length)
                 inside = torch.full((output - len(before) - len(after),), start)
@@ -89,7 +131,7 @@ def _add_all(element: Element) -> AffineOperator:
 
 
 def outline(chain: Chain) -> AffineOperator:
-    """The merged operator of a chain without memory, on the meta device: its sizes are known before it is paid for.
+    """The composition of a chain without memory, on the meta device: its sizes are known before it is paid for.
 
     Raises ValueError where it is no operator.
     """
@@ -107,6 +149,7 @@ class _Reading(NamedTuple):
     """Along one axis, the positions of a value at which a merged operator is right.
 
     They are [start, stop) of size; before and after tell whether what it would compute beyond the ends is zero, as padding is.
+    Of an input of zeros, that is so until a bias is added.
     """
 
     start: int
@@ -122,10 +165,10 @@ def right_positions(chain: Chain, axis: int, size: int) -> tuple[int, int, int]:
     return reading.start, reading.stop, reading.size
 
 
-def _read(chain: Chain, axis: int, reading: _Reading) -> _Reading:
+def _read(chain: Chain, axis: int, reading: _Reading, of_zeros: bool = False) -> _Reading:
     for element in chain:
         if isinstance(element, Sum):
-            ends = [_read(branch, axis, reading) for branch in element.branches]
+            ends = [_read(branch, axis, reading, of_zeros) for branch in element.branches]
             reading = _Reading(
                 max(end.start for end in ends),
                 min(end.stop for end in ends),
@@ -134,11 +177,14 @@ def _read(chain: Chain, axis: int, reading: _Reading) -> _Reading:
                 all(end.after for end in ends),
             )
         elif isinstance(element, AffineOperator):
-            reading = _read_operator(element.axes[axis], reading)
+            own = element.axes[axis]
+            no_bias = of_zeros and not element.bias.any()
+            before, after = (no_bias if of_zeros else margin >= own.reach for margin in (own.before, own.after))
+            reading = _read_operator(own, reading, before, after)
     return reading
 
 
-def _read_operator(axis: Axis, reading: _Reading) -> _Reading:
+def _read_operator(axis: Axis, reading: _Reading, before: bool, after: bool) -> _Reading:
     """The first output that reads no wrong position, and the first after it that does."""
     stuffed = (reading.size - 1) * axis.upsampling + 1
     first = (reading.start - 1) * axis.upsampling + 1 if reading.start else (None if reading.before else 0)
@@ -150,8 +196,8 @@ def _read_operator(axis: Axis, reading: _Reading) -> _Reading:
         min(max(start, 0), size),
         min(max(stop, 0), size),
         size,
-        reading.before and axis.before >= axis.reach,
-        reading.after and axis.after >= axis.reach,
+        reading.before and before,
+        reading.after and after,
     )
 
 
@@ -274,6 +320,47 @@ def _is_padded(operator: AffineOperator) -> bool:
     return any(axis.before or axis.after for axis in operator.axes)
 
 
+def masked(chain: Chain) -> Masked:
+    """One operator for pointwise operators and what follows them, or for these and the value itself: exact at every size.
+
+    Raises ValueError for another chain, or where what follows has zero padding inside.
+    """
+    body, adds_value = _without_residual(chain)
+    count = next((index for index, element in enumerate(body) if not _is_pointwise(element)), len(body))
+    if not 0 < count < len(body):
+        raise ValueError("no pointwise operators with others behind them")
+    head, (padded, *others) = compose_all(body[:count]), body[count:]
+    if not all(isinstance(each, AffineOperator) and not _pads(each) for each in others):
+        raise ValueError("inner zero padding: more than a bias differs at the border")
+    rest = compose_all((padded, *others))
+    grouped = rest.weight.reshape(rest.groups, -1, *rest.weight.shape[1:])
+    tap_bias = torch.einsum("goi...,gi->go...", grouped, head.bias.reshape(rest.groups, -1)).flatten(0, 1)
+    merged = replace(compose(head, rest), bias=rest.bias)
+    if adds_value:
+        whole = add(merged, identity(merged.in_channels, merged))
+        if whole.axes != merged.axes:
+            raise ValueError("the value itself reads beyond the taps of the merged operator")
+        merged = whole
+    return Masked(merged, tap_bias)
+
+
+def _without_residual(chain: Chain) -> tuple[Chain, bool]:
+    """A chain, or the branch of a chain that only adds a branch to the value itself."""
+    if len(chain) == 1 and isinstance(chain[0], Sum):
+        branches = [branch for branch in chain[0].branches if branch]
+        if len(branches) == 1 and len(chain[0].branches) == 2:
+            return branches[0], True
+    return chain, False
+
+
+def _is_pointwise(element: Element) -> bool:
+    return isinstance(element, AffineOperator) and bool(element.axes) and element.is_pointwise
+
+
+def _pads(operator: AffineOperator) -> bool:
+    return any(axis.before > 0 or axis.after > 0 or axis.upsampling > 1 for axis in operator.axes)
+
+
 def kernels(chain: Chain) -> Chain:
     """The chain with each pair of neighbours that a fused kernel computes in one."""
     paired: list[Element] = []
@@ -281,24 +368,23 @@ def kernels(chain: Chain) -> Chain:
         if isinstance(element, Sum):
             element = Sum(tuple(kernels(branch) for branch in element.branches))
         previous = paired[-1] if paired else None
-        both = isinstance(previous, AffineOperator) and isinstance(element, AffineOperator)
-        name = _kernel_name(previous, element) if both else None
-        if name:
-            paired[-1] = Kernel(name, previous, element)
+        if isinstance(previous, AffineOperator) and (kernel := _kernel(previous, element)):
+            paired[-1] = kernel
         else:
             paired.append(element)
     return tuple(paired)
 
 
-def _kernel_name(first: AffineOperator, second: AffineOperator) -> str | None:
-    if first.bias.ndim > 1 or second.bias.ndim > 1:
+def _kernel(first: AffineOperator, second: Element) -> Kernel | None:
+    """The kernel of `fastentropy_kernels` that computes one operator after the other, if there is one."""
+    if not isinstance(second, AffineOperator) or first.bias.ndim > 1 or second.bias.ndim > 1:
         return None
     if not first.axes:
-        return "linear_pair" if first.out_channels <= 128 else None
+        return Kernel("linear_pair", first, second) if first.out_channels <= MOST_MIDDLES else None
     plain = all(axis.upsampling == 1 and axis.before == axis.after >= 0 for axis in first.axes)
     spread = first.groups in (1, first.in_channels) and (first.groups == 1 or first.in_channels == first.out_channels)
     pointwise = second.is_pointwise and second.groups == 1
-    return "conv_pointwise" if len(first.axes) == 2 and plain and spread and pointwise else None
+    return Kernel("conv_pointwise", first, second) if len(first.axes) == 2 and plain and spread and pointwise else None
 
 
 def spatial_size(chain: Chain, x: Tensor) -> torch.Size:

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from fastentropy.fusion.affine import AffineOperator, compose
 from fastentropy.fusion.chains import FoundChain
 from fastentropy.fusion.elements import Chain, Cost, Flatten, Sum, cost, operators, run
 from fastentropy.fusion.lowering import compile_chain
-from fastentropy.fusion.merging import fold, kernels, merge, outline, pools_first, spatial_size
+from fastentropy.fusion.merging import Borders, crop, fold, kernels, masked, merge, outline, pools_first, spatial_size
 from fastentropy.fusion.proof import relative_error
 from fastentropy.fusion.report import Candidate, ChainReport
 from fastentropy.timing import Key, measure_times
@@ -29,29 +30,42 @@ HOPELESS = 1.5
 #: are worth merging though the first two are not.
 PATIENCE = 4
 
-Prices = Callable[[Mapping[Key, Chain], Mapping[Key, Tensor]], dict[Key, float]]
+
+class _Way(NamedTuple):
+    """How forms are made and what they are chosen by."""
+
+    price: Callable[[Mapping[Any, Chain], Mapping[Any, Tensor]], dict[Any, float]]
+    borders: Borders
+    fixed_size: bool
+
+    def merge(self, chain: Chain, x: Tensor) -> Chain:
+        """The chain as one operator for inputs like x, of this size or of any."""
+        return merge(chain, spatial_size(chain, x) if self.fixed_size else None, self.borders)
 
 
 @torch.no_grad()
-def plan_chain(found: FoundChain, x: Tensor, tolerance: float, *, measure: bool = True) -> tuple[Chain, ChainReport]:
+def plan_chain(
+    found: FoundChain, x: Tensor, tolerance: float, *, measure: bool = True, borders: Borders = "exact"
+) -> tuple[Chain, ChainReport]:
     """The fastest form of a chain on the input x among those with a relative error of at most `tolerance`, and the report.
 
     `keep` is the chain with batch norm folded, `merge` one operator for all of it, `split` the division into merged
     stretches whose times add up to the least, `reorder` that with average pooling moved forward, and `kernel` the chain with
-    pairs of operators in fused kernels. Without `measure`, counted costs stand for the times.
+    pairs of operators in fused kernels, `masked` one kernel that leaves out, at the border, what only padding would add.
+    Without `measure`, counted costs stand for the times.
     """
     kept = fold(found.elements)
     if len(operators(kept)) == 1:
         return kept, ChainReport(found.names, {}, "keep")
-    price = measured if measure else counted
-    forms, note = _forms(kept, x, price)
-    prices = price(forms, dict.fromkeys(forms, x))
+    way = _Way(measured if measure else counted, borders, found.has_fixed_size)
+    forms, note = _forms(kept, x, way)
+    prices = way.price(forms, dict.fromkeys(forms, x))
     candidates = {
         name: Candidate(
             prices[name] if measure else None,
             len(operators(form)),
             *cost(form, x.shape, x.element_size()),
-            _chain_error(form, found.elements, x),
+            _chain_error(form, found.elements if borders == "exact" else form, x),
         )
         for name, form in forms.items()
     }
@@ -60,13 +74,15 @@ def plan_chain(found: FoundChain, x: Tensor, tolerance: float, *, measure: bool 
         note = f"above the tolerance of {tolerance:.0e}: {', '.join(name for name in forms if name not in proven)}"
     fastest = min(proven, key=lambda name: prices[name], default="keep")
     choice = fastest if prices[fastest] <= (1 - TIE) * prices["keep"] else "keep"
+    if borders == "train":
+        note = f"differs at the border by {_chain_error(forms[choice], found.elements, x):.0e}, to be trained"
     return forms[choice], ChainReport(found.names, candidates, choice, note)
 
 
 def measured(forms: Mapping[Key, Chain], inputs: Mapping[Key, Tensor]) -> dict[Key, float]:
     """The milliseconds of each form on its input, timed side by side."""
     functions = {key: functools.partial(compile_chain(form, inputs[key]), inputs[key]) for key, form in forms.items()}
-    return measure_times(functions, rounds=5)
+    return measure_times(functions, rounds=15 if len(forms) <= 6 else 5)
 
 
 def counted(forms: Mapping[Key, Chain], inputs: Mapping[Key, Tensor]) -> dict[Key, float]:
@@ -88,28 +104,34 @@ def _chain_error(form: Chain, chain: Chain, x: Tensor) -> float:
     return max(relative_error(compiled(each), run(chain, each.double())) for each in (given, drawn))
 
 
-def _forms(kept: Chain, x: Tensor, price: Prices[str]) -> tuple[dict[str, Chain], str]:
+def _forms(kept: Chain, x: Tensor, way: _Way) -> tuple[dict[str, Chain], str]:
     forms, note = {"keep": kept}, ""
     try:
         body = kept[:-1] if isinstance(kept[-1], Flatten) else kept
         if _is_hopeless(outline(body), body, x):
             note = f"one operator would cost more than {HOPELESS} times as much"
         else:
-            forms["merge"] = merge(kept, spatial_size(kept, x))
+            forms["merge"] = way.merge(kept, x)
     except ValueError as error:
         note = str(error)
-    ways = {"split": _fastest_split(kept, x, price)}
+    others = {"split": _fastest_split(kept, x, way)}
     if (reordered := pools_first(kept)) != kept:
-        ways["reorder"] = _fastest_split(reordered, x, price)
-    if x.is_cuda:
-        ways["kernel"] = kernels(kept)
-    for name, way in ways.items():
-        if name == "reorder" or way not in forms.values():
-            forms[name] = way
+        others["reorder"] = _fastest_split(reordered, x, way)
+    if x.is_cuda and way.borders == "exact":
+        others["kernel"] = kernels(kept)
+        with contextlib.suppress(ValueError):
+            others["masked"] = (masked(kept),)
+    forms |= {name: form for name, form in others.items() if not _is_known(form, forms)}
     return forms, note
 
 
-def _fastest_split(chain: Chain, x: Tensor, price: Prices) -> Chain:
+def _is_known(form: Chain, forms: Mapping[str, Chain]) -> bool:
+    """Whether a form is that of the kept chain, or the one operator that the merged chain is already."""
+    merged = "merge" in forms and len(form) == len(forms["merge"]) and not isinstance(form[0], Sum)
+    return merged or list(map(id, operators(form))) == list(map(id, operators(forms["keep"])))
+
+
+def _fastest_split(chain: Chain, x: Tensor, way: _Way) -> Chain:
     """Divide a chain into stretches, each merged or left as it is, so that the sum of their times is the least.
 
     Dynamic programming over the places between elements; the branches of a sum that is not merged are divided likewise.
@@ -117,8 +139,8 @@ def _fastest_split(chain: Chain, x: Tensor, price: Prices) -> Chain:
     inputs = [x]
     for element in chain:
         inputs.append(compile_chain((element,), inputs[-1])(inputs[-1]))
-    stretches = _stretches(chain, inputs, price)
-    times = price(stretches, {key: inputs[key[0]] for key in stretches})
+    stretches = _stretches(chain, inputs, way)
+    times = way.price(stretches, {key: inputs[key[0]] for key in stretches})
     best: list[tuple[float, Chain]] = [(0.0, ())]
     for stop in range(1, len(chain) + 1):
         ways = [
@@ -128,19 +150,19 @@ def _fastest_split(chain: Chain, x: Tensor, price: Prices) -> Chain:
     return best[-1][1]
 
 
-def _stretches(chain: Chain, inputs: list[Tensor], price: Prices) -> dict[tuple[int, int, bool], Chain]:
+def _stretches(chain: Chain, inputs: list[Tensor], way: _Way) -> dict[tuple[int, int, bool], Chain]:
     """Every stretch chain[start:stop] that can stand as one, by (start, stop, whether it is merged)."""
     stretches: dict[tuple[int, int, bool], Chain] = {}
     sketches = [None if isinstance(element, Flatten) else outline((element,)) for element in chain]
     for start, element in enumerate(chain):
         x = inputs[start]
         if isinstance(element, Sum):
-            element = Sum(tuple(_fastest_split(branch, x, price) for branch in element.branches))
+            element = Sum(tuple(_fastest_split(branch, x, way) for branch in element.branches))
         stretches[start, start + 1, False] = (element,)
         for stop in _promising_stops(chain[start:], sketches[start:], x):
             if stop > 1 or isinstance(element, Sum):
                 with contextlib.suppress(ValueError):
-                    stretches[start, start + stop, True] = merge(chain[start : start + stop], spatial_size(chain, x))
+                    stretches[start, start + stop, True] = way.merge(chain[start : start + stop], x)
     return stretches
 
 
@@ -164,5 +186,6 @@ def _promising_stops(chain: Chain, sketches: list[AffineOperator | None], x: Ten
 
 def _is_hopeless(merged: AffineOperator, chain: Chain, x: Tensor) -> bool:
     """Whether a merged operator, known by its outline, would cost so much more than the chain that it need not be composed."""
-    one, all_ = (_weigh(cost(form, x.shape, x.element_size())) for form in ((merged,), chain))
+    cropped = crop(merged, spatial_size(chain, x))
+    one, all_ = (_weigh(cost(form, x.shape, x.element_size())) for form in ((cropped,), chain))
     return one > HOPELESS * all_

@@ -8,7 +8,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from fastentropy.fusion.inputs import Inputs, batch_size, clone, is_float, random_like, to_double, with_batch_size
+from fastentropy.fusion.inputs import (
+    Inputs,
+    batch_size,
+    clone,
+    is_float,
+    random_like,
+    to_double,
+    with_batch_size,
+    with_longer_axes,
+)
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
@@ -25,17 +34,27 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return float(difference.max() / scale)
 
 
+#: The largest relative error that a fused model may have, by the dtype of its weights.
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
 class Proof:
     """What a model answers to some inputs: the outputs that another form must have."""
 
     def __init__(self, model: nn.Module, example_inputs: Inputs, takes: Callable[[Inputs], bool], tolerance: float) -> None:
-        """Run the model on the example, on random values, and at two other batch sizes among those that `takes` allows."""
+        """Run the model on the example, on random values, and at two other batch sizes among those that `takes` allows.
+
+        Where all sizes are free, it also runs on inputs that are longer by one.
+        """
         batch = batch_size(example_inputs) or 0
         inputs = [example_inputs, random_like(example_inputs, seed=0)]
         for size in sorted({1, batch + 1} - {batch}):
             other = random_like(with_batch_size(example_inputs, size), seed=size)
             if takes(other) and _answers(model, other) is not None:
                 inputs.append(other)
+        longer = with_longer_axes(example_inputs)
+        if takes(longer) and _answers(model, longer) is not None:
+            inputs.append(longer)
         self._cases = [(each, _answers(model, each)) for each in inputs]
         self._model, self._tolerance = model, tolerance
 
@@ -48,14 +67,15 @@ class Proof:
         return max(self._case_error(_answers(form, inputs), inputs, expected) for inputs, expected in self._cases)
 
     def _case_error(self, actual: list[Any] | None, inputs: Inputs, expected: list[Any] | None) -> float:
-        error = _largest_error(actual, expected)
+        error = largest_error(actual, expected)
         if error <= self._tolerance or (double := _in_double(self._model)) is None:
             return error
-        return min(error, _largest_error(actual, _answers(double, to_double(inputs))))
+        return min(error, largest_error(actual, _answers(double, to_double(inputs))))
 
 
-def _largest_error(actual: list[Any] | None, expected: list[Any] | None) -> float:
-    if actual is None or expected is None:
+def largest_error(actual: list[Any] | None, expected: list[Any] | None) -> float:
+    """The largest relative error of any pair of outputs; infinite where a call failed."""
+    if actual is None or expected is None or len(actual) != len(expected):
         return torch.inf
     pairs = [pair for pair in zip(actual, expected, strict=True) if is_float(pair[1])]
     return max((relative_error(*pair) for pair in pairs), default=0.0)

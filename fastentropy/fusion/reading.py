@@ -286,7 +286,7 @@ def _scale_or_shift(node: Node, module: GraphModule) -> Linear | None:
 
 
 def _same_dtype(node: Node, operand: Any) -> bool:
-    return node.meta["val"].dtype == operand.meta["val"].dtype
+    return bool(node.meta["val"].dtype == operand.meta["val"].dtype)
 
 
 def _axes_of_constant(value: Tensor, dimensions: int) -> Any:

@@ -2,24 +2,26 @@
 
 import copy
 import functools
+from collections.abc import Callable, Collection, Mapping
 from os import PathLike
-from typing import Any
+from typing import Any, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from fastentropy.fusion import archive
 from fastentropy.fusion.chains import FoundChain, find_chains, overwritten_constants
-from fastentropy.fusion.elements import operators
+from fastentropy.fusion.elements import Chain, operators
 from fastentropy.fusion.inputs import Inputs, batch_size, clone
-from fastentropy.fusion.merging import fold
+from fastentropy.fusion.merging import Borders, fold
 from fastentropy.fusion.plan import plan_chain
-from fastentropy.fusion.proof import Proof
+from fastentropy.fusion.proof import TOLERANCE, Proof
 from fastentropy.fusion.report import ChainReport, FusionReport
 from fastentropy.fusion.tracing import (
+    CHAIN_PREFIX,
     export,
     first_line,
     fits,
@@ -31,8 +33,8 @@ from fastentropy.fusion.tracing import (
 )
 from fastentropy.timing import measure_times
 
-#: The largest relative error that a fused model may have, by the dtype of its weights.
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+#: One of original, folded and fused, and a memory format.
+_Form = tuple[str, str]
 
 
 class FusedModel(nn.Module):
@@ -52,14 +54,15 @@ class FusedModel(nn.Module):
     def forward(self, *inputs: Any) -> Any:
         """Run the network on the positional inputs of the original model, of the sizes that it was fused for.
 
-        Only the batch size may differ. Raises ValueError for another size: the chains are exact for the sizes of the example.
+        Only the batch size may differ, and every size with `dynamic_sizes`. Raises ValueError for another size: the chains are
+        exact for the sizes of the example.
         """
         values = pytree.tree_leaves(inputs)
         if len(values) != len(self._sizes):
             raise ValueError(f"this model was fused for {len(self._sizes)} inputs, but is called with {len(values)}")
         for value, sizes in zip(values, self._sizes, strict=True):
             if not fits(value, sizes):
-                wanted = [low if high == low + 1 else "batch" for low, high in sizes or ()]
+                wanted = [low if high == low + 1 else "any" for low, high in sizes or ()]
                 raise ValueError(
                     f"an input has shape {list(value.shape)}, but this model was fused for {wanted}; fuse it again"
                 )
@@ -71,8 +74,31 @@ class FusedModel(nn.Module):
         return len(values) == len(self._sizes) and all(map(fits, values, self._sizes))
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write the model as `fuse` made it, with its report, as a `torch.export` archive (.pt2) without pickled objects."""
+        """Write the model with its report as a `torch.export` archive (.pt2) without pickled objects, for `load`.
+
+        Raises RuntimeError, and leaves an older file, where what was written gives other outputs.
+        """
         archive.write(path, self._program, self.report)
+
+    def save_package(self, path: str | PathLike[str]) -> None:
+        """Compile the model for this machine with AOTInductor and write the package, for `torch._inductor.aoti_load_package`.
+
+        It is checked as in `save`.
+        """
+        archive.write_package(path, self._program)
+
+    def save_onnx(self, path: str | PathLike[str]) -> None:
+        """Write the model as ONNX, checked as in `save`. Needs onnx, onnxscript and onnxruntime (ImportError)."""
+        archive.write_onnx(path, self._program)
+
+    def _train(self, names: Collection[str]) -> None:
+        """Make parameters of the weights that were, or were made of, parameters."""
+        for name, weight in list(self.graph_module.named_buffers()):
+            if name in names or name.startswith(CHAIN_PREFIX):
+                path, _, own = name.rpartition(".")
+                owner = self.graph_module.get_submodule(path)
+                delattr(owner, own)
+                owner.register_parameter(own, nn.Parameter(weight))
 
 
 def load(path: str | PathLike[str]) -> FusedModel:
@@ -84,47 +110,74 @@ def load(path: str | PathLike[str]) -> FusedModel:
 
 
 @torch.no_grad()
-def fuse(model: nn.Module, example_inputs: Inputs, *, tolerance: float | None = None, measure: bool = True) -> FusedModel:
+def fuse(
+    model: nn.Module,
+    example_inputs: Inputs,
+    *,
+    tolerance: float | None = None,
+    measure: bool = True,
+    dynamic_sizes: bool = False,
+    borders: Borders = "exact",
+) -> FusedModel:
     """The same network with each chain of linear operators in the form that runs fastest on the example inputs.
 
-    Batch norm is folded, and a chain becomes one operator where that is exact and measured to be faster. The result is compared
-    with the model on the example inputs and on random ones, at three batch sizes where the model allows that; `tolerance` is
-    the largest relative error allowed (by default 1e-5 in float32; see `TOLERANCE`). The model itself is not changed, and
-    shares no memory with the result.
+    Batch norm is folded, and a chain becomes one operator where that is measured to be faster; near a border what one
+    operator would get wrong is mended. The result is compared with the model on the example inputs and on random ones, at
+    three batch sizes where the model allows that. The model itself is not changed, and shares no memory with the result.
 
-    example_inputs: the positional inputs of one call, batch first, of the size and on the device that matter.
-    measure: choose by measured times; otherwise by counted multiplications and bytes, for another machine than this one.
+    Args:
+        model: any module in eval mode that `torch.export` can trace.
+        example_inputs: the positional inputs of one call, batch first, of the size and on the device that matter.
+        tolerance: the largest relative error allowed, by default 1e-5 in float32; see `TOLERANCE`.
+        measure: choose by measured times; otherwise by counted multiplications and bytes, for another machine than this one.
+        dynamic_sizes: leave the sizes of images and sequences free too, where the model allows that; fewer chains merge then.
+        borders: "train" moves all zero padding to the front of each chain that is merged. Outputs near the border are others
+            then, as the report says, and the result has parameters, to be trained afterwards.
 
-    Raises ValueError where the model is in training mode, does not run on the example inputs, cannot be traced or updates
-    buffers as it runs, and RuntimeError where even its trace does not compute what it computes.
+    Raises:
+        ValueError: the model is in training mode, does not run on the example inputs, cannot be traced or updates buffers as
+            it runs.
+        RuntimeError: even its trace does not compute what it computes.
     """
+    if borders not in get_args(Borders):
+        raise ValueError(f"borders must be 'exact' or 'train', not {borders!r}")
     original = _check(model, example_inputs)
-    program = export(original, example_inputs)
+    program = export(original, example_inputs, dynamic_sizes)
     traced = inference_module(program)
     if updated := overwritten_constants(traced):
         raise ValueError(f"the model updates {', '.join(updated)} as it runs: its outputs do not depend on its inputs alone")
     if tolerance is None:
         tolerance = TOLERANCE.get(next((p.dtype for p in model.parameters()), torch.float32), 1e-5)
-    chains = [chain for chain in find_chains(traced) if len(operators(chain.elements)) > 1]
-    forms, reports = _forms(original, traced, chains, example_inputs, tolerance, measure)
+    plan = functools.partial(plan_chain, tolerance=tolerance, measure=measure, borders=borders)
+    forms, reports = _forms(original, traced, example_inputs, plan, measure)
     times = _times(forms, example_inputs) if measure else {}
-    order = sorted(times, key=lambda form: times[form]) or [(name, "contiguous") for name in ("fused", "folded", "original")]
-    best = {name: next(form for form in order if form[0] == name) for name in ("original", "folded", "fused")}
-    takes = FusedModel(program, FusionReport((), {}, {}, "original", 0.0)).takes
-    proof = Proof(original, example_inputs, takes, tolerance)
-    for choice in sorted(best, key=lambda name: order.index(best[name])):
-        memory_formats = {name: form[1] for name, form in best.items()}
-        milliseconds = {name: times[form] for name, form in best.items()} if measure else {}
-        report = FusionReport(reports[best["fused"][1]], milliseconds, memory_formats, choice, 0.0)
-        fused = FusedModel(export(forms[best[choice]], example_inputs), report)
+    best = _best(forms, times)
+    proof = Proof(original, example_inputs, FusedModel(program, FusionReport((), {}, {}, "original", 0.0)).takes, tolerance)
+    names = ("original", "folded", "fused")
+    memory_formats = {name: best[name][1] for name in names}
+    milliseconds = {name: times[best[name]] for name in names} if measure else {}
+    for choice, form in best.items():
+        fused = FusedModel(export(forms[form], example_inputs, dynamic_sizes), FusionReport((), {}, {}, choice, 0.0))
         error = proof.error(fused)
-        if error <= tolerance:
-            fused.report = FusionReport(report.chains, milliseconds, memory_formats, choice, error)
+        differs_at_borders = borders == "train" and choice == "fused"
+        if error <= tolerance or (differs_at_borders and proof.error(forms[best["folded"]]) <= tolerance):
+            fused.report = FusionReport(reports[best["fused"][1]], milliseconds, memory_formats, choice, error)
+            if borders == "train":
+                fused._train(dict(original.named_parameters()))
             return fused
     raise RuntimeError(
         f"the trace of the model differs from the model by {error:.1e} (relative), above the tolerance of {tolerance:.0e}; "
         "pass a larger tolerance= if that is acceptable"
     )
+
+
+def _best(forms: Mapping[_Form, nn.Module], times: Mapping[_Form, float]) -> dict[str, _Form]:
+    """Each of fused, folded and original in its fastest memory format, the fastest first."""
+    order = sorted(times, key=lambda form: times[form]) if times else list(forms)[::-1]
+    best: dict[str, _Form] = {}
+    for form in order:
+        best.setdefault(form[0], form)
+    return best
 
 
 def _check(model: nn.Module, example_inputs: Inputs) -> nn.Module:
@@ -135,7 +188,10 @@ def _check(model: nn.Module, example_inputs: Inputs) -> nn.Module:
         raise ValueError("the model is in training mode, where batch norm and dropout are not linear; call model.eval() first")
     if batch_size(example_inputs) == 0:
         raise ValueError("example_inputs hold a batch of no samples; give at least one")
-    original = copy.deepcopy(model)
+    try:
+        original = copy.deepcopy(model)
+    except Exception as error:
+        raise ValueError(f"{type(model).__name__} cannot be copied by copy.deepcopy: {first_line(error)}") from error
     try:
         original(*clone(example_inputs))
     except Exception as error:
@@ -146,16 +202,16 @@ def _check(model: nn.Module, example_inputs: Inputs) -> nn.Module:
 def _forms(
     original: nn.Module,
     traced: GraphModule,
-    chains: list[FoundChain],
     example_inputs: Inputs,
-    tolerance: float,
+    plan: Callable[[FoundChain, Tensor], tuple[Chain, ChainReport]],
     measure: bool,
-) -> tuple[dict[tuple[str, str], nn.Module], dict[str, tuple[ChainReport, ...]]]:
+) -> tuple[dict[_Form, nn.Module], dict[str, tuple[ChainReport, ...]]]:
     """The model as given, folded and fused, in each memory format, and the reports on its chains in each.
 
     Everybody gets the memory format in which they are fastest, so that no gain is claimed that a user had for free.
     """
-    forms: dict[tuple[str, str], nn.Module] = {}
+    chains = [chain for chain in find_chains(traced) if len(operators(chain.elements)) > 1]
+    forms: dict[_Form, nn.Module] = {}
     reports: dict[str, tuple[ChainReport, ...]] = {}
     channels_last = in_channels_last(traced) if measure else None
     for name, graph in {"contiguous": traced, "channels_last": channels_last}.items():
@@ -167,7 +223,7 @@ def _forms(
             if name == "contiguous":
                 raise
             continue
-        plans = [plan_chain(chain, sources[chain.source], tolerance, measure=measure) for chain in chains]
+        plans = [plan(chain, sources[chain.source]) for chain in chains]
         reports[name] = tuple(report for _, report in plans)
         forms["original", name] = original if name == "contiguous" else _channels_last(original)
         forms["folded", name] = rewrite(graph, chains, [fold(chain.elements) for chain in chains], sources)
@@ -184,6 +240,6 @@ def _channels_last(model: nn.Module) -> nn.Module:
     return copied
 
 
-def _times(forms: dict[tuple[str, str], nn.Module], example_inputs: Inputs) -> dict[tuple[str, str], float]:
+def _times(forms: Mapping[_Form, nn.Module], example_inputs: Inputs) -> dict[_Form, float]:
     inputs = clone(example_inputs)
     return measure_times({name: functools.partial(form, *inputs) for name, form in forms.items()})

@@ -17,34 +17,45 @@ from fastentropy.fusion.elements import Chain, output_shape
 from fastentropy.fusion.inputs import Inputs, batch_size, clone, has_batch, with_batch_size
 from fastentropy.fusion.lowering import Lowering
 
+#: How the names of the constants of chains begin.
+CHAIN_PREFIX = "chain_"
+
 #: The sizes that an axis may have, from the first on and below the second; None for no limit.
 Sizes = tuple[int, int | None]
 
 
-def export(model: nn.Module, example_inputs: Inputs) -> ExportedProgram:
+def export(model: nn.Module, example_inputs: Inputs, dynamic_sizes: bool = False) -> ExportedProgram:
     """Trace a model with a free batch size, or for that of the example where the model does not allow another.
 
+    With `dynamic_sizes`, all other sizes are free too, where the model allows that.
     Raises ValueError where torch.export cannot trace it.
     """
     inputs = clone(example_inputs)
     try:
-        return _trace_single(model, inputs) if batch_size(inputs) == 1 else _trace(model, inputs)
+        if batch_size(inputs) == 1:
+            return _trace_single(model, inputs, dynamic_sizes)
+        return _trace(model, inputs, dynamic_sizes)
     except Exception as error:
         raise ValueError(f"torch.export cannot trace {type(model).__name__}: {first_line(error)}") from error
 
 
-def _trace(model: nn.Module, inputs: Inputs) -> ExportedProgram:
+def _trace(model: nn.Module, inputs: Inputs, dynamic_sizes: bool) -> ExportedProgram:
     shapes, batch = ShapesCollection(), batch_size(inputs)  # type: ignore[no-untyped-call]
     for value in pytree.tree_leaves(inputs):
-        if has_batch(value, batch):
-            shapes[value] = {0: Dim.AUTO}
+        if not isinstance(value, Tensor):
+            continue
+        free = {0: Dim.AUTO} if has_batch(value, batch) else {}
+        if dynamic_sizes:
+            free |= dict.fromkeys(range(1, value.ndim), Dim.AUTO)
+        if free:
+            shapes[value] = free
     return torch.export.export(model, inputs, dynamic_shapes=shapes)
 
 
-def _trace_single(model: nn.Module, inputs: Inputs) -> ExportedProgram:
+def _trace_single(model: nn.Module, inputs: Inputs, dynamic_sizes: bool) -> ExportedProgram:
     """Trace for a batch of one: with two, since torch.export takes a one for a constant, and with one where that fails."""
     try:
-        program = _trace(model, with_batch_size(inputs, 2))
+        program = _trace(model, with_batch_size(inputs, 2), dynamic_sizes)
         if _is_dynamic(program):
             return program
     except Exception:  # whatever a model raises for another batch size
@@ -89,7 +100,7 @@ def rewrite(traced: GraphModule, chains: list[FoundChain], forms: list[Chain], s
         end = copies[chain.end.name]
         like = sources[chain.source]
         with graph.inserting_before(end):
-            lowering = Lowering(graph, like, f"chain_{index}")
+            lowering = Lowering(graph, like, f"{CHAIN_PREFIX}{index}", chain.has_fixed_size)
             result = lowering.lower(form, copies[chain.source.name], like.shape)
             for view in chain.views:
                 result = _view_again(graph, view, copies, result, output_shape(form, like.shape)[-1])
@@ -157,9 +168,29 @@ def values_of(traced: GraphModule, nodes: Sequence[Node], inputs: Inputs) -> dic
 
 def input_sizes(program: ExportedProgram) -> list[tuple[Sizes, ...] | None]:
     """The sizes that each input may have; None for what is not a tensor."""
-    specs = program.graph_signature.input_specs
-    placeholders = zip(specs, program.graph.find_nodes(op="placeholder"), strict=True)
-    return [_sizes(node.meta.get("val"), program) for spec, node in placeholders if spec.kind is InputKind.USER_INPUT]
+    return [_sizes(value, program) for value in _user_inputs(program)]
+
+
+def _user_inputs(program: ExportedProgram) -> list[Any]:
+    """What stands for each input in a trace: a tensor without memory, or a constant."""
+    placeholders = zip(program.graph_signature.input_specs, program.graph.find_nodes(op="placeholder"), strict=True)
+    return [node.meta.get("val") for spec, node in placeholders if spec.kind is InputKind.USER_INPUT]
+
+
+def sample_inputs(program: ExportedProgram) -> Inputs:
+    """Positional inputs that a program takes: random, zeros for integers, and 2 for a size that is free."""
+    generator = torch.Generator().manual_seed(0)
+
+    def sample(value: Any, sizes: tuple[Sizes, ...] | None) -> Any:
+        if sizes is None:
+            return value
+        shape = [low if high == low + 1 else max(low, 2) for low, high in sizes]
+        drawn = torch.randn(shape, generator=generator) if value.is_floating_point() else torch.zeros(shape)
+        return drawn.to(value.device, value.dtype)
+
+    leaves = list(map(sample, _user_inputs(program), input_sizes(program)))
+    arguments, _ = pytree.tree_unflatten(leaves, program.call_spec.in_spec)
+    return tuple(arguments)
 
 
 def fits(value: Any, sizes: tuple[Sizes, ...] | None) -> bool:

@@ -12,11 +12,13 @@ from torch import Tensor
 
 from . import dispatch, registration
 from .arguments import States, activation_request, count_request, linear_regions
+from .chain_arguments import MOST_MIDDLES
 from .chains import conv_bordered, conv_pointwise, linear_pair
 from .dispatch import available_implementations, is_fused
 from .plan import ActivationPlan, make_plan
 
 __all__ = [
+    "MOST_MIDDLES",
     "ActivationPlan",
     "activation_states",
     "available_implementations",

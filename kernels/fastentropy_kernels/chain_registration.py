@@ -14,7 +14,7 @@ from .dispatch import chain_kernels
 from .layout import convolved_size, empty_images
 
 
-@torch.library.custom_op("fastentropy::conv_pointwise", mutates_args=())
+@torch.library.custom_op("fastentropy_kernels::conv_pointwise", mutates_args=())
 def conv_pointwise(
     x: Tensor,
     weight: Tensor,
@@ -54,7 +54,7 @@ def _(
     return empty_images(x, pointwise_weight.shape[0], convolved_size(x, weight, stride, padding, dilation))
 
 
-@torch.library.custom_op("fastentropy::conv_bordered", mutates_args=())
+@torch.library.custom_op("fastentropy_kernels::conv_bordered", mutates_args=())
 def conv_bordered(
     x: Tensor,
     weight: Tensor,
@@ -97,7 +97,7 @@ def _(
     return y, _counters(x, weight, counted)
 
 
-@torch.library.custom_op("fastentropy::linear_pair", mutates_args=())
+@torch.library.custom_op("fastentropy_kernels::linear_pair", mutates_args=())
 def linear_pair(
     x: Tensor,
     weight1: Tensor,
