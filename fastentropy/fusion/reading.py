@@ -173,14 +173,13 @@ def _linear(node: Node, module: GraphModule) -> Linear | None:
 
 def _addmm(node: Node, module: GraphModule) -> Linear | None:
     """bias + x · matrix, as transformers' Conv1D is traced."""
-    if (named := _named(node, "self", "mat2", module=module)) is None:
+    bias, operand, matrix = node.args[:3]
+    values = constant(bias, module), constant(matrix, module)
+    if values[0] is None or values[1] is None or node.kwargs or values[0].ndim != 1:
         return None
-    values, tensors = named
-    if node.kwargs or tensors["self"].ndim != 1:
-        return None
-    weight = tensors["mat2"].T
-    bias = tensors["self"].expand(len(weight))
-    return _over(values["mat1"], 0, lambda _: AffineOperator(weight, bias), _path(values["mat2"]))
+    weight = values[1].double().T
+    shift = values[0].double().expand(len(weight))
+    return _over(operand, 0, lambda _: AffineOperator(weight, shift), _path(matrix))
 
 
 def _matrix_product(node: Node, module: GraphModule) -> Linear | None:
@@ -221,7 +220,7 @@ def _pool(node: Node, module: GraphModule) -> Linear | None:
     counts_padding = values["count_include_pad"] or not any(padding)
     if values["ceil_mode"] or not counts_padding or values.get("divisor_override") is not None:
         return None
-    return _average(values["self"], kernel, _repeated(values["stride"] or kernel, axes), padding)
+    return _average(node.args[0], kernel, _repeated(values["stride"] or kernel, axes), padding)
 
 
 def _adaptive_pool(node: Node, module: GraphModule) -> Linear | None:

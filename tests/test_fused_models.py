@@ -1,0 +1,43 @@
+"""Fusing published architectures: equal outputs, whichever activations were taken out."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastentropy as fe
+from conftest import assert_unchanged, snapshot
+
+sys.path.append(str(Path(__file__).parent.parent / "bench"))
+from fusion_models import VISION, gpt2, hugging_face_vit, inside_blocks, linearised, random_half, vision
+
+BUILDERS = {name: lambda name=name: vision(name, 64, 2) for name in VISION}
+BUILDERS |= {
+    "Hugging Face GPT-2": lambda: gpt2(9, 2, layers=2),
+    "Hugging Face ViT": lambda: hugging_face_vit(64, 2, layers=2),
+}
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_a_fused_architecture_computes_what_it_computed(name):
+    torch.manual_seed(len(name))
+    model, inputs = linearised(BUILDERS[name](), random_half(seed=len(name)))
+    before = snapshot(model)
+    fused = fe.fuse(model, inputs, measure=False)
+    assert_unchanged(model, before)
+    assert fused.report.choice == "fused"
+    assert fused.report.max_relative_error <= 1e-5
+    with torch.no_grad():
+        actual, expected = (form(*inputs) for form in (fused, model))
+    for one, other in zip(*map(torch.utils._pytree.tree_leaves, (actual, expected)), strict=True):
+        assert other.any()
+        assert (one - other).abs().max() <= 1e-5 * other.abs().max()
+
+
+def test_every_block_of_mobilenet_becomes_one_operator():
+    model, inputs = linearised(vision("mobilenet_v2", 64, 2), inside_blocks)
+    fused = fe.fuse(model, inputs, measure=False)
+    calls = [node for node in fused.graph_module.graph.nodes if "conv2d" in str(node.target)]
+    assert len(calls) <= 1 + 17 + 1
+    assert fused.report.max_relative_error <= 1e-5
