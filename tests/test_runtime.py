@@ -376,6 +376,18 @@ def test_a_name_without_the_suffix_is_refused(network, images, tmp_path):
         fuse(network.eval(), (images,)).save(tmp_path / "model.pt")
 
 
+@pytest.mark.gpu
+@pytest.mark.measured
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernels_are_among_the_forms_on_a_gpu(dtype):
+    model, x = inverted_residual(channels=32, size=28)
+    model, x = model.to("cuda", dtype), x.to("cuda", dtype)
+    fused = fuse(model, (x,))
+    assert {"keep", "merge", "kernel", "masked"} <= set(fused.report.chains[0].candidates)
+    assert_equal(fused, model, x, tolerance=1e-5 if dtype == torch.float32 else 5e-2)
+
+
 def test_onnx_without_its_packages_is_refused_in_one_line(tmp_path, monkeypatch):
     model, x = inverted_residual()
     fused = fuse(model, (x,))

@@ -63,11 +63,15 @@ class Masked:
 
 @dataclass(frozen=True, eq=False)
 class Kernel:
-    """Two operators that run in one kernel, named in `fastentropy_kernels`: what is between them never leaves the chip."""
+    """Two operators that run in one kernel, named in `fastentropy_kernels`: what is between them never leaves the chip.
+
+    With `adds_input`, the kernel adds its input to what it gives.
+    """
 
     name: str
     first: AffineOperator
     second: AffineOperator
+    adds_input: bool = False
 
 
 @dataclass(frozen=True)
@@ -106,8 +110,9 @@ def _run_element(element: Element, x: Tensor) -> Tensor:
             return y
         case Masked(operator):
             return operator(x) + element.mask(torch.ones_like(x[:1, :1]))
-        case Kernel(_, first, second):
-            return second(first(x))
+        case Kernel(_, first, second, adds_input):
+            y = second(first(x))
+            return y + x if adds_input else y
         case Flatten():
             return x.flatten(1)
         case operator:

@@ -147,13 +147,14 @@ class Lowering:
 
     def _kernel(self, element: Kernel, value: Node) -> Node:
         first, second = element.first, element.second
+        residual = value if element.adds_input else None
         weights = [second.dense_weight().flatten(1), second.bias]
         if element.name == "linear_pair":
             tensors = map(self._constant, (first.dense_weight(), first.bias, *weights))
-            arguments: tuple[Any, ...] = (value, *tensors, None, "identity", "auto")
+            arguments: tuple[Any, ...] = (value, *tensors, residual, "identity", "auto")
         else:
             tensors = map(self._constant, (first.weight, first.bias, *weights))
-            arguments = (value, *tensors, None, *_geometry(first), "identity", "auto")
+            arguments = (value, *tensors, residual, *_geometry(first), "identity", "auto")
         operator = getattr(torch.ops.fastentropy_kernels, element.name).default
         return self._graph.call_function(operator, arguments)
 

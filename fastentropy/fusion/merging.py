@@ -362,17 +362,23 @@ def _pads(operator: AffineOperator) -> bool:
 
 
 def kernels(chain: Chain) -> Chain:
-    """The chain with each pair of neighbours that a fused kernel computes in one."""
+    """The chain with each pair of neighbours that a fused kernel computes in one, and the input that is added to it."""
     paired: list[Element] = []
     for element in chain:
-        if isinstance(element, Sum):
-            element = Sum(tuple(kernels(branch) for branch in element.branches))
         previous = paired[-1] if paired else None
         if isinstance(previous, AffineOperator) and (kernel := _kernel(previous, element)):
             paired[-1] = kernel
         else:
-            paired.append(element)
+            paired.append(_kernels_of_branches(element) if isinstance(element, Sum) else element)
     return tuple(paired)
+
+
+def _kernels_of_branches(element: Sum) -> Element:
+    branches = tuple(kernels(branch) for branch in element.branches)
+    body, adds_value = _without_residual((Sum(branches),))
+    if adds_value and len(body) == 1 and isinstance(body[0], Kernel):
+        return replace(body[0], adds_input=True)
+    return Sum(branches)
 
 
 def _kernel(first: AffineOperator, second: Element) -> Kernel | None:
