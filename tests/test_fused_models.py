@@ -14,9 +14,17 @@ from fusion_models import VISION, gpt2, hugging_face_vit, inside_blocks, lineari
 
 BUILDERS = {name: lambda name=name: vision(name, 64, 2) for name in VISION}
 BUILDERS |= {
+    "vit_b_16": lambda: with_three_layers(vision("vit_b_16", 64, 2)),
     "Hugging Face GPT-2": lambda: gpt2(9, 2, layers=2),
     "Hugging Face ViT": lambda: hugging_face_vit(64, 2, layers=2),
 }
+
+
+def with_three_layers(case):
+    """A Vision Transformer of torchvision with fewer layers, which are all alike."""
+    model, inputs = case
+    del model.encoder.layers[3:]
+    return model, inputs
 
 
 @pytest.mark.parametrize("name", BUILDERS)

@@ -409,6 +409,21 @@ def test_a_file_that_computes_something_else_is_not_kept(save, tmp_path, monkeyp
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"old"]
 
 
+def test_branches_whose_sizes_only_happen_to_agree_are_kept():
+    model = Reads(
+        lambda m, x: m.c(m.b(m.a(x) + m.d(x))),
+        a=nn.Conv2d(3, 4, 2, stride=2),
+        d=nn.Conv2d(3, 4, 1, stride=2),
+        b=nn.Conv2d(4, 9, 1),
+        c=nn.Conv2d(9, 2, 1),
+    )
+    x = torch.randn(2, 3, 8, 8)
+    fused = fuse(model.eval(), (x,))
+    assert "different sizes" in fused.report.chains[0].note
+    assert fused.report.chains[0].choice == "split"
+    assert_equal(fused, model, x)
+
+
 @pytest.mark.parametrize(("height", "width"), [(9, 9), (2, 5), (30, 17)])
 def test_images_of_other_sizes(height, width):
     model, x = inverted_residual()

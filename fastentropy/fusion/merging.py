@@ -378,7 +378,7 @@ def _kernels_of_branches(element: Sum) -> Element:
     body, adds_value = _without_residual((Sum(branches),))
     if adds_value and len(body) == 1 and isinstance(body[0], Kernel):
         return replace(body[0], adds_input=True)
-    return Sum(branches)
+    return element if branches == element.branches else Sum(branches)
 
 
 def _kernel(first: AffineOperator, second: Element) -> Kernel | None:

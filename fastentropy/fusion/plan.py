@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastentropy.fusion.affine import AffineOperator, compose
 from fastentropy.fusion.chains import FoundChain
-from fastentropy.fusion.elements import Chain, Cost, Flatten, Sum, cost, operators, run
+from fastentropy.fusion.elements import Chain, Cost, Element, Flatten, Sum, cost, operators, run
 from fastentropy.fusion.lowering import compile_chain
 from fastentropy.fusion.merging import Borders, crop, fold, kernels, masked, merge, outline, pools_first, spatial_size
 from fastentropy.fusion.proof import relative_error
@@ -114,21 +114,23 @@ def _forms(kept: Chain, x: Tensor, way: _Way) -> tuple[dict[str, Chain], str]:
             forms["merge"] = way.merge(kept, x)
     except ValueError as error:
         note = str(error)
-    others = {"split": _fastest_split(kept, x, way)}
+    split = _fastest_split(kept, x, way)
+    if not _is_known(split, forms):
+        forms["split"] = split
     if (reordered := pools_first(kept)) != kept:
-        others["reorder"] = _fastest_split(reordered, x, way)
+        forms["reorder"] = _fastest_split(reordered, x, way)
     if x.is_cuda and way.borders == "exact":
-        others["kernel"] = kernels(kept)
+        if (paired := kernels(kept)) != kept:
+            forms["kernel"] = paired
         with contextlib.suppress(ValueError):
-            others["masked"] = (masked(kept),)
-    forms |= {name: form for name, form in others.items() if not _is_known(form, forms)}
+            forms["masked"] = (masked(kept),)
     return forms, note
 
 
-def _is_known(form: Chain, forms: Mapping[str, Chain]) -> bool:
-    """Whether a form is that of the kept chain, or the one operator that the merged chain is already."""
-    merged = "merge" in forms and len(form) == len(forms["merge"]) and not isinstance(form[0], Sum)
-    return merged or list(map(id, operators(form))) == list(map(id, operators(forms["keep"])))
+def _is_known(split: Chain, forms: Mapping[str, Chain]) -> bool:
+    """Whether a division left the chain as it is, or made of it the one operator that the merged chain is already."""
+    merged = "merge" in forms and len(split) == len(forms["merge"]) and not isinstance(split[0], Sum)
+    return merged or list(map(id, operators(split))) == list(map(id, operators(forms["keep"])))
 
 
 def _fastest_split(chain: Chain, x: Tensor, way: _Way) -> Chain:
@@ -153,7 +155,7 @@ def _fastest_split(chain: Chain, x: Tensor, way: _Way) -> Chain:
 def _stretches(chain: Chain, inputs: list[Tensor], way: _Way) -> dict[tuple[int, int, bool], Chain]:
     """Every stretch chain[start:stop] that can stand as one, by (start, stop, whether it is merged)."""
     stretches: dict[tuple[int, int, bool], Chain] = {}
-    sketches = [None if isinstance(element, Flatten) else outline((element,)) for element in chain]
+    sketches = [_sketch(element) for element in chain]
     for start, element in enumerate(chain):
         x = inputs[start]
         if isinstance(element, Sum):
@@ -164,6 +166,14 @@ def _stretches(chain: Chain, inputs: list[Tensor], way: _Way) -> dict[tuple[int,
                 with contextlib.suppress(ValueError):
                     stretches[start, start + stop, True] = way.merge(chain[start : start + stop], x)
     return stretches
+
+
+def _sketch(element: Element) -> AffineOperator | None:
+    """An element as one operator without memory; None where it is none, as if the sizes of branches only happen to agree."""
+    try:
+        return None if isinstance(element, Flatten) else outline((element,))
+    except ValueError:
+        return None
 
 
 def _promising_stops(chain: Chain, sketches: list[AffineOperator | None], x: Tensor) -> Iterator[int]:
