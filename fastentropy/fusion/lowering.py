@@ -15,7 +15,8 @@ _aten = torch.ops.aten
 _CONVOLUTIONS = (_aten.conv1d.default, _aten.conv2d.default, _aten.conv3d.default)
 _TRANSPOSED = (_aten.conv_transpose1d.default, _aten.conv_transpose2d.input, _aten.conv_transpose3d.input)
 _POOLS = (_aten.avg_pool1d.default, _aten.avg_pool2d.default, _aten.avg_pool3d.default)
-_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+#: The memory format of images and of volumes whose channels lie next to each other, by their number of axes.
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 class Lowering:
@@ -169,7 +170,7 @@ class Lowering:
 
 def like_format(tensor: Tensor, like: Tensor) -> Tensor:
     """The tensor in the memory format of a value, where it has as many axes."""
-    last = _CHANNELS_LAST.get(like.ndim)
+    last = CHANNELS_LAST.get(like.ndim)
     if last and tensor.ndim == like.ndim and is_channels_last(like):
         return tensor.contiguous(memory_format=last)
     return tensor.contiguous()
@@ -177,7 +178,7 @@ def like_format(tensor: Tensor, like: Tensor) -> Tensor:
 
 def is_channels_last(value: Tensor) -> bool:
     """Whether the channels of images are what lies next to each other, and not their positions."""
-    last = _CHANNELS_LAST.get(value.ndim)
+    last = CHANNELS_LAST.get(value.ndim)
     return last is not None and value.is_contiguous(memory_format=last) and not value.is_contiguous()
 
 

@@ -30,6 +30,7 @@ from fastentropy.fusion.tracing import (
     input_sizes,
     rewrite,
     values_of,
+    with_channels_last_weights,
 )
 from fastentropy.timing import measure_times
 
@@ -225,19 +226,10 @@ def _forms(
             continue
         plans = [plan(chain, sources[chain.source]) for chain in chains]
         reports[name] = tuple(report for _, report in plans)
-        forms["original", name] = original if name == "contiguous" else _channels_last(original)
+        forms["original", name] = original if name == "contiguous" else with_channels_last_weights(original)
         forms["folded", name] = rewrite(graph, chains, [fold(chain.elements) for chain in chains], sources)
         forms["fused", name] = rewrite(graph, chains, [form for form, _ in plans], sources)
     return forms, reports
-
-
-def _channels_last(model: nn.Module) -> nn.Module:
-    copied = copy.deepcopy(model)
-    for parameter in copied.parameters():
-        if parameter.ndim in (4, 5):
-            last = torch.channels_last if parameter.ndim == 4 else torch.channels_last_3d
-            parameter.data = parameter.data.contiguous(memory_format=last)
-    return copied
 
 
 def _times(forms: Mapping[_Form, nn.Module], example_inputs: Inputs) -> dict[_Form, float]:

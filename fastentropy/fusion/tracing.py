@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from fastentropy.fusion.chains import FoundChain
 from fastentropy.fusion.elements import Chain, output_shape
 from fastentropy.fusion.inputs import Inputs, batch_size, clone, has_batch, with_batch_size
-from fastentropy.fusion.lowering import Lowering
+from fastentropy.fusion.lowering import CHANNELS_LAST, Lowering
 
 #: How the names of the constants of chains begin.
 CHAIN_PREFIX = "chain_"
@@ -130,10 +130,18 @@ def in_channels_last(traced: GraphModule) -> GraphModule | None:
     weights = {str(node.args[1].target) for node in traced.graph.nodes if _is_spatial_convolution(node, traced)}
     if not weights:
         return None
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
     values = {name: attribute(traced, name) for name in weights}
-    added = {name: value.contiguous(memory_format=formats[value.ndim]) for name, value in values.items()}
+    added = {name: value.contiguous(memory_format=CHANNELS_LAST[value.ndim]) for name, value in values.items()}
     return _with_constants(traced, copy.deepcopy(traced.graph), added)
+
+
+def with_channels_last_weights(model: nn.Module) -> nn.Module:
+    """A copy of a model whose weights for images and volumes are in channels-last, which the outputs follow."""
+    copied = copy.deepcopy(model)
+    for parameter in copied.parameters():
+        if parameter.ndim in CHANNELS_LAST:
+            parameter.data = parameter.data.contiguous(memory_format=CHANNELS_LAST[parameter.ndim])
+    return copied
 
 
 def _is_spatial_convolution(node: Node, traced: GraphModule) -> bool:
@@ -141,7 +149,7 @@ def _is_spatial_convolution(node: Node, traced: GraphModule) -> bool:
         return False
     weight = node.args[1]
     is_constant = isinstance(weight, Node) and weight.op == "get_attr"
-    return is_constant and attribute(traced, str(weight.target)).ndim in (4, 5)  # type: ignore[union-attr]
+    return is_constant and attribute(traced, str(weight.target)).ndim in CHANNELS_LAST  # type: ignore[union-attr]
 
 
 class _Recorder(Interpreter):
