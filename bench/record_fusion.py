@@ -25,7 +25,6 @@ import fastentropy as fe
 from fastentropy.fusion.chains import find_chains
 from fastentropy.fusion.elements import operators
 from fastentropy.fusion.inputs import clone
-from fastentropy.fusion.merging import fold
 from fastentropy.fusion.tracing import export, in_channels_last, inference_module, rewrite, values_of
 
 
@@ -117,7 +116,7 @@ def folded_forms(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, nn.Modu
     for name, graph in {"contiguous": traced, "channels_last": in_channels_last(traced)}.items():
         if graph is not None:
             sources = values_of(graph, [chain.source for chain in chains], clone(inputs))
-            forms[name] = rewrite(graph, chains, [fold(chain.elements) for chain in chains], sources)
+            forms[name] = rewrite(graph, chains, [chain.folded for chain in chains], sources)
     return forms
 
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from operator import getitem
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch.fx import GraphModule, Node
 
 from fastentropy.fusion.affine import AffineOperator
 from fastentropy.fusion.elements import Chain, Flatten, Sum, operators
+from fastentropy.fusion.merging import fold
 from fastentropy.fusion.reading import Linear, read, shape_of
 
 _aten = torch.ops.aten
@@ -33,6 +35,11 @@ class FoundChain:
     elements: Chain
     names: tuple[str, ...]
     views: tuple[Node, ...] = ()
+
+    @cached_property
+    def folded(self) -> Chain:
+        """The elements with batch norm folded."""
+        return fold(self.elements)
 
     @property
     def has_fixed_size(self) -> bool:

@@ -12,7 +12,7 @@ from fastentropy.fusion.affine import AffineOperator, compose
 from fastentropy.fusion.chains import FoundChain
 from fastentropy.fusion.elements import Chain, Cost, Element, Flatten, Sum, cost, operators, run
 from fastentropy.fusion.lowering import compile_chain
-from fastentropy.fusion.merging import Borders, crop, fold, kernels, masked, merge, outline, pools_first, spatial_size
+from fastentropy.fusion.merging import Borders, crop, kernels, masked, merge, outline, pools_first, spatial_size
 from fastentropy.fusion.proof import relative_error
 from fastentropy.fusion.report import Candidate, ChainReport
 from fastentropy.timing import Key, measure_times
@@ -31,33 +31,49 @@ HOPELESS = 1.5
 PATIENCE = 4
 
 
+#: Chains and what they were merged into, by the identity of their elements.
+Merged = dict[tuple[int, ...], tuple[Chain, Chain]]
+
+
 class _Way(NamedTuple):
     """How forms are made and what they are chosen by."""
 
     price: Callable[[Mapping[Any, Chain], Mapping[Any, Tensor]], dict[Any, float]]
     borders: Borders
     fixed_size: bool
+    merged: Merged
 
     def merge(self, chain: Chain, x: Tensor) -> Chain:
         """The chain as one operator for inputs like x, of this size or of any."""
-        return merge(chain, spatial_size(chain, x) if self.fixed_size else None, self.borders)
+        known = self.merged.get(tuple(map(id, chain)))
+        if known is None:
+            size = spatial_size(chain, x) if self.fixed_size else None
+            known = self.merged[tuple(map(id, chain))] = (chain, merge(chain, size, self.borders))
+        return known[1]
 
 
 @torch.no_grad()
 def plan_chain(
-    found: FoundChain, x: Tensor, tolerance: float, *, measure: bool = True, borders: Borders = "exact"
+    found: FoundChain,
+    x: Tensor,
+    tolerance: float,
+    *,
+    measure: bool = True,
+    borders: Borders = "exact",
+    merged: Merged | None = None,
 ) -> tuple[Chain, ChainReport]:
     """The fastest form of a chain on the input x among those with a relative error of at most `tolerance`, and the report.
 
     `keep` is the chain with batch norm folded, `merge` one operator for all of it, `split` the division into merged
     stretches whose times add up to the least, `reorder` that with average pooling moved forward, and `kernel` the chain with
     pairs of operators in fused kernels, `masked` one kernel that leaves out, at the border, what only padding would add.
-    Without `measure`, counted costs stand for the times.
+    Without `measure`, counted costs stand for the times. `merged` remembers what was composed, for the same chain and size in
+    another memory format.
     """
-    kept = fold(found.elements)
+    kept = found.folded
     if len(operators(kept)) == 1:
         return kept, ChainReport(found.names, {}, "keep")
-    way = _Way(measured if measure else counted, borders, found.has_fixed_size)
+    way = _Way(measured if measure else counted, borders, found.has_fixed_size, {} if merged is None else merged)
     forms, note = _forms(kept, x, way)
     prices = way.price(forms, dict.fromkeys(forms, x))
     candidates = {
@@ -82,7 +98,9 @@ def plan_chain(
 def measured(forms: Mapping[Key, Chain], inputs: Mapping[Key, Tensor]) -> dict[Key, float]:
     """The milliseconds of each form on its input, timed side by side."""
     functions = {key: functools.partial(compile_chain(form, inputs[key]), inputs[key]) for key, form in forms.items()}
-    return measure_times(functions, rounds=15 if len(forms) <= 6 else 5)
+    if len(forms) <= 6:
+        return measure_times(functions)
+    return measure_times(functions, rounds=5, round_seconds=0.001)
 
 
 def counted(forms: Mapping[Key, Chain], inputs: Mapping[Key, Tensor]) -> dict[Key, float]:

@@ -16,7 +16,7 @@ from fastentropy.fusion import archive
 from fastentropy.fusion.chains import FoundChain, find_chains, overwritten_constants
 from fastentropy.fusion.elements import Chain, operators
 from fastentropy.fusion.inputs import Inputs, batch_size, clone
-from fastentropy.fusion.merging import Borders, fold
+from fastentropy.fusion.merging import Borders
 from fastentropy.fusion.plan import plan_chain
 from fastentropy.fusion.proof import TOLERANCE, Proof
 from fastentropy.fusion.report import ChainReport, FusionReport
@@ -149,7 +149,7 @@ def fuse(
         raise ValueError(f"the model updates {', '.join(updated)} as it runs: its outputs do not depend on its inputs alone")
     if tolerance is None:
         tolerance = TOLERANCE.get(next((p.dtype for p in model.parameters()), torch.float32), 1e-5)
-    plan = functools.partial(plan_chain, tolerance=tolerance, measure=measure, borders=borders)
+    plan = functools.partial(plan_chain, tolerance=tolerance, measure=measure, borders=borders, merged={})
     forms, reports = _forms(original, traced, example_inputs, plan, measure)
     times = _times(forms, example_inputs) if measure else {}
     best = _best(forms, times)
@@ -227,7 +227,7 @@ def _forms(
         plans = [plan(chain, sources[chain.source]) for chain in chains]
         reports[name] = tuple(report for _, report in plans)
         forms["original", name] = original if name == "contiguous" else with_channels_last_weights(original)
-        forms["folded", name] = rewrite(graph, chains, [fold(chain.elements) for chain in chains], sources)
+        forms["folded", name] = rewrite(graph, chains, [chain.folded for chain in chains], sources)
         forms["fused", name] = rewrite(graph, chains, [form for form, _ in plans], sources)
     return forms, reports
 
