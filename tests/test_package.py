@@ -23,6 +23,7 @@ FLOORS = [
 FUSION = [
     "runtime",
     "archive",
+    "guards",
     "tracing",
     "plan",
     "lowering",

@@ -1,5 +1,6 @@
 """A fused model is the model, faster, and the model itself is never touched."""
 
+import copy
 import json
 import zipfile
 from dataclasses import replace
@@ -191,6 +192,145 @@ def test_a_size_that_it_was_not_fused_for_is_refused():
     fused = fuse(model.eval(), (torch.randn(2, 2, 32, 32),))
     with pytest.raises(ValueError, match=r"has shape \[2, 2, 8, 8\], but this model was fused for \['any', 2, 32, 32\]"):
         fused(torch.randn(2, 2, 8, 8))
+
+
+def layers(forward):
+    """Two linear layers and what the forward does with them."""
+    torch.manual_seed(0)
+    return Reads(forward, a=nn.Linear(8, 8), b=nn.Linear(8, 8)).eval()
+
+
+@pytest.mark.parametrize(
+    ("forward", "example", "other"),
+    [
+        (lambda m, x, k: m.b(m.a(x)) * k, 2.0, 3.0),
+        (lambda m, x, flip: -m.b(m.a(x)) if flip else m.b(m.a(x)), False, True),
+        (lambda m, x, mask: m.b(m.a(x)) if mask is None else m.b(m.a(x)) * mask, None, torch.ones(8)),
+        (lambda m, x, k: m.b(m.a(x)) * k, torch.ones(8), 2.0),
+    ],
+)
+def test_another_constant_is_refused_also_after_loading(forward, example, other, tmp_path):
+    model, x = layers(forward), torch.randn(2, 8)
+    fused = fuse(model, (x, example))
+    assert_equal(fused, model, x, example)
+    fused.save(tmp_path / "model.pt2")
+    for each in (fused, load(tmp_path / "model.pt2")):
+        with pytest.raises(ValueError, match="fuse it again"):
+            each(x, other)
+
+
+@pytest.mark.parametrize(
+    ("forward", "dynamic", "other"),
+    [
+        (lambda m, x: m.b(m.a(x)) * (2 if x.shape[0] % 4 == 0 else 1), False, (4, 6, 8)),
+        (lambda m, x: m.b(m.a(x)) * (2 if x.shape[0] > 1 else 1), False, (1, 6, 8)),
+        (lambda m, x: m.b(m.a(x)) * (2 if x.shape[0] == x.shape[1] else 1), True, (5, 5, 8)),
+        (lambda m, x: m.b(m.a(x)) * (2 if x.shape[1] > 1 else 1), True, (3, 1, 8)),
+        (lambda m, x: m.b(m.a(x)) if x.shape[0] > 1 else m.b(m.a(x))[0], False, (1, 6, 8)),
+        (lambda m, x: m.b(m.a(x)).argmax(-1) * (-1 if x.shape[0] == 1 else 1), False, (1, 6, 8)),
+    ],
+)
+def test_a_size_at_which_the_model_goes_another_way_is_refused_also_after_loading(forward, dynamic, other, tmp_path):
+    model, x = layers(forward), torch.randn(3, 6, 8)
+    fused = fuse(model, (x,), dynamic_sizes=dynamic)
+    fused.save(tmp_path / "model.pt2")
+    with torch.no_grad():
+        assert torch.equal(fused(x), model(x)) or (fused(x) - model(x)).abs().max() < 1e-5
+    for each in (fused, load(tmp_path / "model.pt2")):
+        with pytest.raises(ValueError, match="fuse it again"):
+            each(torch.randn(other))
+
+
+@pytest.mark.parametrize(
+    ("layer", "forward", "shape"),
+    [
+        (nn.Conv2d, lambda m, x: m.b(m.a(x / 255.0 - 0.5)), (2, 4, 19, 19)),
+        (nn.Conv2d, lambda m, x: m.b(m.a(F.avg_pool2d(x, 2))), (2, 4, 19, 19)),
+        (nn.Linear, lambda m, x: m.b(m.a(x * 2.0)), (2, 7, 4)),
+    ],
+)
+def test_scales_before_what_fixes_the_channels_may_have_free_sizes(layer, forward, shape):
+    options = (4, 4, 3) if layer is nn.Conv2d else (4, 4)
+    model = Reads(forward, a=layer(*options), b=layer(*options)).eval()
+    fused = fuse(model, (torch.randn(shape),), dynamic_sizes=True)
+    for size in (20, 23):
+        assert_equal(fused, model, torch.randn([size if n > 6 else n for n in shape]))
+
+
+@pytest.mark.parametrize("size", [9, 10, 11, 12, 15])
+def test_a_border_that_only_some_sizes_have_is_seen(size):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv1d(4, 4, 3), nn.Conv1d(4, 4, 2, padding="same"), nn.Conv1d(4, 4, 1, stride=3)).eval()
+    fused = fuse(model, (torch.randn(2, 4, 10),), dynamic_sizes=True)
+    assert_equal(fused, model, torch.randn(2, 4, size))
+
+
+def test_more_padding_than_a_transposed_kernel_has_taps():
+    model = nn.Sequential(nn.ConvTranspose1d(4, 4, 3, padding=3), nn.BatchNorm1d(4), nn.Conv1d(4, 4, 1)).eval()
+    assert_equal(fuse(odd(model), (torch.randn(2, 4, 12),)), model, torch.randn(3, 4, 12))
+
+
+def test_a_tensor_that_the_code_has_in_reach_is_not_shared():
+    scale = torch.randn(8)
+    model = layers(lambda m, x: torch.relu(m.b(m.a(x))) * scale)
+    fused, x = fuse(model, (torch.randn(2, 8),)), torch.randn(3, 8)
+    expected = fused(x)
+    scale.mul_(2)
+    assert torch.equal(fused(x), expected)
+
+
+def test_a_base_that_is_written_over_while_its_view_is_read():
+    def forward(m, x):
+        left, right = x.clone().relu().chunk(2, 1)
+        base = left._base if left._base is not None else left
+        hidden = m.a(left)
+        base.neg_()
+        return torch.cat([m.b(hidden), right], 1)
+
+    model = layers(forward)
+    fused = fuse(model, (torch.randn(2, 16),))
+    assert_equal(fused, model, torch.randn(3, 16))
+
+
+def test_constants_are_read_in_float64():
+    model = layers(lambda m, x: m.b(m.a(x) * 0.1)).double()
+    fused = fuse(model, (torch.randn(2, 8).double(),))
+    assert fused.report.choice == "fused"
+    assert fused.report.max_relative_error < 1e-12
+
+
+def test_a_copy_is_saved_like_the_model(network, images, tmp_path):
+    fused = copy.deepcopy(fuse(network.eval(), (images,)))
+    fused.save(tmp_path / "model.pt2")
+    assert_equal(load(tmp_path / "model.pt2"), network, images)
+
+
+def test_a_model_that_was_converted_after_fusing_is_not_saved(network, images, tmp_path):
+    fused = fuse(network.eval(), (images,)).double()
+    with pytest.raises(ValueError, match=r"was converted from torch\.float32 on cpu to torch\.float64 on cpu after fusing"):
+        fused.save(tmp_path / "model.pt2")
+
+
+def test_fused_in_inference_mode_it_may_be_differentiated(network, images):
+    with torch.inference_mode():
+        fused = fuse(network.eval(), (images,))
+    x = images.clone().requires_grad_()
+    fused(x).sum().backward()
+    assert x.grad is not None
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "text"),
+    [
+        (None, {}, "model must be a torch.nn.Module, not a NoneType"),
+        (nn.Linear(2, 2).eval(), {"tolerance": "a"}, "tolerance must be a relative error from 0 on, not 'a'"),
+        (nn.Linear(2, 2).eval(), {"tolerance": -1.0}, "tolerance must be a relative error from 0 on, not -1.0"),
+        (nn.Linear(2, 2).eval(), {"tolerance": float("nan")}, "tolerance must be a relative error from 0 on, not nan"),
+    ],
+)
+def test_what_is_no_model_and_no_tolerance_is_refused(model, options, text):
+    with pytest.raises(ValueError, match=f"^{text}$"):
+        fuse(model, (torch.randn(2, 2),), **options)
 
 
 def test_a_model_that_updates_its_buffers_is_refused_and_left_alone():

@@ -23,21 +23,24 @@ from fastentropy.fusion.tracing import first_line, inference_module, sample_inpu
 
 #: The entries of an archive that `write` writes, below its folder.
 _OWN_ENTRIES = re.compile(
-    r"models/model\.json|extra/report\.json|data/(weights|constants)/model_(weights|constants)_config\.json"
+    r"models/model\.json|extra/(report|guards)\.json|data/(weights|constants)/model_(weights|constants)_config\.json"
     r"|data/weights/weight_\d+|data/constants/tensor_\d+|archive_format|archive_version|byteorder"
     r"|\.data/(version|serialization_id)"
 )
 
 
-def write(path: str | PathLike[str], program: ExportedProgram, report: FusionReport) -> None:
-    """Write a program and its report, whole or not at all, once what was written has been read and gives the same outputs."""
+def write(path: str | PathLike[str], program: ExportedProgram, report: FusionReport, guards: tuple[str, ...]) -> None:
+    """Write a program with its report and the conditions on its sizes, whole or not at all.
+
+    It takes its place once what was written has been read and gives the same outputs.
+    """
     if Path(path).suffix != ".pt2":
         raise ValueError(f"{path}: the name of a fused model must end in .pt2")
-    text = json.dumps(report.to_dict())
+    texts = {"report.json": json.dumps(report.to_dict()), "guards.json": json.dumps(guards)}
     program.example_inputs = None
 
     def save(file: Path) -> None:
-        torch.export.save(program, file, extra_files={"report.json": text})
+        torch.export.save(program, file, extra_files=texts)
         _check_equal(program, inference_module(read(file)[0]))
 
     replace_file(path, save)
@@ -96,16 +99,17 @@ def _check_equal(program: ExportedProgram, written: Callable[..., Any]) -> None:
         raise RuntimeError(f"the written model differs by {error:.1e} (relative), above {tolerance:.0e}, and was not kept")
 
 
-def read(path: str | PathLike[str]) -> tuple[ExportedProgram, FusionReport]:
+def read(path: str | PathLike[str]) -> tuple[ExportedProgram, FusionReport, tuple[str, ...]]:
     """Read what `write` wrote.
 
     Raises ValueError for a file that is not such an archive, that is damaged, or that holds more than `write` writes.
     """
     try:
         _refuse_foreign_entries(path)
-        extra_files = {"report.json": ""}
+        extra_files = {"report.json": "", "guards.json": ""}
         program = torch.export.load(path, extra_files=extra_files)
-        return program, FusionReport.from_dict(json.loads(extra_files["report.json"]))
+        report, guards = (json.loads(extra_files[name]) for name in ("report.json", "guards.json"))
+        return program, FusionReport.from_dict(report), tuple(map(str, guards))
     except OSError:
         raise
     except Exception as error:

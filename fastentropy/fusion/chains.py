@@ -233,19 +233,30 @@ def _ends_as_it_began(branch: _Segment, operand: Node) -> bool:
 
 def _is_overwritten(node: Node) -> bool:
     """Whether an in-place operator writes over a value that others read: when they read it would then matter."""
-    return len(node.users) > 1 and any(_writes(user, node) for user in node.users)
+    base = _base(node)
+    return len(base.users) > 1 and any(_writes(user, base) for user in base.users)
+
+
+def _base(node: Node) -> Node:
+    """The value that a node is a view of, or the node itself."""
+    while node.args and isinstance(node.args[0], Node) and _is_view(node):
+        node = node.args[0]
+    return node
 
 
 def _writes(user: Node, node: Node) -> bool:
     """Whether a reader of a node writes over it, itself or through a view."""
-    if isinstance(user.target, torch._ops.OpOverload):
-        schema = user.target._schema
-        if schema.is_mutable:
-            return user.args[0] is node
-        is_view = any(returned.alias_info for returned in schema.returns)
-    else:
-        is_view = user.target is getitem  # one of the views that split or chunk gives
-    return is_view and any(_writes(other, user) for other in user.users)
+    if isinstance(user.target, torch._ops.OpOverload) and user.target._schema.is_mutable:
+        return user.args[0] is node
+    return _is_view(user) and any(_writes(other, user) for other in user.users)
+
+
+def _is_view(node: Node) -> bool:
+    """Whether what a node gives may share memory with its first argument."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        schema = node.target._schema
+        return not schema.is_mutable and any(returned.alias_info for returned in schema.returns)
+    return node.target is getitem  # one of the views that split or chunk gives
 
 
 def _names(steps: _Steps) -> tuple[str, ...]:

@@ -109,7 +109,9 @@ def _run_element(element: Element, x: Tensor) -> Tensor:
                 _cut(y, axis, strip.output).copy_(_cut(border, axis, strip.kept))
             return y
         case Masked(operator):
-            return operator(x) + element.mask(torch.ones_like(x[:1, :1]))
+            channels = x.ndim - len(operator.axes) - 1
+            image = x.narrow(channels, 0, 1)
+            return operator(x) + element.mask(torch.ones_like(image[:1] if channels else image))
         case Kernel(_, first, second, adds_input):
             y = second(first(x))
             return y + x if adds_input else y

@@ -82,7 +82,7 @@ class Lowering:
         return self._graph.call_function(_aten.addcmul.default, (self._constant(shift), value, self._constant(scale)))
 
     def _convolution(self, operator: AffineOperator, value: Node) -> Node:
-        padding = [min(axis.before, axis.after) for axis in operator.axes]
+        padding = [max(min(axis.before, axis.after), 0) for axis in operator.axes]
         more = [margin - own for axis, own in zip(operator.axes, padding, strict=True) for margin in (axis.before, axis.after)]
         if any(more):  # zeros on one side only
             pairs = [more[index : index + 2] for index in range(0, len(more), 2)]
@@ -142,7 +142,9 @@ class Lowering:
             both = self._graph.call_function(torch.ops.fastentropy_kernels.conv_bordered.default, arguments)
             return self._graph.call_function(getitem, (both, 0))
         output = self._operator(operator, value)
-        image = self._slice(self._slice(value, 0, (0, 1)), 1, (0, 1))
+        channels = self._like.ndim - len(operator.axes) - 1
+        image = self._slice(value, channels, (0, 1))
+        image = self._slice(image, 0, (0, 1)) if channels else image
         ones = self._graph.call_function(_aten.ones_like.default, (image,))
         return self._graph.call_function(_aten.add_.Tensor, (output, self._operator(element.mask, ones)))
 

@@ -55,9 +55,9 @@ def _for_every_size(chain: Chain, merged: AffineOperator) -> Element:
 
 def _differs(chain: Chain, axis: int, of_zeros: bool) -> bool:
     """Whether the merged operator differs at the borders of large inputs: in the bias alone, which zeros show, or in more."""
-    size = 1 << 20
-    start, stop, output = _read(chain, axis, _Reading(0, size, size), of_zeros)[:3]
-    return start > 0 or stop < output
+    period = math.prod(operator.axes[axis].stride for operator in operators(chain))
+    readings = (_read(chain, axis, _Reading(0, size, size), of_zeros) for size in range(1 << 20, (1 << 20) + period))
+    return any(reading.start > 0 or reading.stop < reading.size for reading in readings)
 
 
 def crop(operator: AffineOperator, spatial_size: Sequence[int]) -> AffineOperator:
@@ -330,7 +330,7 @@ def masked(chain: Chain) -> Masked:
     if not 0 < count < len(body):
         raise ValueError("no pointwise operators with others behind them")
     head, (padded, *others) = compose_all(body[:count]), body[count:]
-    if not all(isinstance(each, AffineOperator) and not _pads(each) for each in others):
+    if isinstance(padded, Sum) or not all(isinstance(each, AffineOperator) and not _pads(each) for each in others):
         raise ValueError("inner zero padding: more than a bias differs at the border")
     rest = compose_all((padded, *others))
     grouped = rest.weight.reshape(rest.groups, -1, *rest.weight.shape[1:])

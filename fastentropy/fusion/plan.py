@@ -31,8 +31,8 @@ HOPELESS = 1.5
 PATIENCE = 4
 
 
-#: Chains and what they were merged into, by the identity of their elements.
-Merged = dict[tuple[int, ...], tuple[Chain, Chain]]
+#: Chains and what they were merged into, by their size and the identity of their elements.
+Merged = dict[tuple[Any, ...], tuple[Chain, Chain]]
 
 
 class _Way(NamedTuple):
@@ -45,11 +45,11 @@ class _Way(NamedTuple):
 
     def merge(self, chain: Chain, x: Tensor) -> Chain:
         """The chain as one operator for inputs like x, of this size or of any."""
-        known = self.merged.get(tuple(map(id, chain)))
-        if known is None:
-            size = spatial_size(chain, x) if self.fixed_size else None
-            known = self.merged[tuple(map(id, chain))] = (chain, merge(chain, size, self.borders))
-        return known[1]
+        size = spatial_size(chain, x) if self.fixed_size else None
+        key = (size, *map(id, chain))
+        if key not in self.merged:
+            self.merged[key] = chain, merge(chain, size, self.borders)
+        return self.merged[key][1]
 
 
 @torch.no_grad()

@@ -71,10 +71,15 @@ def read(node: Node, module: GraphModule) -> Linear | None:
     return next((reader(node, module) for targets, reader in readers if node.target in targets), None)
 
 
-def shape_of(node: Any) -> torch.Size | None:
-    """The shape of a node's tensor; None for anything else."""
+def shape_of(node: Any) -> tuple[int | torch.SymInt, ...] | None:
+    """The shape of a node's tensor, with numbers for what the trace fixed; None for anything else."""
     value = node.meta.get("val") if isinstance(node, Node) else None
-    return value.shape if isinstance(value, Tensor) else None
+    return tuple(map(_fixed, value.shape)) if isinstance(value, Tensor) else None
+
+
+def _fixed(size: int | torch.SymInt) -> int | torch.SymInt:
+    constant = size if isinstance(size, int) else size.node.maybe_as_int()
+    return size if constant is None else int(constant)
 
 
 def constant(argument: Any, module: GraphModule) -> Tensor | None:
@@ -227,8 +232,8 @@ def _adaptive_pool(node: Node, module: GraphModule) -> Linear | None:
     operand, axes = node.args[0], _ADAPTIVE_POOLS[node.target]
     shape = shape_of(operand)
     assert shape is not None
-    sizes, outputs = shape[-axes:], _repeated(node.args[1], axes)
-    if not all(isinstance(size, int) and size % output == 0 for size, output in zip(sizes, outputs, strict=True)):
+    sizes, outputs = [size for size in shape[-axes:] if isinstance(size, int)], _repeated(node.args[1], axes)
+    if len(sizes) < axes or any(size % output for size, output in zip(sizes, outputs, strict=True)):
         return None
     kernel = tuple(size // output for size, output in zip(sizes, outputs, strict=True))
     return _average(operand, kernel, kernel, (0,) * axes)
@@ -240,10 +245,10 @@ def _mean(node: Node, module: GraphModule) -> Linear | None:
     shape, keep = shape_of(operand) or (), len(node.args) > 2 and bool(node.args[2])
     if node.kwargs or len(shape) < 3 or not isinstance(dims, Sequence):
         return None
-    spatial = tuple(shape[2:])
+    spatial = tuple(size for size in shape[2:] if isinstance(size, int))
     if sorted(d % len(shape) for d in dims if isinstance(d, int)) != list(range(2, len(shape))):
         return None
-    if not all(isinstance(size, int) for size in spatial):
+    if len(spatial) < len(shape) - 2:
         return None
     average = _average(operand, spatial, spatial, (0,) * len(spatial))
     return average and Linear(average.operand, average.axes, average.build, flattens=not keep)
@@ -253,6 +258,8 @@ def _average(operand: Any, kernel: tuple[int, ...], stride: tuple[int, ...], pad
     if all(k == s == 1 for k, s in zip(kernel, stride, strict=True)) and not any(padding):
         return _over(operand, len(kernel))
     channels = (shape_of(operand) or ())[-len(kernel) - 1]
+    if not isinstance(channels, int):
+        return None
 
     def build(axes: int) -> AffineOperator:
         weight = torch.full((channels, 1, *kernel), 1 / math.prod(kernel), dtype=torch.float64)
@@ -266,7 +273,7 @@ def _scale_or_shift(node: Node, module: GraphModule) -> Linear | None:
     operand, other = node.args[:2]
     if node.target in _COMMUTATIVE and constant(operand, module) is not None:
         operand, other = other, operand
-    value = torch.tensor(other).double() if isinstance(other, int | float) else constant(other, module)
+    value = torch.tensor(other, dtype=torch.float64) if isinstance(other, int | float) else constant(other, module)
     shape = shape_of(operand)
     if value is None or node.kwargs or shape is None or shape_of(node) != shape or not _same_dtype(node, operand):
         return None
@@ -276,7 +283,9 @@ def _scale_or_shift(node: Node, module: GraphModule) -> Linear | None:
     value = value.double().flatten()
 
     def build(axes: int) -> AffineOperator:
-        each = value.expand(shape[-axes - 1])
+        channels = shape[-axes - 1]
+        assert isinstance(channels, int), "the operators of a chain fix the number of channels"
+        each = value.expand(channels)
         if is_scale:
             return _channelwise(1 / each if is_inverse else each, torch.zeros_like(each), axes)
         return _channelwise(torch.ones_like(each), -each if is_inverse else each, axes)

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
-from torch.utils import _pytree as pytree
 
 from fastentropy.fusion import archive
 from fastentropy.fusion.chains import FoundChain, find_chains, overwritten_constants
 from fastentropy.fusion.elements import Chain, operators
+from fastentropy.fusion.guards import Conditions, guards_of
 from fastentropy.fusion.inputs import Inputs, batch_size, clone
 from fastentropy.fusion.merging import Borders
 from fastentropy.fusion.plan import plan_chain
@@ -24,10 +24,10 @@ from fastentropy.fusion.tracing import (
     CHAIN_PREFIX,
     export,
     first_line,
-    fits,
+    free_axes,
     in_channels_last,
     inference_module,
-    input_sizes,
+    own_constants,
     rewrite,
     values_of,
     with_channels_last_weights,
@@ -44,53 +44,65 @@ class FusedModel(nn.Module):
     report is the `FusionReport`; it prints as a table and `report.to_dict()` is JSON.
     """
 
-    def __init__(self, program: ExportedProgram, report: FusionReport) -> None:
-        """Run an exported program."""
+    def __init__(self, program: ExportedProgram, report: FusionReport, guards: tuple[str, ...] = ()) -> None:
+        """Run an exported program for inputs that meet the guards."""
         super().__init__()
         self.graph_module = inference_module(program)
         self.report = report
         self._program = program
-        self._sizes = input_sizes(program)
+        self._conditions = Conditions(program, guards)
 
     def forward(self, *inputs: Any) -> Any:
         """Run the network on the positional inputs of the original model, of the sizes that it was fused for.
 
-        Only the batch size may differ, and every size with `dynamic_sizes`. Raises ValueError for another size: the chains are
-        exact for the sizes of the example.
+        Only the batch size may differ, and every size with `dynamic_sizes`. Raises ValueError for other sizes and constants,
+        and for sizes at which the model might take another way than the trace.
         """
-        values = pytree.tree_leaves(inputs)
-        if len(values) != len(self._sizes):
-            raise ValueError(f"this model was fused for {len(self._sizes)} inputs, but is called with {len(values)}")
-        for value, sizes in zip(values, self._sizes, strict=True):
-            if not fits(value, sizes):
-                wanted = [low if high == low + 1 else "any" for low, high in sizes or ()]
-                raise ValueError(
-                    f"an input has shape {list(value.shape)}, but this model was fused for {wanted}; fuse it again"
-                )
+        if refusal := self._conditions.refusal(inputs):
+            raise ValueError(refusal)
         return self.graph_module(*inputs)
 
-    def takes(self, inputs: Inputs) -> bool:
-        """Whether the sizes of the inputs are among those that the model was fused for."""
-        values = pytree.tree_leaves(inputs)
-        return len(values) == len(self._sizes) and all(map(fits, values, self._sizes))
+    def __deepcopy__(self, memo: dict[int, Any]) -> "FusedModel":
+        """A copy with weights of its own; the program, which nothing changes, is shared."""
+        copied = type(self).__new__(type(self))
+        nn.Module.__init__(copied)
+        memo[id(self)] = copied
+        copied.graph_module = copy.deepcopy(self.graph_module, memo)
+        copied.report, copied._program, copied._conditions = self.report, self._program, self._conditions
+        return copied
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the model with its report as a `torch.export` archive (.pt2) without pickled objects, for `load`.
 
         Raises RuntimeError, and leaves an older file, where what was written gives other outputs.
         """
-        archive.write(path, self._program, self.report)
+        archive.write(path, self._current_program(), self.report, self._conditions.guards)
 
     def save_package(self, path: str | PathLike[str]) -> None:
         """Compile the model for this machine with AOTInductor and write the package, for `torch._inductor.aoti_load_package`.
 
         It is checked as in `save`.
         """
-        archive.write_package(path, self._program)
+        archive.write_package(path, self._current_program())
 
     def save_onnx(self, path: str | PathLike[str]) -> None:
         """Write the model as ONNX, checked as in `save`. Needs onnx, onnxscript and onnxruntime (ImportError)."""
-        archive.write_onnx(path, self._program)
+        archive.write_onnx(path, self._current_program())
+
+    def _current_program(self) -> ExportedProgram:
+        """The program with the weights that the module has now.
+
+        Raises ValueError where these were converted.
+        """
+        stored = {**self._program.state_dict, **self._program.constants}
+        for name, value in [*self.graph_module.named_parameters(), *self.graph_module.named_buffers()]:
+            if (value.dtype, value.device) != (stored[name].dtype, stored[name].device):
+                raise ValueError(
+                    f"{name} was converted from {stored[name].dtype} on {stored[name].device} to {value.dtype} on "
+                    f"{value.device} after fusing; convert the model and fuse it again"
+                )
+            stored[name].data.copy_(value.detach())
+        return self._program
 
     def _train(self, names: Collection[str]) -> None:
         """Make parameters of the weights that were, or were made of, parameters."""
@@ -110,6 +122,7 @@ def load(path: str | PathLike[str]) -> FusedModel:
     return FusedModel(*archive.read(path))
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def fuse(
     model: nn.Module,
@@ -140,25 +153,32 @@ def fuse(
             it runs.
         RuntimeError: even its trace does not compute what it computes.
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be a torch.nn.Module, not a {type(model).__name__}")
+    if tolerance is not None and not (isinstance(tolerance, int | float) and tolerance >= 0):
+        raise ValueError(f"tolerance must be a relative error from 0 on, not {tolerance!r}")
     if borders not in get_args(Borders):
         raise ValueError(f"borders must be 'exact' or 'train', not {borders!r}")
     original = _check(model, example_inputs)
-    program = export(original, example_inputs, dynamic_sizes)
+    program = own_constants(export(original, example_inputs, dynamic_sizes))
     traced = inference_module(program)
     if updated := overwritten_constants(traced):
         raise ValueError(f"the model updates {', '.join(updated)} as it runs: its outputs do not depend on its inputs alone")
-    if tolerance is None:
-        tolerance = TOLERANCE.get(next((p.dtype for p in model.parameters()), torch.float32), 1e-5)
+    tolerance = _tolerance(model) if tolerance is None else tolerance
+    guards = guards_of(program, original, example_inputs)
+    conditions = Conditions(program, guards)
+    proof = Proof(original, example_inputs, lambda inputs: not conditions.refusal(inputs), tolerance)
+    guards += _smallest_sizes(program, proof, traced, example_inputs)
     plan = functools.partial(plan_chain, tolerance=tolerance, measure=measure, borders=borders, merged={})
     forms, reports = _forms(original, traced, example_inputs, plan, measure)
     times = _times(forms, example_inputs) if measure else {}
     best = _best(forms, times)
-    proof = Proof(original, example_inputs, FusedModel(program, FusionReport((), {}, {}, "original", 0.0)).takes, tolerance)
     names = ("original", "folded", "fused")
     memory_formats = {name: best[name][1] for name in names}
     milliseconds = {name: times[best[name]] for name in names} if measure else {}
     for choice, form in best.items():
-        fused = FusedModel(export(forms[form], example_inputs, dynamic_sizes), FusionReport((), {}, {}, choice, 0.0))
+        exported = own_constants(export(forms[form], example_inputs, dynamic_sizes))
+        fused = FusedModel(exported, FusionReport((), {}, {}, choice, 0.0), guards)
         error = proof.error(fused)
         differs_at_borders = borders == "train" and choice == "fused"
         if error <= tolerance or (differs_at_borders and proof.error(forms[best["folded"]]) <= tolerance):
@@ -170,6 +190,24 @@ def fuse(
         f"the trace of the model differs from the model by {error:.1e} (relative), above the tolerance of {tolerance:.0e}; "
         "pass a larger tolerance= if that is acceptable"
     )
+
+
+def _tolerance(model: nn.Module) -> float:
+    """That of the dtype which most of the weights have."""
+    sizes: dict[torch.dtype, int] = {}
+    for parameter in model.parameters():
+        sizes[parameter.dtype] = sizes.get(parameter.dtype, 0) + parameter.numel()
+    dtype = max(sizes, key=lambda each: sizes[each], default=torch.float32)
+    return TOLERANCE.get(dtype, TOLERANCE[torch.float32])
+
+
+def _smallest_sizes(program: ExportedProgram, proof: Proof, traced: nn.Module, example_inputs: Inputs) -> tuple[str, ...]:
+    """Guards for free sizes of 1: a trace, made at larger sizes, holds for a batch of one where it is compared on it."""
+    takes_one = proof.holds_for_one(traced)
+    if not takes_one and batch_size(example_inputs) != 1:
+        proof.leave_out_one()
+    least = 1 if takes_one else 2
+    return tuple(f"leaf_{leaf}.size()[{axis}] >= {2 if axis else least}" for leaf, axis in free_axes(program))
 
 
 def _best(forms: Mapping[_Form, nn.Module], times: Mapping[_Form, float]) -> dict[str, _Form]:

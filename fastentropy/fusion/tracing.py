@@ -18,7 +18,7 @@ from fastentropy.fusion.inputs import Inputs, batch_size, clone, has_batch, with
 from fastentropy.fusion.lowering import CHANNELS_LAST, Lowering
 
 #: How the names of the constants of chains begin.
-CHAIN_PREFIX = "chain_"
+CHAIN_PREFIX = "fastentropy_chain_"
 
 #: The sizes that an axis may have, from the first on and below the second; None for no limit.
 Sizes = tuple[int, int | None]
@@ -61,6 +61,22 @@ def _trace_single(model: nn.Module, inputs: Inputs, dynamic_sizes: bool) -> Expo
     except Exception:  # whatever a model raises for another batch size
         pass
     return torch.export.export(model, inputs)
+
+
+def free_axes(program: ExportedProgram) -> list[tuple[int, int]]:
+    """The inputs, in flat order, and axes whose size is free."""
+    sizes = enumerate(input_sizes(program))
+    return [
+        (index, axis) for index, each in sizes for axis, (low, high) in enumerate(each or ()) if high is None or high > low + 1
+    ]
+
+
+def own_constants(program: ExportedProgram) -> ExportedProgram:
+    """The program with constants of its own, not the tensors that a model's code has in reach."""
+    for name, value in program.constants.items():
+        if isinstance(value, Tensor):
+            program.constants[name] = value.clone()
+    return program
 
 
 def first_line(error: Exception) -> str:
@@ -176,10 +192,10 @@ def values_of(traced: GraphModule, nodes: Sequence[Node], inputs: Inputs) -> dic
 
 def input_sizes(program: ExportedProgram) -> list[tuple[Sizes, ...] | None]:
     """The sizes that each input may have; None for what is not a tensor."""
-    return [_sizes(value, program) for value in _user_inputs(program)]
+    return [_sizes(value, program) for value in user_inputs(program)]
 
 
-def _user_inputs(program: ExportedProgram) -> list[Any]:
+def user_inputs(program: ExportedProgram) -> list[Any]:
     """What stands for each input in a trace: a tensor without memory, or a constant."""
     placeholders = zip(program.graph_signature.input_specs, program.graph.find_nodes(op="placeholder"), strict=True)
     return [node.meta.get("val") for spec, node in placeholders if spec.kind is InputKind.USER_INPUT]
@@ -196,7 +212,7 @@ def sample_inputs(program: ExportedProgram) -> Inputs:
         drawn = torch.randn(shape, generator=generator) if value.is_floating_point() else torch.zeros(shape)
         return drawn.to(value.device, value.dtype)
 
-    leaves = list(map(sample, _user_inputs(program), input_sizes(program)))
+    leaves = list(map(sample, user_inputs(program), input_sizes(program)))
     arguments, _ = pytree.tree_unflatten(leaves, program.call_spec.in_spec)
     return tuple(arguments)
 
@@ -223,8 +239,8 @@ def _allowed(size: int | torch.SymInt, program: ExportedProgram) -> Sizes:
     bounds = program.range_constraints.get(size.node.expr)
     lowest, highest = (int(bounds.lower), bounds.upper) if bounds else (0, None)
     limit = int(highest) + 1 if highest is not None and highest < sys.maxsize else None
-    # A trace has sizes from 2 on; a batch of one runs as well, and is compared.
-    return 0 if lowest <= 2 else lowest, limit
+    # A trace has sizes from 2 on; whether it holds for 1 as well is for its guards to say.
+    return 1 if lowest <= 2 else lowest, limit
 
 
 def _is_dynamic(program: ExportedProgram) -> bool:
