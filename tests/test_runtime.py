@@ -827,19 +827,27 @@ def doubled(chain):
     return tuple(replace(element, weight=2 * element.weight) if hasattr(element, "weight") else element for element in chain)
 
 
-@pytest.mark.parametrize(("wrong", "kept"), [(["plan_chain"], "folded"), (["plan_chain", "fold"], "original")])
-def test_a_form_with_another_result_is_not_kept(network, images, monkeypatch, wrong, kept):
-    linearize(network.eval(), ["gelu"])
-    originals = {"plan_chain": runtime.plan_chain, "fold": chains.fold}
-    patches = {
-        "plan_chain": lambda chain, x, *a, **o: (doubled(chain.elements), originals["plan_chain"](chain, x, *a, **o)[1]),
-        "fold": lambda chain: doubled(originals["fold"](chain)),
-    }
-    for name in wrong:
-        monkeypatch.setattr(runtime if name == "plan_chain" else chains, name, patches[name])
+@pytest.mark.parametrize("wrong", [["fc1"], ["conv1"], ["conv1", "fc1"]])
+def test_a_chain_that_would_change_the_outputs_is_left_as_it_was_and_reported(network, images, monkeypatch, wrong):
+    linearize(network.eval(), ["relu1", "gelu"])
+    plan_chain = runtime.plan_chain
+
+    def plan_wrongly(chain, *arguments, **options):
+        form, report = plan_chain(chain, *arguments, **options)
+        return doubled(chain.elements) if chain.names[0] in wrong else form, report
+
+    monkeypatch.setattr(runtime, "plan_chain", plan_wrongly)
     fused = fuse(network, (images,))
-    assert fused.report.choice == kept
     assert_equal(fused, network, images)
+    left = {chain.names[0]: chain.note.startswith("left as it was") for chain in fused.report.chains}
+    assert left == {name: name in wrong for name in ("conv1", "fc1")}
+
+
+def test_a_wrong_fold_is_not_kept(network, images, monkeypatch):
+    linearize(network.eval(), ["gelu"])
+    fold = chains.fold
+    monkeypatch.setattr(chains, "fold", lambda chain: doubled(fold(chain)))
+    assert_equal(fuse(network, (images,)), network, images)
 
 
 @pytest.mark.parametrize("error", [1.0, float("inf"), float("nan")])

@@ -1,6 +1,7 @@
 """Run a pruned network with its chains fused: trace it, rewrite each chain, prove the result equal, save it and load it."""
 
 import copy
+import dataclasses
 import functools
 from collections.abc import Callable, Collection, Mapping
 from os import PathLike
@@ -9,7 +10,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from fastentropy.fusion import archive
 from fastentropy.fusion.chains import FoundChain, find_chains, overwritten_constants
@@ -170,7 +171,11 @@ def fuse(
     proof = Proof(original, example_inputs, lambda inputs: not conditions.refusal(inputs), tolerance)
     guards += _smallest_sizes(program, proof, traced, example_inputs)
     plan = functools.partial(plan_chain, tolerance=tolerance, measure=measure, borders=borders, merged={})
-    forms, reports = _forms(original, traced, example_inputs, plan, measure)
+
+    def is_equal(form: nn.Module) -> bool:
+        return borders == "train" or proof.error(form) <= tolerance
+
+    forms, reports = _forms(original, traced, example_inputs, plan, is_equal, measure)
     times = _times(forms, example_inputs) if measure else {}
     best = _best(forms, times)
     names = ("original", "folded", "fused")
@@ -243,6 +248,7 @@ def _forms(
     traced: GraphModule,
     example_inputs: Inputs,
     plan: Callable[[FoundChain, Tensor], tuple[Chain, ChainReport]],
+    is_equal: Callable[[nn.Module], bool],
     measure: bool,
 ) -> tuple[dict[_Form, nn.Module], dict[str, tuple[ChainReport, ...]]]:
     """The model as given, folded and fused, in each memory format, and the reports on its chains in each.
@@ -263,11 +269,30 @@ def _forms(
                 raise
             continue
         plans = [plan(chain, sources[chain.source]) for chain in chains]
-        reports[name] = tuple(report for _, report in plans)
+        fused = rewrite(graph, chains, [form for form, _ in plans], sources)
+        equal = chains if is_equal(fused) else _equal_chains(graph, chains, plans, sources, is_equal)
+        chosen = dict(zip(chains, plans, strict=True))
+        reports[name] = tuple(chosen[chain][1] if chain in equal else _left(chosen[chain][1]) for chain in chains)
         forms["original", name] = original if name == "contiguous" else with_channels_last_weights(original)
-        forms["folded", name] = rewrite(graph, chains, [chain.folded for chain in chains], sources)
-        forms["fused", name] = rewrite(graph, chains, [form for form, _ in plans], sources)
+        forms["folded", name] = rewrite(graph, equal, [chain.folded for chain in equal], sources)
+        forms["fused", name] = rewrite(graph, equal, [chosen[chain][0] for chain in equal], sources)
     return forms, reports
+
+
+def _equal_chains(
+    graph: GraphModule,
+    chains: list[FoundChain],
+    plans: list[tuple[Chain, ChainReport]],
+    sources: Mapping[Node, Tensor],
+    is_equal: Callable[[nn.Module], bool],
+) -> list[FoundChain]:
+    """The chains that may be rewritten, each by itself, without another result of the whole model."""
+    pairs = zip(chains, plans, strict=True)
+    return [chain for chain, (form, _) in pairs if is_equal(rewrite(graph, [chain], [form], sources))]
+
+
+def _left(report: ChainReport) -> ChainReport:
+    return dataclasses.replace(report, choice="keep", note="left as it was: rewritten, it changes the outputs of the model")
 
 
 def _times(forms: Mapping[_Form, nn.Module], example_inputs: Inputs) -> dict[_Form, float]:
