@@ -1,13 +1,18 @@
 """What is a chain, and where it ends, on traced networks."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from conftest import Reads
-from fastentropy.fusion.affine import AffineOperator, Sum, operators, run
-from fastentropy.fusion.chains import find_chains
+from fastentropy.fusion.affine import AffineOperator
+from fastentropy.fusion.chains import find_chains, overwritten_constants
+from fastentropy.fusion.elements import Flatten, Sum, operators, run
+from fastentropy.fusion.tracing import export, inference_module
 
 
 def traced(model, *inputs):
@@ -16,6 +21,36 @@ def traced(model, *inputs):
 
 def names(model, *inputs):
     return [chain.names for chain in find_chains(traced(model, *inputs))]
+
+
+def values_of(module, *inputs):
+    """The value of each node as it is made: in-place operators may write over it later."""
+    values = {}
+
+    class Record(torch.fx.Interpreter):
+        def run_node(self, n):
+            value = super().run_node(n)
+            values[n] = value.clone() if isinstance(value, torch.Tensor) else value
+            return value
+
+    with torch.no_grad():
+        Record(module).run(*inputs)
+    return values
+
+
+def assert_computes(module, *inputs):
+    """Each chain takes the value of its source to that of its end, in float64 and reshaped at last."""
+    values, chains = values_of(module, *inputs), find_chains(module)
+    for chain in chains:
+        assert {operator.weight.dtype for operator in operators(chain.elements)} == {torch.float64}
+        actual = run(chain.elements, values[chain.source].double()).float()
+        for view in chain.views:
+            actual = actual.permute(view.args[1]) if "permute" in str(view.target) else actual
+        if chain.views and "permute" not in str(chain.views[-1].target):
+            assert actual.shape[-1] == values[chain.end].shape[-1]
+            actual = actual.reshape(values[chain.end].shape)
+        torch.testing.assert_close(actual, values[chain.end], rtol=1e-4, atol=1e-4)
+    return chains
 
 
 def conv(channels=4, **options):
@@ -53,7 +88,20 @@ def two(forward, **modules):
         (lambda m, x: m.b(F.dropout(m.a(x), training=True)), [("a",), ("b",)]),
         (lambda m, x: m.b(F.batch_norm(m.a(x), m.norm.running_mean, m.norm.running_var, training=True)), [("a",), ("b",)]),
         (lambda m, x: (y := m.relu(x)).add_(m.b(m.a(y))), [("b",)]),
-        (lambda m, x: m.a(x) + 1.0, [("a",)]),
+        (lambda m, x: m.b(m.a(x) + 1.0), [("a", "b")]),
+        (lambda m, x: m.b(2 * m.a(x) / 3), [("a", "b")]),
+        (lambda m, x: m.a((x - 0.5) / 0.25), [("a",)]),
+        (lambda m, x: m.b(m.a(x).mul_(2)), [("a", "b")]),
+        (lambda m, x: m.b(F.avg_pool2d(m.a(x), 2)), [("a", "b")]),
+        (lambda m, x: m.b(F.adaptive_avg_pool2d(m.a(x), 3)), [("a", "b")]),
+        (lambda m, x: m.b(F.adaptive_avg_pool2d(m.a(x), 4)), [("a",), ("b",)]),
+        (lambda m, x: m.b(F.max_pool2d(m.a(x), 2)), [("a",), ("b",)]),
+        (lambda m, x: m.b(F.interpolate(m.a(x), scale_factor=2)), [("a",), ("b",)]),
+        (lambda m, x: m.b(m.a(x).sin()), [("a",), ("b",)]),
+        (lambda m, x: m.b(m.a(x) * x), [("a",), ("b",)]),
+        (lambda m, x: m.b(m.a(x).transpose(2, 3)), [("a",), ("b",)]),
+        (lambda m, x: m.b(m.a(x)[:, :, 1:]), [("a",), ("b",)]),
+        (lambda m, x: m.b(m.a(x).double().float()), [("a",), ("b",)]),
         (lambda m, x: m.b(m.relu(x)).add_(m.relu(x)), [("b",)]),
         (lambda m, x: F.conv2d(m.a(x), m.b.weight * 2), [("a",)]),
         (lambda m, x: F.conv2d(m.a(x), m.b.weight), [("a", "b")]),
@@ -143,22 +191,7 @@ def test_a_chain_computes_what_its_nodes_compute(forward):
     model = two(forward).eval()
     model.norm.running_mean.normal_()
     model.norm.running_var.uniform_(0.5, 2)
-    module, values = traced(model, X), {}
-
-    class Record(torch.fx.Interpreter):
-        def run_node(self, n):
-            values[n] = super().run_node(n)
-            values[n] = values[n].clone() if isinstance(values[n], torch.Tensor) else values[n]
-            return values[n]
-
-    with torch.no_grad():
-        Record(module).run(X)
-    chains = find_chains(module)
-    assert chains
-    for chain in chains:
-        assert {operator.weight.dtype for operator in operators(chain.elements)} == {torch.float64}
-        actual = run(chain.elements, values[chain.source].double()).float()
-        torch.testing.assert_close(actual, values[chain.end], rtol=1e-4, atol=1e-4)
+    assert assert_computes(traced(model, X), X)
 
 
 @pytest.mark.parametrize(
@@ -172,7 +205,7 @@ def test_a_chain_computes_what_its_nodes_compute(forward):
         (nn.Sequential(nn.BatchNorm2d(4), nn.ReLU()), X, []),
         (nn.Sequential(conv(), nn.BatchNorm2d(4, track_running_stats=False), conv()), X, [("0",), ("2",)]),
         (nn.Sequential(conv(), nn.MaxPool2d(2), conv()), X, [("0",), ("2",)]),
-        (nn.Sequential(conv(), nn.ConvTranspose2d(4, 4, 2), conv()), X, [("0",), ("2",)]),
+        (nn.Sequential(conv(), nn.ConvTranspose2d(4, 4, 2), conv()), X, [("0", "1", "2")]),
         (nn.Sequential(conv(), nn.Sequential(nn.BatchNorm2d(4), conv(), nn.Dropout2d())), X, [("0", "1.1")]),
         (nn.Sequential(conv(groups=2), nn.BatchNorm2d(4, affine=False), conv(bias=False)), X, [("0", "2")]),
         (nn.Sequential(conv(padding_mode="circular"), nn.Conv2d(4, 4, 1)), X, [("0", "1")]),
@@ -184,17 +217,331 @@ def test_linear_layers_and_batch_norm_are_operators_of_their_own_kind(model, x, 
 
 def test_the_elements_compute_what_the_graph_computes(network, images):
     network.relu1 = network.gelu = nn.Identity()
-    module = traced(network, images)
-    values = {}
-
-    class Record(torch.fx.Interpreter):
-        def run_node(self, n):
-            values[n] = super().run_node(n)
-            return values[n].clone() if isinstance(values[n], torch.Tensor) else values[n]
-
-    Record(module).run(images)
-    chains = find_chains(module)
+    chains = assert_computes(traced(network, images), images)
     assert [chain.names for chain in chains] == [("conv1", "conv2"), ("fc1", "fc2")]
-    for chain in chains:
-        actual = run(chain.elements, values[chain.source].double())
-        torch.testing.assert_close(actual.float(), values[chain.end], rtol=1e-4, atol=1e-4)
+
+
+class LayerScale(nn.Module):
+    """As in torchvision's ConvNeXt: the scale comes first, on channels that were permuted to the front."""
+
+    def __init__(self, first=True):
+        super().__init__()
+        self.scale = nn.Parameter(torch.randn(4, 1, 1))
+        self.first = first
+
+    def forward(self, x):
+        return self.scale * x if self.first else x * self.scale
+
+
+class Conv1D(nn.Module):
+    """A linear layer as in GPT-2: addmm on flattened rows."""
+
+    def __init__(self, in_features, out_features):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(in_features, out_features))
+        self.bias = nn.Parameter(torch.randn(out_features))
+
+    def forward(self, x):
+        return torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight).view(*x.shape[:-1], len(self.bias))
+
+
+def reads(forward, **modules):
+    return Reads(forward, **modules)
+
+
+def rows(forward, **constants):
+    """Two linear layers, and what the forward does with them."""
+    model = reads(forward, a=nn.Linear(4, 5), b=nn.Linear(5, 4), c=nn.Linear(4, 4), norm=nn.BatchNorm1d(4))
+    for name, value in constants.items():
+        model.register_buffer(name, value)
+    return model
+
+
+ROWS = torch.randn(2, 3, 4)
+
+#: Networks, an input, and the names of the operators of each chain.
+NETWORKS = {
+    "GPT-2's MLP": (nn.Sequential(Conv1D(4, 8), Conv1D(8, 4)), ROWS, [("0", "1")]),
+    "GPT-2's MLP with an activation": (nn.Sequential(Conv1D(4, 8), nn.GELU(), Conv1D(8, 4)), ROWS, [("0",), ("2",)]),
+    "a residual around GPT-2's MLP": (
+        reads(lambda m, x: m.b(m.a(x)) + x, a=Conv1D(4, 8), b=Conv1D(8, 4)),
+        ROWS,
+        [("a", "b")],
+    ),
+    "matmul with a constant": (rows(lambda m, x: m.a(x) @ m.m, m=torch.randn(5, 3)), ROWS, [("a", "m")]),
+    "mm with a constant": (rows(lambda m, x: torch.mm(x, m.m), m=torch.randn(4, 3)), ROWS[0], [("m",)]),
+    "rows in another order": (rows(lambda m, x: m.b(m.a(x).transpose(0, 1))), ROWS, [("a",), ("b",)]),
+    "another number of features": (rows(lambda m, x: m.c(m.a(x).reshape(6, 5)[:, :4])), ROWS, [("a",), ("c",)]),
+    "features that are regrouped": (rows(lambda m, x: m.c(m.c(x).reshape(2, 6, 2).reshape(2, 3, 4))), ROWS, [("c",), ("c",)]),
+    "rows that stay flattened": (rows(lambda m, x: m.b(m.a(x.reshape(6, 4)))), ROWS, [("a", "b")]),
+    "rows that are regrouped": (rows(lambda m, x: m.b(m.a(x.reshape(6, 4)).reshape(3, 2, 5))), ROWS, [("a", "b")]),
+    "rows that are regrouped at last": (rows(lambda m, x: m.b(m.a(x)).reshape(6, 4)), ROWS, [("a", "b")]),
+    "rows with a new axis": (rows(lambda m, x: m.b(m.a(x).view(2, 1, 3, 5))), ROWS, [("a", "b")]),
+    "a branch that is regrouped": (rows(lambda m, x: m.b(m.a(x)).reshape(6, 4) + x.reshape(6, 4)), ROWS, [("a", "b")]),
+    "a branch that comes back": (rows(lambda m, x: m.b(m.a(x.reshape(6, 4))).reshape(2, 3, 4) + x), ROWS, [("a", "b")]),
+    "a scale of features": (rows(lambda m, x: m.c(x) * m.v, v=torch.randn(4)), ROWS, [("c",)]),
+    "a position embedding": (rows(lambda m, x: m.a(m.c(x) + m.p), p=torch.randn(3, 4)), ROWS, [("c",), ("a",)]),
+    "batch norm of rows": (rows(lambda m, x: m.a(m.norm(m.c(x.reshape(6, 4))))), ROWS, [("c", "a")]),
+    "a classifier": (
+        nn.Sequential(conv(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(), nn.Linear(4, 5), nn.Linear(5, 3)),
+        X,
+        [("0", "4", "5")],
+    ),
+    "a classifier of positions": (
+        nn.Sequential(conv(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(36, 5), nn.Dropout(), nn.Linear(5, 3)),
+        X,
+        [("0", "3", "5")],
+    ),
+    "a classifier of a 1-d value": (
+        nn.Sequential(nn.Conv1d(4, 5, 3), nn.Flatten(), nn.Linear(35, 3)),
+        torch.randn(2, 4, 9),
+        [("0", "2")],
+    ),
+    "a classifier of volumes": (
+        nn.Sequential(nn.Conv3d(2, 3, 2), nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(3, 2)),
+        torch.randn(2, 2, 3, 3, 3),
+        [("0", "3")],
+    ),
+    "a classifier with batch norm": (
+        nn.Sequential(conv(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.BatchNorm1d(4), nn.Linear(4, 3)),
+        X,
+        [("0", "4")],
+    ),
+    "batch norm of flattened positions": (
+        nn.Sequential(conv(), nn.Flatten(), nn.BatchNorm1d(144), nn.Linear(144, 3)),
+        X,
+        [("0",), ("3",)],
+    ),
+    "flattened by reshape": (
+        reads(lambda m, x: m.b(m.a(x).reshape(x.shape[0], -1)), a=conv(), b=nn.Linear(144, 3)),
+        X,
+        [("a", "b")],
+    ),
+    "flattened in part": (reads(lambda m, x: m.b(m.a(x).flatten(2)), a=conv(), b=nn.Linear(36, 3)), X, [("a",), ("b",)]),
+    "flattened with the batch": (
+        reads(lambda m, x: m.b(m.a(x).flatten(0, 2)), a=conv(), b=nn.Linear(6, 3)),
+        X,
+        [("a",), ("b",)],
+    ),
+    "the mean of the positions": (reads(lambda m, x: m.b(m.a(x).mean((2, 3))), a=conv(), b=nn.Linear(4, 3)), X, [("a", "b")]),
+    "the mean that keeps its axes": (
+        reads(lambda m, x: m.b(m.a(x).mean((-2, -1), keepdim=True)), a=conv(), b=nn.Conv2d(4, 3, 1)),
+        X,
+        [("a", "b")],
+    ),
+    "the mean of the rows": (
+        reads(lambda m, x: m.b(m.a(x).mean(1)), a=nn.Linear(4, 4), b=nn.Linear(4, 3)),
+        ROWS,
+        [("a",), ("b",)],
+    ),
+    "a linear layer along the last axis": (
+        reads(lambda m, x: m.b(m.a(x)), a=conv(), b=nn.Linear(6, 3)),
+        X,
+        [("a",), ("b",)],
+    ),
+    "LayerScale": (
+        reads(lambda m, x: m.s(m.a(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)), a=nn.Linear(4, 4), s=LayerScale()),
+        X,
+        [("a",)],
+    ),
+    "LayerScale behind the value": (
+        reads(lambda m, x: m.s(m.a(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)), a=nn.Linear(4, 4), s=LayerScale(first=False)),
+        X,
+        [("a",)],
+    ),
+    "LayerScale behind two layers": (
+        reads(
+            lambda m, x: m.s(m.b(m.a(x.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)),
+            **{"a": nn.Linear(4, 8), "b": nn.Linear(8, 4), "s": LayerScale()},
+        ),
+        X,
+        [("a", "b")],
+    ),
+    "a convolution behind LayerScale": (
+        reads(
+            lambda m, x: m.b(m.s(m.a(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))),
+            **{"a": nn.Linear(4, 4), "s": LayerScale(), "b": conv()},
+        ),
+        X,
+        [("a",), ("b",)],
+    ),
+    "batch norm behind a permutation": (
+        reads(lambda m, x: m.n(m.a(x).permute(0, 2, 1)), a=nn.Linear(4, 4), n=nn.BatchNorm1d(4)),
+        ROWS,
+        [("a",)],
+    ),
+    "another permutation": (
+        reads(lambda m, x: m.s(m.a(x.permute(0, 2, 3, 1)).permute(0, 3, 2, 1)), a=nn.Linear(4, 4), s=LayerScale()),
+        X,
+        [("a",)],
+    ),
+    "normalised images": (
+        reads(lambda m, x: m.a((x - m.s.scale) / m.s.scale.exp()), a=conv(), s=LayerScale()),
+        X,
+        [("a",)],
+    ),
+    "a scalar scale and shift": (reads(lambda m, x: m.b(m.a(x * 2 - 1) / 3), a=conv(), b=conv()), X, [("a", "b")]),
+    "a scale in place": (
+        reads(lambda m, x: m.b(m.a(x).mul_(m.s.scale)), a=conv(), b=conv(), s=LayerScale()),
+        X,
+        [("a", "b")],
+    ),
+    "transposed convolutions": (
+        nn.Sequential(
+            nn.ConvTranspose2d(4, 3, 3, stride=2, padding=1, output_padding=1), nn.BatchNorm2d(3), nn.Conv2d(3, 4, 1)
+        ),
+        X,
+        [("0", "2")],
+    ),
+    "an upsampling branch": (
+        reads(
+            lambda m, x: m.a(x) + m.b(x),
+            **{"a": nn.ConvTranspose2d(4, 4, 2, stride=2), "b": nn.ConvTranspose2d(4, 4, 4, stride=2, padding=1)},
+        ),
+        X,
+        [("a", "b")],
+    ),
+    "padding by name": (
+        nn.Sequential(nn.Conv2d(4, 4, (2, 3), padding="same"), nn.Conv2d(4, 4, 2, padding="valid")),
+        X,
+        [("0", "1")],
+    ),
+    "pools alone": (nn.Sequential(nn.AvgPool2d(2), nn.AvgPool2d(3)), X, []),
+    "scales alone": (reads(lambda m, x: (x * 2 + 1) * m.s.scale, s=LayerScale()), X, []),
+    "views alone": (reads(lambda m, x: x.reshape(8, 36).reshape(2, 4, 36)), X, []),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+def test_a_chain_reaches_as_far_as_the_network_is_affine(name):
+    model, x, expected = NETWORKS[name]
+    assert names(model, x) == expected
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+def test_a_chain_with_views_computes_what_its_nodes_compute(name):
+    model, x, _ = NETWORKS[name]
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+    assert_computes(traced(model, x), x)
+
+
+def test_a_flattened_chain_ends_with_a_flattening_and_layers_that_cover_their_input():
+    model, x, _ = NETWORKS["a classifier of positions"]
+    (chain,) = find_chains(traced(model, x))
+    *_, first, second, last = chain.elements
+    assert last == Flatten()
+    assert (first.kernel, second.kernel) == ((3, 3), (1, 1))
+
+
+@pytest.mark.parametrize(
+    ("name", "view"),
+    [("GPT-2's MLP", "view"), ("LayerScale", "permute"), ("rows that stay flattened", "reshape"), ("normalised images", None)],
+)
+def test_what_is_still_to_be_reshaped_stands_with_the_chain(name, view):
+    model, x, _ = NETWORKS[name]
+    (chain,) = find_chains(traced(model, x))
+    targets = [node.target for node in chain.views]
+    assert targets in ([], [torch.ops.aten.view.default], [torch.ops.aten.reshape.default], [torch.ops.aten.permute.default])
+    assert bool(targets) == bool(view)
+    assert view != "permute" or targets == [torch.ops.aten.permute.default]
+
+
+def test_members_are_the_nodes_between_source_and_end():
+    (chain,) = find_chains(traced(two(lambda m, x: m.relu(m.b(m.norm(m.a(x))))), X))
+    assert [node.target for node in chain.members] == [
+        torch.ops.aten.conv2d.default,
+        torch.ops.aten.batch_norm.default,
+        torch.ops.aten.conv2d.default,
+    ]
+    assert chain.source.op == "placeholder"
+    assert chain.end is chain.members[-1]
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda m, x: [y := m.relu(x), m.a(y), y.mul_(2), m.b(y)][1::2],
+        lambda m, x: [y := m.relu(x), z := m.a(y), m.b(y.add_(1)) + z][-1],
+        lambda m, x: [y := m.relu(x), z := m.b(m.a(y)), y.div_(2), z + y][-1],
+        lambda m, x: [y := m.a(x), y.mul_(2), m.b(y)][-1],
+        lambda m, x: [y := m.relu(x), y.view(-1).mul_(2), m.b(m.a(y)) + y][-1],
+        lambda m, x: [y := m.a(x), z := y + 1, y.mul_(3), m.b(z)][-1],
+        lambda m, x: m.b(m.a(x.mul_(2))),
+        lambda m, x: [x.mul_(2), m.b(m.a(x))][-1],
+    ],
+)
+def test_a_scale_that_writes_over_a_value_that_others_read_is_in_no_chain_that_would_move_it(forward):
+    """Each chain computes, from what its source is when the chain's end is reached, what the network computes."""
+    model = two(forward).eval()
+    module = traced(model, X)
+    chains = {chain.end: chain for chain in find_chains(module)}
+    moved = set().union(*(chain.members for chain in chains.values())) - set(chains)
+    live = {}
+
+    class Late(torch.fx.Interpreter):
+        """Runs each chain where it ends, on what its source is by then, and nothing in between."""
+
+        def run_node(self, n):
+            if n in moved:
+                return None
+            if n in chains:
+                source = live[chains[n].source]
+                live[n] = run(chains[n].elements, source.double()).float()
+                return live[n]
+            live[n] = super().run_node(n)
+            return live[n]
+
+    with torch.no_grad():
+        expected = model(X.clone())
+        actual = Late(module).run(X.clone())
+    for one, other in zip(pytree.tree_leaves(actual), pytree.tree_leaves(expected), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_an_input_is_not_scaled_in_place_within_a_chain():
+    (chain,) = find_chains(traced(two(lambda m, x: m.b(m.a(x.mul_(2)))), X))
+    assert "mul_" in str(chain.source.target)
+
+
+def test_buffers_that_a_model_writes_over_are_named():
+    class Counts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = conv()
+            self.register_buffer("calls", torch.zeros(1))
+
+        def forward(self, x):
+            self.calls += 1
+            return self.a(x)
+
+    assert overwritten_constants(traced(Counts(), X)) == ["calls"]
+    assert overwritten_constants(traced(two(lambda m, x: m.b(m.a(x)).mul_(2)), X)) == []
+
+
+def test_the_sizes_of_a_chain_are_numbers_or_free():
+    model = nn.Sequential(conv(), conv()).eval()
+    for dynamic_sizes in (False, True):
+        (chain,) = find_chains(inference_module(export(model, (X,), dynamic_sizes)))
+        assert chain.has_fixed_size != dynamic_sizes
+
+
+def test_a_free_batch_size_hides_no_chain():
+    for name in ("GPT-2's MLP", "a classifier", "LayerScale", "flattened by reshape", "rows with a new axis"):
+        model, x, expected = NETWORKS[name]
+        if name == "rows with a new axis":
+            model = rows(lambda m, x: m.b(m.a(x).view(x.shape[0], 1, 3, 5)))
+        module = inference_module(export(model.eval(), (x,)))
+        assert [chain.names for chain in find_chains(module)] == expected
+        assert_computes(module, torch.cat([x, x[:1]]))
+
+
+def test_a_convolution_without_a_batch_is_a_chain_too():
+    module = traced(two(lambda m, x: m.b(m.a(x))), X[0])
+    (chain,) = assert_computes(module, X[0])
+    assert chain.names == ("a", "b")
+    assert math.prod(chain.elements[0].kernel) == 9

@@ -3,20 +3,27 @@
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastentropy.fusion.report import Candidate, ChainReport, FusionReport
 
-FORMS = ("keep", "merge", "split")
+FORMS = ("keep", "merge", "split", "reorder", "kernel", "masked")
 NUMBERS = st.floats(1e-6, 1e6)
+FORMATS = st.sampled_from(["contiguous", "channels_last"])
 
 
 @st.composite
-def chains(draw):
-    tried = draw(st.sampled_from([(), FORMS[:2], FORMS]))
+def chains(draw, is_measured):
+    tried = draw(st.sampled_from([(), *(FORMS[:count] for count in range(2, len(FORMS) + 1))]))
     candidates = {
-        name: Candidate(draw(NUMBERS), draw(st.integers(1, 99)), draw(st.integers(1, 2**40)), draw(st.floats(0, 1)))
+        name: Candidate(
+            draw(NUMBERS) if is_measured else None,
+            draw(st.integers(1, 99)),
+            draw(st.integers(1, 2**40)),
+            draw(st.integers(1, 2**40)),
+            draw(st.floats(0, 1)),
+        )
         for name in tried
     }
     names = tuple(f"features.{index}.conv" for index in range(draw(st.integers(1, 5))))
@@ -29,32 +36,73 @@ def chains(draw):
 
 
 @st.composite
-def reports(draw):
-    times = {name: draw(NUMBERS) for name in ("original", "folded", "fused")}
-    choice = draw(st.sampled_from(list(times)))
-    return FusionReport(tuple(draw(st.lists(chains(), max_size=3))), times, choice, draw(st.floats(0, 1e-5)))
+def reports(draw, is_measured=None):
+    is_measured = draw(st.booleans()) if is_measured is None else is_measured
+    names = ("original", "folded", "fused")
+    return FusionReport(
+        tuple(draw(st.lists(chains(is_measured), max_size=3))),
+        {name: draw(NUMBERS) for name in names} if is_measured else {},
+        {name: draw(FORMATS) for name in names},
+        draw(st.sampled_from(names)),
+        draw(st.floats(0, 1e-5)),
+    )
 
 
+@settings(max_examples=40)
 @given(reports())
 def test_a_report_goes_through_json_and_comes_back(report):
     assert FusionReport.from_dict(json.loads(json.dumps(report.to_dict()))) == report
 
 
-@given(reports())
+@settings(max_examples=25)
+@given(reports(is_measured=True))
 def test_the_speedup_is_over_the_model_as_given(report):
     assert report.speedup * report.milliseconds[report.choice] == pytest.approx(report.milliseconds["original"])
     assert report.to_dict()["speedup"] == report.speedup
 
 
+@settings(max_examples=25)
+@given(reports(is_measured=False))
+def test_what_was_not_measured_has_no_speedup_and_no_times(report):
+    assert report.speedup is None
+    assert report.to_dict()["speedup"] is None
+    assert "not measured" in str(report)
+    assert " ms" not in str(report)
+    assert "as fast as" not in str(report)
+
+
+@settings(max_examples=60)
 @given(reports())
 def test_a_printed_report_fits_the_screen_and_marks_each_choice(report):
     text = str(report)
-    assert max(map(len, text.splitlines())) <= 100
+    assert max(map(len, text.splitlines())) <= 128
+    assert all(len(line) <= 104 for chain in report.chains for line in str(chain).splitlines())
     marked = [line.split()[1] for line in text.splitlines() if line.startswith("  * ")]
     assert marked == [chain.choice for chain in report.chains if chain.candidates]
     assert f"kept: {report.choice}" in text
 
 
+@settings(max_examples=25)
+@given(reports(is_measured=True))
+def test_each_time_is_printed_with_its_memory_format(report):
+    (line,) = (line for line in str(report).splitlines() if line.startswith("model: "))
+    for name, milliseconds in report.milliseconds.items():
+        assert f"{name} {milliseconds:.3f} ms ({report.memory_formats[name]})" in line
+
+
+@settings(max_examples=25)
+@given(reports())
+def test_it_is_said_where_the_fused_form_is_not_used(report):
+    assert ("is not used" in str(report)) == (report.choice != "fused")
+
+
 def test_a_printed_chain_is_named_by_its_first_and_last_operator():
     assert str(ChainReport(("a", "b", "c"), {}, "keep")) == "a … c"
     assert str(ChainReport(("a",), {}, "keep", "why not")) == "a\n    why not"
+
+
+def test_a_printed_candidate_has_its_time_its_counts_and_its_error():
+    candidates = {"keep": Candidate(1.5, 3, 2_500_000, 4_000_000, 1e-7), "merge": Candidate(None, 1, 100_000, 50_000, 0.0)}
+    _, keep, merge = str(ChainReport(("a", "b"), candidates, "merge")).splitlines()
+    assert " ".join(keep.split()) == "keep 1.500 ms 3 operators 2.50 M multiplications 4.00 MB error 1e-07"
+    assert " ".join(merge.split()) == "* merge - 1 operators 0.10 M multiplications 0.05 MB error 0e+00"

@@ -89,7 +89,7 @@ class AffineOperator:
     @property
     def is_pointwise(self) -> bool:
         """Whether each output position reads the input position that it has itself, and no other."""
-        return all(axis == Axis(1) for axis in self.axes)
+        return all(axis._replace(dilation=1) == Axis(1) for axis in self.axes)
 
     @property
     def is_channelwise(self) -> bool:
@@ -100,7 +100,8 @@ class AffineOperator:
     def is_average(self) -> bool:
         """Whether this is average pooling: each output channel the mean of one input channel over the kernel."""
         each = self.groups == self.in_channels == self.out_channels and self.bias.ndim == 1 and not self.is_pointwise
-        return each and bool((self.weight == 1 / math.prod(self.kernel)).all()) and not self.bias.any()
+        dense = all(axis.upsampling == 1 and (axis.dilation == 1 or axis.kernel == 1) for axis in self.axes)
+        return each and dense and bool((self.weight == 1 / math.prod(self.kernel)).all()) and not self.bias.any()
 
     def __call__(self, x: Tensor) -> Tensor:
         """Apply the operator to x: [batch, in_channels, *spatial], or [..., in_channels] without spatial axes."""
@@ -179,21 +180,13 @@ def _compose_axes(first: Axis, second: Axis) -> Axis:
     if stride > 1 and upsampling > 1:
         raise ValueError("a strided convolution behind a transposed one: together they are no convolution")
     spread, spacing = second.upsampling * first.dilation, first.stride * second.dilation
-    dilation = _common_step(first.kernel, spread, second.kernel, spacing) or 1
+    dilation = _common_step(first.kernel, spread, second.kernel, spacing) or max(first.dilation, second.dilation)
     kernel = ((first.kernel - 1) * spread + (second.kernel - 1) * spacing) // dilation + 1
     before, after = (
         second.upsampling * inner + first.stride * outer
         for inner, outer in ((first.before, second.before), (first.after, second.after))
     )
-    return _checked(Axis(kernel, stride, before, after, dilation, upsampling))
-
-
-def _checked(axis: Axis) -> Axis:
-    """Raise ValueError for what PyTorch's transposed convolution cannot do."""
-    more = axis.after - axis.before
-    if axis.upsampling > 1 and not (axis.before <= axis.reach and 0 <= more < max(axis.upsampling, axis.dilation)):
-        raise ValueError("a padded convolution behind a transposed one: together they are no transposed convolution")
-    return axis
+    return Axis(kernel, stride, before, after, dilation, upsampling)
 
 
 def add(left: AffineOperator, right: AffineOperator) -> AffineOperator:
@@ -222,19 +215,31 @@ def _sizes_agree(left: Axis, right: Axis) -> bool:
 
 def _add_axes(left: Axis, right: Axis) -> Axis:
     step = _common_step(left.kernel, left.dilation, right.kernel, right.dilation)
-    dilation = math.gcd(step, left.before - right.before) or 1
+    dilation = math.gcd(step, left.before - right.before) or max(left.dilation, right.dilation)
     before, after = max(left.before, right.before), max(left.after, right.after)
     reach = left.reach - left.before - left.after + before + after
-    return _checked(Axis(reach // dilation + 1, left.stride, before, after, dilation, left.upsampling))
+    return Axis(reach // dilation + 1, left.stride, before, after, dilation, left.upsampling)
 
 
 def _along(weight: Tensor, bias: Tensor, axes: Sequence[Axis], groups: int) -> AffineOperator:
-    """The operator of a weight and a bias with the geometry of `axes`."""
+    """The operator of a weight and a bias with the geometry of `axes`.
+
+    Raises ValueError for one that PyTorch has no operator for.
+    """
+    if any(axis.upsampling > 1 for axis in axes):
+        if any(axis.stride > 1 for axis in axes):
+            raise ValueError("a strided and a transposed convolution: together they are no convolution")
+        if not all(_is_transposed(axis) for axis in axes):
+            raise ValueError("a padded convolution behind a transposed one: together they are no transposed convolution")
     stride, dilation, upsampling = (
         tuple(getattr(axis, name) for axis in axes) for name in ("stride", "dilation", "upsampling")
     )
     padding = tuple((axis.before, axis.after) for axis in axes)
     return AffineOperator(weight, bias, stride, padding, dilation, groups, upsampling)
+
+
+def _is_transposed(axis: Axis) -> bool:
+    return axis.before <= axis.reach and 0 <= axis.after - axis.before < max(axis.upsampling, axis.dilation)
 
 
 def _multiply(first: AffineOperator, matrix: Tensor, matrix_groups: int) -> Tensor:

@@ -68,7 +68,7 @@ class Lowering:
             return self._graph.call_function(_aten.linear.default, (value, weight, bias))
         if operator.is_channelwise and operator.bias.ndim == 1:
             return self._scale(operator, value)
-        if operator.is_average and all(axis.before == axis.after >= 0 for axis in operator.axes):
+        if operator.is_average and all(0 <= axis.before == axis.after <= axis.kernel // 2 for axis in operator.axes):
             padding = [axis.before for axis in operator.axes]
             arguments = (value, list(operator.kernel), list(operator.stride), padding)
             return self._graph.call_function(_POOLS[len(padding) - 1], arguments)
@@ -84,12 +84,14 @@ class Lowering:
     def _convolution(self, operator: AffineOperator, value: Node) -> Node:
         padding = [max(min(axis.before, axis.after), 0) for axis in operator.axes]
         more = [margin - own for axis, own in zip(operator.axes, padding, strict=True) for margin in (axis.before, axis.after)]
-        if any(more):  # zeros on one side only
-            pairs = [more[index : index + 2] for index in range(0, len(more), 2)]
-            value = self._graph.call_function(_aten.constant_pad_nd.default, (value, [n for pair in pairs[::-1] for n in pair]))
+        for part in ([max(n, 0) for n in more], [min(n, 0) for n in more]):  # zeros on one side only, then what is cut off
+            if any(part):
+                pairs = [part[index : index + 2] for index in range(0, len(part), 2)]
+                arguments = (value, [n for pair in reversed(pairs) for n in pair])
+                value = self._graph.call_function(_aten.constant_pad_nd.default, arguments)
         geometry: list[Any] = [list(operator.stride), padding, list(operator.dilation), operator.groups]
-        arguments = (value, self._constant(operator.weight), self._bias(operator), *geometry)
-        output = self._graph.call_function(_CONVOLUTIONS[len(padding) - 1], arguments)
+        operands = (value, self._constant(operator.weight), self._bias(operator), *geometry)
+        output = self._graph.call_function(_CONVOLUTIONS[len(padding) - 1], operands)
         return self._with_map(operator, output)
 
     def _transposed_convolution(self, operator: AffineOperator, value: Node) -> Node:

@@ -286,8 +286,7 @@ def _folds(first: AffineOperator, second: AffineOperator) -> bool:
     """Whether one of two operators is a scale that the other can take, at the border too; an average stays one."""
     if first.is_average or second.is_average:
         return False
-    unpadded = all(axis.before <= 0 and axis.after <= 0 for axis in second.axes)
-    return second.is_channelwise or (first.is_channelwise and unpadded)
+    return second.is_channelwise or (first.is_channelwise and not _pads(second))
 
 
 def pools_first(chain: Chain) -> Chain:

@@ -34,7 +34,7 @@ class ChainReport:
     def __str__(self) -> str:
         """The chain on a line, then a line for each candidate."""
         lines = [
-            f"  {'*' if name == self.choice else ' '} {name:<7}{_milliseconds(candidate.milliseconds):>12}"
+            f"  {'*' if name == self.choice else ' '} {name:<7} {_milliseconds(candidate.milliseconds):>12}"
             f"{candidate.operators:>4} operators{candidate.multiplications / 1e6:>10.2f} M multiplications"
             f"{candidate.bytes / 1e6:>9.2f} MB   error {candidate.relative_error:.0e}"
             for name, candidate in self.candidates.items()
