@@ -44,6 +44,28 @@ def spread(ratios):
     return f"{collecting['median']:.2f} ({collecting['lower_quartile']:.2f} to {collecting['upper_quartile']:.2f})"
 
 
+def test_every_figure_of_fusing_is_in_the_recorded_run():
+    record = json.loads((ROOT / "bench" / "results" / "fusion-epyc.json").read_text(encoding="utf-8"))
+    (text,) = re.findall(r"^<!-- fusion -->\n(.*?)\n\nThe record", README, re.DOTALL | re.MULTILINE)
+    blocks = [case for case in record["cases"] if "features" in case["name"]]
+    fast = sum(case["folded_over_fused"]["median"] >= 1.5 for case in blocks)
+    assert f"{fast} of {len(blocks)} blocks" in " ".join(text.split())
+    assert record["machine"] in text
+    assert record["date"] in text
+    rows = {row.split(" | ")[0].removeprefix("| "): row for row in text.splitlines() if row.startswith("| ")}
+    cases = [case for case in record["cases"] if case["name"] in rows]
+    assert len(cases) == len(rows) - 2 == 4
+    for case in cases:
+        times, ratio, counts = case["milliseconds"], case["folded_over_fused"], case["multiplications_in_chains"]
+        cells = (
+            f"{times['folded']:.2f} ms",
+            f"{times['fused']:.2f} ms",
+            f"{ratio['median']:.2f} ({ratio['lower_quartile']:.2f} to {ratio['upper_quartile']:.2f})",
+            f"{counts['folded'] / counts['fused']:.2f}",
+        )
+        assert rows[case["name"]] == f"| {case['name']} | {' | '.join(cells)} |"
+
+
 def test_every_figure_of_the_result_is_in_the_recorded_run():
     history = json.loads((ROOT / "bench" / "results" / "digits.json").read_text(encoding="utf-8"))
     (result,) = re.findall(r"^<!-- digits -->\n(.*?)\n\n", README, re.DOTALL | re.MULTILINE)
