@@ -9,7 +9,7 @@ from torch.library import opcheck
 from chain_cases import random_tensor
 from fastentropy_kernels import conv_bordered, conv_pointwise, linear_pair
 
-ops = torch.ops.fastentropy
+ops = torch.ops.fastentropy_kernels
 GEOMETRY = {"stride": (2, 1), "padding": (1, 2), "dilation": (1, 2)}
 
 
