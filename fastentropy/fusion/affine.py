@@ -151,7 +151,7 @@ def compose(first: AffineOperator, second: AffineOperator) -> AffineOperator:
     """The operator x -> second(first(x)).
 
     Equal to the pair wherever no tap of `second` falls into its own padding. Elsewhere it adds the bias of `first` once too
-    often for each such tap, and that is all where what `first` would compute out there is zero (see `merging.wrong_border`).
+    often for each such tap, and that is all where what `first` would compute out there is zero (see `merging.right_positions`).
     Groups are kept as far as both have them: the result has gcd(first.groups, second.groups).
     Raises ValueError where one does not fit behind the other, or their composition is no convolution.
     """

@@ -55,7 +55,7 @@ def _for_every_size(chain: Chain, merged: AffineOperator) -> Element:
 
 def _differs(chain: Chain, axis: int, of_zeros: bool) -> bool:
     """Whether the merged operator differs at the borders of large inputs: in the bias alone, which zeros show, or in more."""
-    period = math.prod(operator.axes[axis].stride for operator in operators(chain))
+    period = _stride(chain, axis)
     readings = (_read(chain, axis, _Reading(0, size, size), of_zeros) for size in range(1 << 20, (1 << 20) + period))
     return any(reading.start > 0 or reading.stop < reading.size for reading in readings)
 
@@ -95,7 +95,7 @@ def zero_response(chain: Chain, spatial_size: Sequence[int]) -> Tensor:
 
 def _smaller(chain: Chain, axis: int, size: int) -> tuple[int, Tensor]:
     """The smallest input with the same borders, and at which of its outputs each output of the given size is to be found."""
-    period = math.prod(operator.axes[axis].stride for operator in operators(chain))
+    period = _stride(chain, axis)
     output = _length(chain, axis, size)
     if all(operator.axes[axis].upsampling == 1 for operator in operators(chain)):
         for smaller in range(size % period or period, size, period):
@@ -105,6 +105,11 @@ def _smaller(chain: Chain, axis: int, size: int) -> tuple[int, Tensor]:
                 inside = torch.full((output - len(before) - len(after),), start)
                 return smaller, torch.cat([before, inside, after])
     return size, torch.arange(output)
+
+
+def _stride(chain: Chain, axis: int) -> int:
+    """The product of all strides along an axis: borders of inputs whose sizes differ by a multiple of it are alike."""
+    return math.prod(operator.axes[axis].stride for operator in operators(chain))
 
 
 def compose_all(chain: Chain) -> AffineOperator:
@@ -228,7 +233,7 @@ def _leading_strip(chain: Chain, axis: int, size: int, stop: int) -> Strip:
 
 def _trailing_strip(chain: Chain, axis: int, size: int, start: int, output: int) -> Strip:
     """The outputs [start, output), from an input that begins at a multiple of the stride, so that positions correspond."""
-    stride = math.prod(o.axes[axis].stride for o in operators(chain))
+    stride = _stride(chain, axis)
     begin = min(max(_first_read(chain, axis, start), 0), size - 1) // stride * stride
     while begin and _length(chain, axis, size - begin) < output - start:
         begin -= stride

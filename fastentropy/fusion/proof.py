@@ -49,15 +49,11 @@ class Proof:
         Where all sizes are free, it also runs on inputs that are longer by one.
         """
         batch = batch_size(example_inputs) or 0
-        inputs = [example_inputs, random_like(example_inputs, seed=0)]
-        for size in sorted({1, batch + 1} - {batch}):
-            other = random_like(with_batch_size(example_inputs, size), seed=size)
-            if takes(other) and _answers(model, other) is not None:
-                inputs.append(other)
-        longer = with_longer_axes(example_inputs)
-        if takes(longer) and _answers(model, longer) is not None:
-            inputs.append(longer)
-        self._cases = [(each, _answers(model, each)) for each in inputs]
+        others = [random_like(with_batch_size(example_inputs, n), seed=n) for n in sorted({1, batch + 1} - {batch})]
+        others.append(with_longer_axes(example_inputs))
+        cases = [(inputs, _answers(model, inputs)) for inputs in others if takes(inputs)]
+        always = [(inputs, _answers(model, inputs)) for inputs in (example_inputs, random_like(example_inputs, seed=0))]
+        self._cases = always + [(inputs, answers) for inputs, answers in cases if answers is not None]
         self._model, self._tolerance = model, tolerance
 
     def error(self, form: Callable[..., Any]) -> float:

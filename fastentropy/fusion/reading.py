@@ -74,21 +74,29 @@ def read(node: Node, module: GraphModule) -> Linear | None:
 def shape_of(node: Any) -> tuple[int | torch.SymInt, ...] | None:
     """The shape of a node's tensor, with numbers for what the trace fixed; None for anything else."""
     value = node.meta.get("val") if isinstance(node, Node) else None
-    return tuple(map(_fixed, value.shape)) if isinstance(value, Tensor) else None
+    if not isinstance(value, Tensor):
+        return None
+    return tuple(size if (fixed := fixed_size(size)) is None else fixed for size in value.shape)
 
 
-def _fixed(size: int | torch.SymInt) -> int | torch.SymInt:
-    constant = size if isinstance(size, int) else size.node.maybe_as_int()
-    return size if constant is None else int(constant)
+def fixed_size(size: int | torch.SymInt) -> int | None:
+    """A size that a trace fixed, though it may still be written as a symbol; None for a free one."""
+    return size if isinstance(size, int) else size.node.maybe_as_int()
+
+
+def attribute(module: torch.nn.Module, name: str) -> Any:
+    """What a dotted path names."""
+    value: Any = module
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value
 
 
 def constant(argument: Any, module: GraphModule) -> Tensor | None:
     """The value of a node that is a constant of the model: a dense tensor of real floating numbers; None for anything else."""
     if not (isinstance(argument, Node) and argument.op == "get_attr"):
         return None
-    value: Any = module
-    for name in str(argument.target).split("."):
-        value = getattr(value, name)
+    value = attribute(module, str(argument.target))
     is_dense = isinstance(value, Tensor) and value.layout is torch.strided and value.is_floating_point()
     return value.detach() if is_dense else None
 

@@ -269,13 +269,15 @@ def _forms(
                 raise
             continue
         plans = [plan(chain, sources[chain.source]) for chain in chains]
-        fused = rewrite(graph, chains, [form for form, _ in plans], sources)
-        equal = chains if is_equal(fused) else _equal_chains(graph, chains, plans, sources, is_equal)
         chosen = dict(zip(chains, plans, strict=True))
+        fused, equal = rewrite(graph, chains, [form for form, _ in plans], sources), chains
+        if not is_equal(fused):
+            equal = _equal_chains(graph, chains, plans, sources, is_equal)
+            fused = rewrite(graph, equal, [chosen[chain][0] for chain in equal], sources)
         reports[name] = tuple(chosen[chain][1] if chain in equal else _left(chosen[chain][1]) for chain in chains)
         forms["original", name] = original if name == "contiguous" else with_channels_last_weights(original)
         forms["folded", name] = rewrite(graph, equal, [chain.folded for chain in equal], sources)
-        forms["fused", name] = rewrite(graph, equal, [chosen[chain][0] for chain in equal], sources)
+        forms["fused", name] = fused
     return forms, reports
 
 

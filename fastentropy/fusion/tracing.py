@@ -16,6 +16,7 @@ from fastentropy.fusion.chains import FoundChain
 from fastentropy.fusion.elements import Chain, output_shape
 from fastentropy.fusion.inputs import Inputs, batch_size, clone, has_batch, with_batch_size
 from fastentropy.fusion.lowering import CHANNELS_LAST, Lowering
+from fastentropy.fusion.reading import attribute, fixed_size
 
 #: How the names of the constants of chains begin.
 CHAIN_PREFIX = "fastentropy_chain_"
@@ -97,14 +98,6 @@ def _with_constants(module: nn.Module, graph: torch.fx.Graph, added: Mapping[str
     constants: dict[str, Any] = {name: attribute(module, name) for name in names}
     detached = {name: v.detach() if isinstance(v, Tensor) else v for name, v in constants.items()}
     return GraphModule({**detached, **added}, graph)
-
-
-def attribute(module: nn.Module, name: str) -> Any:
-    """What a dotted path names."""
-    value: Any = module
-    for part in name.split("."):
-        value = getattr(value, part)
-    return value
 
 
 def rewrite(traced: GraphModule, chains: list[FoundChain], forms: list[Chain], sources: Mapping[Node, Tensor]) -> GraphModule:
@@ -233,7 +226,7 @@ def _sizes(value: Any, program: ExportedProgram) -> tuple[Sizes, ...] | None:
 
 
 def _allowed(size: int | torch.SymInt, program: ExportedProgram) -> Sizes:
-    if (constant := _constant(size)) is not None:
+    if (constant := fixed_size(size)) is not None:
         return constant, constant + 1
     assert isinstance(size, torch.SymInt)
     bounds = program.range_constraints.get(size.node.expr)
@@ -245,12 +238,7 @@ def _allowed(size: int | torch.SymInt, program: ExportedProgram) -> Sizes:
 
 def _is_dynamic(program: ExportedProgram) -> bool:
     return any(
-        _constant(size) is None
+        fixed_size(size) is None
         for node in program.graph.find_nodes(op="placeholder")
         for size in getattr(node.meta.get("val"), "shape", ())
     )
-
-
-def _constant(size: int | torch.SymInt) -> int | None:
-    """A size that a trace fixed, though it may still be written as a symbol; None for a free one."""
-    return size if isinstance(size, int) else size.node.maybe_as_int()
