@@ -7,7 +7,8 @@ from fastentropy.activations import register_activation
 from fastentropy.collector import EntropyCollector, collect
 from fastentropy.fusion import FusedModel, FusionReport, fuse, load
 from fastentropy.isolation import isolate
-from fastentropy.pruning import PruningResult, linearize, prune
+from fastentropy.linearization import linearize
+from fastentropy.pruning import PruningResult, prune
 from fastentropy.sites import Site, find_sites
 from fastentropy.statistics import SiteStatistics, Statistics
 from fastentropy.steps import Step

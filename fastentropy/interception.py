@@ -168,6 +168,13 @@ def fast_paths(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
     return [(module, name, value) for module, name, value in (*layers, *encoders) if vars(module).get(name)]
 
 
+def replace_activation(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put a module in the place of the activation of that name, in its mode; no kernel goes on computing the activation."""
+    model.set_submodule(name, module.train(model.get_submodule(name).training))
+    for owner, attribute, value in fast_paths(model.get_submodule(name.rpartition(".")[0])):
+        setattr(owner, attribute, value)
+
+
 @contextlib.contextmanager
 def _without_fast_paths(model: nn.Module) -> Iterator[None]:
     changes = fast_paths(model)

@@ -2,23 +2,19 @@
 
 import copy
 import difflib
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any, Literal
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastentropy.activations import activation_modules
-from fastentropy.collector import collect
-from fastentropy.interception import fast_paths
-from fastentropy.sites import find_sites, no_sites
+from fastentropy.criteria import Criterion
+from fastentropy.loop import Functions, Options, PruningLoop
+from fastentropy.sites import find_sites
 from fastentropy.statistics import Statistics
-from fastentropy.steps import Step, StepFolder, random_state, set_random_state
-
-Criterion = Literal["entropy"]
+from fastentropy.steps import Step, StepFolder
 
 
 @dataclass(frozen=True)
@@ -34,14 +30,20 @@ class PruningResult:
 def prune(
     model: nn.Module,
     *,
-    train: Callable[[nn.Module], object],
+    train: Callable[..., object],
     evaluate: Callable[[nn.Module], float],
-    calibrate: Callable[[nn.Module], object],
+    calibrate: Callable[[nn.Module], object] | None,
     example_inputs: tuple[Any, ...],
     max_drop: float = 0.01,
     max_removed: int | None = None,
     per_step: int = 1,
     criterion: Criterion = "entropy",
+    zeros_together: bool = False,
+    protect: Iterable[str] = (),
+    target_speedup: float | None = None,
+    max_latency_ms: float | None = None,
+    collapse: Literal["project"] | None = None,
+    statistics: Statistics | None = None,
     checkpoint_dir: str | PathLike[str] | None = None,
     measure: Callable[[nn.Module], Mapping[str, float]] | None = None,
     on_step: Callable[[Sequence[Step]], object] | None = None,
@@ -53,165 +55,72 @@ def prune(
     train(model): one fine-tuning schedule, in place, after each removal; called in training mode.
     evaluate(model) -> float: higher is better; called once per step, in eval mode and without gradients.
     calibrate(model): forward passes over the training data, in eval mode and without gradients; they are what is measured.
-    example_inputs: the positional inputs of one call.
+        None measures the passes of train itself: it is called as train(model, collector), and the collector (`collect`) has
+        reset() to begin anew, as with the last epoch, and paused(). That needs the `statistics` of the dense model.
+    example_inputs: the positional inputs of one call, of the size and on the device that latency is measured for.
     max_drop: stop where the score is more than this below the dense model's, in the units of `evaluate`.
-    max_removed: remove at most so many sites. per_step: how many of them in one step.
+    max_removed: remove at most so many sites. per_step: how many of them in one step; equal to max_removed, one step does all.
     criterion: "entropy" removes the lowest layer entropy first, and of equal ones the first in call order.
+        "entropy-per-latency" removes the set of sites that loses least entropy for each millisecond that `fuse` saves without
+        it, measured on the device, and stops where nothing saves any more; per_step counts such sets. "random" and "uniform"
+        are controls. A function (model, statistics) -> {site: score} has the lowest scores removed first.
+    zeros_together: remove all sites with an entropy of exactly 0 together, in addition, as the published code does.
+    protect: names of sites that stay.
+    target_speedup, max_latency_ms: with "entropy-per-latency", stop where one call is predicted to be so many times as fast as
+        that of the given model, or to take so long, and on the way there remove only what belongs to the sites of least entropy
+        that reach it: the exact optimum for the entropies of each step.
+    collapse: "project" approximates a linearised series of convolutions by a single one, fitted to it by least squares on the
+        calibration data, where the exact operator would be slower; the fine-tuning follows.
+    statistics: of the dense model, where they were gathered already, so that no calibration is needed for them.
     checkpoint_dir: write every finished step there, and go on from the steps that are there already, if they are of a run with
         the same options. The end is the same as without the interruption where `train` draws from torch's default generators.
     measure(model) -> dict: further figures to keep with each step. on_step(steps so far): called after each step.
 
     Raises ValueError for a model without a known activation or with one that is no module of its own (see `isolate`), an option
-    out of range, a calibration without a forward pass, a score that is not finite, and a checkpoint_dir that is damaged, of
-    another model or of a run with other options.
+    out of range, a latency that cannot be reached, a calibration without a forward pass, a train that exchanges modules, a
+    score that is not a finite number, and a checkpoint_dir that is damaged, of another model or of a run with other options.
     """
-    _check_options(max_drop, max_removed, per_step, criterion)
+    options = Options(
+        max_drop, max_removed, per_step, criterion, zeros_together, tuple(protect), target_speedup, max_latency_ms, collapse
+    )
     sites = [site.name for site in find_sites(model, example_inputs)]
     _check_own_modules(model, sites)
-    loop = _Loop(copy.deepcopy(model), train, evaluate, calibrate, measure, on_step)
-    if checkpoint_dir is not None:
-        options = {"max_drop": max_drop, "max_removed": max_removed, "per_step": per_step, "criterion": criterion}
-        loop.resume(StepFolder(checkpoint_dir, options), sites)
+    _check_names(options.protect, sites, "protect")
+    _check_statistics(calibrate, statistics, sites, collapse)
+    folder = None if checkpoint_dir is None else StepFolder(checkpoint_dir, options.to_dict())
+    functions = Functions(train, evaluate, calibrate, measure, on_step)
+    loop = PruningLoop(copy.deepcopy(model), sites, functions, options, folder)
+    loop.measure_latency(example_inputs)
+    loop.resume()
     if not loop.steps:
-        loop.turn(())
+        loop.turn((), statistics)
     kept = None
-    while loop.holds(max_drop):
+    while loop.holds():
         kept = copy.deepcopy(loop.model)
-        left = per_step if max_removed is None else min(per_step, max_removed - len(loop.removed))
-        if not (names := lowest_entropy(loop.steps[-1].layer_entropy, left)):
+        if not (names := loop.next_sites()):
             break
         loop.turn(names)
-    kept_step = len(loop.steps) - (1 if loop.holds(max_drop) else 2)
+    kept_step = len(loop.steps) - (1 if loop.holds() else 2)
     removed = tuple(name for step in loop.steps[: kept_step + 1] for name in step.removed)
     if kept is None:
         kept = loop.restore(copy.deepcopy(model), kept_step)
     return PruningResult(kept.eval(), removed, tuple(loop.steps), kept_step)
 
 
-def linearize(model: nn.Module, names: Sequence[str]) -> None:
-    """Replace the named activation modules by the identity, in place: all of them, or none where this raises.
-
-    Raises ValueError for a name that is not an activation of the model, with the nearest ones that are, and for a module that
-    the model holds under several names.
-    """
-    if isinstance(names, str):
-        raise ValueError(f"names must be a list of site names, not the string {names!r}: [{names!r}]")
-    if not names:
-        return
-    modules = activation_modules(model)
-    if not modules:
-        raise ValueError(no_sites(model))
-    paths = [id(module) for _, module in model.named_modules(remove_duplicate=False)]
+def _check_names(names: Sequence[str], sites: Sequence[str], option: str) -> None:
     for name in names:
-        if name not in modules:
-            nearest = difflib.get_close_matches(name, modules, n=3, cutoff=0.0)
-            raise ValueError(f"{name!r} is not an activation module of the model; the nearest are {', '.join(nearest)}")
-        if paths.count(id(modules[name])) > 1:
-            raise ValueError(f"the module {name!r} stands in several places of the model; give each its own activation module")
-    for name in names:
-        model.set_submodule(name, nn.Identity().train(modules[name].training))
-        for module, attribute, value in fast_paths(model.get_submodule(name.rpartition(".")[0])):
-            setattr(module, attribute, value)  # that kernel would go on computing the activation
+        if name not in sites:
+            nearest = difflib.get_close_matches(name, sites, n=3, cutoff=0.0)
+            raise ValueError(f"{option} names {name!r}, which is no site of the model; the nearest are {', '.join(nearest)}")
 
 
-def lowest_entropy(layer_entropy: Mapping[str, float], count: int) -> tuple[str, ...]:
-    """The names of the `count` sites with the lowest entropy; of equal ones, those that come first."""
-    return tuple(sorted(layer_entropy, key=lambda name: layer_entropy[name])[: max(count, 0)])
-
-
-class _Loop:
-    """The state of a run: the network in work, the finished steps, and the random state that the next step starts from."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        train: Callable[[nn.Module], object],
-        evaluate: Callable[[nn.Module], float],
-        calibrate: Callable[[nn.Module], object],
-        measure: Callable[[nn.Module], Mapping[str, float]] | None,
-        on_step: Callable[[Sequence[Step]], object] | None,
-    ) -> None:
-        self.model, self.steps = model, list[Step]()
-        self._train, self._evaluate, self._calibrate = train, evaluate, calibrate
-        self._measure, self._on_step = measure, on_step
-        self._folder: StepFolder | None = None
-        self._random_state: dict[str, Tensor] = {}
-
-    @property
-    def removed(self) -> list[str]:
-        return [name for step in self.steps for name in step.removed]
-
-    def resume(self, folder: StepFolder, sites: Sequence[str]) -> None:
-        """Take up the steps that a folder holds, and write the next ones there."""
-        self._folder, self.steps = folder, folder.load()
-        if self.steps:
-            if set(self.steps[0].layer_entropy) != set(sites):
-                raise ValueError(f"checkpoint_dir {folder.path} holds a run of another model; name another folder")
-            self.restore(self.model, len(self.steps) - 1)
-            self._random_state = folder.restore_random_state(len(self.steps) - 1)
-
-    def restore(self, model: nn.Module, index: int) -> nn.Module:
-        """Bring a copy of the dense model to where it was at the end of a step."""
-        assert self._folder is not None
-        linearize(model, [name for step in self.steps[: index + 1] for name in step.removed])
-        self._folder.load_weights(index, model)
-        return model
-
-    def holds(self, max_drop: float) -> bool:
-        """Whether the last score is at most max_drop below the dense model's, but for rounding."""
-        return self.steps[0].score - self.steps[-1].score <= max_drop + 1e-9
-
-    def turn(self, names: tuple[str, ...]) -> None:
-        """Linearise, fine-tune, validate and measure; with no names, only the last two."""
-        if names:
-            linearize(self.model, names)
-            set_random_state(self._random_state)
-            self.model.train()
-            self._train(self.model)
-        self.model.eval()
-        score = self._score(names)
-        statistics = self._statistics()
-        metrics = dict(self._measure(self.model)) if self._measure else {}
-        step = Step(names, statistics.layer_entropy(), score, metrics)
-        self._random_state = random_state()
-        if self._folder:
-            self._folder.save(len(self.steps), step, self.model, statistics, self._random_state)
-        self.steps.append(step)
-        if self._on_step:
-            self._on_step(tuple(self.steps))
-
-    @torch.no_grad()
-    def _score(self, names: tuple[str, ...]) -> float:
-        score = float(self._evaluate(self.model))
-        if not math.isfinite(score):
-            raise ValueError(
-                f"evaluate returned {score} after the removal of {', '.join(names) or 'nothing'}; "
-                "it must return a finite number, higher for a better model"
-            )
-        return score
-
-    @torch.no_grad()
-    def _statistics(self) -> Statistics:
-        if not activation_modules(self.model):
-            return Statistics({})  # every activation is linearised
-        with collect(self.model) as collector:
-            self._calibrate(self.model)
-        try:
-            return collector.compute()
-        except RuntimeError as error:
-            message = "calibrate made no forward pass of the model it was given; call model(batch) on the training data in it"
-            raise ValueError(message) from error
-
-
-def _check_options(max_drop: float, max_removed: int | None, per_step: int, criterion: str) -> None:
-    if not max_drop >= 0:
-        raise ValueError(f"max_drop is {max_drop}; expected 0 or more, in the units of evaluate")
-    if max_removed is not None and max_removed < 0:
-        raise ValueError(f"max_removed is {max_removed}; expected 0 or more, or None for no limit")
-    if per_step < 1:
-        raise ValueError(f"per_step is {per_step}; expected 1 or more")
-    if criterion != "entropy":
-        raise ValueError(f"criterion is {criterion!r}; expected 'entropy'")
+def _check_statistics(calibrate: object, statistics: Statistics | None, sites: Sequence[str], collapse: object) -> None:
+    if calibrate is None and (statistics is None or collapse):
+        lacking = "collapse needs calibrate" if collapse else "without calibrate, the dense model's statistics= are needed"
+        raise ValueError(f"{lacking}; collect them in its last epoch with fe.collect, or give a function calibrate(model)")
+    if statistics is not None and set(statistics) != set(sites):
+        named = ", ".join(sorted(set(statistics) ^ set(sites)))
+        raise ValueError(f"statistics are of another model than the given one: they differ in the sites {named}")
 
 
 def _check_own_modules(model: nn.Module, sites: Sequence[str]) -> None:

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fastentropy.files import save_json, save_tensors
+from fastentropy.fusion.latency import LatencyTable
+from fastentropy.fusion.projection import Projection
 from fastentropy.statistics import Statistics
 
 
@@ -22,13 +24,14 @@ class Step:
     """One turn of the loop: what it linearised, and the network after its fine-tuning. Step 0 is the dense network.
 
     layer_entropy: bits by site, of the sites that are left, in call order. score: what `evaluate` returned. metrics: what
-    `measure` returned.
+    `measure` returned. collapsed: the stretches that were approximated by one convolution before the fine-tuning.
     """
 
     removed: tuple[str, ...]
     layer_entropy: dict[str, float]
     score: float
     metrics: dict[str, float] = field(default_factory=dict)
+    collapsed: tuple[Projection, ...] = ()
 
 
 class StepFolder:
@@ -56,7 +59,28 @@ class StepFolder:
         save_tensors(model.state_dict(), folder / "model.safetensors")
         save_tensors(random_state, folder / "random_state.safetensors")
         statistics.save(folder / "statistics.safetensors")
-        save_json({"removed": list(step.removed), "score": step.score, "metrics": step.metrics}, folder / "step.json")
+        values = asdict(step)
+        del values["layer_entropy"]  # it follows from the statistics
+        save_json(values, folder / "step.json")
+
+    def save_latency(self, table: LatencyTable) -> None:
+        """Write what was measured before the first step, so that a resumed run decides by the same times."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        save_json(table.to_dict(), self.path / "latency.json")
+
+    def load_latency(self) -> LatencyTable | None:
+        """The latency table of the run, if it has been written."""
+        path = self.path / "latency.json"
+        if not path.exists():
+            return None
+        try:
+            return LatencyTable.from_dict(_load_json(path))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is damaged: {error!r}; without {self.path} the run begins anew") from error
+
+    def load_statistics(self, index: int) -> Statistics:
+        """The statistics of a step."""
+        return Statistics.load(self._folder(index) / "statistics.safetensors")
 
     def load(self) -> list[Step]:
         """The finished steps."""
@@ -85,12 +109,13 @@ class StepFolder:
 
     def _load_step(self, index: int) -> Step:
         folder = self._folder(index)
-        entropies = Statistics.load(folder / "statistics.safetensors").layer_entropy()
+        entropies = self.load_statistics(index).layer_entropy()
         path = folder / "step.json"
         values = _load_json(path)
         try:
             metrics = {str(name): float(value) for name, value in values["metrics"].items()}
-            step = Step(tuple(map(str, values["removed"])), entropies, float(values["score"]), metrics)
+            collapsed = tuple(map(Projection.from_dict, values["collapsed"]))
+            step = Step(tuple(map(str, values["removed"])), entropies, float(values["score"]), metrics, collapsed)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is damaged: {error!r}; without {folder} the run goes on before it") from error
         if not math.isfinite(step.score):

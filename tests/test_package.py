@@ -10,20 +10,24 @@ FLOORS = [
     {"__main__"},
     {"cli"},
     {"console", "doctor", "runs"},
-    {"recipes", "report"},
+    {"comparison", "recipes", "report"},
     {"pruning"},
-    {"fusion", "steps"},
+    {"loop"},
+    {"criteria", "linearization", "steps"},
+    {"fusion"},
     {"collector"},
     {"isolation", "counters"},
     {"sites", "distributed"},
-    {"statistics"},
+    {"pages", "statistics"},
     {"plots"},
-    {"activations", "axes", "files", "interception", "padding", "rewriting", "tables", "timing"},
+    {"activations", "axes", "files", "histories", "interception", "padding", "rewriting", "tables", "timing"},
 ]
 FUSION = [
+    "profiling",
     "runtime",
     "archive",
     "guards",
+    "projection",
     "tracing",
     "plan",
     "lowering",
@@ -34,6 +38,7 @@ FUSION = [
     "merging",
     "elements",
     "affine",
+    "latency",
 ]
 
 

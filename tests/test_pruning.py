@@ -7,7 +7,7 @@ from torch import nn
 
 from conftest import Residual, assert_unchanged, snapshot
 from fastentropy import linearize, prune
-from fastentropy.pruning import lowest_entropy
+from fastentropy.criteria import lowest
 
 DATA = torch.randn(32, 1, 5, 5, generator=torch.Generator().manual_seed(3))
 LABELS = torch.arange(32) % 3
@@ -60,7 +60,7 @@ def test_removals_follow_the_order_of_entropies():
 
 
 def test_ties_go_in_call_order():
-    assert lowest_entropy({"b": 0.5, "c": 0.1, "a": 0.1, "d": 0.1}, 2) == ("c", "a")
+    assert lowest({"b": 0.5, "c": 0.1, "a": 0.1, "d": 0.1}, 2) == ("c", "a")
 
 
 def test_each_step_has_the_function_of_the_linearised_network(network):
@@ -251,7 +251,15 @@ def test_a_module_called_twice_is_refused_by_name():
 
 
 @pytest.mark.parametrize(
-    "options", [{"max_drop": -0.1}, {"max_drop": math.nan}, {"max_removed": -1}, {"per_step": 0}, {"criterion": "size"}]
+    "options",
+    [
+        {"max_drop": -0.1},
+        {"max_drop": math.nan},
+        {"max_removed": -1},
+        {"per_step": 0},
+        {"criterion": "size"},
+        {"collapse": "x"},
+    ],
 )
 def test_an_option_out_of_range_is_refused_by_name(network, options):
     ((name, value),) = options.items()

@@ -45,6 +45,7 @@ class AffineOperator:
     weight is [out_channels, in_channels / groups, *kernel]; bias is [out_channels], or [out_channels, *output_size] where it
     depends on the position. stride, padding, dilation and upsampling have one entry for each spatial axis; padding is the
     number of zeros before and after, or one number for both. upsampling − 1 zeros are inserted between the input's values.
+    names are the paths of the modules that it was read from, in the order in which they are applied.
     Channels are axis 1 of the input, or its last axis where there is no spatial axis.
     """
 
@@ -55,6 +56,7 @@ class AffineOperator:
     dilation: tuple[int, ...] = ()
     groups: int = 1
     upsampling: tuple[int, ...] = ()
+    names: tuple[str, ...] = ()
     axes: tuple[Axis, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -170,7 +172,7 @@ def compose(first: AffineOperator, second: AffineOperator) -> AffineOperator:
         weight[_window(first.kernel, offset, spread, dilation)] += _multiply(first, second.weight[at_tap], second.groups)
     summed = second.weight.reshape(second.groups, second.out_channels // second.groups, second.weight.shape[1], -1).sum(-1)
     through = torch.einsum("gom,gm->go", summed, first.bias.reshape(second.groups, -1))
-    return _along(weight, second.bias + through.flatten(), axes, groups)
+    return _along(weight, second.bias + through.flatten(), axes, groups, first.names + second.names)
 
 
 def _compose_axes(first: Axis, second: Axis) -> Axis:
@@ -221,7 +223,7 @@ def _add_axes(left: Axis, right: Axis) -> Axis:
     return Axis(reach // dilation + 1, left.stride, before, after, dilation, left.upsampling)
 
 
-def _along(weight: Tensor, bias: Tensor, axes: Sequence[Axis], groups: int) -> AffineOperator:
+def _along(weight: Tensor, bias: Tensor, axes: Sequence[Axis], groups: int, names: tuple[str, ...] = ()) -> AffineOperator:
     """The operator of a weight and a bias with the geometry of `axes`.
 
     Raises ValueError for one that PyTorch has no operator for.
@@ -235,7 +237,7 @@ def _along(weight: Tensor, bias: Tensor, axes: Sequence[Axis], groups: int) -> A
         tuple(getattr(axis, name) for axis in axes) for name in ("stride", "dilation", "upsampling")
     )
     padding = tuple((axis.before, axis.after) for axis in axes)
-    return AffineOperator(weight, bias, stride, padding, dilation, groups, upsampling)
+    return AffineOperator(weight, bias, stride, padding, dilation, groups, upsampling, names)
 
 
 def _is_transposed(axis: Axis) -> bool:

@@ -8,10 +8,11 @@ from operator import getitem
 from typing import Any
 
 import torch
+from torch import nn
 from torch.fx import GraphModule, Node
 
 from fastentropy.fusion.affine import AffineOperator
-from fastentropy.fusion.elements import Chain, Flatten, Sum, operators
+from fastentropy.fusion.elements import Activation, Chain, Element, Flatten, Sum, operators
 from fastentropy.fusion.merging import fold
 from fastentropy.fusion.reading import Linear, read, shape_of
 
@@ -51,9 +52,12 @@ class FoundChain:
 
 @dataclass(frozen=True, eq=False)
 class _Step:
-    """An operator of a chain in the making, to be built once the number of its spatial axes is known."""
+    """An element of a chain in the making, to be built once the number of its spatial axes is known.
 
-    build: Callable[[int], AffineOperator]
+    name is the path of a convolution or linear layer, or of a site; it is empty for what is never a chain by itself.
+    """
+
+    build: Callable[[int], Element]
     name: str
 
 
@@ -80,11 +84,14 @@ class _Segment:
         return bool(self.views) and self.views[-1].target is _aten.permute.default
 
 
-def find_chains(module: GraphModule) -> list[FoundChain]:
-    """The maximal chains of a graph of ATen operators as `torch.export` gives it, in call order."""
+def find_chains(module: GraphModule, activations: Mapping[str, nn.Module] | None = None) -> list[FoundChain]:
+    """The maximal chains of a graph of ATen operators as `torch.export` gives it, in call order.
+
+    Given activations by the path of their module, in whose place the graph has an `alias`, chains run on through them.
+    """
     segments: dict[Node, _Segment] = {}
     for node in module.graph.nodes:
-        segment = _segment_to(node, segments, module)
+        segment = _segment_to(node, segments, module, activations or {})
         if segment is not None:
             segments[node] = segment
     inner = {member for end, segment in segments.items() for member in segment.members if member is not end}
@@ -105,11 +112,22 @@ def _found(end: Node, segment: _Segment, module: GraphModule) -> FoundChain:
     return FoundChain(segment.source, end, members, elements, _names(segment.steps), segment.views)
 
 
-def _segment_to(node: Node, segments: Mapping[Node, _Segment], module: GraphModule) -> _Segment | None:
+def _segment_to(
+    node: Node,
+    segments: Mapping[Node, _Segment],
+    module: GraphModule,
+    activations: Mapping[str, nn.Module],
+) -> _Segment | None:
     """The segment that ends with a node."""
     if node.target in _VIEWS:
         return _view(node, segments)
     linear = read(node, module)
+    if linear and (path := module_path(node)) in activations:
+        activation = Activation(path, activations[path])
+        before = segments.get(linear.operand) if len(linear.operand.users) == 1 else None
+        before = before or _Segment(linear.operand, (), None, frozenset())
+        step = _Step(lambda _: activation, path)
+        return replace(before, steps=(*before.steps, step), members=before.members | {node})
     if linear is None:
         return _add_branches(node, segments) if node.target in _ADDITIONS else None
     before = segments.get(linear.operand) if len(linear.operand.users) == 1 else None
@@ -134,9 +152,20 @@ def _extend(before: _Segment, node: Node, linear: Linear) -> _Segment | None:
     if None not in (linear.axes, before.axes) and linear.axes != before.axes:
         return None
     axes = before.axes if linear.axes is None else linear.axes
-    steps = before.steps if linear.build is None else (*before.steps, _Step(linear.build, linear.name))
+    steps = before.steps if linear.build is None else (*before.steps, _Step(_with_path(linear.build, node), linear.name))
     flat = (1,) * (linear.axes or 0) if linear.flattens else None
     return replace(before, steps=steps, axes=axes, members=members, flat=flat)
+
+
+def _with_path(build: Callable[[int], AffineOperator], node: Node) -> Callable[[int], AffineOperator]:
+    path = module_path(node)
+    return lambda axes: replace(build(axes), names=(path,))
+
+
+def module_path(node: Node) -> str:
+    """The path of the module whose forward calls the operator of a node, in the model that was traced."""
+    stack = node.meta.get("nn_module_stack") or {"": ("", None)}
+    return str(list(stack.values())[-1][0])
 
 
 def _extend_channelwise(before: _Segment, linear: Linear, dimensions: int, members: frozenset[Node]) -> _Segment | None:

@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastentropy.fusion.affine import AffineOperator
 
-Element: TypeAlias = "AffineOperator | Sum | Bordered | Masked | Kernel | Flatten"
+Element: TypeAlias = "AffineOperator | Sum | Bordered | Masked | Kernel | Flatten | Activation"
 Chain: TypeAlias = "tuple[Element, ...]"
 
 
@@ -79,6 +79,14 @@ class Flatten:
     """Channels and positions become features; the last element of a chain, if any."""
 
 
+@dataclass(frozen=True, eq=False)
+class Activation:
+    """An activation that may be removed, by the name of its site; chains have it only where `find_chains` was told of it."""
+
+    name: str
+    module: nn.Module
+
+
 class Cost(NamedTuple):
     """What a form of a chain asks of a machine, for one call: multiplications, and bytes read and written."""
 
@@ -117,6 +125,9 @@ def _run_element(element: Element, x: Tensor) -> Tensor:
             return y + x if adds_input else y
         case Flatten():
             return x.flatten(1)
+        case Activation(_, module):
+            activated: Tensor = module(x)
+            return activated
         case operator:
             return operator(x)
 
@@ -138,6 +149,8 @@ def output_shape(chain: Chain, shape: Sequence[int]) -> tuple[int, ...]:
                 shape = second.output_shape(first.output_shape(shape))
             case Flatten():
                 shape = (shape[0], math.prod(shape[1:]))
+            case Activation():
+                pass
             case operator:
                 shape = operator.output_shape(shape)
     return tuple(shape)
@@ -173,6 +186,8 @@ def _costs(element: Element, shape: Sequence[int], itemsize: int) -> Iterator[Co
             yield Cost(one.multiplications + other.multiplications, one.bytes + other.bytes - between)
         case Flatten():
             return
+        case Activation():
+            yield Cost(0, 2 * math.prod(shape) * itemsize)
         case operator:
             yield _operator_cost(operator, shape, itemsize)
 
@@ -199,7 +214,7 @@ def _operators(element: Element) -> list[AffineOperator]:
             return [operator]
         case Kernel(_, first, second):
             return [first, second]
-        case Flatten():
+        case Flatten() | Activation():
             return []
         case operator:
             return [operator]

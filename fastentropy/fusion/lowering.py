@@ -5,11 +5,11 @@ from operator import getitem
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
 from fastentropy.fusion.affine import AffineOperator, Axis
-from fastentropy.fusion.elements import Bordered, Chain, Element, Flatten, Kernel, Masked, Sum, output_shape
+from fastentropy.fusion.elements import Activation, Bordered, Chain, Element, Flatten, Kernel, Masked, Sum, output_shape
 
 _aten = torch.ops.aten
 _CONVOLUTIONS = (_aten.conv1d.default, _aten.conv2d.default, _aten.conv3d.default)
@@ -23,12 +23,14 @@ class Lowering:
     """Appends operators to a graph at its insertion point.
 
     Their weights are added to `tensors` under names that begin with `prefix`, in the dtype, on the device and in the memory
-    format of `like`, a value of the chain's source. Without `fixed_size`, its spatial sizes are only an example.
+    format of `like`, a value of the chain's source; activations are added to `modules`. Without `fixed_size`, the spatial
+    sizes of `like` are only an example.
     """
 
     def __init__(self, graph: Graph, like: Tensor, prefix: str, fixed_size: bool = True) -> None:
-        """Begin with no tensors."""
+        """Begin with no tensors and no modules."""
         self.tensors: dict[str, Tensor] = {}
+        self.modules: dict[str, nn.Module] = {}
         self._graph, self._like, self._prefix, self._fixed_size = graph, like, prefix, fixed_size
 
     def lower(self, chain: Chain, value: Node, shape: Sequence[int]) -> Node:
@@ -59,6 +61,9 @@ class Lowering:
                 return self._kernel(element, value)
             case Flatten():
                 return self._graph.call_function(_aten.flatten.using_ints, (value, 1))
+            case Activation(name, module):
+                self.modules[name.replace(".", "_")] = module
+                return self._graph.call_module(name.replace(".", "_"), (value,))
             case operator:
                 return self._operator(operator, value)
 
@@ -191,7 +196,7 @@ def compile_chain(chain: Chain, like: Tensor) -> GraphModule:
     graph = Graph()
     lowering = Lowering(graph, like, "operator")
     graph.output(lowering.lower(chain, graph.placeholder("x"), like.shape))
-    return GraphModule(lowering.tensors, graph)
+    return GraphModule({**lowering.tensors, **lowering.modules}, graph)
 
 
 def _is_symmetric(operator: AffineOperator) -> bool:

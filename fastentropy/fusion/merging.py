@@ -5,7 +5,7 @@ only the bias differs near the border, and it becomes a map of the positions; el
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -19,17 +19,23 @@ from fastentropy_kernels import MOST_MIDDLES
 Borders: TypeAlias = Literal["exact", "train"]
 
 
-def merge(chain: Chain, spatial_size: Sequence[int] | None, borders: Borders = "exact") -> Chain:
+def merge(
+    chain: Chain,
+    spatial_size: Sequence[int] | None,
+    borders: Borders = "exact",
+    composed: Callable[[Chain], AffineOperator] | None = None,
+) -> Chain:
     """One operator for the whole chain, equal to it at every position for inputs of that spatial size, or of any if None.
 
     Its bias is what the chain answers to zeros; near a border that can differ from place to place. Where more than the bias
     differs there, the border is recomputed by the chain. A `Flatten` at the end stays.
     With `borders="train"` all zero padding moves to where the chain begins, as in the literature (Fu et al., ICML 2022; Kim
     et al., ICML 2023 and 2024): another function near the border, for those who train it afterwards.
+    composed gives the operator of a chain; with `unweighted` in place of `compose_all`, the result is only good for timing.
     Raises ValueError, with the reason, where that cannot be.
     """
     body = chain[:-1] if isinstance(chain[-1], Flatten) else chain
-    merged, tail = compose_all(body), chain[len(body) :]
+    merged, tail = (composed or compose_all)(body), chain[len(body) :]
     if not merged.axes:
         return (merged, *tail)
     if spatial_size is None:
@@ -141,6 +147,22 @@ def outline(chain: Chain) -> AffineOperator:
     Raises ValueError where it is no operator.
     """
     return compose_all(tuple(map(_outline, chain)))
+
+
+def unweighted(chain: Chain) -> AffineOperator:
+    """The composition of a chain with zeros in place of its weight, which would cost more to compose than to time."""
+    shape, bias = outline(chain), compose_all(tuple(map(_without_extent, chain))).bias
+    weight = torch.zeros(shape.weight.shape, dtype=torch.float32, device=bias.device)
+    return replace(shape, weight=weight, bias=bias)
+
+
+def _without_extent(element: Element) -> Element:
+    """An element whose operators have a single tap, the sum of theirs: of what is constant, it gives the same."""
+    if isinstance(element, Sum):
+        return Sum(tuple(tuple(map(_without_extent, branch)) for branch in element.branches))
+    assert isinstance(element, AffineOperator)
+    weight = element.weight.flatten(2).sum(2) if element.axes else element.weight
+    return AffineOperator(weight, element.bias, groups=element.groups)
 
 
 def _outline(element: Element) -> Element:

@@ -35,8 +35,8 @@ PATIENCE = 4
 Merged = dict[tuple[Any, ...], tuple[Chain, Chain]]
 
 
-class _Way(NamedTuple):
-    """How forms are made and what they are chosen by."""
+class Way(NamedTuple):
+    """How forms are made, and what they are chosen by."""
 
     price: Callable[[Mapping[Any, Chain], Mapping[Any, Tensor]], dict[Any, float]]
     borders: Borders
@@ -73,7 +73,7 @@ def plan_chain(
     kept = found.folded
     if len(operators(kept)) == 1:
         return kept, ChainReport(found.names, {}, "keep")
-    way = _Way(measured if measure else counted, borders, found.has_fixed_size, {} if merged is None else merged)
+    way = Way(measured if measure else counted, borders, found.has_fixed_size, {} if merged is None else merged)
     forms, note = _forms(kept, x, way)
     prices = way.price(forms, dict.fromkeys(forms, x))
     candidates = {
@@ -122,7 +122,7 @@ def _chain_error(form: Chain, chain: Chain, x: Tensor) -> float:
     return max(relative_error(compiled(each), run(chain, each.double())) for each in (given, drawn))
 
 
-def _forms(kept: Chain, x: Tensor, way: _Way) -> tuple[dict[str, Chain], str]:
+def _forms(kept: Chain, x: Tensor, way: Way) -> tuple[dict[str, Chain], str]:
     forms, note = {"keep": kept}, ""
     try:
         body = kept[:-1] if isinstance(kept[-1], Flatten) else kept
@@ -151,7 +151,7 @@ def _is_known(split: Chain, forms: Mapping[str, Chain]) -> bool:
     return merged or list(map(id, operators(split))) == list(map(id, operators(forms["keep"])))
 
 
-def _fastest_split(chain: Chain, x: Tensor, way: _Way) -> Chain:
+def _fastest_split(chain: Chain, x: Tensor, way: Way) -> Chain:
     """Divide a chain into stretches, each merged or left as it is, so that the sum of their times is the least.
 
     Dynamic programming over the places between elements; the branches of a sum that is not merged are divided likewise.
@@ -170,23 +170,23 @@ def _fastest_split(chain: Chain, x: Tensor, way: _Way) -> Chain:
     return best[-1][1]
 
 
-def _stretches(chain: Chain, inputs: list[Tensor], way: _Way) -> dict[tuple[int, int, bool], Chain]:
+def _stretches(chain: Chain, inputs: list[Tensor], way: Way) -> dict[tuple[int, int, bool], Chain]:
     """Every stretch chain[start:stop] that can stand as one, by (start, stop, whether it is merged)."""
     stretches: dict[tuple[int, int, bool], Chain] = {}
-    sketches = [_sketch(element) for element in chain]
+    sketches = [sketch(element) for element in chain]
     for start, element in enumerate(chain):
         x = inputs[start]
         if isinstance(element, Sum):
             element = Sum(tuple(_fastest_split(branch, x, way) for branch in element.branches))
         stretches[start, start + 1, False] = (element,)
-        for stop in _promising_stops(chain[start:], sketches[start:], x):
+        for stop in promising_stops(chain[start:], sketches[start:], x):
             if stop > 1 or isinstance(element, Sum):
                 with contextlib.suppress(ValueError):
                     stretches[start, start + stop, True] = way.merge(chain[start : start + stop], x)
     return stretches
 
 
-def _sketch(element: Element) -> AffineOperator | None:
+def sketch(element: Element) -> AffineOperator | None:
     """An element as one operator without memory; None where it is none, as if the sizes of branches only happen to agree."""
     try:
         return None if isinstance(element, Flatten) else outline((element,))
@@ -194,16 +194,16 @@ def _sketch(element: Element) -> AffineOperator | None:
         return None
 
 
-def _promising_stops(chain: Chain, sketches: list[AffineOperator | None], x: Tensor) -> Iterator[int]:
+def promising_stops(chain: Chain, sketches: list[AffineOperator | None], x: Tensor) -> Iterator[int]:
     """How many elements from the first on may be worth merging, by the counted cost of the one operator and of the chain."""
     merged, hopeless = sketches[0], 0
     for stop in range(1, len(chain) + 1):
-        sketch = sketches[stop - 1]
+        last = sketches[stop - 1]
         try:
-            merged = merged if stop == 1 or merged is None or sketch is None else compose(merged, sketch)
+            merged = merged if stop == 1 or merged is None or last is None else compose(merged, last)
         except ValueError:
             return
-        if merged is None or sketch is None or hopeless == PATIENCE:
+        if merged is None or last is None or hopeless == PATIENCE:
             return
         if _is_hopeless(merged, chain[:stop], x):
             hopeless += 1

@@ -1,0 +1,166 @@
+"""Measure what the parts of a network take, and what each stretch would take without its activations."""
+
+import contextlib
+import copy
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastentropy.fusion.affine import AffineOperator
+from fastentropy.fusion.chains import find_chains
+from fastentropy.fusion.elements import Activation, Chain, Element, Flatten, Sum
+from fastentropy.fusion.inputs import Inputs, clone
+from fastentropy.fusion.latency import LatencyTable, Part, Section, Stretch, worthwhile
+from fastentropy.fusion.lowering import compile_chain
+from fastentropy.fusion.merging import fold, kernels, masked, merge, spatial_size, unweighted
+from fastentropy.fusion.plan import TIE, promising_stops, sketch
+from fastentropy.fusion.projection import can_project, centre
+from fastentropy.fusion.runtime import fuse
+from fastentropy.fusion.tracing import export, in_channels_last, inference_module, values_of
+from fastentropy.interception import replace_activation
+from fastentropy.timing import measure_times
+
+#: Activations that may be run in place again and again: they do not change what they gave. Others would end in zeros.
+_IDEMPOTENT = (nn.ReLU, nn.Hardtanh)
+
+
+class _Marker(nn.Module):
+    """Stands for an activation in a trace."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.aten.alias.default(x)  # type: ignore[no-any-return]
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def measure_latency(
+    model: nn.Module, example_inputs: Inputs, sites: Sequence[str], *, approximate: bool = False
+) -> LatencyTable:
+    """Time a model in eval mode, its parts, and the stretches that become one operator without the activations of sites.
+
+    Everything is in the memory format in which the dense model runs fastest. With `approximate`, also what `projection` would
+    make of a stretch, where that is faster than what is exact.
+    Raises ValueError where `fuse` does.
+    """
+    report = fuse(model, example_inputs).report
+    fastest = report.milliseconds[report.choice]
+    marked = copy.deepcopy(model)
+    activations = {name: _repeatable(marked.get_submodule(name)) for name in sites}
+    for name in sites:
+        replace_activation(marked, name, _Marker())
+    traced = inference_module(export(marked, example_inputs))
+    if report.memory_formats[report.choice] == "channels_last":
+        traced = in_channels_last(traced) or traced
+    chains = find_chains(traced, activations)
+    sources = values_of(traced, [chain.source for chain in chains], clone(example_inputs))
+    profile = _Profile(marked, approximate)
+    sections = tuple(profile.section(chain.folded, sources[chain.source])[0] for chain in chains)
+    return LatencyTable(report.milliseconds["original"], fastest, sections)
+
+
+def _repeatable(module: nn.Module) -> nn.Module:
+    copied = copy.deepcopy(module)
+    if getattr(copied, "inplace", False) and not isinstance(copied, _IDEMPOTENT):
+        copied.inplace = False  # type: ignore[assignment]
+    return copied
+
+
+class _Profile:
+    """Makes the sections of a model."""
+
+    def __init__(self, model: nn.Module, approximate: bool) -> None:
+        self._model, self._approximate = model, approximate
+
+    def section(self, chain: Chain, x: Tensor) -> tuple[Section, Tensor]:
+        """The section of a chain that is applied to x, and its output."""
+        inputs, branches = [x], {}
+        for index, element in enumerate(chain):
+            if isinstance(element, Sum):
+                sections, outputs = zip(*(self.section(branch, inputs[-1].clone()) for branch in element.branches), strict=True)
+                branches[index] = sections
+                inputs.append(sum(outputs[1:], outputs[0]))
+            else:
+                inputs.append(compile_chain((element,), inputs[-1])(inputs[-1].clone()))
+        forms: dict[Any, Chain] = {index: (_itself(element),) for index, element in enumerate(chain)}
+        at: dict[Any, Tensor] = {index: inputs[index + (index in branches)] for index in forms}
+        for key, form in self._stretches(chain, inputs):
+            forms[key], at[key] = form, inputs[key[0]]
+        times = _times(forms, at)
+        parts = tuple(
+            Part(times[index], element.name if isinstance(element, Activation) else "", branches.get(index, ()))
+            for index, element in enumerate(chain)
+        )
+        stretches = tuple(
+            Stretch(start, stop, time, _sites(chain[start:stop]), _modules(chain[start:stop]) if kind == "projected" else ())
+            for (start, stop, kind), time in ((key, time) for key, time in times.items() if isinstance(key, tuple))
+        )
+        return worthwhile(Section(parts, stretches), TIE), inputs[-1]
+
+    def _stretches(self, chain: Chain, inputs: Sequence[Tensor]) -> Iterator[tuple[tuple[int, int, str], Chain]]:
+        """Each stretch that may stand as one operator: (start, stop, kind), and the operator."""
+        places = [index for index, element in enumerate(chain) if not isinstance(element, Activation | Flatten)]
+        linear = [_linearized(chain[index]) for index in places]
+        sketches = [sketch(element) for element in linear]
+        for first, start in enumerate(places):
+            x = inputs[start]
+            for count in promising_stops(tuple(linear[first:]), sketches[first:], x):
+                body, stop = fold(tuple(linear[first : first + count])), places[first + count - 1] + 1
+                if count == 1 and not isinstance(linear[first], Sum):
+                    continue
+                with contextlib.suppress(ValueError):
+                    yield (start, stop, "merged"), merge(body, spatial_size(body, x), composed=unweighted)
+                if x.is_cuda:
+                    with contextlib.suppress(ValueError):
+                        yield (start, stop, "masked"), (masked(body),)
+                    yield (start, stop, "kernels"), kernels(body)
+            for last in range(first + 1, len(places) if self._approximate else 0):
+                stop = places[last] + 1
+                sites = _sites(chain[start:stop])
+                if names := _modules(chain[start:stop]):
+                    with contextlib.suppress(ValueError):
+                        if can_project(self._model, set(names) - sites):
+                            yield (start, stop, "projected"), (centre(tuple(linear[first : last + 1]), unweighted),)
+
+
+def _times(forms: Mapping[Any, Chain], inputs: Mapping[Any, Tensor]) -> dict[Any, float]:
+    functions = {key: functools.partial(compile_chain(form, inputs[key]), inputs[key]) for key, form in forms.items()}
+    return measure_times(functions, rounds=11, round_seconds=0.001)
+
+
+def _itself(element: Element) -> Element:
+    """What stands for an element as it is; of branches, their addition."""
+    return Sum(((),) * len(element.branches)) if isinstance(element, Sum) else element
+
+
+def _linearized(element: Element) -> Element:
+    """An element without the activations in its branches."""
+    if not isinstance(element, Sum):
+        return element
+    branches = (tuple(_linearized(each) for each in branch if not isinstance(each, Activation)) for branch in element.branches)
+    return Sum(tuple(map(fold, branches)))
+
+
+def _sites(chain: Chain) -> frozenset[str]:
+    names: set[str] = set()
+    for element in chain:
+        if isinstance(element, Activation):
+            names.add(element.name)
+        elif isinstance(element, Sum):
+            names.update(*map(_sites, element.branches))
+    return frozenset(names)
+
+
+def _modules(chain: Chain) -> tuple[str, ...]:
+    """The paths of the modules that a series of elements stands for; empty where one of them is more than modules."""
+    names: list[str] = []
+    for element in chain:
+        if isinstance(element, Activation):
+            names.append(element.name)
+        elif isinstance(element, AffineOperator) and element.names:
+            names += element.names
+        else:
+            return ()
+    return tuple(names) if len(set(names)) == len(names) else ()

@@ -1,0 +1,257 @@
+"""The loop of `prune`: its options, its state, and what happens in one step."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastentropy.activations import activation_modules
+from fastentropy.collector import EntropyCollector, collect
+from fastentropy.criteria import CRITERIA, Criterion, best_trade, check_budget, lowest, scores
+from fastentropy.fusion.latency import LatencyTable
+from fastentropy.fusion.profiling import measure_latency
+from fastentropy.fusion.projection import Projection, place, project
+from fastentropy.linearization import linearize
+from fastentropy.statistics import Statistics
+from fastentropy.steps import Step, StepFolder, random_state, set_random_state
+
+
+class Functions(NamedTuple):
+    """What the user gives to `prune`."""
+
+    train: Callable[..., object]
+    evaluate: Callable[[nn.Module], Any]
+    calibrate: Callable[[nn.Module], object] | None
+    measure: Callable[[nn.Module], Mapping[str, float]] | None
+    on_step: Callable[[Sequence[Step]], object] | None
+
+
+@dataclass(frozen=True)
+class Options:
+    """What decides the outcome of a run, besides the model and the user's functions."""
+
+    max_drop: float
+    max_removed: int | None
+    per_step: int
+    criterion: Criterion
+    zeros_together: bool
+    protect: tuple[str, ...]
+    target_speedup: float | None
+    max_latency_ms: float | None
+    collapse: str | None
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a value that makes no sense."""
+        if not self.max_drop >= 0:
+            raise ValueError(f"max_drop is {self.max_drop}; expected 0 or more, in the units of evaluate")
+        if self.max_removed is not None and self.max_removed < 0:
+            raise ValueError(f"max_removed is {self.max_removed}; expected 0 or more, or None for no limit")
+        if self.per_step < 1:
+            raise ValueError(f"per_step is {self.per_step}; expected 1 or more")
+        if self.criterion not in CRITERIA and not callable(self.criterion):
+            raise ValueError(f"criterion is {self.criterion!r}; expected one of {', '.join(CRITERIA)}, or a function")
+        if self.collapse not in (None, "project"):
+            raise ValueError(f"collapse is {self.collapse!r}; expected 'project' or None")
+        budgets = {"target_speedup": self.target_speedup, "max_latency_ms": self.max_latency_ms}
+        given = {name: value for name, value in budgets.items() if value is not None}
+        for name, value in given.items():
+            if not 0 < value < math.inf:
+                raise ValueError(f"{name} is {value}; expected a number above 0")
+        if given and (self.criterion != "entropy-per-latency" or len(given) > 1):
+            raise ValueError(f"{' and '.join(given)}: give one of them, with criterion='entropy-per-latency'")
+
+    @property
+    def needs_latency(self) -> bool:
+        """Whether the network is to be timed before the first step."""
+        return self.criterion == "entropy-per-latency" or self.collapse is not None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The options in the types of JSON."""
+        name = getattr(self.criterion, "__qualname__", type(self.criterion).__qualname__)
+        criterion = self.criterion if isinstance(self.criterion, str) else name
+        return {**asdict(self), "criterion": criterion, "protect": list(self.protect)}
+
+
+class PruningLoop:
+    """The state of a run: the network in work, the finished steps, and the random state that the next step starts from."""
+
+    def __init__(
+        self, model: nn.Module, sites: Sequence[str], functions: Functions, options: Options, folder: StepFolder | None
+    ) -> None:
+        """Begin with a dense model, which the loop changes, and its sites in call order."""
+        self.model, self.steps = model, list[Step]()
+        self._sites, self._functions, self._options, self._folder = sites, functions, options, folder
+        self._table: LatencyTable | None = None
+        self._statistics = Statistics({})
+        self._random_state: dict[str, Tensor] = {}
+
+    @property
+    def removed(self) -> list[str]:
+        """What is linearised so far."""
+        return [name for step in self.steps for name in step.removed]
+
+    def measure_latency(self, example_inputs: tuple[Any, ...]) -> None:
+        """Time the dense network, or read the times that the run has begun with."""
+        if not self._options.needs_latency:
+            return
+        self._table = self._folder.load_latency() if self._folder else None
+        if self._table is None:
+            may_go = [name for name in self._sites if name not in self._options.protect]
+            approximate = self._options.collapse is not None
+            self._table = measure_latency(self.model.eval(), example_inputs, self._sites, approximate=approximate)
+            if (budget := self._budget) is not None:
+                check_budget(self._table, may_go, budget)
+            if self._folder:
+                self._folder.save_latency(self._table)
+
+    def resume(self) -> None:
+        """Take up the steps that are on disk."""
+        if self._folder is None:
+            return
+        self.steps = self._folder.load()
+        if self.steps:
+            if set(self.steps[0].layer_entropy) != set(self._sites):
+                raise ValueError(f"checkpoint_dir {self._folder.path} holds a run of another model; name another folder")
+            last = len(self.steps) - 1
+            self.restore(self.model, last)
+            self._statistics = self._folder.load_statistics(last)
+            self._random_state = self._folder.restore_random_state(last)
+
+    def restore(self, model: nn.Module, index: int) -> nn.Module:
+        """Bring a copy of the dense model to where it was at the end of a step."""
+        assert self._folder is not None
+        for step in self.steps[: index + 1]:
+            linearize(model, step.removed)
+            for projection in step.collapsed:
+                place(model, projection)
+        self._folder.load_weights(index, model)
+        return model
+
+    def holds(self) -> bool:
+        """Whether the last score is at most max_drop below the dense model's, but for rounding."""
+        return self.steps[0].score - self.steps[-1].score <= self._options.max_drop + 1e-9
+
+    def next_sites(self) -> tuple[str, ...]:
+        """What to remove next; empty at the end."""
+        options = self._options
+        losses = {name: bits for name, bits in self.steps[-1].layer_entropy.items() if name not in options.protect}
+        left = len(losses) if options.max_removed is None else options.max_removed - len(self.removed)
+        set_random_state(self._random_state)
+        if options.criterion == "entropy-per-latency":
+            names = self._best_trades(losses, left)
+        else:
+            scored = scores(options.criterion, self.model, self._statistics, self._sites)
+            allowed = {name: score for name, score in scored.items() if name in losses}
+            names = lowest(allowed, min(options.per_step, left))
+        if names and options.zeros_together:
+            zeros = [name for name, bits in losses.items() if bits == 0 and name not in names]
+            names += tuple(zeros[: left - len(names)])
+        return names
+
+    def turn(self, names: tuple[str, ...], statistics: Statistics | None = None) -> None:
+        """Linearise, fine-tune, validate and measure; with no names, only the last two, of which statistics spare one."""
+        collapsed: tuple[Projection, ...] = ()
+        if names:
+            linearize(self.model, names)
+            collapsed = self._collapse([*self.removed, *names])
+            set_random_state(self._random_state)
+            statistics = self._train()
+        self.model.eval()
+        score = self._score(names)
+        self._statistics = self._calibrate() if statistics is None else statistics
+        step = Step(names, self._statistics.layer_entropy(), score, self._metrics(names), collapsed)
+        self._random_state = random_state()
+        if self._folder:
+            self._folder.save(len(self.steps), step, self.model, self._statistics, self._random_state)
+        self.steps.append(step)
+        if self._functions.on_step:
+            self._functions.on_step(tuple(self.steps))
+
+    @property
+    def _budget(self) -> float | None:
+        """The milliseconds that one call may take, if there is a limit."""
+        assert self._table is not None
+        speedup = self._options.target_speedup
+        return self._options.max_latency_ms if speedup is None else self._table.original / speedup
+
+    def _best_trades(self, losses: Mapping[str, float], left: int) -> tuple[str, ...]:
+        """The sites of the best sets, in call order."""
+        assert self._table is not None
+        chosen: set[str] = set()
+        for _ in range(self._options.per_step):
+            removed = [*self.removed, *chosen]
+            if self._budget is not None and self._table.fastest(removed).milliseconds <= self._budget:
+                break
+            chosen |= best_trade(self._table, losses, removed, left - len(chosen), self._budget)
+        return tuple(name for name in self._sites if name in chosen)
+
+    def _collapse(self, removed: Sequence[str]) -> tuple[Projection, ...]:
+        """Approximate the stretches that are fastest so, but for those that would cut through an earlier one."""
+        if self._options.collapse is None:
+            return ()
+        assert self._table is not None
+        assert self._functions.calibrate is not None
+        self.model.eval()
+        set_random_state(self._random_state)
+        done = [set(projection.modules) for step in self.steps for projection in step.collapsed]
+        stretches = self._table.fastest(removed).projected
+        new = [each for each in stretches if all(not each_done & set(each) or each_done < set(each) for each_done in done)]
+        return tuple(project(self.model, modules, self._functions.calibrate) for modules in new)
+
+    def _train(self) -> Statistics | None:
+        """Fine-tune, and return the statistics of the passes where there is no calibration."""
+        before = {name: type(module) for name, module in self.model.named_modules()}
+        statistics = None
+        self.model.train()
+        if self._functions.calibrate:
+            self._functions.train(self.model)
+        elif not activation_modules(self.model):
+            self._functions.train(self.model, EntropyCollector(self.model))
+            statistics = Statistics({})
+        else:
+            with collect(self.model) as collector:
+                self._functions.train(self.model, collector)
+            statistics = _computed(collector, "train")
+        after = {name: type(module) for name, module in self.model.named_modules()}
+        changed = [name for name in before | after if not issubclass(after.get(name, object), before.get(name, nn.Module))]
+        if changed or before.keys() != after.keys():
+            named = ", ".join(changed or sorted(before.keys() ^ after.keys()))
+            raise ValueError(f"train changed the modules of the model ({named}); it must train the model it is given, in place")
+        return statistics
+
+    @torch.no_grad()
+    def _score(self, names: tuple[str, ...]) -> float:
+        value = self._functions.evaluate(self.model)
+        when = f"after the removal of {', '.join(names) or 'nothing'}"
+        try:
+            score = float(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            message = f"evaluate returned a {type(value).__name__} that is no number {when}; it must return one finite number"
+            raise ValueError(message) from error
+        if not math.isfinite(score):
+            raise ValueError(f"evaluate returned {score} {when}; it must return a finite number, higher for a better model")
+        return score
+
+    @torch.no_grad()
+    def _calibrate(self) -> Statistics:
+        assert self._functions.calibrate is not None
+        if not activation_modules(self.model):
+            return Statistics({})  # every activation is linearised
+        with collect(self.model) as collector:
+            self._functions.calibrate(self.model)
+        return _computed(collector, "calibrate")
+
+    def _metrics(self, names: tuple[str, ...]) -> dict[str, float]:
+        predicted = {"predicted_ms": self._table.fastest([*self.removed, *names]).milliseconds} if self._table else {}
+        return predicted | (dict(self._functions.measure(self.model)) if self._functions.measure else {})
+
+
+def _computed(collector: EntropyCollector, function: str) -> Statistics:
+    try:
+        return collector.compute()
+    except RuntimeError as error:
+        message = f"{function} made no forward pass of the model it was given; call model(batch) on the training data in it"
+        raise ValueError(message) from error
