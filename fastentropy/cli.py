@@ -1,9 +1,10 @@
 """The command line: arguments in, runs and tables out. Bad input ends with one line and exit status 2."""
 
 import contextlib
+import dataclasses
 import datetime
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,10 +13,14 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from fastentropy.comparison import format_comparison, label_runs, plot_comparison, write_comparison
 from fastentropy.console import ProgressDisplay, print_history
+from fastentropy.criteria import CRITERIA
 from fastentropy.doctor import examine
+from fastentropy.histories import check_history
 from fastentropy.recipes import RECIPES, load_recipe
-from fastentropy.runs import Run, Settings, create_run, open_run
+from fastentropy.report import plot_summary, write_report
+from fastentropy.runs import Run, Settings, create_run, open_run, read_history
 
 app = typer.Typer(
     help="Find the layers that a network does not need and take them out so that it really runs faster.",
@@ -43,13 +48,45 @@ def prune(
     per_step: Annotated[int | None, typer.Option(min=1, help="Activations removed in one step. [default: 1]")] = None,
     seed: Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="Same seed, same removals. [default: 0]")] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Epochs of each schedule. [default: the recipe's]")] = None,
+    criterion: Annotated[str | None, typer.Option(help=f"What goes first: {', '.join(CRITERIA)}. [default: entropy]")] = None,
+    zeros_together: Annotated[
+        bool, typer.Option("--zeros-together", help="Remove all with an entropy of 0 at once, as published.")
+    ] = False,
+    target_speedup: Annotated[
+        float | None, typer.Option(min=0, help="With entropy-per-latency: stop when so many times as fast.")
+    ] = None,
+    max_latency_ms: Annotated[
+        float | None, typer.Option(min=0, help="With entropy-per-latency: stop at so many milliseconds per call.")
+    ] = None,
+    collapse: Annotated[
+        str | None, typer.Option(help="project: approximate linearised convolutions by one where that is faster.")
+    ] = None,
+    protect: Annotated[list[str] | None, typer.Option(help="An activation that stays; may be given again.")] = None,
+    model: Annotated[str | None, typer.Option(help="Which of the recipe's networks. [default: the recipe's]")] = None,
+    data: Annotated[str | None, typer.Option(help="The folder of the recipe's data, or a name to download it by.")] = None,
+    compile: Annotated[bool, typer.Option("--compile", help="Train with torch.compile.")] = False,
     output: Annotated[Path | None, typer.Option(help="The run folder. [default: runs/RECIPE-DATE]")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. [default: cuda if there is one]")] = None,
     resume: Annotated[Path | None, typer.Option(help="Go on with an interrupted run; it keeps its options.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the history as JSON instead of a table.")] = False,
 ) -> None:
     """Train a network, remove its needless activations one by one, fuse what became linear, and report."""
-    options = {"max_drop": max_drop, "max_removed": max_removed, "per_step": per_step, "seed": seed, "epochs": epochs}
+    options = {
+        "max_drop": max_drop,
+        "max_removed": max_removed,
+        "per_step": per_step,
+        "seed": seed,
+        "epochs": epochs,
+        "criterion": criterion,
+        "zeros_together": zeros_together or None,
+        "target_speedup": target_speedup,
+        "max_latency_ms": max_latency_ms,
+        "collapse": collapse,
+        "protect": protect or None,
+        "model": model,
+        "data": data,
+        "compile": compile or None,
+    }
     errors = Console(stderr=True)
     with _one_line_errors():
         if resume is not None:
@@ -69,6 +106,26 @@ def prune(
 
 
 @app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Run folders, or histories (history.json).")],
+    output: Annotated[
+        Path | None, typer.Option(help="The page. [default: report.html in the folder of one run, comparison.html of several]")
+    ] = None,
+    png: Annotated[Path | None, typer.Option(help="Write the plots as a picture too.")] = None,
+) -> None:
+    """Write the page of a run again, or compare runs: accuracy against activations removed, and against latency."""
+    with _one_line_errors():
+        histories = _read_histories(runs)
+        several = len(histories) > 1
+        page = output or (Path("comparison.html") if several else next(iter(histories)).parent / "report.html")
+        for path, suffix in ((page, ".html"), (png, ".png")):
+            if path and (path.suffix != suffix or not path.parent.is_dir()):
+                raise ValueError(f"{path} cannot be written; name a file that ends in {suffix}, in a folder that exists")
+        written = _compare(histories, page, png) if several else _report_again(*histories.popitem(), page, png)
+    typer.echo(written)
+
+
+@app.command()
 def doctor() -> None:
     """Show versions, devices and which kernels run on them; exit status 1 if the main job could not run."""
     findings = examine()
@@ -80,12 +137,49 @@ def doctor() -> None:
         raise typer.Exit(1)
 
 
-def _created(recipe: str, options: dict[str, float | int | None], output: Path | None, device: str | None) -> Run:
-    chosen = _device(device)
-    defaults = {"max_drop": 0.005, "max_removed": None, "per_step": 1, "seed": 0, "epochs": load_recipe(recipe, chosen).epochs}
+def _read_histories(runs: Sequence[Path]) -> dict[Path, dict[str, Any]]:
+    """The histories of runs, by the files that they are read from."""
+    histories: dict[Path, dict[str, Any]] = {}
+    for run in runs:
+        path = run if run.is_file() else run / "history.json"
+        if path.resolve() in map(Path.resolve, histories):
+            raise ValueError(f"{run} is named twice; name each run once")
+        histories[path] = read_history(path)
+        try:
+            check_history(histories[path])
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
+    return histories
+
+
+def _report_again(path: Path, history: dict[str, Any], page: Path, png: Path | None) -> str:
+    if not history["steps"]:
+        raise ValueError(f"{path}: no step is finished yet; there is nothing to report")
+    write_report(history, page)
+    if png:
+        plot_summary(history, png)
+    return f"report   {page}"
+
+
+def _compare(histories: dict[Path, dict[str, Any]], page: Path, png: Path | None) -> str:
+    files = map(Path.resolve, histories)
+    labels = label_runs([path.parent if path.name == "history.json" else path for path in files])
+    labelled = dict(zip(labels, histories.values(), strict=True))
+    table = format_comparison(labelled)
+    write_comparison(labelled, page)
+    if png:
+        plot_comparison(labelled, png)
+    return f"{table}\n\nreport   {page}"
+
+
+def _created(recipe: str, options: dict[str, Any], output: Path | None, device: str | None) -> Run:
+    chosen = str(_device(device))
+    defaults = {"max_drop": 0.005, "max_removed": None, "per_step": 1, "seed": 0, "epochs": 1}
     given: dict[str, Any] = {**defaults, **{name: value for name, value in options.items() if value is not None}}
+    settings = Settings(recipe=recipe, device=chosen, **given)
+    loaded = load_recipe(recipe, torch.device(chosen), **settings.recipe_options)
     folder = output or Path("runs") / f"{recipe}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
-    return create_run(folder, Settings(recipe=recipe, device=str(chosen), **given))
+    return create_run(folder, dataclasses.replace(settings, epochs=options["epochs"] or loaded.epochs), loaded)
 
 
 def _resumed(folder: Path, recipe: str | None, options: dict[str, object]) -> Run:

@@ -8,13 +8,14 @@ import platform
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar, cast
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from fastentropy.criteria import CRITERIA, NamedCriterion
 from fastentropy.files import save_json, save_tensors
 from fastentropy.fusion import FusedModel, fuse
 from fastentropy.fusion.tracing import with_channels_last_weights
@@ -38,6 +39,15 @@ class Settings:
     per_step: int
     epochs: int
     device: str
+    criterion: str = "entropy"
+    zeros_together: bool = False
+    target_speedup: float | None = None
+    max_latency_ms: float | None = None
+    collapse: str | None = None
+    protect: Sequence[str] = ()
+    model: str | None = None
+    data: str | None = None
+    compile: bool = False
 
     def __post_init__(self) -> None:
         """Raise ValueError for a value that makes no sense."""
@@ -47,15 +57,25 @@ class Settings:
             "max_removed": (int, 0, math.inf),
             "per_step": (int, 1, math.inf),
             "epochs": (int, 1, math.inf),
+            "target_speedup": (float, 0, math.inf),
+            "max_latency_ms": (float, 0, math.inf),
         }
+        optional = ("max_removed", "target_speedup", "max_latency_ms")
         if self.recipe not in RECIPES:
             raise ValueError(f"unknown recipe {self.recipe!r}; the recipes are {', '.join(RECIPES)}")
         for name, (kind, lowest, highest) in limits.items():
             value = getattr(self, name)
-            if name == "max_removed" and value is None:
+            if name in optional and value is None:
                 continue
             if type(value) not in (kind, int) or not lowest <= value <= highest:
                 raise ValueError(f"{name} is {value!r}; expected a {kind.__name__} from {lowest} to {highest}")
+        if self.criterion not in CRITERIA:
+            raise ValueError(f"criterion is {self.criterion!r}; expected one of {', '.join(CRITERIA)}")
+
+    @property
+    def recipe_options(self) -> dict[str, Any]:
+        """What the recipe is made with; None for what is left to it."""
+        return {"model": self.model, "data": self.data, "compile": self.compile or None}
 
 
 class Display(Protocol):
@@ -73,13 +93,14 @@ class Display(Protocol):
 class Run:
     """A run folder: history.json, the steps, the dense, pruned and fused network and report.html."""
 
-    def __init__(self, folder: Path, settings: Settings) -> None:
+    def __init__(self, folder: Path, settings: Settings, recipe: Recipe | None = None) -> None:
         """See `create_run` and `open_run`."""
-        self.folder, self.settings = folder, settings
+        self.folder, self.settings, self._recipe = folder, settings, recipe
 
     def execute(self, display: Display) -> dict[str, Any]:
         """Do the work that is not done yet; returns the history. The same settings give the same removals."""
-        recipe = load_recipe(self.settings.recipe, torch.device(self.settings.device))
+        device, options = torch.device(self.settings.device), self.settings.recipe_options
+        recipe = self._recipe or load_recipe(self.settings.recipe, device, **options)
         threads = torch.get_num_threads()
         torch.set_num_threads(recipe.threads or threads)
         try:
@@ -147,6 +168,12 @@ class Run:
             max_drop=self.settings.max_drop,
             max_removed=self.settings.max_removed,
             per_step=self.settings.per_step,
+            criterion=cast(NamedCriterion, self.settings.criterion),
+            zeros_together=self.settings.zeros_together,
+            protect=self.settings.protect,
+            target_speedup=self.settings.target_speedup,
+            max_latency_ms=self.settings.max_latency_ms,
+            collapse=cast(Literal["project"] | None, self.settings.collapse),
             checkpoint_dir=self.folder / "steps",
             measure=lambda model: _measure(model, recipe),
             on_step=finish_step,
@@ -167,9 +194,9 @@ class Run:
         }
 
 
-def create_run(folder: Path, settings: Settings) -> Run:
+def create_run(folder: Path, settings: Settings, recipe: Recipe) -> Run:
     """Begin a run in a new or empty folder. Raises ValueError where it holds something or cannot be written."""
-    run = Run(folder, settings)
+    run = Run(folder, settings, recipe)
     try:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ValueError(f"{folder} exists and is not an empty folder; name a new --output, or --resume {folder}")
@@ -231,6 +258,7 @@ def _step_dict(step: Step) -> dict[str, Any]:
         "validation": step.score,
         "test": step.metrics["test"],
         "latency_ms": {"pruned": step.metrics["pruned_ms"], "fused": step.metrics["fused_ms"]},
+        "collapsed": [asdict(projection) for projection in step.collapsed],
     }
 
 

@@ -56,6 +56,16 @@ def format_share(share: float) -> str:
     return "<0.1%" if share < 0.001 else f"{min(share, 0.999):.1%}"
 
 
+def format_percent(score: float) -> str:
+    """A score from 0 to 1 in percent, without the sign: 97.30."""
+    return f"{100 * score:.2f}"
+
+
+def format_milliseconds(value: float) -> str:
+    """A time in milliseconds with three digits that tell something: 0.512, 4.00, 123."""
+    return f"{value:.3f}" if value < 1 else f"{value:.2f}" if value < 100 else f"{value:.0f}"
+
+
 def plural(count: int, noun: str) -> str:
     """A count with its noun: 1 site, 17 sites."""
     return f"{format_integer(count)} {noun}{'' if count == 1 else 's'}"

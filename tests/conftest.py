@@ -1,9 +1,14 @@
 """Small networks that several test modules use."""
 
+from types import SimpleNamespace
+
 import hypothesis
 import pytest
 import torch
 from torch import Tensor, nn
+
+from fastentropy.fusion import FusionReport, profiling
+from fastentropy.fusion.plan import counted
 
 # The first example of a test pays for imports and compilation.
 hypothesis.settings.register_profile("fastentropy", deadline=None)
@@ -80,6 +85,19 @@ def network():
 def images():
     """Inputs of `network`."""
     return torch.randn(4, 1, 5, 5, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def counted_costs(monkeypatch):
+    """Counted costs stand for the times of a network and of its parts, so that the same sites pay at every run."""
+
+    def fuse_by_counting(model, example_inputs):
+        times = {"original": 2e9, "folded": 2e9, "fused": 1e9}
+        report = FusionReport((), times, dict.fromkeys(times, "contiguous"), "fused", 0.0)
+        return SimpleNamespace(report=report)
+
+    monkeypatch.setattr(profiling, "_times", counted)
+    monkeypatch.setattr(profiling, "fuse", fuse_by_counting)
 
 
 def snapshot(model):

@@ -6,29 +6,13 @@ import torch
 from torch import nn
 
 from conftest import Residual, assert_unchanged, snapshot
-from fastentropy import find_sites, fuse, linearize
+from fastentropy import find_sites, linearize
 from fastentropy.fusion import profiling
 from fastentropy.fusion.chains import find_chains
 from fastentropy.fusion.plan import MULTIPLICATIONS_PER_BYTE, TIE, counted, plan_chain
 from fastentropy.fusion.profiling import measure_latency
 from fastentropy.fusion.tracing import export, inference_module, values_of
 from fastentropy.recipes.digits import DigitsNet
-
-
-@pytest.fixture
-def _counted(monkeypatch):
-    """Multiplications and bytes stand for times, so that a table is the same at every run; so they do for whole models."""
-
-    def cost(model, example_inputs):
-        report = fuse(model, example_inputs, measure=False).report
-        return type("Fused", (), {"report": report.__class__(report.chains, TIMES, FORMATS, "fused", 0.0)})
-
-    monkeypatch.setattr(profiling, "_times", counted)
-    monkeypatch.setattr(profiling, "fuse", cost)
-
-
-TIMES = {"original": 2e9, "folded": 2e9, "fused": 1e9}
-FORMATS = dict.fromkeys(TIMES, "contiguous")
 
 
 def parts_of(table):
@@ -55,7 +39,7 @@ def names(model, x):
     return [site.name for site in find_sites(model, (x,))]
 
 
-@pytest.mark.usefixtures("_counted")
+@pytest.mark.usefixtures("counted_costs")
 def test_every_site_is_one_part_and_the_model_is_left_alone(network):
     network.eval()
     x = torch.randn(4, 1, 5, 5)
@@ -82,7 +66,7 @@ def counted_cost(model, x, removed):
     return sum(in_chains.values()) + MULTIPLICATIONS_PER_BYTE * moved
 
 
-@pytest.mark.usefixtures("_counted")
+@pytest.mark.usefixtures("counted_costs")
 def test_what_a_removal_saves_is_what_the_fused_networks_differ_by():
     torch.manual_seed(0)
     model, x = DigitsNet(channels=8, blocks=2).eval(), torch.randn(8, 1, 8, 8)
@@ -94,7 +78,7 @@ def test_what_a_removal_saves_is_what_the_fused_networks_differ_by():
         assert actual > 0
 
 
-@pytest.mark.usefixtures("_counted")
+@pytest.mark.usefixtures("counted_costs")
 def test_a_block_whose_activation_is_gone_can_be_one_operator():
     torch.manual_seed(0)
     model, x = DigitsNet(channels=8, blocks=1).eval(), torch.randn(8, 1, 8, 8)
@@ -115,7 +99,7 @@ class TwoConvolutions(nn.Module):
         return self.relu2(self.bn2(self.conv2(self.relu1(self.bn1(self.conv1(x))))) + x)
 
 
-@pytest.mark.usefixtures("_counted")
+@pytest.mark.usefixtures("counted_costs")
 @pytest.mark.parametrize("approximate", [True, False])
 def test_two_convolutions_in_a_branch_are_approximated_by_one_where_that_is_asked_for(approximate):
     model, x = TwoConvolutions().eval(), torch.randn(2, 8, 12, 12)
@@ -126,7 +110,7 @@ def test_two_convolutions_in_a_branch_are_approximated_by_one_where_that_is_aske
     assert table.fastest(["relu1"]).projected == (("conv1", "bn1", "relu1", "conv2", "bn2"),) * approximate
 
 
-@pytest.mark.usefixtures("_counted")
+@pytest.mark.usefixtures("counted_costs")
 def test_a_module_that_is_called_twice_is_not_approximated():
     class Twice(TwoConvolutions):
         def forward(self, x):

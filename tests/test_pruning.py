@@ -1,13 +1,14 @@
 import copy
 import math
+from collections import OrderedDict
 
 import pytest
 import torch
 from torch import nn
 
 from conftest import Residual, assert_unchanged, snapshot
-from fastentropy import linearize, prune
-from fastentropy.criteria import lowest
+from fastentropy import collect, fuse, linearize, prune
+from fastentropy.activations import activation_modules
 
 DATA = torch.randn(32, 1, 5, 5, generator=torch.Generator().manual_seed(3))
 LABELS = torch.arange(32) % 3
@@ -57,10 +58,6 @@ def test_removals_follow_the_order_of_entropies():
     assert result.removed == ("relus.1", "relus.3", "relus.0", "relus.2")
     assert [step.removed for step in result.steps] == [(), *((name,) for name in result.removed)]
     assert result.steps[-1].layer_entropy == {}
-
-
-def test_ties_go_in_call_order():
-    assert lowest({"b": 0.5, "c": 0.1, "a": 0.1, "d": 0.1}, 2) == ("c", "a")
 
 
 def test_each_step_has_the_function_of_the_linearised_network(network):
@@ -138,6 +135,99 @@ def test_the_given_model_is_not_changed(network):
     before = snapshot(network)
     run(network)
     assert_unchanged(network, before)
+
+
+def test_one_step_may_do_all(network):
+    result = run(network, max_removed=3, per_step=3, evaluate=lambda model: 1.0)
+    assert [len(step.removed) for step in result.steps] == [0, 3]
+
+
+def test_protected_sites_stay():
+    result = run(Saturated(), train=lambda model: None, evaluate=lambda model: 1.0, protect=["relus.3", "relus.1"])
+    assert result.removed == ("relus.0", "relus.2")
+    assert set(result.steps[-1].layer_entropy) == {"relus.1", "relus.3"}
+
+
+class Constant(Saturated):
+    """The second and fourth activation are always on: their entropy is exactly 0."""
+
+    OFFSETS = (0.5, 90.0, 0.0, 80.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "sizes"),
+    [({}, [1, 1, 1, 1, 1]), ({"zeros_together": True}, [2, 1, 1, 1]), ({"zeros_together": True, "max_removed": 1}, [1])],
+)
+def test_sites_with_an_entropy_of_zero_go_together_where_that_is_asked_for(options, sizes):
+    result = run(Constant(), train=lambda model: None, evaluate=lambda model: 1.0, **options)
+    assert [len(step.removed) for step in result.steps[1:]] == sizes
+    assert set(result.removed[:2]) <= {"relus.1", "relus.3"} or sizes == [1]
+
+
+def test_a_criterion_of_ones_own_is_given_the_model_and_its_statistics(network):
+    def last_first(model, statistics):
+        assert list(statistics) == list(activation_modules(model))
+        return {name: -place for place, name in enumerate(statistics)}
+
+    assert run(network, criterion=last_first, evaluate=lambda model: 1.0).removed == ("gelu", "relu2", "relu1")
+
+
+def test_controls_remove_every_site_once_and_repeat(network):
+    for criterion in ("random", "uniform"):
+        torch.manual_seed(1)
+        first = run(network, criterion=criterion, evaluate=lambda model: 1.0)
+        torch.manual_seed(1)
+        again = run(network, criterion=criterion, evaluate=lambda model: 1.0)
+        assert first.removed == again.removed
+        assert sorted(first.removed) == ["gelu", "relu1", "relu2"]
+
+
+def test_the_passes_of_training_can_be_what_is_measured():
+    """train gets a collector, and says with reset where the last epoch begins."""
+    torch.manual_seed(0)
+    model = Saturated()
+    with collect(model) as collector:
+        calibrate(model)
+    statistics = collector.compute()
+
+    def counting_train(model, collector):
+        model(torch.full_like(DATA, 50.0))  # an epoch that does not count
+        collector.reset()
+        calibrate(model)
+
+    options = {"evaluate": lambda model: 1.0, "statistics": statistics}
+    counted = run(model, train=counting_train, calibrate=None, **options)
+    expected = run(model, train=lambda model: None, **options)
+    assert counted.steps == expected.steps
+    assert len(counted.steps) == 5
+
+
+def test_statistics_of_the_dense_model_spare_its_calibration(network):
+    with collect(network.eval()) as collector:
+        calibrate(network)
+    calls = []
+    result = run(network, calibrate=lambda model: calls.append(calibrate(model)), statistics=collector.compute(), max_removed=1)
+    assert len(calls) == 1
+    assert result.steps[0].layer_entropy == collector.compute().layer_entropy()
+
+
+def test_without_calibration_there_must_be_statistics(network):
+    with pytest.raises(ValueError, match=r"statistics= are needed; .*fe\.collect"):
+        run(network, calibrate=None)
+    with collect(network) as collector:
+        calibrate(network)
+    statistics = collector.compute()
+    with pytest.raises(ValueError, match="collapse needs calibrate"):
+        run(network, calibrate=None, statistics=statistics, collapse="project")
+    with pytest.raises(ValueError, match=r"statistics are of another model .* sites gelu, relu1"):
+        run(Saturated(), statistics=statistics)
+
+
+def test_a_training_without_a_pass_cannot_be_what_is_measured(network):
+    with collect(network) as collector:
+        calibrate(network)
+    with pytest.raises(ValueError, match="train made no forward pass"):
+        run(network, train=lambda model, collector: None, calibrate=None, statistics=collector.compute())
 
 
 @pytest.mark.parametrize(("max_removed", "per_step", "sizes"), [(0, 1, []), (2, 1, [1, 1]), (None, 2, [2, 1]), (2, 3, [2])])
@@ -232,6 +322,32 @@ def test_a_tensor_is_a_score(network):
     assert run(network, evaluate=lambda model: torch.tensor(0.5), max_removed=1).steps[1].score == 0.5
 
 
+@pytest.mark.parametrize("score", [None, "good", torch.zeros(2), [1.0]])
+def test_a_score_that_is_no_single_number_is_refused(network, score):
+    with pytest.raises(ValueError, match=f"evaluate returned a {type(score).__name__} that is no number after the removal of"):
+        run(network, evaluate=lambda model: score)
+
+
+def test_a_score_of_nan_later_on_leaves_the_steps_before_on_disk(network, tmp_path):
+    scores = iter([0.9, 0.9, math.nan])
+    with pytest.raises(ValueError, match="evaluate returned nan after the removal of"):
+        run(network, evaluate=lambda model: next(scores), checkpoint_dir=tmp_path)
+    assert len(run(network, checkpoint_dir=tmp_path, evaluate=lambda model: 0.9).steps) == 4
+
+
+@pytest.mark.parametrize("replacement", [nn.LeakyReLU(), nn.Sequential(nn.ReLU())])
+def test_a_training_that_exchanges_modules_is_refused_and_the_model_left_alone(network, replacement):
+    before = snapshot(network)
+    with pytest.raises(ValueError, match=r"train changed the modules of the model \(.*relu.*\); it must train"):
+        run(network, train=lambda model: model.set_submodule("relu1" if type(model.relu1) is nn.ReLU else "relu2", replacement))
+    assert_unchanged(network, before)
+
+
+def test_a_training_that_adds_a_module_is_refused(network):
+    with pytest.raises(ValueError, match=r"train changed the modules of the model \(head\)"):
+        run(network, train=lambda model: model.add_module("head", nn.Linear(1, 1)))
+
+
 def test_an_empty_calibration_is_refused_and_the_model_left_alone(network):
     before = snapshot(network)
     with pytest.raises(ValueError, match="calibrate made no forward pass"):
@@ -267,27 +383,143 @@ def test_an_option_out_of_range_is_refused_by_name(network, options):
         run(network, **options)
 
 
-def test_linearize_replaces_just_the_named_modules(network):
-    network.eval()
-    linearize(network, ["relu2"])
-    assert type(network.relu2) is nn.Identity
-    assert (type(network.relu1), type(network.gelu)) == (nn.ReLU, nn.GELU)
-    assert not network.relu2.training
+class Blocks(nn.Module):
+    """Two residual blocks of two convolutions, and a block that becomes one convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(1, 8, 3, padding=1)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(
+                OrderedDict(
+                    conv1=nn.Conv2d(8, 8, 3, padding=1, bias=False), bn1=nn.BatchNorm2d(8), relu=nn.ReLU(inplace=True),
+                    conv2=nn.Conv2d(8, 8, 3, padding=1, bias=False), bn2=nn.BatchNorm2d(8),
+                )
+            )
+            for _ in range(2)
+        )  # fmt: skip
+        self.expand, self.gelu, self.project = nn.Conv2d(8, 64, 1), nn.GELU(), nn.Conv2d(64, 8, 1)
+        self.fc = nn.Linear(8 * 25, 3)
+
+    def forward(self, x):
+        x = self.stem(x)
+        for block in self.blocks:
+            x = x + block(x)
+        x = self.project(self.gelu(self.expand(x)))
+        return self.fc(x.flatten(1))
 
 
-def test_linearize_names_the_nearest_sites_and_changes_nothing(network):
-    before = snapshot(network)
-    with pytest.raises(ValueError, match=r"'rellu2' is not an activation module of the model; the nearest are relu2, relu1"):
-        linearize(network, ["relu1", "rellu2"])
-    assert_unchanged(network, before)
+@pytest.fixture
+def blocks():
+    torch.manual_seed(0)
+    return Blocks()
 
 
-def test_linearize_refuses_a_string(network):
-    with pytest.raises(ValueError, match=r"\['relu1'\]"):
-        linearize(network, "relu1")
+@pytest.mark.usefixtures("counted_costs")
+def test_sets_of_sites_go_by_entropy_per_millisecond_and_only_while_they_pay(blocks):
+    result = run(blocks, criterion="entropy-per-latency", evaluate=lambda model: 1.0)
+    assert result.removed[0] == "gelu"  # it saves most by far, and all entropies are near 1
+    predicted = [step.metrics["predicted_ms"] for step in result.steps]
+    assert predicted == sorted(predicted, reverse=True)
+    assert len(set(predicted)) == len(predicted)
 
 
-def test_linearize_refuses_a_module_that_stands_in_two_places():
-    relu = nn.ReLU()
-    with pytest.raises(ValueError, match="several places"):
-        linearize(nn.Sequential(relu, nn.Linear(2, 2), relu), ["0"])
+@pytest.mark.usefixtures("counted_costs")
+def test_a_budget_ends_the_run_as_soon_as_it_is_met(blocks):
+    all_of_it = run(blocks, criterion="entropy-per-latency", evaluate=lambda model: 1.0)
+    after_one = all_of_it.steps[1].metrics["predicted_ms"]
+    options = {"criterion": "entropy-per-latency", "evaluate": lambda model: 1.0}
+    assert run(blocks, max_latency_ms=after_one + 1e-6, **options).removed == ("gelu",)
+
+
+def test_a_budget_out_of_reach_is_refused_before_anything_is_trained(blocks):
+    calls = []
+    with pytest.raises(ValueError, match="cannot be reached"):
+        run(blocks, criterion="entropy-per-latency", target_speedup=1e6, train=calls.append, evaluate=calls.append)
+    assert calls == []
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"target_speedup": 2.0}, {"criterion": "entropy-per-latency", "target_speedup": 2.0, "max_latency_ms": 1.0}],
+)
+def test_a_budget_stands_alone_and_with_the_criterion_that_knows_it(network, options):
+    with pytest.raises(ValueError, match="give one of them, with criterion='entropy-per-latency'"):
+        run(network, **options)
+
+
+@pytest.mark.usefixtures("counted_costs")
+def test_collapsing_replaces_the_convolutions_of_a_branch_before_the_training(blocks):
+    seen = []
+
+    def note(model):
+        seen.append({name: type(module) for name, module in model.named_modules()})
+        train(model)
+
+    result = run(blocks, collapse="project", train=note, protect=["gelu"], evaluate=lambda model: 1.0)
+    assert [len(step.collapsed) for step in result.steps] == [0, 1, 1]
+    for step, kinds in zip(result.steps[1:], seen, strict=True):
+        (projection,) = step.collapsed
+        path = step.removed[0].removesuffix("relu")
+        assert projection.modules == tuple(path + name for name in ("conv1", "bn1", "relu", "conv2", "bn2"))
+        assert 0 < projection.relative_error <= projection.centre_error
+        assert kinds[path + "conv1"] is nn.Conv2d
+        assert kinds[path + "bn1"] is nn.BatchNorm2d
+        assert kinds[path + "conv2"] is kinds[path + "bn2"] is nn.Identity
+    fused = fuse(result.model, (DATA,), measure=False)
+    torch.testing.assert_close(fused(DATA), result.model(DATA), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.usefixtures("counted_costs")
+@pytest.mark.parametrize("interrupted_call", [2, 3, 5])
+def test_a_collapsed_run_that_was_interrupted_ends_as_one_that_was_not(tmp_path, interrupted_call):
+    def start():
+        torch.manual_seed(0)
+        return Blocks()
+
+    calls = 0
+
+    def interrupting(model):
+        nonlocal calls
+        calls += 1
+        if calls == interrupted_call:
+            raise InterruptedRun
+        calibrate(model)
+
+    options = {"collapse": "project", "criterion": "entropy-per-latency"}
+    expected = run(start(), checkpoint_dir=tmp_path / "whole", **options)
+    assert sum(len(step.collapsed) for step in expected.steps) == 2
+    with pytest.raises(InterruptedRun):
+        run(start(), checkpoint_dir=tmp_path / "parts", calibrate=interrupting, **options)
+    torch.rand(interrupted_call)
+    actual = run(start(), checkpoint_dir=tmp_path / "parts", **options)
+    assert actual.steps == expected.steps
+    weights = expected.model.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in actual.model.state_dict().items())
+
+
+@pytest.mark.usefixtures("counted_costs")
+def test_a_resumed_run_decides_by_the_times_it_began_with(tmp_path, blocks, monkeypatch):
+    options = {"criterion": "entropy-per-latency", "evaluate": lambda model: 1.0, "checkpoint_dir": tmp_path}
+    first = run(blocks, **options)
+
+    def fail(*arguments, **others):
+        raise AssertionError
+
+    monkeypatch.setattr("fastentropy.loop.measure_latency", fail)
+    assert run(blocks, **options).steps == first.steps
+
+
+@pytest.mark.usefixtures("counted_costs")
+def test_a_damaged_latency_table_is_named(tmp_path, blocks):
+    options = {"criterion": "entropy-per-latency", "evaluate": lambda model: 1.0, "checkpoint_dir": tmp_path}
+    run(blocks, **options)
+    for content in (
+        b"",
+        b"{}",
+        b'{"original": 1, "fused": 1, "sections": [{}]}',
+        b'{"original": 1, "fused": 1, "sections": 3}',
+    ):
+        (tmp_path / "latency.json").write_bytes(content)
+        with pytest.raises(ValueError, match=r"latency\.json is damaged"):
+            run(blocks, **options)

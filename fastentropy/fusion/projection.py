@@ -142,7 +142,7 @@ def place(model: nn.Module, projection: Projection) -> tuple[Any, Any]:
     behind = list(modules)[list(modules).index(first) :]
     norm = next((name for name in behind if isinstance(modules[name], _BATCH_NORMS)), None)
     old: Any = modules[first]
-    new: dict[str, Any] = dict.fromkeys(modules, nn.Identity())
+    new: dict[str, Any] = {name: nn.Identity() for name in modules}
     new[first] = type(old)(
         projection.in_channels,
         projection.out_channels,

@@ -1,0 +1,142 @@
+"""Compare what the criteria of `prune` reach on the digits: removals, accuracy and latency, over some seeds.
+
+python bench/record_criteria.py [--seeds 5] [--epochs 15] [--name criteria-MACHINE]
+
+Each criterion starts from the same trained network of a seed and goes on until nothing is left to remove. What a limit on the
+loss of validation accuracy would have kept is read out of that. The networks that are kept are fused, and timed side by side.
+"""
+
+import argparse
+import copy
+import functools
+import statistics
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from records import save_record
+from safetensors.torch import load_file
+from torch import nn
+
+import fastentropy as fe
+from fastentropy.fusion import fuse
+from fastentropy.recipes.digits import Digits
+from fastentropy.timing import measure_times
+
+CRITERIA = ("entropy", "entropy-per-latency", "random")
+LIMITS = (0.005, 0.01)
+
+
+def main() -> None:
+    """Measure, print a table and keep a record."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--epochs", type=int, default=Digits.epochs)
+    parser.add_argument("--name", help="keep the record as bench/results/NAME.json")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    runs = [run for seed in range(arguments.seeds) for run in runs_of_seed(seed, arguments.epochs)]
+    summary = {str(limit): {criterion: summarize(runs, criterion, limit) for criterion in CRITERIA} for limit in LIMITS}
+    for limit, rows in summary.items():
+        for criterion, row in rows.items():
+            print(f"limit {float(limit):.1%} {criterion:20}", {name: round(value, 4) for name, value in row.items()})
+    if arguments.name:
+        save_record(arguments.name, "cpu", epochs=arguments.epochs, summary=summary, runs=runs)
+
+
+def runs_of_seed(seed: int, epochs: int) -> list[dict[str, Any]]:
+    """A run of each criterion from one dense network, with the fused latency of what each limit keeps."""
+    recipe = Digits(torch.device("cpu"))
+    torch.manual_seed(seed)
+    dense = recipe.build_model()
+    consume(recipe.train(dense.train(), epochs))
+    runs, kept = [], {("dense", 0): dense.eval()}
+    for criterion in CRITERIA:
+        torch.manual_seed(seed)
+        models: list[nn.Module] = []
+        steps = prune_to_the_end(dense, recipe, criterion, epochs, models)
+        runs.append({"seed": seed, "criterion": criterion, "steps": steps, "kept": {}})
+        for limit in LIMITS:
+            step = kept_step(steps, limit)
+            kept[criterion, step] = models[step]
+        print(seed, criterion, [round(step["validation"], 4) for step in steps], flush=True)
+    times = fused_times(kept, recipe)
+    for run in runs:
+        for limit in LIMITS:
+            step = kept_step(run["steps"], limit)
+            milliseconds = times[run["criterion"], step]
+            run["kept"][str(limit)] = {"step": step, "milliseconds": milliseconds, "speedup": times["dense", 0] / milliseconds}
+    return runs
+
+
+def prune_to_the_end(
+    dense: nn.Module, recipe: Digits, criterion: Any, epochs: int, models: list[nn.Module]
+) -> list[dict[str, Any]]:
+    """The steps of a run without a limit; the network of each is appended to `models`."""
+    with tempfile.TemporaryDirectory() as folder:
+        result = fe.prune(
+            dense,
+            train=lambda model: consume(recipe.train(model, epochs)),
+            evaluate=lambda model: recipe.evaluate(model, "validation"),
+            calibrate=lambda model: consume(recipe.calibrate(model)),
+            example_inputs=recipe.example_inputs(),
+            max_drop=1.0,
+            criterion=criterion,
+            checkpoint_dir=folder,
+            measure=lambda model: {"test": recipe.evaluate(model, "test")},
+        )
+        for index in range(len(result.steps)):
+            models.append(network_of(dense, result.steps[: index + 1], Path(folder) / f"{index:02d}"))
+    return [{"removed": step.removed, "validation": step.score, "test": step.metrics["test"]} for step in result.steps]
+
+
+def network_of(dense: nn.Module, steps: Sequence[fe.Step], folder: Path) -> nn.Module:
+    """The network at the end of a step."""
+
+    model = copy.deepcopy(dense)
+    fe.linearize(model, [name for step in steps for name in step.removed])
+    model.load_state_dict(load_file(folder / "model.safetensors"))
+    return model.eval()
+
+
+def kept_step(steps: Sequence[dict[str, Any]], limit: float) -> int:
+    """The last step before the first that falls by more than a limit."""
+    falls = [steps[0]["validation"] - step["validation"] > limit + 1e-9 for step in steps]
+    return falls.index(True) - 1 if True in falls else len(steps) - 1
+
+
+def fused_times(models: dict[tuple[str, int], nn.Module], recipe: Digits) -> dict[tuple[str, int], float]:
+    """Milliseconds of one call of each network in its fastest form, measured side by side."""
+    inputs = recipe.example_inputs()
+    fused = {key: fuse(model, inputs) for key, model in models.items()}
+    with torch.inference_mode():
+        return measure_times({key: functools.partial(model, *inputs) for key, model in fused.items()}, rounds=101)
+
+
+def summarize(runs: Sequence[dict[str, Any]], criterion: str, limit: float) -> dict[str, float]:
+    """Means over the seeds of what a limit keeps, and of the whole curve."""
+    own = [run for run in runs if run["criterion"] == criterion]
+    kept = [run["kept"][str(limit)] for run in own]
+    last = [run["steps"][each["step"]] for run, each in zip(own, kept, strict=True)]
+    return {
+        "removed": statistics.mean(
+            sum(len(step["removed"]) for step in run["steps"][: each["step"] + 1]) for run, each in zip(own, kept, strict=True)
+        ),
+        "test_change": statistics.mean(step["test"] - run["steps"][0]["test"] for run, step in zip(own, last, strict=True)),
+        "speedup": statistics.geometric_mean(each["speedup"] for each in kept),
+        "least_speedup": min(each["speedup"] for each in kept),
+        "most_speedup": max(each["speedup"] for each in kept),
+        "mean_validation": statistics.mean(step["validation"] for run in own for step in run["steps"][1:]),
+    }
+
+
+def consume(values: Any) -> None:
+    """Run an iterator to its end."""
+    for _ in values:
+        pass
+
+
+if __name__ == "__main__":
+    main()

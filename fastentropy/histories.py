@@ -1,0 +1,121 @@
+"""The history of a run (`history.json`) as its readers see it: checked, and with what the pages tell of it."""
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+class RunHistory:
+    """The history of a run with a finished step, and what is read out of it. Step 0 is the dense network."""
+
+    def __init__(self, history: Mapping[str, Any]) -> None:
+        """Read a history as `check_history` accepts it."""
+        self.history = history
+        self.steps: Sequence[Mapping[str, Any]] = history["steps"]
+        self.kept_step: int = len(self.steps) - 1 if history["kept_step"] is None else history["kept_step"]
+        self.fusion: Mapping[str, Any] | None = history["fusion"]
+        self.dense, self.kept = self.steps[0], self.steps[self.kept_step]
+        self.sites: list[str] = list(self.dense["layer_entropy"])
+        self.depths = list(itertools.accumulate(len(step["removed"]) for step in self.steps))
+        self.tried_at = {name: index for index, step in enumerate(self.steps) for name in step["removed"]}
+
+    @property
+    def removed(self) -> int:
+        """How many sites are linearised in the kept network."""
+        return self.depths[self.kept_step]
+
+    @property
+    def rejected_step(self) -> int | None:
+        """The step that fell too far, if the run has come to one."""
+        return self.kept_step + 1 if self.kept_step + 1 < len(self.steps) else None
+
+    @property
+    def lowest_validation(self) -> float:
+        """The score that a step must reach to be kept."""
+        return float(self.dense["validation"] - self.history["options"]["max_drop"])
+
+    @property
+    def latency(self) -> Mapping[str, float]:
+        """Milliseconds per call, measured side by side at the end; of a run that has not come to it, those of its steps."""
+        dense, kept = self.dense["latency_ms"], self.kept["latency_ms"]
+        steps = {"dense": dense["pruned"], "dense_fused": dense["fused"], "pruned": kept["pruned"], "fused": kept["fused"]}
+        return self.history["latency_ms"] or steps
+
+    @property
+    def speedup(self) -> float:
+        """How many times as fast as the dense network, run as it is."""
+        return self.latency["dense"] / self.latency["fused"]
+
+    def entropy_before(self, index: int) -> dict[str, float]:
+        """What a step removed, with the entropy in bits that each site had before."""
+        return {name: self.steps[index - 1]["layer_entropy"][name] for name in self.steps[index]["removed"]}
+
+
+def check_history(history: Mapping[str, Any]) -> None:
+    """Raise ValueError for a history that lacks something that a page shows, or has it in another type or range."""
+    _check(history, _HISTORY, "the history")
+    for name, form in _WHEN_FINISHED.items():
+        if history["kept_step"] is not None or history[name] is not None:
+            _check(history[name], form, name)
+    steps = history["steps"]
+    if history["kept_step"] is not None and not 0 <= history["kept_step"] < len(steps):
+        raise ValueError(f"kept_step is {history['kept_step']}; expected one of its {len(steps)} steps")
+    for index, step in enumerate(steps):
+        left = set(steps[0]["layer_entropy"]).intersection(steps[index - 1]["layer_entropy"]) if index else set()
+        if unknown := set(step["removed"]) - left:
+            raise ValueError(f"step {index} removed {', '.join(sorted(unknown))}, of which the steps before have no entropy")
+    latencies = [step["latency_ms"] for step in steps] + [history["latency_ms"], (history["fusion"] or {}).get("milliseconds")]
+    if any(value <= 0 for times in latencies for value in (times or {}).values()):
+        raise ValueError("a latency is 0 or less; expected milliseconds")
+
+
+#: What is to be there, with its type: [of each], {name: of the value}, {str: of every value}; a float may be an int.
+_STEP = {
+    "removed": [str],
+    "layer_entropy": {str: float},
+    "validation": float,
+    "test": float,
+    "latency_ms": {"pruned": float, "fused": float},
+}
+_HISTORY = {
+    "recipe": str,
+    "seed": int,
+    "options": {"max_drop": float},
+    "machine": {"device": str, "torch": str, "date": str},
+    "steps": [_STEP],
+    "kept_step": object,
+    "fusion": object,
+    "latency_ms": object,
+}
+_CANDIDATE = {"milliseconds": float, "operators": int, "multiplications": float, "relative_error": float}
+_WHEN_FINISHED = {
+    "kept_step": int,
+    "fusion": {
+        "max_relative_error": float,
+        "choice": str,
+        "milliseconds": {"original": float, "folded": float, "fused": float},
+        "chains": [{"names": [str], "candidates": {str: _CANDIDATE}, "choice": str, "note": str}],
+    },
+    "latency_ms": {"dense": float, "dense_fused": float, "pruned": float, "fused": float},
+}
+_NAMES = {float: "a number", int: "an integer", str: "a text", list: "a list", dict: "an object"}
+
+
+def _check(value: Any, form: Any, where: str) -> None:
+    """Hold a value that was read from JSON to a form."""
+    if form is object:
+        return
+    kind: Any = form if isinstance(form, type) else type(form)
+    if type(value) is not kind and not (kind is float and type(value) is int):
+        raise ValueError(f"{where} is {value!r:.40}; expected {_NAMES[kind]}")
+    if kind is float and not math.isfinite(value):
+        raise ValueError(f"{where} is {value}; expected a finite number")
+    if kind is list:
+        for index, each in enumerate(value):
+            _check(each, form[0], f"{where}[{index}]")
+    elif kind is dict:
+        for name in value if str in form else form:
+            if name not in value:
+                raise ValueError(f"{where} lacks {name}")
+            _check(value[name], form[str] if str in form else form[name], name if where == "the history" else f"{where}.{name}")
