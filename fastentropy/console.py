@@ -84,11 +84,16 @@ def _print_outcome(history: Mapping[str, Any], folder: Path, console: Console) -
     dense, kept, fusion = history["steps"][0], history["steps"][history["kept_step"]], history["fusion"]
     removed = sum(len(step["removed"]) for step in history["steps"][: history["kept_step"] + 1])
     times = history["latency_ms"]
+    collapsed = [projection for step in history["steps"][: history["kept_step"] + 1] for projection in step["collapsed"]]
+    largest = max((projection["relative_error"] for projection in collapsed), default=0.0)
+    stretches = f"{len(collapsed)} stretch{'es' if len(collapsed) > 1 else ''}"
+    approximated = f"approx.  {stretches}, each by one convolution: error up to {largest:.0%} before the training"
     lines = [
         f"removed  {removed} of {len(dense['layer_entropy'])} activations",
         f"test     {dense['test']:.2%} -> {kept['test']:.2%}",
         f"latency  dense {times['dense']:.2f} ms, pruned {times['pruned']:.2f} ms, fused {times['fused']:.2f} ms: "
         f"{times['dense'] / times['fused']:.2f}x as fast as dense",
+        *([approximated] if collapsed else []),
         f"error    {fusion['max_relative_error']:.0e}, fused against pruned, relative",
         f"report   {folder / 'report.html'}",
     ]

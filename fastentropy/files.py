@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path
@@ -13,14 +14,28 @@ from torch import Tensor
 
 
 def replace_file(path: str | PathLike[str], write: Callable[[Path], object]) -> None:
-    """Call write(temporary path), then put that file in the place of `path` in one step."""
+    """Call write(temporary path), then put that file in the place of `path` in one step.
+
+    The temporary file lies in a folder of its own, with whatever `write` makes beside it, as safetensors does.
+    """
     path = Path(path)
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    folder = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    temporary = folder / path.name
+    folder.mkdir(exist_ok=True)
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         write(temporary)
+        temporary.chmod(mode)  # safetensors lets nobody but the owner read what it writes
         temporary.replace(path)
     finally:
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what `replace_file` left in a folder in processes that were killed; nobody may be writing there."""
+    for path in folder.glob(".tmp-[0-9]*-*"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def save_json(values: Mapping[str, Any], path: str | PathLike[str]) -> None:

@@ -21,6 +21,12 @@ class RunHistory:
         self.tried_at = {name: index for index, step in enumerate(self.steps) for name in step["removed"]}
 
     @property
+    def options(self) -> dict[str, Any]:
+        """The options of the run that ask for something."""
+        given = self.history["options"].items()
+        return {name: value for name, value in given if value is not None and value is not False and value != []}
+
+    @property
     def removed(self) -> int:
         """How many sites are linearised in the kept network."""
         return self.depths[self.kept_step]
@@ -47,6 +53,11 @@ class RunHistory:
         """How many times as fast as the dense network, run as it is."""
         return self.latency["dense"] / self.latency["fused"]
 
+    @property
+    def collapsed(self) -> list[Mapping[str, Any]]:
+        """The stretches of the kept network that one convolution approximates."""
+        return [projection for step in self.steps[: self.kept_step + 1] for projection in step["collapsed"]]
+
     def entropy_before(self, index: int) -> dict[str, float]:
         """What a step removed, with the entropy in bits that each site had before."""
         return {name: self.steps[index - 1]["layer_entropy"][name] for name in self.steps[index]["removed"]}
@@ -71,12 +82,14 @@ def check_history(history: Mapping[str, Any]) -> None:
 
 
 #: What is to be there, with its type: [of each], {name: of the value}, {str: of every value}; a float may be an int.
+_PROJECTION = {"modules": [str], "relative_error": float, "centre_error": float}
 _STEP = {
     "removed": [str],
     "layer_entropy": {str: float},
     "validation": float,
     "test": float,
     "latency_ms": {"pruned": float, "fused": float},
+    "collapsed": [_PROJECTION],
 }
 _HISTORY = {
     "recipe": str,

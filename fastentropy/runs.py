@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from fastentropy.criteria import CRITERIA, NamedCriterion
-from fastentropy.files import save_json, save_tensors
+from fastentropy.files import remove_leftovers, save_json, save_tensors
 from fastentropy.fusion import FusedModel, fuse
 from fastentropy.fusion.tracing import with_channels_last_weights
 from fastentropy.pruning import PruningResult, prune
@@ -99,6 +99,7 @@ class Run:
 
     def execute(self, display: Display) -> dict[str, Any]:
         """Do the work that is not done yet; returns the history. The same settings give the same removals."""
+        remove_leftovers(self.folder)
         device, options = torch.device(self.settings.device), self.settings.recipe_options
         recipe = self._recipe or load_recipe(self.settings.recipe, device, **options)
         threads = torch.get_num_threads()

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fastentropy.files import save_json, save_tensors
+from fastentropy.files import remove_leftovers, save_json, save_tensors
 from fastentropy.fusion.latency import LatencyTable
 from fastentropy.fusion.projection import Projection
 from fastentropy.statistics import Statistics
@@ -83,7 +83,9 @@ class StepFolder:
         return Statistics.load(self._folder(index) / "statistics.safetensors")
 
     def load(self) -> list[Step]:
-        """The finished steps."""
+        """The finished steps. Removes what a run that was killed left of its temporary files."""
+        for folder in (self.path, *self.path.glob("[0-9][0-9]*")):
+            remove_leftovers(folder)
         steps: list[Step] = []
         while (self._folder(len(steps)) / "step.json").exists():
             steps.append(self._load_step(len(steps)))

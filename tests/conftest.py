@@ -1,5 +1,6 @@
 """Small networks that several test modules use."""
 
+import os
 from types import SimpleNamespace
 
 import hypothesis
@@ -31,6 +32,11 @@ def random_values(shape, dtype, seed=0):
 def bits(x):
     """The bits of a tensor: -0.0 is not 0.0, and one NaN is as good as another (PyTorch changes their payload)."""
     return x.masked_fill(x.isnan(), torch.nan).contiguous().view(INTEGER[x.dtype])
+
+
+# Processes that share the cores must not wait for each other's threads.
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
 
 
 class Residual(nn.Module):

@@ -1,3 +1,6 @@
+import re
+import sys
+
 import pytest
 import torch
 
@@ -11,14 +14,32 @@ def recipe():
     return Digits(torch.device("cpu"))
 
 
-def test_every_recipe_of_the_table_loads():
-    for name in RECIPES:
-        assert load_recipe(name, torch.device("cpu")).epochs > 0
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_of_the_table_is_there(name):
+    with pytest.raises(ValueError, match=f"^the recipe {name} takes no --colour; leave it out$"):
+        load_recipe(name, torch.device("cpu"), colour="red")
 
 
 def test_unknown_recipe_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match="unknown recipe 'digit'; the recipes are digits"):
+    with pytest.raises(ValueError, match="unknown recipe 'digit'; the recipes are digits, cifar10"):
         load_recipe("digit", torch.device("cpu"))
+
+
+@pytest.mark.parametrize("option", ["model", "data", "compile"])
+def test_an_option_that_the_recipe_does_not_take_is_refused_unless_it_is_none(option):
+    assert load_recipe("digits", torch.device("cpu"), **{option: None}).epochs == Digits.epochs
+    with pytest.raises(ValueError, match=f"^the recipe digits takes no --{option}; leave it out$"):
+        load_recipe("digits", torch.device("cpu"), **{option: "x"})
+
+
+@pytest.mark.parametrize(("recipe", "package", "extra"), [("digits", "sklearn", "cli"), ("cifar10", "pyarrow", "cifar10")])
+def test_a_package_that_is_not_installed_is_named_with_the_command_that_installs_it(recipe, package, extra, monkeypatch):
+    for module in [name for name in sys.modules if name.startswith((f"{package}.", f"fastentropy.recipes.{recipe}"))]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, package, None)
+    message = f"the recipe {recipe} needs {package}; install it with: pip install 'fastentropy[{extra}]'"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        load_recipe(recipe, torch.device("cpu"))
 
 
 def test_splits_hold_every_image_once_and_do_not_overlap(recipe):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastentropy.files import replace_file, save_json, save_tensors
+from fastentropy.files import remove_leftovers, replace_file, save_json, save_tensors
 
 
 def test_a_file_is_replaced_whole(tmp_path):
@@ -26,6 +26,22 @@ def test_the_old_file_stays_when_writing_fails(tmp_path, error):
         replace_file(tmp_path / "f", write)
     assert (tmp_path / "f").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["f"]
+
+
+def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path):
+    """The folder of another process's temporary file, with what safetensors makes beside it."""
+    (tmp_path / ".tmp-123-f.json").mkdir()
+    (tmp_path / ".tmp-123-f.json" / ".tmpXyz").write_text("half")
+    for name in ("f.json", ".tmp", ".hidden"):
+        (tmp_path / name).write_text("")
+    remove_leftovers(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"f.json", ".tmp", ".hidden"}
+
+
+def test_files_may_be_read_by_whom_the_umask_allows(tmp_path):
+    save_json({}, tmp_path / "f.json")
+    save_tensors({"x": torch.zeros(1)}, tmp_path / "t")
+    assert (tmp_path / "t").stat().st_mode == (tmp_path / "f.json").stat().st_mode
 
 
 def test_tensors_may_be_views_and_share_memory(tmp_path):

@@ -47,6 +47,7 @@ def make_history(sites, steps, *, kept_step=None, fusion=FUSION, per_step=1):
                 "validation": 0.98 - 0.004 * step,
                 "test": 0.97 - 0.004 * step,
                 "latency_ms": {"pruned": 4.0 - 0.1 * step, "fused": 3.0 - 0.2 * step},
+                "collapsed": [],
             }
         )
     return history

@@ -1,0 +1,137 @@
+"""The images of CIFAR-10: found, read from parquet files, held out and augmented. Nothing is unpickled."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+import pyarrow.compute
+import pyarrow.parquet
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+SIZE = 32
+PADDING = 4
+#: The images held out do not depend on the seed of a run, so that runs can be compared.
+SPLIT_SEED = 0
+
+
+def data_folder(data: str | None) -> Path:
+    """The folder that --data names; the name cifar10 stands for the Hub's `uoft-cs/cifar10`, which is downloaded.
+
+    Raises ValueError where nothing is named, and where the download fails.
+    """
+    if data is None:
+        raise ValueError(
+            "the recipe cifar10 needs its data: --data FOLDER with the parquet files of the Hub's cifar10, "
+            "or --data cifar10 to download them"
+        )
+    if data != "cifar10":
+        return Path(data)
+    from huggingface_hub import snapshot_download  # a folder is read without it
+
+    try:
+        return Path(snapshot_download("uoft-cs/cifar10", repo_type="dataset", allow_patterns="*.parquet"))
+    except Exception as error:  # those of the HTTP client, which differ between versions, come through, too
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"cifar10 could not be downloaded ({reason}); name a folder that holds it with --data") from error
+
+
+def read_images(folder: Path, split: str) -> tuple[Tensor, Tensor]:
+    """The images, uint8 [n, 3, 32, 32], and labels, int64 [n], of the parquet files whose names begin with `split`.
+
+    The files lie in the folder or below it. They have the columns of the Hub's cifar10: `img` (or `image`), a struct with the
+    `bytes` of a PNG or JPEG file, and `label`, from 0 to 9. Raises ValueError, which names the file, where this is not so.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder; --data FOLDER must hold the parquet files of the Hub's cifar10")
+    paths = sorted(path for path in folder.rglob("*.parquet") if path.name.startswith(split))
+    if not paths:
+        raise ValueError(f"{folder} holds no parquet file whose name begins with {split}")
+    images, labels = zip(*(_read_file(path) for path in paths), strict=True)
+    return torch.from_numpy(np.concatenate(images)).permute(0, 3, 1, 2), torch.from_numpy(np.concatenate(labels))
+
+
+def hold_out(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The indices to train on, and those of 10 % of each class to validate on; the same for the same labels.
+
+    Raises ValueError where a class has too few images for both.
+    """
+    generator = torch.Generator().manual_seed(SPLIT_SEED)
+    training, validation = [], []
+    for label in range(10):
+        indices = (labels == label).nonzero()[:, 0]
+        if len(indices) < 2:
+            raise ValueError(f"the training images hold {len(indices)} of class {label}; expected at least 2 of each class")
+        indices = indices[torch.randperm(len(indices), generator=generator)]
+        held_out = -(-len(indices) // 10)
+        validation.append(indices[:held_out])
+        training.append(indices[held_out:])
+    return torch.cat(training).sort().values, torch.cat(validation).sort().values
+
+
+def augment(images: Tensor, shifts: Tensor, flips: Tensor) -> Tensor:
+    """Cut a 32×32 window out of each image with 4 black pixels around it, and mirror it from left to right where told.
+
+    images: uint8 [batch, 3, 32, 32]. shifts: int64 [batch, 2], the first row and column of the window, from 0 to 8.
+    flips: bool [batch].
+    """
+    positions = torch.arange(SIZE, device=images.device)
+    columns = torch.where(flips[:, None], positions.flip(0), positions)
+    rows, columns = shifts[:, :1] + positions, shifts[:, 1:] + columns
+    batch = torch.arange(len(images), device=images.device)[:, None, None]
+    padded = F.pad(images, [PADDING] * 4)
+    return padded[batch, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def _read_file(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """The images [n, 32, 32, 3] and labels [n] of one file."""
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            table = file.read()
+    except (pyarrow.ArrowException, OSError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"{path} cannot be read as parquet: {reason}") from error
+    name = "image" if "image" in table.column_names else "img"
+    if not {name, "label"} <= set(table.column_names):
+        raise ValueError(f"{path} has the columns {', '.join(table.column_names)}; expected img or image, and label")
+    if not len(table):
+        raise ValueError(f"{path} holds no images")
+    files, labels = _image_files(path, table.column(name)), _labels(path, table.column("label"))
+    return np.stack([_decode(data, f"{path}, row {row}") for row, data in enumerate(files)]), labels
+
+
+def _image_files(path: Path, column: Any) -> list[bytes | None]:
+    is_struct = pyarrow.types.is_struct(column.type) and column.type.get_field_index("bytes") >= 0
+    files = pyarrow.compute.struct_field(column, "bytes") if is_struct else None
+    if files is None or files.type not in (pyarrow.binary(), pyarrow.large_binary()):
+        raise ValueError(f"the images of {path} are of type {column.type}; expected a struct with bytes: binary")
+    return list(files.to_pylist())
+
+
+def _labels(path: Path, column: Any) -> NDArray[np.int64]:
+    if not pyarrow.types.is_integer(column.type):
+        raise ValueError(f"the labels of {path} are of type {column.type}; expected integers from 0 to 9")
+    labels = column.to_numpy()  # where some are missing, floating, with NaN
+    if len(wrong := np.flatnonzero(~((labels >= 0) & (labels <= 9)))):
+        raise ValueError(f"{path}, row {wrong[0]}: the label is {labels[wrong[0]]}; expected an integer from 0 to 9")
+    return np.asarray(labels, np.int64)
+
+
+def _decode(data: bytes | None, place: str) -> NDArray[np.uint8]:
+    """The pixels [32, 32, 3] of a PNG or JPEG file."""
+    pixels = None
+    try:
+        with Image.open(io.BytesIO(data or b""), formats=("PNG", "JPEG")) as image:
+            found = f"{image.width}×{image.height} {image.mode}"
+            if found == f"{SIZE}×{SIZE} RGB":
+                pixels = np.asarray(image)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{place}: the image cannot be decoded; expected a PNG or JPEG file") from error
+    if pixels is None:
+        raise ValueError(f"{place}: the image is {found}; expected {SIZE}×{SIZE} RGB")
+    return pixels

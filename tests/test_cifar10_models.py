@@ -1,0 +1,74 @@
+import pytest
+import torch
+from torch import nn
+
+import fastentropy as fe
+from fastentropy.recipes.cifar10_models import MODELS, resnet8, swin_t
+
+#: Activations of each network, as in EASIER's tables, and the kind.
+ACTIVATIONS = {
+    "resnet18": (17, "relu"),
+    "mobilenet_v2": (35, "relu6"),
+    "vgg16_bn": (15, "relu"),
+    "swin_t": (12, "gelu"),
+    "resnet8": (7, "relu"),
+}
+#: Height and width of the last map before it is pooled or flattened, and the module that makes it.
+LAST_MAPS = {
+    "resnet18": ("layer4", 4),
+    "mobilenet_v2": ("features", 4),
+    "vgg16_bn": ("features", 1),
+    "swin_t": ("permute", 2),
+    "resnet8": ("blocks", 8),
+}
+
+
+@pytest.fixture(scope="module")
+def images():
+    return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_network_gives_ten_logits_through_the_published_number_of_activations_each_its_own_module(name, images):
+    model = MODELS[name]()
+    assert all(module.training for module in model.modules())
+    sizes = []
+    module, size = LAST_MAPS[name]
+    model.get_submodule(module).register_forward_hook(lambda module, inputs, output: sizes.append(output.shape[-2:]))
+    with torch.no_grad():
+        assert model.eval()(images).shape == (2, 10)
+    assert sizes == [(size, size)]
+    sites = fe.find_sites(model, (images,))
+    assert (len(sites), {site.activation for site in sites}) == (ACTIVATIONS[name][0], {ACTIVATIONS[name][1]})
+    fe.linearize(model, [site.name for site in sites])
+    with pytest.raises(ValueError, match="calls no known activation"):
+        fe.find_sites(model, (images,))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_network_is_decided_by_the_seed(name):
+    def build(seed):
+        torch.manual_seed(seed)
+        return MODELS[name]().state_dict()
+
+    first, again, other = build(1), build(1), build(2)
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    assert any(not torch.equal(first[key], other[key]) for key in first)
+
+
+def test_resnet8_has_eight_layers_of_the_published_widths_besides_two_projections():
+    layers = {name: module for name, module in resnet8().named_modules() if isinstance(module, nn.Conv2d | nn.Linear)}
+    widths = [module.weight.shape[0] for name, module in layers.items() if "shortcut" not in name]
+    assert widths == [16, 16, 16, 32, 32, 64, 64, 10]
+    assert len(layers) == 10
+
+
+def test_no_window_of_swin_is_larger_than_its_map(images):
+    maps = []
+    model = swin_t().eval()
+    for module in model.modules():
+        if hasattr(module, "window_size"):
+            module.register_forward_pre_hook(lambda module, inputs: maps.append((*module.window_size, *inputs[0].shape[1:3])))
+    with torch.no_grad():
+        model(images)
+    assert sorted(set(maps)) == [(2, 2, 2, 2), (4, 4, 4, 4), (4, 4, 8, 8), (4, 4, 16, 16)]
