@@ -85,7 +85,7 @@ def prune(
     )
     sites = [site.name for site in find_sites(model, example_inputs)]
     _check_own_modules(model, sites)
-    _check_names(options.protect, sites, "protect")
+    check_names(options.protect, sites, "protect")
     _check_statistics(calibrate, statistics, sites, collapse)
     folder = None if checkpoint_dir is None else StepFolder(checkpoint_dir, options.to_dict())
     functions = Functions(train, evaluate, calibrate, measure, on_step)
@@ -107,7 +107,8 @@ def prune(
     return PruningResult(kept.eval(), removed, tuple(loop.steps), kept_step)
 
 
-def _check_names(names: Sequence[str], sites: Sequence[str], option: str) -> None:
+def check_names(names: Sequence[str], sites: Sequence[str], option: str) -> None:
+    """Raise ValueError where an option names what is no site of the model."""
     for name in names:
         if name not in sites:
             nearest = difflib.get_close_matches(name, sites, n=3, cutoff=0.0)

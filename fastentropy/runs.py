@@ -6,22 +6,24 @@ import json
 import math
 import platform
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar, cast
+from typing import Any, Protocol, TypeVar
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from fastentropy.criteria import CRITERIA, NamedCriterion
+from fastentropy.criteria import CRITERIA
 from fastentropy.files import remove_leftovers, save_json, save_tensors
 from fastentropy.fusion import FusedModel, fuse
 from fastentropy.fusion.tracing import with_channels_last_weights
-from fastentropy.pruning import PruningResult, prune
+from fastentropy.loop import Options
+from fastentropy.pruning import PruningResult, check_names, prune
 from fastentropy.recipes import RECIPES, Recipe, load_recipe
 from fastentropy.report import write_report
+from fastentropy.sites import find_sites
 from fastentropy.steps import Step
 from fastentropy.timing import measure_times
 
@@ -71,6 +73,13 @@ class Settings:
                 raise ValueError(f"{name} is {value!r}; expected a {kind.__name__} from {lowest} to {highest}")
         if self.criterion not in CRITERIA:
             raise ValueError(f"criterion is {self.criterion!r}; expected one of {', '.join(CRITERIA)}")
+        Options(**self.pruning_options)
+
+    @property
+    def pruning_options(self) -> dict[str, Any]:
+        """What `prune` is called with."""
+        names = [field.name for field in fields(Options)]
+        return {name: getattr(self, name) for name in names} | {"protect": tuple(self.protect)}
 
     @property
     def recipe_options(self) -> dict[str, Any]:
@@ -166,15 +175,7 @@ class Run:
             evaluate=lambda model: recipe.evaluate(model, "validation"),
             calibrate=calibrate,
             example_inputs=recipe.example_inputs(),
-            max_drop=self.settings.max_drop,
-            max_removed=self.settings.max_removed,
-            per_step=self.settings.per_step,
-            criterion=cast(NamedCriterion, self.settings.criterion),
-            zeros_together=self.settings.zeros_together,
-            protect=self.settings.protect,
-            target_speedup=self.settings.target_speedup,
-            max_latency_ms=self.settings.max_latency_ms,
-            collapse=cast(Literal["project"] | None, self.settings.collapse),
+            **self.settings.pruning_options,
             checkpoint_dir=self.folder / "steps",
             measure=lambda model: _measure(model, recipe),
             on_step=finish_step,
@@ -196,8 +197,14 @@ class Run:
 
 
 def create_run(folder: Path, settings: Settings, recipe: Recipe) -> Run:
-    """Begin a run in a new or empty folder. Raises ValueError where it holds something or cannot be written."""
+    """Begin a run in a new or empty folder.
+
+    Raises ValueError where it holds something or cannot be written, and for a protected site that the network does not have.
+    """
     run = Run(folder, settings, recipe)
+    if settings.protect:
+        sites = find_sites(recipe.build_model(), recipe.example_inputs())
+        check_names(settings.protect, [site.name for site in sites], "protect")
     try:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ValueError(f"{folder} exists and is not an empty folder; name a new --output, or --resume {folder}")
