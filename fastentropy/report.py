@@ -101,7 +101,8 @@ def _draw_accuracy(axes: Axes, run: RunHistory) -> None:
     """Validation and test accuracy of each step, and the lowest validation accuracy that is kept."""
     for split, color, marker in (("validation", BLUE, "o"), ("test", ORANGE, "s")):
         axes.plot(run.depths, [100 * step[split] for step in run.steps], color=color, marker=marker, label=split)
-    axes.axhline(100 * run.lowest_validation, color=GREY, linestyle="--", label="lowest validation to keep")
+    if run.lowest_validation > 0:
+        axes.axhline(100 * run.lowest_validation, color=GREY, linestyle="--", label="lowest validation to keep")
     axes.set_ylabel("accuracy (%)")
     _finish_lines(axes, run)
 

@@ -348,6 +348,12 @@ def test_a_training_that_adds_a_module_is_refused(network):
         run(network, train=lambda model: model.add_module("head", nn.Linear(1, 1)))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_tensor_on_a_gpu_is_a_score(network):
+    assert run(network, evaluate=lambda model: torch.tensor(0.5, device="cuda"), max_removed=1).steps[1].score == 0.5
+
+
 def test_an_empty_calibration_is_refused_and_the_model_left_alone(network):
     before = snapshot(network)
     with pytest.raises(ValueError, match="calibrate made no forward pass"):
@@ -430,6 +436,20 @@ def test_a_budget_ends_the_run_as_soon_as_it_is_met(blocks):
     after_one = all_of_it.steps[1].metrics["predicted_ms"]
     options = {"criterion": "entropy-per-latency", "evaluate": lambda model: 1.0}
     assert run(blocks, max_latency_ms=after_one + 1e-6, **options).removed == ("gelu",)
+
+
+@pytest.mark.usefixtures("counted_costs")
+@pytest.mark.parametrize("budget", [{"max_latency_ms": 1e12}, {"target_speedup": 0.5}])
+def test_a_budget_that_the_dense_model_meets_removes_nothing(blocks, budget):
+    result = run(blocks, criterion="entropy-per-latency", evaluate=lambda model: 1.0, **budget)
+    assert (result.removed, result.kept_step) == ((), 0)
+
+
+def test_where_the_first_removal_costs_too_much_the_dense_model_is_kept(network):
+    scores = iter([0.9, 0.1])
+    result = run(network, evaluate=lambda model: next(scores), max_drop=0.0)
+    assert (result.removed, result.kept_step, len(result.steps)) == ((), 0, 2)
+    torch.testing.assert_close(result.model(DATA), network.eval()(DATA))
 
 
 def test_a_budget_out_of_reach_is_refused_before_anything_is_trained(blocks):

@@ -12,7 +12,7 @@ from fastentropy.fusion.affine import AffineOperator, compose
 from fastentropy.fusion.chains import FoundChain
 from fastentropy.fusion.elements import Chain, Cost, Element, Flatten, Sum, cost, operators, run
 from fastentropy.fusion.lowering import compile_chain
-from fastentropy.fusion.merging import Borders, crop, kernels, masked, merge, outline, pools_first, spatial_size
+from fastentropy.fusion.merging import Borders, crop, kernels, masked, merge, outline, pools_first, spatial_size, unweighted
 from fastentropy.fusion.proof import relative_error
 from fastentropy.fusion.report import Candidate, ChainReport
 from fastentropy.timing import Key, measure_times
@@ -31,25 +31,47 @@ HOPELESS = 1.5
 PATIENCE = 4
 
 
-#: Chains and what they were merged into, by their size and the identity of their elements.
-Merged = dict[tuple[Any, ...], tuple[Chain, Chain]]
+class Merged(NamedTuple):
+    """A chain as one operator for inputs of one size: `form` is good for timing, and `weighed` gives the operator itself.
+
+    Most of what is timed is not chosen, and composing its weights would take longer than timing it.
+    """
+
+    form: Chain
+    weighed: Callable[[], Chain]
 
 
 class Way(NamedTuple):
-    """How forms are made, and what they are chosen by."""
+    """How forms are made, and what they are chosen by.
+
+    merged remembers what was merged, by its size and the identity of its elements; the chain is kept for its identity.
+    """
 
     price: Callable[[Mapping[Any, Chain], Mapping[Any, Tensor]], dict[Any, float]]
     borders: Borders
     fixed_size: bool
-    merged: Merged
+    merged: dict[tuple[Any, ...], tuple[Chain, Merged]]
 
     def merge(self, chain: Chain, x: Tensor) -> Chain:
-        """The chain as one operator for inputs like x, of this size or of any."""
+        """The chain as one operator for inputs like x, of this size or of any; only good for timing, see `weigh`."""
         size = spatial_size(chain, x) if self.fixed_size else None
         key = (size, *map(id, chain))
         if key not in self.merged:
-            self.merged[key] = chain, merge(chain, size, self.borders)
-        return self.merged[key][1]
+            form = merge(chain, size, self.borders, unweighted)
+            weighed = functools.cache(functools.partial(merge, chain, size, self.borders))
+            self.merged[key] = chain, Merged(form, weighed)
+        return self.merged[key][1].form
+
+    def weigh(self, form: Chain) -> Chain:
+        """The form with what `merge` made in it as operators with their weights."""
+        made = {id(merged.form[0]): merged for _, merged in self.merged.values()}
+
+        def weigh(element: Element) -> Element:
+            if id(element) in made:
+                return made[id(element)].weighed()[0]
+            return Sum(tuple(map(self.weigh, element.branches))) if isinstance(element, Sum) else element
+
+        return tuple(map(weigh, form))
 
 
 @torch.no_grad()
@@ -60,7 +82,7 @@ def plan_chain(
     *,
     measure: bool = True,
     borders: Borders = "exact",
-    merged: Merged | None = None,
+    merged: dict[tuple[Any, ...], tuple[Chain, Merged]] | None = None,
 ) -> tuple[Chain, ChainReport]:
     """The fastest form of a chain on the input x among those with a relative error of at most `tolerance`, and the report.
 
@@ -123,20 +145,21 @@ def _chain_error(form: Chain, chain: Chain, x: Tensor) -> float:
 
 
 def _forms(kept: Chain, x: Tensor, way: Way) -> tuple[dict[str, Chain], str]:
-    forms, note = {"keep": kept}, ""
+    forms: dict[str, Chain] = {"keep": kept}
+    note = ""
     try:
         body = kept[:-1] if isinstance(kept[-1], Flatten) else kept
         if _is_hopeless(outline(body), body, x):
             note = f"one operator would cost more than {HOPELESS} times as much"
         else:
-            forms["merge"] = way.merge(kept, x)
+            forms["merge"] = way.weigh(way.merge(kept, x))
     except ValueError as error:
         note = str(error)
     split = _fastest_split(kept, x, way)
     if not _is_known(split, forms):
-        forms["split"] = split
+        forms["split"] = way.weigh(split)
     if (reordered := pools_first(kept)) != kept:
-        forms["reorder"] = _fastest_split(reordered, x, way)
+        forms["reorder"] = way.weigh(_fastest_split(reordered, x, way))
     if x.is_cuda and way.borders == "exact":
         if (paired := kernels(kept)) != kept:
             forms["kernel"] = paired

@@ -84,45 +84,56 @@ class _Profile:
                 inputs.append(sum(outputs[1:], outputs[0]))
             else:
                 inputs.append(compile_chain((element,), inputs[-1])(inputs[-1].clone()))
-        forms: dict[Any, Chain] = {index: (_itself(element),) for index, element in enumerate(chain)}
-        at: dict[Any, Tensor] = {index: inputs[index + (index in branches)] for index in forms}
-        for key, form in self._stretches(chain, inputs):
-            forms[key], at[key] = form, inputs[key[0]]
-        times = _times(forms, at)
+        forms = {index: (_itself(element),) for index, element in enumerate(chain)}
+        times = _times(forms, {index: inputs[index + (index in branches)] for index in forms})
         parts = tuple(
             Part(times[index], element.name if isinstance(element, Activation) else "", branches.get(index, ()))
             for index, element in enumerate(chain)
         )
-        stretches = tuple(
-            Stretch(start, stop, time, _sites(chain[start:stop]), _modules(chain[start:stop]) if kind == "projected" else ())
-            for (start, stop, kind), time in ((key, time) for key, time in times.items() if isinstance(key, tuple))
-        )
-        return worthwhile(Section(parts, stretches), TIE), inputs[-1]
+        return worthwhile(Section(parts, tuple(self._stretches(chain, inputs))), TIE), inputs[-1]
 
-    def _stretches(self, chain: Chain, inputs: Sequence[Tensor]) -> Iterator[tuple[tuple[int, int, str], Chain]]:
-        """Each stretch that may stand as one operator: (start, stop, kind), and the operator."""
+    def _stretches(self, chain: Chain, inputs: Sequence[Tensor]) -> Iterator[Stretch]:
+        """Each stretch that may stand as one operator, timed against those that begin at the same place.
+
+        All at once would need memory for every merged weight of a network.
+        """
         places = [index for index, element in enumerate(chain) if not isinstance(element, Activation | Flatten)]
-        linear = [_linearized(chain[index]) for index in places]
+        linear = tuple(_linearized(chain[index]) for index in places)
         sketches = [sketch(element) for element in linear]
         for first, start in enumerate(places):
-            x = inputs[start]
-            for count in promising_stops(tuple(linear[first:]), sketches[first:], x):
-                body, stop = fold(tuple(linear[first : first + count])), places[first + count - 1] + 1
-                if count == 1 and not isinstance(linear[first], Sum):
-                    continue
-                with contextlib.suppress(ValueError):
-                    yield (start, stop, "merged"), merge(body, spatial_size(body, x), composed=unweighted)
-                if x.is_cuda:
-                    with contextlib.suppress(ValueError):
-                        yield (start, stop, "masked"), (masked(body),)
-                    yield (start, stop, "kernels"), kernels(body)
-            for last in range(first + 1, len(places) if self._approximate else 0):
-                stop = places[last] + 1
-                sites = _sites(chain[start:stop])
-                if names := _modules(chain[start:stop]):
-                    with contextlib.suppress(ValueError):
-                        if can_project(self._model, set(names) - sites):
-                            yield (start, stop, "projected"), (centre(tuple(linear[first : last + 1]), unweighted),)
+            x, ends = inputs[start], [place + 1 for place in places[first:]]
+            forms = {
+                (ends[count - 1], kind): form
+                for count in promising_stops(linear[first:], sketches[first:], x)
+                if count > 1 or isinstance(linear[first], Sum)
+                for kind, form in _merged(fold(linear[first : first + count]), x)
+            }
+            for count, stop in enumerate(ends[1:] if self._approximate else (), 2):
+                if form := self._projected(chain[start:stop], linear[first : first + count]):
+                    forms[stop, "projected"] = form
+            for (stop, kind), time in _times(forms, dict.fromkeys(forms, x)).items():
+                modules = _modules(chain[start:stop]) if kind == "projected" else ()
+                yield Stretch(start, stop, time, _sites(chain[start:stop]), modules)
+
+    def _projected(self, chain: Chain, linear: Chain) -> "Chain | None":
+        """The convolution that would approximate a series of modules; None where there is none."""
+        names = _modules(chain)
+        if not names or not can_project(self._model, set(names) - _sites(chain)):
+            return None
+        try:
+            return (centre(linear, unweighted),)
+        except ValueError:
+            return None
+
+
+def _merged(chain: Chain, x: Tensor) -> Iterator[tuple[str, Chain]]:
+    """The forms in which a linearised stretch may run as one, by kind; their weights are only good for timing."""
+    with contextlib.suppress(ValueError):
+        yield "merged", merge(chain, spatial_size(chain, x), composed=unweighted)
+    if x.is_cuda:
+        with contextlib.suppress(ValueError):
+            yield "masked", (masked(chain),)
+        yield "kernels", kernels(chain)
 
 
 def _times(forms: Mapping[Any, Chain], inputs: Mapping[Any, Tensor]) -> dict[Any, float]:
