@@ -35,7 +35,10 @@ def scores(criterion: Criterion, model: nn.Module, statistics: Statistics, sites
     if criterion == "uniform":
         return _nearness(sites, names)
     assert callable(criterion)
-    given = {name: float(score) for name, score in criterion(model, statistics).items()}
+    answer = criterion(model, statistics)
+    if not isinstance(answer, Mapping):
+        raise ValueError(f"criterion returned a {type(answer).__name__}; expected a dict of scores by site")
+    given = {name: float(score) for name, score in answer.items()}
     if unknown := [name for name in given if name not in statistics]:
         raise ValueError(f"criterion scored {', '.join(unknown)}; expected some of the sites {', '.join(names)}")
     if wrong := [f"{name}: {score}" for name, score in given.items() if math.isnan(score)]:
@@ -54,10 +57,10 @@ def best_trade(
     """The set of at most `limit` sites that loses least entropy for each millisecond that it saves; empty if none saves any.
 
     losses: bits that each site which may go would lose. budget: milliseconds; only what belongs to the set of least loss that
-    keeps to it is taken then.
+    keeps to it is taken then, of those with at most `limit` sites if there are any.
     """
     now = table.fastest(removed).milliseconds
-    wanted = losses.keys() if budget is None else _optimum(table, losses, removed, budget)
+    wanted = losses.keys() if budget is None else _optimum(table, losses, removed, limit, budget)
     best, best_ratio = frozenset[str](), math.inf
     for sites in table.candidates():
         sites = sites - set(removed)
@@ -71,7 +74,7 @@ def best_trade(
 
 def check_budget(table: LatencyTable, sites: Collection[str], budget: float) -> None:
     """Raise ValueError where not even the removal of all these sites is predicted to meet a budget in milliseconds."""
-    least = table.fastest(sites).milliseconds
+    least = max(table.fastest(sites).milliseconds, 1e-9)
     if least > budget:
         raise ValueError(
             f"a latency of {budget:.3f} ms cannot be reached: without any activation that may go, one call is predicted to "
@@ -79,10 +82,14 @@ def check_budget(table: LatencyTable, sites: Collection[str], budget: float) -> 
         )
 
 
-def _optimum(table: LatencyTable, losses: Mapping[str, float], removed: Collection[str], budget: float) -> frozenset[str]:
+def _optimum(
+    table: LatencyTable, losses: Mapping[str, float], removed: Collection[str], limit: int, budget: float
+) -> frozenset[str]:
     """The sites of least loss without which the network keeps to a budget."""
     choices = table.choices({**losses, **dict.fromkeys(removed, 0.0)})
-    return next((choice.removed for choice in choices if choice.milliseconds <= budget), frozenset(losses))
+    enough = [choice.removed for choice in choices if choice.milliseconds <= budget]
+    small = [sites for sites in enough if len(sites - set(removed)) <= limit]
+    return next(iter([*small, *enough]), frozenset(losses))
 
 
 def _nearness(sites: Sequence[str], left: Collection[str]) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import torch
@@ -49,8 +49,8 @@ class Options:
             raise ValueError(f"max_drop is {self.max_drop}; expected 0 or more, in the units of evaluate")
         if self.max_removed is not None and self.max_removed < 0:
             raise ValueError(f"max_removed is {self.max_removed}; expected 0 or more, or None for no limit")
-        if self.per_step < 1:
-            raise ValueError(f"per_step is {self.per_step}; expected 1 or more")
+        if not isinstance(self.per_step, int) or self.per_step < 1:
+            raise ValueError(f"per_step is {self.per_step}; expected a whole number, 1 or more")
         if self.criterion not in CRITERIA and not callable(self.criterion):
             raise ValueError(f"criterion is {self.criterion!r}; expected one of {', '.join(CRITERIA)}, or a function")
         if self.collapse not in (None, "project"):
@@ -68,23 +68,54 @@ class Options:
         """Whether the network is to be timed before the first step."""
         return self.criterion == "entropy-per-latency" or self.collapse is not None
 
+    def budget(self, table: LatencyTable) -> float | None:
+        """The milliseconds that one call may take, if there is a limit."""
+        return self.max_latency_ms if self.target_speedup is None else table.original / self.target_speedup
+
     def to_dict(self) -> dict[str, Any]:
-        """The options in the types of JSON."""
+        """The options in the types of JSON; of a function as criterion, its name."""
         name = getattr(self.criterion, "__qualname__", type(self.criterion).__qualname__)
         criterion = self.criterion if isinstance(self.criterion, str) else name
-        return {**asdict(self), "criterion": criterion, "protect": list(self.protect)}
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {**values, "criterion": criterion, "protect": sorted(self.protect)}
+
+
+def latency_table(
+    model: nn.Module, example_inputs: tuple[Any, ...], sites: Sequence[str], options: Options, folder: StepFolder | None
+) -> LatencyTable | None:
+    """Time a dense model in eval mode, or read the times that a run has begun with; None where the options need none.
+
+    Raises ValueError where a budget cannot be met, and where the folder holds the times of another model.
+    """
+    if not options.needs_latency:
+        return None
+    known = folder.load_latency() if folder else None
+    table = known or measure_latency(model, example_inputs, sites, approximate=options.collapse is not None)
+    if table.sites != set(sites):
+        raise ValueError(f"checkpoint_dir {folder and folder.path} holds a run of another model; name another folder")
+    if (budget := options.budget(table)) is not None:
+        check_budget(table, [name for name in sites if name not in options.protect], budget)
+    if folder and known is None:
+        folder.save_latency(table)
+    return table
 
 
 class PruningLoop:
     """The state of a run: the network in work, the finished steps, and the random state that the next step starts from."""
 
     def __init__(
-        self, model: nn.Module, sites: Sequence[str], functions: Functions, options: Options, folder: StepFolder | None
+        self,
+        model: nn.Module,
+        sites: Sequence[str],
+        functions: Functions,
+        options: Options,
+        folder: StepFolder | None,
+        table: LatencyTable | None,
     ) -> None:
-        """Begin with a dense model, which the loop changes, and its sites in call order."""
+        """Begin with a dense model, which the loop changes, its sites in call order, and its times where they are needed."""
         self.model, self.steps = model, list[Step]()
-        self._sites, self._functions, self._options, self._folder = sites, functions, options, folder
-        self._table: LatencyTable | None = None
+        self._sites, self._functions, self._options = sites, functions, options
+        self._folder, self._table = folder, table
         self._statistics = Statistics({})
         self._random_state: dict[str, Tensor] = {}
 
@@ -92,20 +123,6 @@ class PruningLoop:
     def removed(self) -> list[str]:
         """What is linearised so far."""
         return [name for step in self.steps for name in step.removed]
-
-    def measure_latency(self, example_inputs: tuple[Any, ...]) -> None:
-        """Time the dense network, or read the times that the run has begun with."""
-        if not self._options.needs_latency:
-            return
-        self._table = self._folder.load_latency() if self._folder else None
-        if self._table is None:
-            may_go = [name for name in self._sites if name not in self._options.protect]
-            approximate = self._options.collapse is not None
-            self._table = measure_latency(self.model.eval(), example_inputs, self._sites, approximate=approximate)
-            if (budget := self._budget) is not None:
-                check_budget(self._table, may_go, budget)
-            if self._folder:
-                self._folder.save_latency(self._table)
 
     def resume(self) -> None:
         """Take up the steps that are on disk."""
@@ -116,7 +133,8 @@ class PruningLoop:
             if set(self.steps[0].layer_entropy) != set(self._sites):
                 raise ValueError(f"checkpoint_dir {self._folder.path} holds a run of another model; name another folder")
             last = len(self.steps) - 1
-            self.restore(self.model, last)
+            self.restore(self.model, last).eval()
+            self._note([projection for step in self.steps for projection in step.collapsed])
             self._statistics = self._folder.load_statistics(last)
             self._random_state = self._folder.restore_random_state(last)
 
@@ -157,6 +175,7 @@ class PruningLoop:
         if names:
             linearize(self.model, names)
             collapsed = self._collapse([*self.removed, *names])
+            self._note(collapsed)
             set_random_state(self._random_state)
             statistics = self._train()
         self.model.eval()
@@ -170,36 +189,33 @@ class PruningLoop:
         if self._functions.on_step:
             self._functions.on_step(tuple(self.steps))
 
-    @property
-    def _budget(self) -> float | None:
-        """The milliseconds that one call may take, if there is a limit."""
-        assert self._table is not None
-        speedup = self._options.target_speedup
-        return self._options.max_latency_ms if speedup is None else self._table.original / speedup
-
     def _best_trades(self, losses: Mapping[str, float], left: int) -> tuple[str, ...]:
         """The sites of the best sets, in call order."""
         assert self._table is not None
-        chosen: set[str] = set()
+        budget, chosen = self._options.budget(self._table), set[str]()
         for _ in range(self._options.per_step):
             removed = [*self.removed, *chosen]
-            if self._budget is not None and self._table.fastest(removed).milliseconds <= self._budget:
+            if budget is not None and self._table.fastest(removed).milliseconds <= budget:
                 break
-            chosen |= best_trade(self._table, losses, removed, left - len(chosen), self._budget)
+            chosen |= best_trade(self._table, losses, removed, left - len(chosen), budget)
         return tuple(name for name in self._sites if name in chosen)
 
     def _collapse(self, removed: Sequence[str]) -> tuple[Projection, ...]:
-        """Approximate the stretches that are fastest so, but for those that would cut through an earlier one."""
+        """Approximate the stretches that are fastest so."""
         if self._options.collapse is None:
             return ()
         assert self._table is not None
         assert self._functions.calibrate is not None
         self.model.eval()
         set_random_state(self._random_state)
-        done = [set(projection.modules) for step in self.steps for projection in step.collapsed]
         stretches = self._table.fastest(removed).projected
-        new = [each for each in stretches if all(not each_done & set(each) or each_done < set(each) for each_done in done)]
-        return tuple(project(self.model, modules, self._functions.calibrate) for modules in new)
+        return tuple(project(self.model, modules, self._functions.calibrate) for modules in stretches)
+
+    def _note(self, collapsed: Sequence[Projection]) -> None:
+        """From now on, times are those of the network with these approximations."""
+        for projection in collapsed:
+            assert self._table is not None
+            self._table = self._table.collapsed(projection.modules)
 
     def _train(self) -> Statistics | None:
         """Fine-tune, and return the statistics of the passes where there is no calibration."""

@@ -11,7 +11,7 @@ from torch import nn
 
 from fastentropy.activations import activation_modules
 from fastentropy.criteria import Criterion
-from fastentropy.loop import Functions, Options, PruningLoop
+from fastentropy.loop import Functions, Options, PruningLoop, latency_table
 from fastentropy.sites import find_sites
 from fastentropy.statistics import Statistics
 from fastentropy.steps import Step, StepFolder
@@ -61,14 +61,15 @@ def prune(
     max_drop: stop where the score is more than this below the dense model's, in the units of `evaluate`.
     max_removed: remove at most so many sites. per_step: how many of them in one step; equal to max_removed, one step does all.
     criterion: "entropy" removes the lowest layer entropy first, and of equal ones the first in call order.
-        "entropy-per-latency" removes the set of sites that loses least entropy for each millisecond that `fuse` saves without
-        it, measured on the device, and stops where nothing saves any more; per_step counts such sets. "random" and "uniform"
-        are controls. A function (model, statistics) -> {site: score} has the lowest scores removed first.
+        "entropy-per-latency" removes the set of sites that loses least entropy for each millisecond that is saved without it,
+        by the activations themselves and by what `fuse` makes of the rest, measured on the device; per_step counts such sets.
+        "random" and "uniform" are controls. A function (model, statistics) -> {site: score} has the lowest scores removed
+        first; with checkpoint_dir it is known by its name.
     zeros_together: remove all sites with an entropy of exactly 0 together, in addition, as the published code does.
     protect: names of sites that stay.
     target_speedup, max_latency_ms: with "entropy-per-latency", stop where one call is predicted to be so many times as fast as
         that of the given model, or to take so long, and on the way there remove only what belongs to the sites of least entropy
-        that reach it: the exact optimum for the entropies of each step.
+        that reach it: the optimum for the entropies of each step. max_drop and max_removed may end the run before.
     collapse: "project" approximates a linearised series of convolutions by a single one, fitted to it by least squares on the
         calibration data, where the exact operator would be slower; the fine-tuning follows.
     statistics: of the dense model, where they were gathered already, so that no calibration is needed for them.
@@ -80,6 +81,8 @@ def prune(
     out of range, a latency that cannot be reached, a calibration without a forward pass, a train that exchanges modules, a
     score that is not a finite number, and a checkpoint_dir that is damaged, of another model or of a run with other options.
     """
+    if isinstance(protect, str):
+        raise ValueError(f"protect must be a list of site names, not the string {protect!r}: [{protect!r}]")
     options = Options(
         max_drop, max_removed, per_step, criterion, zeros_together, tuple(protect), target_speedup, max_latency_ms, collapse
     )
@@ -89,8 +92,8 @@ def prune(
     _check_statistics(calibrate, statistics, sites, collapse)
     folder = None if checkpoint_dir is None else StepFolder(checkpoint_dir, options.to_dict())
     functions = Functions(train, evaluate, calibrate, measure, on_step)
-    loop = PruningLoop(copy.deepcopy(model), sites, functions, options, folder)
-    loop.measure_latency(example_inputs)
+    dense = copy.deepcopy(model).eval()
+    loop = PruningLoop(dense, sites, functions, options, folder, latency_table(dense, example_inputs, sites, options, folder))
     loop.resume()
     if not loop.steps:
         loop.turn((), statistics)

@@ -19,12 +19,12 @@ from fastentropy.criteria import CRITERIA
 from fastentropy.files import remove_leftovers, save_json, save_tensors
 from fastentropy.fusion import FusedModel, fuse
 from fastentropy.fusion.tracing import with_channels_last_weights
-from fastentropy.loop import Options
+from fastentropy.loop import Options, latency_table
 from fastentropy.pruning import PruningResult, check_names, prune
 from fastentropy.recipes import RECIPES, Recipe, load_recipe
 from fastentropy.report import write_report
 from fastentropy.sites import find_sites
-from fastentropy.steps import Step
+from fastentropy.steps import Step, StepFolder
 from fastentropy.timing import measure_times
 
 T = TypeVar("T")
@@ -122,8 +122,9 @@ class Run:
         dense = self._train_dense(recipe, display)
         result = self._prune(dense, recipe, display)
         fused = fuse(result.model, recipe.example_inputs())
-        removed = json.dumps(result.removed)
-        save_tensors(result.model.state_dict(), self.folder / "pruned.safetensors", {"removed": removed})
+        collapsed = [asdict(each) for step in result.steps[: result.kept_step + 1] for each in step.collapsed]
+        structure = {"removed": json.dumps(result.removed), "collapsed": json.dumps(collapsed)}
+        save_tensors(result.model.state_dict(), self.folder / "pruned.safetensors", structure)
         fused.save(self.folder / "fused.pt2")
         history = {
             **self._history(result.steps),
@@ -145,6 +146,7 @@ class Run:
         if path.exists():
             _load_weights(model, path)
         else:
+            self._time(model, recipe, display)
             epochs = self.settings.epochs
             for _ in display.track(recipe.train(model.train(), epochs), epochs, "train the dense network"):
                 pass
@@ -152,6 +154,15 @@ class Run:
         # From here on a resumed run draws the same random numbers as one that has just trained.
         torch.manual_seed(self.settings.seed)
         return model
+
+    def _time(self, model: nn.Module, recipe: Recipe, display: Display) -> None:
+        """Measure what the criterion needs, which does not depend on the weights, before time goes into training."""
+        options, inputs = Options(**self.settings.pruning_options), recipe.example_inputs()
+        if not options.needs_latency:
+            return
+        sites = [site.name for site in find_sites(model, inputs)]
+        for _ in display.track([None], 1, "time the network's parts"):
+            latency_table(model.eval(), inputs, sites, options, StepFolder(self.folder / "steps", options.to_dict()))
 
     def _prune(self, dense: nn.Module, recipe: Recipe, display: Display) -> PruningResult:
         def train(model: nn.Module) -> None:

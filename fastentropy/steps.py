@@ -66,6 +66,7 @@ class StepFolder:
     def save_latency(self, table: LatencyTable) -> None:
         """Write what was measured before the first step, so that a resumed run decides by the same times."""
         self.path.mkdir(parents=True, exist_ok=True)
+        save_json(self._options, self.path / "options.json")
         save_json(table.to_dict(), self.path / "latency.json")
 
     def load_latency(self) -> LatencyTable | None:

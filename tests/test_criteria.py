@@ -65,7 +65,10 @@ def test_a_function_scores_the_sites_that_may_go():
     assert seen == [("the model", FOUR)]
 
 
-@pytest.mark.parametrize(("given", "message"), [({"e": 1.0}, "criterion scored e; expected some"), ({"a": math.nan}, "a: nan")])
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [({"e": 1.0}, "criterion scored e; expected some"), ({"a": math.nan}, "a: nan"), (None, "criterion returned a NoneType")],
+)
 def test_a_score_of_something_else_is_refused(given, message):
     with pytest.raises(ValueError, match=message):
         scores(lambda model, statistics: given, None, FOUR, SITES)
@@ -74,7 +77,7 @@ def test_a_score_of_something_else_is_refused(given, message):
 #: Two operators around each of four activations. Removing c with d lets all after b become one; a alone saves little.
 TABLE = LatencyTable(
     12.0,
-    10.0,
+    1.5,
     (
         Section(
             (
@@ -105,7 +108,7 @@ def test_the_best_trade_is_the_set_that_loses_least_for_what_it_saves():
 
 def test_nothing_is_removed_that_saves_nothing():
     section = Section((Part(1.0), Part(0.0, "a"), Part(1.0)), (Stretch(0, 3, 2.5, frozenset("a")),))
-    assert best_trade(LatencyTable(2.0, 2.0, (section,)), {"a": 0.0}, [], 1, None) == frozenset()
+    assert best_trade(LatencyTable(2.0, 0.0, (section,)), {"a": 0.0}, [], 1, None) == frozenset()
 
 
 def test_under_a_budget_only_the_optimum_is_removed():
@@ -113,6 +116,13 @@ def test_under_a_budget_only_the_optimum_is_removed():
     losses = {"a": 0.5, "b": 0.9, "c": 0.8, "d": 0.8}
     assert best_trade(TABLE, losses, [], 4, 9.7) == {"a"}
     assert best_trade(TABLE, losses, [], 4, 5.0) == {"c", "d"}
+
+
+def test_of_the_sets_that_keep_to_a_budget_one_within_the_limit_is_taken():
+    """b and c are cheapest for 9.85 ms, but two; a alone reaches it, too."""
+    losses = {"a": 0.5, "b": 0.01, "c": 0.02, "d": 0.9}
+    assert best_trade(TABLE, losses, [], 2, 9.85) <= {"b", "c"}
+    assert best_trade(TABLE, losses, [], 1, 9.85) == {"a"}
 
 
 def test_a_budget_out_of_reach_is_refused_with_what_can_be_reached():

@@ -5,7 +5,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from fastentropy.fusion.latency import Choice, LatencyTable, Part, Section, Stretch, worthwhile
+from fastentropy.fusion.latency import MOST_CHOICES, Choice, LatencyTable, Part, Section, Stretch, worthwhile
 
 MILLISECONDS = st.integers(0, 20).map(float)
 
@@ -15,7 +15,7 @@ def tables(draw):
     """Tables of a few sections with branches; milliseconds are small integers, so that sums are exact and ties happen."""
     names = (f"site{index}" for index in itertools.count())
     sections = tuple(draw(sections_of(names, depth=1)) for _ in range(draw(st.integers(1, 2))))
-    return LatencyTable(100.0, 60.0, sections)
+    return LatencyTable(100.0, 7.0, sections)
 
 
 @st.composite
@@ -57,8 +57,7 @@ def milliseconds(section, removed):
 
 
 def total(table, removed):
-    dense = sum(milliseconds(section, frozenset()) for section in table.sections)
-    return table.fused - dense + sum(milliseconds(section, removed) for section in table.sections)
+    return table.rest + sum(milliseconds(section, removed) for section in table.sections)
 
 
 @given(tables(), st.randoms(use_true_random=False))
@@ -81,7 +80,7 @@ def test_the_fastest_form_without_some_sites_is_that_of_the_best_division(table,
     sites = frozenset().union(*(sites_of(section.parts) for section in table.sections))
     removed = frozenset(site for site in sites if random.random() < 0.5)
     assert table.fastest(removed).milliseconds == total(table, removed)
-    assert table.fastest(()).milliseconds == table.fused
+    assert table.fastest(()).milliseconds == total(table, frozenset())
 
 
 @given(tables())
@@ -111,7 +110,46 @@ def test_an_approximation_is_kept_where_it_is_clearly_faster_than_what_is_exact(
 
 def test_what_an_approximation_stands_for_is_named():
     projected = Stretch(2, 5, 1.0, frozenset("b"), ("conv2", "conv3"))
-    table = LatencyTable(11.0, 11.0, (Section(CHAIN, (projected,)),))
+    table = LatencyTable(11.0, 0.0, (Section(CHAIN, (projected,)),))
     assert table.fastest("a") == Choice(0.0, 10.0, frozenset("a"))
     assert table.fastest("ab").projected == (("conv2", "conv3"),)
     assert table.fastest("ab").milliseconds == 4.0
+
+
+def test_what_is_measured_apart_adds_up_to_what_is_measured_together():
+    section = Section((*CHAIN, Part(2.0, "", (Section(CHAIN, ()),))), (Stretch(0, 3, 4.0, frozenset("a")),))
+    loose = LatencyTable.of(50.0, 40.0, [section])
+    assert (loose.rest, loose.fastest(()).milliseconds) == (16.0, 40.0)
+    tight = LatencyTable.of(50.0, 12.0, [section])
+    assert (tight.rest, tight.fastest(()).milliseconds) == (0.0, pytest.approx(12.0))
+    assert tight.fastest("a").milliseconds == pytest.approx(
+        (24.0 - 3.0 - 1.0) / 2
+    )  # the stretch, and a's own time in the branch
+
+
+def test_what_is_approximated_stays_one_part():
+    """The second stretch would cut through the first, the third holds it, and the last ones lie beside it."""
+    stretches = (
+        Stretch(0, 3, 2.0, frozenset("a"), ("conv1", "conv2")),
+        Stretch(2, 5, 0.5, frozenset("b"), ("conv2", "conv3")),
+        Stretch(0, 5, 1.5, frozenset("ab"), ("conv1", "conv2", "conv3")),
+        Stretch(4, 5, 2.5, frozenset()),
+    )
+    table = LatencyTable(11.0, 0.0, (Section(CHAIN, stretches),)).collapsed(("conv1", "conv2"))
+    assert table.fastest("a").milliseconds == 2.0 + 1.0 + 2.5
+    assert table.fastest("a").projected == ()
+    assert table.fastest("ab") == Choice(0.0, 1.5, frozenset("ab"), (("conv1", "conv2", "conv3"),))
+    (section,) = table.sections
+    assert [stretch[:3] for stretch in section.stretches] == [(0, 3, 1.5), (2, 3, 2.5)]
+    inside = LatencyTable(11.0, 0.0, (Section((Part(1.0, "", (Section(CHAIN, stretches),)),), ()),))
+    assert inside.collapsed(("conv1", "conv2")).fastest("a").milliseconds == 1.0 + 5.5
+
+
+def test_choices_stay_few_where_every_one_is_as_good_as_another():
+    """Loss proportional to time: none of the 2^40 subsets beats another."""
+    parts = tuple(Part(float(2**index), f"s{index}") for index in range(40))
+    table = LatencyTable(1.0, 0.0, (Section(parts, ()),))
+    choices = table.choices({part.site: part.milliseconds for part in parts})
+    assert 100 < len(choices) <= MOST_CHOICES + 1
+    assert choices[0].removed == frozenset()
+    assert choices[-1].removed == {part.site for part in parts}

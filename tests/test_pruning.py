@@ -1,5 +1,8 @@
 import copy
+import itertools
 import math
+import shutil
+import threading
 from collections import OrderedDict
 
 import pytest
@@ -379,6 +382,7 @@ def test_a_module_called_twice_is_refused_by_name():
         {"max_drop": math.nan},
         {"max_removed": -1},
         {"per_step": 0},
+        {"per_step": 1.5},
         {"criterion": "size"},
         {"collapse": "x"},
     ],
@@ -543,3 +547,71 @@ def test_a_damaged_latency_table_is_named(tmp_path, blocks):
         (tmp_path / "latency.json").write_bytes(content)
         with pytest.raises(ValueError, match=r"latency\.json is damaged"):
             run(blocks, **options)
+
+
+class Series(nn.Module):
+    """Convolutions in a row, the last one pointwise: once two of them are one, all three are no larger than that."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.relu1 = nn.Conv2d(1, 12, 3, padding=1), nn.ReLU()
+        self.conv2, self.relu2 = nn.Conv2d(12, 12, 3, padding=1), nn.ReLU()
+        self.conv3, self.relu3 = nn.Conv2d(12, 12, 3, padding=1), nn.ReLU()
+        self.conv4, self.fc = nn.Conv2d(12, 4, 1), nn.Linear(4 * 25, 3)
+
+    def forward(self, x):
+        x = self.relu2(self.conv2(self.relu1(self.conv1(x))))
+        return self.fc(self.conv4(self.relu3(self.conv3(x))).flatten(1))
+
+
+@pytest.mark.usefixtures("counted_costs")
+@pytest.mark.parametrize("order", list(itertools.permutations(["relu1", "relu2", "relu3"])))
+def test_collapsing_goes_on_over_what_is_collapsed_already(order, tmp_path):
+    """In whatever order activations go, each step fits what is there, and a resumed run has the same network."""
+    torch.manual_seed(0)
+    model, scores = Series(), {name: place for place, name in enumerate(order)}
+    options = {"collapse": "project", "criterion": lambda model, statistics: {name: scores[name] for name in statistics}}
+    result = run(model, checkpoint_dir=tmp_path, **options)
+    assert result.removed == order
+    predicted = [step.metrics["predicted_ms"] for step in result.steps]
+    assert predicted == sorted(predicted, reverse=True)
+    for step in result.steps:
+        assert all(0 <= each.relative_error < 1 for each in step.collapsed)
+    again = run(model, checkpoint_dir=tmp_path, **options)
+    assert again.steps == result.steps
+    assert torch.equal(again.model(DATA), result.model(DATA))
+
+
+@pytest.mark.usefixtures("counted_costs")
+def test_times_of_a_run_that_was_killed_before_its_first_step_are_of_its_options_and_model(tmp_path, blocks):
+    def killed(model):
+        raise InterruptedRun
+
+    with pytest.raises(InterruptedRun):
+        run(blocks, criterion="entropy-per-latency", evaluate=killed, checkpoint_dir=tmp_path)
+    with pytest.raises(ValueError, match="holds a run with the options"):
+        run(blocks, criterion="entropy-per-latency", collapse="project", checkpoint_dir=tmp_path)
+    with pytest.raises(ValueError, match="holds a run of another model"):
+        run(Series(), criterion="entropy-per-latency", checkpoint_dir=tmp_path)
+
+
+def test_protect_is_a_list_and_its_order_does_not_matter(network, tmp_path):
+    with pytest.raises(ValueError, match=r"protect must be a list of site names, not the string 'relu1': \['relu1'\]"):
+        run(network, protect="relu1")
+    first = run(network, protect=["relu1", "gelu"], checkpoint_dir=tmp_path)
+    assert run(network, protect=["gelu", "relu1"], checkpoint_dir=tmp_path).steps == first.steps
+
+
+def test_a_criterion_need_not_be_copied(network, tmp_path):
+    class Judge:
+        def __init__(self):
+            self.lock = threading.Lock()
+
+        def __call__(self, model, statistics):
+            assert not model.training
+            return statistics.layer_entropy()
+
+    judge = Judge()
+    first = run(network, criterion=judge, checkpoint_dir=tmp_path)
+    shutil.rmtree(tmp_path / "03")
+    assert run(network, criterion=judge, checkpoint_dir=tmp_path).steps == first.steps

@@ -6,7 +6,7 @@ where an activation may stay. Here it runs over all exchange rates of loss and t
 
 import functools
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -42,6 +42,10 @@ class Section(NamedTuple):
     stretches: tuple[Stretch, ...]
 
 
+#: Of more choices than this that no other beats, every nth is kept: where loss is proportional to time, each site doubles them.
+MOST_CHOICES = 500
+
+
 class Choice(NamedTuple):
     """Sites removed, what that loses, how long one call then takes, and which modules are approximated by one of them."""
 
@@ -55,21 +59,32 @@ class Choice(NamedTuple):
 class LatencyTable:
     """Milliseconds of one call of a network and of its parts, measured on one device for inputs of one size.
 
-    original is the time of the dense network as given, fused that of its fastest form; sections are the chains that it would
-    have without any activation.
+    original is the time of the dense network as given. sections are the chains that it would have without any activation, and
+    rest is the time of what is in no chain.
     """
 
     original: float
-    fused: float
+    rest: float
     sections: tuple[Section, ...]
+
+    @classmethod
+    def of(cls, original: float, fused: float, sections: Sequence[Section]) -> "LatencyTable":
+        """The table of a dense network whose fastest form takes `fused`: what its parts take less is the rest.
+
+        Where parts that are timed by themselves take more than all together, they are scaled to it.
+        """
+        parts = sum(_front(section, {})[0].milliseconds for section in sections)
+        if parts <= fused:
+            return cls(original, fused - parts, tuple(sections))
+        return cls(original, 0.0, tuple(_scaled(section, fused / parts) for section in sections))
 
     def choices(self, losses: Mapping[str, float]) -> list[Choice]:
         """Every way to remove some of the sites in `losses` that no other beats in both loss and time, by rising loss.
 
-        losses: what the removal of a site loses, 0 or more, added up over the sites.
+        losses: what the removal of a site loses, 0 or more, added up over the sites. Thinned beyond `MOST_CHOICES`.
         """
         fronts = (_front(section, losses) for section in self.sections)
-        return functools.reduce(_both, fronts, [Choice(0.0, self._rest)])
+        return functools.reduce(_both, fronts, [Choice(0.0, self.rest)])
 
     def fastest(self, removed: Iterable[str]) -> Choice:
         """How the network without these sites runs fastest."""
@@ -80,20 +95,24 @@ class LatencyTable:
         sets = itertools.chain.from_iterable(map(_candidates, self.sections))
         return list(dict.fromkeys(sets))
 
-    @functools.cached_property
-    def _rest(self) -> float:
-        """The milliseconds of what is in no section."""
-        return self.fused - sum(_front(section, {})[0].milliseconds for section in self.sections)
+    @property
+    def sites(self) -> set[str]:
+        """The sites of all sections."""
+        return set().union(*self.candidates())
+
+    def collapsed(self, modules: tuple[str, ...]) -> "LatencyTable":
+        """The table of the network in which one operator approximates these modules for good."""
+        return LatencyTable(self.original, self.rest, tuple(_collapsed(section, modules) for section in self.sections))
 
     def to_dict(self) -> dict[str, Any]:
         """The table in the types of JSON."""
-        return {"original": self.original, "fused": self.fused, "sections": [_section_dict(each) for each in self.sections]}
+        return {"original": self.original, "rest": self.rest, "sections": [_section_dict(each) for each in self.sections]}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "LatencyTable":
         """The table that `to_dict` gave. Raises KeyError, TypeError or ValueError for anything else."""
         sections = tuple(map(_section, values["sections"]))
-        return cls(float(values["original"]), float(values["fused"]), sections)
+        return cls(float(values["original"]), float(values["rest"]), sections)
 
 
 def _front(section: Section, losses: Mapping[str, float]) -> list[Choice]:
@@ -134,7 +153,35 @@ def _unbeaten(choices: list[Choice]) -> list[Choice]:
     for choice in sorted(choices, key=lambda each: each[:2]):
         if not unbeaten or choice.milliseconds < unbeaten[-1].milliseconds:
             unbeaten.append(choice)
-    return unbeaten
+    if len(unbeaten) <= MOST_CHOICES:
+        return unbeaten
+    return unbeaten[: -1 : -(-len(unbeaten) // MOST_CHOICES)] + unbeaten[-1:]
+
+
+def _scaled(section: Section, factor: float) -> Section:
+    parts = tuple(
+        Part(part.milliseconds * factor, part.site, tuple(_scaled(branch, factor) for branch in part.branches))
+        for part in section.parts
+    )
+    stretches = tuple(stretch._replace(milliseconds=stretch.milliseconds * factor) for stretch in section.stretches)
+    return Section(parts, stretches)
+
+
+def _collapsed(section: Section, modules: tuple[str, ...]) -> Section:
+    """A section with one part in the place of a stretch, and without the stretches that would cut through it."""
+    branched = (
+        part._replace(branches=tuple(_collapsed(branch, modules) for branch in part.branches)) for part in section.parts
+    )
+    section = section._replace(parts=tuple(branched))
+    done = next((stretch for stretch in section.stretches if stretch.modules == modules), None)
+    if done is None:
+        return section
+    shorter = done.stop - done.start - 1
+    parts = (*section.parts[: done.start], Part(done.milliseconds), *section.parts[done.stop :])
+    before = [s for s in section.stretches if s.stop <= done.start]
+    around = [s._replace(stop=s.stop - shorter) for s in section.stretches if s.start <= done.start and done.stop <= s.stop]
+    after = [s._replace(start=s.start - shorter, stop=s.stop - shorter) for s in section.stretches if done.stop <= s.start]
+    return Section(parts, tuple(s for s in (*before, *around, *after) if s.modules != modules))
 
 
 def _candidates(section: Section) -> Iterator[frozenset[str]]:

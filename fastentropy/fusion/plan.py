@@ -26,6 +26,9 @@ MULTIPLICATIONS_PER_BYTE = 10
 #: A merged operator is not composed where its counted cost is so many times that of the chain: it could not be faster.
 HOPELESS = 1.5
 
+#: Nor is it where its weight has more numbers than this and than all of the chain's, before taps that only read padding go.
+MOST_NUMBERS = 2**26
+
 #: A stretch is not made longer after so many lengths without hope: an expansion, a depthwise convolution and a projection
 #: are worth merging though the first two are not.
 PATIENCE = 4
@@ -237,6 +240,8 @@ def promising_stops(chain: Chain, sketches: list[AffineOperator | None], x: Tens
 
 def _is_hopeless(merged: AffineOperator, chain: Chain, x: Tensor) -> bool:
     """Whether a merged operator, known by its outline, would cost so much more than the chain that it need not be composed."""
+    if merged.weight.numel() > max(MOST_NUMBERS, sum(operator.weight.numel() for operator in operators(chain))):
+        return True
     cropped = crop(merged, spatial_size(chain, x))
     one, all_ = (_weigh(cost(form, x.shape, x.element_size())) for form in ((cropped,), chain))
     return one > HOPELESS * all_

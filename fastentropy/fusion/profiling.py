@@ -15,9 +15,9 @@ from fastentropy.fusion.elements import Activation, Chain, Element, Flatten, Sum
 from fastentropy.fusion.inputs import Inputs, clone
 from fastentropy.fusion.latency import LatencyTable, Part, Section, Stretch, worthwhile
 from fastentropy.fusion.lowering import compile_chain
-from fastentropy.fusion.merging import fold, kernels, masked, merge, spatial_size, unweighted
+from fastentropy.fusion.merging import fold, kernels, masked, merge, outline, spatial_size, unweighted
 from fastentropy.fusion.plan import TIE, promising_stops, sketch
-from fastentropy.fusion.projection import can_project, centre
+from fastentropy.fusion.projection import centre, replaceable_modules
 from fastentropy.fusion.runtime import fuse
 from fastentropy.fusion.tracing import export, in_channels_last, inference_module, values_of
 from fastentropy.interception import replace_activation
@@ -43,7 +43,7 @@ def measure_latency(
 
     Everything is in the memory format in which the dense model runs fastest. With `approximate`, also what `projection` would
     make of a stretch, where that is faster than what is exact.
-    Raises ValueError where `fuse` does.
+    Raises ValueError where `fuse` does, and for a site that the trace does not show.
     """
     report = fuse(model, example_inputs).report
     fastest = report.milliseconds[report.choice]
@@ -56,9 +56,15 @@ def measure_latency(
         traced = in_channels_last(traced) or traced
     chains = find_chains(traced, activations)
     sources = values_of(traced, [chain.source for chain in chains], clone(example_inputs))
-    profile = _Profile(marked, approximate)
-    sections = tuple(profile.section(chain.folded, sources[chain.source])[0] for chain in chains)
-    return LatencyTable(report.milliseconds["original"], fastest, sections)
+    profile = _Profile(replaceable_modules(model, traced) if approximate else set())
+    sections = [profile.section(chain.folded, sources[chain.source])[0] for chain in chains]
+    table = LatencyTable.of(report.milliseconds["original"], fastest, sections)
+    if hidden := [name for name in sites if name not in table.sites]:
+        raise ValueError(
+            f"{', '.join(hidden)}: activations that torch.export does not show as calls of their modules, as with "
+            "module.forward(x); call the modules themselves, or judge by another criterion than latency"
+        )
+    return table
 
 
 def _repeatable(module: nn.Module) -> nn.Module:
@@ -69,10 +75,10 @@ def _repeatable(module: nn.Module) -> nn.Module:
 
 
 class _Profile:
-    """Makes the sections of a model."""
+    """Makes the sections of a model, with approximations of series of modules that may be replaced."""
 
-    def __init__(self, model: nn.Module, approximate: bool) -> None:
-        self._model, self._approximate = model, approximate
+    def __init__(self, replaceable: set[str]) -> None:
+        self._replaceable = replaceable
 
     def section(self, chain: Chain, x: Tensor) -> tuple[Section, Tensor]:
         """The section of a chain that is applied to x, and its output."""
@@ -108,7 +114,7 @@ class _Profile:
                 if count > 1 or isinstance(linear[first], Sum)
                 for kind, form in _merged(fold(linear[first : first + count]), x)
             }
-            for count, stop in enumerate(ends[1:] if self._approximate else (), 2):
+            for count, stop in enumerate(ends[1:] if self._replaceable else (), 2):
                 if form := self._projected(chain[start:stop], linear[first : first + count]):
                     forms[stop, "projected"] = form
             for (stop, kind), time in _times(forms, dict.fromkeys(forms, x)).items():
@@ -117,13 +123,14 @@ class _Profile:
 
     def _projected(self, chain: Chain, linear: Chain) -> "Chain | None":
         """The convolution that would approximate a series of modules; None where there is none."""
-        names = _modules(chain)
-        if not names or not can_project(self._model, set(names) - _sites(chain)):
+        names = set(_modules(chain))
+        if not names or not names - _sites(chain) <= self._replaceable:
             return None
         try:
-            return (centre(linear, unweighted),)
+            smaller = centre(linear, unweighted)
         except ValueError:
             return None
+        return None if smaller.kernel == outline(linear).kernel else (smaller,)
 
 
 def _merged(chain: Chain, x: Tensor) -> Iterator[tuple[str, Chain]]:

@@ -4,17 +4,20 @@ Two 3×3 convolutions are a 5×5 one, which multiplies more than both. Its centr
 nearest to the stretch on the data that the network sees is found by least squares: a regression from patches to outputs.
 """
 
+import collections
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
 from fastentropy.fusion.affine import AffineOperator
-from fastentropy.fusion.chains import find_chains
+from fastentropy.fusion.chains import find_chains, module_path
 from fastentropy.fusion.elements import Chain
 from fastentropy.fusion.lowering import like_format
 from fastentropy.fusion.merging import compose_all
@@ -23,8 +26,11 @@ from fastentropy.fusion.tracing import export, inference_module
 _CONVOLUTIONS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _BATCH_NORMS: tuple[type[nn.Module], ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
-#: Observations for each number that is fitted, and how many are taken from one batch.
-OBSERVATIONS, OBSERVATIONS_PER_BATCH = 8, 4096
+#: The first batch gives so many observations for each number of an output that is fitted, the second half as many, the third
+#: a third, and none fewer than the least.
+OBSERVATIONS, LEAST = 8, 64
+#: Every so many-th observation is for the error, not for the fit.
+HELD_OUT = 4
 
 #: Pulls towards the centre of the exact kernel what the data leave open, relative to the mean square of the inputs.
 RIDGE = 1e-6
@@ -36,7 +42,8 @@ class Projection:
 
     It takes the place of the first convolution among them; a batch norm behind it, if there is one, is kept, and the others
     become the identity. relative_error is the root mean square of what the stretch gave and it does not, over that of what the
-    stretch gave, on the calibration data and before any training; centre_error is that of the centre of the exact kernel.
+    stretch gave, before any training, at positions of the calibration data that were not fitted; centre_error is that of the
+    centre of the exact kernel.
     """
 
     modules: tuple[str, ...]
@@ -59,7 +66,7 @@ class Projection:
 def centre(chain: Chain, composed: Callable[[Chain], AffineOperator] = compose_all) -> AffineOperator:
     """The middle of the merged kernel of a chain of convolutions, as large as the largest kernel among them.
 
-    composed is as in `merging.merge`. Raises ValueError where the chain is not of that kind, or its merged operator not larger.
+    composed is as in `merging.merge`. Raises ValueError where the chain is not of that kind.
     """
     if not all(isinstance(element, AffineOperator) and element.axes for element in chain):
         raise ValueError("only a series of convolutions is approximated by one of them")
@@ -68,15 +75,24 @@ def centre(chain: Chain, composed: Callable[[Chain], AffineOperator] = compose_a
     cut = [k - own for k, own in zip(merged.kernel, kernel, strict=True)]
     padding = [(axis.before - each // 2, axis.after - each // 2) for axis, each in zip(merged.axes, cut, strict=True)]
     plain = all(axis.dilation == axis.upsampling == 1 for axis in merged.axes)
-    if not any(cut) or any(each % 2 for each in cut) or not plain or any(a != b or a < 0 for a, b in padding):
+    if any(each % 2 for each in cut) or not plain or any(a != b or a < 0 for a, b in padding):
         raise ValueError("no smaller convolution of the same kind has the same output size")
     taps: Any = (..., *(slice(each // 2, each // 2 + own) for each, own in zip(cut, kernel, strict=True)))
     return replace(merged, weight=merged.weight[taps], padding=tuple(a for a, _ in padding))
 
 
-def can_project(model: nn.Module, names: Iterable[str]) -> bool:
-    """Whether the modules of a stretch, but for its activations, are plain convolutions and batch norms."""
-    return {type(model.get_submodule(name)) for name in names} <= {*_CONVOLUTIONS, *_BATCH_NORMS}
+def replaceable_modules(model: nn.Module, traced: GraphModule) -> set[str]:
+    """The paths of the modules that may be replaced: plain convolutions and batch norms, called once, whom nobody watches."""
+    calls = collections.Counter(module_path(node) for node in traced.graph.nodes if node.op == "call_function")
+    places = collections.Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
+    return {
+        name
+        for name, module in model.named_modules()
+        if type(module) in (*_CONVOLUTIONS, *_BATCH_NORMS)
+        and calls[name] == places[id(module)] == 1
+        and getattr(module, "padding_mode", "zeros") == "zeros"
+        and not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+    }
 
 
 @torch.no_grad()
@@ -89,15 +105,16 @@ def project(model: nn.Module, names: Sequence[str], calibrate: Callable[[nn.Modu
     regression: _Regression | None = None
     stretch = copy.deepcopy(nn.Sequential(*(model.get_submodule(name) for name in names)))
 
-    def observe(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def observe(_: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
         nonlocal regression
+        x = inputs[0] if inputs else named["input"]
         if regression is None:
-            program = export(stretch, (inputs[0][:2].clone(),))
+            program = export(stretch, (x[:2].clone(),))
             (chain,) = find_chains(inference_module(program))
             regression = _Regression(centre(chain.elements))
-        regression.add(inputs[0], stretch(inputs[0].clone()))
+        regression.add(x, stretch(x.clone()))
 
-    handle = model.get_submodule(names[0]).register_forward_pre_hook(observe)
+    handle = model.get_submodule(names[0]).register_forward_pre_hook(observe, with_kwargs=True)
     try:
         calibrate(model)
     finally:
@@ -153,63 +170,80 @@ def place(model: nn.Module, projection: Projection) -> tuple[Any, Any]:
         bias=norm is None,
     )
     if norm:
-        new[norm] = type(modules[norm])(projection.out_channels)
+        old_norm: Any = modules[norm]
+        new[norm] = type(old_norm)(projection.out_channels, eps=old_norm.eps, momentum=old_norm.momentum)
     new[first].weight.data = like_format(new[first].weight.data, old.weight)
     for name, module in new.items():
+        module.requires_grad_(old.weight.requires_grad)
         model.set_submodule(name, module.to(old.weight.device, old.weight.dtype).train(modules[name].training))
     return new[first], new[norm] if norm else None
+
+
+class _Sums:
+    """Weighted sums over observations: of u uᵀ, u rᵀ, r² and y², with u a patch and a one, r what a first guess leaves of y."""
+
+    def __init__(self, groups: int, unknowns: int, outputs: int, like: Tensor) -> None:
+        self.products = like.new_zeros(groups, unknowns, unknowns)
+        self.residuals = like.new_zeros(groups, unknowns, outputs)
+        self.square_residual = self.square_output = self.observations = 0.0
+
+    def add(self, u: Tensor, left: Tensor, wanted: Tensor, weight: float) -> None:
+        """Observations of each group: patches [groups, n, unknowns], what is left and what is wanted [groups, n, outputs]."""
+        self.products += weight * torch.bmm(u.mT, u)
+        self.residuals += weight * torch.bmm(u.mT, left)
+        self.square_residual += weight * float(left.square().sum())
+        self.square_output += weight * float(wanted.square().sum())
+        self.observations += weight * u.shape[1]
 
 
 class _Regression:
     """Least squares for the weight of a convolution, given inputs and wanted outputs, in float64.
 
-    Solved for the difference to a first guess. With u a patch and a one behind it, the sums of u uᵀ, u rᵀ and of r² are all
-    that is kept, r being what the first guess leaves of the output; each group has its own.
+    Solved for the difference to a first guess, each group by itself, from sums alone. The error is that of observations that
+    were not fitted.
     """
 
     def __init__(self, guess: AffineOperator) -> None:
         self.centre = guess
-        self._groups = guess.groups
-        self._unknowns = guess.weight[0].numel() + 1
-        self._products = guess.weight.new_zeros(self._groups, self._unknowns, self._unknowns)
-        self._residuals = guess.weight.new_zeros(self._groups, self._unknowns, guess.out_channels // self._groups)
-        self._square_residual = self._square_output = 0.0
-        self._observations = 0
+        self._groups, self._unknowns = guess.groups, guess.weight[0].numel() + 1
+        sizes = (self._groups, self._unknowns, guess.out_channels // self._groups)
+        self._fitted, self._held_out = _Sums(*sizes, guess.weight), _Sums(*sizes, guess.weight)
         self._generator = torch.Generator().manual_seed(0)
+        self._batches = 0
 
     def add(self, x: Tensor, y: Tensor) -> None:
-        """Take some positions of a batch, as long as more are needed."""
-        if self._observations >= OBSERVATIONS * self._unknowns:
-            return
-        patches, wanted = self._sample(x, y)
+        """Take some positions of a batch, each with the weight of those that it stands for."""
+        self._batches += 1
+        patches, wanted = self._sample(x, y, max(OBSERVATIONS * self._unknowns // self._batches, LEAST))
+        weight = y.numel() / wanted.numel()
         u = torch.cat([patches, torch.ones_like(patches[..., :1])], -1)
         left = wanted - torch.bmm(u, self._coefficients(self.centre))
-        self._products += torch.bmm(u.mT, u)
-        self._residuals += torch.bmm(u.mT, left)
-        self._square_residual += float(left.square().sum())
-        self._square_output += float(wanted.square().sum())
-        self._observations += u.shape[1]
+        held_out = torch.arange(u.shape[1], device=u.device) % HELD_OUT == 0
+        for sums, part in ((self._held_out, held_out), (self._fitted, ~held_out)):
+            sums.add(u[:, part], left[:, part], wanted[:, part], weight)
 
     def solve(self) -> AffineOperator:
         """The operator that leaves the least."""
-        ridge = RIDGE * self._products.diagonal(dim1=1, dim2=2).mean() * torch.eye(self._unknowns).to(self._products)
-        difference = torch.linalg.solve(self._products + ridge, self._residuals)
+        products = self._fitted.products
+        ridge = RIDGE * products.diagonal(dim1=1, dim2=2).mean() * torch.eye(self._unknowns).to(products)
+        difference = torch.linalg.solve(products + ridge, self._fitted.residuals)
         coefficients = self._coefficients(self.centre) + difference
         weight = coefficients[:, :-1].mT.reshape(self.centre.weight.shape)
         return replace(self.centre, weight=weight, bias=coefficients[:, -1].flatten())
 
     def error(self, operator: AffineOperator) -> float:
         """The root mean square of what an operator leaves, over that of the output."""
-        step = self._coefficients(operator) - self._coefficients(self.centre)
-        explained = 2 * (step * self._residuals).sum() - (step * torch.bmm(self._products, step)).sum()
-        return float((max(self._square_residual - float(explained), 0.0) / max(self._square_output, 1e-300)) ** 0.5)
+        sums, step = self._held_out, self._coefficients(operator) - self._coefficients(self.centre)
+        explained = 2 * (step * sums.residuals).sum() - (step * torch.bmm(sums.products, step)).sum()
+        return float((max(sums.square_residual - float(explained), 0.0) / max(sums.square_output, 1e-300)) ** 0.5)
 
     def moments(self, operator: AffineOperator) -> tuple[Tensor, Tensor]:
         """The mean and the variance of each output channel without its bias, over what was observed."""
+        products, observations = self._fitted.products, self._fitted.observations
         weight = self._coefficients(operator)
         weight[:, -1] = 0
-        mean = torch.bmm(self._products[:, -1:], weight).flatten() / self._observations
-        square = (weight * torch.bmm(self._products, weight)).sum(1).flatten() / self._observations
+        mean = torch.bmm(products[:, -1:], weight).flatten() / observations
+        square = (weight * torch.bmm(products, weight)).sum(1).flatten() / observations
         return mean, (square - mean.square()).clamp_min(0)
 
     def _coefficients(self, operator: AffineOperator) -> Tensor:
@@ -217,15 +251,17 @@ class _Regression:
         both = torch.cat([operator.weight.flatten(1), operator.bias.unsqueeze(1)], 1)
         return both.reshape(self._groups, -1, both.shape[1]).mT
 
-    def _sample(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    def _sample(self, x: Tensor, y: Tensor, most: int) -> tuple[Tensor, Tensor]:
         """Patches [groups, positions, inputs] and outputs [groups, positions, outputs] at random positions of a batch."""
         operator = self.centre
         windows = F.pad(x, [zeros for axis in reversed(operator.axes) for zeros in (axis.before, axis.after)])
         for index, axis in enumerate(operator.axes):
             windows = windows.unfold(2 + index, axis.kernel, axis.stride)
         shape = (y.shape[0], *y.shape[2:])
-        total = int(torch.tensor(shape).prod())
-        count = min(total, OBSERVATIONS_PER_BATCH)
+        if tuple(windows.shape[2 : y.ndim]) != shape[1:]:
+            raise ValueError(f"one convolution gives {tuple(windows.shape[2 : y.ndim])} positions, the stretch {shape[1:]}")
+        total = math.prod(shape)
+        count = min(total, most)
         chosen = torch.randperm(total, generator=self._generator)[:count].to(x.device)
         batch, *place = torch.unravel_index(chosen, shape)
         at: Any = (batch, slice(None), *place)
