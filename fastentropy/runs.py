@@ -71,6 +71,14 @@ class Settings:
                 continue
             if type(value) not in (kind, int) or not lowest <= value <= highest:
                 raise ValueError(f"{name} is {value!r}; expected a {kind.__name__} from {lowest} to {highest}")
+        for name in ("zeros_together", "compile"):
+            if type(getattr(self, name)) is not bool:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected true or false")
+        for name in ("model", "data"):
+            if not isinstance(getattr(self, name), str | None):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected a text")
+        if not isinstance(self.protect, list | tuple) or not all(isinstance(each, str) for each in self.protect):
+            raise ValueError(f"protect is {self.protect!r}; expected a list of names")
         if self.criterion not in CRITERIA:
             raise ValueError(f"criterion is {self.criterion!r}; expected one of {', '.join(CRITERIA)}")
         Options(**self.pruning_options)

@@ -52,11 +52,13 @@ class StepFolder:
                 raise ValueError(f"{self.path} holds a run with the options {options}, not {self._options}; name another")
 
     def save(self, index: int, step: Step, model: nn.Module, statistics: Statistics, random_state: dict[str, Tensor]) -> None:
-        """Write a step. It counts as there once it is complete."""
-        folder = self._folder(index)
+        """Write a step. It counts as there once it is complete. Raises ValueError for a state that is not of tensors."""
+        folder, state = self._folder(index), model.state_dict()
+        if others := [name for name, value in state.items() if not isinstance(value, Tensor)]:
+            raise ValueError(f"the model's state_dict holds {', '.join(others)}, which are no tensors and cannot be kept")
         folder.mkdir(parents=True, exist_ok=True)
         save_json(self._options, self.path / "options.json")
-        save_tensors(model.state_dict(), folder / "model.safetensors")
+        save_tensors(state, folder / "model.safetensors")
         save_tensors(random_state, folder / "random_state.safetensors")
         statistics.save(folder / "statistics.safetensors")
         values = asdict(step)

@@ -93,6 +93,22 @@ def test_the_same_seed_gives_the_same_run_as_json(finished, tmp_path):
     assert outcome(again) == outcome(json.loads((finished[0] / "history.json").read_text()))
 
 
+def test_a_run_by_latency_tells_what_it_approximates_and_goes_on_with_its_options(tmp_path):
+    folder = tmp_path / "run"
+    options = ["--criterion", "entropy-per-latency", "--collapse", "project", "--protect", "stem.relu", "--per-step", "2"]
+    result = invoke("prune", "--epochs", "1", "--max-removed", "2", "--max-drop", "1", *options, "--output", folder)
+    assert result.exit_code == 0, result.output
+    history = json.loads((folder / "history.json").read_text())
+    assert history["options"]["protect"] == ["stem.relu"]
+    assert [len(step["removed"]) for step in history["steps"]] == [0, 2]
+    with safe_open(folder / "pruned.safetensors", framework="pt") as file:
+        collapsed = json.loads(file.metadata()["collapsed"])
+    assert collapsed == [projection for step in history["steps"] for projection in step["collapsed"]]
+    shutil.rmtree(folder / "steps" / "01")
+    assert invoke("prune", "--resume", folder).exit_code == 0
+    assert outcome(json.loads((folder / "history.json").read_text())) == outcome(history)
+
+
 @pytest.mark.parametrize("when", ["dense training", "fine-tuning", "calibration"])
 def test_an_interrupted_run_goes_on_to_the_same_result(finished, tmp_path, monkeypatch, when):
     method, call = {"dense training": ("train", 1), "fine-tuning": ("train", 3), "calibration": ("calibrate", 2)}[when]
@@ -183,7 +199,11 @@ def test_a_damaged_history_is_one_line(copied, content):
     assert_one_line(invoke("prune", "--resume", copied), r"history\.json is missing, damaged or not the history of a run")
 
 
-@pytest.mark.parametrize(("option", "value"), [("max_drop", "abc"), ("epochs", 1.5), ("seed", -1), ("device", "meta")])
+@pytest.mark.parametrize(("option", "value"), [
+        ("max_drop", "abc"), ("epochs", 1.5), ("seed", -1), ("device", "meta"), ("protect", "stem.relu"), ("protect", [1]),
+        ("zeros_together", "yes"), ("model", 5), ("criterion", None), ("target_speedup", -1), ("collapse", 0),
+    ],
+)  # fmt: skip
 def test_an_impossible_option_in_a_history_is_one_line(copied, option, value):
     history = json.loads((copied / "history.json").read_text())
     (history if option == "seed" else history["options"])[option] = value

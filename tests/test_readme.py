@@ -66,6 +66,40 @@ def test_every_figure_of_fusing_is_in_the_recorded_run():
         assert rows[case["name"]] == f"| {case['name']} | {' | '.join(cells)} |"
 
 
+def test_every_figure_of_the_criteria_is_in_the_recorded_run():
+    record = json.loads((ROOT / "bench" / "results" / "criteria-epyc.json").read_text(encoding="utf-8"))
+    (text,) = re.findall(r"^<!-- criteria -->\n(.*?)\n\nThe record", README, re.DOTALL | re.MULTILINE)
+    seeds = {run["seed"] for run in record["runs"]}
+    for figure in (record["machine"], record["date"], f"{len(seeds)} seeds", f"{record['epochs']} epochs"):
+        assert figure in " ".join(text.split())
+    for limit, rows in record["summary"].items():
+        for criterion, row in rows.items():
+            cells = (
+                f"{100 * float(limit):.1f}",
+                criterion,
+                f"{row['removed']:.1f}",
+                f"{100 * row['test_change']:+.2f}",
+                f"{row['speedup']:.2f} ({row['least_speedup']:.2f} to {row['most_speedup']:.2f})",
+            )
+            assert f"| {' | '.join(cells)} |" in text
+
+
+def test_every_figure_of_cifar10_is_in_the_recorded_run():
+    history = json.loads((ROOT / "bench" / "results" / "cifar10-resnet8.json").read_text(encoding="utf-8"))
+    (text,) = re.findall(r"^<!-- cifar10 -->\n(.*?)\n\nThe record", README, re.DOTALL | re.MULTILINE)
+    for figure in (history["machine"]["device"], history["machine"]["date"], f"seed {history['seed']}"):
+        assert figure in " ".join(text.split())
+    for index, step in enumerate(history["steps"]):
+        cells = (
+            ", ".join(step["removed"]) or "dense",
+            f"{100 * step['validation']:.2f}",
+            f"{100 * step['test']:.2f}",
+            f"{step['latency_ms']['fused']:.2f} ms",
+            "kept" if index == history["kept_step"] else "",
+        )
+        assert f"| {' | '.join(cells)} |".replace("|  |", "| |") in text
+
+
 def test_every_figure_of_the_result_is_in_the_recorded_run():
     history = json.loads((ROOT / "bench" / "results" / "digits.json").read_text(encoding="utf-8"))
     (result,) = re.findall(r"^<!-- digits -->\n(.*?)\n\n", README, re.DOTALL | re.MULTILINE)

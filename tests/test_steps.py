@@ -58,6 +58,16 @@ def test_random_state_goes_on_where_it_was(folder):
     assert torch.equal(torch.rand(3), first)
 
 
+def test_a_state_that_is_not_of_tensors_is_refused(tmp_path):
+    class Extra(nn.Linear):
+        def get_extra_state(self):
+            return {"version": 2}
+
+    with pytest.raises(ValueError, match="holds _extra_state, which are no tensors"):
+        StepFolder(tmp_path, OPTIONS).save(0, STEP, Extra(2, 3), STATISTICS, random_state())
+    assert not list(tmp_path.iterdir())
+
+
 def test_options_of_another_run_are_refused(folder):
     with pytest.raises(ValueError, match=r"holds a run with the options \{'max_drop': 0\.01\}, not \{'max_drop': 0\.5\}"):
         StepFolder(folder.path, {"max_drop": 0.5})
