@@ -199,11 +199,22 @@ def test_a_damaged_history_is_one_line(copied, content):
     assert_one_line(invoke("prune", "--resume", copied), r"history\.json is missing, damaged or not the history of a run")
 
 
-@pytest.mark.parametrize(("option", "value"), [
-        ("max_drop", "abc"), ("epochs", 1.5), ("seed", -1), ("device", "meta"), ("protect", "stem.relu"), ("protect", [1]),
-        ("zeros_together", "yes"), ("model", 5), ("criterion", None), ("target_speedup", -1), ("collapse", 0),
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("max_drop", "abc"),
+        ("epochs", 1.5),
+        ("seed", -1),
+        ("device", "meta"),
+        ("protect", "stem.relu"),
+        ("protect", [1]),
+        ("zeros_together", "yes"),
+        ("model", 5),
+        ("criterion", None),
+        ("target_speedup", -1),
+        ("collapse", 0),
     ],
-)  # fmt: skip
+)
 def test_an_impossible_option_in_a_history_is_one_line(copied, option, value):
     history = json.loads((copied / "history.json").read_text())
     (history if option == "seed" else history["options"])[option] = value
