@@ -3,6 +3,7 @@
 import functools
 import json
 import re
+import warnings
 import zipfile
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -40,7 +41,10 @@ def write(path: str | PathLike[str], program: ExportedProgram, report: FusionRep
     program.example_inputs = None
 
     def save(file: Path) -> None:
-        torch.export.save(program, file, extra_files=texts)
+        with warnings.catch_warnings():
+            # It takes weights in channels-last for parts of larger ones; what it wrote is read back and compared.
+            warnings.filterwarnings("ignore", message="No complete tensor found in the group")
+            torch.export.save(program, file, extra_files=texts)
         _check_equal(program, inference_module(read(file)[0]))
 
     replace_file(path, save)
