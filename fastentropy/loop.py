@@ -144,7 +144,11 @@ class PruningLoop:
         for step in self.steps[: index + 1]:
             linearize(model, step.removed)
             for projection in step.collapsed:
-                place(model, projection)
+                try:
+                    place(model, projection)
+                except (AttributeError, RuntimeError, StopIteration, TypeError, ValueError) as error:
+                    text = f"{self._folder.path} holds a step that approximates what the model does not have: {error!r}"
+                    raise ValueError(text) from error
         self._folder.load_weights(index, model)
         return model
 

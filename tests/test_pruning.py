@@ -1,5 +1,6 @@
 import copy
 import itertools
+import json
 import math
 import shutil
 import threading
@@ -580,6 +581,19 @@ def test_collapsing_goes_on_over_what_is_collapsed_already(order, tmp_path):
     again = run(model, checkpoint_dir=tmp_path, **options)
     assert again.steps == result.steps
     assert torch.equal(again.model(DATA), result.model(DATA))
+
+
+@pytest.mark.usefixtures("counted_costs")
+@pytest.mark.parametrize(("name", "value"), [("modules", ["nowhere"]), ("modules", []), ("kernel", ["3"]), ("groups", 7)])
+def test_an_approximation_that_does_not_fit_the_model_is_one_line(blocks, tmp_path, name, value):
+    options = {"collapse": "project", "protect": ["gelu"], "max_removed": 1, "checkpoint_dir": tmp_path}
+    run(blocks, **options)
+    path = tmp_path / "01" / "step.json"
+    values = json.loads(path.read_text())
+    values["collapsed"][0][name] = value
+    path.write_text(json.dumps(values))
+    with pytest.raises(ValueError, match="holds a step that approximates what the model does not have"):
+        run(blocks, **options)
 
 
 @pytest.mark.usefixtures("counted_costs")
