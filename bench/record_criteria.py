@@ -11,14 +11,11 @@ import argparse
 import copy
 import functools
 import statistics
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from records import save_record
-from safetensors.torch import load_file
 from torch import nn
 
 import fastentropy as fe
@@ -77,30 +74,22 @@ def prune_to_the_widest_limit(
     dense: nn.Module, recipe: Digits, criterion: Any, epochs: int, models: list[nn.Module]
 ) -> list[dict[str, Any]]:
     """The steps of a run; the network of each is appended to `models`."""
-    with tempfile.TemporaryDirectory() as folder:
-        result = fe.prune(
-            dense,
-            train=lambda model: consume(recipe.train(model, epochs)),
-            evaluate=lambda model: recipe.evaluate(model, "validation"),
-            calibrate=lambda model: consume(recipe.calibrate(model)),
-            example_inputs=recipe.example_inputs(),
-            max_drop=max(LIMITS),
-            criterion=criterion,
-            checkpoint_dir=folder,
-            measure=lambda model: {"test": recipe.evaluate(model, "test")},
-        )
-        for index in range(len(result.steps)):
-            models.append(network_of(dense, result.steps[: index + 1], Path(folder) / f"{index:02d}"))
+
+    def measure(model: nn.Module) -> dict[str, float]:
+        models.append(copy.deepcopy(model))
+        return {"test": recipe.evaluate(model, "test")}
+
+    result = fe.prune(
+        dense,
+        train=lambda model: consume(recipe.train(model, epochs)),
+        evaluate=lambda model: recipe.evaluate(model, "validation"),
+        calibrate=lambda model: consume(recipe.calibrate(model)),
+        example_inputs=recipe.example_inputs(),
+        max_drop=max(LIMITS),
+        criterion=criterion,
+        measure=measure,
+    )
     return [{"removed": step.removed, "validation": step.score, "test": step.metrics["test"]} for step in result.steps]
-
-
-def network_of(dense: nn.Module, steps: Sequence[fe.Step], folder: Path) -> nn.Module:
-    """The network at the end of a step."""
-
-    model = copy.deepcopy(dense)
-    fe.linearize(model, [name for step in steps for name in step.removed])
-    model.load_state_dict(load_file(folder / "model.safetensors"))
-    return model.eval()
 
 
 def kept_step(steps: Sequence[dict[str, Any]], limit: float) -> int:

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from fastentropy.histories import RunHistory
 from fastentropy.steps import Step
 
 T = TypeVar("T")
@@ -81,20 +82,18 @@ def print_history(history: Mapping[str, Any], folder: Path, console: Console) ->
 
 
 def _print_outcome(history: Mapping[str, Any], folder: Path, console: Console) -> None:
-    dense, kept, fusion = history["steps"][0], history["steps"][history["kept_step"]], history["fusion"]
-    removed = sum(len(step["removed"]) for step in history["steps"][: history["kept_step"] + 1])
-    times = history["latency_ms"]
-    collapsed = [projection for step in history["steps"][: history["kept_step"] + 1] for projection in step["collapsed"]]
-    largest = max((projection["relative_error"] for projection in collapsed), default=0.0)
-    stretches = f"{len(collapsed)} stretch{'es' if len(collapsed) > 1 else ''}"
+    run = RunHistory(history)
+    times = run.latency
+    largest = max((projection["relative_error"] for projection in run.collapsed), default=0.0)
+    stretches = f"{len(run.collapsed)} stretch{'es' if len(run.collapsed) > 1 else ''}"
     approximated = f"approx.  {stretches}, each by one convolution: error up to {largest:.0%} before the training"
     lines = [
-        f"removed  {removed} of {len(dense['layer_entropy'])} activations",
-        f"test     {dense['test']:.2%} -> {kept['test']:.2%}",
+        f"removed  {run.removed} of {len(run.sites)} activations",
+        f"test     {run.dense['test']:.2%} -> {run.kept['test']:.2%}",
         f"latency  dense {times['dense']:.2f} ms, pruned {times['pruned']:.2f} ms, fused {times['fused']:.2f} ms: "
-        f"{times['dense'] / times['fused']:.2f}x as fast as dense",
-        *([approximated] if collapsed else []),
-        f"error    {fusion['max_relative_error']:.0e}, fused against pruned, relative",
+        f"{run.speedup:.2f}x as fast as dense",
+        *([approximated] if run.collapsed else []),
+        f"error    {history['fusion']['max_relative_error']:.0e}, fused against pruned, relative",
         f"report   {folder / 'report.html'}",
     ]
     for line in lines:

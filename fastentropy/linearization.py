@@ -1,13 +1,12 @@
 """Replace activations by the identity."""
 
-import difflib
 from collections.abc import Sequence
 
 from torch import nn
 
 from fastentropy.activations import activation_modules
 from fastentropy.interception import replace_activation
-from fastentropy.sites import no_sites
+from fastentropy.sites import nearest_names, no_sites
 
 
 def linearize(model: nn.Module, names: Sequence[str]) -> None:
@@ -26,8 +25,8 @@ def linearize(model: nn.Module, names: Sequence[str]) -> None:
     paths = [id(module) for _, module in model.named_modules(remove_duplicate=False)]
     for name in names:
         if name not in modules:
-            nearest = difflib.get_close_matches(name, modules, n=3, cutoff=0.0)
-            raise ValueError(f"{name!r} is not an activation module of the model; the nearest are {', '.join(nearest)}")
+            nearest = nearest_names(name, modules)
+            raise ValueError(f"{name!r} is not an activation module of the model; the nearest are {nearest}")
         if paths.count(id(modules[name])) > 1:
             raise ValueError(f"the module {name!r} stands in several places of the model; give each its own activation module")
     for name in names:

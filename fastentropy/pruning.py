@@ -1,7 +1,6 @@
 """The EASIER loop (arXiv 2404.18949): linearise the activation of lowest entropy, fine-tune, validate, repeat."""
 
 import copy
-import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -12,7 +11,7 @@ from torch import nn
 from fastentropy.activations import activation_modules
 from fastentropy.criteria import Criterion
 from fastentropy.loop import Functions, Options, PruningLoop, latency_table
-from fastentropy.sites import find_sites
+from fastentropy.sites import find_sites, nearest_names
 from fastentropy.statistics import Statistics
 from fastentropy.steps import Step, StepFolder
 
@@ -114,8 +113,8 @@ def check_names(names: Sequence[str], sites: Sequence[str], option: str) -> None
     """Raise ValueError where an option names what is no site of the model."""
     for name in names:
         if name not in sites:
-            nearest = difflib.get_close_matches(name, sites, n=3, cutoff=0.0)
-            raise ValueError(f"{option} names {name!r}, which is no site of the model; the nearest are {', '.join(nearest)}")
+            nearest = nearest_names(name, sites)
+            raise ValueError(f"{option} names {name!r}, which is no site of the model; the nearest are {nearest}")
 
 
 def _check_statistics(calibrate: object, statistics: Statistics | None, sites: Sequence[str], collapse: object) -> None:

@@ -2,10 +2,11 @@
 
 import contextlib
 import copy
+import difflib
 import re
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, NamedTuple, Protocol, TypeGuard, TypeVar
 
@@ -106,6 +107,11 @@ def call_once(model: nn.Module, example_inputs: tuple[Any, ...] | Mapping[str, A
             owner._buffers[name] = buffer  # the forward may have put another one there
             if buffer is not None and before is not None:
                 buffer.copy_(before)
+
+
+def nearest_names(name: str, names: Iterable[str]) -> str:
+    """The three names that are most like one that does not exist, for an error."""
+    return ", ".join(difflib.get_close_matches(name, list(names), n=3, cutoff=0.0))
 
 
 def no_sites(model: nn.Module) -> str:

@@ -122,21 +122,18 @@ def _segment_to(
     if node.target in _VIEWS:
         return _view(node, segments)
     linear = read(node, module)
-    if linear and (path := module_path(node)) in activations:
-        activation = Activation(path, activations[path])
-        before = segments.get(linear.operand) if len(linear.operand.users) == 1 else None
-        before = before or _Segment(linear.operand, (), None, frozenset())
-        step = _Step(lambda _: activation, path)
-        return replace(before, steps=(*before.steps, step), members=before.members | {node})
     if linear is None:
         return _add_branches(node, segments) if node.target in _ADDITIONS else None
+    start = _Segment(linear.operand, (), None, frozenset())
     before = segments.get(linear.operand) if len(linear.operand.users) == 1 else None
+    if (path := module_path(node)) in activations:
+        activation, before = Activation(path, activations[path]), before or start
+        return replace(before, steps=(*before.steps, _Step(lambda _: activation, path)), members=before.members | {node})
     overwrites = _writes(node, linear.operand)
     if before and (before.steps or not overwrites) and (extended := _extend(before, node, linear)):
         return extended
     if overwrites or _is_overwritten(linear.operand):
         return None
-    start = _Segment(linear.operand, (), None, frozenset())
     return _extend(start, node, linear)
 
 

@@ -146,30 +146,36 @@ def outline(chain: Chain) -> AffineOperator:
 
     Raises ValueError where it is no operator.
     """
-    return compose_all(tuple(map(_outline, chain)))
+    return compose_all(_with_each(chain, _on_meta))
 
 
 def unweighted(chain: Chain) -> AffineOperator:
     """The composition of a chain with zeros in place of its weight, which would cost more to compose than to time."""
-    shape, bias = outline(chain), compose_all(tuple(map(_without_extent, chain))).bias
+    shape, bias = outline(chain), compose_all(_with_each(chain, _without_extent)).bias
     weight = torch.zeros(shape.weight.shape, dtype=torch.float32, device=bias.device)
     return replace(shape, weight=weight, bias=bias)
 
 
-def _without_extent(element: Element) -> Element:
-    """An element whose operators have a single tap, the sum of theirs: of what is constant, it gives the same."""
-    if isinstance(element, Sum):
-        return Sum(tuple(tuple(map(_without_extent, branch)) for branch in element.branches))
-    assert isinstance(element, AffineOperator)
-    weight = element.weight.flatten(2).sum(2) if element.axes else element.weight
-    return AffineOperator(weight, element.bias, groups=element.groups)
+def _with_each(chain: Chain, change: Callable[[AffineOperator], AffineOperator]) -> Chain:
+    """A chain with each of its operators changed, those of branches too."""
+
+    def changed(element: Element) -> Element:
+        if isinstance(element, Sum):
+            return Sum(tuple(_with_each(branch, change) for branch in element.branches))
+        assert isinstance(element, AffineOperator)
+        return change(element)
+
+    return tuple(map(changed, chain))
 
 
-def _outline(element: Element) -> Element:
-    if isinstance(element, Sum):
-        return Sum(tuple(tuple(map(_outline, branch)) for branch in element.branches))
-    assert isinstance(element, AffineOperator)
-    return replace(element, weight=element.weight.to("meta"), bias=element.bias.to("meta"))
+def _on_meta(operator: AffineOperator) -> AffineOperator:
+    return replace(operator, weight=operator.weight.to("meta"), bias=operator.bias.to("meta"))
+
+
+def _without_extent(operator: AffineOperator) -> AffineOperator:
+    """An operator with a single tap, the sum of the taps of another: of what is constant, it gives the same."""
+    weight = operator.weight.flatten(2).sum(2) if operator.axes else operator.weight
+    return AffineOperator(weight, operator.bias, groups=operator.groups)
 
 
 class _Reading(NamedTuple):

@@ -122,10 +122,14 @@ def plan_chain(
 
 def measured(forms: Mapping[Key, Chain], inputs: Mapping[Key, Tensor]) -> dict[Key, float]:
     """The milliseconds of each form on its input, timed side by side."""
-    functions = {key: functools.partial(compile_chain(form, inputs[key]), inputs[key]) for key, form in forms.items()}
     if len(forms) <= 6:
-        return measure_times(functions)
-    return measure_times(functions, rounds=5, round_seconds=0.001)
+        return measure_times(calls(forms, inputs))
+    return measure_times(calls(forms, inputs), rounds=5, round_seconds=0.001)
+
+
+def calls(forms: Mapping[Key, Chain], inputs: Mapping[Key, Tensor]) -> dict[Key, Callable[[], Tensor]]:
+    """A call of each form on its input, to be timed."""
+    return {key: functools.partial(compile_chain(form, inputs[key]), inputs[key]) for key, form in forms.items()}
 
 
 def counted(forms: Mapping[Key, Chain], inputs: Mapping[Key, Tensor]) -> dict[Key, float]:

@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,7 +15,7 @@ from fastentropy.fusion.inputs import Inputs, clone
 from fastentropy.fusion.latency import LatencyTable, Part, Section, Stretch, worthwhile
 from fastentropy.fusion.lowering import compile_chain
 from fastentropy.fusion.merging import fold, kernels, masked, merge, outline, spatial_size, unweighted
-from fastentropy.fusion.plan import TIE, promising_stops, sketch
+from fastentropy.fusion.plan import TIE, calls, promising_stops, sketch
 from fastentropy.fusion.projection import centre, replaceable_modules
 from fastentropy.fusion.runtime import fuse
 from fastentropy.fusion.tracing import export, in_channels_last, inference_module, values_of
@@ -144,8 +143,7 @@ def _merged(chain: Chain, x: Tensor) -> Iterator[tuple[str, Chain]]:
 
 
 def _times(forms: Mapping[Any, Chain], inputs: Mapping[Any, Tensor]) -> dict[Any, float]:
-    functions = {key: functools.partial(compile_chain(form, inputs[key]), inputs[key]) for key, form in forms.items()}
-    return measure_times(functions, rounds=11, round_seconds=0.001)
+    return measure_times(calls(forms, inputs), rounds=11, round_seconds=0.001)
 
 
 def _itself(element: Element) -> Element:
