@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torchvision.models import SwinTransformer
 
 import fastentropy as fe
+from fastentropy.activations import activation_modules
 
 MODELS = ("resnet18", "mobilenet_v2", "vgg16_bn", "swin_t")
 Inference = Callable[[Tensor], Tensor]
@@ -43,14 +44,13 @@ def published(model: nn.Module) -> Iterator[Inference]:
     def run(images: Tensor) -> Tensor:
         y = model(images)
         for x in inputs:
-            published_entropy(x, neurons_last=isinstance(model, SwinTransformer))
+            published_entropy(x, neurons_last=x.ndim == 3 or isinstance(model, SwinTransformer))
         inputs.clear()
         return y
 
-    for module in model.modules():
-        if isinstance(module, nn.ReLU | nn.ReLU6 | nn.GELU):
-            module.inplace = False
-            module.register_forward_hook(keep_input)
+    for module in activation_modules(model).values():
+        module.inplace = False
+        module.register_forward_hook(keep_input)
     yield run
 
 

@@ -86,20 +86,28 @@ class FusedActivation(NamedTuple):
     inplace: bool
 
 
-#: Module types whose forward is the kernels' activation and nothing else, with the attributes that are its parameters.
-_FUSED: dict[type[nn.Module], Callable[[Any], tuple[str, dict[str, float]]]] = {
-    nn.ReLU: lambda module: ("relu", {}),
-    nn.ReLU6: lambda module: ("relu6", {}),
-    nn.LeakyReLU: lambda module: ("leaky_relu", {"negative_slope": module.negative_slope}),
-    nn.ELU: lambda module: ("elu", {"alpha": module.alpha}),
-    nn.SELU: lambda module: ("selu", {}),
-    nn.CELU: lambda module: ("celu", {"alpha": module.alpha}),
-    nn.GELU: lambda module: ("gelu" if module.approximate == "none" else "gelu_tanh", {}),
-    nn.SiLU: lambda module: ("silu", {}),
-    nn.Mish: lambda module: ("mish", {}),
-    nn.Softplus: lambda module: ("softplus", {"beta": module.beta, "threshold": module.threshold}),
-    nn.Hardswish: lambda module: ("hardswish", {}),
-    nn.Hardtanh: lambda module: ("hardtanh", {"min_val": module.min_val, "max_val": module.max_val}),
+#: Module type -> the activation that the kernels compute in place of its forward and the parameters it has, read off a module;
+#: None for a module that is set to another formula, whose steps round differently.
+_FUSED: dict[str, Callable[[Any], tuple[str, dict[str, float]] | None]] = {
+    **{
+        f"torch.nn.modules.activation.{kind}": read
+        for kind, read in dict[str, Callable[[Any], tuple[str, dict[str, float]]]](
+            ReLU=lambda module: ("relu", {}),
+            ReLU6=lambda module: ("relu6", {}),
+            LeakyReLU=lambda module: ("leaky_relu", {"negative_slope": module.negative_slope}),
+            ELU=lambda module: ("elu", {"alpha": module.alpha}),
+            SELU=lambda module: ("selu", {}),
+            CELU=lambda module: ("celu", {"alpha": module.alpha}),
+            GELU=lambda module: ("gelu" if module.approximate == "none" else "gelu_tanh", {}),
+            SiLU=lambda module: ("silu", {}),
+            Mish=lambda module: ("mish", {}),
+            Softplus=lambda module: ("softplus", {"beta": module.beta, "threshold": module.threshold}),
+            Hardswish=lambda module: ("hardswish", {}),
+            Hardtanh=lambda module: ("hardtanh", {"min_val": module.min_val, "max_val": module.max_val}),
+        ).items()
+    },
+    "transformers.activations.GELUActivation": lambda module: ("gelu", {}) if module.act is F.gelu else None,
+    "transformers.activations.SiLUActivation": lambda module: ("silu", {}),
 }
 
 
@@ -141,10 +149,10 @@ def function_name(function: Callable[..., Any]) -> str | None:
 
 def fused_activation(module: nn.Module, kind: type[nn.Module]) -> FusedActivation | None:
     """What the kernels compute in place of a module of exactly this type; None where that is not known to be the same."""
-    if kind not in _FUSED:
+    read = _FUSED.get(_full_name(kind))
+    if read is None or (fused := read(module)) is None:
         return None
-    activation, parameters = _FUSED[kind](module)
-    return FusedActivation(activation, parameters, bool(getattr(module, "inplace", False)))
+    return FusedActivation(*fused, inplace=bool(getattr(module, "inplace", False)))
 
 
 def activation_modules(model: nn.Module) -> dict[str, nn.Module]:
