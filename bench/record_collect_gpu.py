@@ -2,8 +2,8 @@
 
 python bench/record_collect_gpu.py [--rounds N] [--name NAME] [MODEL …]
 
-The models are resnet18 (224 x 224, batch 128) and llama, a decoder of 1.1 billion parameters (batch 8 of 512 tokens), both with
-random weights. Eagerly the published procedure is measured, too. With a name the record is kept as
+The models are resnet18 (224 x 224, batch 256) and llama, a decoder of 1.1 billion parameters (batch 8 of 1,024 tokens), both
+with random weights. Eagerly the published procedure is measured, too. With a name the record is kept as
 bench/results/collect-NAME.json.
 """
 
@@ -26,7 +26,7 @@ from fastentropy.isolation import copy_sharing_tensors
 
 def resnet18() -> tuple[nn.Module, Tensor]:
     """Return torchvision's network and images."""
-    return load_model("resnet18").to("cuda", torch.bfloat16), torch.randn(128, 3, 224, 224, device="cuda", dtype=torch.bfloat16)
+    return load_model("resnet18").to("cuda", torch.bfloat16), torch.randn(256, 3, 224, 224, device="cuda", dtype=torch.bfloat16)
 
 
 def llama() -> tuple[nn.Module, Tensor]:
@@ -42,7 +42,7 @@ def llama() -> tuple[nn.Module, Tensor]:
     )
     with torch.device("cuda"):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
-        return model, torch.randint(0, config.vocab_size, (8, 512))
+        return model, torch.randint(0, config.vocab_size, (8, 1024))
 
 
 NETWORKS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {"resnet18": resnet18, "llama": llama}

@@ -7,7 +7,7 @@ import sys
 from functools import partial
 
 from records import save_record
-from state_peers import DTYPES, PASSES, SHAPES, copy, operands, relu, relu_with_states
+from state_peers import DTYPES, PASSES, SHAPES, copy, operands, relu, relu_and_published_procedure, relu_with_states
 
 from fastentropy.timing import measure_times
 
@@ -23,11 +23,14 @@ def main(device: str, name: str) -> None:
 
 
 def measure(device: str, shape: str, dtype: str) -> dict[str, object]:
-    """Return the milliseconds of every operation, interleaved, and what follows from them."""
+    """Return the milliseconds of every operation, interleaved and on a GPU as CUDA graphs, and what follows from them."""
     x, counts = operands(device, shape, dtype)
-    times = measure_times(
-        {operation.__name__: partial(operation, x, counts) for operation in PASSES}, rounds=31, round_seconds=0.02
-    )
+    operations = {operation.__name__: partial(operation, x, counts) for operation in PASSES}
+    # What waits for the GPU cannot be captured in a graph, and would keep the others from it.
+    waiting = {name: operations.pop(name) for name in [relu_and_published_procedure.__name__]}
+    times = {}
+    for together in (operations, waiting):
+        times |= measure_times(together, x.device, rounds=31, round_seconds=0.02)
     size = x.numel() * x.element_size()
     fused = times[relu_with_states.__name__]
     return {
@@ -36,7 +39,7 @@ def measure(device: str, shape: str, dtype: str) -> dict[str, object]:
         "bytes": 2 * size,
         "milliseconds": times,
         "ratio_to_relu": fused / times[relu.__name__],
-        "speedup_over_published": times["relu_and_published_procedure"] / fused,
+        "speedup_over_published": times[relu_and_published_procedure.__name__] / fused,
         "copy_gigabytes_per_second": 2 * size / times[copy.__name__] / 1e6,
         "share_of_copy_bandwidth": times[copy.__name__] / fused,
     }

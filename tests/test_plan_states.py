@@ -396,3 +396,44 @@ def test_backward_notices_that_a_plan_wrote_over_what_it_needs():
 def test_y_does_not_need_a_gradient():
     plan, x = a_plan()
     assert not plan(x).requires_grad
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+@pytest.mark.parametrize("inplace", [False, True], ids=["out of place", "in place"])
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu", "silu", "gelu"])
+@pytest.mark.parametrize("dtype", INTEGER, ids=str)
+@pytest.mark.parametrize(("shape", "axis"), [((3, 5, 37), 2), ((8, 64, 129), 2), ((2, 37, 3, 5), 1), ((33, 37), 1)], ids=str)
+def test_a_plan_on_a_gpu_does_what_activation_states_does(shape, axis, dtype, activation, inplace, masked):
+    positions = (*shape[:axis], *shape[axis + 1 :])
+    counts = counters(shape[axis]).cuda()
+    expected = counts.clone()
+    options = {"channel_axis": axis, "inplace": inplace}
+    plan = None
+    for seed in range(3):
+        x = random_values(shape, dtype, seed).cuda()
+        again = x.clone()
+        mask = torch.rand(positions, device="cuda") < 0.7 if masked else None
+        if plan is None:
+            plan = plan_activation_states(x, counts, activation, mask=mask, **options)
+            assert torch.equal(counts, expected)  # a plan alone counts nothing
+        assert plan.fits(x, mask)
+        assert not plan.fits(x, None if masked else torch.ones(positions, dtype=torch.bool, device="cuda"))
+        y = plan(x, mask)
+        y_expected = activation_states(again, expected, activation, mask=mask, **options, impl="triton")
+        assert torch.equal(counts, expected)
+        assert torch.equal(bits(y), bits(y_expected))
+        assert (y is x) == inplace
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_plan_on_a_gpu_is_for_aligned_memory():
+    memory = torch.randn(4 * 8 + 1, device="cuda")
+    counts = counters(8).cuda()
+    assert plan_activation_states(memory[1:].view(4, 8), counts, "relu") is None
+    plan = plan_activation_states(memory[:-1].view(4, 8), counts, "relu")
+    assert plan.fits(torch.randn(4, 8, device="cuda"))
+    assert not plan.fits(memory[1:].view(4, 8))
+    assert not plan.fits(torch.randn(4, 8))

@@ -22,11 +22,11 @@ def test_candidates_begin_with_the_present_line_and_fill_every_thread(line):
 
 
 def test_every_line_of_the_table_is_swept():
-    assert sweep_states.DEFAULT_SHAPES.keys() == LAUNCHES.keys()
+    assert sweep_states.CASES.keys() == LAUNCHES.keys()
 
 
 @pytest.mark.parametrize(("milliseconds", "expected"), [(0.5, Launch(4096, 256, 4, 16)), (0.99, LAUNCHES["rows"])])
 def test_a_line_is_replaced_only_for_more_than_noise(milliseconds, expected):
-    shown = sweep_states.show("rows", {LAUNCHES["rows"]: 1.0, Launch(4096, 256, 4, 16): milliseconds})
+    shown = sweep_states.show("rows", [{LAUNCHES["rows"]: 1.0, Launch(4096, 256, 4, 16): milliseconds}] * 2)
     name, launch = shown.split("  # ")[0].rstrip(",").split(": ", 1)
     assert (name, launch) == ('"rows"', str(expected))

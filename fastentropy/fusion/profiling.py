@@ -143,7 +143,10 @@ def _merged(chain: Chain, x: Tensor) -> Iterator[tuple[str, Chain]]:
 
 
 def _times(forms: Mapping[Any, Chain], inputs: Mapping[Any, Tensor]) -> dict[Any, float]:
-    return measure_times(calls(forms, inputs), rounds=11, round_seconds=0.001)
+    if not forms:
+        return {}
+    device = next(iter(inputs.values())).device
+    return measure_times(calls(forms, inputs), device, rounds=11, round_seconds=0.001)
 
 
 def _itself(element: Element) -> Element:

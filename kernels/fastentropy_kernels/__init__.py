@@ -132,16 +132,17 @@ def plan_activation_states(
     activation: str,
     *,
     channel_axis: int = 1,
+    mask: Tensor | None = None,
     inplace: bool = False,
     **parameters: float,
 ) -> ActivationPlan | None:
     """Work out `activation_states` for tensors like `x`, so that a call costs a fraction of the checks and of the launch.
 
-    Arguments and errors are those of `activation_states`. The plan adds to `counts` each time: `plan(x)` where
-    `plan.fits(x)`. It is for one thread at a time. None where there is nothing to gain: on a GPU, for an activation that
-    Numba does not fuse, and for a tensor that would be copied.
+    Arguments and errors are those of `activation_states`. The plan adds to `counts` each time: `plan(x, mask)` where
+    `plan.fits(x, mask)`. It is for one thread at a time. None where no kernel fuses the activation (`is_fused`), for a tensor
+    that would be copied, and with a mask on a CPU.
     """
     request = activation_request(
-        x, counts, activation, None, channel_axis, None, "sign", None, None, parameters, inplace, "auto"
+        x, counts, activation, None, channel_axis, mask, "sign", None, None, parameters, inplace, "auto"
     )
     return make_plan(x, counts, request, inplace)

@@ -404,7 +404,7 @@ def _finish(
 @triton.jit
 def _add_tile_counts(counts_ptr, x, channel, channels, AXIS: tl.constexpr):  # noqa: N803
     """Add the states of a tile, over AXIS, to `counts_ptr` [channels, 3]. It is short: its three counts fit in one sum."""
-    counts = tl.sum(_count((tl.zeros(x.shape, tl.int32),), x, ())[0], AXIS)
+    counts = tl.sum(_count((tl.zeros(x.shape, tl.int32),), x, (), 1, 0)[0], AXIS)
     for state in tl.static_range(3):
         _add(counts_ptr + channel * 3 + state, _unpack(counts, (1, 2, 0)[state]), channel < channels)
 

@@ -1,9 +1,12 @@
 """The fused pass for one place in a network, with all that does not change from call to call worked out before.
 
-After a long loop Python starts from cold caches: what takes 50 microseconds in a benchmark takes 300 in a network.
+After a long loop Python starts from cold caches: what takes 50 microseconds in a benchmark takes 300 in a network. On a GPU,
+what Python does before the launch is longer than the kernel for all but large tensors.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,47 +20,83 @@ from .layout import Arranged, arrange
 
 
 class ActivationPlan:
-    """`activation_states` for CPU tensors with the shape, strides and dtype of one. For one thread at a time."""
+    """`activation_states` for tensors with the shape, strides, dtype and device of one. For one thread at a time."""
 
-    def __init__(self, x: Tensor, counts: Tensor, arranged: Arranged, activation: str, inplace: bool) -> None:
+    def __init__(self, x: Tensor, counts: Tensor, arranged: Arranged, request: Request, inplace: bool) -> None:
         """See `make_plan`."""
-        from . import states_numba
-
         y = arranged.values if inplace else torch.empty_like(arranged.values)
-        self._launch = states_numba.prepare(arranged.values, counts, y=y, activation=activation)
+        self._launch, self._alignment = _prepare(arranged, counts, y, request)
         self._counts, self.inplace = counts, inplace
-        self._shape, self._strides, self._dtype = x.shape, x.stride(), x.dtype
+        self._shape, self._strides, self._dtype, self._device = x.shape, x.stride(), x.dtype, x.device
+        self._mask_shape = None if request.mask is None else request.mask.shape
 
-    def fits(self, x: Tensor) -> bool:
-        """Whether x is a tensor that the plan was made for, under the same settings, and nobody looks on."""
+    def fits(self, x: Tensor, mask: Tensor | None = None) -> bool:
+        """Whether x and its mask are like those that the plan was made for, under the same settings, and nobody looks on."""
         return (
             type(x) is Tensor
             and _get_tracing_state() is None
             and x.shape == self._shape
             and x.dtype is self._dtype
             and x.stride() == self._strides
-            and x.is_cpu
+            and x.device == self._device
             and not x.is_neg()
             and _len_torch_dispatch_stack() == 0
             and forward_ad._current_level < 0
             and not is_functorch_wrapped_tensor(x)
+            and x.data_ptr() % self._alignment == 0
             and not (x.requires_grad and torch.is_grad_enabled())
             and self._launch.is_current()
+            and (self._mask_shape is None if mask is None else self._fits_mask(mask))
         )
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return the activation of an x that fits, which is x itself in place, and add its states to the counts."""
         y = x if self.inplace else torch.empty_like(x)
-        self._launch(x.data_ptr(), y.data_ptr())
+        self._launch(*(tensor.data_ptr() for tensor in ((x, y) if mask is None else (x, y, mask))))
         tell_autograd(self._counts, x if self.inplace else None)
         return y
 
+    def _fits_mask(self, mask: Tensor) -> bool:
+        return (
+            mask.shape == self._mask_shape
+            and mask.dtype is torch.bool
+            and mask.is_contiguous()
+            and mask.device == self._device
+            and mask.data_ptr() % self._alignment == 0
+        )
+
 
 def make_plan(x: Tensor, counts: Tensor, request: Request, inplace: bool) -> ActivationPlan | None:
-    """A plan for tensors like x; None but for a CPU, where Numba fuses the activation and x is read where it lies."""
-    if x.device.type != "cpu" or not x.numel() or request.mask is not None or not is_fused(request.activation, x):
+    """A plan for tensors like x; None where no kernel fuses the activation, or x would have to be copied."""
+    if x.device.type not in ("cpu", "cuda") or not x.numel() or request.weight is not None:
         return None
-    arranged = arrange(x, request.channel_axis, None)
-    if arranged.values.data_ptr() != x.data_ptr() or not (inplace or torch.empty_like(x).stride() == x.stride()):
+    if (x.is_cpu and request.mask is not None) or not is_fused(request.activation, x):
         return None
-    return ActivationPlan(x, counts, arranged, request.activation, inplace)
+    arranged = arrange(x, request.channel_axis, request.mask)
+    given = [x] if request.mask is None else [x, request.mask]
+    read = [arranged.values] if arranged.mask is None else [arranged.values, arranged.mask]
+    if [tensor.data_ptr() for tensor in given] != [tensor.data_ptr() for tensor in read]:
+        return None
+    if not (inplace or torch.empty_like(x).stride() == x.stride()):
+        return None
+    plan = ActivationPlan(x, counts, arranged, request, inplace)
+    return plan if plan.fits(x, request.mask) else None
+
+
+def _prepare(arranged: Arranged, counts: Tensor, y: Tensor, request: Request) -> tuple[Any, int]:
+    """The launch of the kernel, and what the addresses that it is given must be multiples of."""
+    if arranged.values.is_cpu:
+        from . import states_numba
+
+        return states_numba.prepare(arranged.values, counts, y=y, activation=request.activation), 1
+    from . import states_triton
+
+    launch = states_triton.prepare(
+        arranged.values,
+        counts,
+        mask=arranged.mask,
+        y=y,
+        activation=request.activation,
+        parameters=request.parameters,
+    )
+    return launch, states_triton.ALIGNMENT

@@ -1,7 +1,7 @@
 """GPU: an activation and the states of its input in one pass, or the states alone.
 
-Nothing is summed over a tile while a strip is read: every lane keeps its own counts, three of ten bits in an int32.
-They are summed over the tile and added to memory once, when the strip is done.
+While a strip is read every lane keeps its own counts, three of ten bits in an int32, and only values that one lane holds are
+summed. The lanes' counts are summed over the tile and added to memory once, when the strip is done.
 """
 
 # Kernels have no types of their own, and Triton none for its decorator.
@@ -17,11 +17,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Where the three counts of a lane lie in its int32, and how far each can count: the longest strip, in tiles.
+# Where the three counts of a lane lie in its int32, and how far each can count.
 _FIRST: tl.constexpr = tl.constexpr(1)
 _SECOND: tl.constexpr = tl.constexpr(1 << 10)
 _THIRD: tl.constexpr = tl.constexpr(1 << 20)
-_LONGEST_STRIP: tl.constexpr = tl.constexpr((1 << 10) - 1)
+_MOST_COUNTED: tl.constexpr = tl.constexpr((1 << 10) - 1)
+
+# The same for the sums over a tile's lanes, in an int64.
+_WIDE_SECOND: tl.constexpr = tl.constexpr(1 << 21)
+_WIDE_THIRD: tl.constexpr = tl.constexpr(1 << 42)
+_MOST_SUMMED: tl.constexpr = tl.constexpr((1 << 21) - 1)
 
 
 @triton.jit
@@ -41,22 +46,26 @@ def states_rows_kernel(
     parameters,
     edges,
     ACTIVATION: tl.constexpr,  # noqa: N803
+    STAGES: tl.constexpr,  # noqa: N803
+    REPEATS: tl.constexpr,  # noqa: N803
     BLOCK_ROWS: tl.constexpr,  # noqa: N803
     BLOCK_CHANNELS: tl.constexpr,  # noqa: N803
 ):
     """One program: `strip_rows` rows, BLOCK_CHANNELS wide, in tiles of BLOCK_ROWS x BLOCK_CHANNELS.
 
-    Neighbouring programs hold neighbouring channels of the same rows. Counts leave the registers once, after the strip.
+    Neighbouring programs hold neighbouring channels of the same rows. A lane holds REPEATS rows of a tile, and STAGES tiles are
+    on their way at a time. Counts leave the registers once, after the strip.
     """
     program = tl.program_id(0).to(tl.int64)
     channel_blocks = tl.cdiv(channels, BLOCK_CHANNELS)
-    channel = program % channel_blocks * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    first_channel = program % channel_blocks * BLOCK_CHANNELS
+    channel = first_channel + tl.arange(0, BLOCK_CHANNELS)
     first_row = program // channel_blocks * strip_rows
     last_row = tl.minimum(first_row + strip_rows, rows)
     weight = _load_weight(weight_ptr, weight_stride, channel, channels)
-    counts = _no_counts(BLOCK_ROWS, BLOCK_CHANNELS, edges)
+    counts = _no_counts(BLOCK_ROWS // REPEATS, BLOCK_CHANNELS, edges)
     positions = tl.zeros((BLOCK_ROWS,), tl.int32)
-    for start in range(first_row, last_row, BLOCK_ROWS):
+    for start in tl.range(first_row, last_row, BLOCK_ROWS, num_stages=STAGES):
         row = start + tl.arange(0, BLOCK_ROWS).to(tl.int64)
         inside = (row < rows)[:, None] & (channel < channels)[None, :]
         x = _load(x_ptr + row[:, None] * x_row_stride + channel[None, :], inside)
@@ -69,8 +78,8 @@ def states_rows_kernel(
             x = tl.where(counted[:, None], x, float("nan"))
         if nan_ptr is not None:
             positions += counted
-        counts = _count(counts, x, edges)
-    _add_counts(counts_ptr, nan_ptr, counts, positions, 0, channel, channels, edges)
+        counts = _count(counts, x, edges, REPEATS, 0)
+    _add_counts(counts_ptr, nan_ptr, counts, positions, 0, first_channel, channel, channels, edges)
 
 
 @triton.jit
@@ -89,28 +98,32 @@ def states_planes_kernel(
     parameters,
     edges,
     ACTIVATION: tl.constexpr,  # noqa: N803
+    STAGES: tl.constexpr,  # noqa: N803
+    REPEATS: tl.constexpr,  # noqa: N803
     INNER_MULTIPLE: tl.constexpr,  # noqa: N803
     BLOCK_CHANNELS: tl.constexpr,  # noqa: N803
     BLOCK_INNER: tl.constexpr,  # noqa: N803
 ):
     """One program: BLOCK_CHANNELS channels and `strip` of the `tiles` that these channels have over outer and inner.
 
-    A tile is BLOCK_CHANNELS x BLOCK_INNER values of one outer index. Planes are `inner_multiples * INNER_MULTIPLE`
-    long: a product tells the compiler the alignment of every plane. Counts leave the registers once, after the strip.
+    A tile is BLOCK_CHANNELS x BLOCK_INNER values of one outer index, of which a lane holds REPEATS places of a plane, and
+    STAGES tiles are on their way at a time. Planes are `inner_multiples * INNER_MULTIPLE` long: a product tells the compiler
+    the alignment of every plane. Counts leave the registers once, after the strip.
     """
     inner = inner_multiples * tl.full((), INNER_MULTIPLE, tl.int64)
     program = tl.program_id(0).to(tl.int64)
     channel_blocks = tl.cdiv(channels, BLOCK_CHANNELS)
-    channel = program % channel_blocks * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    first_channel = program % channel_blocks * BLOCK_CHANNELS
+    channel = first_channel + tl.arange(0, BLOCK_CHANNELS)
     inner_blocks = tl.cdiv(inner, BLOCK_INNER)
     first_tile = program // channel_blocks * strip
     last_tile = tl.minimum(first_tile + strip, tiles)
     weight = _load_weight(weight_ptr, weight_stride, channel, channels)
-    counts = _no_counts(BLOCK_CHANNELS, BLOCK_INNER, edges)
+    counts = _no_counts(BLOCK_CHANNELS, BLOCK_INNER // REPEATS, edges)
     positions = tl.zeros((BLOCK_INNER,), tl.int32)
     image = first_tile // inner_blocks
     block = first_tile % inner_blocks
-    for _ in range(first_tile, last_tile):
+    for _ in tl.range(first_tile, last_tile, num_stages=STAGES):
         position = block * BLOCK_INNER + tl.arange(0, BLOCK_INNER)
         inside = (channel < channels)[:, None] & (position < inner)[None, :]
         offset = (image * channels + channel)[:, None] * inner + position[None, :]
@@ -124,12 +137,12 @@ def states_planes_kernel(
             x = tl.where(counted[None, :], x, float("nan"))
         if nan_ptr is not None:
             positions += counted
-        counts = _count(counts, x, edges)
+        counts = _count(counts, x, edges, REPEATS, 1)
         # A division for every tile would cost as much as three of its values.
         is_last_of_plane = block + 1 == inner_blocks
         image += is_last_of_plane
         block = tl.where(is_last_of_plane, 0, block + 1)
-    _add_counts(counts_ptr, nan_ptr, counts, positions, 1, channel, channels, edges)
+    _add_counts(counts_ptr, nan_ptr, counts, positions, 1, first_channel, channel, channels, edges)
 
 
 @triton.jit
@@ -156,15 +169,28 @@ def _no_counts(HEIGHT: tl.constexpr, WIDTH: tl.constexpr, edges):  # noqa: N803
 
 
 @triton.jit
-def _count(counts, x, edges):
+def _count(counts, x, edges, REPEATS: tl.constexpr, AXIS: tl.constexpr):  # noqa: N803
     """Count each value where its lane keeps its counts: on, off and zero, or at least -infinity, edges[0], edges[1], …"""
     if len(edges) == 0:
-        return (counts[0] + tl.where(x > 0, _FIRST, tl.where(x < 0, _SECOND, tl.where(x == 0, _THIRD, 0))),)
+        state = tl.where(x > 0, _FIRST, tl.where(x < 0, _SECOND, tl.where(x == 0, _THIRD, 0)))
+        return (counts[0] + _sum_repeats(state, REPEATS, AXIS),)
     else:
         counted = ()
         for group in tl.static_range(len(counts)):
-            counted = counted + (counts[group] + _three_at_least(x, edges, 3 * group),)  # noqa: RUF005
+            state = _three_at_least(x, edges, 3 * group)
+            counted = counted + (counts[group] + _sum_repeats(state, REPEATS, AXIS),)  # noqa: RUF005
         return counted
+
+
+@triton.jit
+def _sum_repeats(state, REPEATS: tl.constexpr, AXIS: tl.constexpr):  # noqa: N803
+    """Sum what one lane holds along AXIS: a tile that is longer than all threads together comes round to each again."""
+    if REPEATS == 1:
+        return state
+    elif AXIS == 0:
+        return tl.sum(state.reshape(REPEATS, state.shape[0] // REPEATS, state.shape[1]), 0)
+    else:
+        return tl.sum(state.reshape(state.shape[0], REPEATS, state.shape[1] // REPEATS), 1)
 
 
 @triton.jit
@@ -178,16 +204,14 @@ def _three_at_least(x, edges, FIRST: tl.constexpr):  # noqa: N803
 
 
 @triton.jit
-def _add_counts(counts_ptr, nan_ptr, counts, positions, AXIS: tl.constexpr, channel, channels, edges):  # noqa: N803
+def _add_counts(counts_ptr, nan_ptr, counts, positions, AXIS: tl.constexpr, first_channel, channel, channels, edges):  # noqa: N803
     """Sum the lanes' counts over AXIS and add them to memory: an atomic per channel for each count that is not 0.
 
     `counts_ptr` is [channels, states]. What was counted at `positions` and is in no state is added to `nan_ptr`.
     """
     if len(edges) == 0:
-        on, off, zero = _sum(counts[0], 0, AXIS), _sum(counts[0], 1, AXIS), _sum(counts[0], 2, AXIS)
-        _add(counts_ptr + channel * 3, off, channel < channels)
-        _add(counts_ptr + channel * 3 + 1, zero, channel < channels)
-        _add(counts_ptr + channel * 3 + 2, on, channel < channels)
+        on, off, zero = _sum_together(counts[0], AXIS)
+        _add_in_order(counts_ptr, off, zero, on, first_channel, channels)
         numbers = on + off + zero
     else:
         numbers = _sum(counts[0], 0, AXIS)
@@ -202,13 +226,31 @@ def _add_counts(counts_ptr, nan_ptr, counts, positions, AXIS: tl.constexpr, chan
 
 
 @triton.jit
+def _add_in_order(counts_ptr, off, zero, on, first_channel, channels):
+    """Add to rows of three as they lie in memory: neighbouring lanes add to neighbouring places, which are one transaction."""
+    numbers = tl.join(tl.join(off, on), tl.join(zero, tl.zeros_like(zero))).reshape(4 * off.shape[0])
+    number = tl.arange(0, 4 * off.shape[0])
+    channel, column = first_channel + number // 4, number % 4
+    _add(counts_ptr + channel * 3 + column, numbers, (column < 3) & (channel < channels))
+
+
+@triton.jit
+def _sum_together(counts, AXIS: tl.constexpr):  # noqa: N803
+    """Sum all three counts in one reduction, of 21 bits each: what waits for other threads is done once, not three times."""
+    first, second, third = _unpack(counts, 0), _unpack(counts, 1), _unpack(counts, 2)
+    wide = first.to(tl.int64) + second.to(tl.int64) * _WIDE_SECOND + third.to(tl.int64) * _WIDE_THIRD
+    sums = tl.sum(wide, AXIS)
+    return sums & _MOST_SUMMED, sums // _WIDE_SECOND & _MOST_SUMMED, sums // _WIDE_THIRD
+
+
+@triton.jit
 def _sum(counts, PLACE: tl.constexpr, AXIS: tl.constexpr):  # noqa: N803
     return tl.sum(_unpack(counts, PLACE), AXIS)
 
 
 @triton.jit
 def _unpack(counts, PLACE: tl.constexpr):  # noqa: N803
-    return counts // (1 << 10 * PLACE) & _LONGEST_STRIP
+    return counts // (1 << 10 * PLACE) & _MOST_COUNTED
 
 
 @triton.jit
@@ -249,7 +291,7 @@ def _activate(x, ACTIVATION: tl.constexpr, parameters, weight):  # noqa: N803
     elif ACTIVATION == "quick_gelu":
         return x * tl.sigmoid(1.702 * x)
     elif ACTIVATION == "silu":
-        return x * tl.sigmoid(x)
+        return x / (1.0 + tl.exp(-x))
     elif ACTIVATION == "mish":
         # tanh(log(1 + e^x)) = n / (n + 2) with n = e^x (e^x + 2); from 20 on it is 1 in float32
         e = tl.exp(tl.where(x > 20.0, 20.0, x))
@@ -288,6 +330,9 @@ def _expm1(x):
     return tl.where(tl.abs(x) < 0.35, x + x * x * (0.5 + x * (1 / 6 + x * series)), tl.exp(x) - 1.0)
 
 
+ALIGNMENT = 16
+"""Bytes of the widest access: pointers at its multiples are what kernels are specialised for."""
+
 INTERPRETED = not isinstance(states_rows_kernel, triton.JITFunction)
 """Whether the kernels run in Triton's interpreter, on CPU tensors: TRITON_INTERPRET=1 when this module was imported."""
 
@@ -299,6 +344,7 @@ class Launch(NamedTuple):
     row_bytes: int  # the widest tile of rows
     num_warps: int
     programs_per_multiprocessor: int  # aimed at; each adds its counts to memory once
+    stages: int = 1  # tiles that are on their way at a time
 
 
 # 4 warps of 16-byte accesses are 2 KB. With two of them in flight a 16-bit kernel takes 64 registers per thread, so that
@@ -308,12 +354,12 @@ class Launch(NamedTuple):
 # nothing here has been measured on a GPU yet, which `python bench/sweep_states.py` does.
 LAUNCHES = {
     # Each row of a tile is two whole 128-byte lines. Wider, the strip has fewer rows: more atomics for a value.
-    "rows": Launch(tile_bytes=4096, row_bytes=256, num_warps=4, programs_per_multiprocessor=8),
+    "rows": Launch(tile_bytes=4096, row_bytes=128, num_warps=4, programs_per_multiprocessor=16, stages=4),
     # A plane is contiguous: a tile is as long as a plane allows, and holds several planes where these are short.
-    "planes": Launch(tile_bytes=4096, row_bytes=4096, num_warps=4, programs_per_multiprocessor=8),
+    "planes": Launch(tile_bytes=8192, row_bytes=8192, num_warps=8, programs_per_multiprocessor=32),
     # Below a wave of large tiles, small ones: every multiprocessor gets some.
     "small rows": Launch(tile_bytes=2048, row_bytes=256, num_warps=4, programs_per_multiprocessor=8),
-    "small planes": Launch(tile_bytes=2048, row_bytes=2048, num_warps=4, programs_per_multiprocessor=8),
+    "small planes": Launch(tile_bytes=2048, row_bytes=2048, num_warps=4, programs_per_multiprocessor=8, stages=3),
     # Up to 6 counters a value in place of 1: one access per thread, or they would not fit into the registers.
     "histogram rows": Launch(tile_bytes=4096, row_bytes=256, num_warps=8, programs_per_multiprocessor=4),
     "histogram planes": Launch(tile_bytes=4096, row_bytes=4096, num_warps=8, programs_per_multiprocessor=4),
@@ -343,72 +389,98 @@ def add_states(
     See `reference.add_states` for the states and `layout.Arranged` for values and y, which may be the same memory.
     `launch` takes the place of the table's line.
     """
+    kernel, grid, arguments, options = _arguments(values, counts, edges, mask, nan, y, activation, parameters, weight, launch)
+    # A launch goes to the current device, which need not be the tensor's. Nothing changes for a CPU tensor.
+    with torch.cuda.device_of(values):
+        kernel[grid](*arguments, **options)
+
+
+class PreparedLaunch:
+    """`add_states` on a GPU for tensors like some, with everything but their addresses decided.
+
+    What Triton works out at each call of a kernel takes longer than the launch.
+    """
+
+    def __init__(self, kernel, grid, arguments, options) -> None:
+        """Compile the kernel, or take it from Triton's cache, and run nothing."""
+        self._run = kernel.warmup(*arguments, grid=grid, **options)[grid]
+        self._others = arguments[3:]
+        self._device = torch.cuda.current_device()
+
+    def is_current(self) -> bool:
+        """Whether a launch goes to the device that this one was prepared for."""
+        return torch.cuda.current_device() == self._device
+
+    def __call__(self, x: int, y: int, mask: int | None = None) -> None:
+        """Launch on the tensors at these addresses, which are multiples of `ALIGNMENT`."""
+        self._run(x, y, mask, *self._others)
+
+
+def prepare(
+    values: Tensor,
+    counts: Tensor,
+    *,
+    mask: Tensor | None,
+    y: Tensor,
+    activation: str,
+    parameters: Sequence[float],
+) -> PreparedLaunch:
+    """Prepare `add_states` for tensors like these, all of them at multiples of `ALIGNMENT`; see there for the arguments."""
+    with torch.cuda.device_of(values):
+        return PreparedLaunch(*_arguments(values, counts, None, mask, None, y, activation, parameters, None, None))
+
+
+def _arguments(values, counts, edges, mask, nan, y, activation, parameters, weight, launch):
+    """Return the kernel for the arguments of `add_states`, its grid, its arguments and its options."""
     launch = launch or LAUNCHES[_line(values, edges)]
     pointers = (values, y, mask, counts, nan, weight)
     # A single slope is that of every channel. Edges between two float32 numbers are rounded up: x >= edge stays exact.
     weight_stride = 0 if weight is None or weight.numel() == 1 else weight.stride(0)
     numbers = (tuple(parameters), tuple(_float32_from(edge) for edge in edges or ()))
-    run = _launch_rows if values.ndim == 2 else _launch_planes
-    # A launch goes to the current device, which need not be the tensor's. Nothing changes for a CPU tensor.
-    with torch.cuda.device_of(values):
-        run(pointers, weight_stride, numbers, activation, launch)
+    constants = tile(values.shape, values.element_size(), launch)
+    arguments_of = _rows_arguments if values.ndim == 2 else _planes_arguments
+    kernel, programs, sizes = arguments_of(values, y, weight_stride, constants, launch)
+    arguments = (*pointers, *sizes, *numbers, activation, launch.stages, *constants.values())
+    return kernel, (programs, 1, 1), arguments, {"num_warps": launch.num_warps, "enable_fp_fusion": True}
 
 
-def _launch_rows(pointers, weight_stride, numbers, activation: str, launch: Launch) -> None:
-    values, y, *_ = pointers
+def _rows_arguments(values, y, weight_stride: int, constants: dict[str, int], launch: Launch):
     rows, channels = values.shape
-    constants = tile("rows", channels, 1, values.element_size(), launch)
     channel_blocks = triton.cdiv(channels, constants["BLOCK_CHANNELS"])
     tiles = triton.cdiv(rows, constants["BLOCK_ROWS"])
-    strip_rows = constants["BLOCK_ROWS"] * _strip(values, tiles, channel_blocks, launch)
-    states_rows_kernel[(triton.cdiv(rows, strip_rows) * channel_blocks,)](
-        *pointers,
-        rows,
-        channels,
-        values.stride(0),
-        channels if y is None else y.stride(0),
-        weight_stride,
-        strip_rows,
-        *numbers,
-        ACTIVATION=activation,
-        **constants,
-        num_warps=launch.num_warps,
-        enable_fp_fusion=True,
-    )
+    longest = _longest_strip(constants["REPEATS"], constants["BLOCK_ROWS"])
+    strip_rows = constants["BLOCK_ROWS"] * min(longest, _strip(values, tiles, channel_blocks, launch))
+    y_row_stride = channels if y is None else y.stride(0)
+    sizes = (rows, channels, values.stride(0), y_row_stride, weight_stride, strip_rows)
+    return states_rows_kernel, triton.cdiv(rows, strip_rows) * channel_blocks, sizes
 
 
-def _launch_planes(pointers, weight_stride, numbers, activation: str, launch: Launch) -> None:
-    values, *_ = pointers
+def _planes_arguments(values, y, weight_stride: int, constants: dict[str, int], launch: Launch):
     outer, channels, inner = values.shape
-    constants = tile("planes", channels, inner, values.element_size(), launch)
     channel_blocks = triton.cdiv(channels, constants["BLOCK_CHANNELS"])
     tiles = outer * triton.cdiv(inner, constants["BLOCK_INNER"])
-    strip = _strip(values, tiles, channel_blocks, launch)
-    states_planes_kernel[(triton.cdiv(tiles, strip) * channel_blocks,)](
-        *pointers,
-        tiles,
-        channels,
-        inner // constants["INNER_MULTIPLE"],
-        weight_stride,
-        strip,
-        *numbers,
-        ACTIVATION=activation,
-        **constants,
-        num_warps=launch.num_warps,
-        enable_fp_fusion=True,
-    )
+    longest = _longest_strip(constants["REPEATS"], constants["BLOCK_INNER"])
+    strip = min(longest, _strip(values, tiles, channel_blocks, launch))
+    sizes = (tiles, channels, inner // constants["INNER_MULTIPLE"], weight_stride, strip)
+    return states_planes_kernel, triton.cdiv(tiles, strip) * channel_blocks, sizes
 
 
-def tile(layout: str, channels: int, inner: int, element_size: int, launch: Launch) -> dict[str, int]:
-    """Return the compile-time sizes of a kernel for values of `element_size` bytes."""
+def tile(shape: Sequence[int], element_size: int, launch: Launch) -> dict[str, int]:
+    """Return the compile-time sizes of the kernel for values of that shape and `element_size` bytes, in the kernel's order."""
     size, row = launch.tile_bytes // element_size, launch.row_bytes // element_size
-    if layout == "rows":
-        block_channels = min(triton.next_power_of_2(channels), row)
-        return {"BLOCK_ROWS": size // block_channels, "BLOCK_CHANNELS": block_channels}
-    block_inner = min(triton.next_power_of_2(inner), row)
+    # What all threads read in one access of 16 bytes each.
+    access = launch.num_warps * 32 * 16 // element_size
+    channels = triton.next_power_of_2(shape[1])
+    if len(shape) == 2:
+        block_channels = min(channels, row)
+        block_rows = size // block_channels
+        repeats = min(max(1, size // access), block_rows)
+        return {"REPEATS": repeats, "BLOCK_ROWS": block_rows, "BLOCK_CHANNELS": block_channels}
+    block_inner = min(triton.next_power_of_2(shape[2]), row)
     return {
-        "INNER_MULTIPLE": largest_power_of_2(inner),
-        "BLOCK_CHANNELS": min(triton.next_power_of_2(channels), size // block_inner),
+        "REPEATS": max(1, block_inner // access),
+        "INNER_MULTIPLE": largest_power_of_2(shape[2]),
+        "BLOCK_CHANNELS": min(channels, size // block_inner),
         "BLOCK_INNER": block_inner,
     }
 
@@ -429,9 +501,14 @@ def _line(values: Tensor, edges: Sequence[float] | None) -> str:
 
 
 def _strip(values: Tensor, tiles: int, channel_blocks: int, launch: Launch) -> int:
-    """How many of the `tiles` of one block of channels a program reads: one wave of programs over the device."""
+    """How many of the `tiles` of one block of channels a program reads, for as many programs as are aimed at."""
     programs = _multiprocessors(values) * launch.programs_per_multiprocessor
-    return min(max(1, tiles * channel_blocks // programs), int(_LONGEST_STRIP.value))
+    return max(1, tiles * channel_blocks // programs)
+
+
+def _longest_strip(repeats: int, positions: int) -> int:
+    """How many tiles of so many positions a program can count, of which a lane holds `repeats` in a tile."""
+    return min(int(_MOST_COUNTED.value) // repeats, int(_MOST_SUMMED.value) // positions)
 
 
 def _multiprocessors(values: Tensor) -> int:

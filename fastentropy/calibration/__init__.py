@@ -1,0 +1,1 @@
+"""Activation statistics of a model over a corpus, on any number of ranks."""
