@@ -14,15 +14,17 @@ from torch._subclasses import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from fastentropy.activations import FusedActivation, fused_activation
-from fastentropy.counters import Counters, Layout, SiteCounters
+from fastentropy.counters import Counters, Layout
 from fastentropy.distributed import sum_over_ranks
 from fastentropy.interception import original_class
 from fastentropy.padding import Mask, positions_to_count
+from fastentropy.sharding import Share, awaited, local_tensor
 from fastentropy.sites import Call, Site, SiteWatcher, no_sites
 from fastentropy.statistics import Average, SiteStatistics, Statistics, state_entropy
-from fastentropy_kernels import ActivationPlan, activation_states, count_states, is_fused, plan_activation_states
+from fastentropy_kernels import activation_states, count_states, is_fused, plan_activation_states
 
 _COUNTABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_ANOTHER_RANK = "the state that was loaded is of another rank, or of other ranks; load on each rank the state that it saved"
 
 
 class EntropyCollector:
@@ -47,7 +49,7 @@ class EntropyCollector:
         self._watcher = SiteWatcher(model, _Counting(self), channel_axis, mask)
         self._layout, self._lock = Layout(), threading.Lock()
         self._total, self._idle = Counters(self._layout), list[Counters]()
-        self._restored = Statistics({})
+        self._restored, self._restored_shares = Statistics({}), dict[str, Share]()
         self._batch_entropies: dict[str, Tensor] = {}
         self._batches: dict[str, int] = {}
         self._is_paused = self._recommended = self._has_counted = False
@@ -90,12 +92,12 @@ class EntropyCollector:
         """Forget what was counted. Counters keep their addresses, so a CUDA graph that was captured goes on counting."""
         with self._lock:
             self._total.clear()
-            self._restored = Statistics({})
+            self._restored, self._restored_shares = Statistics({}), {}
             self._batch_entropies.clear()
             self._batches.clear()
 
     def compute(self) -> Statistics:
-        """The statistics so far, on the CPU, independent of what is counted later.
+        """The statistics so far, on the CPU, independent of what is counted later: those of this rank and of its neurons.
 
         Raises RuntimeError where no forward pass was counted, and ValueError where the model calls no known activation.
         """
@@ -109,20 +111,37 @@ class EntropyCollector:
     def sync(self) -> Statistics:
         """The statistics of all ranks of torch.distributed together; those of `compute` where it is not initialised.
 
+        Data-parallel ranks add up. Neurons that tensor-parallel ranks divide among them are put together in order, and what
+        these ranks have all of is counted once. Stages of a pipeline, which have different sites, are put together by rank.
+        Batches are told apart at sites of which a rank has whole batches, not some of their tokens.
+
         The counts of this rank stay as they are, so it can be called at any time, by all ranks.
+
+        Raises ValueError on all ranks where they run different models, or where what a rank has of a site is not known.
         """
-        return sum_over_ranks(self._statistics())
+        return sum_over_ranks(self._statistics(), self._shares(), self._watcher.activations)
 
     def state_dict(self) -> dict[str, Any]:
-        """What was counted, as tensors and plain values, to be saved with torch.save or as `stats.save` does."""
-        return self._statistics().state_dict()
+        """What this rank counted, as tensors and plain values, to be saved with torch.save or as `stats.save` does.
+
+        Where its neurons are a part of those of all ranks, or the same as another's, `shares` tells so by site.
+        """
+        statistics, shares = self._statistics(), self._shares()
+        state = statistics.state_dict()
+        divided = {name: shares[name] for name, site in statistics.items() if shares[name] != Share(0, site.neurons)}
+        return {**state, "shares": {name: share._asdict() for name, share in divided.items()}} if divided else state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state: it takes the place of what was counted so far, and later passes are added to it.
 
-        Raises ValueError where it is no state of a collector, or of a model with other sites; nothing is changed then.
+        Each rank loads its own. Raises ValueError where it is no state of a collector, or of a model with other sites; nothing
+        is changed then.
         """
         restored = Statistics.from_state_dict(state)
+        try:
+            shares = {name: Share(**share) for name, share in state.get("shares", {}).items()}
+        except (AttributeError, TypeError) as error:
+            raise ValueError(f"not the state of a collector (make one with collector.state_dict()): {error!r}") from error
         for name, site in restored.items():
             known = self._watcher.sites.get(name)
             if known and (known.activation, known.neurons) != (site.activation, site.neurons):
@@ -132,6 +151,15 @@ class EntropyCollector:
                 )
         self.reset()
         self._restored = restored
+        self._restored_shares = {name: shares.get(name, Share(0, site.neurons)) for name, site in restored.items()}
+
+    def _shares(self) -> dict[str, Share]:
+        """What the counts of each site are among those of all ranks."""
+        shares = {site.name: self._watcher.share(site) for site in list(self._watcher.sites.values())}
+        for name, share in self._restored_shares.items():
+            is_another = shares.setdefault(name, share) != share
+            shares[name] = share._replace(trouble=_ANOTHER_RANK) if is_another else share
+        return shares
 
     def _statistics(self) -> Statistics:
         with self._lock:
@@ -184,6 +212,7 @@ class _Counting:
         collector = self._collector
         with collector._lock:
             if completed:
+                counters.settle()
                 collector._total.add(counters)
                 collector._has_counted = True
                 if collector._per_batch:
@@ -224,33 +253,32 @@ def collect(
 def _run_and_count(call: Call, counters: Counters) -> Any:
     """Run an activation and count the states of its input: in one pass where a kernel does both, else before it runs."""
     site, x = call.site, call.x
-    plan = counters.plans.get(site.name)
-    if plan is not None and _may_run(plan, call):
-        y = plan(x)
-        counters.add_positions(site, x.numel() // site.neurons)
-        return y
-    if x.is_meta or isinstance(x, FakeTensor):
+    local = local_tensor(x)
+    if local.is_meta or isinstance(local, FakeTensor):
         return call.run()
-    counter = counters.of(site, x.device)
-    mask = positions_to_count(call.is_token, x, site.channel_axis)
+    mask = positions_to_count(call.is_token, local, site.channel_axis)
+    plan = counters.plans.get(site.name)
+    if plan is not None and plan.inplace is getattr(call.module, "inplace", False) and plan.fits(x, mask):
+        y = plan(x, mask)
+        _add_positions(counters, site, x, mask)
+        return y
+    counter = counters.of(site, local.device)
     fused = _fused(call)
     if fused is None:
         with torch.no_grad(), _disable_current_modes():
-            values = x if x.dtype in _COUNTABLE else x.float()
+            local = awaited(local)
+            values = local if local.dtype in _COUNTABLE else local.float()
             count_states(values.detach(), counter.counts, channel_axis=site.channel_axis, mask=mask)
-            _add_positions(counters, counter, call, mask)
+            _add_positions(counters, site, local, mask)
         return call.run()
-    options = {"channel_axis": site.channel_axis, "inplace": fused.inplace, **fused.parameters}
-    if x.is_cpu and mask is None and (plan := plan_activation_states(x, counter.counts, fused.activation, **options)):
+    options = {"channel_axis": site.channel_axis, "mask": mask, "inplace": fused.inplace, **fused.parameters}
+    if plan := plan_activation_states(x, counter.counts, fused.activation, **options):
         counters.plans[site.name] = plan
-    y = activation_states(x, counter.counts, fused.activation, mask=mask, **options)
-    _add_positions(counters, counter, call, mask)
+        y = plan(x, mask)
+    else:
+        y = activation_states(x, counter.counts, fused.activation, **options)
+    _add_positions(counters, site, x, mask)
     return y
-
-
-def _may_run(plan: ActivationPlan, call: Call) -> bool:
-    """Whether the plan that an earlier call of the site left does what this one asks for."""
-    return call.is_token is None and plan.inplace is getattr(call.module, "inplace", False) and plan.fits(call.x)
 
 
 def _fused(call: Call) -> FusedActivation | None:
@@ -268,12 +296,12 @@ def _fused(call: Call) -> FusedActivation | None:
     return fused
 
 
-def _add_positions(counters: Counters, counter: SiteCounters, call: Call, mask: Tensor | None) -> None:
+def _add_positions(counters: Counters, site: Site, x: Tensor, mask: Tensor | None) -> None:
     """Note how many values of each neuron were read: on the host, unless only the device knows or a CUDA graph repeats it."""
-    positions = call.x.numel() // max(call.site.neurons, 1)
+    positions = x.numel() // max(site.neurons, 1)
     if mask is not None:
-        counter.positions.add_(mask.sum())
-    elif call.x.is_cuda and torch.cuda.is_current_stream_capturing():
-        counter.positions.add_(positions)
+        counters.add_masked_positions(counters.of(site, x.device), mask)
+    elif x.is_cuda and torch.cuda.is_current_stream_capturing():
+        counters.add_repeated_positions(counters.of(site, x.device), positions)
     else:
-        counters.add_positions(call.site, positions)
+        counters.add_positions(site, positions)

@@ -6,13 +6,29 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    Task,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
+from rich.text import Text
 
+from fastentropy.calibration.report import format_overhead
 from fastentropy.histories import RunHistory
+from fastentropy.statistics import Statistics
 from fastentropy.steps import Step
+from fastentropy.tables import format_count, format_integer, plural
 
 T = TypeVar("T")
+
+#: Kinds of problems that the terminal lists.
+MOST_PROBLEMS = 5
 
 
 class ProgressDisplay:
@@ -57,6 +73,62 @@ class ProgressDisplay:
         total = len(steps[0].layer_entropy)
         self._progress.update(self._removed, completed=removed, total=total, figure=score, visible=True)
         self._console.print(f"step {len(steps) - 1}: {what}, {score}", highlight=False)
+
+
+class _TimeLeft(TimeRemainingColumn):
+    """Says what the figure is, while there is something left."""
+
+    def render(self, task: Task) -> Text:
+        """The time left, as in 01:23 left; nothing at the end."""
+        return Text() if task.finished else super().render(task).append(" left")
+
+
+class CalibrationDisplay:
+    """One bar on standard error for a calibration: how far it is, how fast, and what collecting costs."""
+
+    def __init__(self, console: Console, total: int | None, counts_tokens: bool) -> None:
+        """total: bytes of the data, or tokens where the run ends after so many; None where it is unknown."""
+        columns = (
+            TextColumn("calibrate"), BarColumn(bar_width=16), TaskProgressColumn(), TextColumn("{task.fields[figure]}"),
+            _TimeLeft(compact=True),
+        )  # fmt: skip
+        self._progress = Progress(*columns, console=console)
+        self._task = self._progress.add_task("", total=total, figure="")
+        self._counts_tokens = counts_tokens
+
+    def __enter__(self) -> "CalibrationDisplay":
+        """Show the bar."""
+        self._progress.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        """Leave the bar as it is."""
+        self._progress.stop()
+
+    def show(self, read: int, tokens: int, tokens_per_second: float, overhead: float | None) -> None:
+        """Move the bar; read is in bytes of the data."""
+        cost = "" if overhead is None else f", time ×{overhead:.3f}"
+        figure = f"{format_count(tokens)} tokens, {format_count(round(tokens_per_second))}/s{cost}"
+        self._progress.update(self._task, completed=tokens if self._counts_tokens else read, figure=figure)
+
+
+def print_calibration(statistics: Statistics, summary: Mapping[str, Any], folder: Path, console: Console) -> None:
+    """The table of the activations, and what came of the run."""
+    unit, problems = summary["unit"], summary["problems"]
+    lines = [
+        str(statistics),
+        "",
+        f"data     {format_integer(summary['tokens'])} {unit} in {plural(summary['documents'], 'document')}",
+        f"speed    {format_count(round(summary['tokens_per_second']))} {unit} per second on "
+        f"{plural(summary['ranks'], 'process', 'processes')}",
+        f"cost     {format_overhead(summary)}",
+        *(f"note     {notice}" for notice in summary["notices"]),
+        *(f"left out {problem['path']}: {problem['what']} ({problem['times']} ×)" for problem in problems[:MOST_PROBLEMS]),
+        *([f"left out {len(problems) - MOST_PROBLEMS} more kinds: see the report"] if len(problems) > MOST_PROBLEMS else []),
+        f"report   {folder / 'report.html'}",
+    ]
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
 def print_history(history: Mapping[str, Any], folder: Path, console: Console) -> None:

@@ -50,6 +50,9 @@ class Counters:
         self._buffers: dict[torch.device, dict[int, Tensor]] = {}
         self._views: dict[tuple[str, torch.device], SiteCounters] = {}
         self._positions: dict[str, int] = {}
+        self._tokens: dict[int, tuple[Tensor, Tensor]] = {}  # by the mask's identity: the mask, how many positions it has
+        self._masked: list[tuple[Tensor, Tensor]] = []  # where numbers of positions are kept, and what `settle` adds
+        self._repeated: list[tuple[Tensor, int]] = []
 
     def of(self, site: Site, device: torch.device) -> SiteCounters:
         """The counters of a site on a device, to be added to; the site is among `sites` from then on."""
@@ -63,6 +66,28 @@ class Counters:
         """Note on the host how many values of each neuron were read; the site is among `sites` from then on."""
         self.sites[site.name] = site
         self._positions[site.name] = self._positions.get(site.name, 0) + positions
+
+    def add_masked_positions(self, counter: SiteCounters, mask: Tensor) -> None:
+        """Note on the device that as many values of each neuron were read as a mask has positions."""
+        if id(mask) not in self._tokens:
+            self._tokens[id(mask)] = (mask, mask.sum())
+        self._masked.append((counter.positions, self._tokens[id(mask)][1]))
+
+    def add_repeated_positions(self, counter: SiteCounters, positions: int) -> None:
+        """Note on the device, where a CUDA graph repeats it, how many values of each neuron were read."""
+        self._repeated.append((counter.positions, positions))
+
+    def settle(self) -> None:
+        """Add what was noted on the device, of all sites in one operation: one each would take longer than the counting."""
+        for noted in (self._masked, self._repeated):
+            if noted:
+                torch._foreach_add_(*map(list, zip(*noted, strict=True)))
+        self._forget_notes()
+
+    def _forget_notes(self) -> None:
+        self._tokens.clear()
+        self._masked.clear()
+        self._repeated.clear()
 
     def add(self, other: "Counters") -> None:
         """Add counters of the same layout: in one addition per device where both have known all sites from the beginning."""
@@ -90,6 +115,7 @@ class Counters:
                 buffer.zero_()
         self.sites.clear()
         self._positions.clear()
+        self._forget_notes()
 
     def total(self, site: Site) -> tuple[Tensor, int]:
         """The counts of a site on the CPU, int64 [neurons, 3], and how many values of each neuron were read."""

@@ -1,53 +1,134 @@
-"""Sum statistics over the ranks of torch.distributed."""
+"""Put the statistics of the ranks of torch.distributed together."""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastentropy.sharding import Share
 from fastentropy.statistics import SiteStatistics, Statistics
 
 
-def sum_over_ranks(statistics: Statistics) -> Statistics:
-    """The statistics of all data-parallel ranks together, on every rank; the given ones without torch.distributed.
+class _Entry(NamedTuple):
+    """What a rank tells the others about a site that it has counted."""
 
-    Raises ValueError, on all ranks, where they do not have the same sites.
+    activation: str
+    share: Share
+    tells_batches_apart: bool
+
+
+class _Rank(NamedTuple):
+    """What a rank tells the others: the activation modules of its model by path, and its sites."""
+
+    modules: Mapping[str, str]
+    sites: dict[str, _Entry]
+
+
+def sum_over_ranks(statistics: Statistics, shares: Mapping[str, Share], modules: Mapping[str, str]) -> Statistics:
+    """The statistics of all ranks together, on every rank; the given ones without torch.distributed.
+
+    shares: by site, what these counts are among those of all ranks. modules: the activation modules of this rank's model, by
+    path. Ranks with the same modules may each lack sites that others have; ranks with different ones are the stages of a
+    pipeline and have none in common.
+
+    Raises ValueError, on all ranks, where that is not so, and where a rank's share of a site is not known.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return statistics
-    sites = [(name, site.activation, site.neurons, site.batch_entropies is not None) for name, site in statistics.items()]
-    of_ranks: list[list[tuple[str, str, int, bool]]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(of_ranks, sites)
-    for rank, others in enumerate(of_ranks):
-        if others != of_ranks[0]:
-            different = sorted({site[0] for site in set(others) ^ set(of_ranks[0])}) or ["their order"]
-            raise ValueError(f"ranks 0 and {rank} counted different sites ({', '.join(different)}); run the same model on both")
-    if not sites:
-        return statistics
-    integers = [site.counts for site in statistics.values()]
-    integers.append(torch.tensor([[site.nan, site.batches] for site in statistics.values()]))
-    *counts, numbers = _all_reduce(integers)
-    entropies = iter(_all_reduce([site.batch_entropies for site in statistics.values() if site.batch_entropies is not None]))
+    ranks = _all_ranks(statistics, shares, modules)
+    _check(ranks)
+    parts = {}
+    for name in dict.fromkeys(name for rank in ranks for name in rank.sites):
+        entries = [rank.sites[name] for rank in ranks if name in rank.sites]
+        keeps_batches = all(entry.tells_batches_apart for entry in entries)
+        parts[name] = _part(statistics.get(name), shares.get(name), entries[0], keeps_batches)
+    return _summed(parts)
+
+
+def _all_ranks(statistics: Statistics, shares: Mapping[str, Share], modules: Mapping[str, str]) -> list[_Rank]:
+    sites = {
+        name: _Entry(site.activation, shares[name], site.batch_entropies is not None and shares[name].has_whole_batches)
+        for name, site in statistics.items()
+    }
+    ranks = [_Rank({}, {})] * dist.get_world_size()
+    dist.all_gather_object(ranks, _Rank(modules, sites))
+    return ranks
+
+
+def _check(ranks: Sequence[_Rank]) -> None:
+    """Raise ValueError where the ranks' sites do not fit together; each is compared with the first rank that has its sites."""
+    first_ranks: dict[str, int] = {}
+    for number, rank in enumerate(ranks):
+        for name, entry in rank.sites.items():
+            if entry.share.trouble:
+                raise ValueError(
+                    f"site {name!r} of rank {number} cannot be added to those of other ranks: {entry.share.trouble}"
+                )
+            first_ranks.setdefault(name, number)
+        for first in sorted({first_ranks[name] for name in rank.sites}):
+            if different := _differences(ranks[first], rank):
+                raise ValueError(
+                    f"ranks {first} and {number} counted different sites ({', '.join(different)}); run the same model on both, "
+                    "or stages of a pipeline that keep the names that their modules have in the whole model"
+                )
+
+
+def _differences(first: _Rank, other: _Rank) -> list[str]:
+    """What differs between two ranks that have sites in common."""
+    modules = {name for name, _ in first.modules.items() ^ other.modules.items()}
+    sites = {
+        name
+        for name in first.sites.keys() & other.sites.keys()
+        if (first.sites[name].activation, first.sites[name].share.neurons)
+        != (other.sites[name].activation, other.sites[name].share.neurons)
+    }
+    return sorted(modules | sites)
+
+
+def _part(site: SiteStatistics | None, share: Share | None, entry: _Entry, keeps_batches: bool) -> SiteStatistics:
+    """What a rank adds to the statistics of a site of all ranks: its own in their place, and 0 where others count."""
+    neurons = entry.share.neurons
+    counts = torch.zeros(neurons, 3, dtype=torch.int64)
+    entropies = torch.zeros(neurons, 2, dtype=torch.float64) if keeps_batches else None
+    if site is None or share is None or not share.is_counted:
+        return SiteStatistics(entry.activation, counts, 0, entropies)
+    place = slice(share.start, share.start + site.neurons)
+    counts[place] = site.counts
+    if entropies is not None and site.batch_entropies is not None:
+        entropies[place] = site.batch_entropies
+    return SiteStatistics(
+        entry.activation, counts, site.nan, entropies, site.batches if keeps_batches and share.is_first else 0
+    )
+
+
+def _summed(parts: Mapping[str, SiteStatistics]) -> Statistics:
+    """The sums of the parts of all ranks: one operation for all integers, and one for entropies of batches if there are any."""
+    numbers = torch.tensor([[part.nan, part.batches] for part in parts.values()], dtype=torch.int64)
+    numbers, *counts = _all_reduce([numbers, *(part.counts for part in parts.values())])
+    entropies = iter(_all_reduce([part.batch_entropies for part in parts.values() if part.batch_entropies is not None]))
     return Statistics(
         {
             name: SiteStatistics(
-                site.activation,
-                counts[i],
-                int(numbers[i, 0]),
-                site.batch_entropies if site.batch_entropies is None else next(entropies),
-                int(numbers[i, 1]),
+                part.activation,
+                counts[place],
+                int(numbers[place, 0]),
+                None if part.batch_entropies is None else next(entropies),
+                int(numbers[place, 1]),
             )
-            for i, (name, site) in enumerate(statistics.items())
+            for place, (name, part) in enumerate(parts.items())
         }
     )
 
 
-def _all_reduce(tensors: list[Tensor]) -> list[Tensor]:
+def _all_reduce(tensors: Sequence[Tensor]) -> list[Tensor]:
     """The sums of tensors over all ranks: one operation on one buffer, on the device that the backend works on."""
-    if not tensors:
-        return []
-    flat = torch.cat([tensor.flatten() for tensor in tensors])
-    if dist.get_backend() == "nccl":
-        flat = flat.to("cuda")
+    flat = torch.cat([tensor.flatten() for tensor in tensors]) if tensors else torch.empty(0)
+    if not flat.numel():
+        return list(tensors)
+    if "cpu:" not in dist.get_backend_config():  # as with nccl
+        flat = flat.to(torch.accelerator.current_accelerator())
     dist.all_reduce(flat)
     parts = torch.split(flat.cpu(), [tensor.numel() for tensor in tensors])
     return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]

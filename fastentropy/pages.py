@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from fastentropy.files import replace_file
 from fastentropy.plots import INK, STYLE
-from fastentropy.tables import format_milliseconds, format_percent
+from fastentropy.tables import format_count, format_milliseconds, format_percent
 
 #: Inches: the width of a figure of a page.
 WIDTH = 7.6
@@ -28,7 +28,7 @@ def write_page(template: str, path: str | PathLike[str], **values: object) -> No
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(percent=format_percent, milliseconds=format_milliseconds)
+    environment.filters.update(count=format_count, percent=format_percent, milliseconds=format_milliseconds)
     page = environment.get_template(template).render(**values)
     replace_file(path, lambda temporary: temporary.write_text(page, encoding="utf-8"))
 

@@ -79,7 +79,7 @@ def plot_entropies(neuron_entropies: Mapping[str, Tensor], path: str | PathLike[
         figure = EntropyFigure(figsize=(10, height), layout=ConstrainedLayoutEngine(wspace=0.05))
         layers, neurons = figure.subplots(1, 2, sharey=True)
         draw_layer_entropy(layers, {name: float(entropies.mean()) for name, entropies in neuron_entropies.items()})
-        _draw_distributions(neurons, list(neuron_entropies.values()))
+        draw_distributions(neurons, neuron_entropies, are_labelled=False)
         for axes, title in ((layers, "Layer entropy"), (neurons, "Entropies of its neurons")):
             axes.set_title(title, loc="left", fontweight="bold")
             axes.set_xticks([0, 0.2, 0.4, 0.6, 0.8, 1])
@@ -115,18 +115,20 @@ def label_sites(axes: Axes, names: Sequence[str]) -> None:
     axes.tick_params(axis="y", length=0)
 
 
-def _draw_distributions(axes: Axes, neuron_entropies: Sequence[Tensor]) -> None:
+def draw_distributions(axes: Axes, neuron_entropies: Mapping[str, Tensor], are_labelled: bool = True) -> None:
     """A strip for each site: the darker, the more of its neurons lie there. A tick at their mean, the layer entropy."""
     edges = [edge / BINS for edge in range(BINS + 1)]
-    for row, entropies in enumerate(neuron_entropies):
+    for row, entropies in enumerate(neuron_entropies.values()):
         shares = torch.histc(entropies.clamp(0, 1), BINS, 0, 1) / len(entropies)  # rounding may leave a bit more than 1
         mesh = axes.pcolormesh(
             edges, [row - BAR / 2, row + BAR / 2], [shares.tolist()], cmap=_SHADES, norm=PowerNorm(0.5, 0, 1)
         )
-    means = [float(entropies.mean()) for entropies in neuron_entropies]
+    means = [float(entropies.mean()) for entropies in neuron_entropies.values()]
     axes.scatter(means, range(len(means)), s=60, marker="|", color=ORANGE, clip_on=False, zorder=3, label="mean")
     axes.legend(loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0, handlelength=1, handletextpad=0.2)
     axes.set_xlabel("entropy (bits)")
+    if are_labelled:
+        label_sites(axes, list(neuron_entropies))
     axes.tick_params(axis="y", length=0)
     colorbar = axes.figure.colorbar(
         mesh, ax=axes, label="share of neurons", aspect=20, pad=0.02, shrink=min(1, 15 / len(means)), anchor=(0, 1)

@@ -1,10 +1,8 @@
 """A pruning run of a recipe in a folder: train, prune, fuse, report. Whatever is finished is on disk at every moment."""
 
-import datetime
 import functools
 import json
 import math
-import platform
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -20,6 +18,7 @@ from fastentropy.files import remove_leftovers, save_json, save_tensors
 from fastentropy.fusion import FusedModel, fuse
 from fastentropy.fusion.tracing import with_channels_last_weights
 from fastentropy.loop import Options, latency_table
+from fastentropy.machines import describe_machine
 from fastentropy.pruning import PruningResult, check_names, prune
 from fastentropy.recipes import RECIPES, Recipe, load_recipe
 from fastentropy.report import write_report
@@ -207,7 +206,7 @@ class Run:
             "recipe": self.settings.recipe,
             "seed": self.settings.seed,
             "options": options,
-            "machine": _machine(self.settings.device),
+            "machine": describe_machine(self.settings.device),
             "steps": [_step_dict(step) for step in steps],
             "kept_step": None,
             "fusion": None,
@@ -296,20 +295,3 @@ def _load_weights(model: nn.Module, path: Path) -> None:
         model.load_state_dict(load_file(path))
     except (SafetensorError, RuntimeError) as error:
         raise ValueError(f"{path} is damaged or of another network: {' '.join(str(error).split())}") from error
-
-
-def _machine(device: str) -> dict[str, str]:
-    if device.startswith("cuda"):
-        name = torch.cuda.get_device_name(device)
-    else:
-        threads = torch.get_num_threads()
-        name = f"{_processor()}, {threads} thread{'s' if threads > 1 else ''}"
-    return {"device": name, "torch": torch.__version__, "date": datetime.date.today().isoformat()}
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

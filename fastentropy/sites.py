@@ -22,6 +22,7 @@ from fastentropy.activations import activation_name, function_name
 from fastentropy.axes import AxisTracker
 from fastentropy.interception import Interception, original_class
 from fastentropy.padding import Mask, mask_argument, token_mask
+from fastentropy.sharding import Sharding, Share, is_dtensor, local_tensor
 
 P = TypeVar("P")
 
@@ -32,7 +33,7 @@ class Site:
 
     name is the module's dotted path, with :1, :2, … for further calls of it in the same pass. A functional call is named after
     the module whose forward makes it and the function. channel_axis is the axis of the activation's input whose entries are
-    the neurons.
+    the neurons. Where ranks of torch.distributed divide them, these are the neurons of this rank.
     """
 
     name: str
@@ -45,7 +46,7 @@ class Call(NamedTuple):
     """One activation that is about to run."""
 
     site: Site
-    x: Tensor
+    x: Tensor  # what the activation is given, which may be a DTensor
     is_token: Tensor | None  # bool [batch, tokens]: False where the batch is padded
     module: nn.Module | None  # None where a function is called
     function: str  # its name; empty where a module is called
@@ -70,6 +71,8 @@ class Observer(Protocol[P]):
 
 def find_sites(model: nn.Module, example_inputs: tuple[Any, ...] | Mapping[str, Any]) -> list[Site]:
     """The sites of a model in call order, from one forward pass in eval mode. The model is left as it was.
+
+    Of a model that is divided among ranks (tensor parallel), these are the sites and neurons of this rank.
 
     example_inputs: the positional inputs of one call, or a mapping of its keyword inputs.
 
@@ -155,11 +158,11 @@ class SiteWatcher(Generic[P]):
         self._model, self._observer = model, observer
         self._channel_axis, self._mask = dict(channel_axis or {}), mask
         modules = {_path(name): module for name, module in model.named_modules()}
-        self._activations = {name: activation for name, module in modules.items() if (activation := activation_name(module))}
+        self.activations = {name: activation for name, module in modules.items() if (activation := activation_name(module))}
         containers = {
             name: module
             for name, module in modules.items()
-            if name not in self._activations and (module is model or not _is_plain(module))
+            if name not in self.activations and (module is model or not _is_plain(module))
         }
         self._kinds = {name: original_class(module) for name, module in modules.items()}
         self._mask_arguments = {
@@ -168,10 +171,12 @@ class SiteWatcher(Generic[P]):
             if isinstance(mask, str) and (argument := mask_argument(module, mask))
         }
         self._handled = {name: (module, self._run_container) for name, module in containers.items()}
-        self._handled |= {name: (modules[name], self._run_activation) for name in self._activations}
+        self._handled |= {name: (modules[name], self._run_activation) for name in self.activations}
         self._interception = Interception(model)
         self._ranks: dict[str, int] = {}
-        self._sibling_axes: dict[tuple[type[nn.Module], str, int], int] = {}
+        self._shardings: dict[str, Sharding | None] = {}
+        self._meshes: set[Any] = set()  # of the DTensors that were met
+        self._siblings: dict[tuple[type[nn.Module], str, int], tuple[int, Sharding | None]] = {}
         self._entries: set[str] = set()
         self._thread = threading.local()
         self._lock = threading.Lock()
@@ -206,6 +211,16 @@ class SiteWatcher(Generic[P]):
         """Whether calls are watched."""
         return self._interception.is_attached
 
+    def share(self, site: Site) -> Share:
+        """What the counts of a site are among those of all ranks.
+
+        In a model that has DTensors, an activation whose input comes from none is the same on all ranks of their meshes.
+        """
+        sharding = self._shardings[site.name]
+        if sharding is not None:
+            return sharding.share(site.channel_axis, site.neurons)
+        return Share(0, site.neurons, is_counted=not any(any(mesh.get_coordinate() or ()) for mesh in self._meshes))
+
     def _run_container(
         self, name: str, module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
@@ -232,7 +247,7 @@ class SiteWatcher(Generic[P]):
                 return self._run_activation(name, module, original, args, kwargs)
         if current.inside_activation:  # a part of another one
             return original(module, *args, **kwargs)
-        activation = self._activations[name]
+        activation = self.activations[name]
         return self._show(current, name, activation, x, module, "", lambda: original(module, *args, **kwargs))
 
     def run_function(self, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -263,7 +278,7 @@ class SiteWatcher(Generic[P]):
         follows_owners = tracker is not None or bool(self.functional_sites)
         current = _Pass(self._observer.begin_pass(), tracker, follows_owners)
         if callable(self._mask):
-            current.is_token = token_mask(self._mask(args, kwargs), args, kwargs)
+            current.is_token = token_mask(local_tensor(self._mask(args, kwargs)), args, kwargs)
         completed = False
         try:
             self._thread.current = current
@@ -271,13 +286,16 @@ class SiteWatcher(Generic[P]):
                 if follows_owners:
                     modes.enter_context(_FunctionCalls(self))
                 if tracker is not None:
-                    modes.enter_context(tracker)
+                    modes.enter_context(tracker.following())
                 yield current
             completed = True
         finally:
             self._thread.current = None
             if completed:
                 self._entries.add(name)
+            if tracker is not None:
+                with self._lock:
+                    self._meshes |= tracker.meshes
             self._observer.end_pass(current.observed, completed)
 
     @contextlib.contextmanager
@@ -287,7 +305,7 @@ class SiteWatcher(Generic[P]):
         if name in self._mask_arguments:
             given, mask = self._mask_arguments[name].given(args, kwargs)
             if given and (mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)):
-                current.is_token = token_mask(mask, args, kwargs)
+                current.is_token = token_mask(local_tensor(mask), args, kwargs)
             elif given and not current.owners:
                 self._warn_of_mask(mask)
         current.owners.append(name)
@@ -321,19 +339,52 @@ class SiteWatcher(Generic[P]):
         index = current.calls.get(path, 0)
         current.calls[path] = index + 1
         name = f"{path}:{index}" if index else path
+        local = x if type(x) is Tensor else self._local_input(name, x)
         site = self.sites.get(name)
         if site is None:
             with self._lock:
                 site = self.sites[name] = self._discover(name, path, activation, x, current.tracker)
-        elif x.ndim != self._ranks[name]:
-            site = self._with_other_rank(site, x)
-        if x.shape[site.channel_axis] != site.neurons:
-            raise _changed_shape(site, x)
+        elif local.ndim != self._ranks[name]:
+            site = self._with_other_rank(site, local)
+        if local.shape[site.channel_axis] != site.neurons:
+            raise _changed_shape(site, local)
+        is_token = current.is_token if current.is_token is None else self._tokens_here(current.is_token, site, local)
         before, current.inside_activation = current.inside_activation, True
         try:
-            return self._observer.run_activation(current.observed, Call(site, x, current.is_token, module, function, run))
+            return self._observer.run_activation(current.observed, Call(site, x, is_token, module, function, run))
         finally:
             current.inside_activation = before
+
+    def _local_input(self, name: str, x: Tensor) -> Tensor:
+        """What this rank has of the input of a site."""
+        if not is_dtensor(x):
+            return x
+        if any(placement.is_partial() for placement in x.placements):
+            raise RuntimeError(
+                f"the input of site {name!r} is a DTensor of sums that ranks have yet to add up {x.placements}; "
+                "redistribute it to Replicate() or Shard(…) before the activation"
+            )
+        known = self._shardings.get(name)
+        if known is not None and x.ndim == self._ranks[name] and known.axes != Sharding.of(x).axes:
+            raise RuntimeError(
+                f"the input of site {name!r} is divided among ranks otherwise than in the first pass, now {x.placements}; "
+                "collect such passes apart, with a collector for each"
+            )
+        return local_tensor(x)
+
+    def _tokens_here(self, is_token: Tensor, site: Site, x: Tensor) -> Tensor:
+        """The part of a padding mask that this rank's input of a site is about."""
+        sharding = self._shardings[site.name]
+        may_be_tokens = x.ndim in (2, 3) and site.channel_axis == x.ndim - 1
+        if sharding is None or not may_be_tokens or not sharding.divides(site.channel_axis):
+            return is_token
+        part = sharding.tokens(is_token, x.shape)
+        if part is None:
+            raise RuntimeError(
+                f"the tokens of site {site.name!r} are divided among ranks, and which part of a padding mask of shape "
+                f"{list(is_token.shape)} its input of shape {list(x.shape)} has is not known; pass this rank's part of the mask"
+            )
+        return part
 
     def _discover(self, name: str, path: str, activation: str, x: Tensor, tracker: AxisTracker | None) -> Site:
         if x.is_cuda and torch.cuda.is_current_stream_capturing():
@@ -343,11 +394,10 @@ class SiteWatcher(Generic[P]):
             )
         owner, _, attribute = path.rpartition(".")
         kind = (self._kinds.get(owner, nn.Module), attribute, x.ndim)
-        axis = self._channel_axis.get(name)
-        if axis is None and tracker is not None:
-            axis = tracker.axis_of(x)
-        if axis is None:
-            axis = self._sibling_axes.get(kind)
+        axis, sharding = self._siblings.get(kind, (None, None))
+        if tracker is not None:
+            axis, sharding = tracker.axis_of(x), tracker.sharding_of(x)
+        axis, sharding = self._channel_axis.get(name, axis), Sharding.of(x) if is_dtensor(x) else sharding
         if axis is None:
             raise RuntimeError(
                 f"site {name!r} did not run in the first forward pass; name its neuron axis with channel_axis={{{name!r}: 1}}"
@@ -355,8 +405,8 @@ class SiteWatcher(Generic[P]):
         if not -x.ndim <= axis < x.ndim:
             raise ValueError(f"channel_axis of site {name!r} is {axis}, but its input has shape {list(x.shape)}")
         axis %= x.ndim
-        self._ranks[name], self._sibling_axes[kind] = x.ndim, axis
-        return Site(name, activation, x.shape[axis], axis)
+        self._ranks[name], self._siblings[kind], self._shardings[name] = x.ndim, (axis, sharding), sharding
+        return Site(name, activation, local_tensor(x).shape[axis], axis)
 
     def _with_other_rank(self, site: Site, x: Tensor) -> Site:
         """The site for an input with more or fewer axes: its axis counted from the first or the last, as the size tells."""

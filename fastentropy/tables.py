@@ -66,9 +66,9 @@ def format_milliseconds(value: float) -> str:
     return f"{value:.3f}" if value < 1 else f"{value:.2f}" if value < 100 else f"{value:.0f}"
 
 
-def plural(count: int, noun: str) -> str:
-    """A count with its noun: 1 site, 17 sites."""
-    return f"{format_integer(count)} {noun}{'' if count == 1 else 's'}"
+def plural(count: int, noun: str, many: str | None = None) -> str:
+    """A count with its noun: 1 site, 17 sites, or 17 times `many`."""
+    return f"{format_integer(count)} {noun if count == 1 else many or f'{noun}s'}"
 
 
 def _align(texts: Sequence[str], widths: Sequence[int], left: int) -> list[str]:

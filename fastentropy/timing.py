@@ -39,7 +39,7 @@ def measure_times(
 def _captured(functions: Mapping[Key, Callable[[], object]], device: torch.device) -> Mapping[Key, Callable[[], object]]:
     """The replays of all functions' CUDA graphs, or the functions themselves."""
     try:
-        with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream()):
+        with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]
             graphs = {key: _capture(function) for key, function in functions.items()}
     except RuntimeError:  # as where a function waits for the GPU
         return functions

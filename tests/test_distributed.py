@@ -1,67 +1,173 @@
-"""Sums over ranks, in real processes."""
+"""Statistics of all ranks, in real processes: those of one process, whatever the ranks divide among them."""
 
-import socket
+import functools
+import multiprocessing
+import time
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch import nn
 
-import fastentropy as fe
+import distributed_cases
 
-
-def make_model():
-    torch.manual_seed(3)
-    return nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 5), nn.GELU())
+SECONDS = 150
+METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+PRELOADED = ["torch.distributed.fsdp", "torch.distributed.tensor.parallel", "transformers.models.llama.modeling_llama"]
 
 
-def batches():
-    return torch.randn(9, 2, 4, generator=torch.Generator().manual_seed(1))
+def run(world_size, folder):
+    """What all cases returned on each rank. Ranks that do not come to an end are killed."""
+    if METHOD == "forkserver":
+        multiprocessing.get_context(METHOD).set_forkserver_preload(PRELOADED)
+    ranks = mp.start_processes(distributed_cases.work, (world_size, folder), world_size, join=False, start_method=METHOD)
+    deadline = time.monotonic() + SECONDS
+    while not ranks.join(timeout=1):
+        if time.monotonic() > deadline:
+            for process in ranks.processes:
+                process.kill()
+            pytest.fail(f"{world_size} ranks hang")
+    return [torch.load(folder / f"{rank}.pt") for rank in range(world_size)]
 
 
-def work(rank, world_size, port, folder, different):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
-    model = make_model()
-    if different and rank:
-        model = model[:2]
-    with fe.collect(model, average="batch") as collector:
-        for batch in batches()[rank::world_size]:
-            model(batch)
-    own = collector.compute()
-    try:
-        collector.sync().save(folder / f"{rank}.safetensors")
-    except ValueError as error:
-        (folder / f"{rank}.txt").write_text(str(error))
-    assert all(torch.equal(own[name].counts, site.counts) for name, site in collector.compute().items())
-    dist.destroy_process_group()
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    """What a case returned on each of a number of ranks; all cases of that number run in one group of processes."""
+    ranks = functools.cache(lambda world_size: run(world_size, tmp_path_factory.mktemp(f"ranks{world_size}")))
+    return lambda case, world_size=2: [outcomes[case] for outcomes in ranks(world_size)]
 
 
-def run(folder, world_size, different=False):
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port = sock.getsockname()[1]
-    mp.spawn(work, (world_size, port, folder, different), nprocs=world_size)
+@functools.cache
+def in_one_process(name):
+    return distributed_cases.figures(distributed_cases.in_one_process(name).compute())
 
 
-def test_ranks_sum_to_one_process(tmp_path):
-    run(tmp_path, 2)
-    model = make_model()
-    with fe.collect(model, average="batch") as collector:
-        for batch in batches():
-            model(batch)
-    expected = collector.sync()
-    for rank in range(2):
-        statistics = fe.Statistics.load(tmp_path / f"{rank}.safetensors")
-        assert list(statistics) == list(expected)
-        for name, site in statistics.items():
-            assert torch.equal(site.counts, expected[name].counts)
-            assert site.batches == 9
-            torch.testing.assert_close(site.batch_entropies, expected[name].batch_entropies)
+@pytest.mark.parametrize("name", distributed_cases.MODELS)
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp", "tp"])
+def test_counts_are_those_of_one_process(outcomes, kind, name, world_size):
+    assert outcomes(f"{kind} {name}", world_size) == [in_one_process(name)] * world_size
 
 
-@pytest.mark.skipif(not dist.is_available(), reason="torch.distributed is not built")
-def test_ranks_with_different_sites_are_told(tmp_path):
-    run(tmp_path, 2, different=True)
-    assert all("counted different sites (3); run the same model" in (tmp_path / f"{rank}.txt").read_text() for rank in range(2))
+@pytest.mark.parametrize("name", distributed_cases.MODELS)
+def test_counts_of_a_mesh_of_both_are_those_of_one_process(outcomes, name):
+    assert outcomes(f"mesh {name}", 4) == [in_one_process(name)] * 4
+
+
+@pytest.mark.parametrize("mode", ["enable_grad", "inference_mode"])
+@pytest.mark.parametrize("parallel", ["fully_sharded", "tensor_parallel"])
+def test_counts_do_not_depend_on_the_mode(outcomes, parallel, mode):
+    assert outcomes(f"in_mode {parallel} {mode}") == [True, True]
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("use_local_output", [True, False])
+@pytest.mark.parametrize("world_size", [3, 4])
+@pytest.mark.parametrize("neurons", [10, 2])
+def test_neurons_are_put_together_in_order_where_they_are_divided_unevenly(
+    outcomes, neurons, world_size, use_local_output, grad
+):
+    sizes = [len(chunk) for chunk in torch.arange(neurons).chunk(world_size)]
+    sizes += [0] * (world_size - len(sizes))
+    assert outcomes(f"uneven {neurons} {use_local_output} {grad}", world_size) == [(True, size) for size in sizes]
+
+
+@pytest.mark.parametrize("use_local_output", [True, False])
+def test_neurons_are_followed_through_reshapes(outcomes, use_local_output):
+    assert outcomes(f"reshapes {use_local_output}") == [[True, True]] * 2
+
+
+@pytest.mark.parametrize("use_local_output", [True, False])
+def test_activations_that_are_functions(outcomes, use_local_output):
+    assert outcomes(f"functional {use_local_output}") == [True, True]
+
+
+def test_neurons_of_parts_of_weights(outcomes):
+    assert outcomes("local_weights") == [True, True]
+
+
+def test_a_plan_of_transformers(outcomes):
+    assert outcomes("transformers_plan") == [True, True]
+
+
+@pytest.mark.parametrize("head", ["to_local", "plain layer", "DTensor"])
+def test_what_all_ranks_have_is_counted_once(outcomes, head):
+    assert outcomes(f"replicated {head}") == [True, True]
+
+
+def test_nan_is_counted_once(outcomes):
+    assert outcomes("nan_is_counted_once") == [{"a": 2 * 6, "b": 2 * 3}] * 2
+
+
+@pytest.mark.parametrize("padded", [True, False])
+@pytest.mark.parametrize("use_local_output", [True, False])
+def test_tokens_that_ranks_divide_are_summed(outcomes, use_local_output, padded):
+    assert outcomes(f"sequence_parallel {use_local_output} {padded}") == [True, True]
+
+
+@pytest.mark.parametrize("divided", ["data", "neurons"])
+def test_entropies_of_batches_are_those_of_one_process(outcomes, divided):
+    assert outcomes(f"entropies_of_batches {divided}") == [(True, True)] * 2
+
+
+def test_batches_whose_tokens_are_divided_are_not_told_apart(outcomes):
+    assert outcomes("batches_of_divided_tokens") == [{"relu": (True, 0), "gelu": (False, 2)}] * 2
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_stages_of_a_pipeline_are_put_together_by_rank(outcomes, world_size):
+    assert outcomes("pipeline", world_size) == [(True, True)] * world_size
+
+
+def test_a_rank_without_batches_adds_nothing(outcomes):
+    assert outcomes("a_rank_without_batches") == [True, True]
+
+
+def test_a_site_that_one_rank_has_not_met_is_that_of_the_others(outcomes):
+    assert outcomes("an_expert_without_tokens") == [{"first.1": True, "second.1": True}] * 2
+
+
+@pytest.mark.parametrize(("case", "site"), [("other_modules", "3"), ("other_neurons", "1"), ("other_activation", "1")])
+def test_all_ranks_are_told_of_different_models(outcomes, case, site):
+    first, second = outcomes(case)
+    assert first == second
+    assert first.startswith(f"ranks 0 and 1 counted different sites ({site}); run the same model on both")
+
+
+def test_all_ranks_are_told_of_neurons_that_could_not_be_followed(outcomes):
+    first, second = outcomes("not_followed")
+    assert first == second
+    assert "site 'relu' of rank 0 cannot be added to those of other ranks" in first
+    assert "use_local_output=False" in first
+
+
+def test_sums_that_ranks_have_yet_to_add_up_are_refused(outcomes):
+    assert all(
+        "redistribute it to Replicate() or Shard(…) before the activation" in error for error in outcomes("partial_sums")
+    )
+
+
+def test_an_input_that_is_divided_otherwise_than_before_is_refused(outcomes):
+    assert all("collect such passes apart" in error for error in outcomes("divided_otherwise"))
+
+
+def test_a_sync_in_the_middle_changes_nothing(outcomes):
+    assert outcomes("in_the_middle") == [(True, True)] * 2
+
+
+def test_each_rank_goes_on_from_its_own_state(outcomes):
+    for before, after, error in outcomes("restored"):
+        assert (before, after) == (True, True)
+        assert "site '1' of rank 1" in error
+        assert "load on each rank the state that it saved" in error
+
+
+@pytest.mark.parametrize("parallel", [True, False])
+def test_passes_issue_no_collectives_of_ours(outcomes, parallel):
+    for during, without in outcomes(f"collectives {parallel}"):
+        assert during == without
+        assert ("gloo:all_reduce" in without) == parallel
+
+
+@pytest.mark.parametrize(("average", "dtypes"), [("dataset", ["torch.int64"]), ("batch", ["torch.int64", "torch.float64"])])
+def test_a_sync_is_one_reduction_of_all_integers(outcomes, average, dtypes):
+    assert outcomes(f"reductions {average}") == [dtypes] * 2

@@ -3,6 +3,8 @@
 import ast
 from pathlib import Path
 
+import pytest
+
 import fastentropy
 import fastentropy_kernels
 
@@ -10,7 +12,7 @@ FLOORS = [
     {"__main__"},
     {"cli"},
     {"console", "doctor", "runs"},
-    {"comparison", "recipes", "report"},
+    {"calibration", "comparison", "recipes", "report"},
     {"pruning"},
     {"loop"},
     {"criteria", "linearization", "steps"},
@@ -20,7 +22,27 @@ FLOORS = [
     {"sites", "distributed"},
     {"pages", "statistics"},
     {"plots"},
-    {"activations", "axes", "files", "histories", "interception", "padding", "rewriting", "tables", "timing"},
+    {"activations", "axes", "files", "histories", "interception", "machines", "padding", "rewriting", "tables", "timing"},
+    {"sharding"},
+]
+CALIBRATION = [
+    "runs",
+    "engine",
+    "ranks",
+    "report",
+    "overhead",
+    "checkpoints",
+    "batching",
+    "pretrained",
+    "corpora",
+    "streams",
+    "parquet_files",
+    "text_files",
+    "image_files",
+    "columns",
+    "cursors",
+    "documents",
+    "extras",
 ]
 FUSION = [
     "profiling",
@@ -69,10 +91,12 @@ def test_imports_go_down_by_floors():
                 assert floor_of(module) < floor_of(parts[1]), f"{path.name} imports {name}"
 
 
-def test_fusion_goes_one_way():
-    root = Path(fastentropy.__file__).parent / "fusion"
-    for index, module in enumerate(FUSION):
-        above = {f"fastentropy.fusion.{name}" for name in FUSION[:index]}
+@pytest.mark.parametrize(("package", "modules"), [("calibration", CALIBRATION), ("fusion", FUSION)])
+def test_modules_of_a_package_import_one_way(package, modules):
+    root = Path(fastentropy.__file__).parent / package
+    assert set(modules) <= {path.stem for path in root.glob("*.py")}
+    for index, module in enumerate(modules):
+        above = {f"fastentropy.{package}.{name}" for name in modules[:index]}
         assert not imported(root / f"{module}.py") & above
 
 

@@ -1,0 +1,69 @@
+"""What collecting costs, measured on the run itself: some batches are also run without it."""
+
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable
+
+import torch
+
+from fastentropy.collector import EntropyCollector
+
+#: The first batches of a rank that are run twice, in which nothing is compiled any more; from the last on, one in so many.
+RUN_TWICE = (4, 8, 16, 32, 64)
+#: Ratios that are kept, of which the median is told.
+MOST_RATIOS = 1001
+
+
+class Overhead:
+    """Runs batches while a collector counts, and a few without it, too."""
+
+    def __init__(self, collector: EntropyCollector) -> None:
+        """collector: attached to the model that is run."""
+        self._collector, self._batches = collector, 0
+        self._ratios: deque[float] = deque(maxlen=MOST_RATIOS)
+        #: Seconds that went into batches that were run a second time.
+        self.plain_seconds = 0.0
+
+    @property
+    def ratio(self) -> float | None:
+        """The median time of a batch while collecting over that without, None where too few batches were run."""
+        return statistics.median(self._ratios) if self._ratios else None
+
+    @property
+    def samples(self) -> int:
+        """How many batches were run twice."""
+        return len(self._ratios)
+
+    def run(self, forward: Callable[[], object]) -> None:
+        """Run a batch, counted once."""
+        self._batches += 1
+        if self._batches not in RUN_TWICE and self._batches % RUN_TWICE[-1]:
+            forward()
+            return
+        if len(self._ratios) % 2:  # each goes first as often as the other
+            counted, plain = _seconds(forward), self._plain(forward)
+        else:
+            plain, counted = self._plain(forward), _seconds(forward)
+        self._ratios.append(counted / plain)
+        self.plain_seconds += plain
+
+    def _plain(self, forward: Callable[[], object]) -> float:
+        self._collector.detach()
+        try:
+            return _seconds(forward)
+        finally:
+            self._collector.attach()
+
+
+def _seconds(function: Callable[[], object]) -> float:
+    _wait()
+    start = time.perf_counter()
+    function()
+    _wait()
+    return time.perf_counter() - start
+
+
+def _wait() -> None:
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()

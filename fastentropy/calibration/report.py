@@ -1,0 +1,103 @@
+"""A calibration as a page that opens from disk: pure functions of its statistics and its summary."""
+
+from collections.abc import Mapping
+from functools import partial
+from os import PathLike
+from typing import Any
+
+from fastentropy.pages import draw_svg, write_page
+from fastentropy.plots import MARGIN, ROW, draw_distributions, draw_layer_entropy
+from fastentropy.statistics import Statistics
+from fastentropy.tables import format_count, format_integer, plural
+
+
+def write_report(statistics: Statistics, summary: Mapping[str, Any], path: str | PathLike[str]) -> None:
+    """Write one HTML page that needs nothing but itself. summary: what `summary.json` holds."""
+    entropies = {name: site.entropy() for name, site in statistics.items()}
+    height = MARGIN + ROW * max(len(entropies), 5)
+    write_page(
+        "calibration.html.j2",
+        path,
+        summary=summary,
+        sites=statistics.to_dict(),
+        headline=_headline(statistics),
+        numbers=_numbers(statistics, summary),
+        notices=_notices(statistics, summary),
+        words=_words(summary),
+        bars=draw_svg(
+            partial(draw_layer_entropy, layer_entropy=statistics.layer_entropy()),
+            height,
+            "Bars: the entropy of each activation",
+        ),
+        strips=draw_svg(
+            partial(draw_distributions, neuron_entropies=entropies),
+            height,
+            "Strips: how the entropies of neurons are distributed",
+        ),
+    )
+
+
+def format_overhead(summary: Mapping[str, Any]) -> str:
+    """What collecting cost, in one phrase."""
+    overhead = summary["overhead"]
+    if overhead["ratio"] is None:
+        return "not measured: too few batches"
+    return f"{overhead['ratio']:.3f} of the time without, median of {plural(overhead['samples'], 'batch', 'batches')}"
+
+
+def _headline(statistics: Statistics) -> str:
+    entropies = statistics.layer_entropy()
+    lowest = min(entropies, key=entropies.__getitem__)
+    return f"{plural(len(entropies), 'activation')}; the lowest entropy is {entropies[lowest]:.3f} bits, of {lowest}."
+
+
+def _numbers(statistics: Statistics, summary: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    entropies = statistics.layer_entropy()
+    neurons = sum(site.neurons for site in statistics.values())
+    overhead = summary["overhead"]["ratio"]
+    return {
+        "Mean layer entropy": (f"{sum(entropies.values()) / len(entropies):.3f} bits", f"of {format_integer(neurons)} neurons"),
+        f"{summary['unit'].capitalize()} counted": (
+            format_count(summary["tokens"]),
+            f"in {plural(summary['documents'], 'document')}",
+        ),
+        f"{summary['unit'].capitalize()} per second": (
+            format_count(round(summary["tokens_per_second"])),
+            f"on {plural(summary['ranks'], 'process', 'processes')}",
+        ),
+        "Time while collecting": (
+            "–" if overhead is None else f"{overhead:.3f}×",
+            "of that of the same batches without" if overhead else "too few batches to measure it",
+        ),
+    }
+
+
+def _notices(statistics: Statistics, summary: Mapping[str, Any]) -> list[str]:
+    """What a reader should know before believing the figures."""
+    found = list(summary["notices"])
+    if nan := {name: site.nan for name, site in statistics.items() if site.nan}:
+        found.append(f"NaN was met in {', '.join(nan)}: such values are in no state.")
+    if summary["truncated"]:
+        found.append(
+            f"{plural(summary['truncated'], 'document')} did not fit into a row: {format_count(summary['tokens_cut'])} tokens "
+            "were cut off. With --packing none are."
+        )
+    if summary["problems"]:
+        times = sum(problem["times"] for problem in summary["problems"])
+        found.append(
+            f"{plural(times, 'document or file', 'documents or files')} could not be used; the last table tells which."
+        )
+    return found
+
+
+def _words(summary: Mapping[str, Any]) -> dict[str, str]:
+    settings = ", ".join(f"{name} {value}" for name, value in summary["settings"].items() if value not in (None, False))
+    machine = summary["machine"]
+    return {
+        "Settings": settings,
+        "Time": f"{summary['seconds']:.0f} seconds, all parts of the run together",
+        "Sum over ranks": f"{1e3 * summary['sync_seconds']:.1f} ms for each checkpoint",
+        "Counters": f"{format_integer(summary['counter_bytes'])} bytes, 24 for each neuron",
+        "Collecting": format_overhead(summary),
+        "Machine": f"{machine['device']}, PyTorch {machine['torch']}",
+    }

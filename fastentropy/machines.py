@@ -1,0 +1,25 @@
+"""What a figure was measured on."""
+
+import datetime
+import platform
+from pathlib import Path
+
+import torch
+
+
+def describe_machine(device: str) -> dict[str, str]:
+    """The name of the processor or the GPU, the version of PyTorch and the date, as records of runs hold them."""
+    if device.startswith("cuda"):
+        name = torch.cuda.get_device_name(device)
+    else:
+        threads = torch.get_num_threads()
+        name = f"{_processor()}, {threads} thread{'s' if threads > 1 else ''}"
+    return {"device": name, "torch": torch.__version__, "date": datetime.date.today().isoformat()}
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

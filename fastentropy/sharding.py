@@ -1,0 +1,259 @@
+"""Which part of a tensor a rank has: as DTensors tell, and followed through the tensors that are taken out of them."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard, TypeVar
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed._functional_collectives import AsyncCollectiveTensor
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor, Placement
+
+T = TypeVar("T", Tensor, Tensor | None)
+#: Is told of a DTensor and the tensor that was taken out of it.
+Show = Callable[["DTensor", Tensor], None]
+#: In `Sharding.axes`: the ranks hold different values, and how they make up the whole is not known.
+LOST = -1
+_NOT_FOLLOWED = "how its input is divided among ranks could not be followed; make it a DTensor, as with use_local_output=False"
+
+
+class Share(NamedTuple):
+    """What a rank's counts of a site are among those of all ranks."""
+
+    start: int  # of its neurons
+    neurons: int  # of all ranks together
+    is_counted: bool = True  # False where another rank counts the same values
+    is_first: bool = True  # False where another rank counts other neurons of the same batches
+    has_whole_batches: bool = True  # False where other ranks count other tokens of the same batches
+    trouble: str = ""  # why it cannot be added to the others
+
+
+class Slice(NamedTuple):
+    """The part of an axis that a rank has."""
+
+    start: int
+    size: int
+    total: int
+
+    def resized(self, size: int) -> Slice | None:
+        """The part after a reshape that makes several entries of each, or one of several; None where it does neither."""
+        if self.size == size:
+            return self
+        if not self.size or not size:
+            return None
+        if size % self.size == 0:
+            factor = size // self.size
+            return Slice(self.start * factor, size, self.total * factor)
+        if self.size % size == 0:
+            factor = self.size // size
+            if self.start % factor == self.total % factor == 0:
+                return Slice(self.start // factor, size, self.total // factor)
+        return None
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How a tensor of this rank lies in the one that the ranks of a mesh have together.
+
+    axes: for each axis of the mesh, the axis of the tensor that is divided among its ranks; None where they hold the same, LOST
+        where that is not known. slices: the parts of divided axes, where they are known.
+    """
+
+    mesh: DeviceMesh
+    axes: tuple[int | None, ...]
+    slices: Mapping[int, Slice]
+
+    @classmethod
+    def of(cls, x: DTensor) -> Sharding:
+        """The sharding of a DTensor."""
+        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+        sizes, starts = compute_local_shape_and_global_offset(x.shape, x.device_mesh, x.placements)
+        axes = tuple(_divided_axis(placement, x.ndim) for placement in x.placements)
+        if tuple(sizes) != tuple(x._local_tensor.shape):  # from_local() was not told that parts are uneven
+            axes = tuple(axis if axis is None else LOST for axis in axes)
+        divided = list(filter(_is_divided, axes))
+        return cls(x.device_mesh, axes, {axis: Slice(starts[axis], sizes[axis], x.shape[axis]) for axis in divided})
+
+    def moved(self, where: Callable[[int], int | None], shape: Sequence[int]) -> Sharding:
+        """The sharding of what an operator made of the tensor, from where its axes went. Parts of another size are lost."""
+        moved: dict[int, tuple[int, Slice | None]] = {}
+        for axis in filter(_is_divided, self.axes):
+            new, part = where(axis), self.slices.get(axis)
+            if new is not None and (part is None or part.size == shape[new]):
+                moved[axis] = new, part
+        return self._with(moved)
+
+    def reshaped(self, shape: Sequence[int], new_shape: Sequence[int]) -> Sharding:
+        """The sharding of the tensor in a new shape. Parts of axes that are mixed with others before them are not known."""
+        moved: dict[int, tuple[int, Slice | None]] = {}
+        for axis in filter(_is_divided, self.axes):
+            new, part = first_reshaped_axis(shape, axis, new_shape), self.slices.get(axis)
+            if new is not None:
+                begins = part is not None and prod(new_shape[:new]) == prod(shape[:axis])
+                moved[axis] = new, part.resized(new_shape[new]) if part is not None and begins else None
+        return self._with(moved)
+
+    def _with(self, moved: Mapping[int, tuple[int, Slice | None]]) -> Sharding:
+        axes = tuple(moved.get(axis, (LOST, None))[0] if _is_divided(axis) else axis for axis in self.axes)
+        return Sharding(self.mesh, axes, {axis: part for axis, part in moved.values() if part is not None})
+
+    def reduced(self) -> Sharding:
+        """The sharding of what ranks have added up or gathered: all hold the same."""
+        return Sharding(self.mesh, (None if len(self.axes) == 1 else LOST,) * len(self.axes), {})
+
+    def divides(self, other_than: int) -> bool:
+        """Whether any axis but the given one is divided among ranks."""
+        return any(axis not in (None, other_than) for axis in self.axes)
+
+    def share(self, channel_axis: int, neurons: int) -> Share:
+        """What the counts of a site are that has an input of this sharding, and that many neurons on this rank."""
+        part = self.slices.get(channel_axis, Slice(0, neurons, neurons))
+        is_known = channel_axis not in self.axes or (channel_axis in self.slices and part.size == neurons)
+        if LOST in self.axes or not is_known:
+            return Share(0, neurons, trouble=_NOT_FOLLOWED)
+        at = [(axis, self.mesh.get_local_rank(mesh_axis)) for mesh_axis, axis in enumerate(self.axes)]
+        return Share(
+            part.start,
+            part.total,
+            is_counted=not any(coordinate for axis, coordinate in at if axis is None),
+            is_first=not any(coordinate for axis, coordinate in at if axis == channel_axis),
+            has_whole_batches=not self.divides(channel_axis),
+        )
+
+    def tokens(self, is_token: Tensor, shape: Sequence[int]) -> Tensor | None:
+        """The part of a padding mask [batch, tokens] that a rank's input of this shape is about; None where it is not known.
+
+        The input is [batch, tokens, neurons] or [batch * tokens, neurons]. A mask of its own size is about all of it.
+        """
+        positions = is_token if len(shape) == 3 else is_token.flatten()
+        for mesh_axis, axis in enumerate(self.axes):
+            if not _is_divided(axis) or axis not in self.slices or axis >= positions.ndim:
+                continue
+            if positions.shape[axis] != shape[axis]:
+                chunks = positions.chunk(self.mesh.size(mesh_axis), axis)  # as a DTensor is divided
+                coordinate = self.mesh.get_local_rank(mesh_axis)
+                positions = chunks[coordinate] if coordinate < len(chunks) else positions.narrow(axis, 0, 0)
+        return positions if positions.shape == tuple(shape[:-1]) else None
+
+
+def first_reshaped_axis(shape: Sequence[int], axis: int, new_shape: Sequence[int]) -> int | None:
+    """The axis of new_shape in which the entries of an axis of shape are furthest apart, also where it is mixed with others."""
+    outer = prod(shape[:axis])
+    same = (new for new, size in enumerate(new_shape) if size == shape[axis] and prod(new_shape[:new]) == outer)
+    return next(same, next((new for new in range(len(new_shape)) if prod(new_shape[: new + 1]) > outer), None))
+
+
+def joined(shardings: Iterable[Sharding]) -> Sharding | None:
+    """The sharding of what an operator makes of several tensors that fit together; None of none."""
+    known = list(shardings)
+    if len(known) < 2:
+        return known[0] if known else None
+    mesh, axes, slices = known[0].mesh, known[0].axes, dict[int, Slice]()
+    for other in known:
+        if other.mesh == mesh:
+            pairs = zip(axes, other.axes, strict=True)
+            axes = tuple(LOST if LOST in pair else pair[1] if pair[0] is None else pair[0] for pair in pairs)
+            slices = {**other.slices, **slices}
+    return Sharding(mesh, axes, {axis: part for axis, part in slices.items() if axis in axes})
+
+
+def is_dtensor(x: object) -> TypeGuard[DTensor]:
+    """Whether x is a DTensor; their module takes long to import, and where nobody has there are none."""
+    return type(x) is not Tensor and (kind := _dtensor()) is not None and isinstance(x, kind)
+
+
+def local_tensor(x: T) -> T:
+    """The tensor that a rank has of a DTensor, without an operator that anyone would see; any other tensor as it is."""
+    return x._local_tensor if is_dtensor(x) else x
+
+
+def stored(x: Tensor) -> Tensor:
+    """The tensor that has the memory of x, which is a DTensor or the result of a collective that may not have arrived, or x."""
+    x = local_tensor(x)
+    return x.elem if _is_on_its_way(x) else x
+
+
+def awaited(x: Tensor) -> Tensor:
+    """A tensor that is there to be read: the result of a collective that may not have arrived is waited for."""
+    return x.wait() if _is_on_its_way(x) else x
+
+
+def _is_on_its_way(x: Tensor) -> TypeGuard[AsyncCollectiveTensor]:
+    return type(x) is not Tensor and hasattr(x, "trigger_wait")
+
+
+@contextlib.contextmanager
+def shown_local_tensors(show: Show) -> Iterator[None]:
+    """Show every tensor that `DTensor.to_local` takes out of a DTensor in this thread: there is no operator that does it."""
+    if _dtensor() is None:
+        yield
+        return
+    _TO_LOCAL.enter(show)
+    try:
+        yield
+    finally:
+        _TO_LOCAL.leave(show)
+
+
+class _ToLocal:
+    """While any thread is inside, `DTensor.to_local` tells it what it returned."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside: list[tuple[int, Show]] = []
+        self._original: Any = None
+
+    def enter(self, show: Show) -> None:
+        with self._lock:
+            if not self._inside:
+                self._replace()
+            self._inside.append((threading.get_ident(), show))
+
+    def leave(self, show: Show) -> None:
+        with self._lock:
+            self._inside.remove((threading.get_ident(), show))
+            if not self._inside:
+                _dtensor().to_local = self._original
+
+    def _replace(self) -> None:
+        original = self._original = _dtensor().to_local
+
+        @functools.wraps(original)
+        def to_local(x: DTensor, **kwargs: Any) -> Tensor:
+            local: Tensor = original(x, **kwargs)
+            for thread, show in list(self._inside):
+                if thread == threading.get_ident():
+                    show(x, local)
+            return local
+
+        _dtensor().to_local = to_local
+
+
+_TO_LOCAL = _ToLocal()
+
+
+def _dtensor() -> Any:
+    """The class of DTensors; None where nobody has imported it."""
+    return getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
+
+
+def _divided_axis(placement: Placement, ndim: int) -> int | None:
+    from torch.distributed.tensor import Shard
+
+    if placement.is_replicate():
+        return None
+    return placement.dim % ndim if type(placement) is Shard else LOST
+
+
+def _is_divided(axis: int | None) -> TypeGuard[int]:
+    return axis is not None and axis != LOST
