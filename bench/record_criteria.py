@@ -103,9 +103,7 @@ def fused_times(models: dict[tuple[str, int], nn.Module], recipe: Digits) -> dic
     inputs = recipe.example_inputs()
     fused = {key: fuse(model, inputs) for key, model in models.items()}
     with torch.inference_mode():
-        return measure_times(
-            {key: functools.partial(model, *inputs) for key, model in fused.items()}, inputs[0].device, rounds=101
-        )
+        return measure_times({key: functools.partial(model, *inputs) for key, model in fused.items()}, rounds=101)
 
 
 def summarize(runs: Sequence[dict[str, Any]], criterion: str, limit: float) -> dict[str, float]:

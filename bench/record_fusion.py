@@ -42,8 +42,8 @@ def main() -> None:
         case = case[0].to(options.device), tuple(value.to(options.device) for value in case[1])
         cases.append({"name": name, "batch": options.batch, **measure(case, options.rounds)})
         print(line(cases[-1]), flush=True)
-    if options.name:
-        save_record(f"fusion-{options.name}", options.device, rounds=options.rounds, cases=cases)
+        if options.name:  # what is measured stays, if it ends before all is
+            save_record(f"fusion-{options.name}", options.device, rounds=options.rounds, cases=cases)
 
 
 def networks(kinds: list[str], batch: int) -> Iterator[tuple[str, Case]]:

@@ -28,7 +28,7 @@ def test_states(benchmark, device, shape, dtype, operation):
         pytest.skip("needs a GPU")
     x, counts = operands(device, shape, dtype)
     benchmark.group = f"{device} {shape} {dtype}"
-    copied = measure_times({copy: lambda: copy(x, counts)}, x.device)[copy]
+    copied = measure_times({copy: lambda: copy(x, counts)})[copy]
     benchmark.pedantic(operation, (x, counts), rounds=30, warmup_rounds=3)
     size = x.numel() * x.element_size()
     benchmark.extra_info["bytes"] = PASSES[operation] * size

@@ -270,9 +270,7 @@ def _latency(dense: nn.Module, pruned: nn.Module, fused: FusedModel, recipe: Rec
     inputs = recipe.example_inputs()
     models = {"dense": dense, "dense_fused": fuse(dense.eval(), inputs), "pruned": pruned, "fused": fused}
     models |= {f"{name} in channels-last": with_channels_last_weights(models[name]) for name in ("dense", "pruned")}
-    times = measure_times(
-        {name: functools.partial(model.eval(), *inputs) for name, model in models.items()}, inputs[0].device, rounds=31
-    )
+    times = measure_times({name: functools.partial(model.eval(), *inputs) for name, model in models.items()}, rounds=31)
     best = {name: min(times[name], times.pop(f"{name} in channels-last")) for name in ("dense", "pruned")}
     return times | best
 

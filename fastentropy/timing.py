@@ -12,19 +12,20 @@ Key = TypeVar("Key", bound=Hashable)
 
 def measure_times(
     functions: Mapping[Key, Callable[[], object]],
-    device: torch.device,
     *,
     rounds: int = 15,
     round_seconds: float = 0.002,
+    as_graphs: bool = False,
 ) -> dict[Key, float]:
     """The time of one call of each function in milliseconds: the median over interleaved rounds.
 
     Interleaving lets what else the machine does fall on all of them alike. A round repeats a short function until it fills
-    `round_seconds`. An accelerator is synchronised before the clock is read. On a GPU the functions run as CUDA graphs, which
-    leaves out how long Python takes to ask for the work; as they are, where one of them cannot be captured.
+    `round_seconds`. An accelerator is synchronised before the clock is read. as_graphs: run them as CUDA graphs, which leaves
+    out how long Python takes to ask for the work; for functions that never wait for the GPU, since after a capture that fails
+    PyTorch draws no random numbers any more.
     """
-    if device.type == "cuda":
-        functions = _captured(functions, device)
+    if as_graphs:
+        functions = _captured(functions)
     repeats = {}
     for key, function in functions.items():
         function()
@@ -36,28 +37,22 @@ def measure_times(
     return {key: 1e3 * statistics.median(values) for key, values in samples.items()}
 
 
-def _captured(functions: Mapping[Key, Callable[[], object]], device: torch.device) -> Mapping[Key, Callable[[], object]]:
-    """The replays of all functions' CUDA graphs, or the functions themselves."""
-    try:
-        with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]
-            graphs = {key: _capture(function) for key, function in functions.items()}
-    except RuntimeError:  # as where a function waits for the GPU
-        return functions
-    return {key: graph.replay for key, graph in graphs.items()}
-
-
-def _capture(function: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    """The graph of a call. `torch.cuda.graph` collects garbage each time, which takes longer than all the rest."""
-    for _ in range(2):
-        function()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    graph.capture_begin()
-    try:
-        function()
-    finally:
-        graph.capture_end()
-    return graph
+def _captured(functions: Mapping[Key, Callable[[], object]]) -> Mapping[Key, Callable[[], object]]:
+    """The replays of the functions' CUDA graphs. `torch.cuda.graph` collects garbage for each, which takes longer than all this."""
+    replays = {}
+    with torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]
+        for key, function in functions.items():
+            for _ in range(2):
+                function()
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            graph.capture_begin()
+            try:
+                function()
+            finally:
+                graph.capture_end()
+            replays[key] = graph.replay
+    return replays
 
 
 def _seconds(function: Callable[[], object], repeats: int) -> float:

@@ -80,15 +80,15 @@ def test_registers_suffice_for_every_configuration(variant):
 
 @each_kernel
 @pytest.mark.parametrize("arch", NVIDIA)
-def test_one_atomic_for_each_state_after_the_loop(layout, dtype, activation, arch):
+def test_a_thread_adds_three_counts_at_most_after_the_loop(layout, dtype, activation, arch):
     code = disassembled(variant(layout, dtype, activation), arch)
     atomics = "REDG?|ATOMG?"
-    assert len(opcodes([code], atomics)) == 3  # a thread has one channel at most
+    assert 1 <= len(opcodes([code], atomics)) <= 3
     assert not opcodes(aot_inspect.main_loop(code), atomics)
 
 
-@pytest.mark.parametrize(("changed", "states"), [({"nan": True}, 4), ({"edges": 15}, 16), ({"edges": 1, "nan": True}, 3)])
-def test_one_atomic_for_each_counter(changed, states):
+@pytest.mark.parametrize(("changed", "states"), [({"nan": True}, 3), ({"edges": 15}, 16), ({"edges": 1, "nan": True}, 3)])
+def test_one_atomic_for_each_counter_of_a_thread(changed, states):
     line = "histogram rows" if "edges" in changed else "rows"
     code = disassembled(variant("rows", **changed)._replace(line=line), "sm_90")
     assert len(opcodes([code], "REDG?|ATOMG?")) == states
@@ -127,24 +127,25 @@ def test_sizes_of_one_compile(shape):
     assert compiled(variant(layout, activation="prelu", shape=shape), "sm_90").asm["cubin"]
 
 
-@pytest.mark.parametrize("layout", aot.SHAPES)
-def test_relu_takes_ten_instructions_an_element(layout):
-    # 8.3 and 9.3. Triton 3.6 computes the maximum in float32 and takes 9.8 and 10.8.
-    most = 11 if triton.__version__.startswith("3.6.") else 10
+@pytest.mark.parametrize(("layout", "most"), [("rows", 16), ("planes", 10)])
+def test_relu_takes_few_instructions_an_element(layout, most):
+    # 15.1, of which half are for the stages of rows, and 9.3. Triton 3.6 computes the maximum in float32: 1.5 more.
+    most += 2 * triton.__version__.startswith("3.6.")
     assert findings(variant(layout), "sm_90").instructions <= most
 
 
-# Of bfloat16 rows on sm_90: those that take more than half of what an H100 can issue, with the percentage they may take.
+# Of bfloat16 rows on sm_90: those that take more than half of what an H100 can issue, with the percentage they may take. The
+# stages of tiles, with which an H100 is faster all the same, are 6 instructions of each.
 MOST = {
-    "elu": 80,
-    "selu": 80,
-    "celu": 86,  # 85.3 with Triton 3.8
-    "gelu": 112,
-    "gelu_tanh": 76,
-    "silu": 60,
-    "mish": 77,
-    "softplus": 110,
-    "quick_gelu": 67,
+    "elu": 82,
+    "selu": 85,
+    "celu": 94,
+    "gelu": 117,
+    "gelu_tanh": 77,
+    "silu": 67,
+    "mish": 83,
+    "softplus": 111,
+    "quick_gelu": 70,
 }
 
 

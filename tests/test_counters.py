@@ -1,6 +1,8 @@
 import pytest
 import torch
+from torch import nn
 
+import fastentropy as fe
 from fastentropy import Site
 from fastentropy.counters import Counters, Layout
 
@@ -91,3 +93,37 @@ def test_counters_made_in_inference_mode_can_be_added_to_outside(layout):
         fill(counters, SITES[0], 1)
     fill(counters, SITES[0], 1)
     assert counters.total(SITES[0])[0].sum() == 18
+
+
+def test_a_decoder_of_seven_billion_parameters_needs_24_bytes_for_a_neuron():
+    transformers = pytest.importorskip("transformers")
+    with torch.device("meta"):  # 32 layers of 11,008 neurons: the shape of Llama 7B
+        config = transformers.LlamaConfig(use_cache=False, attn_implementation="eager")
+        model = transformers.LlamaForCausalLM(config)
+        inputs = {"input_ids": torch.zeros(1, 4, dtype=torch.int64), "attention_mask": torch.ones(1, 4, dtype=torch.int64)}
+    assert sum(parameter.numel() for parameter in model.parameters()) > 6.7e9
+    counters = Counters(Layout())
+    sites = fe.find_sites(model, inputs)
+    for site in sites:
+        counters.of(site, CPU)
+    held = sum(buffer.nbytes for buffer in counters._buffers[CPU].values())
+    assert [site.neurons for site in sites] == [11_008] * 32
+    assert held == 24 * 32 * 11_008 + 8 * 32  # 8.5 MB; and one number of positions for each site
+
+
+@pytest.mark.parametrize("before", [2**31 - 5, 2**32 - 5, 2**62])
+def test_counts_go_on_beyond_32_bits(before, tmp_path):
+    model = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
+    with fe.collect(model) as collector:
+        model(torch.randn(7, 2))
+        once = collector.compute()["1"]
+        state = collector.state_dict()
+        state["1/counts"] = state["1/counts"] + before
+        collector.load_state_dict(state)
+        with torch.no_grad():
+            model[0].weight.zero_()
+            model[0].bias.fill_(1.0)
+        model(torch.randn(11, 2))
+    collector.compute().save(tmp_path / "statistics.safetensors")
+    counts = fe.Statistics.load(tmp_path / "statistics.safetensors")["1"].counts
+    assert torch.equal(counts, once.counts + before + torch.tensor([0, 0, 11]))

@@ -277,3 +277,15 @@ def test_measured_times_are_positive():
     _, report = plan.plan_chain(found(*BLOCK), X, 1e-5)
     assert all(candidate.milliseconds > 0 for candidate in report.candidates.values())
     assert report.candidates["keep"].multiplications == 2 * 36 * (48 + 9 * 12 + 48)
+
+
+def test_errors_are_those_of_float32_where_a_gpu_takes_tf32(priced, monkeypatch):
+    seen = []
+
+    def recorded(actual, expected):
+        seen.append(torch.backends.cudnn.conv.fp32_precision)
+        return 0.0
+
+    monkeypatch.setattr(plan, "relative_error", recorded)
+    plan.plan_chain(found(*BLOCK), X, 1e-5)
+    assert set(seen) == {"ieee"}

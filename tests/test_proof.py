@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from conftest import Reads
-from fastentropy.fusion.proof import TOLERANCE, Proof, relative_error
+from fastentropy.fusion.proof import TOLERANCE, Proof, full_precision, relative_error
 
 X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
 
@@ -194,3 +194,29 @@ def test_inputs_that_are_no_floating_tensors_are_passed_on():
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_there_is_a_tolerance_for_each_dtype_above_its_rounding(dtype):
     assert torch.finfo(dtype).eps < TOLERANCE[dtype] < 0.1
+
+
+def precisions():
+    return [backend.fp32_precision for backend in (torch.backends.cudnn.conv, torch.backends.cuda.matmul)]
+
+
+def test_forms_are_compared_in_float32_where_a_gpu_takes_tf32():
+    seen = []
+
+    def forward(m, x):
+        seen.append(precisions())
+        return m.layer(x)
+
+    before = precisions()
+    proof(Reads(forward, layer=layer())).error(layer())
+    assert seen
+    assert all(each == ["ieee", "ieee"] for each in seen)
+    assert precisions() == before
+
+
+def test_the_precision_of_products_comes_back_after_an_error():
+    before = precisions()
+    with pytest.raises(RuntimeError), full_precision():
+        raise RuntimeError
+    assert precisions() == before
+    assert torch.backends.cudnn.allow_tf32 in (True, False)  # raises where the settings contradict each other

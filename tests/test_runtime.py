@@ -24,7 +24,7 @@ def counted_times(request, monkeypatch):
     if "measured" in request.keywords:
         return
     price = {"original": 3.0, "folded": 2.0, "fused": 1.0}
-    monkeypatch.setattr(runtime, "measure_times", lambda functions, device: {key: price[key[0]] for key in functions})
+    monkeypatch.setattr(runtime, "measure_times", lambda functions: {key: price[key[0]] for key in functions})
     monkeypatch.setattr(plan, "measured", lambda forms, inputs: {key: len(operators(f)) for key, f in forms.items()})
 
 
@@ -117,7 +117,7 @@ def test_fewer_operators_are_left(network, images):
 @pytest.mark.parametrize("slowest", ["original", "folded", "fused"])
 def test_what_is_slower_is_not_kept(network, images, monkeypatch, slowest):
     times = {"original": 1.0, "folded": 1.1, "fused": 1.2, slowest: 9.0}
-    monkeypatch.setattr(runtime, "measure_times", lambda functions, device: {key: times[key[0]] for key in functions})
+    monkeypatch.setattr(runtime, "measure_times", lambda functions: {key: times[key[0]] for key in functions})
     fused = fuse(network.eval(), (images,))
     assert fused.report.choice == min(times, key=times.get)
     assert_equal(fused, network, images)
@@ -642,7 +642,7 @@ def test_without_measuring_nothing_is_timed(monkeypatch):
 @pytest.mark.parametrize("fastest", ["contiguous", "channels_last"])
 def test_everybody_gets_the_memory_format_in_which_they_are_fastest(network, images, monkeypatch, fastest, tmp_path):
     price = {"original": 3.0, "folded": 2.0, "fused": 1.0}
-    prices = lambda functions, device: {key: price[key[0]] + (key[1] != fastest) / 2 for key in functions}  # noqa: E731
+    prices = lambda functions: {key: price[key[0]] + (key[1] != fastest) / 2 for key in functions}  # noqa: E731
     monkeypatch.setattr(runtime, "measure_times", prices)
     fused = fuse(network.eval(), (images,))
     assert fused.report.milliseconds == price

@@ -164,6 +164,17 @@ def test_longer_than_the_longest_strip(shape, edges, monkeypatch):
     check(values.view(shape).to(DEVICE), edges=edges, launch=Launch(512, 512, 4, programs_per_multiprocessor=1))
 
 
+@pytest.mark.parametrize("warps", [4, 8, 16, 32])
+@pytest.mark.parametrize("element_size", [2, 4])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 1, 1 << 20)], ids=["rows", "planes"])
+def test_no_count_of_a_lane_or_of_a_tile_can_overflow(shape, element_size, warps):
+    constants = states_triton.tile(shape, element_size, Launch(32768, 32768, warps, 1))
+    positions = constants["BLOCK_ROWS"] if len(shape) == 2 else constants["BLOCK_INNER"]
+    longest = states_triton._longest_strip(constants["REPEATS"], positions)
+    assert longest * constants["REPEATS"] < 2**10
+    assert longest * positions < 2**21
+
+
 @runs_kernels
 def test_rows_further_apart_than_32_bits_count():
     memory = torch.empty(2**31 + 80, dtype=torch.bfloat16, device=DEVICE)  # a CPU has no memory for it until it is touched

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from fastentropy.files import replace_file
 from fastentropy.fusion.inputs import clone, is_float
-from fastentropy.fusion.proof import TOLERANCE, largest_error
+from fastentropy.fusion.proof import TOLERANCE, full_precision, largest_error
 from fastentropy.fusion.report import FusionReport
 from fastentropy.fusion.tracing import first_line, inference_module, sample_inputs
 
@@ -96,8 +96,9 @@ def _run_onnx(file: Path, *inputs: Any) -> list[Tensor]:
 def _check_equal(program: ExportedProgram, written: Callable[..., Any]) -> None:
     """Raise RuntimeError where what was written does not compute what the program computes."""
     inputs = sample_inputs(program)
-    expected = pytree.tree_leaves(inference_module(program)(*clone(inputs)))
-    error = largest_error(pytree.tree_leaves(written(*clone(inputs))), expected)
+    with full_precision():
+        expected = pytree.tree_leaves(inference_module(program)(*clone(inputs)))
+        error = largest_error(pytree.tree_leaves(written(*clone(inputs))), expected)
     tolerance = TOLERANCE.get(next((value.dtype for value in expected if is_float(value)), torch.float32), 1e-5)
     if not error <= tolerance:
         raise RuntimeError(f"the written model differs by {error:.1e} (relative), above {tolerance:.0e}, and was not kept")

@@ -15,12 +15,6 @@ def batch_size(inputs: Inputs) -> int | None:
     return next((tensor.shape[0] for tensor in tensors), None)
 
 
-def device_of(inputs: Inputs) -> torch.device:
-    """Where the first tensor lies; on the CPU without any."""
-    devices = (value.device for value in pytree.tree_leaves(inputs) if isinstance(value, Tensor))
-    return next(devices, torch.device("cpu"))
-
-
 def has_batch(value: Any, batch: int | None) -> bool:
     """Whether a value is a tensor with that batch."""
     return isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == batch

@@ -13,7 +13,7 @@ from fastentropy.fusion.chains import FoundChain
 from fastentropy.fusion.elements import Chain, Element, Flatten, Sum, cost, operators, run
 from fastentropy.fusion.lowering import compile_chain
 from fastentropy.fusion.merging import Borders, crop, kernels, masked, merge, outline, pools_first, spatial_size, unweighted
-from fastentropy.fusion.proof import relative_error
+from fastentropy.fusion.proof import full_precision, relative_error
 from fastentropy.fusion.report import Candidate, ChainReport
 from fastentropy.timing import Key, measure_times
 
@@ -125,12 +125,10 @@ def plan_chain(
 
 def measured(forms: Mapping[Key, Chain], inputs: Mapping[Key, Tensor]) -> dict[Key, float]:
     """The milliseconds of each form on its input, timed side by side."""
-    if not forms:
-        return {}
-    device = next(iter(inputs.values())).device
+    on_gpu = any(x.is_cuda for x in inputs.values())
     if len(forms) <= 6:
-        return measure_times(calls(forms, inputs), device)
-    return measure_times(calls(forms, inputs), device, rounds=5, round_seconds=0.001)
+        return measure_times(calls(forms, inputs), as_graphs=on_gpu)
+    return measure_times(calls(forms, inputs), rounds=5, round_seconds=0.001, as_graphs=on_gpu)
 
 
 def calls(forms: Mapping[Key, Chain], inputs: Mapping[Key, Tensor]) -> dict[Key, Callable[[], Tensor]]:
@@ -155,7 +153,8 @@ def _chain_error(form: Chain, chain: Chain, x: Tensor) -> float:
     given = x[:1] if batched else x
     drawn = torch.randn(given.shape, generator=generator).to(given) * given.std(correction=0)
     compiled = compile_chain(form, given)
-    return max(relative_error(compiled(each), run(chain, each.double())) for each in (given, drawn))
+    with full_precision():
+        return max(relative_error(compiled(each), run(chain, each.double())) for each in (given, drawn))
 
 
 def _forms(kept: Chain, x: Tensor, way: Way) -> tuple[dict[str, Chain], str]:

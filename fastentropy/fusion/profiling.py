@@ -143,10 +143,8 @@ def _merged(chain: Chain, x: Tensor) -> Iterator[tuple[str, Chain]]:
 
 
 def _times(forms: Mapping[Any, Chain], inputs: Mapping[Any, Tensor]) -> dict[Any, float]:
-    if not forms:
-        return {}
-    device = next(iter(inputs.values())).device
-    return measure_times(calls(forms, inputs), device, rounds=11, round_seconds=0.001)
+    on_gpu = any(x.is_cuda for x in inputs.values())
+    return measure_times(calls(forms, inputs), rounds=11, round_seconds=0.001, as_graphs=on_gpu)
 
 
 def _itself(element: Element) -> Element:

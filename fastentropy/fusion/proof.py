@@ -1,7 +1,8 @@
 """Prove a rewritten network equal to the network, on given and on random inputs, at several batch sizes."""
 
+import contextlib
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -34,6 +35,20 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     difference = (actual - expected).abs().nan_to_num(torch.inf, torch.inf).masked_fill(same, 0)
     scale = expected.abs().nan_to_num(0, 0, 0).max().clamp_min(torch.finfo(expected.dtype).tiny)
     return float(difference.max() / scale)
+
+
+@contextlib.contextmanager
+def full_precision() -> Iterator[None]:
+    """Compute products of float32 in float32, where a GPU would compute them in tf32, with an error that hides any other."""
+    backends = torch.backends.cudnn.conv, torch.backends.cuda.matmul  # type: ignore[attr-defined]
+    before = [backend.fp32_precision for backend in backends]
+    try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        yield
+    finally:
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
 
 
 #: The largest relative error that a fused model may have, by the dtype of its weights.
@@ -101,7 +116,8 @@ def _error(actual: Any, expected: Any) -> float:
 def _answers(model: Callable[..., Any], inputs: Inputs) -> list[Any] | None:
     """The outputs of a call; None where it raises, as for a size that a model does not take, or for lack of memory."""
     try:
-        return pytree.tree_leaves(model(*clone(inputs)))
+        with full_precision():
+            return pytree.tree_leaves(model(*clone(inputs)))
     except Exception:  # whatever a model raises
         return None
 

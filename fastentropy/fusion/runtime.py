@@ -16,7 +16,7 @@ from fastentropy.fusion import archive
 from fastentropy.fusion.chains import FoundChain, find_chains, overwritten_constants
 from fastentropy.fusion.elements import Chain, operators
 from fastentropy.fusion.guards import Conditions, guards_of
-from fastentropy.fusion.inputs import Inputs, batch_size, clone, device_of
+from fastentropy.fusion.inputs import Inputs, batch_size, clone
 from fastentropy.fusion.merging import Borders
 from fastentropy.fusion.plan import plan_chain
 from fastentropy.fusion.proof import TOLERANCE, Proof
@@ -299,4 +299,4 @@ def _left(report: ChainReport) -> ChainReport:
 
 def _times(forms: Mapping[_Form, nn.Module], example_inputs: Inputs) -> dict[_Form, float]:
     inputs = clone(example_inputs)
-    return measure_times({name: functools.partial(form, *inputs) for name, form in forms.items()}, device_of(inputs))
+    return measure_times({name: functools.partial(form, *inputs) for name, form in forms.items()})

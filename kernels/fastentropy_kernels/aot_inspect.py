@@ -136,9 +136,9 @@ def main_loop(sass: str) -> list[str]:
 
 
 def accesses(code: Iterable[str], opcode: str) -> list[int]:
-    """Return the bytes of each access: 16 for LDG.E.128 and STG.E.128, 4 for a plain LDG.E, 2 for LDG.E.U16."""
+    """Return the bytes of each access: 16 for LDG.E.128, LDGSTS.E.128 and STG.E.128, 4 for a plain LDG.E, 2 for LDG.E.U16."""
     widths = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}
-    found = filter(None, (re.search(rf"\b{opcode}([.\w]*)", instruction) for instruction in code))
+    found = filter(None, (re.search(rf"\b{opcode}(?!DEPBAR)([.\w]*)", instruction) for instruction in code))
     return [next((widths[suffix] for suffix in match[1].split(".") if suffix in widths), 4) for match in found]
 
 

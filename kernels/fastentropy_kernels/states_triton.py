@@ -347,22 +347,23 @@ class Launch(NamedTuple):
     stages: int = 1  # tiles that are on their way at a time
 
 
-# 4 warps of 16-byte accesses are 2 KB. With two of them in flight a 16-bit kernel takes 64 registers per thread, so that
-# 8 programs share a multiprocessor's 65,536: one wave, as few atomics as that allows, and 32 KB in flight, where an
-# H100's bandwidth (25 bytes per nanosecond and multiprocessor) over a latency of 0.7 microseconds needs 18 KB. With four
-# accesses it takes 100 to 160 registers, and 8 programs would be two waves. That is arithmetic on compiled code (`aot`):
-# nothing here has been measured on a GPU yet, which `python bench/sweep_states.py` does.
+# Chosen from 729 compiled configurations on an H100 (2026-11-27), over the cases of `bench/sweep_states.py`, which prints this
+# table for the GPU that it runs on. What made the difference, in this order:
+# - bytes on their way. With 4 KB for each of 8 programs on a multiprocessor, 2.2 of the 2.9 TB/s of a copy are reached. Either
+#   larger tiles, which fit into the registers because a lane sums its own repeats, or several stages of smaller ones;
+# - many programs, whose ends do not wait for each other, as long as each adds few counts to memory. A program of rows adds as
+#   many as its tile is wide: 256 channels took up to twice the time of 64.
 LAUNCHES = {
-    # Each row of a tile is two whole 128-byte lines. Wider, the strip has fewer rows: more atomics for a value.
+    # Each row of a tile is one whole 128-byte line.
     "rows": Launch(tile_bytes=4096, row_bytes=128, num_warps=4, programs_per_multiprocessor=16, stages=4),
     # A plane is contiguous: a tile is as long as a plane allows, and holds several planes where these are short.
     "planes": Launch(tile_bytes=8192, row_bytes=8192, num_warps=8, programs_per_multiprocessor=32),
-    # Below a wave of large tiles, small ones: every multiprocessor gets some.
+    # Below a wave of large tiles, small ones: every multiprocessor gets some. That of rows was not measured.
     "small rows": Launch(tile_bytes=2048, row_bytes=256, num_warps=4, programs_per_multiprocessor=8),
     "small planes": Launch(tile_bytes=2048, row_bytes=2048, num_warps=4, programs_per_multiprocessor=8, stages=3),
-    # Up to 6 counters a value in place of 1: one access per thread, or they would not fit into the registers.
-    "histogram rows": Launch(tile_bytes=4096, row_bytes=256, num_warps=8, programs_per_multiprocessor=4),
-    "histogram planes": Launch(tile_bytes=4096, row_bytes=4096, num_warps=8, programs_per_multiprocessor=4),
+    # Up to 6 counters a value in place of 1. Larger tiles of 8 warps took 0.18 and 0.17 ms where these take 0.14 and 0.13.
+    "histogram rows": Launch(tile_bytes=4096, row_bytes=128, num_warps=4, programs_per_multiprocessor=8),
+    "histogram planes": Launch(tile_bytes=2048, row_bytes=2048, num_warps=4, programs_per_multiprocessor=32),
 }
 
 

@@ -1,0 +1,137 @@
+"""Measure tokens per second with and without collecting, and what a sum over ranks takes, with 1, 2 and 4 processes on a CPU.
+
+python bench/record_calibrate.py [--rounds N] [--name NAME]
+
+The model is a Llama of 34 million random parameters on 8 rows of 256 tokens, one thread for each process. A sum is measured of
+its counters and of those of a decoder of seven billion parameters. With a name the record is kept as
+bench/results/calibrate-NAME.json.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+import transformers
+from record_collect import summarize_ratios
+from records import save_record
+from torch import nn
+
+import fastentropy as fe
+from fastentropy.distributed import sum_over_ranks
+from fastentropy.sharding import Share
+
+PROCESSES = (1, 2, 4)
+ROWS, TOKENS = 8, 256
+SYNCS = 21
+#: Layers and neurons of a layer of Llama 7B.
+LARGE = (32, 11008)
+
+
+def main() -> None:
+    """Print one line for each number of processes, and write the file if there is a name."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--name")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    cases = []
+    for processes in PROCESSES:
+        cases.append(measure(processes, options.rounds))
+        print(line(cases[-1]), flush=True)
+    if options.name:
+        save_record(f"calibrate-{options.name}", "cpu", rounds=options.rounds, rows=ROWS, tokens=TOKENS, cases=cases)
+
+
+def measure(processes: int, rounds: int) -> dict[str, object]:
+    """Return what all ranks saw."""
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(work, (processes, rounds, folder), nprocs=processes)
+        ranks = [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(processes)]
+    passes = {
+        key: [max(of_ranks) for of_ranks in zip(*(rank[key] for rank in ranks), strict=True)] for key in ("plain", "collecting")
+    }
+    first = ranks[0]
+    return {
+        "processes": processes,
+        "tokens_per_second": {key: processes * ROWS * TOKENS / statistics.median(seconds) for key, seconds in passes.items()},
+        "collecting_over_plain": summarize_ratios(passes["collecting"], passes["plain"]),
+        "counter_bytes": first["counter_bytes"],
+        "sync_milliseconds": 1e3 * statistics.median(first["sync"]),
+        "large_counter_bytes": 24 * LARGE[0] * LARGE[1],
+        "large_sync_milliseconds": 1e3 * statistics.median(first["large sync"]),
+    }
+
+
+def work(rank: int, processes: int, rounds: int, folder: str) -> None:
+    """Be one rank: run the same batch with and without collecting, in turns, then sum counters over the ranks."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=processes)
+    model, inputs = llama(rank)
+    collector = fe.collect(model)
+    seconds: dict[str, list[float]] = {"plain": [], "collecting": []}
+    with torch.inference_mode():
+        for index in range(rounds + 3):  # in the first three everything is compiled
+            for key in sorted(seconds, reverse=index % 2 == 1):
+                if key == "collecting":
+                    collector.attach()
+                dist.barrier()
+                taken = timed(partial(model, **inputs))
+                collector.detach()
+                if index >= 3:
+                    seconds[key].append(taken)
+    layers, neurons = LARGE
+    large = fe.Statistics(
+        {str(layer): fe.SiteStatistics("silu", torch.ones(neurons, 3, dtype=torch.int64)) for layer in range(layers)}
+    )
+    shares = dict.fromkeys(large, Share(0, neurons))
+    seconds["sync"] = [timed(collector.sync) for _ in range(SYNCS)]
+    seconds["large sync"] = [timed(partial(sum_over_ranks, large, shares, {})) for _ in range(SYNCS)]
+    counter_bytes = sum(site.counts.nbytes for site in collector.compute().values())
+    torch.save({**seconds, "counter_bytes": counter_bytes}, Path(folder) / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def timed(function: Callable[[], object]) -> float:
+    """Return the seconds of a call."""
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def llama(rank: int) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    """Return the model, the same on all ranks, and a batch of a rank."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=8000,
+        hidden_size=512,
+        intermediate_size=2048,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        use_cache=False,
+    )
+    model = transformers.LlamaForCausalLM(config).eval()
+    tokens = torch.randint(0, config.vocab_size, (ROWS, TOKENS), generator=torch.Generator().manual_seed(rank))
+    return model, {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "logits_to_keep": 1}
+
+
+def line(case: dict) -> str:
+    """Show one number of processes."""
+    speed, ratio = case["tokens_per_second"], case["collecting_over_plain"]
+    return (
+        f"{case['processes']} processes: {speed['plain']:.0f} tokens per second, collecting {speed['collecting']:.0f}; time "
+        f"{ratio['median']:.3f} ({ratio['lower_quartile']:.3f} to {ratio['upper_quartile']:.3f}); sum over ranks of "
+        f"{case['counter_bytes'] / 1e6:.2f} MB {case['sync_milliseconds']:.1f} ms, of "
+        f"{case['large_counter_bytes'] / 1e6:.2f} MB {case['large_sync_milliseconds']:.1f} ms"
+    )
+
+
+if __name__ == "__main__":
+    main()
