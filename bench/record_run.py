@@ -1,8 +1,10 @@
-"""Keep a finished run as bench/results/NAME.json, and draw its picture beside it.
+"""Keep a finished run as bench/results/NAME.json; of a pruning run, draw its picture beside it.
 
 fastentropy prune --output RUN && python bench/record_run.py RUN digits
+fastentropy calibrate MODEL --data DATA --output RUN && python bench/record_run.py RUN minilm
 """
 
+import json
 import sys
 from pathlib import Path
 
@@ -15,10 +17,19 @@ from fastentropy.runs import read_history
 
 def main(folder: str, name: str) -> None:
     """Record the run in a folder, without where its data lay."""
+    if (Path(folder) / "summary.json").exists():
+        record_calibration(json.loads((Path(folder) / "summary.json").read_text(encoding="utf-8")), name)
+        return
     history = read_history(Path(folder) / "history.json")
     history["options"].pop("data", None)
     save_json(history, RESULTS / f"{name}.json")
     plot_summary(history, RESULTS / f"{name}.png")
+
+
+def record_calibration(summary: dict, name: str) -> None:
+    """Record a calibration, its model and data by their names alone."""
+    names = {key: Path(summary[key]).name for key in ("model", "data")}
+    save_json(summary | names, RESULTS / f"{name}.json")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ def measure(device: str, shape: str, dtype: str) -> dict[str, object]:
     operations = {operation.__name__: partial(operation, x, counts) for operation in PASSES}
     # What waits for the GPU cannot be captured in a graph.
     waiting = {name: operations.pop(name) for name in [relu_and_published_procedure.__name__]}
-    times = measure_times(operations, rounds=31, round_seconds=0.01, as_graphs=x.is_cuda)
+    times = measure_times(operations, rounds=31, round_seconds=0.01, graphs_on=x.device if x.is_cuda else None)
     times |= measure_times(waiting, rounds=31, round_seconds=0.01)
     size = x.numel() * x.element_size()
     fused = times[relu_with_states.__name__]

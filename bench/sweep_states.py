@@ -89,7 +89,9 @@ def sweep(line: str, case: Case) -> dict[Launch, float]:
     """Return the milliseconds of every candidate for a line of the table, measured in turns."""
     tensors = operands(line, case)
     return measure_times(
-        {launch: lambda launch=launch: run(*tensors, case, launch) for launch in candidates(line)}, rounds=7, as_graphs=True
+        {launch: lambda launch=launch: run(*tensors, case, launch) for launch in candidates(line)},
+        rounds=7,
+        graphs_on=tensors[0].device,
     )
 
 

@@ -15,17 +15,17 @@ def measure_times(
     *,
     rounds: int = 15,
     round_seconds: float = 0.002,
-    as_graphs: bool = False,
+    graphs_on: torch.device | None = None,
 ) -> dict[Key, float]:
     """The time of one call of each function in milliseconds: the median over interleaved rounds.
 
     Interleaving lets what else the machine does fall on all of them alike. A round repeats a short function until it fills
-    `round_seconds`. An accelerator is synchronised before the clock is read. as_graphs: run them as CUDA graphs, which leaves
-    out how long Python takes to ask for the work; for functions that never wait for the GPU, since after a capture that fails
-    PyTorch draws no random numbers any more.
+    `round_seconds`. An accelerator is synchronised before the clock is read. graphs_on: the GPU on which they run as CUDA
+    graphs, which leaves out how long Python takes to ask for the work; for functions that never wait for the GPU, since after a
+    capture that fails PyTorch draws no random numbers any more.
     """
-    if as_graphs:
-        functions = _captured(functions)
+    if graphs_on is not None:
+        functions = _captured(functions, graphs_on)
     repeats = {}
     for key, function in functions.items():
         function()
@@ -37,10 +37,10 @@ def measure_times(
     return {key: 1e3 * statistics.median(values) for key, values in samples.items()}
 
 
-def _captured(functions: Mapping[Key, Callable[[], object]]) -> Mapping[Key, Callable[[], object]]:
+def _captured(functions: Mapping[Key, Callable[[], object]], device: torch.device) -> Mapping[Key, Callable[[], object]]:
     """The replays of the functions' CUDA graphs. `torch.cuda.graph` collects garbage for each, which takes longer than all this."""
     replays = {}
-    with torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]
+    with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]
         for key, function in functions.items():
             for _ in range(2):
                 function()

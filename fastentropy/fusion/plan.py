@@ -125,10 +125,10 @@ def plan_chain(
 
 def measured(forms: Mapping[Key, Chain], inputs: Mapping[Key, Tensor]) -> dict[Key, float]:
     """The milliseconds of each form on its input, timed side by side."""
-    on_gpu = any(x.is_cuda for x in inputs.values())
+    gpu = next((x.device for x in inputs.values() if x.is_cuda), None)
     if len(forms) <= 6:
-        return measure_times(calls(forms, inputs), as_graphs=on_gpu)
-    return measure_times(calls(forms, inputs), rounds=5, round_seconds=0.001, as_graphs=on_gpu)
+        return measure_times(calls(forms, inputs), graphs_on=gpu)
+    return measure_times(calls(forms, inputs), rounds=5, round_seconds=0.001, graphs_on=gpu)
 
 
 def calls(forms: Mapping[Key, Chain], inputs: Mapping[Key, Tensor]) -> dict[Key, Callable[[], Tensor]]:

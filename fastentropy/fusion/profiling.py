@@ -143,8 +143,8 @@ def _merged(chain: Chain, x: Tensor) -> Iterator[tuple[str, Chain]]:
 
 
 def _times(forms: Mapping[Any, Chain], inputs: Mapping[Any, Tensor]) -> dict[Any, float]:
-    on_gpu = any(x.is_cuda for x in inputs.values())
-    return measure_times(calls(forms, inputs), rounds=11, round_seconds=0.001, as_graphs=on_gpu)
+    gpu = next((x.device for x in inputs.values() if x.is_cuda), None)
+    return measure_times(calls(forms, inputs), rounds=11, round_seconds=0.001, graphs_on=gpu)
 
 
 def _itself(element: Element) -> Element:
