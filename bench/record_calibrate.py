@@ -2,7 +2,7 @@
 
 python bench/record_calibrate.py [--rounds N] [--name NAME]
 
-The model is a Llama of 34 million random parameters on 8 rows of 256 tokens, one thread for each process. A sum is measured of
+The model is a Llama of 32 million random parameters on 8 rows of 256 tokens, one thread for each process. A sum is measured of
 its counters and of those of a decoder of seven billion parameters. With a name the record is kept as
 bench/results/calibrate-NAME.json.
 """

@@ -46,7 +46,7 @@ class AxisTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, weights: Iterable[Tensor] = ()) -> None:
         """Know the weights of the model, and nothing of its activations yet."""
         super().__init__()  # type: ignore[no-untyped-call]
-        self.meshes: set[Any] = set()  # those of the DTensors that were met
+        self.meshes: set[Any] = set()  # those of the DTensors that activations met
         self._axes: dict[tuple[Any, ...], int] = {}
         self._shardings: dict[tuple[Any, ...], Sharding] = {}
         self._weights = {_storage(weight) for weight in weights}
@@ -67,7 +67,8 @@ class AxisTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _take_out(self, x: Any, local: Tensor) -> None:
         sharding = self._shardings[_place(local)] = Sharding.of(x)
-        self.meshes.add(sharding.mesh)
+        if sharding.is_divided or not self._is_weight(x):
+            self.meshes.add(sharding.mesh)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -79,9 +80,10 @@ class AxisTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 return func._op_dk(_COMPOSITE, *args, **(kwargs or {}))
         inputs = [value for value in pytree.tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
         known = [(x, self._axes[_place(x)]) for x in inputs if _place(x) in self._axes]
-        self.meshes.update(x.device_mesh for x in inputs if is_dtensor(x))
         divided = [(x, sharding) for x in inputs if not is_dtensor(x) and (sharding := self._shardings.get(_place(x)))]
         from_weights = bool(inputs) and all(self._is_weight(x) for x in inputs)
+        if not from_weights:  # else somebody only looks at the weights, which FSDP divides among data-parallel ranks
+            self.meshes.update(x.device_mesh for x in inputs if is_dtensor(x))
         outputs = func(*args, **(kwargs or {}))
         for y in pytree.tree_leaves(outputs):
             if isinstance(y, Tensor):

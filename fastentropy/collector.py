@@ -48,7 +48,7 @@ class EntropyCollector:
         self._model, self._per_batch = model, average == "batch"
         self._watcher = SiteWatcher(model, _Counting(self), channel_axis, mask)
         self._layout, self._lock = Layout(), threading.Lock()
-        self._total, self._idle = Counters(self._layout), list[Counters]()
+        self._total, self._idle, self._captured = Counters(self._layout), list[Counters](), list[Counters]()
         self._restored, self._restored_shares = Statistics({}), dict[str, Share]()
         self._batch_entropies: dict[str, Tensor] = {}
         self._batches: dict[str, int] = {}
@@ -218,9 +218,17 @@ class _Counting:
                 if collector._per_batch:
                     self._add_batch_entropies(counters)
             counters.clear()
-            collector._idle.append(counters)
+            self._keep(counters)
         if completed:
             collector._recommend_isolation()
+
+    def _keep(self, counters: Counters) -> None:
+        """Keep counters for another pass; in the place of those that met their sites one by one, others with whole buffers."""
+        collector = self._collector
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            collector._captured.append(counters)  # nobody else may use what a graph writes to
+        else:
+            collector._idle.append(counters if counters.is_like(collector._total) else collector._total.empty_like())
 
     def _add_batch_entropies(self, counters: Counters) -> None:
         collector = self._collector
@@ -241,6 +249,8 @@ def collect(
     """A collector for all activations of a model, to be used as `with fe.collect(model) as collector:`.
 
     The model is unchanged afterwards, also when the block raises. What was compiled with torch.compile runs eagerly inside.
+    In a gated MLP (SwiGLU, GeGLU) the site is the activation of the gate: a state is the sign of the gate's pre-activation, and
+    where it never changes the MLP is still a product of gate and value, not linear.
 
     average: "batch" keeps, besides the exact counts, the mean of the batches' own entropies.
     channel_axis: the neuron axis of sites, by name, where it should not be inferred from the operator that made their input.
@@ -272,11 +282,11 @@ def _run_and_count(call: Call, counters: Counters) -> Any:
             _add_positions(counters, site, local, mask)
         return call.run()
     options = {"channel_axis": site.channel_axis, "mask": mask, "inplace": fused.inplace, **fused.parameters}
-    if plan := plan_activation_states(x, counter.counts, fused.activation, **options):
-        counters.plans[site.name] = plan
-        y = plan(x, mask)
-    else:
-        y = activation_states(x, counter.counts, fused.activation, **options)
+    if counters.repeats_shape(site, x):
+        plan = plan_activation_states(x, counter.counts, fused.activation, **options)
+        if plan is not None:
+            counters.plans[site.name] = plan
+    y = activation_states(x, counter.counts, fused.activation, **options)
     _add_positions(counters, site, x, mask)
     return y
 

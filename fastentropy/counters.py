@@ -46,6 +46,7 @@ class Counters:
         """Begin with nothing counted."""
         self.sites: dict[str, Site] = {}
         self.plans: dict[str, ActivationPlan] = {}  # by site, for the counters here
+        self._shapes: dict[str, torch.Size] = {}
         self._layout = layout
         self._buffers: dict[torch.device, dict[int, Tensor]] = {}
         self._views: dict[tuple[str, torch.device], SiteCounters] = {}
@@ -61,6 +62,11 @@ class Counters:
         if view is None:
             view = self._views[site.name, device] = self._view(site, device)
         return view
+
+    def repeats_shape(self, site: Site, x: Tensor) -> bool:
+        """Whether the last call of a site had the shape of this one; padded batches change it, and a plan would not be used."""
+        before, self._shapes[site.name] = self._shapes.get(site.name), x.shape
+        return before == x.shape
 
     def add_positions(self, site: Site, positions: int) -> None:
         """Note on the host how many values of each neuron were read; the site is among `sites` from then on."""
@@ -105,8 +111,22 @@ class Counters:
         for name, positions in other._positions.items():
             self._positions[name] = self._positions.get(name, 0) + positions
 
+    def empty_like(self) -> "Counters":
+        """Counters with nothing counted and buffers like these, so that they can be added in one operation per device."""
+        other = Counters(self._layout)
+        with torch.inference_mode(False):  # or they could be added to in inference mode only
+            other._buffers = {
+                device: {start: torch.zeros_like(buffer) for start, buffer in buffers.items()}
+                for device, buffers in self._buffers.items()
+            }
+        return other
+
+    def is_like(self, other: "Counters") -> bool:
+        """Whether the buffers of both are the same on each device that these have any on."""
+        return all(other._extents(device) == self._extents(device) for device in self._buffers)
+
     def _extents(self, device: torch.device) -> list[tuple[int, int]]:
-        return [(start, buffer.numel()) for start, buffer in self._buffers[device].items()]
+        return [(start, buffer.numel()) for start, buffer in self._buffers.get(device, {}).items()]
 
     def clear(self) -> None:
         """Forget what was counted; buffers stay where they are."""

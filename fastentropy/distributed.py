@@ -1,5 +1,6 @@
 """Put the statistics of the ranks of torch.distributed together."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ class _Entry(NamedTuple):
     activation: str
     share: Share
     tells_batches_apart: bool
+    digest: str  # of its counts
 
 
 class _Rank(NamedTuple):
@@ -39,6 +41,7 @@ def sum_over_ranks(statistics: Statistics, shares: Mapping[str, Share], modules:
         return statistics
     ranks = _all_ranks(statistics, shares, modules)
     _check(ranks)
+    _check_copies(ranks)
     parts = {}
     for name in dict.fromkeys(name for rank in ranks for name in rank.sites):
         entries = [rank.sites[name] for rank in ranks if name in rank.sites]
@@ -49,7 +52,12 @@ def sum_over_ranks(statistics: Statistics, shares: Mapping[str, Share], modules:
 
 def _all_ranks(statistics: Statistics, shares: Mapping[str, Share], modules: Mapping[str, str]) -> list[_Rank]:
     sites = {
-        name: _Entry(site.activation, shares[name], site.batch_entropies is not None and shares[name].has_whole_batches)
+        name: _Entry(
+            site.activation,
+            shares[name],
+            site.batch_entropies is not None and shares[name].has_whole_batches,
+            hashlib.blake2b(site.counts.numpy().tobytes()).hexdigest()[:16],
+        )
         for name, site in statistics.items()
     }
     ranks = [_Rank({}, {})] * dist.get_world_size()
@@ -72,6 +80,18 @@ def _check(ranks: Sequence[_Rank]) -> None:
                 raise ValueError(
                     f"ranks {first} and {number} counted different sites ({', '.join(different)}); run the same model on both, "
                     "or stages of a pipeline that keep the names that their modules have in the whole model"
+                )
+
+
+def _check_copies(ranks: Sequence[_Rank]) -> None:
+    """Raise ValueError where a rank that is left out, since another one counts the same, counted something else."""
+    counted = {(name, entry.digest) for rank in ranks for name, entry in rank.sites.items() if entry.share.is_counted}
+    for number, rank in enumerate(ranks):
+        for name, entry in rank.sites.items():
+            if not entry.share.is_counted and (name, entry.digest) not in counted:
+                raise ValueError(
+                    f"site {name!r} of rank {number} is taken for a copy of another rank's, since the model has DTensors, but "
+                    "no rank that is counted has the same counts; make its input a DTensor that tells how it is divided"
                 )
 
 

@@ -84,6 +84,11 @@ class Sharding:
         divided = list(filter(_is_divided, axes))
         return cls(x.device_mesh, axes, {axis: Slice(starts[axis], sizes[axis], x.shape[axis]) for axis in divided})
 
+    @property
+    def is_divided(self) -> bool:
+        """Whether the ranks hold different values."""
+        return any(axis is not None for axis in self.axes)
+
     def moved(self, where: Callable[[int], int | None], shape: Sequence[int]) -> Sharding:
         """The sharding of what an operator made of the tensor, from where its axes went. Parts of another size are lost."""
         moved: dict[int, tuple[int, Slice | None]] = {}

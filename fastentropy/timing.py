@@ -38,7 +38,7 @@ def measure_times(
 
 
 def _captured(functions: Mapping[Key, Callable[[], object]], device: torch.device) -> Mapping[Key, Callable[[], object]]:
-    """The replays of the functions' CUDA graphs. `torch.cuda.graph` collects garbage for each, which takes longer than all this."""
+    """The replays of the functions' CUDA graphs. `torch.cuda.graph` collects garbage for each, which takes longer than that."""
     replays = {}
     with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]
         for key, function in functions.items():

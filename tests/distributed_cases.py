@@ -237,6 +237,34 @@ def replicated(head):
     return figures(run(model, x, average="batch").sync()) == expected
 
 
+def weights_that_are_looked_at():
+    """Data-parallel ranks of FSDP while a hook reads the weights, which are DTensors between their uses."""
+    ranks = dist.get_world_size()
+    data = inputs(ranks, 5, 4)
+    expected = plain(layers((4, 6), 3), data, passes=2)
+    model = fully_sharded_layers(layers((4, 6), 3), world_mesh("dp"))
+    model[1].register_forward_pre_hook(lambda module, args: [weight.detach().norm() for weight in model.parameters()] and None)
+    return run(model, data[dist.get_rank()]).sync()["1"].counts.tolist() == expected
+
+
+def fully_sharded_layers(model, mesh):
+    for module in (model[0], model[2], model):
+        fully_shard(module, mesh=mesh)
+    return model
+
+
+def no_copies():
+    """Ranks with data of their own in a model that uses a DTensor for something else."""
+    mesh = world_mesh("tp")
+
+    def forward(m, x):
+        DTensor.from_local(x, mesh, [Replicate()]).sum()
+        return m.relu(m.fc(x))
+
+    model = Reads(forward, fc=seeded(nn.Linear, 4, 6), relu=nn.ReLU())
+    return message(model, inputs(dist.get_world_size(), 5, 4)[dist.get_rank()])
+
+
 class Tokens(nn.Module):
     """A norm, an activation, a layer and another activation, with a padding mask."""
 
@@ -491,7 +519,7 @@ def cases(world_size):
 OF_TWO_RANKS = (
     nan_is_counted_once, batches_of_divided_tokens, pipeline, other_modules, other_neurons, other_activation, not_followed,
     partial_sums, divided_otherwise, local_weights, transformers_plan, a_rank_without_batches, an_expert_without_tokens,
-    in_the_middle, restored,
+    in_the_middle, restored, weights_that_are_looked_at, no_copies,
 )  # fmt: skip
 WITH_A_VALUE = (
     *((replicated, head) for head in ("to_local", "plain layer", "DTensor")),

@@ -781,6 +781,42 @@ def test_a_state_of_another_model_changes_nothing(network, images):
     assert counted(collector) == before
 
 
+def test_a_pass_is_added_in_one_operation_whatever_the_number_of_sites():
+    model = nn.Sequential(*(layer for _ in range(20) for layer in (nn.Linear(4, 4), nn.ReLU()))).eval()
+    x = torch.randn(2, 4)
+    with torch.inference_mode(), collect(model) as collector:
+        for _ in range(4):
+            model(x)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+            model(x)
+    operators = {event.key: event.count for event in profiler.key_averages()}
+    assert operators["aten::add_"] == operators["aten::zero_"] == 1
+    assert counted(collector) == {f"{2 * index + 1}": 5 * 8 for index in range(20)}
+
+
+def test_a_site_that_is_met_late_is_added_with_the_others_from_then_on():
+    class Sometimes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.layer = nn.ReLU(), nn.GELU(), nn.Linear(4, 4)
+
+        def forward(self, x, both):
+            x = self.first(self.layer(x))
+            return self.second(self.layer(x)) if both else x
+
+    model = Sometimes().eval()
+    x = torch.randn(2, 4)
+    with torch.inference_mode(), collect(model, channel_axis={"second": 1}) as collector:
+        model(x, False)
+        for _ in range(4):
+            model(x, True)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+            model(x, True)
+    operators = {event.key: event.count for event in profiler.key_averages()}
+    assert operators["aten::zero_"] == 2  # a buffer for each time that sites were met
+    assert counted(collector) == {"first": 6 * 8, "second": 5 * 8}
+
+
 def test_reset_keeps_the_addresses_of_the_counters(network, images):
     with collect(network.eval()) as collector:
         network(images)

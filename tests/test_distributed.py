@@ -94,6 +94,14 @@ def test_what_all_ranks_have_is_counted_once(outcomes, head):
     assert outcomes(f"replicated {head}") == [True, True]
 
 
+def test_weights_that_somebody_looks_at_make_no_rank_a_copy(outcomes):
+    assert outcomes("weights_that_are_looked_at") == [True, True]
+
+
+def test_what_is_no_copy_of_another_ranks_counts_is_not_left_out_in_silence(outcomes):
+    assert all("site 'relu' of rank 1 is taken for a copy" in said for said in outcomes("no_copies"))
+
+
 def test_nan_is_counted_once(outcomes):
     assert outcomes("nan_is_counted_once") == [{"a": 2 * 6, "b": 2 * 3}] * 2
 

@@ -44,6 +44,59 @@ def spread(ratios):
     return f"{collecting['median']:.2f} ({collecting['lower_quartile']:.2f} to {collecting['upper_quartile']:.2f})"
 
 
+def recorded(name):
+    return json.loads((ROOT / "bench" / "results" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def section(name, end="The record"):
+    """What stands behind a mark, up to the line that names the record."""
+    (text,) = re.findall(rf"^<!-- {name} -->\n(.*?)\n\n{end}", README, re.DOTALL | re.MULTILINE)
+    return text
+
+
+def quartiles(ratio):
+    return f"{ratio['median']:.3f} ({ratio['lower_quartile']:.3f} to {ratio['upper_quartile']:.3f})"
+
+
+def test_every_figure_of_collecting_on_a_gpu_is_in_the_recorded_run():
+    record, text = recorded("collect-h100"), section("collect-gpu")
+    assert record["machine"] in text
+    assert record["date"] in text
+    for case in record["cases"]:
+        ratios = case["ratios_to_plain"]
+        cells = (case["model"], quartiles(ratios["collecting"]), quartiles(ratios["collecting graph"]))
+        assert f"| {' | '.join(cells)} | {ratios['published']['median']:.2f} |" in text
+        assert abs(case["peak_bytes"]["collecting"] - case["peak_bytes"]["plain"]) < 1e6
+        assert f"{case['inputs'][0]} " in text
+
+
+def test_every_figure_of_minilm_is_in_the_recorded_run():
+    record, text = recorded("minilm"), " ".join(section("minilm").split())
+    machine, overhead = record["machine"], record["overhead"]
+    for figure in (machine["device"], machine["date"], f"{record['tokens']:,} tokens".replace(",", " ")):
+        assert figure in text
+    assert f"{record['tokens_per_second']:.0f} tokens per second on {record['ranks']} process" in text
+    assert f"{overhead['ratio']:.3f} of that without, median of {overhead['samples']} batches" in text
+    assert all(f"| {name} | {bits:.3f} |" in text for name, bits in record["layer_entropy"].items())
+
+
+def test_every_figure_of_calibrating_is_in_the_recorded_run():
+    record, text = recorded("calibrate-epyc"), section("calibrate")
+    for figure in (record["machine"], record["date"], f"{record['rounds']} pairs"):
+        assert figure in " ".join(text.split())
+    for case in record["cases"]:
+        speed = case["tokens_per_second"]
+        cells = (
+            f"{case['processes']}",
+            f"{speed['plain']:.0f}",
+            f"{speed['collecting']:.0f}",
+            quartiles(case["collecting_over_plain"]),
+            f"{case['sync_milliseconds']:.1f} ms",
+            f"{case['large_sync_milliseconds']:.1f} ms",
+        )
+        assert f"| {' | '.join(cells)} |" in text
+
+
 def test_every_figure_of_fusing_is_in_the_recorded_run():
     record = json.loads((ROOT / "bench" / "results" / "fusion-epyc.json").read_text(encoding="utf-8"))
     (text,) = re.findall(r"^<!-- fusion -->\n(.*?)\n\nThe record", README, re.DOTALL | re.MULTILINE)

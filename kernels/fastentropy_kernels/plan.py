@@ -70,7 +70,7 @@ def make_plan(x: Tensor, counts: Tensor, request: Request, inplace: bool) -> Act
     """A plan for tensors like x; None where no kernel fuses the activation, or x would have to be copied."""
     if x.device.type not in ("cpu", "cuda") or not x.numel() or request.weight is not None:
         return None
-    if (x.is_cpu and request.mask is not None) or not is_fused(request.activation, x):
+    if (x.is_cpu and request.mask is not None) or (x.is_cuda and x.data_ptr() % 16) or not is_fused(request.activation, x):
         return None
     arranged = arrange(x, request.channel_axis, request.mask)
     given = [x] if request.mask is None else [x, request.mask]
