@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fastentropy.calibration.pretrained import DTYPES
-from fastentropy.calibration.ranks import Ranks, SaidByFirstRank, joined
+from fastentropy.calibration.ranks import Ranks, SaidByAnother, joined
 from fastentropy.calibration.runs import Options, run_calibration
 from fastentropy.comparison import format_comparison, label_runs, plot_comparison, write_comparison
 from fastentropy.console import CalibrationDisplay, ProgressDisplay, print_calibration, print_history
@@ -135,25 +135,28 @@ def calibrate(
     The same command goes on with a run that was interrupted.
     """
     with _one_line_errors(), joined() as ranks:
-        options = Options(
-            model=model,
-            data=data,
-            column=column,
-            batch_size=batch_size,
-            max_length=max_length,
-            packing=packing,
-            max_tokens=max_tokens,
-            dtype=dtype,
-            device=str(_device(device)),
-            device_map=device_map,
-            mask=None if mask == "none" else mask,
-            checkpoint_every=checkpoint_every,
+        options = ranks.together(
+            lambda: Options(
+                model=model,
+                data=data,
+                column=column,
+                batch_size=batch_size,
+                max_length=max_length,
+                packing=packing,
+                max_tokens=max_tokens,
+                dtype=dtype,
+                device=str(_device(device)),
+                device_map=device_map,
+                mask=None if mask == "none" else mask,
+                checkpoint_every=checkpoint_every,
+            )
         )
         folder = output or options.default_folder
         try:
             statistics, summary = run_calibration(options, folder, ranks, partial(_calibration_display, ranks, options))
         except KeyboardInterrupt:
-            typer.echo("Interrupted. What the last checkpoint holds is on disk; the same command goes on from there.", err=True)
+            if ranks.is_first:
+                typer.echo("Interrupted. The same command goes on from the last checkpoint.", err=True)
             raise typer.Exit(130) from None
         if not ranks.is_first:
             return
@@ -163,9 +166,9 @@ def calibrate(
             print_calibration(statistics, summary, folder, Console())
 
 
-def _calibration_display(ranks: Ranks, options: Options, total: int | None) -> CalibrationDisplay:
+def _calibration_display(ranks: Ranks, options: Options, total: int | None, unit: str) -> CalibrationDisplay:
     console = Console(stderr=True, quiet=not ranks.is_first)
-    return CalibrationDisplay(console, total, counts_tokens=options.max_tokens is not None)
+    return CalibrationDisplay(console, total, unit, shows_units=options.max_tokens is not None)
 
 
 @app.command()
@@ -277,5 +280,5 @@ def _one_line_errors() -> Iterator[None]:
     except (ValueError, OSError) as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(2) from None
-    except SaidByFirstRank:
+    except SaidByAnother:
         raise typer.Exit(2) from None

@@ -86,15 +86,15 @@ class _TimeLeft(TimeRemainingColumn):
 class CalibrationDisplay:
     """One bar on standard error for a calibration: how far it is, how fast, and what collecting costs."""
 
-    def __init__(self, console: Console, total: int | None, counts_tokens: bool) -> None:
-        """total: bytes of the data, or tokens where the run ends after so many; None where it is unknown."""
+    def __init__(self, console: Console, total: int | None, unit: str, shows_units: bool) -> None:
+        """unit: tokens or images. total: bytes of the data, or units if the bar shows these; None where it is unknown."""
         columns = (
             TextColumn("calibrate"), BarColumn(bar_width=16), TaskProgressColumn(), TextColumn("{task.fields[figure]}"),
             _TimeLeft(compact=True),
         )  # fmt: skip
         self._progress = Progress(*columns, console=console)
         self._task = self._progress.add_task("", total=total, figure="")
-        self._counts_tokens = counts_tokens
+        self._unit, self._shows_units = unit, shows_units
 
     def __enter__(self) -> "CalibrationDisplay":
         """Show the bar."""
@@ -108,8 +108,8 @@ class CalibrationDisplay:
     def show(self, read: int, tokens: int, tokens_per_second: float, overhead: float | None) -> None:
         """Move the bar; read is in bytes of the data."""
         cost = "" if overhead is None else f", time ×{overhead:.3f}"
-        figure = f"{format_count(tokens)} tokens, {format_count(round(tokens_per_second))}/s{cost}"
-        self._progress.update(self._task, completed=tokens if self._counts_tokens else read, figure=figure)
+        figure = f"{format_count(tokens)} {self._unit}, {format_count(round(tokens_per_second))}/s{cost}"
+        self._progress.update(self._task, completed=tokens if self._shows_units else read, figure=figure)
 
 
 def print_calibration(statistics: Statistics, summary: Mapping[str, Any], folder: Path, console: Console) -> None:

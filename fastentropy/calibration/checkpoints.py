@@ -1,6 +1,7 @@
 """What was counted and how far the data was read, in one file, so that a run that is killed goes on from there."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -39,9 +40,9 @@ class Tally:
         self.problems = list(Problems([*self.problems, *problems]))
 
     def __add__(self, other: "Tally") -> "Tally":
-        """Both together."""
+        """Both together. Problems are in the order of paths: that in which they were met depends on the number of ranks."""
         numbers = {name: value + getattr(other, name) for name, value in vars(self).items() if name != "problems"}
-        return Tally(**numbers, problems=list(Problems([*self.problems, *other.problems])))
+        return Tally(**numbers, problems=sorted(Problems([*self.problems, *other.problems])))
 
 
 @dataclass(frozen=True)
@@ -67,12 +68,19 @@ class Checkpoint:
     @classmethod
     def load(cls, path: Path) -> "Checkpoint":
         """Read a file that `save` wrote. Raises ValueError where it is damaged or something else."""
-        statistics = Statistics.load(path)
         try:
+            statistics = Statistics.load(path)
             with safe_open(path, framework="pt") as file:
                 rest = json.loads((file.metadata() or {})[_KEY])
             tally = Tally(**rest["tally"])
             tally = replace(tally, problems=[Problem(*problem) for problem in tally.problems])
             return cls(rest["settings"], statistics, tally, int(rest["chunk"]), float(rest["seconds"]))
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is damaged or not a checkpoint of fastentropy calibrate: {error!r}") from error
+        except (SafetensorError, AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{path} is damaged or not a checkpoint of fastentropy calibrate; begin anew with another --output"
+            ) from error
+
+
+def differing(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
+    """The names of the settings in which two runs differ."""
+    return [name for name in {**first, **second} if first.get(name) != second.get(name)]

@@ -1,28 +1,32 @@
 """Run a model over a corpus while its activations are counted, on all ranks, with a checkpoint every so many chunks.
 
-Chunk u is of rank u % ranks. Ranks do not wait for each other but at checkpoints, where one all-reduce sums their counts.
+Chunk u is of rank u % ranks. Ranks do not wait for each other but at checkpoints, where one all-reduce sums their counts, and
+where a number of tokens ends the run, after each chunk.
 """
 
-import itertools
+import functools
 import statistics
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 
 from fastentropy.calibration.batching import Batch, ImageBatches, TextBatches
-from fastentropy.calibration.checkpoints import Checkpoint, Tally
+from fastentropy.calibration.checkpoints import Checkpoint, Tally, differing
 from fastentropy.calibration.corpora import Corpus
 from fastentropy.calibration.documents import Chunk
 from fastentropy.calibration.overhead import Overhead
 from fastentropy.calibration.pretrained import Pretrained
 from fastentropy.calibration.ranks import Ranks
 from fastentropy.collector import EntropyCollector
+from fastentropy.sites import no_sites
 from fastentropy.statistics import Statistics
+
+T = TypeVar("T")
 
 
 class Display(Protocol):
@@ -38,7 +42,6 @@ class Outcome:
 
     statistics: Statistics
     tally: Tally
-    chunks: int
     seconds: float
     tokens_per_second: float
     overhead: float | None
@@ -71,31 +74,32 @@ class Calibration:
         self._before, self._read, self._start, self._sync_seconds = Tally(), 0, 0.0, list[float]()
 
     def run(self) -> Outcome:
-        """Count what is not counted yet. Raises ValueError where there was nothing to count, or the checkpoint is damaged."""
-        state = before = self._ranks.from_first(self._ranks.together(self._resume))
+        """Count what is not counted yet.
+
+        Raises ValueError where there was nothing to count, the checkpoint is damaged or of another run, or data breaks off.
+        """
+        state = before = self._ranks.on_first(self._resume)
         self._before, self._read = before.tally, self._size_before(before.chunk)
         reader = self._corpus.read(before.chunk + self._ranks.rank, self._ranks.number)
         self._start = time.perf_counter()
         finished = False
         with ThreadPoolExecutor(1) as thread, torch.inference_mode(), self._collector:
+            run_round = self._rounds(reader, thread)
             while not finished:
-                chunks = itertools.islice(reader, self._every)
-                has_ended = self._run_chunks(chunks, state.tally.tokens, thread) < self._every
-                finished = all(self._ranks.gather(has_ended))
+                finished = run_round(state.tally.tokens)
                 state = self._checkpoint(before, state.chunk + self._every * self._ranks.number)
-                finished = finished or (self._max_tokens is not None and state.tally.tokens >= self._max_tokens)
         self._display.show(self._corpus.size or 0, state.tally.tokens, self._rate() * self._ranks.number, self._overhead.ratio)
         if not state.tally.tokens:
-            self._ranks.fail(f"{self._corpus.source} holds nothing that the model reads: {_first(state.tally)}")
-        return self._outcome(before, state)
+            reason = next(map(str, state.tally.problems), f"it has no {self._corpus.kind}")
+            self._ranks.fail(f"{self._corpus.source} holds nothing that the model reads: {reason}")
+        return self._outcome(state)
 
     def _resume(self) -> Checkpoint:
-        """What an earlier part of the run left, on the first rank, whose collector goes on from there."""
-        if not self._ranks.is_first or not self._path.exists():
+        """What an earlier part of the run left; the collector of the rank that calls this goes on from there."""
+        if not self._path.exists():
             return Checkpoint(self._settings, Statistics({}), Tally(problems=list(self._corpus.problems)))
         checkpoint = Checkpoint.load(self._path)
-        if checkpoint.settings != self._settings:
-            names = [name for name, value in self._settings.items() if checkpoint.settings.get(name) != value]
+        if names := differing(checkpoint.settings, self._settings):
             raise ValueError(
                 f"{self._path.parent} holds a run with another {', '.join(names)}; name another folder with --output"
             )
@@ -103,43 +107,75 @@ class Calibration:
             self._collector.load_state_dict(checkpoint.statistics.state_dict())
         return checkpoint
 
-    def _run_chunks(self, chunks: Iterable[Chunk], tokens_before: int, thread: ThreadPoolExecutor) -> int:
-        """Run some chunks of this rank; returns how many there were."""
-        run = 0
-        work = self._whole(chunks) if self._max_tokens is None else self._within_budget(chunks, tokens_before)
-        for item in _made_ahead(work, thread):
-            if isinstance(item, Batch):
-                inputs = self._on_device(item)
-                self._overhead.run(lambda inputs=inputs: self._pretrained.forward(inputs))  # type: ignore[misc]
-                self._tally.add(item)
-            else:
-                run += 1
-                self._tally.met(item.problems)
-                self._read += item.size * self._ranks.number
-            self._show()
-        return run
+    def _rounds(self, reader: Iterator[Chunk], thread: ThreadPoolExecutor) -> Callable[[int], bool]:
+        """What runs the chunks up to a checkpoint, after so many tokens; it returns whether these were the last."""
+        if self._max_tokens is None:
+            work = _made_ahead(self._batches_and_chunks(reader), thread)
+            return lambda tokens: self._run_chunks(work)
+        whole = _made_ahead(self._whole_chunks(reader, self._max_tokens), thread)
+        return functools.partial(self._run_up_to, self._max_tokens, whole)
 
-    def _whole(self, chunks: Iterable[Chunk]) -> Iterator[Batch | Chunk]:
+    def _batches_and_chunks(self, chunks: Iterable[Chunk]) -> Iterator[Batch | Chunk]:
         """The batches of each chunk, and behind them the chunk."""
         for chunk in chunks:
             yield from self._batches.batches(chunk)
             yield chunk
 
-    def _within_budget(self, chunks: Iterable[Chunk], tokens_before: int) -> Iterator[Batch | Chunk]:
-        """The same up to the batch that reaches max_tokens: the batches of all ranks count in the order of their chunks."""
-        assert self._max_tokens is not None
-        made = [(chunk, list(self._batches.batches(chunk))) for chunk in chunks]
-        tokens = {chunk.number: sum(batch.tokens for batch in batches) for chunk, batches in made}
-        numbered = sorted(pair for of_rank in self._ranks.gather(tokens) for pair in of_rank.items())
-        ends = itertools.accumulate((count for _, count in numbered), initial=tokens_before)
-        before = dict(zip((number for number, _ in numbered), ends, strict=False))
-        for chunk, batches in made:
-            counted = before[chunk.number]
-            for batch in batches:
-                if counted < self._max_tokens:
-                    yield batch
-                counted += batch.tokens
-            yield chunk
+    def _run_chunks(self, work: Iterator[Batch | Chunk]) -> bool:
+        """Run chunks, each rank its own."""
+
+        def run() -> int:
+            number = 0
+            while number < self._every and (item := next(work, None)) is not None:
+                if isinstance(item, Batch):
+                    self._run_batch(item)
+                else:
+                    self._end_chunk(item)
+                    number += 1
+            return number
+
+        number = self._ranks.together(run)
+        return all(self._ranks.gather(number < self._every))
+
+    def _whole_chunks(self, chunks: Iterable[Chunk], tokens: int) -> Iterator[tuple[Chunk, list[Batch]]]:
+        """Each chunk with its batches, but no more of them than hold so many tokens."""
+        for chunk in chunks:
+            yield chunk, list(_up_to(tokens, self._batches.batches(chunk)))
+
+    def _run_up_to(self, max_tokens: int, whole: Iterator[tuple[Chunk, list[Batch]]], tokens: int) -> bool:
+        """Run chunks, those of all ranks together, up to the batch that reaches max_tokens.
+
+        Batches count in the order of their chunks, so that they are the same on any number of ranks.
+        """
+        for _ in range(self._every):
+            if tokens >= max_tokens:
+                break
+            mine = self._ranks.together(lambda: next(whole, None))
+            counts = self._ranks.gather(mine and sum(batch.tokens for batch in mine[1]))
+            room = max_tokens - tokens - sum(count or 0 for count in counts[: self._ranks.rank])
+            self._ranks.together(lambda mine=mine, room=room: self._run_within(room, *mine) if mine else None)  # type: ignore[misc]
+            tokens += sum(count or 0 for count in counts)
+            if all(count is None for count in counts):
+                return True
+        return tokens >= max_tokens
+
+    def _run_within(self, tokens: int, chunk: Chunk, batches: Iterable[Batch]) -> None:
+        """Run the batches of a chunk up to the one that reaches so many tokens; none where there is no room for any."""
+        if tokens > 0:
+            for batch in _up_to(tokens, iter(batches)):
+                self._run_batch(batch)
+            self._end_chunk(chunk)
+
+    def _run_batch(self, batch: Batch) -> None:
+        inputs = self._on_device(batch)
+        self._overhead.run(lambda: self._pretrained.forward(inputs))
+        self._tally.add(batch)
+        self._show()
+
+    def _end_chunk(self, chunk: Chunk) -> None:
+        self._tally.met(chunk.problems)
+        self._read += chunk.size * self._ranks.number
+        self._show()
 
     def _on_device(self, batch: Batch) -> dict[str, torch.Tensor]:
         device, dtype = self._pretrained.device, self._pretrained.dtype
@@ -149,15 +185,22 @@ class Calibration:
         }
 
     def _checkpoint(self, before: Checkpoint, chunk: int) -> Checkpoint:
-        """Sum what all ranks counted since `before`, and write it down together with the next chunk."""
+        """Sum what all ranks counted since `before`, and write it down together with the next chunk, if it is anything."""
         start = time.perf_counter()
-        counted = self._collector.sync()
+        counted = self._ranks.together(self._collector.sync)
         self._sync_seconds.append(time.perf_counter() - start)
         tally = sum(self._ranks.gather(self._tally), before.tally)
         seconds = before.seconds + time.perf_counter() - self._start
         state = Checkpoint(self._settings, counted, tally, chunk, seconds)
-        self._ranks.together(lambda: state.save(self._path) if self._ranks.is_first else None)
+        if tally.tokens:
+            if not counted:
+                self._ranks.fail(no_sites(self._pretrained.model))
+            self._ranks.on_first(lambda: self._save(state))
         return state
+
+    def _save(self, state: Checkpoint) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        state.save(self._path)
 
     def _show(self) -> None:
         ranks = self._ranks.number
@@ -172,20 +215,19 @@ class Calibration:
         """Tokens of this rank per second, without the batches that were run a second time."""
         return self._tally.tokens / (time.perf_counter() - self._start - self._overhead.plain_seconds)
 
-    def _outcome(self, before: Checkpoint, after: Checkpoint) -> Outcome:
+    def _outcome(self, after: Checkpoint) -> Outcome:
         return Outcome(
             after.statistics,
             after.tally,
-            after.chunk,
             after.seconds,
-            sum(self._ranks.gather(self._rate())),
+            sum(self._ranks.gather(self._rate())) or after.tally.tokens / after.seconds,
             self._overhead.ratio,
             self._overhead.samples,
             statistics.median(self._sync_seconds),
         )
 
 
-def _made_ahead(items: Iterator[Batch | Chunk], thread: ThreadPoolExecutor) -> Iterator[Batch | Chunk]:
+def _made_ahead(items: Iterator[T], thread: ThreadPoolExecutor) -> Iterator[T]:
     """The items, each of which is made in a thread while the one before it is used."""
     upcoming = thread.submit(next, items, None)
     while (item := upcoming.result()) is not None:
@@ -193,5 +235,8 @@ def _made_ahead(items: Iterator[Batch | Chunk], thread: ThreadPoolExecutor) -> I
         yield item
 
 
-def _first(tally: Tally) -> str:
-    return next(map(str, tally.problems), "it has no text")
+def _up_to(tokens: int, batches: Iterator[Batch]) -> Iterator[Batch]:
+    """The batches up to the one with which they reach so many tokens; what follows is not made."""
+    while tokens > 0 and (batch := next(batches, None)) is not None:
+        yield batch
+        tokens -= batch.tokens

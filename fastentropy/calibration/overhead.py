@@ -22,18 +22,13 @@ class Overhead:
         """collector: attached to the model that is run."""
         self._collector, self._batches = collector, 0
         self._ratios: deque[float] = deque(maxlen=MOST_RATIOS)
-        #: Seconds that went into batches that were run a second time.
-        self.plain_seconds = 0.0
+        #: How many batches were run twice, and the seconds that it took without the collector.
+        self.samples, self.plain_seconds = 0, 0.0
 
     @property
     def ratio(self) -> float | None:
         """The median time of a batch while collecting over that without, None where too few batches were run."""
         return statistics.median(self._ratios) if self._ratios else None
-
-    @property
-    def samples(self) -> int:
-        """How many batches were run twice."""
-        return len(self._ratios)
 
     def run(self, forward: Callable[[], object]) -> None:
         """Run a batch, counted once."""
@@ -41,11 +36,12 @@ class Overhead:
         if self._batches not in RUN_TWICE and self._batches % RUN_TWICE[-1]:
             forward()
             return
-        if len(self._ratios) % 2:  # each goes first as often as the other
+        if self.samples % 2:  # each goes first as often as the other
             counted, plain = _seconds(forward), self._plain(forward)
         else:
             plain, counted = self._plain(forward), _seconds(forward)
         self._ratios.append(counted / plain)
+        self.samples += 1
         self.plain_seconds += plain
 
     def _plain(self, forward: Callable[[], object]) -> float:

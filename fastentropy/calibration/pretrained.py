@@ -1,21 +1,28 @@
 """A model of the transformers library, from a folder or from the hub, with what makes its inputs."""
 
+import contextlib
 import hashlib
 import inspect
 import os
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastentropy.calibration.documents import reason_of
 from fastentropy.calibration.extras import require
 
 #: Tokens of a row where nothing else is asked for, if the model takes as many.
 MAX_LENGTH = 512
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+#: What a model reads, by its main argument.
+KINDS = {"input_ids": "text", "pixel_values": "images"}
+#: What makes the inputs of a model, and its class in transformers.
+PROCESSORS = {"text": ("tokenizer", "AutoTokenizer"), "images": ("image processor", "AutoImageProcessor")}
+#: Python code that lies beside a model is neither run nor asked about.
+OWN_CODE = {"trust_remote_code": False}
 #: Values of a parameter that tell it from another's, from its beginning.
 COMPARED = 16
 
@@ -29,6 +36,11 @@ class Pretrained:
     kind: str
     processor: Any
     options: dict[str, Any]
+
+    @property
+    def unit(self) -> str:
+        """What is counted of the data."""
+        return "images" if self.kind == "images" else "tokens"
 
     @property
     def device(self) -> torch.device:
@@ -47,6 +59,10 @@ class Pretrained:
         limits = [getattr(config, "max_position_embeddings", None), getattr(self.processor, "model_max_length", None)]
         known = [limit for limit in limits if isinstance(limit, int) and 0 < limit < 1 << 40]
         return min(known, default=None)
+
+    def takes(self, argument: str) -> bool:
+        """Whether the model, or a part of it, has an argument of that name."""
+        return any(argument in _arguments(module) for module in self.model.modules())
 
     def forward(self, inputs: dict[str, Tensor]) -> object:
         """Run the model on a batch, without what only serves its outputs."""
@@ -70,19 +86,27 @@ def load_pretrained(name: str, *, kind: str, dtype: str, device: torch.device, d
     read, and no code that comes with a model is run.
     """
     library = require("transformers", "loading a model")
-    model_class = _of_architecture(library, _loaded(name, lambda: library.AutoConfig.from_pretrained(name)))
-    options = {"dtype": DTYPES[dtype], "use_safetensors": True, "output_loading_info": True}
+    config = _loaded(name, "configuration", lambda: library.AutoConfig.from_pretrained(name, **OWN_CODE))
+    model_class = _of_architecture(library, config)
+    told = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    options = {"dtype": DTYPES[dtype], "use_safetensors": True, **told, **OWN_CODE}
     if device_map is not None:
         require("accelerate", "--device-map")
         options["device_map"] = device_map
-    model, found = _loaded(name, lambda: model_class.from_pretrained(name, **options))
+    model, found = _loaded(name, "weights", lambda: model_class.from_pretrained(name, **options))
+    if model.config.is_encoder_decoder:
+        raise ValueError(f"{name} is an encoder and a decoder, which needs two texts; name a model that needs one")
     if missing := sorted(found["missing_keys"]):
         raise ValueError(f"{name} lacks {len(missing)} of the weights of {model_class.__name__}, such as {missing[0]}")
-    reads = "images" if model.main_input_name == "pixel_values" else "text"
+    if others := sorted(found["mismatched_keys"]):
+        raise ValueError(
+            f"{name} has {len(others)} weights of other shapes than its configuration says, such as {others[0][0]}"
+        )
+    reads = KINDS.get(model.main_input_name, model.main_input_name)
     if reads != kind:
         raise ValueError(f"{name} reads {reads}, and the data is {kind}; name data of the model's kind with --data")
-    processor_class = library.AutoTokenizer if kind == "text" else library.AutoImageProcessor
-    processor = _loaded(name, lambda: processor_class.from_pretrained(name))
+    what, processor_class = PROCESSORS[kind]
+    processor = _loaded(name, what, lambda: getattr(library, processor_class).from_pretrained(name, **OWN_CODE))
     if kind == "text":
         _prepare_tokenizer(name, processor, model)
     model = model.eval() if device_map else model.eval().to(device)
@@ -91,22 +115,34 @@ def load_pretrained(name: str, *, kind: str, dtype: str, device: torch.device, d
 
 def _of_architecture(library: Any, config: Any) -> Any:
     """The class that the model was saved as, so that all of its weights are used; its bare form where that is not known."""
-    names = config.architectures or [""]
-    return getattr(library, names[0], library.AutoModel)
+    name, *_ = config.architectures or [""]
+    found = getattr(library, name, None)
+    return found if isinstance(found, type) and issubclass(found, library.PreTrainedModel) else library.AutoModel
 
 
-def _loaded(name: str, load: Callable[[], Any]) -> Any:
-    """What a loader of transformers gives, without bars, which each rank would draw, where nothing is downloaded."""
+def _loaded(name: str, what: str, load: Callable[[], Any]) -> Any:
+    """What a loader of transformers gives."""
+    with _quiet(are_bars_hidden=os.path.isdir(name)):  # each rank would draw them, where nothing is downloaded
+        try:
+            return load()
+        except Exception as error:  # of the hub's client, of safetensors, of classes that are given a wrong configuration
+            reason = textwrap.shorten(str(error), 200, placeholder=" …")
+            raise ValueError(f"{name} has no {what} that can be loaded: {reason}") from error
+
+
+@contextlib.contextmanager
+def _quiet(are_bars_hidden: bool) -> Iterator[None]:
+    """Let transformers say nothing while it loads: what matters is an error of ours."""
     logging = require("transformers.utils.logging", "loading a model")
-    hides_bars = os.path.isdir(name) and logging.is_progress_bar_enabled()
-    if hides_bars:
+    verbosity, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    if are_bars_hidden:
         logging.disable_progress_bar()
     try:
-        return load()
-    except Exception as error:  # of the hub's client, of safetensors, of classes that are given a wrong configuration
-        raise ValueError(f"{name} is no model that can be loaded: {reason_of(error)}") from error
+        yield
     finally:
-        if hides_bars:
+        logging.set_verbosity(verbosity)
+        if had_bars:
             logging.enable_progress_bar()
 
 
@@ -121,5 +157,13 @@ def _prepare_tokenizer(name: str, tokenizer: Any, model: Any) -> None:
 
 def _forward_options(model: nn.Module) -> dict[str, Any]:
     """No key-value cache, and the logits of one token only, where the model has such options."""
-    parameters = inspect.signature(model.forward).parameters
-    return {key: value for key, value in {"use_cache": False, "logits_to_keep": 1}.items() if key in parameters}
+    arguments = _arguments(model)
+    return {key: value for key, value in {"use_cache": False, "logits_to_keep": 1}.items() if key in arguments}
+
+
+def _arguments(module: nn.Module) -> list[str]:
+    """The names of the arguments of a module's forward; none where it has no signature, as it is in C."""
+    try:
+        return list(inspect.signature(module.forward).parameters)
+    except (TypeError, ValueError):
+        return []

@@ -3,21 +3,26 @@
 import contextlib
 import datetime
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
+
+from fastentropy.calibration.checkpoints import differing
+from fastentropy.calibration.documents import reason_of
 
 T = TypeVar("T")
 
 #: How long a rank waits for another, which may have to decode a large chunk.
 PATIENCE = datetime.timedelta(hours=1)
+#: What a rank tells the others of an error that no user can mend.
+_UNEXPECTED = ""
 
 
-class SaidByFirstRank(Exception):  # noqa: N818
-    """Ends a rank quietly: the first one raises the error."""
+class SaidByAnother(Exception):  # noqa: N818
+    """Ends a rank quietly: another one raises the error."""
 
 
 @dataclass(frozen=True)
@@ -49,29 +54,41 @@ class Ranks:
         return values[0]
 
     def together(self, function: Callable[[], T]) -> T:
-        """Call a function on every rank. Where a user's error comes of it on any, the first rank raises it, and all end."""
-        result, error = None, None
+        """Call a function on every rank. Where it raises on any of them, all of them end.
+
+        What a user can mend is raised by the first rank, as one line, and anything else where it came up.
+        """
         try:
-            result = function()
+            result, error = function(), None
         except (ValueError, OSError) as raised:
-            error = str(raised)
+            result, error = None, reason_of(raised)
+        except Exception:
+            self.gather(_UNEXPECTED)
+            raise
         errors = self.gather(error)
-        if any(errors):
-            self.fail(next(f"rank {rank}: {said}" for rank, said in enumerate(errors) if said) if None in errors else errors[0])
+        if _UNEXPECTED in errors:
+            raise SaidByAnother
+        for rank, said in enumerate(errors):
+            if said is not None:
+                self.fail(f"rank {rank}: {said}" if rank else said)
         return result  # type: ignore[return-value]
 
-    def agree(self, value: str, what: str) -> None:
-        """Raise ValueError, on the first rank alone, where the ranks have different values of something."""
-        values = self.gather(value)
-        for rank, other in enumerate(values):
-            if other != values[0]:
-                self.fail(f"ranks 0 and {rank} have different {what}; give all ranks the same files and arguments")
+    def on_first(self, function: Callable[[], T]) -> T:
+        """Call a function on the first rank alone: it gives what it returns to all, and errors are those of `together`."""
+        return self.from_first(self.together(lambda: function() if self.is_first else None))  # type: ignore[return-value]
 
-    def fail(self, message: str | None) -> None:
+    def agree(self, settings: Mapping[str, Any]) -> None:
+        """Raise ValueError, on the first rank alone, where the ranks have different settings."""
+        first, *others = self.gather(settings)
+        for rank, other in enumerate(others, 1):
+            if names := differing(first, other):
+                self.fail(f"ranks 0 and {rank} have another {', '.join(names)}; give all ranks the same files and arguments")
+
+    def fail(self, message: str) -> NoReturn:
         """End all ranks with an error that one of them raises; to be called by all."""
         if self.is_first:
             raise ValueError(message)
-        raise SaidByFirstRank
+        raise SaidByAnother
 
 
 @contextlib.contextmanager

@@ -10,6 +10,9 @@ from fastentropy.plots import MARGIN, ROW, draw_distributions, draw_layer_entrop
 from fastentropy.statistics import Statistics
 from fastentropy.tables import format_count, format_integer, plural
 
+#: Activations that a notice names.
+SHOWN = 3
+
 
 def write_report(statistics: Statistics, summary: Mapping[str, Any], path: str | PathLike[str]) -> None:
     """Write one HTML page that needs nothing but itself. summary: what `summary.json` holds."""
@@ -74,9 +77,10 @@ def _numbers(statistics: Statistics, summary: Mapping[str, Any]) -> dict[str, tu
 
 def _notices(statistics: Statistics, summary: Mapping[str, Any]) -> list[str]:
     """What a reader should know before believing the figures."""
-    found = list(summary["notices"])
-    if nan := {name: site.nan for name, site in statistics.items() if site.nan}:
-        found.append(f"NaN was met in {', '.join(nan)}: such values are in no state.")
+    found = [f"{notice[:1].upper()}{notice[1:]}." for notice in summary["notices"]]
+    if nan := [name for name, site in statistics.items() if site.nan]:
+        others = f" and {len(nan) - SHOWN} more" if len(nan) > SHOWN else ""
+        found.append(f"NaN was met in {', '.join(nan[:SHOWN])}{others}: such values are in no state.")
     if summary["truncated"]:
         found.append(
             f"{plural(summary['truncated'], 'document')} did not fit into a row: {format_count(summary['tokens_cut'])} tokens "

@@ -1,6 +1,8 @@
 """A calibration in its folder: the checkpoint while it runs, then statistics, a summary and a page."""
 
 import contextlib
+import os
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -51,11 +53,13 @@ class Options:
     @property
     def default_folder(self) -> Path:
         """The same for the same model and data, so that the same command goes on with a run that was interrupted."""
-        return Path("runs") / "-".join(["calibrate", Path(self.model).name, Path(self.data).name.partition(":")[0]])
+        names = [os.path.basename(os.path.abspath(source)).partition(":")[0] for source in (self.model, self.data)]
+        return Path("runs") / re.sub(r"[^\w.-]+", "_", "-".join(["calibrate", *names]))
 
 
-#: Makes the display of a run from how much there is to do, in bytes of the corpus or tokens; None where it is unknown.
-OpenDisplay = Callable[[int | None], contextlib.AbstractContextManager[Display]]
+#: Makes the display of a run from how much there is to do, in bytes of the corpus or in units, None where it is unknown; and
+#: from the unit, tokens or images.
+OpenDisplay = Callable[[int | None, str], contextlib.AbstractContextManager[Display]]
 
 
 def run_calibration(
@@ -65,15 +69,13 @@ def run_calibration(
 
     Called by all ranks. Raises ValueError, on the first of them, for what a user can mend.
     """
-    ranks.together(lambda: _check_folder(folder) if ranks.is_first else None)
+    ranks.on_first(lambda: _check_folder(folder))
     corpus = ranks.together(lambda: open_corpus(options.data, column=options.column))
     pretrained = ranks.together(lambda: _load(options, corpus.kind, ranks))
     batches = ranks.together(lambda: _batches(options, pretrained))
     settings = _settings(options, pretrained, corpus)
-    for name, value in settings.items():
-        ranks.agree(str(value), name if name.endswith("s") else f"{name}s")
-    ranks.together(lambda: folder.mkdir(parents=True, exist_ok=True) if ranks.is_first else None)
-    with open_display(options.max_tokens or corpus.size) as display:
+    ranks.agree({**settings, "checkpoint every": options.checkpoint_every})
+    with open_display(options.max_tokens or corpus.size, pretrained.unit) as display:
         calibration = Calibration(
             pretrained,
             corpus,
@@ -88,20 +90,23 @@ def run_calibration(
         )
         outcome = calibration.run()
     summary = _summary(options, settings, outcome, ranks, pretrained, batches.notice)
-    ranks.together(lambda: _finish(folder, outcome.statistics, summary) if ranks.is_first else None)
+    ranks.on_first(lambda: _finish(folder, outcome.statistics, summary))
     return outcome.statistics, summary
 
 
 def _check_folder(folder: Path) -> None:
-    """Raise ValueError where the folder holds something else than a run that was interrupted."""
-    if not folder.exists():
+    """Raise ValueError where the folder holds something else than a run that was interrupted, or cannot be made."""
+    place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not place.is_dir():
+        raise ValueError(f"{place} is a file; name a folder with --output")
+    if not os.access(place, os.W_OK):
+        raise ValueError(f"{place} cannot be written to; name another folder with --output")
+    if place != folder:
         return
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is a file; name a folder with --output")
-    remove_leftovers(folder)
-    if any(folder.iterdir()) and not (folder / CHECKPOINT).exists():
+    if not (folder / CHECKPOINT).exists() and any(not path.name.startswith(".tmp-") for path in folder.iterdir()):
         what = "a finished calibration" if (folder / SUMMARY).exists() else "other files"
         raise ValueError(f"{folder} holds {what}; name another folder with --output")
+    remove_leftovers(folder)
 
 
 def _load(options: Options, kind: str, ranks: Ranks) -> Pretrained:
@@ -113,6 +118,8 @@ def _load(options: Options, kind: str, ranks: Ranks) -> Pretrained:
     limit = pretrained.max_length
     if options.max_length is not None and limit is not None and options.max_length > limit:
         raise ValueError(f"--max-length {options.max_length} is more than {options.model} takes; name {limit} or less")
+    if kind == "text" and options.mask is not None and not pretrained.takes(options.mask):
+        raise ValueError(f"--mask {options.mask}: no part of {options.model} takes an argument of that name")
     return pretrained
 
 
@@ -153,7 +160,7 @@ def _summary(
         "model": options.model,
         "data": options.data,
         "settings": settings,
-        "unit": "images" if pretrained.kind == "images" else "tokens",
+        "unit": pretrained.unit,
         **numbers,
         "problems": [problem._asdict() for problem in outcome.tally.problems],
         "notices": [] if notice is None else [notice],
