@@ -27,9 +27,21 @@ def replace_file(path: str | PathLike[str], write: Callable[[Path], object]) -> 
         mode = temporary.stat().st_mode
         write(temporary)
         temporary.chmod(mode)  # safetensors lets nobody but the owner read what it writes
+        _put_on_disk(temporary)
         temporary.replace(path)
+        _put_on_disk(path.parent)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _put_on_disk(path: Path) -> None:
+    """Wait until the disk has a file, or the names in a folder: after a power cut a new name must not be of an empty file."""
+    if os.name == "posix":  # elsewhere a folder cannot be opened
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -159,10 +159,16 @@ def test_data_that_breaks_off_is_told_by_the_first_rank_and_the_run_goes_on_late
 def test_an_error_of_one_rank_ends_the_others(server, place, tmp_path, rank, limited):
     options = ["--max-tokens", "500"] if limited else []
     arguments = [place / "llama", "--data", place / "texts", "--output", tmp_path / "run", *options]
-    results = server.run(arguments, ranks=3, injected={rank: ("raise_at", 1, "RuntimeError")})
-    assert "RuntimeError: boom" in results[rank].errors
+    results = server.run(arguments, ranks=3, injected={rank: ("raise_at", 1, "AssertionError")})
+    assert "AssertionError: boom" in results[rank].errors
     assert [result.status for result in results] == [1 if other == rank else 2 for other in range(3)]
     assert not any("Traceback" in result.errors for other, result in enumerate(results) if other != rank)
+
+
+def test_a_batch_that_does_not_run_is_one_line(server, place, tmp_path):
+    results = run_on(server, place, tmp_path / "run", 2, {1: ("raise_at", 0, "RuntimeError")})
+    assert [result.status for result in results] == [2, 2]
+    assert results[0].errors.splitlines()[-1] == f"Error: rank 1: {place / 'llama'} cannot run a batch: boom"
 
 
 def test_what_the_model_refuses_is_one_line(server, place, tmp_path):

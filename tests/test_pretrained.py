@@ -1,10 +1,12 @@
 """Models are loaded as they were saved, with all of their weights, and run without what only serves their outputs."""
 
+import dataclasses
 import json
 import shutil
 
 import pytest
 import torch
+from torch import nn
 from transformers import BertConfig, BertModel, LlamaModel, T5Config, T5ForConditionalGeneration
 
 import calibration_cases as cases
@@ -84,6 +86,51 @@ def test_a_fingerprint_is_of_names_dtypes_and_values(place):
     with torch.no_grad():
         others[2].model.model.norm.weight[3] += 1e-6
     assert len({pretrained.fingerprint() for pretrained in [first, *others]}) == 4
+
+
+def swap_words(tokenizer):
+    vocabulary = tokenizer["model"]["vocab"]
+    first, second = list(vocabulary)[-2:]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("config.json", lambda config: config.update(rms_norm_eps=1e-5)),
+        ("config.json", lambda config: config.update(hidden_act="gelu")),
+        ("tokenizer.json", swap_words),
+    ],
+)
+def test_a_fingerprint_is_of_what_decides_the_counts(place, tmp_path, file, change):
+    folder = shutil.copytree(place / "llama", tmp_path / "model")
+    assert load(folder).fingerprint() == load(place / "llama").fingerprint()  # not of the folder's name
+    content = json.loads((folder / file).read_text(encoding="utf-8"))
+    change(content)
+    (folder / file).write_text(json.dumps(content), encoding="utf-8")
+    assert load(folder).fingerprint() != load(place / "llama").fingerprint()
+
+
+def test_a_fingerprint_is_of_buffers_and_of_values_far_behind(place):
+    first, behind = load(place / "llama"), load(place / "llama")
+    with torch.no_grad():
+        behind.model.model.embed_tokens.weight[-1] -= 1.0
+    assert first.fingerprint() != behind.fingerprint()
+    with torch.no_grad():
+        first.model.register_buffer("kept", torch.zeros(3))
+        before = first.fingerprint()
+        first.model.kept[1] = 1.0
+    assert first.fingerprint() != before
+
+
+def test_a_mixture_of_experts_is_told_from_other_models(place):
+    library = pytest.importorskip("transformers")
+    dense = load(place / "llama")
+    assert not dense.has_experts
+    config = library.MixtralConfig(num_local_experts=4)
+    model = nn.Module()
+    model.config = config
+    assert dataclasses.replace(dense, model=model).has_experts
 
 
 def test_tokens_are_padded_on_the_right(place, tmp_path):

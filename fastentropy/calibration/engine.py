@@ -18,7 +18,7 @@ import torch
 from fastentropy.calibration.batching import Batch, ImageBatches, TextBatches
 from fastentropy.calibration.checkpoints import Checkpoint, Tally, differing
 from fastentropy.calibration.corpora import Corpus
-from fastentropy.calibration.documents import Chunk
+from fastentropy.calibration.documents import Chunk, reason_of
 from fastentropy.calibration.overhead import Overhead
 from fastentropy.calibration.pretrained import Pretrained
 from fastentropy.calibration.ranks import Ranks
@@ -168,7 +168,10 @@ class Calibration:
 
     def _run_batch(self, batch: Batch) -> None:
         inputs = self._on_device(batch)
-        self._overhead.run(lambda: self._pretrained.forward(inputs))
+        try:
+            self._overhead.run(lambda: self._pretrained.forward(inputs))
+        except RuntimeError as error:  # out of memory, or an activation that cannot be followed
+            raise ValueError(f"{self._pretrained.name} cannot run a batch: {reason_of(error)}") from error
         self._tally.add(batch)
         self._show()
 

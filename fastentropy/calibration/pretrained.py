@@ -3,6 +3,8 @@
 import contextlib
 import hashlib
 import inspect
+import itertools
+import json
 import os
 import textwrap
 from collections.abc import Callable, Iterator
@@ -23,8 +25,10 @@ KINDS = {"input_ids": "text", "pixel_values": "images"}
 PROCESSORS = {"text": ("tokenizer", "AutoTokenizer"), "images": ("image processor", "AutoImageProcessor")}
 #: Python code that lies beside a model is neither run nor asked about.
 OWN_CODE = {"trust_remote_code": False}
-#: Values of a parameter that tell it from another's, from its beginning.
-COMPARED = 16
+#: Values of a tensor that tell it from another's, at equal distances.
+COMPARED = 1024
+#: What a configuration says that makes no difference to the model.
+NO_DIFFERENCE = ("_name_or_path", "transformers_version")
 
 
 @dataclass(frozen=True)
@@ -53,9 +57,18 @@ class Pretrained:
         return next(self.model.parameters()).dtype
 
     @property
+    def _config(self) -> Any:
+        return self.model.config
+
+    @property
+    def _text_config(self) -> Any:
+        """The part of the configuration that is about texts, where there are others."""
+        return self._config.get_text_config() if hasattr(self._config, "get_text_config") else self._config
+
+    @property
     def max_length(self) -> int | None:
         """The most tokens that a row may have, None where nothing limits them."""
-        config = getattr(self.model.config, "get_text_config", lambda: self.model.config)()
+        config = self._text_config
         limits = [getattr(config, "max_position_embeddings", None), getattr(self.processor, "model_max_length", None)]
         known = [limit for limit in limits if isinstance(limit, int) and 0 < limit < 1 << 40]
         return min(known, default=None)
@@ -69,12 +82,27 @@ class Pretrained:
         return self.model(**inputs, **self.options)
 
     def fingerprint(self) -> str:
-        """A digest of names, shapes, dtypes and first values of all parameters, 16 hexadecimal digits."""
+        """A digest, 16 hexadecimal digits, of the configuration, the processor, and of all parameters and buffers.
+
+        Of these: names, shapes, dtypes and COMPARED values.
+        """
         digest = hashlib.sha256()
-        for name, parameter in self.model.named_parameters():
-            digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-            digest.update(parameter.detach().flatten()[:COMPARED].double().cpu().numpy().tobytes())
+        for text in (self._config.to_dict(), _description(self.processor)):
+            text = {key: value for key, value in text.items() if key not in NO_DIFFERENCE}
+            digest.update(json.dumps(text, sort_keys=True, default=str).encode())
+        for name, tensor in itertools.chain(self.model.named_parameters(), self.model.named_buffers()):
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            values = tensor.detach().flatten()[:: max(1, tensor.numel() // COMPARED)]
+            digest.update(values.double().cpu().numpy().tobytes())
         return digest.hexdigest()[:16]
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether it is a mixture of experts, by what configurations call their number."""
+        return any(
+            (getattr(self._text_config, name, None) or 0) > 1
+            for name in ("num_experts", "num_local_experts", "n_routed_experts")
+        )
 
 
 def load_pretrained(name: str, *, kind: str, dtype: str, device: torch.device, device_map: str | None = None) -> Pretrained:
@@ -111,6 +139,14 @@ def load_pretrained(name: str, *, kind: str, dtype: str, device: torch.device, d
         _prepare_tokenizer(name, processor, model)
     model = model.eval() if device_map else model.eval().to(device)
     return Pretrained(name, model, kind, processor, _forward_options(model))
+
+
+def _description(processor: Any) -> dict[str, Any]:
+    """What decides the inputs that a tokenizer or an image processor makes."""
+    backend = getattr(processor, "backend_tokenizer", None)
+    if backend is not None:
+        return {"tokenizer": backend.to_str(), "special": processor.special_tokens_map}
+    return dict(processor.get_vocab() if hasattr(processor, "get_vocab") else processor.to_dict())
 
 
 def _of_architecture(library: Any, config: Any) -> Any:

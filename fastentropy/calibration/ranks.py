@@ -15,8 +15,8 @@ from fastentropy.calibration.documents import reason_of
 
 T = TypeVar("T")
 
-#: How long a rank waits for another, which may have to decode a large chunk.
-PATIENCE = datetime.timedelta(hours=1)
+#: How long a rank waits at a checkpoint for another, whose chunks may be longer. One that dies is noticed at once.
+PATIENCE = datetime.timedelta(days=7)
 #: What a rank tells the others of an error that no user can mend.
 _UNEXPECTED = ""
 

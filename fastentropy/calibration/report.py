@@ -101,7 +101,7 @@ def _words(summary: Mapping[str, Any]) -> dict[str, str]:
         "Settings": settings,
         "Time": f"{summary['seconds']:.0f} seconds, all parts of the run together",
         "Sum over ranks": f"{1e3 * summary['sync_seconds']:.1f} ms for each checkpoint",
-        "Counters": f"{format_integer(summary['counter_bytes'])} bytes, 24 for each neuron",
+        "Counters": f"{format_integer(summary['counter_bytes'])} bytes of counts, 24 for each neuron, held twice while it runs",
         "Collecting": format_overhead(summary),
         "Machine": f"{machine['device']}, PyTorch {machine['torch']}",
     }

@@ -163,7 +163,7 @@ def _summary(
         "unit": pretrained.unit,
         **numbers,
         "problems": [problem._asdict() for problem in outcome.tally.problems],
-        "notices": [] if notice is None else [notice],
+        "notices": _notices(pretrained, options.mask, notice),
         "ranks": ranks.number,
         "seconds": outcome.seconds,
         "tokens_per_second": outcome.tokens_per_second,
@@ -173,6 +173,17 @@ def _summary(
         "layer_entropy": outcome.statistics.layer_entropy(),
         "machine": describe_machine(str(pretrained.device)),
     }
+
+
+def _notices(pretrained: Pretrained, mask: str | None, notice: str | None) -> list[str]:
+    """What a reader should know before believing the figures."""
+    notices = [] if notice is None else [notice]
+    if pretrained.has_experts and pretrained.unit == "tokens" and mask is not None:
+        notices.append(
+            "The model is a mixture of experts, which get tokens in an order of their own: padding may be counted there, and "
+            "tokens left out. With --batch-size 1 there is no padding."
+        )
+    return notices
 
 
 def _finish(folder: Path, statistics: Statistics, summary: dict[str, Any]) -> None:
