@@ -10,8 +10,6 @@ bench/results/calibrate-NAME.json.
 import argparse
 import statistics
 import tempfile
-import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -26,6 +24,7 @@ from torch import nn
 import fastentropy as fe
 from fastentropy.distributed import sum_over_ranks
 from fastentropy.sharding import Share
+from fastentropy.timing import measure_seconds
 
 PROCESSES = (1, 2, 4)
 ROWS, TOKENS = 8, 256
@@ -82,7 +81,7 @@ def work(rank: int, processes: int, rounds: int, folder: str) -> None:
                 if key == "collecting":
                     collector.attach()
                 dist.barrier()
-                taken = timed(partial(model, **inputs))
+                taken = measure_seconds(partial(model, **inputs))
                 collector.detach()
                 if index >= 3:
                     seconds[key].append(taken)
@@ -91,18 +90,11 @@ def work(rank: int, processes: int, rounds: int, folder: str) -> None:
         {str(layer): fe.SiteStatistics("silu", torch.ones(neurons, 3, dtype=torch.int64)) for layer in range(layers)}
     )
     shares = dict.fromkeys(large, Share(0, neurons))
-    seconds["sync"] = [timed(collector.sync) for _ in range(SYNCS)]
-    seconds["large sync"] = [timed(partial(sum_over_ranks, large, shares, {})) for _ in range(SYNCS)]
+    seconds["sync"] = [measure_seconds(collector.sync) for _ in range(SYNCS)]
+    seconds["large sync"] = [measure_seconds(partial(sum_over_ranks, large, shares, {})) for _ in range(SYNCS)]
     counter_bytes = sum(site.counts.nbytes for site in collector.compute().values())
     torch.save({**seconds, "counter_bytes": counter_bytes}, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
-
-
-def timed(function: Callable[[], object]) -> float:
-    """Return the seconds of a call."""
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
 
 
 def llama(rank: int) -> tuple[nn.Module, dict[str, torch.Tensor]]:

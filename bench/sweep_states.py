@@ -6,6 +6,7 @@ Takes about two minutes for all lines on 16 cores, which compile the candidates 
 differ.
 """
 
+import itertools
 import math
 import multiprocessing
 import os
@@ -111,15 +112,12 @@ def run(values: torch.Tensor, counts: torch.Tensor, y: torch.Tensor, case: Case,
 def candidates(line: str) -> Iterator[Launch]:
     """Yield the table's own line, then every other that reads 16 bytes per thread at least."""
     yield LAUNCHES[line]
-    for tile_bytes in TILE_BYTES:
-        for row_bytes in ROW_BYTES if "rows" in line else (tile_bytes,):
-            for warps in WARPS:
-                for programs in PROGRAMS:
-                    for stages in STAGES:
-                        launch = Launch(tile_bytes, row_bytes, warps, programs, stages)
-                        is_filled = warps * 32 * 16 <= tile_bytes >= row_bytes
-                        if launch != LAUNCHES[line] and is_filled and (stages == 1 or tile_bytes * stages <= MOST_SHARED_BYTES):
-                            yield launch
+    widths = ROW_BYTES if "rows" in line else (None,)  # a tile of planes is as wide as it is large
+    for tile_bytes, row_bytes, warps, programs, stages in itertools.product(TILE_BYTES, widths, WARPS, PROGRAMS, STAGES):
+        launch = Launch(tile_bytes, row_bytes or tile_bytes, warps, programs, stages)
+        is_filled = warps * 32 * 16 <= tile_bytes >= launch.row_bytes
+        if launch != LAUNCHES[line] and is_filled and (stages == 1 or tile_bytes * stages <= MOST_SHARED_BYTES):
+            yield launch
 
 
 def show(line: str, times: list[dict[Launch, float]]) -> str:

@@ -18,7 +18,6 @@ class _Entry(NamedTuple):
     activation: str
     share: Share
     tells_batches_apart: bool
-    digest: str  # of its counts
 
 
 class _Rank(NamedTuple):
@@ -41,7 +40,7 @@ def sum_over_ranks(statistics: Statistics, shares: Mapping[str, Share], modules:
         return statistics
     ranks = _all_ranks(statistics, shares, modules)
     _check(ranks)
-    _check_copies(ranks)
+    _check_copies(ranks, statistics)
     parts = {}
     for name in dict.fromkeys(name for rank in ranks for name in rank.sites):
         entries = [rank.sites[name] for rank in ranks if name in rank.sites]
@@ -52,12 +51,7 @@ def sum_over_ranks(statistics: Statistics, shares: Mapping[str, Share], modules:
 
 def _all_ranks(statistics: Statistics, shares: Mapping[str, Share], modules: Mapping[str, str]) -> list[_Rank]:
     sites = {
-        name: _Entry(
-            site.activation,
-            shares[name],
-            site.batch_entropies is not None and shares[name].has_whole_batches,
-            hashlib.blake2b(site.counts.numpy().tobytes()).hexdigest()[:16],
-        )
+        name: _Entry(site.activation, shares[name], site.batch_entropies is not None and shares[name].has_whole_batches)
         for name, site in statistics.items()
     }
     ranks = [_Rank({}, {})] * dist.get_world_size()
@@ -83,12 +77,19 @@ def _check(ranks: Sequence[_Rank]) -> None:
                 )
 
 
-def _check_copies(ranks: Sequence[_Rank]) -> None:
+def _check_copies(ranks: Sequence[_Rank], statistics: Statistics) -> None:
     """Raise ValueError where a rank that is left out, since another one counts the same, counted something else."""
-    counted = {(name, entry.digest) for rank in ranks for name, entry in rank.sites.items() if entry.share.is_counted}
-    for number, rank in enumerate(ranks):
-        for name, entry in rank.sites.items():
-            if not entry.share.is_counted and (name, entry.digest) not in counted:
+    left_out = {name for rank in ranks for name, entry in rank.sites.items() if not entry.share.is_counted}
+    if not left_out:
+        return
+    digests: list[dict[str, str]] = [{}] * len(ranks)
+    own = {name: hashlib.blake2b(statistics[name].counts.numpy().tobytes()).hexdigest() for name in left_out & set(statistics)}
+    dist.all_gather_object(digests, own)
+    pairs = list(zip(ranks, digests, strict=True))
+    counted = {(name, of[name]) for rank, of in pairs for name in of if rank.sites[name].share.is_counted}
+    for number, (rank, of) in enumerate(pairs):
+        for name, digest in of.items():
+            if not rank.sites[name].share.is_counted and (name, digest) not in counted:
                 raise ValueError(
                     f"site {name!r} of rank {number} is taken for a copy of another rank's, since the model has DTensors, but "
                     "no rank that is counted has the same counts; make its input a DTensor that tells how it is divided"

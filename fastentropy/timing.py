@@ -29,11 +29,11 @@ def measure_times(
     repeats = {}
     for key, function in functions.items():
         function()
-        repeats[key] = max(1, int(round_seconds / max(_seconds(function, 1), 1e-7)))
+        repeats[key] = max(1, int(round_seconds / max(measure_seconds(function), 1e-7)))
     samples: dict[Key, list[float]] = {key: [] for key in functions}
     for _ in range(rounds):
         for key, function in functions.items():
-            samples[key].append(_seconds(function, repeats[key]))
+            samples[key].append(measure_seconds(function, repeats[key]))
     return {key: 1e3 * statistics.median(values) for key, values in samples.items()}
 
 
@@ -55,7 +55,8 @@ def _captured(functions: Mapping[Key, Callable[[], object]], device: torch.devic
     return replays
 
 
-def _seconds(function: Callable[[], object], repeats: int) -> float:
+def measure_seconds(function: Callable[[], object], repeats: int = 1) -> float:
+    """The mean time of so many calls, to the end of what they asked of an accelerator."""
     start = _clock()
     for _ in range(repeats):
         function()

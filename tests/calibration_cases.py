@@ -3,10 +3,8 @@
 So PyTorch and transformers are imported, and the counting kernels compiled, only once.
 """
 
-import atexit
 import builtins
 import contextlib
-import functools
 import io
 import itertools
 import json
@@ -43,6 +41,7 @@ from transformers import (
 from transformers.utils import logging
 
 import fastentropy as fe
+from dying import die_at
 from fastentropy.calibration import overhead
 from fastentropy.cli import app
 
@@ -114,6 +113,15 @@ def texts(number, seed=5):
     """Documents of 1 to 30 words, some of which are cut off at MAX_LENGTH."""
     drawn = random.Random(seed)
     return [" ".join(drawn.choices(WORDS, k=drawn.randrange(1, 31))) for _ in range(number)]
+
+
+def save_all(folder, *numbers):
+    """All models, and both corpora with so many files or images."""
+    for name in MODELS:
+        save_model(name, folder / name)
+    save_texts(folder / "texts", *numbers)
+    save_images(folder / "images", *numbers)
+    return folder
 
 
 def save_texts(folder, files=11):
@@ -250,14 +258,6 @@ class Server:
         return json.loads(self._process.stdout.readline())
 
 
-@functools.cache
-def shared_server():
-    """One for all test modules."""
-    server = Server()
-    atexit.register(server.stop)
-    return server
-
-
 def serve():
     """A line with the ranks' arguments is answered by their process numbers; the next line, by what came of them."""
     torch.set_num_threads(1)  # threads would not survive the fork
@@ -341,22 +341,6 @@ def wait_for(children):
 
 
 # What befalls a rank ---------------------------------------------------------------------------------------------------
-
-
-def die_at(fatal_moment):
-    """Die at moment 0 or 1, before or after a file is put in its place, at 2 or 3 with the second file, and so on."""
-    replace, moments = Path.replace, itertools.count()
-
-    def die_if_it_is_time():
-        if next(moments) == fatal_moment:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    def replace_between_moments(path, target):
-        die_if_it_is_time()
-        replace(path, target)
-        die_if_it_is_time()
-
-    Path.replace = replace_between_moments
 
 
 def in_forward(batch, act):

@@ -1,6 +1,7 @@
 """Small networks that several test modules use."""
 
 import os
+import random
 from types import SimpleNamespace
 
 import hypothesis
@@ -71,6 +72,24 @@ class Reads(nn.Module):
 
     def forward(self, *inputs):
         return self._function(self, *inputs)
+
+
+@pytest.fixture
+def drawn():
+    """Random numbers of another seed each time, which is printed where a test fails."""
+    seed = random.randrange(2**32)
+    print(f"seed {seed}")
+    return random.Random(seed)
+
+
+@pytest.fixture(scope="session")
+def server():
+    """What forks the ranks of calibrations; one for all tests of a process."""
+    import calibration_cases  # transformers takes seconds to import
+
+    server = calibration_cases.Server()
+    yield server
+    server.stop()
 
 
 @pytest.fixture

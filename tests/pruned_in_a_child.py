@@ -3,11 +3,9 @@
 So PyTorch is imported, and the counting kernels are compiled, only once.
 """
 
-import itertools
 import json
 import os
 import pickle
-import signal
 import sys
 import traceback
 from pathlib import Path
@@ -16,6 +14,7 @@ import torch
 from torch import nn
 
 import fastentropy as fe
+from dying import die_at
 
 DATA = torch.randn(64, 16, generator=torch.Generator().manual_seed(3))
 LABELS = torch.arange(64) % 3
@@ -57,22 +56,6 @@ def prune(folder):
     result = fe.prune(build(), **functions, example_inputs=(DATA[:2],), max_drop=5.0, checkpoint_dir=folder)
     weights = {name: value.numpy().tobytes() for name, value in result.model.state_dict().items()}
     return (result.removed, result.steps, result.kept_step), weights
-
-
-def die_at(fatal_moment):
-    """Die at moment 0 or 1, before or after a file is put in its place, at 2 or 3 with the second file, and so on."""
-    replace, moments = Path.replace, itertools.count()
-
-    def die_if_it_is_time():
-        if next(moments) == fatal_moment:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    def replace_between_moments(path, target):
-        die_if_it_is_time()
-        replace(path, target)
-        die_if_it_is_time()
-
-    Path.replace = replace_between_moments
 
 
 def work(folder, outcome, fatal_moment):

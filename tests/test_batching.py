@@ -55,15 +55,18 @@ def rows_of(batch):
 
 documents_of_words = st.lists(st.lists(st.sampled_from(WORDS), max_size=30).map(" ".join), max_size=12)
 each_template = st.sampled_from(list(TEMPLATES))
+DRAWN = {
+    "texts": documents_of_words,
+    "template": each_template,
+    "side": st.sampled_from(["left", "right"]),
+    "batch_size": st.integers(1, 5),
+    "max_length": st.integers(3, 40),
+}
 
 
 @settings(max_examples=100)
 @given(
-    texts=documents_of_words,
-    template=each_template,
-    side=st.sampled_from(["left", "right"]),
-    batch_size=st.integers(1, 5),
-    max_length=st.integers(3, 40),
+    **DRAWN,
     together=st.integers(1, 5),
 )
 def test_padded_rows_are_documents(texts, template, side, batch_size, max_length, together):
@@ -88,11 +91,7 @@ def test_padded_rows_are_documents(texts, template, side, batch_size, max_length
 
 @settings(max_examples=100)
 @given(
-    texts=documents_of_words,
-    template=each_template,
-    side=st.sampled_from(["left", "right"]),
-    batch_size=st.integers(1, 5),
-    max_length=st.integers(3, 40),
+    **DRAWN,
     characters=st.integers(1, 100),
 )
 def test_packed_rows_are_the_joined_documents(texts, template, side, batch_size, max_length, characters):

@@ -26,19 +26,9 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 
 
 @pytest.fixture(scope="module")
-def server():
-    return cases.shared_server()
-
-
-@pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A folder with all models and both corpora."""
-    folder = tmp_path_factory.mktemp("calibration")
-    for name in cases.MODELS:
-        cases.save_model(name, folder / name)
-    cases.save_texts(folder / "texts")
-    cases.save_images(folder / "images")
-    return folder
+    return cases.save_all(tmp_path_factory.mktemp("calibration"))
 
 
 @pytest.fixture(scope="module")

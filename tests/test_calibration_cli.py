@@ -21,19 +21,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning")
 
 
 @pytest.fixture(scope="module")
-def server():
-    return cases.shared_server()
-
-
-@pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A folder with all models and both corpora, from which nothing is changed."""
-    folder = tmp_path_factory.mktemp("calibration")
-    for name in cases.MODELS:
-        cases.save_model(name, folder / name)
-    cases.save_texts(folder / "texts", 4)
-    cases.save_images(folder / "images", 4)
-    return folder
+    return cases.save_all(tmp_path_factory.mktemp("calibration"), 4)
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import itertools
 import os
-import random
 import signal
 import time
 
@@ -17,11 +16,6 @@ FILES = {"statistics.safetensors", "summary.json", "report.html"}
 KILLS = 12
 #: What a forward pass takes at least, so that kills come between.
 SECONDS = 0.004
-
-
-@pytest.fixture(scope="module")
-def server():
-    return cases.shared_server()
 
 
 @pytest.fixture(scope="module")
@@ -45,13 +39,6 @@ def expected(server, place, arguments):
     counts, tally = cases.outcome(place / "whole")
     assert (counts, tally[1]) == cases.by_hand("llama", place / "texts")
     return counts, tally
-
-
-@pytest.fixture
-def drawn():
-    seed = random.randrange(2**32)
-    print(f"seed {seed}")
-    return random.Random(seed)
 
 
 def assert_every_file_is_whole(folder):

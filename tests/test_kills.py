@@ -4,7 +4,6 @@ import itertools
 import json
 import os
 import pickle
-import random
 import signal
 import subprocess
 import sys
@@ -70,13 +69,6 @@ def expected(server, tmp_path_factory):
     (removed, steps, kept_step), weights = server.finish()
     assert (len(removed), len(steps), kept_step) == (STEPS - 2, STEPS, STEPS - 2)
     return (removed, steps, kept_step), weights
-
-
-@pytest.fixture
-def drawn():
-    seed = random.randrange(2**32)
-    print(f"seed {seed}")
-    return random.Random(seed)
 
 
 def finished_steps(folder):

@@ -69,7 +69,7 @@ def test_the_ratio_is_the_median_of_the_last_ratios(model, monkeypatch):
     monkeypatch.setattr(overhead, "MOST_RATIOS", 5)
     with fe.collect(model) as collector:
         times = {False: iter([1.0] * 7), True: iter([9.0, 9.0, 1.0, 2.0, 3.0, 4.0, 5.0])}
-        monkeypatch.setattr(overhead, "_seconds", lambda forward: next(times[collector._watcher.is_attached]))
+        monkeypatch.setattr(overhead, "measure_seconds", lambda forward: next(times[collector._watcher.is_attached]))
         measured = Overhead(collector)
         for _ in range(7):
             measured.run(lambda: None)

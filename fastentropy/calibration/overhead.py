@@ -1,13 +1,11 @@
 """What collecting costs, measured on the run itself: some batches are also run without it."""
 
 import statistics
-import time
 from collections import deque
 from collections.abc import Callable
 
-import torch
-
 from fastentropy.collector import EntropyCollector
+from fastentropy.timing import measure_seconds
 
 #: The first batches of a rank that are run twice, in which nothing is compiled any more; from the last on, one in so many.
 RUN_TWICE = (4, 8, 16, 32, 64)
@@ -37,9 +35,9 @@ class Overhead:
             forward()
             return
         if self.samples % 2:  # each goes first as often as the other
-            counted, plain = _seconds(forward), self._plain(forward)
+            counted, plain = measure_seconds(forward), self._plain(forward)
         else:
-            plain, counted = self._plain(forward), _seconds(forward)
+            plain, counted = self._plain(forward), measure_seconds(forward)
         self._ratios.append(counted / plain)
         self.samples += 1
         self.plain_seconds += plain
@@ -47,19 +45,6 @@ class Overhead:
     def _plain(self, forward: Callable[[], object]) -> float:
         self._collector.detach()
         try:
-            return _seconds(forward)
+            return measure_seconds(forward)
         finally:
             self._collector.attach()
-
-
-def _seconds(function: Callable[[], object]) -> float:
-    _wait()
-    start = time.perf_counter()
-    function()
-    _wait()
-    return time.perf_counter() - start
-
-
-def _wait() -> None:
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()

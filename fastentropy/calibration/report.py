@@ -17,18 +17,19 @@ SHOWN = 3
 def write_report(statistics: Statistics, summary: Mapping[str, Any], path: str | PathLike[str]) -> None:
     """Write one HTML page that needs nothing but itself. summary: what `summary.json` holds."""
     entropies = {name: site.entropy() for name, site in statistics.items()}
+    bits = statistics.layer_entropy()
     height = MARGIN + ROW * max(len(entropies), 5)
     write_page(
         "calibration.html.j2",
         path,
         summary=summary,
         sites=statistics.to_dict(),
-        headline=_headline(statistics),
-        numbers=_numbers(statistics, summary),
+        headline=_headline(bits),
+        numbers=_numbers(statistics, bits, summary),
         notices=_notices(statistics, summary),
         words=_words(summary),
         bars=draw_svg(
-            partial(draw_layer_entropy, layer_entropy=statistics.layer_entropy()),
+            partial(draw_layer_entropy, layer_entropy=bits),
             height,
             "Bars: the entropy of each activation",
         ),
@@ -48,18 +49,16 @@ def format_overhead(summary: Mapping[str, Any]) -> str:
     return f"{overhead['ratio']:.3f} of the time without, median of {plural(overhead['samples'], 'batch', 'batches')}"
 
 
-def _headline(statistics: Statistics) -> str:
-    entropies = statistics.layer_entropy()
-    lowest = min(entropies, key=entropies.__getitem__)
-    return f"{plural(len(entropies), 'activation')}; the lowest entropy is {entropies[lowest]:.3f} bits, of {lowest}."
+def _headline(bits: Mapping[str, float]) -> str:
+    lowest = min(bits, key=bits.__getitem__)
+    return f"{plural(len(bits), 'activation')}; the lowest entropy is {bits[lowest]:.3f} bits, of {lowest}."
 
 
-def _numbers(statistics: Statistics, summary: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
-    entropies = statistics.layer_entropy()
+def _numbers(statistics: Statistics, bits: Mapping[str, float], summary: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
     neurons = sum(site.neurons for site in statistics.values())
     overhead = summary["overhead"]["ratio"]
     return {
-        "Mean layer entropy": (f"{sum(entropies.values()) / len(entropies):.3f} bits", f"of {format_integer(neurons)} neurons"),
+        "Mean layer entropy": (f"{sum(bits.values()) / len(bits):.3f} bits", f"of {format_integer(neurons)} neurons"),
         f"{summary['unit'].capitalize()} counted": (
             format_count(summary["tokens"]),
             f"in {plural(summary['documents'], 'document')}",

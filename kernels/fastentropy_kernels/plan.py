@@ -18,6 +18,9 @@ from .arguments import Request
 from .dispatch import is_fused, tell_autograd
 from .layout import Arranged, arrange
 
+#: What addresses must be multiples of, in bytes: on a GPU kernels are specialised for their widest access.
+_ALIGNMENT = {"cpu": 1, "cuda": 16}
+
 
 class ActivationPlan:
     """`activation_states` for tensors with the shape, strides, dtype and device of one. For one thread at a time."""
@@ -25,7 +28,7 @@ class ActivationPlan:
     def __init__(self, x: Tensor, counts: Tensor, arranged: Arranged, request: Request, inplace: bool) -> None:
         """See `make_plan`."""
         y = arranged.values if inplace else torch.empty_like(arranged.values)
-        self._launch, self._alignment = _prepare(arranged, counts, y, request)
+        self._launch, self._alignment = _prepare(arranged, counts, y, request), _ALIGNMENT[x.device.type]
         self._counts, self.inplace = counts, inplace
         self._shape, self._strides, self._dtype, self._device = x.shape, x.stride(), x.dtype, x.device
         self._mask_shape = None if request.mask is None else request.mask.shape
@@ -68,9 +71,11 @@ class ActivationPlan:
 
 def make_plan(x: Tensor, counts: Tensor, request: Request, inplace: bool) -> ActivationPlan | None:
     """A plan for tensors like x; None where no kernel fuses the activation, or x would have to be copied."""
-    if x.device.type not in ("cpu", "cuda") or not x.numel() or request.weight is not None:
+    if x.device.type not in _ALIGNMENT or not x.numel() or request.weight is not None:
         return None
-    if (x.is_cpu and request.mask is not None) or (x.is_cuda and x.data_ptr() % 16) or not is_fused(request.activation, x):
+    if (x.is_cpu and request.mask is not None) or not is_fused(request.activation, x):
+        return None
+    if x.data_ptr() % _ALIGNMENT[x.device.type]:
         return None
     arranged = arrange(x, request.channel_axis, request.mask)
     given = [x] if request.mask is None else [x, request.mask]
@@ -83,15 +88,15 @@ def make_plan(x: Tensor, counts: Tensor, request: Request, inplace: bool) -> Act
     return plan if plan.fits(x, request.mask) else None
 
 
-def _prepare(arranged: Arranged, counts: Tensor, y: Tensor, request: Request) -> tuple[Any, int]:
-    """The launch of the kernel, and what the addresses that it is given must be multiples of."""
+def _prepare(arranged: Arranged, counts: Tensor, y: Tensor, request: Request) -> Any:
+    """The launch of the kernel, without addresses."""
     if arranged.values.is_cpu:
         from . import states_numba
 
-        return states_numba.prepare(arranged.values, counts, y=y, activation=request.activation), 1
+        return states_numba.prepare(arranged.values, counts, y=y, activation=request.activation)
     from . import states_triton
 
-    launch = states_triton.prepare(
+    return states_triton.prepare(
         arranged.values,
         counts,
         mask=arranged.mask,
@@ -99,4 +104,3 @@ def _prepare(arranged: Arranged, counts: Tensor, y: Tensor, request: Request) ->
         activation=request.activation,
         parameters=request.parameters,
     )
-    return launch, states_triton.ALIGNMENT

@@ -330,9 +330,6 @@ def _expm1(x):
     return tl.where(tl.abs(x) < 0.35, x + x * x * (0.5 + x * (1 / 6 + x * series)), tl.exp(x) - 1.0)
 
 
-ALIGNMENT = 16
-"""Bytes of the widest access: pointers at its multiples are what kernels are specialised for."""
-
 INTERPRETED = not isinstance(states_rows_kernel, triton.JITFunction)
 """Whether the kernels run in Triton's interpreter, on CPU tensors: TRITON_INTERPRET=1 when this module was imported."""
 
@@ -413,7 +410,7 @@ class PreparedLaunch:
         return torch.cuda.current_device() == self._device
 
     def __call__(self, x: int, y: int, mask: int | None = None) -> None:
-        """Launch on the tensors at these addresses, which are multiples of `ALIGNMENT`."""
+        """Launch on the tensors at these addresses, which are multiples of 16 bytes, the widest access."""
         self._run(x, y, mask, *self._others)
 
 
@@ -426,7 +423,7 @@ def prepare(
     activation: str,
     parameters: Sequence[float],
 ) -> PreparedLaunch:
-    """Prepare `add_states` for tensors like these, all of them at multiples of `ALIGNMENT`; see there for the arguments."""
+    """Prepare `add_states` for tensors like these, all of them at multiples of 16 bytes; see there for the arguments."""
     with torch.cuda.device_of(values):
         return PreparedLaunch(*_arguments(values, counts, None, mask, None, y, activation, parameters, None, None))
 
