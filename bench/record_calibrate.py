@@ -17,11 +17,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 import transformers
-from record_collect import summarize_ratios
 from records import save_record
 from torch import nn
 
 import fastentropy as fe
+from fastentropy.benchmarks.measurements import Quartiles
 from fastentropy.distributed import sum_over_ranks
 from fastentropy.sharding import Share
 from fastentropy.timing import measure_seconds
@@ -56,11 +56,12 @@ def measure(processes: int, rounds: int) -> dict[str, object]:
     passes = {
         key: [max(of_ranks) for of_ranks in zip(*(rank[key] for rank in ranks), strict=True)] for key in ("plain", "collecting")
     }
+    ratios = [one / other for one, other in zip(passes["collecting"], passes["plain"], strict=True)]
     first = ranks[0]
     return {
         "processes": processes,
         "tokens_per_second": {key: processes * ROWS * TOKENS / statistics.median(seconds) for key, seconds in passes.items()},
-        "collecting_over_plain": summarize_ratios(passes["collecting"], passes["plain"]),
+        "collecting_over_plain": Quartiles.of(ratios)._asdict(),
         "counter_bytes": first["counter_bytes"],
         "sync_milliseconds": 1e3 * statistics.median(first["sync"]),
         "large_counter_bytes": 24 * LARGE[0] * LARGE[1],
@@ -119,7 +120,7 @@ def line(case: dict) -> str:
     speed, ratio = case["tokens_per_second"], case["collecting_over_plain"]
     return (
         f"{case['processes']} processes: {speed['plain']:.0f} tokens per second, collecting {speed['collecting']:.0f}; time "
-        f"{ratio['median']:.3f} ({ratio['lower_quartile']:.3f} to {ratio['upper_quartile']:.3f}); sum over ranks of "
+        f"{ratio['median']:.3f} ({ratio['lower']:.3f} to {ratio['upper']:.3f}); sum over ranks of "
         f"{case['counter_bytes'] / 1e6:.2f} MB {case['sync_milliseconds']:.1f} ms, of "
         f"{case['large_counter_bytes'] / 1e6:.2f} MB {case['large_sync_milliseconds']:.1f} ms"
     )

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from fastentropy.files import save_json
-from fastentropy.machines import describe_machine
+from fastentropy.machines import describe_machine, source_commit
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -17,6 +17,7 @@ def save_record(name: str, device: str, **figures: object) -> None:
         "machine": machine["device"],
         "date": machine["date"],
         "torch": machine["torch"],
+        "commit": source_commit(),
         "command": shlex.join(["python", f"bench/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
     }
     save_json(record | figures, RESULTS / f"{name}.json")

@@ -1,24 +1,24 @@
-"""What collecting costs a whole model, beside inference alone and beside the published procedure.
+"""What collecting costs a whole model, beside inference alone and beside what people would use instead.
 
-    pytest bench/test_bench_collect.py --benchmark-group-by=group
+pytest bench/test_bench_collect.py --benchmark-group-by=group
 
-Small images and batches, for a quick look. `record_collect.py` measures in turns, for ratios to be quoted, and the memory.
+Small batches, for a quick look. `fastentropy bench collect` measures in turns, for ratios to be quoted, and the memory.
 """
-
-import functools
 
 import pytest
 import torch
-from collect_peers import MODELS, PROCEDURES, load_model
 
-from fastentropy.isolation import copy_sharing_tensors
+from fastentropy.benchmarks.collecting import NETWORKS, PROCEDURES, network_cases
+from fastentropy.benchmarks.networks import vision
 
-load_model_once = functools.cache(load_model)
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-@pytest.mark.parametrize("procedure", PROCEDURES, ids=lambda procedure: procedure.__name__)
-@pytest.mark.parametrize("name", MODELS)
-def test_collect(benchmark, name, procedure):
-    benchmark.group = name
-    with torch.inference_mode(), procedure(copy_sharing_tensors(load_model_once(name))) as run:
-        benchmark.pedantic(run, (torch.randn(4, 3, 96, 96),), rounds=10, warmup_rounds=2)
+@pytest.mark.parametrize("procedure", PROCEDURES)
+@pytest.mark.parametrize("name", NETWORKS["cpu"])
+def test_collect(measured, name, procedure):
+    with DEVICE:
+        network = vision(name, batch=2, size=96)
+    cases = network_cases(name, network, DEVICE)
+    measured(next(cases), procedure)
+    cases.close()

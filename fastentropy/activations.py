@@ -115,10 +115,16 @@ def register_activation(activation: type[nn.Module] | Callable[..., Tensor], nam
     """Let sites be found of one more activation: a module class (and its subclasses), or a function of a tensor.
 
     A function is seen where it is called by PyTorch's own dispatch: it must be one of PyTorch's, or call
-    `torch.overrides.handle_torch_function`. Any other function is better made a module. The state that is counted is the sign
-    of the input.
+    `torch.overrides.handle_torch_function`. Any other function is better made a module, and so is one whose calls are to be
+    taken out: `isolate` has no module for it. The state that is counted is the sign of the input.
 
-    Raises TypeError for anything else, and ValueError where name is not an identifier.
+    Args:
+        activation: the class, or the function.
+        name: what statistics call it.
+
+    Raises:
+        TypeError: activation is neither.
+        ValueError: name is not an identifier.
     """
     if not name.isidentifier():
         raise ValueError(f"name: got {name!r}, expected an identifier such as 'squared_relu'")

@@ -4,6 +4,8 @@ import contextlib
 import dataclasses
 import datetime
 import json
+import shlex
+import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,6 +16,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from fastentropy.benchmarks.comparison import format_changes
+from fastentropy.benchmarks.launches import sweep_launches
+from fastentropy.benchmarks.plots import plot_record
+from fastentropy.benchmarks.records import Record
+from fastentropy.benchmarks.runs import BENCHMARKS, check_benchmark, parse_sizes, run_benchmark
+from fastentropy.benchmarks.tables import format_case
 from fastentropy.calibration.pretrained import DTYPES
 from fastentropy.calibration.ranks import Ranks, SaidByAnother, joined
 from fastentropy.calibration.runs import Options, run_calibration
@@ -22,6 +30,7 @@ from fastentropy.console import CalibrationDisplay, ProgressDisplay, print_calib
 from fastentropy.criteria import CRITERIA
 from fastentropy.doctor import examine
 from fastentropy.histories import check_history
+from fastentropy.plots import figure_format
 from fastentropy.recipes import RECIPES, load_recipe
 from fastentropy.report import plot_summary, write_report
 from fastentropy.runs import Run, Settings, create_run, open_run, read_history
@@ -169,6 +178,56 @@ def calibrate(
 def _calibration_display(ranks: Ranks, options: Options, total: int | None, unit: str) -> CalibrationDisplay:
     console = Console(stderr=True, quiet=not ranks.is_first)
     return CalibrationDisplay(console, total, unit, shows_units=options.max_tokens is not None)
+
+
+@app.command()
+def bench(
+    benchmark: Annotated[str, typer.Argument(help=f"What to measure: {', '.join(BENCHMARKS)}.")] = "kernels",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. [default: cuda if there is one]")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of the values: one of float32, bfloat16, float16.")] = None,
+    sizes: Annotated[str, typer.Option(help="kernels: values of a tensor, as 64k,1M,16M; else rows of a batch.")] = "",
+    rounds: Annotated[int | None, typer.Option(min=2, help="Samples of each. [default: what fits in a while]")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="The record. [default: in the folder runs]")] = None,
+    plot: Annotated[Path | None, typer.Option(help="The picture, .png, .svg or .pdf. [default: beside the record]")] = None,
+    compare: Annotated[Path | None, typer.Option(help="An older record: what has changed since, and the noise.")] = None,
+    sweep: Annotated[bool, typer.Option("--sweep", help="Try launch configurations of the kernels on a GPU.")] = False,
+) -> None:
+    """Measure the kernels, collecting or fusing beside what one would use instead; draw a picture of it."""
+    with _one_line_errors():
+        check_benchmark(benchmark, dtype)
+        chosen, rows = _device(device), parse_sizes(sizes)
+        if sweep:
+            _sweep(benchmark, chosen)
+            return
+        old = Record.load(compare) if compare else None
+        if old and old.benchmark != benchmark:
+            raise ValueError(f"{compare} is a record of {old.benchmark!r}, not of {benchmark!r}; compare the same benchmark")
+        record_path = json_file or Path("runs") / f"bench-{benchmark}-{datetime.datetime.now():%Y%m%d-%H%M%S}.json"
+        picture = plot or record_path.with_suffix(".png")
+        figure_format(picture)
+        for path in (record_path, picture):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        command = shlex.join(["fastentropy", *sys.argv[1:]])
+        try:
+            record = run_benchmark(
+                benchmark, device=chosen, dtype=dtype, sizes=rows, rounds=rounds, command=command, path=record_path,
+                show=lambda case: typer.echo(f"{format_case(case)}\n"),
+            )  # fmt: skip
+        except KeyboardInterrupt:
+            typer.echo(f"Interrupted. What was measured before, if anything, is in {record_path}", err=True)
+            raise typer.Exit(130) from None
+        plot_record(record, picture)
+        if old:
+            typer.echo(f"{format_changes(old, record)}\n")
+        typer.echo(f"record   {record_path}\nplot     {picture}")
+
+
+def _sweep(benchmark: str, device: torch.device) -> None:
+    if benchmark != "kernels" or device.type != "cuda":
+        raise ValueError(f"--sweep tries launch configurations of the state kernels on a GPU, not of {benchmark!r} on {device}")
+    typer.echo(f"# {torch.cuda.get_device_name(device)}: the table states_triton.LAUNCHES that is best here")
+    for line in sweep_launches(device):
+        typer.echo(line)
 
 
 @app.command()

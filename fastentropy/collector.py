@@ -252,10 +252,17 @@ def collect(
     In a gated MLP (SwiGLU, GeGLU) the site is the activation of the gate: a state is the sign of the gate's pre-activation, and
     where it never changes the MLP is still a product of gate and value, not linear.
 
-    average: "batch" keeps, besides the exact counts, the mean of the batches' own entropies.
-    channel_axis: the neuron axis of sites, by name, where it should not be inferred from the operator that made their input.
-    mask: the name of the argument, of the model or of a part of it, that says which tokens are no padding: [batch, tokens],
-        0 at padding, which is not counted. Or a function of (args, kwargs) of a call that returns it, or None for no mask.
+    Args:
+        model: any module.
+        average: "batch" keeps, besides the exact counts, the mean of the batches' own entropies.
+        channel_axis: the neuron axis of sites, by name, where it should not be inferred from the operator that made their
+            input.
+        mask: the name of the argument, of the model or of a part of it, that says which tokens are no padding:
+            [batch, tokens], 0 at padding, which is not counted. Or a function of (args, kwargs) of a call that returns it, or
+            None for no mask.
+
+    Raises:
+        ValueError: average is something else.
     """
     return EntropyCollector(model, average=average, channel_axis=channel_axis, mask=mask)
 

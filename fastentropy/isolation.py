@@ -58,12 +58,17 @@ def isolate(model: nn.Module, example_inputs: tuple[Any, ...] | Mapping[str, Any
     function, or one activation module several times, get a subclass of their class with that method rewritten: F.relu(x)
     becomes self.relu(x), and further calls self.relu_1(x), …
 
-    example_inputs: the positional inputs of one call, or a mapping of its keyword inputs. The calls that are isolated are those
-    of one forward pass in eval mode.
-
     Warns, and names the calls, where some cannot be isolated: in a loop, in a module that is itself called several times,
-    outside of the methods of a module, in code without a source file (typed into a prompt), or with arguments that are not
-    constants. Raises RuntimeError for a compiled model.
+    outside of the methods of a module, in code without a source file (typed into a prompt), with arguments that are not
+    constants, or of a function that torch.nn has no module for, such as one that was registered.
+
+    Args:
+        model: any module.
+        example_inputs: the positional inputs of one call, or a mapping of its keyword inputs. The calls that are isolated are
+            those of one forward pass in eval mode.
+
+    Raises:
+        RuntimeError: the model is compiled.
     """
     if compiled := [name for name, module in model.named_modules() if is_compiled(module)]:
         raise RuntimeError(

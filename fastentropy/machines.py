@@ -2,6 +2,7 @@
 
 import datetime
 import platform
+import subprocess
 from pathlib import Path
 
 import torch
@@ -15,6 +16,21 @@ def describe_machine(device: str) -> dict[str, str]:
         threads = torch.get_num_threads()
         name = f"{_processor()}, {threads} thread{'s' if threads > 1 else ''}"
     return {"device": name, "torch": torch.__version__, "date": datetime.date.today().isoformat()}
+
+
+def source_commit() -> str | None:
+    """The commit of the sources that run, with a + where files differ from it; None outside of a clone."""
+    folder = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, check=True, text=True).stdout.strip()
+
+    try:
+        if not git("ls-files", Path(__file__).name):
+            return None
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "--", "..") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def _processor() -> str:

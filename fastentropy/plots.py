@@ -71,7 +71,7 @@ def plot_entropies(neuron_entropies: Mapping[str, Tensor], path: str | PathLike[
     Written to `path` too, where one is given; its suffix, one of `FORMATS`, says as what. Raises ValueError for another one,
     and where there are no sites.
     """
-    form = "" if path is None else _format(path)
+    form = "" if path is None else figure_format(path)
     if not neuron_entropies:
         raise ValueError("there are no sites to plot")
     with matplotlib.style.context(["default", STYLE]):
@@ -136,7 +136,8 @@ def draw_distributions(axes: Axes, neuron_entropies: Mapping[str, Tensor], are_l
     colorbar.set_ticks([0, 0.05, 0.2, 0.5, 1], labels=["0%", "5%", "20%", "50%", "100%"])
 
 
-def _format(path: str | PathLike[str]) -> str:
+def figure_format(path: str | PathLike[str]) -> str:
+    """The format that the suffix of a path names. Raises ValueError where it is none of `FORMATS`."""
     form = Path(path).suffix.lower().removeprefix(".")
     if form not in FORMATS:
         raise ValueError(f"{path}: a plot is saved as {', '.join(f'.{each}' for each in FORMATS)}; name a file that ends so")

@@ -18,7 +18,14 @@ from fastentropy.steps import Step, StepFolder
 
 @dataclass(frozen=True)
 class PruningResult:
-    """The last network whose score held, what was removed from it, and all steps; a step after kept_step fell too far."""
+    """The last network whose score held, and all steps.
+
+    Attributes:
+        model: that network, in eval mode.
+        removed: the names of the sites that are linearised in it, in the order of their removal.
+        steps: all of them, the dense network first.
+        kept_step: the index of the step that the model is of. A step after it fell too far.
+    """
 
     model: nn.Module
     removed: tuple[str, ...]
@@ -51,34 +58,42 @@ def prune(
 
     The trained model is not changed: the loop works on a copy, and evaluates it before it removes anything.
 
-    train(model): one fine-tuning schedule, in place, after each removal; called in training mode.
-    evaluate(model) -> float: higher is better; called once per step, in eval mode and without gradients.
-    calibrate(model): forward passes over the training data, in eval mode and without gradients; they are what is measured.
-        None measures the passes of train itself: it is called as train(model, collector), and the collector (`collect`) has
-        reset() to begin anew, as with the last epoch, and paused(). That needs the `statistics` of the dense model.
-    example_inputs: the positional inputs of one call, of the size and on the device that latency is measured for.
-    max_drop: stop where the score is more than this below the dense model's, in the units of `evaluate`.
-    max_removed: remove at most so many sites. per_step: how many of them in one step; equal to max_removed, one step does all.
-    criterion: "entropy" removes the lowest layer entropy first, and of equal ones the first in call order.
-        "entropy-per-latency" removes the set of sites that loses least entropy for each millisecond that is saved without it,
-        by the activations themselves and by what `fuse` makes of the rest, measured on the device; per_step counts such sets.
-        "random" and "uniform" are controls. A function (model, statistics) -> {site: score} has the lowest scores removed
-        first; with checkpoint_dir it is known by its name.
-    zeros_together: remove all sites with an entropy of exactly 0 together, in addition, as the published code does.
-    protect: names of sites that stay.
-    target_speedup, max_latency_ms: with "entropy-per-latency", stop where one call is predicted to be so many times as fast as
-        that of the given model, or to take so long, and on the way there remove only what belongs to the sites of least entropy
-        that reach it: the optimum for the entropies of each step. max_drop and max_removed may end the run before.
-    collapse: "project" approximates a linearised series of convolutions by a single one, fitted to it by least squares on the
-        calibration data, where the exact operator would be slower; the fine-tuning follows.
-    statistics: of the dense model, where they were gathered already, so that no calibration is needed for them.
-    checkpoint_dir: write every finished step there, and go on from the steps that are there already, if they are of a run with
-        the same options. The end is the same as without the interruption where `train` draws from torch's default generators.
-    measure(model) -> dict: further figures to keep with each step. on_step(steps so far): called after each step.
+    Args:
+        model: the trained model.
+        train: train(model) is one fine-tuning schedule, in place, after each removal; called in training mode.
+        evaluate: evaluate(model) -> float: higher is better; called once per step, in eval mode and without gradients.
+        calibrate: calibrate(model) makes forward passes over the training data, in eval mode and without gradients; they are
+            what is measured. None measures the passes of train itself: it is called as train(model, collector), and the
+            collector (`collect`) has reset() to begin anew, as with the last epoch, and paused(). That needs the `statistics`
+            of the dense model.
+        example_inputs: the positional inputs of one call, of the size and on the device that latency is measured for.
+        max_drop: stop where the score is more than this below the dense model's, in the units of `evaluate`.
+        max_removed: remove at most so many sites.
+        per_step: how many of them in one step; equal to max_removed, one step does all.
+        criterion: "entropy" removes the lowest layer entropy first, and of equal ones the first in call order.
+            "entropy-per-latency" removes the set of sites that loses least entropy for each millisecond that is saved without
+            it, by the activations themselves and by what `fuse` makes of the rest, measured on the device; per_step counts
+            such sets. "random" and "uniform" are controls. A function (model, statistics) -> {site: score} has the lowest
+            scores removed first; with checkpoint_dir it is known by its name.
+        zeros_together: remove all sites with an entropy of exactly 0 together, in addition, as the published code does.
+        protect: names of sites that stay.
+        target_speedup: with "entropy-per-latency", stop where one call is predicted to be so many times as fast as that of the
+            given model, and on the way there remove only what belongs to the sites of least entropy that reach it: the optimum
+            for the entropies of each step. max_drop and max_removed may end the run before.
+        max_latency_ms: the same for the milliseconds that one call may take; one of the two.
+        collapse: "project" approximates a linearised series of convolutions by a single one, fitted to it by least squares on
+            the calibration data, where the exact operator would be slower; the fine-tuning follows.
+        statistics: of the dense model, where they were gathered already, so that no calibration is needed for them.
+        checkpoint_dir: write every finished step there, and go on from the steps that are there already, if they are of a run
+            with the same options. The end is the same as without the interruption where `train` draws from torch's default
+            generators.
+        measure: measure(model) -> dict: further figures to keep with each step.
+        on_step: on_step(steps so far) is called after each step.
 
-    Raises ValueError for a model without a known activation or with one that is no module of its own (see `isolate`), an option
-    out of range, a latency that cannot be reached, a calibration without a forward pass, a train that exchanges modules, a
-    score that is not a finite number, and a checkpoint_dir that is damaged, of another model or of a run with other options.
+    Raises:
+        ValueError: the model has no known activation, or one that is no module of its own (see `isolate`); an option is out of
+            range; a latency cannot be reached; calibrate makes no forward pass; train exchanges modules; a score is not a
+            finite number; checkpoint_dir is damaged, of another model or of a run with other options.
     """
     if isinstance(protect, str):
         raise ValueError(f"protect must be a list of site names, not the string {protect!r}: [{protect!r}]")

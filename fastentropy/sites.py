@@ -31,9 +31,12 @@ P = TypeVar("P")
 class Site:
     """One call of one activation in a forward pass.
 
-    name is the module's dotted path, with :1, :2, … for further calls of it in the same pass. A functional call is named after
-    the module whose forward makes it and the function. channel_axis is the axis of the activation's input whose entries are
-    the neurons. Where ranks of torch.distributed divide them, these are the neurons of this rank.
+    Attributes:
+        name: the module's dotted path, with :1, :2, … for further calls of it in the same pass. A functional call is named
+            after the module whose forward makes it and the function.
+        activation: the name of the activation in the table of `activations`.
+        neurons: how many neurons the site has. Where ranks of torch.distributed divide them, these are those of this rank.
+        channel_axis: the axis of the activation's input whose entries are the neurons.
     """
 
     name: str
@@ -74,9 +77,12 @@ def find_sites(model: nn.Module, example_inputs: tuple[Any, ...] | Mapping[str, 
 
     Of a model that is divided among ranks (tensor parallel), these are the sites and neurons of this rank.
 
-    example_inputs: the positional inputs of one call, or a mapping of its keyword inputs.
+    Args:
+        model: any module.
+        example_inputs: the positional inputs of one call, or a mapping of its keyword inputs.
 
-    Raises ValueError where the model calls no known activation.
+    Raises:
+        ValueError: the model calls no known activation.
     """
     watcher = SiteWatcher(model, NoObserver())
     watcher.attach()

@@ -32,9 +32,13 @@ _FIGURES = ["activation", "neurons", "observations", "nan", "entropy", "dead", "
 class SiteStatistics:
     """The statistics of one site.
 
-    counts: int64 [neurons, 3], how often each neuron's input was off (below 0), zero and on (above 0). nan: how many values
-    were NaN, in none of the three. batch_entropies: float64 [neurons, 2], the neuron entropies of single batches summed, with
-    zero discarded and with zero as on; `batches` is how many. None where batches were not told apart.
+    Attributes:
+        activation: its name.
+        counts: int64 [neurons, 3], how often each neuron's input was off (below 0), zero and on (above 0).
+        nan: how many values were NaN, in none of the three.
+        batch_entropies: float64 [neurons, 2], the neuron entropies of single batches summed, with zero discarded and with zero
+            as on. None where batches were not told apart.
+        batches: how many batches these are.
     """
 
     activation: str
@@ -71,8 +75,12 @@ class SiteStatistics:
     def entropy(self, zero: Zero = "discard", average: Average = "dataset") -> Tensor:
         """The entropy of each neuron in bits, float64 [neurons].
 
-        zero: leave values that are exactly 0 out (as the paper says) or count them as on (as its code does).
-        average: one entropy from all counts, or the mean over batches with equal weight (as the paper's code does).
+        Args:
+            zero: leave values that are exactly 0 out (as the paper says) or count them as on (as its code does).
+            average: one entropy from all counts, or the mean over batches with equal weight (as the paper's code does).
+
+        Raises:
+            ValueError: an option is something else, or batches are asked for and were not told apart.
         """
         if zero not in _ZERO or average not in ("dataset", "batch"):
             raise ValueError(f"zero={zero!r}, average={average!r}: expected 'discard' or 'on', and 'dataset' or 'batch'")
@@ -121,9 +129,10 @@ class Statistics(Mapping[str, SiteStatistics]):
     def to_dict(self, zero: Zero = "discard", average: Average = "dataset") -> dict[str, dict[str, Any]]:
         """A row of figures for each site, in the types of JSON.
 
-        activation: its name. neurons, observations, nan: counts. entropy: of the layer, in bits. dead, always_on: the shares of
-        such neurons among those that were observed. off, zero, on: the shares of the observations in each state. Shares of
-        nothing are 0. The terms are those of `SiteStatistics`, the options those of `SiteStatistics.entropy`.
+        `activation` is its name; `neurons`, `observations` and `nan` are counts; `entropy` is that of the layer, in bits;
+        `dead` and `always_on` are the shares of such neurons among those that were observed; `off`, `zero` and `on` are the
+        shares of the observations in each state. Shares of nothing are 0. The terms are those of `SiteStatistics`, the options
+        those of `SiteStatistics.entropy`.
         """
         entropies = self.layer_entropy(zero, average)
         return {name: _figures(site, entropies[name]) for name, site in self.items()}

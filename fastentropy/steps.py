@@ -23,8 +23,12 @@ from fastentropy.statistics import Statistics
 class Step:
     """One turn of the loop: what it linearised, and the network after its fine-tuning. Step 0 is the dense network.
 
-    layer_entropy: bits by site, of the sites that are left, in call order. score: what `evaluate` returned. metrics: what
-    `measure` returned. collapsed: the stretches that were approximated by one convolution before the fine-tuning.
+    Attributes:
+        removed: the names of the sites that were linearised.
+        layer_entropy: bits by site, of the sites that are left, in call order.
+        score: what `evaluate` returned.
+        metrics: what `measure` returned.
+        collapsed: the stretches that were approximated by one convolution before the fine-tuning.
     """
 
     removed: tuple[str, ...]

@@ -1,5 +1,6 @@
 """Time functions against each other on a machine that is never quite idle."""
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Hashable, Mapping
@@ -9,6 +10,9 @@ import torch
 
 Key = TypeVar("Key", bound=Hashable)
 
+#: What quartiles take.
+FEWEST_ROUNDS = 5
+
 
 def measure_times(
     functions: Mapping[Key, Callable[[], object]],
@@ -17,12 +21,26 @@ def measure_times(
     round_seconds: float = 0.002,
     graphs_on: torch.device | None = None,
 ) -> dict[Key, float]:
-    """The time of one call of each function in milliseconds: the median over interleaved rounds.
+    """The time of one call of each function in milliseconds: the median of `measure_samples`, whose arguments these are."""
+    samples = measure_samples(functions, rounds=rounds, round_seconds=round_seconds, graphs_on=graphs_on)
+    return {key: statistics.median(values) for key, values in samples.items()}
 
-    Interleaving lets what else the machine does fall on all of them alike. A round repeats a short function until it fills
-    `round_seconds`. An accelerator is synchronised before the clock is read. graphs_on: the GPU on which they run as CUDA
-    graphs, which leaves out how long Python takes to ask for the work; for functions that never wait for the GPU, since after a
-    capture that fails PyTorch draws no random numbers any more.
+
+def measure_samples(
+    functions: Mapping[Key, Callable[[], object]],
+    *,
+    rounds: int,
+    round_seconds: float,
+    graphs_on: torch.device | None = None,
+    budget_seconds: float = math.inf,
+) -> dict[Key, list[float]]:
+    """The milliseconds of one call of each function in each of so many rounds, which run all of them in turns.
+
+    What else the machine does falls on all of them alike then, and the samples of one round are pairs. A round repeats a short
+    function until it fills `round_seconds`. No round but the first `FEWEST_ROUNDS` begins after `budget_seconds`. An
+    accelerator is synchronised before the clock is read. graphs_on: the GPU on which they run as CUDA graphs, which leaves out
+    how long Python takes to ask for the work; for functions that never wait for the GPU, since after a capture that fails
+    PyTorch draws no random numbers any more.
     """
     if graphs_on is not None:
         functions = _captured(functions, graphs_on)
@@ -31,10 +49,13 @@ def measure_times(
         function()
         repeats[key] = max(1, int(round_seconds / max(measure_seconds(function), 1e-7)))
     samples: dict[Key, list[float]] = {key: [] for key in functions}
-    for _ in range(rounds):
+    start = _clock()
+    for index in range(rounds):
+        if index >= FEWEST_ROUNDS and _clock() - start > budget_seconds:
+            break
         for key, function in functions.items():
-            samples[key].append(measure_seconds(function, repeats[key]))
-    return {key: 1e3 * statistics.median(values) for key, values in samples.items()}
+            samples[key].append(1e3 * measure_seconds(function, repeats[key]))
+    return samples
 
 
 def _captured(functions: Mapping[Key, Callable[[], object]], device: torch.device) -> Mapping[Key, Callable[[], object]]:

@@ -12,7 +12,7 @@ FLOORS = [
     {"__main__"},
     {"cli"},
     {"console", "doctor", "runs"},
-    {"calibration", "comparison", "recipes", "report"},
+    {"benchmarks", "calibration", "comparison", "recipes", "report"},
     {"pruning"},
     {"loop"},
     {"criteria", "linearization", "steps"},

@@ -40,10 +40,20 @@ RIDGE = 1e-6
 class Projection:
     """A stretch of modules that one convolution stands for.
 
-    It takes the place of the first convolution among them; a batch norm behind it, if there is one, is kept, and the others
-    become the identity. relative_error is the root mean square of what the stretch gave and it does not, over that of what the
-    stretch gave, before any training, at positions of the calibration data that were not fitted; centre_error is that of the
-    centre of the exact kernel.
+    It takes the place of the first convolution among them; a batch norm behind it, if there is one, is replaced by a new one,
+    and the others become the identity.
+
+    Attributes:
+        modules: the paths of the modules.
+        in_channels: of the convolution.
+        out_channels: of the convolution.
+        kernel: of the convolution, along each spatial axis.
+        stride: along each spatial axis.
+        padding: with zeros, along each spatial axis.
+        groups: of the convolution.
+        relative_error: the root mean square of what the stretch gave and it does not, over that of what the stretch gave,
+            before any training, at positions of the calibration data that were not fitted.
+        centre_error: that of the centre of the exact kernel.
     """
 
     modules: tuple[str, ...]

@@ -11,8 +11,12 @@ from typing import Any
 class Candidate:
     """One form of a chain, for one call on the example inputs.
 
-    milliseconds is None where nothing was measured. multiplications and bytes (read and written) are counted for the whole
-    batch; relative_error is the largest difference to the chain run in float64, over the chain's largest value.
+    Attributes:
+        milliseconds: None where nothing was measured.
+        operators: how many operators run.
+        multiplications: counted for the whole batch.
+        bytes: read and written, counted for the whole batch.
+        relative_error: the largest difference to the chain run in float64, over the chain's largest value.
     """
 
     milliseconds: float | None
@@ -24,7 +28,14 @@ class Candidate:
 
 @dataclasses.dataclass(frozen=True)
 class ChainReport:
-    """What was tried for one chain (named by its operators), what was chosen, and why another form was not possible."""
+    """What was tried for one chain, and what was chosen.
+
+    Attributes:
+        names: the paths of its operators.
+        candidates: its forms by their names.
+        choice: the name of the form that is used.
+        note: why another form was not possible.
+    """
 
     names: tuple[str, ...]
     candidates: dict[str, Candidate]
@@ -48,11 +59,15 @@ class ChainReport:
 class FusionReport:
     """What `fuse` did.
 
-    milliseconds holds the time of one call on the example inputs of the model as given (`original`), with only batch norm
-    folded (`folded`) and with every chain in its fastest form (`fused`), measured side by side, each in the memory format in
-    which it is fastest (`memory_formats`); it is empty where nothing was measured. `choice` names the one that was kept.
-    max_relative_error is that of the kept one over all inputs that it was compared on, against the model in float64 where
-    that runs.
+    Attributes:
+        chains: what was tried for each.
+        milliseconds: the time of one call on the example inputs of the model as given (`original`), with only batch norm folded
+            (`folded`) and with every chain in its fastest form (`fused`), measured side by side; empty where nothing was
+            measured.
+        memory_formats: the memory format of each of the three in which it is fastest.
+        choice: which of the three was kept.
+        max_relative_error: that of the kept one over all inputs that it was compared on. Where it is above the tolerance
+            against the model, the model in float64 is what it is compared with, if that runs.
     """
 
     chains: tuple[ChainReport, ...]

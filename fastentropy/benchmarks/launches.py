@@ -1,17 +1,14 @@
-"""Try launch configurations of the state kernels on the GPU here and print the table of states_triton.LAUNCHES it asks for.
+"""Try launch configurations of the state kernels on a GPU: `fastentropy bench kernels --sweep`.
 
-python bench/sweep_states.py [LINE …]
-
-Takes about two minutes for all lines on 16 cores, which compile the candidates first. Nothing is changed; copy the lines that
-differ.
+What comes of it is the table `states_triton.LAUNCHES` that this GPU asks for. Nothing is changed; copy the lines that differ.
 """
 
 import itertools
 import math
 import multiprocessing
 import os
-import sys
 from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -58,52 +55,52 @@ CASES = {
 }
 
 
-def main(lines: list[str]) -> None:
-    """Print the best line for each line of the table, with its time as a share of the present one's."""
-    if not torch.cuda.is_available():
-        sys.exit("Error: sweep_states.py measures on a GPU, and PyTorch sees none here")
-    print(f"# {torch.cuda.get_device_name()}")
-    compile_all(lines)
-    for line in lines:
-        times = [sweep(line, case) for case in CASES[line]]
-        print(show(line, times), flush=True)
+def sweep_launches(device: torch.device) -> Iterator[str]:
+    """Yield the best line for each line of the table, with its time as a share of the present one's.
+
+    All candidates are compiled first, on all cores: two minutes on 16 of them.
+    """
+    with torch.cuda.device(device):
+        _compile_all()
+        for line, cases in CASES.items():
+            yield best_line(line, [_times(line, case) for case in cases])
 
 
-def compile_all(lines: list[str]) -> None:
+def _compile_all() -> None:
     """Compile every candidate on all cores, into Triton's cache on disk; how many programs there are makes no difference."""
     jobs = {
         (line, case, launch._replace(programs_per_multiprocessor=1))
-        for line in lines
-        for case in CASES[line]
+        for line, cases in CASES.items()
+        for case in cases
         for launch in candidates(line)
     }
     with multiprocessing.get_context("spawn").Pool(min(16, os.cpu_count() or 1)) as pool:
-        pool.starmap(run_once, sorted(jobs, key=str), chunksize=4)
+        pool.starmap(_run_once, sorted(jobs, key=str), chunksize=4)
 
 
-def run_once(line: str, case: Case, launch: Launch) -> None:
+def _run_once(line: str, case: Case, launch: Launch) -> None:
     """Compile a candidate by running it."""
-    run(*operands(line, case), case, launch)
+    _run(*_operands(line, case), case, launch)
 
 
-def sweep(line: str, case: Case) -> dict[Launch, float]:
+def _times(line: str, case: Case) -> dict[Launch, float]:
     """Return the milliseconds of every candidate for a line of the table, measured in turns."""
-    tensors = operands(line, case)
+    tensors = _operands(line, case)
     return measure_times(
-        {launch: lambda launch=launch: run(*tensors, case, launch) for launch in candidates(line)},
+        {launch: partial(_run, *tensors, case, launch) for launch in candidates(line)},
         rounds=7,
         graphs_on=tensors[0].device,
     )
 
 
-def operands(line: str, case: Case) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _operands(line: str, case: Case) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return values, their counts and memory for their activation."""
     values = torch.randn(case.shape, device="cuda", dtype=case.dtype)
     columns = len(EDGES) + 1 if "histogram" in line else 3
     return values, torch.zeros(case.shape[1], columns, dtype=torch.int64, device="cuda"), torch.empty_like(values)
 
 
-def run(values: torch.Tensor, counts: torch.Tensor, y: torch.Tensor, case: Case, launch: Launch) -> None:
+def _run(values: torch.Tensor, counts: torch.Tensor, y: torch.Tensor, case: Case, launch: Launch) -> None:
     """Launch one candidate."""
     edges = None if counts.shape[1] == 3 else EDGES
     states_triton.add_states(values, counts, edges=edges, y=y, activation=case.activation, launch=launch)
@@ -120,7 +117,7 @@ def candidates(line: str) -> Iterator[Launch]:
             yield launch
 
 
-def show(line: str, times: list[dict[Launch, float]]) -> str:
+def best_line(line: str, times: list[dict[Launch, float]]) -> str:
     """Write the fastest over all cases as a line of the table; the present one where nothing is faster by two percent."""
     present = LAUNCHES[line]
     shares = {
@@ -131,7 +128,3 @@ def show(line: str, times: list[dict[Launch, float]]) -> str:
         best = present
     measured = ", ".join(f"{case[best]:.4f}" for case in times)
     return f'"{line}": {best},  # {measured} ms, {shares[best]:.3f} of the present line'
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:] or list(LAUNCHES))

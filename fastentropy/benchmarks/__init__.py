@@ -1,0 +1,1 @@
+"""The measurements of `fastentropy bench`: cases -> measurements -> a record, its table, its plot, its comparison."""

@@ -1,0 +1,108 @@
+"""Fused networks against the same with batch norm folded, the original, and torch.compile's inference mode."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+import fastentropy as fe
+from fastentropy.benchmarks.measurements import Case
+from fastentropy.benchmarks.networks import (
+    Network,
+    infer,
+    inside_blocks,
+    linearised,
+    mobilenet_blocks,
+    moved,
+    odd,
+    random_half,
+    vision,
+    vit_mlp,
+)
+from fastentropy.fusion.chains import find_chains
+from fastentropy.fusion.elements import operators
+from fastentropy.fusion.inputs import clone
+from fastentropy.fusion.tracing import export, in_channels_last, inference_module, rewrite, values_of
+from fastentropy.timing import measure_times
+
+BATCH = 4
+#: Networks of which a random half of the activations is taken out.
+HALF = ("resnet18", "mobilenet_v2", "efficientnet_b0")
+PEERS = frozenset({"torch.compile, frozen"})
+FORMS = ("folded", "fused", "original", *PEERS)
+
+
+def fuse_cases(device: torch.device, dtypes: Sequence[torch.dtype], sizes: Sequence[int]) -> Iterator[Case]:
+    """Yield the blocks of mobilenet_v2 and the MLP of ViT-B, all linear, and networks of which some activations are."""
+    for dtype in dtypes:
+        for batch in sizes or [BATCH]:
+            torch.manual_seed(0)
+            for name, network in _networks(batch):
+                yield fuse_case(name, moved(network, device, dtype))
+
+
+def _networks(batch: int) -> Iterator[tuple[str, Network]]:
+    yield from mobilenet_blocks(batch).items()
+    yield "vit_b_16 MLP", vit_mlp(batch)
+    yield "mobilenet_v2 all blocks", linearised(odd(vision("mobilenet_v2", batch)), inside_blocks)
+    for name in HALF:
+        yield f"{name} half", linearised(odd(vision(name, batch)), random_half)
+
+
+def fuse_case(name: str, network: Network) -> Case:
+    """`FORMS` of one network, fused on its inputs."""
+    model, inputs = network
+    start = time.perf_counter()
+    fused = fe.fuse(model, inputs)
+    facts = {"fused": {**_facts(fused), "seconds_to_fuse": time.perf_counter() - start}}
+    gpu = inputs[0].device if inputs[0].is_cuda else None
+    format_of_folded, folded = _fastest(_folded_forms(model, inputs), inputs, gpu)
+    facts["folded"] = {"memory_format": format_of_folded}
+    forms = {"folded": folded, "fused": fused, "original": model, "torch.compile, frozen": _frozen(model)}
+    return Case(
+        f"{name}, {' × '.join(map(str, inputs[0].shape))}, {str(inputs[0].dtype).removeprefix('torch.')}",
+        {form: partial(infer, module, inputs) for form, module in forms.items()},
+        baseline="folded",
+        facts=facts,
+        graphs_on=gpu,
+        peers=PEERS,
+    )
+
+
+def _frozen(model: nn.Module) -> nn.Module:
+    """PyTorch's compiler with weights as constants, so that it folds batch norm and lays weights out for the machine."""
+    return torch.compile(model, options={"freezing": True})  # type: ignore[return-value]
+
+
+def _folded_forms(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, nn.Module]:
+    """The network with batch norm folded and nothing else changed, in each memory format that it runs in."""
+    traced = inference_module(export(model, inputs))
+    chains = [chain for chain in find_chains(traced) if len(operators(chain.elements)) > 1]
+    forms: dict[str, nn.Module] = {}
+    for name, graph in {"contiguous": traced, "channels_last": in_channels_last(traced)}.items():
+        if graph is not None:
+            sources = values_of(graph, [chain.source for chain in chains], clone(inputs))
+            forms[name] = rewrite(graph, chains, [chain.folded for chain in chains], sources)
+    return forms
+
+
+def _fastest(forms: dict[str, nn.Module], inputs: tuple[Any, ...], gpu: torch.device | None) -> tuple[str, nn.Module]:
+    times = measure_times({name: partial(infer, form, inputs) for name, form in forms.items()}, graphs_on=gpu)
+    best = min(times, key=times.__getitem__)
+    return best, forms[best]
+
+
+def _facts(fused: fe.FusedModel) -> dict[str, Any]:
+    report = fused.report
+    chosen = [(chain.candidates["keep"], chain.candidates[chain.choice]) for chain in report.chains if chain.candidates]
+    return {
+        "choice": report.choice,
+        "relative_error": report.max_relative_error,
+        "multiplications": sum(choice.multiplications for _, choice in chosen),
+        "multiplications_folded": sum(keep.multiplications for keep, _ in chosen),
+    }

@@ -1,0 +1,118 @@
+"""The state kernels against the activation alone, a copy, and what people would use instead."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastentropy.benchmarks.measurements import Case
+from fastentropy.benchmarks.peers import activate_and_count, compiled, count_in_pytorch, histogram_observer, published_entropy
+from fastentropy_kernels import activation_states, count_states
+
+#: Values of a tensor, from what fits in a cache to what does not.
+SIZES = {"cpu": (2**18, 2**20, 2**22, 2**24), "cuda": (2**20, 2**22, 2**24, 2**26, 2**28)}
+#: Channels of rows: a hidden layer of a small transformer, and of one with billions of parameters.
+CHANNELS = {"cpu": 1024, "cuda": 4096}
+#: A plane as in the first stage of a ResNet.
+PLANES = (64, 56, 56)
+PEERS = frozenset({"PyTorch counting", "torch.compile", "published procedure", "histogram observer"})
+OPERATIONS = ("copy", "activation alone", "activation_states", "count_states", *sorted(PEERS))
+
+
+class Layout(NamedTuple):
+    """A way to lie in memory: the shape for so many values, and where the channels are."""
+
+    name: str
+    shape: Callable[[int, str], tuple[int, ...]]
+    channel_axis: int
+
+
+LAYOUTS = (
+    Layout("rows", lambda size, device: (max(1, size // CHANNELS[device]), CHANNELS[device]), -1),
+    Layout("planes", lambda size, device: (max(1, round(size / (64 * 56 * 56))), *PLANES), 1),
+)
+#: The second is what decoders have, in rows.
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": torch.relu, "silu": F.silu}
+
+
+def kernel_cases(device: torch.device, dtypes: Sequence[torch.dtype], sizes: Sequence[int]) -> Iterator[Case]:
+    """Yield relu in both layouts at every size (none: `SIZES`), with the peers at the largest, and silu in rows at the largest.
+
+    On a GPU they run as CUDA graphs, and at the largest size once more as eager calls, with the peers that wait for the GPU.
+    """
+    gpu = device if device.type == "cuda" else None
+    sizes = sizes or SIZES[device.type]
+    for dtype in dtypes:
+        for layout in LAYOUTS:
+            for size in sizes:
+                case = kernel_case(device, dtype, layout, size, "relu")
+                if gpu is not None:
+                    yield _as_graphs(case, gpu)
+                if size == max(sizes):
+                    yield case
+                elif gpu is None:
+                    yield _without_peers(case)
+        case = kernel_case(device, dtype, LAYOUTS[0], max(sizes), "silu")
+        yield _without_peers(case) if gpu is None else _as_graphs(case, gpu)
+
+
+def kernel_case(device: torch.device, dtype: torch.dtype, layout: Layout, size: int, activation: str) -> Case:
+    """All `OPERATIONS` on one random tensor of about `size` values, as plain calls."""
+    shape = layout.shape(size, device.type)
+    x = torch.randn(shape, device=device, dtype=dtype)
+    operations = _operations(x, layout.channel_axis, activation)
+    facts = {
+        "layout": layout.name,
+        "dtype": str(dtype).removeprefix("torch."),
+        "activation": activation,
+        "shape": list(shape),
+        "values": x.numel(),
+        "cuda_graph": False,
+    }
+    return Case(
+        f"{activation} on {layout.name}, {' × '.join(map(str, shape))}, {facts['dtype']}",
+        operations,
+        baseline="activation alone",
+        sizes={name: (1 if name == "count_states" else 2) * x.nbytes for name in operations},
+        roof="copy",
+        facts=dict.fromkeys(operations, facts),
+        peers=PEERS,
+    )
+
+
+def _without_peers(case: Case) -> Case:
+    own = {name: operation for name, operation in case.operations.items() if name not in case.peers}
+    return dataclasses.replace(case, operations=own, peers=frozenset())
+
+
+def _as_graphs(case: Case, gpu: torch.device) -> Case:
+    """The operations that do not wait for the GPU, as CUDA graphs."""
+    facts = {name: {**each, "cuda_graph": True} for name, each in case.facts.items()}
+    return dataclasses.replace(_without_peers(case), name=f"{case.name}, CUDA graphs", facts=facts, graphs_on=gpu)
+
+
+def _operations(x: Tensor, channel_axis: int, activation: str) -> dict[str, Callable[[], object]]:
+    """All that is measured on one tensor. Each peer runs the activation as well, which `count_states` does not."""
+    counts = torch.zeros(x.shape[channel_axis], 3, dtype=torch.int64, device=x.device)
+    function = ACTIVATIONS[activation]
+    activate = partial(function, x)
+
+    def after(count: Callable[[], object]) -> Callable[[], object]:
+        return lambda: (activate(), count())
+
+    return {
+        "copy": x.clone,
+        "activation alone": activate,
+        "activation_states": partial(activation_states, x, counts, activation, channel_axis=channel_axis),
+        "count_states": partial(count_states, x, counts, channel_axis=channel_axis),
+        "PyTorch counting": after(partial(count_in_pytorch, x, counts, channel_axis)),
+        "torch.compile": partial(compiled(activate_and_count), function, x, counts, channel_axis),
+        "published procedure": after(partial(published_entropy, x, neurons_last=channel_axis == -1)),
+        "histogram observer": after(partial(histogram_observer(x.device), x)),
+    }

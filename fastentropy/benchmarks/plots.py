@@ -1,0 +1,106 @@
+"""The picture of a record: a roofline of bandwidth against size, or times beside each other."""
+
+from __future__ import annotations
+
+from os import PathLike
+from typing import Any
+
+import matplotlib.style
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from fastentropy.benchmarks.measurements import Measurement
+from fastentropy.benchmarks.records import Record
+from fastentropy.files import replace_file
+from fastentropy.plots import BLUE, FORMATS, GREY, INK, ORANGE, STYLE, figure_format
+
+#: Operations of the roofline: colour, line and marker. What has none is a peer.
+LINES: dict[str, dict[str, Any]] = {
+    "copy": {"color": GREY, "linestyle": "--", "label": "copy (the roof)"},
+    "activation alone": {"color": INK, "marker": "o", "label": "relu"},
+    "activation_states": {"color": BLUE, "marker": "s", "label": "activation_states: relu and its states"},
+    "count_states": {"color": ORANGE, "marker": "^", "label": "count_states: the states alone"},
+}
+PEER_MARKERS = ("x", "+", "1", "2")
+#: Inches: a bar's row in the picture of ratios, and what is above and below a panel's rows.
+ROW, MARGIN = 0.22, 0.55
+
+
+def plot_record(record: Record, path: str | PathLike[str]) -> None:
+    """Write the picture; the suffix says as what: .png, .svg or .pdf. Raises ValueError for another one."""
+    form = figure_format(path)
+    with matplotlib.style.context(["default", STYLE]):
+        figure = _roofline(record) if record.benchmark == "kernels" else _ratios(record)
+        figure.suptitle(f"{record.machine}, {record.date}, torch {record.versions['torch']}", fontsize=9)
+        replace_file(path, lambda file: figure.savefig(file, format=form, dpi=160, metadata=FORMATS[form]))
+
+
+def _roofline(record: Record) -> Figure:
+    """A panel for each layout and dtype: achieved bandwidth against the values of the tensor."""
+    relu = [each for each in record.measurements if each.facts.get("activation") == "relu" and each.milliseconds]
+    layouts = list(dict.fromkeys(each.facts["layout"] for each in relu))
+    dtypes = list(dict.fromkeys(each.facts["dtype"] for each in relu))
+    figure = Figure(figsize=(10, 0.8 + 3.1 * len(dtypes)), layout="constrained")
+    panels = figure.subplots(len(dtypes), len(layouts), squeeze=False, sharex=True, sharey="row")
+    for row, dtype in enumerate(dtypes):
+        for column, layout in enumerate(layouts):
+            here = [each for each in relu if (each.facts["layout"], each.facts["dtype"]) == (layout, dtype)]
+            _draw_roofline(panels[row, column], here)
+            panels[row, column].set_title(f"{layout}, {dtype}", loc="left", fontweight="bold")
+        panels[row, 0].set_ylabel("GB/s, read and written")
+    for axes in panels[-1]:
+        axes.set_xlabel("values")
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
+    return figure
+
+
+def _draw_roofline(axes: Axes, measurements: list[Measurement]) -> None:
+    """Lines over the sizes for what is measured at all of them, on a GPU as CUDA graphs; a mark for each peer."""
+    largest = max(each.facts["values"] for each in measurements)
+    operations = list(dict.fromkeys(each.operation for each in measurements))
+    for operation in (name for name in LINES if name in operations):
+        points = [each for each in measurements if each.operation == operation and not _is_eager(each, measurements)]
+        points.sort(key=lambda each: each.facts["values"])
+        axes.plot([each.facts["values"] for each in points], [_bandwidth(each) for each in points], **LINES[operation])
+    peers = [each for each in measurements if each.operation not in LINES and each.facts["values"] == largest]
+    for marker, each in zip(PEER_MARKERS, peers, strict=False):
+        axes.plot([largest], [_bandwidth(each)], marker, markersize=7, color=INK, label=each.operation)
+    axes.set_xscale("log", base=2)
+    axes.set_ylim(bottom=0)
+    axes.grid(axis="y")
+    axes.set_axisbelow(True)
+
+
+def _bandwidth(measurement: Measurement) -> float:
+    assert measurement.gigabytes_per_second is not None
+    return measurement.gigabytes_per_second
+
+
+def _is_eager(measurement: Measurement, measurements: list[Measurement]) -> bool:
+    """Whether the same was measured as a CUDA graph as well, which tells the kernel's time without Python's."""
+    return not measurement.facts["cuda_graph"] and any(each.facts["cuda_graph"] for each in measurements)
+
+
+def _ratios(record: Record) -> Figure:
+    """A panel for each case: the time of every operation as a multiple of the baseline's, with its quartiles."""
+    cases = {name: [each for each in each_case if each.ratio] for name, each_case in record.cases().items()}
+    heights = [MARGIN + ROW * len(each) for each in cases.values()]
+    figure = Figure(figsize=(8, 0.5 + sum(heights)), layout="constrained")
+    panels = figure.subplots(len(cases), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for axes, (name, measurements) in zip(panels, cases.items(), strict=True):
+        for row, each in enumerate(measurements):
+            assert each.ratio is not None
+            low, middle, high = each.ratio
+            color = BLUE if each.operation in ("collecting", "fused") else GREY
+            axes.barh(row, middle, height=0.7, color=color)
+            axes.errorbar(middle, row, xerr=[[middle - low], [high - middle]], color=INK, linewidth=1, capsize=2)
+            axes.annotate(f"{middle:.2f}", (high, row), (5, 0), textcoords="offset points", va="center", fontsize=8)
+        axes.axvline(1, color=INK, linewidth=0.8)
+        axes.set_yticks(range(len(measurements)), [each.operation for each in measurements], fontsize=8)
+        axes.set_ylim(len(measurements) - 0.5, -0.5)
+        axes.set_xlim(left=0)
+        axes.margins(x=0.12)
+        axes.set_title(name, loc="left", fontweight="bold", fontsize=9)
+    panels[-1].set_xlabel("time, as a multiple of the baseline's")
+    return figure

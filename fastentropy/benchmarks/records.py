@@ -1,0 +1,70 @@
+"""A record: what was measured, on what, and by which command. Written as JSON, read back checked."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import triton
+
+from fastentropy.benchmarks.measurements import Measurement
+from fastentropy.files import save_json
+from fastentropy.machines import describe_machine, source_commit
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """The measurements of one run of `fastentropy bench`.
+
+    benchmark is kernels, collect or fuse; commit is that of the sources, None outside of a clone. complete is False while
+    measurements are missing.
+    """
+
+    benchmark: str
+    machine: str
+    date: str
+    versions: Mapping[str, str]
+    commit: str | None
+    command: str
+    measurements: tuple[Measurement, ...] = ()
+    complete: bool = False
+
+    @classmethod
+    def begin(cls, benchmark: str, device: str, command: str) -> Record:
+        """A record of this machine without measurements."""
+        machine = describe_machine(device)
+        versions = {"torch": machine["torch"], "triton": triton.__version__}
+        return cls(benchmark, machine["device"], machine["date"], versions, source_commit(), command)
+
+    def with_more(self, measurements: list[Measurement]) -> Record:
+        """The record with further measurements."""
+        return dataclasses.replace(self, measurements=(*self.measurements, *measurements))
+
+    def cases(self) -> dict[str, list[Measurement]]:
+        """The measurements by case, in the order in which they were made."""
+        cases: dict[str, list[Measurement]] = {}
+        for measurement in self.measurements:
+            cases.setdefault(measurement.case, []).append(measurement)
+        return cases
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the record as JSON, in place of what was there."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        save_json({**values, "measurements": [measurement.to_dict() for measurement in self.measurements]}, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Record:
+        """Read what `save` wrote. Raises ValueError for anything else, OSError where there is no file."""
+        text = Path(path).read_text(encoding="utf-8")
+        try:
+            values: dict[str, Any] = json.loads(text)
+            measurements = tuple(Measurement.from_dict(each) for each in values.pop("measurements"))
+            return cls(**values, measurements=measurements)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(
+                f"{path} is no record of `fastentropy bench`: {error}; name a file that its --json wrote"
+            ) from error

@@ -1,0 +1,45 @@
+"""A case as a table of 80 columns: what each operation took, and what that is beside the others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fastentropy.benchmarks.measurements import Measurement, Quartiles
+from fastentropy.tables import format_milliseconds, format_table
+
+
+def format_case(measurements: Sequence[Measurement]) -> str:
+    """The name of the case and a row for each operation; why some were skipped below."""
+    measured = [each for each in measurements if each.milliseconds]
+    head, rows = ["", "ms", "times baseline", "quartiles"], [_times(each) for each in measured]
+    if any(each.bytes for each in measured):
+        head += ["GB/s", "of copy"]
+        rows = [[*row, *_bandwidth(each)] for row, each in zip(rows, measured, strict=True)]
+    if any("peak_bytes" in each.facts for each in measured):
+        head.append("added MB")
+        least = min(each.facts["peak_bytes"] for each in measured if "peak_bytes" in each.facts)
+        rows = [[*row, _memory(each, least)] for row, each in zip(rows, measured, strict=True)]
+    skipped = [f"{each.operation} was skipped: {each.skipped}" for each in measurements if each.skipped]
+    return "\n".join([measurements[0].case, format_table(head, rows), *skipped])
+
+
+def format_quartiles(quartiles: Quartiles) -> str:
+    """The quartiles around a median: 0.98 to 1.03."""
+    return f"{quartiles.lower:.2f} to {quartiles.upper:.2f}"
+
+
+def _times(measurement: Measurement) -> list[str]:
+    times, ratio = measurement.milliseconds, measurement.ratio
+    assert times is not None
+    assert ratio is not None
+    return [measurement.operation, format_milliseconds(times.median), f"{ratio.median:.2f}", format_quartiles(ratio)]
+
+
+def _bandwidth(measurement: Measurement) -> list[str]:
+    speed, share = measurement.gigabytes_per_second, measurement.percent_of_roof
+    return ["" if speed is None else f"{speed:.1f}", "" if share is None else f"{share:.0f} %"]
+
+
+def _memory(measurement: Measurement, least: int) -> str:
+    size = measurement.facts.get("peak_bytes")
+    return "" if size is None else f"{(size - least) / 1e6:.2f}"
