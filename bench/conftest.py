@@ -1,8 +1,11 @@
 """What the suites share: a measured call that is synchronised, with its bandwidth beside that of a copy."""
 
+import statistics
+
 import pytest
 import torch
 
+from fastentropy.benchmarks.measurements import why_not
 from fastentropy.timing import measure_samples
 
 
@@ -16,11 +19,8 @@ def measured(benchmark):
 
     def run(case, operation):
         call = case.operations[operation]
-        if operation in case.peers:
-            try:
-                call()
-            except Exception as error:
-                pytest.skip(f"{operation} does not run here: {error}")
+        if operation in case.peers and (reason := why_not(call)):
+            pytest.skip(f"{operation} does not run here: {reason}")
         synchronise = torch.accelerator.synchronize if torch.accelerator.is_available() else lambda: None
         benchmark.group = case.name
         benchmark.extra_info.update(case.facts.get(operation, {}))
@@ -28,8 +28,9 @@ def measured(benchmark):
         benchmark.pedantic(lambda: (call(), synchronise()), rounds=10, warmup_rounds=2)
         if roof and benchmark.stats:
             speed = case.sizes[operation] / benchmark.stats.stats.median / 1e9
-            of_roof = speed / (case.sizes[case.roof] / sorted(roof)[2] / 1e6)
-            figures = {"bytes": case.sizes[operation], "gigabytes_per_second": speed, "percent_of_copy": 100 * of_roof}
+            speed_of_roof = case.sizes[case.roof] / statistics.median(roof) / 1e6
+            percentage = 100 * speed / speed_of_roof
+            figures = {"bytes": case.sizes[operation], "gigabytes_per_second": speed, "percent_of_copy": percentage}
             benchmark.extra_info.update(figures)
 
     return run

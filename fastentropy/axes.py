@@ -19,6 +19,7 @@ Note = TypeVar("Note")
 _COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
 
 
+# Of TorchDispatchMode nothing is annotated, its constructor below neither.
 class AxisTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Follows, while active, which axis of every tensor holds the channels of the operator that produced it.
 

@@ -17,10 +17,9 @@ from rich.console import Console
 from rich.table import Table
 
 from fastentropy.benchmarks.comparison import format_changes
-from fastentropy.benchmarks.launches import sweep_launches
 from fastentropy.benchmarks.plots import plot_record
 from fastentropy.benchmarks.records import Record
-from fastentropy.benchmarks.runs import BENCHMARKS, check_benchmark, parse_sizes, run_benchmark
+from fastentropy.benchmarks.runs import BENCHMARKS, check_benchmark, files_to_write, parse_sizes, run_benchmark
 from fastentropy.benchmarks.tables import format_case
 from fastentropy.calibration.pretrained import DTYPES
 from fastentropy.calibration.ranks import Ranks, SaidByAnother, joined
@@ -30,7 +29,6 @@ from fastentropy.console import CalibrationDisplay, ProgressDisplay, print_calib
 from fastentropy.criteria import CRITERIA
 from fastentropy.doctor import examine
 from fastentropy.histories import check_history
-from fastentropy.plots import figure_format
 from fastentropy.recipes import RECIPES, load_recipe
 from fastentropy.report import plot_summary, write_report
 from fastentropy.runs import Run, Settings, create_run, open_run, read_history
@@ -195,22 +193,19 @@ def bench(
     """Measure the kernels, collecting or fusing beside what one would use instead; draw a picture of it."""
     with _one_line_errors():
         check_benchmark(benchmark, dtype)
-        chosen, rows = _device(device), parse_sizes(sizes)
+        chosen, numbers = _device(device), parse_sizes(sizes) if sizes else []
         if sweep:
-            _sweep(benchmark, chosen)
+            options = {"dtype": dtype, "sizes": sizes, "rounds": rounds, "json": json_file, "plot": plot, "compare": compare}
+            _sweep(benchmark, chosen, [f"--{name}" for name, value in options.items() if value])
             return
         old = Record.load(compare) if compare else None
         if old and old.benchmark != benchmark:
             raise ValueError(f"{compare} is a record of {old.benchmark!r}, not of {benchmark!r}; compare the same benchmark")
-        record_path = json_file or Path("runs") / f"bench-{benchmark}-{datetime.datetime.now():%Y%m%d-%H%M%S}.json"
-        picture = plot or record_path.with_suffix(".png")
-        figure_format(picture)
-        for path in (record_path, picture):
-            path.parent.mkdir(parents=True, exist_ok=True)
+        record_path, picture = files_to_write(benchmark, json_file, plot)
         command = shlex.join(["fastentropy", *sys.argv[1:]])
         try:
             record = run_benchmark(
-                benchmark, device=chosen, dtype=dtype, sizes=rows, rounds=rounds, command=command, path=record_path,
+                benchmark, device=chosen, dtype=dtype, sizes=numbers, rounds=rounds, command=command, path=record_path,
                 show=lambda case: typer.echo(f"{format_case(case)}\n"),
             )  # fmt: skip
         except KeyboardInterrupt:
@@ -222,9 +217,13 @@ def bench(
         typer.echo(f"record   {record_path}\nplot     {picture}")
 
 
-def _sweep(benchmark: str, device: torch.device) -> None:
+def _sweep(benchmark: str, device: torch.device, options: Sequence[str]) -> None:
+    if options:
+        raise ValueError(f"--sweep has cases of its own and prints a table; leave out {', '.join(options)}")
     if benchmark != "kernels" or device.type != "cuda":
         raise ValueError(f"--sweep tries launch configurations of the state kernels on a GPU, not of {benchmark!r} on {device}")
+    from fastentropy.benchmarks.launches import sweep_launches  # needs Triton, which is not there on every system
+
     typer.echo(f"# {torch.cuda.get_device_name(device)}: the table states_triton.LAUNCHES that is best here")
     for line in sweep_launches(device):
         typer.echo(line)

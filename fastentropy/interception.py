@@ -107,6 +107,7 @@ def _subclass(kind: type[nn.Module], method: str) -> type[nn.Module]:
         if not isinstance(reduced, tuple):
             return reduced
         constructor, arguments, *rest = reduced
+        # Private names of copyreg, which the annotations leave out: here and in the next line.
         if constructor is copyreg.__newobj__:  # type: ignore[attr-defined]
             constructor, arguments = copyreg._reconstructor, (kind, object, None)  # type: ignore[attr-defined]
         if rest and isinstance(rest[0], dict):

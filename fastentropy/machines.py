@@ -7,6 +7,9 @@ from pathlib import Path
 
 import torch
 
+#: Of a clone, besides this package, as git names them: a record that is written or a page must not change the commit.
+OTHER_SOURCES = (":(top)kernels", ":(top)bench/*.py")
+
 
 def describe_machine(device: str) -> dict[str, str]:
     """The name of the processor or the GPU, the version of PyTorch and the date, as records of runs hold them."""
@@ -19,7 +22,7 @@ def describe_machine(device: str) -> dict[str, str]:
 
 
 def source_commit() -> str | None:
-    """The commit of the sources that run, with a + where files differ from it; None outside of a clone."""
+    """The commit of the sources that run, with a + where one of them differs from it; None outside of a clone."""
     folder = Path(__file__).parent
 
     def git(*arguments: str) -> str:
@@ -28,7 +31,7 @@ def source_commit() -> str | None:
     try:
         if not git("ls-files", Path(__file__).name):
             return None
-        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "--", "..") else "")
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "--", ".", *OTHER_SOURCES) else "")
     except (OSError, subprocess.CalledProcessError):
         return None
 

@@ -138,6 +138,7 @@ class MethodRewriter:
         definition.args.defaults = [ast.Constant(None) for _ in definition.args.defaults]
         definition.args.kw_defaults = [default and ast.Constant(None) for default in definition.args.kw_defaults]
         factory = ast.parse(f"def factory({', '.join(cells)}):\n    pass")
+        # The statement that was parsed is a function.
         factory.body[0].body = [definition]  # type: ignore[attr-defined]
         compiled = compile(ast.fix_missing_locations(factory), self._function.__code__.co_filename, "exec")
         (outer,) = (constant for constant in compiled.co_consts if isinstance(constant, CodeType))

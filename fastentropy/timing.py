@@ -1,6 +1,7 @@
 """Time functions against each other on a machine that is never quite idle."""
 
 import math
+import random
 import statistics
 import time
 from collections.abc import Callable, Hashable, Mapping
@@ -36,14 +37,22 @@ def measure_samples(
 ) -> dict[Key, list[float]]:
     """The milliseconds of one call of each function in each of so many rounds, which run all of them in turns.
 
-    What else the machine does falls on all of them alike then, and the samples of one round are pairs. A round repeats a short
-    function until it fills `round_seconds`. No round but the first `FEWEST_ROUNDS` begins after `budget_seconds`. An
+    What else the machine does falls on all of them alike then, and the samples of one round are pairs. Each round has an order
+    of its own, the same in every run, since a function leaves caches and memory to the next one. A round repeats a short
+    function until it fills `round_seconds`. No round but the first `FEWEST_ROUNDS` begins after `budget_seconds`. The present
     accelerator is synchronised before the clock is read. graphs_on: the GPU on which they run as CUDA graphs, which leaves out
     how long Python takes to ask for the work; for functions that never wait for the GPU, since after a capture that fails
     PyTorch draws no random numbers any more.
     """
-    if graphs_on is not None:
-        functions = _captured(functions, graphs_on)
+    if graphs_on is None:
+        return _samples(functions, rounds, round_seconds, budget_seconds)
+    with torch.cuda.device(graphs_on):
+        return _samples(_captured(functions), rounds, round_seconds, budget_seconds)
+
+
+def _samples(
+    functions: Mapping[Key, Callable[[], object]], rounds: int, round_seconds: float, budget_seconds: float
+) -> dict[Key, list[float]]:
     repeats = {}
     for key, function in functions.items():
         function()
@@ -53,15 +62,15 @@ def measure_samples(
     for index in range(rounds):
         if index >= FEWEST_ROUNDS and _clock() - start > budget_seconds:
             break
-        for key, function in functions.items():
-            samples[key].append(1e3 * measure_seconds(function, repeats[key]))
+        for key in random.Random(index).sample(list(functions), len(functions)):
+            samples[key].append(1e3 * measure_seconds(functions[key], repeats[key]))
     return samples
 
 
-def _captured(functions: Mapping[Key, Callable[[], object]], device: torch.device) -> Mapping[Key, Callable[[], object]]:
+def _captured(functions: Mapping[Key, Callable[[], object]]) -> Mapping[Key, Callable[[], object]]:
     """The replays of the functions' CUDA graphs. `torch.cuda.graph` collects garbage for each, which takes longer than that."""
     replays = {}
-    with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]
+    with torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]
         for key, function in functions.items():
             for _ in range(2):
                 function()

@@ -80,14 +80,14 @@ def test_registers_suffice_for_every_configuration(variant):
 
 @each_kernel
 @pytest.mark.parametrize("arch", NVIDIA)
-def test_a_thread_adds_three_counts_at_most_after_the_loop(layout, dtype, activation, arch):
+def test_a_thread_adds_four_counts_at_most_after_the_loop(layout, dtype, activation, arch):
     code = disassembled(variant(layout, dtype, activation), arch)
     atomics = "REDG?|ATOMG?"
-    assert 1 <= len(opcodes([code], atomics)) <= 3
+    assert 1 <= len(opcodes([code], atomics)) <= 4
     assert not opcodes(aot_inspect.main_loop(code), atomics)
 
 
-@pytest.mark.parametrize(("changed", "states"), [({"nan": True}, 3), ({"edges": 15}, 16), ({"edges": 1, "nan": True}, 3)])
+@pytest.mark.parametrize(("changed", "states"), [({"nan": True}, 5), ({"edges": 15}, 16), ({"edges": 1, "nan": True}, 3)])
 def test_one_atomic_for_each_counter_of_a_thread(changed, states):
     line = "histogram rows" if "edges" in changed else "rows"
     code = disassembled(variant("rows", **changed)._replace(line=line), "sm_90")
@@ -127,26 +127,16 @@ def test_sizes_of_one_compile(shape):
     assert compiled(variant(layout, activation="prelu", shape=shape), "sm_90").asm["cubin"]
 
 
-@pytest.mark.parametrize(("layout", "most"), [("rows", 16), ("planes", 10)])
+@pytest.mark.parametrize(("layout", "most"), [("rows", 8), ("planes", 10)])
 def test_relu_takes_few_instructions_an_element(layout, most):
-    # 15.1, of which half are for the stages of rows, and 9.3. Triton 3.6 computes the maximum in float32: 1.5 more.
+    # 7.8 and 9.2. Triton 3.6 computes the maximum in float32: 1.6 more.
     most += 2 * triton.__version__.startswith("3.6.")
     assert findings(variant(layout), "sm_90").instructions <= most
 
 
-# Of bfloat16 rows on sm_90: those that take more than half of what an H100 can issue, with the percentage they may take. The
-# stages of tiles, with which an H100 is faster all the same, are 6 instructions of each.
-MOST = {
-    "elu": 82,
-    "selu": 85,
-    "celu": 94,
-    "gelu": 117,
-    "gelu_tanh": 77,
-    "silu": 67,
-    "mish": 83,
-    "softplus": 111,
-    "quick_gelu": 70,
-}
+# Of bfloat16 rows on sm_90: those that take more than half of what an H100 can issue, with the percentage they may take by
+# Triton 3.6 and 3.8. Of the 40 instructions of an element these have exponentials and divisions, gelu a polynomial.
+MOST = {"elu": 77, "selu": 82, "celu": 85, "gelu": 58, "mish": 70, "softplus": 105}
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

@@ -3,6 +3,7 @@
 The interpreter has to be chosen before Triton is imported, so it runs in a process of its own: this file again.
 """
 
+import math
 import os
 import re
 import subprocess
@@ -156,23 +157,50 @@ def test_every_line_of_the_table(line, edges):
 
 
 @runs_kernels
+@pytest.mark.parametrize("tile_bytes", [512, 8192])  # of rows, sums that a lane could count and wide ones
 @pytest.mark.parametrize("shape", [(300_000, 1), (1, 1, 300_000)])
 @pytest.mark.parametrize("edges", [None, (-0.5, 0.5)])
-def test_longer_than_the_longest_strip(shape, edges, monkeypatch):
+def test_longer_than_the_longest_strip(shape, edges, tile_bytes, monkeypatch):
     monkeypatch.setattr(states_triton, "_multiprocessors", lambda values: 1)
     values = torch.arange(300_000).remainder(256).remainder(3).sub(1).bfloat16()  # a lane keeps to one state
-    check(values.view(shape).to(DEVICE), edges=edges, launch=Launch(512, 512, 4, programs_per_multiprocessor=1))
+    check(values.view(shape).to(DEVICE), edges=edges, launch=Launch(tile_bytes, tile_bytes, 4, programs_per_multiprocessor=1))
+
+
+@runs_kernels
+def test_as_many_rows_of_one_state_as_a_lane_can_count(monkeypatch):
+    monkeypatch.setattr(states_triton, "_multiprocessors", lambda values: 1)
+    values = torch.arange(256).remainder(3).sub(1).bfloat16().expand(1100, 256).contiguous()
+    check(values.to(DEVICE), launch=Launch(512, 512, 4, programs_per_multiprocessor=1))
 
 
 @pytest.mark.parametrize("warps", [4, 8, 16, 32])
 @pytest.mark.parametrize("element_size", [2, 4])
-@pytest.mark.parametrize("shape", [(1, 1), (1, 1, 1 << 20)], ids=["rows", "planes"])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 64), (1, 1, 1 << 20)], ids=["narrow rows", "rows", "planes"])
 def test_no_count_of_a_lane_or_of_a_tile_can_overflow(shape, element_size, warps):
     constants = states_triton.tile(shape, element_size, Launch(32768, 32768, warps, 1))
     positions = constants["BLOCK_ROWS"] if len(shape) == 2 else constants["BLOCK_INNER"]
-    longest = states_triton._longest_strip(constants["REPEATS"], positions)
+    is_wide = positions >= 2**10
+    assert is_wide == (shape != (1, 64))
+    longest = states_triton._longest_strip(constants["REPEATS"], positions, is_wide)
     assert longest * constants["REPEATS"] < 2**10
-    assert longest * positions < 2**21
+    assert 0 < longest * positions < (2**21 if is_wide else 2**10)
+
+
+@pytest.mark.parametrize(("rows", "programs"), [(64, 1), (256, 4), (32 * 40 * 2, 40), (32 * 40 * 3, 40)])
+def test_strips_are_as_many_as_aimed_at_unless_they_would_be_too_short(rows, programs, monkeypatch):
+    monkeypatch.setattr(states_triton, "_multiprocessors", lambda values: 1)
+    launch = Launch(8192, 256, 4, programs_per_multiprocessor=40, shortest_strip=2)  # tiles of 32 rows
+    values = torch.empty(rows, 128, dtype=torch.bfloat16)
+    constants = states_triton.tile(values.shape, 2, launch)
+    assert states_triton._rows_arguments(values, None, 0, constants, launch)[1] == programs
+
+
+@pytest.mark.parametrize(("layout", "width"), [("rows", (64,)), ("planes", (16, 16))])
+def test_below_some_bytes_a_tensor_has_the_line_of_small_ones(layout, width):
+    enough = states_triton.SMALL_BELOW[layout] // (4 * math.prod(width))
+    assert states_triton._line(torch.empty(enough, *width), None) == layout
+    assert states_triton._line(torch.empty(enough - 1, *width), None) == f"small {layout}"
+    assert states_triton._line(torch.empty(enough - 1, *width), (0.0,)) == f"histogram {layout}"
 
 
 @runs_kernels
@@ -197,8 +225,8 @@ PARAMETERS = [
 
 def range_of_values(dtype):
     """From far outside to close to zero, with infinities and NaN: 2,112 values."""
-    special = torch.tensor([torch.inf, -torch.inf, torch.nan])
-    around = torch.linspace(-100, 100, 1023), torch.randn(1023), torch.randn(63) * 1e-4, special
+    special = torch.tensor([torch.inf, -torch.inf, torch.nan, 2.0**125, -(2.0**125), 1e-37, -1e-37])
+    around = torch.linspace(-100, 100, 1023), torch.randn(1023), torch.randn(59) * 1e-4, special
     return torch.cat(around).to(dtype).to(DEVICE)
 
 
@@ -210,6 +238,33 @@ def test_activation_and_its_regions(activation, parameters, dtype):
     regions = ACTIVATIONS[activation].regions
     edges = regions(*parameters) if regions else None
     check(values, torch.full_like(values, POISON), activation, parameters, edges=edges)
+
+
+def activated(x, activation):
+    """What the kernel makes of one row of numbers."""
+    y = torch.full_like(x, POISON).view(-1, 4)
+    states_triton.add_states(x.view(-1, 4), torch.zeros(4, 3, dtype=torch.int64, device=DEVICE), y=y, activation=activation)
+    return y.view(-1).cpu().double()
+
+
+@runs_kernels
+def test_gelu_has_the_error_that_its_polynomial_is_said_to_have():
+    x = torch.linspace(-10, 10, 400_000)
+    exact = x.double() * torch.special.erfc(x.double() / -math.sqrt(2)) / 2
+    error = (activated(x.to(DEVICE), "gelu") - exact).abs()
+    # To those of the polynomial, 1.6e-7 and 0.16%, comes that of float32 arithmetic.
+    assert (error <= 2.5e-7 + 2**-23 * exact.abs()).all()
+    assert (error <= 0.0017 * exact.abs()).all()
+
+
+@runs_kernels
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "quick_gelu"])
+def test_the_activations_of_language_models_for_every_bfloat16(activation):
+    x = torch.arange(-(2**15), 2**15).short().view(torch.bfloat16)
+    x = x[x.abs() >= 2.0**-126] if INTERPRETED else x  # NaN is not; the interpreter reads subnormals as zero
+    x = torch.cat([x, torch.tensor([0, 0, torch.nan, -torch.nan] * 4)])[: (len(x) + 4) // 4 * 4].bfloat16().to(DEVICE)
+    exact = reference.activate(x.cpu().double(), activation)
+    torch.testing.assert_close(activated(x, activation), exact, rtol=2**-7, atol=1e-9, equal_nan=True)
 
 
 @runs_kernels

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -32,9 +33,14 @@ def collect_cases(device: torch.device, dtypes: Sequence[torch.dtype], sizes: Se
     for name, batch in NETWORKS[device.type].items():
         for dtype in dtypes:
             for size in sizes or [batch]:
-                with device:
-                    network = moved(llama(size) if name == "llama" else vision(name, size), device, dtype)
-                yield from network_cases(name, network, device)
+                yield from network_cases(name, _network(name, size, device, dtype), device)
+                gc.collect()  # hooks and their model hold each other; its memory is for the next one
+
+
+def _network(name: str, batch: int, device: torch.device, dtype: torch.dtype) -> Network:
+    torch.manual_seed(0)
+    with device:
+        return moved(llama(batch) if name == "llama" else vision(name, batch), device, dtype)
 
 
 def network_cases(name: str, network: Network, device: torch.device) -> Iterator[Case]:
@@ -52,7 +58,7 @@ def network_cases(name: str, network: Network, device: torch.device) -> Iterator
         yield Case(title, operations, baseline="plain", facts=facts, peers=PEERS)
         if device.type == "cuda":
             graphs = {procedure: operations[procedure] for procedure in ("plain", "collecting")}
-            yield Case(f"{title}, CUDA graph", graphs, baseline="plain", graphs_on=device)
+            yield Case(f"{title}, CUDA graphs", graphs, baseline="plain", graphs_on=device)
 
 
 def _first_pass(model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -76,9 +82,12 @@ def _collecting(model: nn.Module) -> Iterator[nn.Module]:
 def _published(model: nn.Module) -> Iterator[Callable[..., object]]:
     """Inference as in EASIER's code (VGCQ/EASIER, main.py, train.py and utils.py).
 
-    A forward hook on each activation keeps the input of every call until the whole batch has passed; then comes one entropy per
-    call.
+    A hook on each activation keeps the input of every call until the whole batch has passed; then comes one entropy per call.
+    Activations are out-of-place, so that their inputs are still there.
     """
+    for module in activation_modules(model).values():
+        if hasattr(module, "inplace"):
+            module.inplace = False  # type: ignore[assignment] # of modules only tensors and modules are known
     inputs: list[Tensor] = []
 
     def run(*batch: Tensor) -> object:
@@ -120,10 +129,8 @@ def _observers(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _hook(model: nn.Module, call: Callable[[nn.Module, Tensor], None]) -> None:
-    """Call before each activation, made out-of-place so that its input is still there after it."""
+    """Call before each activation, with the module and its input."""
     for module in activation_modules(model).values():
-        if hasattr(module, "inplace"):
-            module.inplace = False  # type: ignore[assignment] # of modules only tensors and modules are known
         module.register_forward_pre_hook(lambda module, args: call(module, args[0]))
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import textwrap
 
 from fastentropy.benchmarks.measurements import Quartiles
 from fastentropy.benchmarks.records import Record
-from fastentropy.tables import format_milliseconds, format_table
+from fastentropy.tables import WIDTH, format_milliseconds, format_table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +55,7 @@ def format_changes(old: Record, new: Record) -> str:
     changes = compare(old, new)
     if not changes:
         return "Nothing was measured in both records: other cases, or sizes."
-    lines = [f"before: {_origin(old)}", f"now:    {_origin(new)}"]
+    lines = [_origin("before:", old), _origin("now:   ", new)]
     if old.machine != new.machine:
         lines.append("These are two machines: the changes are theirs too.")
     for case in dict.fromkeys(change.case for change in changes):
@@ -77,5 +78,6 @@ def _row(change: Change) -> list[str]:
     ]
 
 
-def _origin(record: Record) -> str:
-    return f"{record.machine}, {record.date}, commit {record.commit or 'unknown'}, torch {record.versions['torch']}"
+def _origin(name: str, record: Record) -> str:
+    text = f"{name} {record.machine}, {record.date}, commit {record.commit or 'unknown'}, torch {record.versions['torch']}"
+    return textwrap.fill(text, WIDTH, subsequent_indent=" " * (len(name) + 1))

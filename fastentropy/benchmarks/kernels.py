@@ -46,20 +46,23 @@ def kernel_cases(device: torch.device, dtypes: Sequence[torch.dtype], sizes: Seq
 
     On a GPU they run as CUDA graphs, and at the largest size once more as eager calls, with the peers that wait for the GPU.
     """
-    gpu = device if device.type == "cuda" else None
-    sizes = sizes or SIZES[device.type]
+    sizes = sorted(sizes or SIZES[device.type])
     for dtype in dtypes:
         for layout in LAYOUTS:
-            for size in sizes:
-                case = kernel_case(device, dtype, layout, size, "relu")
-                if gpu is not None:
-                    yield _as_graphs(case, gpu)
-                if size == max(sizes):
-                    yield case
-                elif gpu is None:
-                    yield _without_peers(case)
-        case = kernel_case(device, dtype, LAYOUTS[0], max(sizes), "silu")
-        yield _without_peers(case) if gpu is None else _as_graphs(case, gpu)
+            by_shape = {layout.shape(size, device.type): size for size in sizes}  # small sizes are rounded to the same
+            for size in by_shape.values():
+                yield from _ways(kernel_case(device, dtype, layout, size, "relu"), device, with_peers=size == sizes[-1])
+        yield from _ways(kernel_case(device, dtype, LAYOUTS[0], sizes[-1], "silu"), device, with_peers=False)
+
+
+def _ways(case: Case, device: torch.device, *, with_peers: bool) -> Iterator[Case]:
+    """How a case is measured; only these lines hold its tensors, which go before the next case comes."""
+    if device.type == "cuda":
+        yield _as_graphs(case, device)
+        if with_peers:
+            yield case
+    else:
+        yield case if with_peers else _without_peers(case)
 
 
 def kernel_case(device: torch.device, dtype: torch.dtype, layout: Layout, size: int, activation: str) -> Case:

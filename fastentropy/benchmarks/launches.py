@@ -18,10 +18,10 @@ from fastentropy_kernels import states_triton
 from fastentropy_kernels.states_triton import LAUNCHES, Launch
 
 TILE_BYTES = (2048, 4096, 8192, 16384)
-ROW_BYTES = (64, 128, 256)
+ROW_BYTES = (128, 256, 512)
 WARPS = (4, 8)
-PROGRAMS = (8, 16, 32)
-STAGES = (1, 3, 4)
+PROGRAMS = (8, 16, 24, 32, 40, 52, 64)
+STAGES = (1, 4)
 MOST_SHARED_BYTES = 65536  # of the tiles on their way: three programs still share a multiprocessor of an H100
 EDGES = tuple(range(-3, 4))
 
@@ -39,6 +39,7 @@ CASES = {
     "rows": [
         Case((16384, 4096), torch.bfloat16, "relu"),
         Case((4096, 8192), torch.bfloat16, "silu"),
+        Case((4096, 8192), torch.bfloat16, "gelu"),
         Case((16384, 4096), torch.float32, "relu"),
     ],
     "planes": [
@@ -108,12 +109,13 @@ def _run(values: torch.Tensor, counts: torch.Tensor, y: torch.Tensor, case: Case
 
 def candidates(line: str) -> Iterator[Launch]:
     """Yield the table's own line, then every other that reads 16 bytes per thread at least."""
-    yield LAUNCHES[line]
+    present = LAUNCHES[line]
+    yield present
     widths = ROW_BYTES if "rows" in line else (None,)  # a tile of planes is as wide as it is large
     for tile_bytes, row_bytes, warps, programs, stages in itertools.product(TILE_BYTES, widths, WARPS, PROGRAMS, STAGES):
-        launch = Launch(tile_bytes, row_bytes or tile_bytes, warps, programs, stages)
+        launch = Launch(tile_bytes, row_bytes or tile_bytes, warps, programs, stages, present.shortest_strip)
         is_filled = warps * 32 * 16 <= tile_bytes >= launch.row_bytes
-        if launch != LAUNCHES[line] and is_filled and (stages == 1 or tile_bytes * stages <= MOST_SHARED_BYTES):
+        if launch != present and is_filled and (stages == 1 or tile_bytes * stages <= MOST_SHARED_BYTES):
             yield launch
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -26,6 +27,14 @@ class Quartiles(NamedTuple):
     def of(cls, samples: Sequence[float]) -> Quartiles:
         """The quartiles of two samples or more."""
         return cls(*statistics.quantiles(samples, method="inclusive"))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Quartiles:
+        """The quartiles of a record. Raises TypeError or ValueError for what are none of times."""
+        quartiles = cls(**values)
+        if not 0 < quartiles.lower <= quartiles.median <= quartiles.upper < math.inf:
+            raise ValueError(f"{values} are no quartiles of times")
+        return quartiles
 
     def apart_from(self, other: Quartiles) -> bool:
         """Whether the middle halves of the two have nothing in common."""
@@ -57,7 +66,8 @@ class Measurement:
 
     ratio is that of its time to the baseline's in the same round. bytes (moved at least), gigabytes_per_second and
     percent_of_roof (of the bandwidth that the roof reached in the same rounds) are None where memory is not what is measured.
-    skipped says why there are no figures.
+    That percentage may exceed 100 on a CPU, where reading alone is faster than copying, and in caches. skipped says why there
+    are no figures.
     """
 
     case: str
@@ -80,23 +90,21 @@ class Measurement:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Measurement:
-        """The measurement that `to_dict` gave. Raises TypeError for what it did not give."""
-        quartiles = {name: Quartiles(**values[name]) for name in ("milliseconds", "ratio") if name in values}
+        """The measurement that `to_dict` gave. Raises TypeError or ValueError for what it did not give."""
+        quartiles = {name: Quartiles.from_dict(values[name]) for name in ("milliseconds", "ratio") if name in values}
         return cls(**{**values, **quartiles})
 
 
 def measure(case: Case, *, rounds: int, budget_seconds: float) -> list[Measurement]:
     """Measure the operations of a case in turns; see `timing.measure_samples` for rounds and budget.
 
-    A peer that raises is skipped, with the first line of what it said.
+    A peer that raises is skipped, with a line of what it said. Calls before the first round, such as the pass in which a
+    collector finds the sites, are not in the figures.
     """
     operations, skipped = dict(case.operations), []
-    for name in sorted(case.peers):
-        try:
-            operations[name]()
-        except Exception as error:
+    for name in [name for name in operations if name in case.peers]:
+        if reason := why_not(operations[name]):
             del operations[name]
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             skipped.append(Measurement(case.name, name, facts=case.facts.get(name, {}), skipped=reason))
     samples = measure_samples(
         operations,
@@ -106,6 +114,17 @@ def measure(case: Case, *, rounds: int, budget_seconds: float) -> list[Measureme
         budget_seconds=budget_seconds,
     )
     return [_measurement(case, name, samples) for name in operations] + skipped
+
+
+def why_not(peer: Callable[[], object]) -> str | None:
+    """Call a peer; what it raised, in one line, or None."""
+    try:
+        peer()
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines()]
+        # PyTorch's compiler begins with a line such as: backend='inductor' raised:
+        return next((line for line in lines if line and not line.endswith(":")), type(error).__name__)
+    return None
 
 
 def _measurement(case: Case, name: str, samples: Mapping[str, Sequence[float]]) -> Measurement:

@@ -18,8 +18,11 @@ def count_in_pytorch(x: Tensor, counts: Tensor, channel_axis: int = 1) -> None:
 
 @functools.cache
 def compiled(function: Callable[..., Any], dynamic: bool = False) -> Callable[..., Any]:
-    """The function through torch.compile; dynamic: one program for all shapes instead of one for each."""
-    return torch.compile(function, dynamic=dynamic)
+    """The function through torch.compile; dynamic: one program for all shapes instead of one for each.
+
+    What it cannot compile as a whole raises, also where there are too many programs of it, instead of running uncompiled.
+    """
+    return torch.compile(function, dynamic=dynamic, fullgraph=True)
 
 
 def activate_and_count(activation: Callable[[Tensor], Tensor], x: Tensor, counts: Tensor, channel_axis: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from os import PathLike
 from typing import Any
 
@@ -9,6 +10,7 @@ import matplotlib.style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from fastentropy.benchmarks.kernels import PEERS
 from fastentropy.benchmarks.measurements import Measurement
 from fastentropy.benchmarks.records import Record
 from fastentropy.files import replace_file
@@ -21,7 +23,7 @@ LINES: dict[str, dict[str, Any]] = {
     "activation_states": {"color": BLUE, "marker": "s", "label": "activation_states: relu and its states"},
     "count_states": {"color": ORANGE, "marker": "^", "label": "count_states: the states alone"},
 }
-PEER_MARKERS = ("x", "+", "1", "2")
+PEER_MARKERS = dict(zip(sorted(PEERS), ("x", "+", "1", "2"), strict=True))
 #: Inches: a bar's row in the picture of ratios, and what is above and below a panel's rows.
 ROW, MARGIN = 0.22, 0.55
 
@@ -48,10 +50,11 @@ def _roofline(record: Record) -> Figure:
             _draw_roofline(panels[row, column], here)
             panels[row, column].set_title(f"{layout}, {dtype}", loc="left", fontweight="bold")
         panels[row, 0].set_ylabel("GB/s, read and written")
+        panels[row, 0].set_ylim(bottom=0)  # once all of the row is drawn, for its height is that of all
     for axes in panels[-1]:
         axes.set_xlabel("values")
-    handles, labels = panels[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
+    lines = {line.get_label(): line for axes in panels.flat for line in axes.get_lines()}
+    figure.legend(list(lines.values()), list(lines), loc="outside lower center", ncols=4, fontsize=8)
     return figure
 
 
@@ -64,12 +67,18 @@ def _draw_roofline(axes: Axes, measurements: list[Measurement]) -> None:
         points.sort(key=lambda each: each.facts["values"])
         axes.plot([each.facts["values"] for each in points], [_bandwidth(each) for each in points], **LINES[operation])
     peers = [each for each in measurements if each.operation not in LINES and each.facts["values"] == largest]
-    for marker, each in zip(PEER_MARKERS, peers, strict=False):
-        axes.plot([largest], [_bandwidth(each)], marker, markersize=7, color=INK, label=each.operation)
+    for each in peers:
+        axes.plot([largest], [_bandwidth(each)], PEER_MARKERS[each.operation], markersize=7, color=INK, label=each.operation)
     axes.set_xscale("log", base=2)
-    axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_formatter(lambda values, position: _in_units(values))
     axes.grid(axis="y")
     axes.set_axisbelow(True)
+
+
+def _in_units(values: float) -> str:
+    """In units of 1,024, as --sizes takes them."""
+    power = min(int(math.log2(max(values, 1))) // 10, 3)
+    return f"{values / 1024**power:.3g}{('', ' k', ' M', ' G')[power]}"
 
 
 def _bandwidth(measurement: Measurement) -> float:

@@ -9,8 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import triton
-
 from fastentropy.benchmarks.measurements import Measurement
 from fastentropy.files import save_json
 from fastentropy.machines import describe_machine, source_commit
@@ -37,7 +35,7 @@ class Record:
     def begin(cls, benchmark: str, device: str, command: str) -> Record:
         """A record of this machine without measurements."""
         machine = describe_machine(device)
-        versions = {"torch": machine["torch"], "triton": triton.__version__}
+        versions = {"torch": machine["torch"], **_triton_version()}
         return cls(benchmark, machine["device"], machine["date"], versions, source_commit(), command)
 
     def with_more(self, measurements: list[Measurement]) -> Record:
@@ -59,12 +57,28 @@ class Record:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Record:
         """Read what `save` wrote. Raises ValueError for anything else, OSError where there is no file."""
-        text = Path(path).read_text(encoding="utf-8")
         try:
-            values: dict[str, Any] = json.loads(text)
-            measurements = tuple(Measurement.from_dict(each) for each in values.pop("measurements"))
-            return cls(**values, measurements=measurements)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            values: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
+            record = cls(**{**values, "measurements": tuple(map(Measurement.from_dict, values["measurements"]))})
+            record._check()
+        except (ValueError, TypeError, KeyError) as error:
             raise ValueError(
-                f"{path} is no record of `fastentropy bench`: {error}; name a file that its --json wrote"
+                f"{path} is damaged or no record of `fastentropy bench`; name a file that its --json wrote"
             ) from error
+        return record
+
+    def _check(self) -> None:
+        """Raise where what tables and plots show is not text."""
+        texts = [self.benchmark, self.machine, self.date, self.command, self.versions["torch"]]
+        texts += [text for each in self.measurements for text in (each.case, each.operation)]
+        if not all(isinstance(text, str) for text in texts):
+            raise TypeError("expected texts")
+
+
+def _triton_version() -> dict[str, str]:
+    """It is not there on every system."""
+    try:
+        import triton
+    except ImportError:
+        return {}
+    return {"triton": triton.__version__}

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import datetime
+import gc
 import importlib.util
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -13,6 +17,7 @@ import torch
 from fastentropy.benchmarks import collecting, fusing, kernels
 from fastentropy.benchmarks.measurements import Case, Measurement, measure
 from fastentropy.benchmarks.records import Record
+from fastentropy.plots import figure_format
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _UNITS = {"": 1, "k": 2**10, "M": 2**20, "G": 2**30}
@@ -55,20 +60,52 @@ def run_benchmark(
     """Measure every case of a benchmark, keep the record at `path` and show each case when it is done.
 
     dtype and rounds may be None: the benchmark's own; sizes may be empty: so, too. What was measured before something raises is
-    in the file, as not complete.
+    in the file, as not complete. Raises ValueError where a case does not fit into memory.
     """
     benchmark = BENCHMARKS[name]
     dtypes = [DTYPES[each] for each in ([dtype] if dtype else benchmark.dtypes[device.type])]
     record = Record.begin(name, str(device), command)
-    for case in benchmark.cases(device, dtypes, sizes):
-        budget = float("inf") if rounds else benchmark.budget_seconds
-        measurements = measure(case, rounds=rounds or benchmark.rounds, budget_seconds=budget)
-        record = record.with_more(measurements)
-        record.save(path)
-        show(measurements)
+    with _too_large_is_bad_input(), torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        for case in benchmark.cases(device, dtypes, sizes):
+            budget = float("inf") if rounds else benchmark.budget_seconds
+            measurements = measure(case, rounds=rounds or benchmark.rounds, budget_seconds=budget)
+            del case  # its tensors go before the next case comes
+            torch.compiler.reset()  # PyTorch compiles the same code, of other cases too, only so many times
+            gc.collect()
+            record = record.with_more(measurements)
+            record.save(path)
+            show(measurements)
     record = dataclasses.replace(record, complete=True)
     record.save(path)
     return record
+
+
+@contextlib.contextmanager
+def _too_large_is_bad_input() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            raise ValueError("a tensor of the next case does not fit into memory; give smaller --sizes") from error
+        raise
+
+
+def files_to_write(name: str, record: Path | None, picture: Path | None) -> tuple[Path, Path]:
+    """Where the record and the picture go: what is given, or in the folder runs, which is made, and beside the record.
+
+    Raises ValueError for another suffix than theirs, and for what cannot be written.
+    """
+    path = record or Path("runs") / f"bench-{name}-{datetime.datetime.now():%Y%m%d-%H%M%S}.json"
+    if path.suffix != ".json":
+        raise ValueError(f"{path} cannot be written; name a file that ends in .json")
+    beside = picture or path.with_suffix(".png")
+    figure_format(beside)
+    for each in filter(None, (record, picture)):
+        if each.is_dir() or not each.parent.is_dir() or not os.access(each.parent, os.W_OK):
+            raise ValueError(f"{each} cannot be written; name a file in a folder that exists")
+    if record is None:
+        path.parent.mkdir(exist_ok=True)
+    return path, beside
 
 
 def check_benchmark(name: str, dtype: str | None) -> None:
@@ -85,8 +122,8 @@ def check_benchmark(name: str, dtype: str | None) -> None:
 def parse_sizes(text: str) -> list[int]:
     """Read sizes such as 64k,1M,16M, in units of 1,024. Raises ValueError for anything else, and for 0."""
     sizes = []
-    for part in filter(None, (part.strip() for part in text.split(","))):
-        match = re.fullmatch(r"([1-9][0-9]*)([kMG]?)", part)
+    for part in text.split(","):
+        match = re.fullmatch(r"([1-9][0-9]*)([kMG]?)", part.strip())
         if match is None:
             raise ValueError(f"--sizes {text}: {part!r} is no size; give numbers such as 16 or 64k,1M,16M")
         sizes.append(int(match[1]) * _UNITS[match[2]])

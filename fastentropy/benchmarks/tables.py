@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 
 from fastentropy.benchmarks.measurements import Measurement, Quartiles
-from fastentropy.tables import format_milliseconds, format_table
+from fastentropy.tables import WIDTH, format_milliseconds, format_table
 
 
 def format_case(measurements: Sequence[Measurement]) -> str:
@@ -19,7 +20,8 @@ def format_case(measurements: Sequence[Measurement]) -> str:
         head.append("added MB")
         least = min(each.facts["peak_bytes"] for each in measured if "peak_bytes" in each.facts)
         rows = [[*row, _memory(each, least)] for row, each in zip(rows, measured, strict=True)]
-    skipped = [f"{each.operation} was skipped: {each.skipped}" for each in measurements if each.skipped]
+    notes = [f"{each.operation} was skipped: {each.skipped}" for each in measurements if each.skipped]
+    skipped = [textwrap.fill(note, WIDTH, subsequent_indent="  ") for note in notes]
     return "\n".join([measurements[0].case, format_table(head, rows), *skipped])
 
 

@@ -153,6 +153,7 @@ class Calibration:
             mine = self._ranks.together(lambda: next(whole, None))
             counts = self._ranks.gather(mine and sum(batch.tokens for batch in mine[1]))
             room = max_tokens - tokens - sum(count or 0 for count in counts[: self._ranks.rank])
+            # The types of a lambda's defaults are not inferred.
             self._ranks.together(lambda mine=mine, room=room: self._run_within(room, *mine) if mine else None)  # type: ignore[misc]
             tokens += sum(count or 0 for count in counts)
             if all(count is None for count in counts):

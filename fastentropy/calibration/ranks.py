@@ -71,10 +71,12 @@ class Ranks:
         for rank, said in enumerate(errors):
             if said is not None:
                 self.fail(f"rank {rank}: {said}" if rank else said)
+        # It is None only where the function failed, which has raised by now.
         return result  # type: ignore[return-value]
 
     def on_first(self, function: Callable[[], T]) -> T:
         """Call a function on the first rank alone: it gives what it returns to all, and errors are those of `together`."""
+        # What the first rank has is not None.
         return self.from_first(self.together(lambda: function() if self.is_first else None))  # type: ignore[return-value]
 
     def agree(self, settings: Mapping[str, Any]) -> None:

@@ -204,6 +204,7 @@ def _view(node: Node, segments: Mapping[Node, _Segment]) -> _Segment | None:
         return _flatten(before, node, shape, result)
     if node.target is _aten.permute.default:
         channels_first = [0, len(shape) - 1, *range(1, len(shape) - 1)]
+        # The second argument of permute is a list.
         if before and before.axes == 0 and not before.is_permuted and list(node.args[1]) == channels_first:  # type: ignore[arg-type]
             return replace(before, members=before.members | {node}, views=(*before.views, node))
         return None

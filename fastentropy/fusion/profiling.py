@@ -30,6 +30,7 @@ class _Marker(nn.Module):
     """Stands for an activation in a trace."""
 
     def forward(self, x: Tensor) -> Tensor:
+        # What torch.ops has is not annotated.
         return torch.ops.aten.alias.default(x)  # type: ignore[no-any-return]
 
 
@@ -69,6 +70,7 @@ def measure_latency(
 def _repeatable(module: nn.Module) -> nn.Module:
     copied = copy.deepcopy(module)
     if getattr(copied, "inplace", False) and not isinstance(copied, _IDEMPOTENT):
+        # Attributes of a Module are annotated as tensors and modules.
         copied.inplace = False  # type: ignore[assignment]
     return copied
 

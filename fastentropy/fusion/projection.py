@@ -81,6 +81,7 @@ def centre(chain: Chain, composed: Callable[[Chain], AffineOperator] = compose_a
     if not all(isinstance(element, AffineOperator) and element.axes for element in chain):
         raise ValueError("only a series of convolutions is approximated by one of them")
     merged = composed(chain)
+    # Each element is an operator, as checked above.
     kernel = [max(sizes) for sizes in zip(*(element.kernel for element in chain), strict=True)]  # type: ignore[union-attr]
     cut = [k - own for k, own in zip(merged.kernel, kernel, strict=True)]
     padding = [(axis.before - each // 2, axis.after - each // 2) for axis, each in zip(merged.axes, cut, strict=True)]

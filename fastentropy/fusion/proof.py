@@ -40,6 +40,7 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 @contextlib.contextmanager
 def full_precision() -> Iterator[None]:
     """Compute products of float32 in float32, where a GPU would compute them in tf32, with an error that hides any other."""
+    # PyTorch puts `conv` there when it is imported, which its annotations do not say.
     backends = torch.backends.cudnn.conv, torch.backends.cuda.matmul  # type: ignore[attr-defined]
     before = [backend.fp32_precision for backend in backends]
     try:

@@ -41,6 +41,7 @@ def export(model: nn.Module, example_inputs: Inputs, dynamic_sizes: bool = False
 
 
 def _trace(model: nn.Module, inputs: Inputs, dynamic_sizes: bool) -> ExportedProgram:
+    # Its constructor has no annotations.
     shapes, batch = ShapesCollection(), batch_size(inputs)  # type: ignore[no-untyped-call]
     for value in pytree.tree_leaves(inputs):
         if not isinstance(value, Tensor):
@@ -158,6 +159,7 @@ def _is_spatial_convolution(node: Node, traced: GraphModule) -> bool:
         return False
     weight = node.args[1]
     is_constant = isinstance(weight, Node) and weight.op == "get_attr"
+    # `is_constant` says that weight is a Node.
     return is_constant and attribute(traced, str(weight.target)).ndim in CHANNELS_LAST  # type: ignore[union-attr]
 
 

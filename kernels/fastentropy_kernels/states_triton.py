@@ -23,7 +23,7 @@ _SECOND: tl.constexpr = tl.constexpr(1 << 10)
 _THIRD: tl.constexpr = tl.constexpr(1 << 20)
 _MOST_COUNTED: tl.constexpr = tl.constexpr((1 << 10) - 1)
 
-# The same for the sums over a tile's lanes, in an int64.
+# The same for the sums over a tile's lanes, in an int64, where an int32 as above does not hold them.
 _WIDE_SECOND: tl.constexpr = tl.constexpr(1 << 21)
 _WIDE_THIRD: tl.constexpr = tl.constexpr(1 << 42)
 _MOST_SUMMED: tl.constexpr = tl.constexpr((1 << 21) - 1)
@@ -79,7 +79,7 @@ def states_rows_kernel(
         if nan_ptr is not None:
             positions += counted
         counts = _count(counts, x, edges, REPEATS, 0)
-    _add_counts(counts_ptr, nan_ptr, counts, positions, 0, first_channel, channel, channels, edges)
+    _add_counts(counts_ptr, nan_ptr, counts, positions, 0, BLOCK_ROWS > _MOST_COUNTED, first_channel, channel, channels, edges)
 
 
 @triton.jit
@@ -142,7 +142,7 @@ def states_planes_kernel(
         is_last_of_plane = block + 1 == inner_blocks
         image += is_last_of_plane
         block = tl.where(is_last_of_plane, 0, block + 1)
-    _add_counts(counts_ptr, nan_ptr, counts, positions, 1, first_channel, channel, channels, edges)
+    _add_counts(counts_ptr, nan_ptr, counts, positions, 1, True, first_channel, channel, channels, edges)
 
 
 @triton.jit
@@ -204,13 +204,25 @@ def _three_at_least(x, edges, FIRST: tl.constexpr):  # noqa: N803
 
 
 @triton.jit
-def _add_counts(counts_ptr, nan_ptr, counts, positions, AXIS: tl.constexpr, first_channel, channel, channels, edges):  # noqa: N803
+def _add_counts(
+    counts_ptr,
+    nan_ptr,
+    counts,
+    positions,
+    AXIS: tl.constexpr,  # noqa: N803
+    IS_WIDE: tl.constexpr,  # noqa: N803
+    first_channel,
+    channel,
+    channels,
+    edges,
+):
     """Sum the lanes' counts over AXIS and add them to memory: an atomic per channel for each count that is not 0.
 
-    `counts_ptr` is [channels, states]. What was counted at `positions` and is in no state is added to `nan_ptr`.
+    `counts_ptr` is [channels, states]. What was counted at `positions` and is in no state is added to `nan_ptr`. IS_WIDE says
+    that a sum may be more than a lane can count.
     """
     if len(edges) == 0:
-        on, off, zero = _sum_together(counts[0], AXIS)
+        on, off, zero = _sum_together(counts[0], AXIS, IS_WIDE)
         _add_in_order(counts_ptr, off, zero, on, first_channel, channels)
         numbers = on + off + zero
     else:
@@ -235,12 +247,16 @@ def _add_in_order(counts_ptr, off, zero, on, first_channel, channels):
 
 
 @triton.jit
-def _sum_together(counts, AXIS: tl.constexpr):  # noqa: N803
-    """Sum all three counts in one reduction, of 21 bits each: what waits for other threads is done once, not three times."""
-    first, second, third = _unpack(counts, 0), _unpack(counts, 1), _unpack(counts, 2)
-    wide = first.to(tl.int64) + second.to(tl.int64) * _WIDE_SECOND + third.to(tl.int64) * _WIDE_THIRD
-    sums = tl.sum(wide, AXIS)
-    return sums & _MOST_SUMMED, sums // _WIDE_SECOND & _MOST_SUMMED, sums // _WIDE_THIRD
+def _sum_together(counts, AXIS: tl.constexpr, IS_WIDE: tl.constexpr):  # noqa: N803
+    """Sum all three counts in one reduction, as they are or of 21 bits each: what waits for other threads is done once."""
+    if not IS_WIDE:
+        sums = tl.sum(counts, AXIS)
+        return _unpack(sums, 0), _unpack(sums, 1), _unpack(sums, 2)
+    else:
+        first, second, third = _unpack(counts, 0), _unpack(counts, 1), _unpack(counts, 2)
+        wide = first.to(tl.int64) + second.to(tl.int64) * _WIDE_SECOND + third.to(tl.int64) * _WIDE_THIRD
+        sums = tl.sum(wide, AXIS)
+        return sums & _MOST_SUMMED, sums // _WIDE_SECOND & _MOST_SUMMED, sums // _WIDE_THIRD
 
 
 @triton.jit
@@ -284,14 +300,14 @@ def _activate(x, ACTIVATION: tl.constexpr, parameters, weight):  # noqa: N803
     elif ACTIVATION == "selu":
         return 1.0507009873554805 * tl.where(x > 0, x, 1.6732632423543772 * _expm1(x))
     elif ACTIVATION == "gelu":
-        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+        return _gelu(x)
     elif ACTIVATION == "gelu_tanh":
         # (1 + tanh u) / 2 = sigmoid 2u
-        return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+        return _times_sigmoid(x, 1.5957691216057308 * (x + 0.044715 * x * x * x))
     elif ACTIVATION == "quick_gelu":
-        return x * tl.sigmoid(1.702 * x)
+        return _times_sigmoid(x, 1.702 * x)
     elif ACTIVATION == "silu":
-        return x / (1.0 + tl.exp(-x))
+        return _times_sigmoid(x, x)
     elif ACTIVATION == "mish":
         # tanh(log(1 + e^x)) = n / (n + 2) with n = e^x (e^x + 2); from 20 on it is 1 in float32
         e = tl.exp(tl.where(x > 20.0, 20.0, x))
@@ -311,6 +327,36 @@ def _at_least(x, low):
 @triton.jit
 def _clamp(x, low, high):
     return tl.minimum(_at_least(x, low), high, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _gelu(x):
+    """x Phi(x) = max(x, 0) - z Phi(-z) with z = |x|, and Phi(-z) = 2^-q(z): nothing cancels below 0, where Phi is small.
+
+    q is a polynomial fitted to -log2 Phi(-z) over 0 <= z <= 10, exact at 0, by least squares with weights that were raised
+    where the error was largest (Lawson's algorithm) until its maximum was least: that of z Phi(-z) is 1.6e-7, and 0.16% of the
+    value, where this is the larger one. Beyond 10, where z Phi(-z) is below 1e-22, q rises without end. From 14 on the product
+    is nothing to x > 0, so z stops there: infinity stays infinity. Minus infinity is NaN, as for PyTorch.
+    """
+    z = tl.abs(tl.minimum(x, 14.0, propagate_nan=tl.PropagateNan.ALL))
+    q = 1.2594321106007555e-06 * z - 4.9938669690163806e-05
+    q = q * z + 0.0008448295993730426
+    q = q * z - 0.00822521187365055
+    q = q * z + 0.05352005735039711
+    q = q * z + 0.4587700068950653
+    q = q * z + 1.1511732339859009
+    q = q * z + 1.0
+    return _at_least(x, 0.0) - z * tl.exp2(-q)
+
+
+@triton.jit
+def _times_sigmoid(x, at):
+    """x sigmoid(at), where sigmoid is the square of 1 / sqrt(1 + e^-at): a root takes an instruction, a division several.
+
+    The root's error, 2^-22.9 of it (PTX ISA, rsqrt.approx), counts twice. That of e^-at is larger where at is far below 0.
+    """
+    root = tl.rsqrt(1.0 + tl.exp2(at * -1.4426950408889634))
+    return x * root * root
 
 
 @triton.jit
@@ -342,26 +388,33 @@ class Launch(NamedTuple):
     num_warps: int
     programs_per_multiprocessor: int  # aimed at; each adds its counts to memory once
     stages: int = 1  # tiles that are on their way at a time
+    shortest_strip: int = 1  # in tiles, even if there are fewer programs then
 
 
-# Chosen from 729 compiled configurations on an H100 (2026-11-27), over the cases of `bench/sweep_states.py`, which prints this
-# table for the GPU that it runs on. What made the difference, in this order:
-# - bytes on their way. With 4 KB for each of 8 programs on a multiprocessor, 2.2 of the 2.9 TB/s of a copy are reached. Either
-#   larger tiles, which fit into the registers because a lane sums its own repeats, or several stages of smaller ones;
-# - many programs, whose ends do not wait for each other, as long as each adds few counts to memory. A program of rows adds as
-#   many as its tile is wide: 256 channels took up to twice the time of 64.
+# Chosen on an H100 (2026-11-27). `fastentropy bench kernels --sweep` prints this table for the GPU that it runs on. Times are
+# shares of those of PyTorch's activation alone, for tensors of 50 to 270 MB. What made the difference:
+# - bytes on their way. Tiles of 8 KB fit into the registers, because a lane sums its own repeats, and need no stages: ReLU of
+#   bfloat16 rows takes 1.05 and 1.06 in these tiles, 1.13 in four stages of 4 KB (there without tests of bounds, 0.4% of it);
+# - more programs than are there at a time, whose ends do not wait for each other. With 16 for a multiprocessor in place of 41
+#   these rows take 1.08. Planes take 1.03 and 1.02 with 62 and 54, 1.06 and 1.04 with half as many;
+# - few counts that are added to memory, so a program has two tiles at least: planes whose programs end after one take 1.18,
+#   not 1.07. A program of rows adds as many as its tile is wide: in tiles of 4 KB, SiLU of 4096 rows takes 1.60 with 256
+#   channels, 1.12 with 64. What adds up the lanes' counts before takes 1% less in an int32 than in an int64.
 LAUNCHES = {
-    # Each row of a tile is one whole 128-byte line.
-    "rows": Launch(tile_bytes=4096, row_bytes=128, num_warps=4, programs_per_multiprocessor=16, stages=4),
+    # Each row of a tile is two whole 128-byte lines.
+    "rows": Launch(tile_bytes=8192, row_bytes=256, num_warps=4, programs_per_multiprocessor=40, shortest_strip=2),
     # A plane is contiguous: a tile is as long as a plane allows, and holds several planes where these are short.
-    "planes": Launch(tile_bytes=8192, row_bytes=8192, num_warps=8, programs_per_multiprocessor=32),
-    # Below a wave of large tiles, small ones: every multiprocessor gets some. That of rows was not measured.
+    "planes": Launch(tile_bytes=8192, row_bytes=8192, num_warps=8, programs_per_multiprocessor=52, shortest_strip=2),
+    # Below SMALL_BELOW, small tiles: every multiprocessor gets some. That of rows was not measured.
     "small rows": Launch(tile_bytes=2048, row_bytes=256, num_warps=4, programs_per_multiprocessor=8),
     "small planes": Launch(tile_bytes=2048, row_bytes=2048, num_warps=4, programs_per_multiprocessor=8, stages=3),
     # Up to 6 counters a value in place of 1. Larger tiles of 8 warps took 0.18 and 0.17 ms where these take 0.14 and 0.13.
     "histogram rows": Launch(tile_bytes=4096, row_bytes=128, num_warps=4, programs_per_multiprocessor=8),
     "histogram planes": Launch(tile_bytes=2048, row_bytes=2048, num_warps=4, programs_per_multiprocessor=32),
 }
+
+SMALL_BELOW = {"rows": 1 << 16, "planes": 1 << 18}
+"""Layout -> the bytes for each multiprocessor below which a tensor has the line for small ones."""
 
 
 def fuses(activation: str, edges: Sequence[float] | None) -> bool:
@@ -446,7 +499,7 @@ def _rows_arguments(values, y, weight_stride: int, constants: dict[str, int], la
     rows, channels = values.shape
     channel_blocks = triton.cdiv(channels, constants["BLOCK_CHANNELS"])
     tiles = triton.cdiv(rows, constants["BLOCK_ROWS"])
-    longest = _longest_strip(constants["REPEATS"], constants["BLOCK_ROWS"])
+    longest = _longest_strip(constants["REPEATS"], constants["BLOCK_ROWS"], constants["BLOCK_ROWS"] > _MOST_COUNTED.value)
     strip_rows = constants["BLOCK_ROWS"] * min(longest, _strip(values, tiles, channel_blocks, launch))
     y_row_stride = channels if y is None else y.stride(0)
     sizes = (rows, channels, values.stride(0), y_row_stride, weight_stride, strip_rows)
@@ -457,7 +510,7 @@ def _planes_arguments(values, y, weight_stride: int, constants: dict[str, int], 
     outer, channels, inner = values.shape
     channel_blocks = triton.cdiv(channels, constants["BLOCK_CHANNELS"])
     tiles = outer * triton.cdiv(inner, constants["BLOCK_INNER"])
-    longest = _longest_strip(constants["REPEATS"], constants["BLOCK_INNER"])
+    longest = _longest_strip(constants["REPEATS"], constants["BLOCK_INNER"], True)
     strip = min(longest, _strip(values, tiles, channel_blocks, launch))
     sizes = (tiles, channels, inner // constants["INNER_MULTIPLE"], weight_stride, strip)
     return states_planes_kernel, triton.cdiv(tiles, strip) * channel_blocks, sizes
@@ -493,20 +546,23 @@ def _line(values: Tensor, edges: Sequence[float] | None) -> str:
     layout = "rows" if values.ndim == 2 else "planes"
     if edges:
         return f"histogram {layout}"
-    launch = LAUNCHES[layout]
-    wave = _multiprocessors(values) * launch.programs_per_multiprocessor * launch.tile_bytes
-    return layout if values.numel() * values.element_size() >= wave else f"small {layout}"
+    is_small = values.numel() * values.element_size() < _multiprocessors(values) * SMALL_BELOW[layout]
+    return f"small {layout}" if is_small else layout
 
 
 def _strip(values: Tensor, tiles: int, channel_blocks: int, launch: Launch) -> int:
     """How many of the `tiles` of one block of channels a program reads, for as many programs as are aimed at."""
     programs = _multiprocessors(values) * launch.programs_per_multiprocessor
-    return max(1, tiles * channel_blocks // programs)
+    return max(launch.shortest_strip, tiles * channel_blocks // programs)
 
 
-def _longest_strip(repeats: int, positions: int) -> int:
-    """How many tiles of so many positions a program can count, of which a lane holds `repeats` in a tile."""
-    return min(int(_MOST_COUNTED.value) // repeats, int(_MOST_SUMMED.value) // positions)
+def _longest_strip(repeats: int, positions: int, is_wide: bool) -> int:
+    """How many tiles of so many positions a program can count, of which a lane holds `repeats` in a tile.
+
+    Where a tile is not wide, nor is the strip.
+    """
+    most_counted, most_summed = int(_MOST_COUNTED.value), int(_MOST_SUMMED.value)
+    return min(most_counted // repeats, (most_summed if is_wide else most_counted) // positions)
 
 
 def _multiprocessors(values: Tensor) -> int:
