@@ -155,16 +155,16 @@ LONG = {
 }
 
 
-@pytest.mark.parametrize("benchmark", LONG)
+@pytest.mark.parametrize("name", LONG)
 @pytest.mark.parametrize("slow", [1, 1000], ids=["usual", "slow peers"])
-def test_tables_fit_80_columns(benchmark, slow):
+def test_tables_fit_80_columns(name, slow):
     why = "Failed: a reason of many words, such as that of a compiler which is not there, or is, and does not like the code"
-    measurements = [dataclasses.replace(each, ratio=around(12.34 * slow, 0.4)) for each in LONG[benchmark]]
+    measurements = [dataclasses.replace(each, ratio=around(12.34 * slow, 0.4)) for each in LONG[name]]
     table = format_case([*measurements, Measurement("a case", "histogram observer", skipped=why)])
     assert max(map(len, table.splitlines())) <= 80
     assert all(each.operation[:9] in table for each in measurements)
-    before = record(*measurements, benchmark=benchmark, machine="A processor with a very long name @ 2.60 GHz, 64 threads")
-    after = record(*measurements, benchmark=benchmark, machine="NVIDIA H100 80GB HBM3")
+    before = record(*measurements, benchmark=name, machine="A processor with a very long name @ 2.60 GHz, 64 threads")
+    after = record(*measurements, benchmark=name, machine="NVIDIA H100 80GB HBM3")
     assert max(map(len, format_changes(before, after).splitlines())) <= 80
 
 
@@ -266,15 +266,15 @@ def test_on_a_gpu_our_lines_are_of_cuda_graphs_and_peers_of_eager_calls(monkeypa
     assert shown["PyTorch counting"] == [eager[4].gigabytes_per_second]
 
 
-@pytest.mark.parametrize("benchmark", ["collect", "fuse"])
-def test_ratios_have_a_panel_for_each_case_and_a_bar_for_what_ran(monkeypatch, tmp_path, benchmark):
+@pytest.mark.parametrize("name", ["collect", "fuse"])
+def test_ratios_have_a_panel_for_each_case_and_a_bar_for_what_ran(monkeypatch, tmp_path, name):
     measurements = [
         timed("one", "plain"),
         timed("one", "ours", 2),
         timed("two", "plain"),
         Measurement("two", "peer", skipped="no"),
     ]
-    figure = figure_of(monkeypatch, record(*measurements, benchmark=benchmark), tmp_path / "plot.pdf")
+    figure = figure_of(monkeypatch, record(*measurements, benchmark=name), tmp_path / "plot.pdf")
     assert [axes.get_title(loc="left") for axes in figure.axes] == ["one", "two"]
     assert [len(axes.patches) for axes in figure.axes] == [2, 1]
 
@@ -305,7 +305,7 @@ def test_a_picture_goes_beside_the_record_unless_it_is_named(tmp_path):
     assert files_to_write("fuse", tmp_path / "a.json", tmp_path / "b.svg") == (tmp_path / "a.json", tmp_path / "b.svg")
 
 
-@pytest.mark.parametrize("benchmark", BENCHMARKS)
-def test_every_benchmark_has_dtypes_and_rounds_for_both_kinds_of_device(benchmark):
-    assert BENCHMARKS[benchmark].dtypes.keys() == {"cpu", "cuda"}
-    assert BENCHMARKS[benchmark].rounds >= 5
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_every_benchmark_has_dtypes_and_rounds_for_both_kinds_of_device(name):
+    assert BENCHMARKS[name].dtypes.keys() == {"cpu", "cuda"}
+    assert BENCHMARKS[name].rounds >= 5

@@ -27,17 +27,17 @@ needs_a_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch
 def tensors(monkeypatch):
     """The random tensors and the counts that cases make."""
     made = {"randn": [], "zeros": []}
+
+    def kept(function, into):
+        def call(*args, **options):
+            into.append(function(*args, **options))
+            return into[-1]
+
+        return call
+
     for name, into in made.items():
-        original = getattr(torch, name)
-        monkeypatch.setattr(
-            torch, name, lambda *args, _call=original, _into=into, **options: _kept(_call(*args, **options), _into)
-        )
+        monkeypatch.setattr(torch, name, kept(getattr(torch, name), into))
     return made
-
-
-def _kept(tensor, into):
-    into.append(tensor)
-    return tensor
 
 
 @pytest.mark.parametrize("layout", kernels.LAYOUTS, ids=lambda layout: layout.name)
@@ -88,7 +88,7 @@ def test_peers_are_measured_at_the_largest_size_only():
 
 def test_sizes_that_are_rounded_to_the_same_shape_are_one_case():
     names = [case.name for case in kernels.kernel_cases(CPU, [torch.float32], [1000, 2000, 4000])]
-    assert len(set(names)) == len(names) == 4 + 0  # rows of 1 and 3, planes of 1, silu
+    assert len(set(names)) == len(names) == 4  # rows of 1 and 3, planes of 1, silu
 
 
 def test_the_tensors_of_a_case_go_before_the_next(tensors):
@@ -136,10 +136,9 @@ def test_procedures_leave_the_output_as_it_is(residual, procedure):
         assert torch.allclose(networks.infer(run, inputs), networks.infer(Residual.forward.__get__(model), inputs))
 
 
-def test_hooks_count_what_the_collector_counts(residual, monkeypatch):
+def test_hooks_count_what_the_collector_counts(residual):
     model, inputs = residual
     counts = {}
-    monkeypatch.setattr(collecting, "count_in_pytorch", None)  # the peer below is the same function, and is watched
 
     def count(x, into, axis):
         count_in_pytorch(x, into, axis)
@@ -158,9 +157,12 @@ def test_hooks_count_what_the_collector_counts(residual, monkeypatch):
 def test_the_published_procedure_takes_one_entropy_of_each_call_after_the_batch(residual, monkeypatch):
     model, inputs = residual
     taken, order = [], []
-    monkeypatch.setattr(
-        collecting, "published_entropy", lambda x, neurons_last: (order.append("entropy"), taken.append(x.clone()))
-    )
+
+    def published_entropy(x, neurons_last):
+        order.append("entropy")
+        taken.append(x.clone())
+
+    monkeypatch.setattr(collecting, "published_entropy", published_entropy)
     model.fc2.register_forward_hook(lambda *args: order.append("last layer"))
     seen = []
     for module in activation_modules(model).values():
@@ -193,7 +195,7 @@ def test_memory_is_that_of_the_activations_for_the_published_procedure_and_of_co
     peaks = {name: each["peak_bytes"] for name, each in case.facts.items()}
     kept = sum(4 * 4 * neurons for neurons in (6 * 25, 6 * 25, 8))
     assert peaks["published procedure"] - peaks["plain"] >= kept / 2
-    assert peaks["collecting"] - peaks["plain"] < kept / 2
+    assert 24 * (6 + 6 + 8) <= peaks["collecting"] - peaks["plain"] < kept / 2
 
 
 @pytest.mark.parametrize("name", ["resnet18", "llama"])
@@ -259,7 +261,7 @@ def test_the_frozen_peer_has_its_weights_as_constants(linear):
     try:
         with torch.no_grad():
             model[3].weight.zero_()
-        assert networks.infer(run, inputs).std() > 0.1 * before.std()
+        torch.testing.assert_close(networks.infer(run, inputs), before, rtol=1e-4, atol=1e-4)
     finally:
         with torch.no_grad():
             model[3].weight.copy_(weight)

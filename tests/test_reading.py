@@ -386,3 +386,20 @@ def test_a_shared_operand_of_a_scale_is_the_value():
     for function in (lambda m, x: m.v * x.relu(), lambda m, x: x.relu() * m.v):
         linear, _ = last_read(Holder(function, v=normal(3, 1, 1, seed=1)), normal(2, 3, 4, 4, seed=0))
         assert linear.operand.target is torch.ops.aten.relu.default
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: F.avg_pool2d(x, 2),
+        lambda x: F.adaptive_avg_pool2d(x, 1),
+        lambda x: x.mean((2, 3)),
+        lambda x: x * 2.0,
+        lambda x: x + 1.0,
+    ],
+    ids=["pool", "adaptive pool", "mean", "scale", "shift"],
+)
+def test_an_operator_without_weights_of_the_model_is_on_the_device_of_its_input(function):
+    linear, _ = last_read(Holder(lambda self, x: function(x)), torch.ones(1, 3, 4, 4, device="meta"))
+    operator = linear.build(2)
+    assert operator.weight.device.type == operator.bias.device.type == "meta"

@@ -38,7 +38,24 @@ FORMS = ("folded", "fused", "original", *PEERS)
 
 
 def fuse_cases(device: torch.device, dtypes: Sequence[torch.dtype], sizes: Sequence[int]) -> Iterator[Case]:
-    """Yield the blocks of mobilenet_v2 and the MLP of ViT-B, all linear, and networks of which some activations are."""
+    """Yield the MLP of ViT-B, linear, networks of which some activations are, and the blocks of mobilenet_v2, linear."""
+    for dtype in dtypes:
+        for batch in sizes or [BATCH]:
+            torch.manual_seed(0)
+            for name, network in _networks(batch):
+                yield fuse_case(name, moved(network, device, dtype))
+
+
+def _networks(batch: int) -> Iterator[tuple[str, Network]]:
+    yield "vit_b_16 MLP", vit_mlp(batch)
+    yield "mobilenet_v2 all blocks", linearised(odd(vision("mobilenet_v2", batch)), inside_blocks)
+    for name in HALF:
+        yield f"{name} half", linearised(odd(vision(name, batch)), random_half)
+    yield from mobilenet_blocks(batch).items()
+
+
+def fuse_cases(device: torch.device, dtypes: Sequence[torch.dtype], sizes: Sequence[int]) -> Iterator[Case]:
+    """Yield the MLP of ViT-B, linear, networks of which some activations are, and the blocks of mobilenet_v2, linear."""
     for dtype in dtypes:
         for batch in sizes or [BATCH]:
             torch.manual_seed(0)

@@ -270,7 +270,7 @@ def _average(operand: Any, kernel: tuple[int, ...], stride: tuple[int, ...], pad
         return None
 
     def build(axes: int) -> AffineOperator:
-        weight = torch.full((channels, 1, *kernel), 1 / math.prod(kernel), dtype=torch.float64)
+        weight = torch.full((channels, 1, *kernel), 1 / math.prod(kernel), dtype=torch.float64, device=_device(operand))
         return AffineOperator(weight, weight.new_zeros(channels), stride, padding, (1,) * axes, groups=channels)
 
     return _over(operand, len(kernel), build)
@@ -281,7 +281,8 @@ def _scale_or_shift(node: Node, module: GraphModule) -> Linear | None:
     operand, other = node.args[:2]
     if node.target in _COMMUTATIVE and constant(operand, module) is not None:
         operand, other = other, operand
-    value = torch.tensor(other, dtype=torch.float64) if isinstance(other, int | float) else constant(other, module)
+    is_number = isinstance(other, int | float)
+    value = torch.tensor(other, dtype=torch.float64, device=_device(operand)) if is_number else constant(other, module)
     shape = shape_of(operand)
     if value is None or node.kwargs or shape is None or shape_of(node) != shape or not _same_dtype(node, operand):
         return None
@@ -299,6 +300,11 @@ def _scale_or_shift(node: Node, module: GraphModule) -> Linear | None:
         return _channelwise(torch.ones_like(each), -each if is_inverse else each, axes)
 
     return _over(operand, axes, build)
+
+
+def _device(operand: Any) -> torch.device:
+    device: torch.device = operand.meta["val"].device
+    return device
 
 
 def _same_dtype(node: Node, operand: Any) -> bool:
