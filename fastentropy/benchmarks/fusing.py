@@ -54,23 +54,6 @@ def _networks(batch: int) -> Iterator[tuple[str, Network]]:
     yield from mobilenet_blocks(batch).items()
 
 
-def fuse_cases(device: torch.device, dtypes: Sequence[torch.dtype], sizes: Sequence[int]) -> Iterator[Case]:
-    """Yield the MLP of ViT-B, linear, networks of which some activations are, and the blocks of mobilenet_v2, linear."""
-    for dtype in dtypes:
-        for batch in sizes or [BATCH]:
-            torch.manual_seed(0)
-            for name, network in _networks(batch):
-                yield fuse_case(name, moved(network, device, dtype))
-
-
-def _networks(batch: int) -> Iterator[tuple[str, Network]]:
-    yield from mobilenet_blocks(batch).items()
-    yield "vit_b_16 MLP", vit_mlp(batch)
-    yield "mobilenet_v2 all blocks", linearised(odd(vision("mobilenet_v2", batch)), inside_blocks)
-    for name in HALF:
-        yield f"{name} half", linearised(odd(vision(name, batch)), random_half)
-
-
 def fuse_case(name: str, network: Network) -> Case:
     """`FORMS` of one network, fused on its inputs; on a GPU as CUDA graphs."""
     model, inputs = network
