@@ -5,6 +5,8 @@ pytest bench/test_bench_collect.py --benchmark-group-by=group
 Small batches, for a quick look. `fastentropy bench collect` measures in turns, for ratios to be quoted, and the memory.
 """
 
+import contextlib
+
 import pytest
 import torch
 
@@ -19,6 +21,5 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 def test_collect(measured, name, procedure):
     with DEVICE:
         network = vision(name, batch=2, size=96)
-    cases = network_cases(name, network, DEVICE)
-    measured(next(cases), procedure)
-    cases.close()
+    with contextlib.closing(network_cases(name, network, DEVICE)) as cases:
+        measured(next(cases), procedure)

@@ -129,7 +129,7 @@ def residual():
     return Residual().eval(), (torch.randn(4, 1, 5, 5),)
 
 
-@pytest.mark.parametrize("procedure", [name for name in collecting.PROCEDURES if name != "torch.compile hooks"])
+@pytest.mark.parametrize("procedure", [name for name in collecting.PROCEDURES if name != "compiled hooks"])
 def test_procedures_leave_the_output_as_it_is(residual, procedure):
     model, inputs = residual
     with collecting.PROCEDURES[procedure](model) as run:
@@ -188,6 +188,16 @@ def test_procedures_do_not_meet_each_other(residual):
     assert case.name == "residual, 4 × 1 × 5 × 5, float32"
     assert not any(module._forward_pre_hooks for module in model.modules())
     assert model.relu1.inplace
+
+
+@needs_a_compiler
+def test_compiled_hooks_are_compiled_beside_a_collector(residual):
+    counters = torch._dynamo.utils.counters["stats"]
+    for case in collecting.network_cases("residual", residual, CPU):
+        case.operations["collecting"]()
+        before = counters["unique_graphs"]
+        case.operations["compiled hooks"]()
+        assert counters["unique_graphs"] > before
 
 
 def test_memory_is_that_of_the_activations_for_the_published_procedure_and_of_counters_for_ours(residual):
@@ -279,7 +289,7 @@ def test_the_networks_that_are_fused_have_the_names_and_the_batch_that_are_said(
     cases = list(fusing.fuse_cases(CPU, [torch.float32], [3]))
     assert {case[1:] for case in cases} == {(3, torch.float32)}
     halves = [f"{name} half" for name in fusing.HALF]
-    assert [case[0] for case in cases] == ["block", "vit_b_16 MLP", "mobilenet_v2 all blocks", *halves]
+    assert [case[0] for case in cases] == ["vit_b_16 MLP", "mobilenet_v2 all blocks", *halves, "block"]
 
 
 # Networks and memory ----------------------------------------------------------------------------------------------------

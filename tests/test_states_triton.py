@@ -157,7 +157,7 @@ def test_every_line_of_the_table(line, edges):
 
 
 @runs_kernels
-@pytest.mark.parametrize("tile_bytes", [512, 8192])  # of rows, sums that a lane could count and wide ones
+@pytest.mark.parametrize("tile_bytes", [128, 8192])  # of rows, sums that a lane could count and wide ones
 @pytest.mark.parametrize("shape", [(300_000, 1), (1, 1, 300_000)])
 @pytest.mark.parametrize("edges", [None, (-0.5, 0.5)])
 def test_longer_than_the_longest_strip(shape, edges, tile_bytes, monkeypatch):
@@ -175,12 +175,12 @@ def test_as_many_rows_of_one_state_as_a_lane_can_count(monkeypatch):
 
 @pytest.mark.parametrize("warps", [4, 8, 16, 32])
 @pytest.mark.parametrize("element_size", [2, 4])
-@pytest.mark.parametrize("shape", [(1, 1), (1, 64), (1, 1, 1 << 20)], ids=["narrow rows", "rows", "planes"])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 256), (1, 1, 1 << 20)], ids=["narrow rows", "rows", "planes"])
 def test_no_count_of_a_lane_or_of_a_tile_can_overflow(shape, element_size, warps):
     constants = states_triton.tile(shape, element_size, Launch(32768, 32768, warps, 1))
     positions = constants["BLOCK_ROWS"] if len(shape) == 2 else constants["BLOCK_INNER"]
-    is_wide = positions >= 2**10
-    assert is_wide == (shape != (1, 64))
+    is_wide = positions > states_triton._MOST_NARROW.value
+    assert is_wide == (shape != (1, 256))
     longest = states_triton._longest_strip(constants["REPEATS"], positions, is_wide)
     assert longest * constants["REPEATS"] < 2**10
     assert 0 < longest * positions < (2**21 if is_wide else 2**10)

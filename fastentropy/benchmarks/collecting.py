@@ -123,7 +123,7 @@ def _observers(model: nn.Module) -> Iterator[nn.Module]:
     observers: dict[nn.Module, Callable[[Tensor], object]] = {}
 
     def observe(module: nn.Module, x: Tensor) -> None:
-        observers.setdefault(module, histogram_observer(x.device))(x.float())
+        observers.setdefault(module, histogram_observer(x.device))(x)
 
     _hook(model, observe)
     yield model
@@ -140,7 +140,8 @@ def _neurons_last(model: nn.Module, x: Tensor) -> bool:
 
 
 def _compiled_count(x: Tensor, counts: Tensor, channel_axis: int) -> None:
-    compiled(count_in_pytorch, dynamic=True)(x, counts, channel_axis)
+    with torch.compiler.set_stance("default"):  # the collector of another procedure lets nothing compiled run
+        compiled(count_in_pytorch, dynamic=True)(x, counts, channel_axis)
 
 
 PROCEDURES: dict[str, Callable[[nn.Module], AbstractContextManager[Callable[..., object]]]] = {
@@ -148,8 +149,8 @@ PROCEDURES: dict[str, Callable[[nn.Module], AbstractContextManager[Callable[...,
     "collecting": _collecting,
     "published procedure": _published,
     "PyTorch hooks": partial(_counting_hooks, count_in_pytorch),
-    "torch.compile hooks": partial(_counting_hooks, _compiled_count),
+    "compiled hooks": partial(_counting_hooks, _compiled_count),
     "histogram observer": _observers,
 }
 """Each is a context in which its model runs, which it may change: the model that it is given is its own."""
-PEERS = frozenset({"PyTorch hooks", "torch.compile hooks", "histogram observer"})
+PEERS = frozenset({"PyTorch hooks", "compiled hooks", "histogram observer"})

@@ -62,9 +62,7 @@ def format_changes(old: Record, new: Record) -> str:
         rows = [_row(change) for change in changes if change.case == case]
         lines += ["", case, format_table(["operation", "before, ms", "now, ms", "change", "noise", ""], rows)]
     marked = sum(change.is_real for change in changes)
-    return "\n".join(
-        [*lines, "", f"{marked} of {len(changes)} changed by more than noise (the middle halves of the samples are apart)."]
-    )
+    return "\n".join([*lines, "", f"{marked} of {len(changes)} changed by more than the noise within the two runs."])
 
 
 def _row(change: Change) -> list[str]:

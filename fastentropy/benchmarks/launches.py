@@ -75,7 +75,8 @@ def _compile_all() -> None:
         for case in cases
         for launch in candidates(line)
     }
-    with multiprocessing.get_context("spawn").Pool(min(16, os.cpu_count() or 1)) as pool:
+    workers, device = min(16, os.cpu_count() or 1), torch.cuda.current_device()
+    with multiprocessing.get_context("spawn").Pool(workers, torch.cuda.set_device, (device,)) as pool:
         pool.starmap(_run_once, sorted(jobs, key=str), chunksize=4)
 
 

@@ -66,7 +66,8 @@ class Measurement:
 
     ratio is that of its time to the baseline's in the same round. bytes (moved at least), gigabytes_per_second and
     percent_of_roof (of the bandwidth that the roof reached in the same rounds) are None where memory is not what is measured.
-    That percentage may exceed 100 on a CPU, where reading alone is faster than copying, and in caches. skipped says why there
+    That percentage may exceed 100 where reading alone is faster than copying, in caches, and in CUDA graphs, where a large copy
+    is not always as fast as a kernel. skipped says why there
     are no figures.
     """
 

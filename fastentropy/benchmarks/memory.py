@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import tempfile
@@ -16,6 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
     """The most bytes of tensors at a time of a call: on a GPU of all that are there, on a CPU of those that the call made."""
     function()
+    gc.collect()  # what that call left behind is not of the next one
     if device.type == "cpu":
         return _peak_on_cpu(function)
     torch.cuda.reset_peak_memory_stats(device)

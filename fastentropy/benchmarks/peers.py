@@ -47,8 +47,8 @@ def published_entropy(x: Tensor, *, neurons_last: bool = False) -> float:
 
 
 def histogram_observer(device: torch.device) -> Callable[[Tensor], object]:
-    """PyTorch's observer for quantisation: a histogram of 2,048 bins of a whole tensor, not of each neuron."""
+    """PyTorch's observer for quantisation: a histogram of 2,048 bins of a whole tensor, in float32, not of each neuron."""
     from torch.ao.quantization.observer import HistogramObserver
 
-    observe: Callable[[Tensor], object] = HistogramObserver().to(device)
-    return observe
+    observer = HistogramObserver().to(device)
+    return lambda x: observer(x.float())

@@ -22,6 +22,8 @@ _FIRST: tl.constexpr = tl.constexpr(1)
 _SECOND: tl.constexpr = tl.constexpr(1 << 10)
 _THIRD: tl.constexpr = tl.constexpr(1 << 20)
 _MOST_COUNTED: tl.constexpr = tl.constexpr((1 << 10) - 1)
+# Beyond so many rows of a tile the sums over its lanes are wide, so that a strip has more than a few tiles.
+_MOST_NARROW: tl.constexpr = tl.constexpr(128)
 
 # The same for the sums over a tile's lanes, in an int64, where an int32 as above does not hold them.
 _WIDE_SECOND: tl.constexpr = tl.constexpr(1 << 21)
@@ -79,7 +81,7 @@ def states_rows_kernel(
         if nan_ptr is not None:
             positions += counted
         counts = _count(counts, x, edges, REPEATS, 0)
-    _add_counts(counts_ptr, nan_ptr, counts, positions, 0, BLOCK_ROWS > _MOST_COUNTED, first_channel, channel, channels, edges)
+    _add_counts(counts_ptr, nan_ptr, counts, positions, 0, BLOCK_ROWS > _MOST_NARROW, first_channel, channel, channels, edges)
 
 
 @triton.jit
@@ -395,8 +397,8 @@ class Launch(NamedTuple):
 # shares of those of PyTorch's activation alone, for tensors of 50 to 270 MB. What made the difference:
 # - bytes on their way. Tiles of 8 KB fit into the registers, because a lane sums its own repeats, and need no stages: ReLU of
 #   bfloat16 rows takes 1.05 and 1.06 in these tiles, 1.13 in four stages of 4 KB (there without tests of bounds, 0.4% of it);
-# - more programs than are there at a time, whose ends do not wait for each other. With 16 for a multiprocessor in place of 41
-#   these rows take 1.08. Planes take 1.03 and 1.02 with 62 and 54, 1.06 and 1.04 with half as many;
+# - more programs than are there at a time, whose ends do not wait for each other. With 16 for a multiprocessor in place of 40
+#   these rows take 1.08. Planes take 1.03 and 1.02 with 52, which whole tiles make 62 and 54; 1.06 and 1.04 with half;
 # - few counts that are added to memory, so a program has two tiles at least: planes whose programs end after one take 1.18,
 #   not 1.07. A program of rows adds as many as its tile is wide: in tiles of 4 KB, SiLU of 4096 rows takes 1.60 with 256
 #   channels, 1.12 with 64. What adds up the lanes' counts before takes 1% less in an int32 than in an int64.
@@ -499,7 +501,7 @@ def _rows_arguments(values, y, weight_stride: int, constants: dict[str, int], la
     rows, channels = values.shape
     channel_blocks = triton.cdiv(channels, constants["BLOCK_CHANNELS"])
     tiles = triton.cdiv(rows, constants["BLOCK_ROWS"])
-    longest = _longest_strip(constants["REPEATS"], constants["BLOCK_ROWS"], constants["BLOCK_ROWS"] > _MOST_COUNTED.value)
+    longest = _longest_strip(constants["REPEATS"], constants["BLOCK_ROWS"], constants["BLOCK_ROWS"] > _MOST_NARROW.value)
     strip_rows = constants["BLOCK_ROWS"] * min(longest, _strip(values, tiles, channel_blocks, launch))
     y_row_stride = channels if y is None else y.stride(0)
     sizes = (rows, channels, values.stride(0), y_row_stride, weight_stride, strip_rows)
