@@ -17,7 +17,16 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 #: A number with a decimal point, or with a unit of what is measured.
 FIGURE = re.compile(r"\d+\.\d+|\d+ ?(?:%|ms\b|s\b|[kMG]?B\b|GB/s|×(?!\d)|times as)")
 #: Numbers that are none: versions, a paper, a licence, the constants of code in the text.
-NO_FIGURES = ("Python 3.10", "2404.18949", "Apache 2.0", "PyTorch 2.11", "Triton 3.6", "32 MB", "max_drop=0.05")
+NO_FIGURES = (
+    "Python 3.10",
+    "2404.18949",
+    "Apache 2.0",
+    "PyTorch 2.11",
+    "Triton 3.6",
+    "32 MB",
+    "max_drop=0.05",
+    "--max-drop 0.05",
+)
 
 
 def test_every_block_runs(tmp_path, monkeypatch):
