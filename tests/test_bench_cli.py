@@ -176,7 +176,7 @@ def test_changes_since_an_older_record_are_shown(asked):
     result = invoke("--device", "cpu", "--json", "new.json", "--compare", "old.json")
     assert result.exit_code == 0, result.output
     assert result.output.count("faster") == 4
-    assert "4 of 4 changed by more than noise" in result.output
+    assert "4 of 4 changed by more than the noise within the two runs" in result.output
 
 
 def test_an_old_record_may_be_replaced_by_the_new_one(asked):

@@ -186,7 +186,7 @@ def test_a_change_is_marked_where_the_middle_halves_are_apart(milliseconds, spre
     text = format_changes(record(timed(spread=spread)), record(timed(milliseconds=milliseconds, spread=spread)))
     (row,) = (line for line in text.splitlines() if line.startswith("ours"))
     assert row.split()[5:] == ([mark] if mark else [])
-    assert f"{int(bool(mark))} of 1 changed by more than noise" in text
+    assert f"{int(bool(mark))} of 1 changed by more than the noise within the two runs" in text
 
 
 def test_only_what_both_records_measured_is_compared():
