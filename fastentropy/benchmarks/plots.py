@@ -34,7 +34,7 @@ def plot_record(record: Record, path: str | PathLike[str]) -> None:
     with matplotlib.style.context(["default", STYLE]):
         figure = _roofline(record) if record.benchmark == "kernels" else _ratios(record)
         figure.suptitle(f"{record.machine}, {record.date}, torch {record.versions['torch']}", fontsize=9)
-        replace_file(path, lambda file: figure.savefig(file, format=form, dpi=160, metadata=FORMATS[form]))
+        replace_file(path, lambda file: figure.savefig(file, format=form, dpi=120, metadata=FORMATS[form]))
 
 
 def _roofline(record: Record) -> Figure:
