@@ -8,6 +8,7 @@ A page has sections between <!-- NAME --> and <!-- /NAME -->, which nobody else 
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,20 @@ def of_record(name: str, record: Record, results: str) -> str:
     return origin(name, record.machine, record.date, record.commit, record.command, results) + stopped
 
 
+def for_each_machine(kind: str, head: Sequence[str], rows: Callable[[Record], Iterable[Sequence[str]]], results: str) -> str:
+    """A table of the record of each machine, below the line that says where it comes from."""
+    parts = []
+    for name in (f"{kind}-{machine}" for machine in MACHINES):
+        record = Record.load(RESULTS / f"{name}.json")
+        parts.append(f"{of_record(name, record, results)}\n\n{table(head, rows(record))}")
+    return "\n\n".join(parts)
+
+
+def case_rows(row: Callable[[str, dict[str, Measurement]], Sequence[str]], record: Record) -> Iterator[Sequence[str]]:
+    """A row for each case."""
+    return (row(case, by_operation(measurements)) for case, measurements in record.cases().items())
+
+
 def by_operation(measurements: Iterable[Measurement]) -> dict[str, Measurement]:
     """The measurements of one case that have figures."""
     return {each.operation: each for each in measurements if each.ratio}
@@ -98,12 +113,8 @@ def median(measurement: Measurement | None) -> str:
 
 def kernels(results: str) -> str:
     """relu and its states at the largest size, as a multiple of relu alone."""
-    parts = []
-    for name in (f"kernels-{machine}" for machine in MACHINES):
-        record = Record.load(RESULTS / f"{name}.json")
-        head = ("", "`activation_states`", "as eager calls", "of a copy's bandwidth", *KERNEL_PEERS)
-        parts.append(f"{of_record(name, record, results)}\n\n{table(head, kernel_rows(record))}")
-    return "\n\n".join(parts)
+    head = ("", "`activation_states`", "as eager calls", "of a copy's bandwidth", *KERNEL_PEERS)
+    return for_each_machine("kernels", head, kernel_rows, results)
 
 
 def kernel_rows(record: Record) -> Iterator[Sequence[str]]:
@@ -135,13 +146,8 @@ def largest_cases(record: Record) -> Iterator[tuple[str, dict[str, Measurement],
 
 def collecting(results: str) -> str:
     """Inference while collecting as a multiple of plain inference, and the memory that it adds."""
-    parts = []
-    for name in (f"collect-{machine}" for machine in MACHINES):
-        record = Record.load(RESULTS / f"{name}.json")
-        head = ("", "collecting", *COLLECT_PEERS, "memory added", "published")
-        rows = [collect_row(case, by_operation(measurements)) for case, measurements in record.cases().items()]
-        parts.append(f"{of_record(name, record, results)}\n\n{table(head, rows)}")
-    return "\n\n".join(parts)
+    head = ("", "collecting", *COLLECT_PEERS, "memory added", "published")
+    return for_each_machine("collect", head, partial(case_rows, collect_row), results)
 
 
 def collect_row(case: str, operations: dict[str, Measurement]) -> Sequence[str]:
@@ -162,21 +168,16 @@ def added_megabytes(operations: dict[str, Measurement], name: str) -> str:
 
 def fusing(results: str) -> str:
     """Linearised networks, as times as fast as with batch norm folded."""
-    parts = []
-    for name in (f"fuse-{machine}" for machine in MACHINES):
-        record = Record.load(RESULTS / f"{name}.json")
-        head = (
-            "",
-            "batch norm folded",
-            "fused",
-            "times as fast",
-            "`torch.compile`, frozen",
-            "times fewer multiplications",
-            "error",
-        )
-        rows = [fuse_row(case, by_operation(measurements)) for case, measurements in record.cases().items()]
-        parts.append(f"{of_record(name, record, results)}\n\n{table(head, rows)}")
-    return "\n\n".join(parts)
+    head = (
+        "",
+        "batch norm folded",
+        "fused",
+        "times as fast",
+        "`torch.compile`, frozen",
+        "times fewer multiplications",
+        "error",
+    )
+    return for_each_machine("fuse", head, partial(case_rows, fuse_row), results)
 
 
 def fuse_row(case: str, operations: dict[str, Measurement]) -> Sequence[str]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import fastentropy as fe
 from fastentropy.activations import activation_modules
-from fastentropy.benchmarks.measurements import Case
+from fastentropy.benchmarks.measurements import Case, name_case
 from fastentropy.benchmarks.memory import peak_bytes
 from fastentropy.benchmarks.networks import Network, infer, llama, moved, vision
 from fastentropy.benchmarks.peers import compiled, count_in_pytorch, histogram_observer, published_entropy
@@ -46,7 +46,7 @@ def _network(name: str, batch: int, device: torch.device, dtype: torch.dtype) ->
 def network_cases(name: str, network: Network, device: torch.device) -> Iterator[Case]:
     """Yield the ways to run one network that are measured side by side; each lasts until the next is asked for."""
     model, inputs = network
-    title = f"{name}, {' × '.join(map(str, inputs[0].shape))}, {str(next(model.parameters()).dtype).removeprefix('torch.')}"
+    title = name_case(name, inputs[0].shape, next(model.parameters()).dtype)
     with contextlib.ExitStack() as stack:
         operations = {}
         for procedure, enter in PROCEDURES.items():

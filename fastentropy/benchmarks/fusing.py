@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import fastentropy as fe
-from fastentropy.benchmarks.measurements import Case
+from fastentropy.benchmarks.measurements import Case, name_case
 from fastentropy.benchmarks.networks import (
     Network,
     infer,
@@ -65,7 +65,7 @@ def fuse_case(name: str, network: Network) -> Case:
     facts["folded"] = {"memory_format": format_of_folded}
     forms: dict[str, Callable[..., object]] = {"folded": folded, "fused": fused, "original": model}
     forms["torch.compile, frozen"] = _frozen(model)
-    title = f"{name}, {' × '.join(map(str, inputs[0].shape))}, {str(inputs[0].dtype).removeprefix('torch.')}"
+    title = name_case(name, inputs[0].shape, inputs[0].dtype)
     return Case(
         title if gpu is None else f"{title}, CUDA graphs",
         {form: partial(infer, run, inputs) for form, run in forms.items()},

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastentropy.benchmarks.measurements import Case
+from fastentropy.benchmarks.measurements import Case, name_case, name_dtype
 from fastentropy.benchmarks.peers import activate_and_count, compiled, count_in_pytorch, histogram_observer, published_entropy
 from fastentropy_kernels import activation_states, count_states
 
@@ -72,14 +72,14 @@ def kernel_case(device: torch.device, dtype: torch.dtype, layout: Layout, size: 
     operations = _operations(x, layout.channel_axis, activation)
     facts = {
         "layout": layout.name,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": name_dtype(dtype),
         "activation": activation,
         "shape": list(shape),
         "values": x.numel(),
         "cuda_graph": False,
     }
     return Case(
-        f"{activation} on {layout.name}, {' × '.join(map(str, shape))}, {facts['dtype']}",
+        name_case(f"{activation} on {layout.name}", shape, dtype),
         operations,
         baseline="activation alone",
         sizes={name: (1 if name == "count_states" else 2) * x.nbytes for name in operations},

@@ -60,6 +60,16 @@ class Case:
     peers: frozenset[str] = frozenset()
 
 
+def name_case(what: str, shape: Sequence[int], dtype: torch.dtype) -> str:
+    """What a case is called: resnet18, 16 × 3 × 224 × 224, float32."""
+    return f"{what}, {' × '.join(map(str, shape))}, {name_dtype(dtype)}"
+
+
+def name_dtype(dtype: torch.dtype) -> str:
+    """Its name without the module."""
+    return str(dtype).removeprefix("torch.")
+
+
 @dataclasses.dataclass(frozen=True)
 class Measurement:
     """One operation of one case.
@@ -67,8 +77,7 @@ class Measurement:
     ratio is that of its time to the baseline's in the same round. bytes (moved at least), gigabytes_per_second and
     percent_of_roof (of the bandwidth that the roof reached in the same rounds) are None where memory is not what is measured.
     That percentage may exceed 100 where reading alone is faster than copying, in caches, and in CUDA graphs, where a large copy
-    is not always as fast as a kernel. skipped says why there
-    are no figures.
+    is not always as fast as a kernel. skipped says why there are no figures.
     """
 
     case: str
