@@ -5,8 +5,8 @@ import statistics
 import pytest
 import torch
 
+from fastentropy._utils.timing import measure_samples
 from fastentropy.benchmarks.measurements import why_not
-from fastentropy.timing import measure_samples
 
 
 @pytest.fixture

@@ -21,10 +21,10 @@ from records import save_record
 from torch import nn
 
 import fastentropy as fe
+from fastentropy._utils.timing import measure_seconds
 from fastentropy.benchmarks.measurements import Quartiles
-from fastentropy.distributed import sum_over_ranks
-from fastentropy.sharding import Share
-from fastentropy.timing import measure_seconds
+from fastentropy.collector.distributed import sum_over_ranks
+from fastentropy.sites.sharding import Share
 
 PROCESSES = (1, 2, 4)
 ROWS, TOKENS = 8, 256

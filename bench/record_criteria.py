@@ -19,9 +19,9 @@ from records import save_record
 from torch import nn
 
 import fastentropy as fe
+from fastentropy._utils.timing import measure_times
 from fastentropy.fusion import fuse
 from fastentropy.recipes.digits import Digits
-from fastentropy.timing import measure_times
 
 CRITERIA = ("entropy", "entropy-per-latency", "random")
 LIMITS = (0.005, 0.01)

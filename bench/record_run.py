@@ -10,9 +10,9 @@ from pathlib import Path
 
 from records import RESULTS
 
-from fastentropy.files import save_json
-from fastentropy.report import plot_summary
-from fastentropy.runs import read_history
+from fastentropy._utils.files import save_json
+from fastentropy.recipes.run import read_history
+from fastentropy.reporting.run_report import plot_summary
 
 
 def main(folder: str, name: str) -> None:

@@ -4,8 +4,8 @@ import shlex
 import sys
 from pathlib import Path
 
-from fastentropy.files import save_json
-from fastentropy.machines import describe_machine, source_commit
+from fastentropy._utils.files import save_json
+from fastentropy._utils.machine import describe_machine, source_commit
 
 RESULTS = Path(__file__).parent / "results"
 

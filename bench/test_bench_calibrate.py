@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from fastentropy.benchmarks.collecting import PROCEDURES
 from fastentropy.calibration.ranks import joined
-from fastentropy.calibration.runs import Options, run_calibration
+from fastentropy.calibration.run import Options, run_calibration
 
 WORDS = [f"w{number}" for number in range(4000)]
 ROWS, TOKENS, BATCHES = 8, 256, 2

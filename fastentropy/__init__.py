@@ -3,15 +3,16 @@
 collect -> Statistics -> prune -> fuse. See README.md for an example of each.
 """
 
-from fastentropy.activations import register_activation
-from fastentropy.collector import EntropyCollector, collect
+from fastentropy.collector.collector import EntropyCollector, collect
+from fastentropy.collector.statistics import SiteStatistics, Statistics
 from fastentropy.fusion import FusedModel, FusionReport, fuse, load
-from fastentropy.isolation import isolate
-from fastentropy.linearization import linearize
-from fastentropy.pruning import PruningResult, prune
-from fastentropy.sites import Site, find_sites
-from fastentropy.statistics import SiteStatistics, Statistics
-from fastentropy.steps import Step
+from fastentropy.pruning.api import PruningResult, prune
+from fastentropy.pruning.steps import Step
+from fastentropy.sites.activations import register_activation
+from fastentropy.sites.site import Site
+from fastentropy.sites.watcher import find_sites
+from fastentropy.surgery.isolation import isolate
+from fastentropy.surgery.linearization import linearize
 
 __all__ = [
     "EntropyCollector",

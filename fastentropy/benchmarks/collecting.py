@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 import fastentropy as fe
-from fastentropy.activations import activation_modules
+from fastentropy.benchmarks.baselines import compiled, count_in_pytorch, histogram_observer, published_entropy
 from fastentropy.benchmarks.measurements import Case, name_case
 from fastentropy.benchmarks.memory import peak_bytes
 from fastentropy.benchmarks.networks import Network, infer, llama, moved, vision
-from fastentropy.benchmarks.peers import compiled, count_in_pytorch, histogram_observer, published_entropy
-from fastentropy.isolation import copy_sharing_tensors
+from fastentropy.sites.activations import activation_modules
+from fastentropy.surgery.isolation import copy_sharing_tensors
 
 #: Networks and the rows of a batch, by device.
 NETWORKS = {

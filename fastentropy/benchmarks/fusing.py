@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import fastentropy as fe
+from fastentropy._utils.timing import measure_times
 from fastentropy.benchmarks.measurements import Case, name_case
 from fastentropy.benchmarks.networks import (
     Network,
@@ -24,11 +25,10 @@ from fastentropy.benchmarks.networks import (
     vision,
     vit_mlp,
 )
-from fastentropy.fusion.chains import find_chains
-from fastentropy.fusion.elements import operators
+from fastentropy.fusion.chains.elements import operators
+from fastentropy.fusion.chains.finding import find_chains
 from fastentropy.fusion.inputs import clone
 from fastentropy.fusion.tracing import export, in_channels_last, inference_module, rewrite, values_of
-from fastentropy.timing import measure_times
 
 BATCH = 4
 #: Networks of which a random half of the activations is taken out.

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastentropy.timing import measure_samples
+from fastentropy._utils.timing import measure_samples
 
 #: Short operations are repeated until a sample takes so long.
 SAMPLE_SECONDS = 0.005

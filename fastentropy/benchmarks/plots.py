@@ -10,11 +10,11 @@ import matplotlib.style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from fastentropy._utils.files import replace_file
 from fastentropy.benchmarks.kernels import PEERS
 from fastentropy.benchmarks.measurements import Measurement
 from fastentropy.benchmarks.records import Record
-from fastentropy.files import replace_file
-from fastentropy.plots import BLUE, FORMATS, GREY, INK, ORANGE, STYLE, figure_format
+from fastentropy.reporting.plots import BLUE, FORMATS, GREY, INK, ORANGE, STYLE, figure_format
 
 #: Operations of the roofline: colour, line and marker. What has none is a peer.
 LINES: dict[str, dict[str, Any]] = {

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fastentropy._utils.files import save_json
+from fastentropy._utils.machine import describe_machine, source_commit
 from fastentropy.benchmarks.measurements import Measurement
-from fastentropy.files import save_json
-from fastentropy.machines import describe_machine, source_commit
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 
+from fastentropy._utils.text import WIDTH, format_milliseconds, format_table
 from fastentropy.benchmarks.measurements import Measurement, Quartiles
-from fastentropy.tables import WIDTH, format_milliseconds, format_table
 
 
 def format_case(measurements: Sequence[Measurement]) -> str:

@@ -1,17 +1,16 @@
 """What was counted and how far the data was read, in one file, so that a run that is killed goes on from there."""
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from fastentropy.calibration.batching import Batch
-from fastentropy.calibration.documents import Problem, Problems
-from fastentropy.files import save_tensors
-from fastentropy.statistics import Statistics
+from fastentropy._utils.files import save_tensors
+from fastentropy.calibration.data.batching import Batch
+from fastentropy.calibration.data.documents import Problem, Problems
+from fastentropy.collector.statistics import Statistics
 
 _KEY = "fastentropy_calibration"
 
@@ -79,8 +78,3 @@ class Checkpoint:
             raise ValueError(
                 f"{path} is damaged or not a checkpoint of fastentropy calibrate; begin anew with another --output"
             ) from error
-
-
-def differing(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
-    """The names of the settings in which two runs differ."""
-    return [name for name in {**first, **second} if first.get(name) != second.get(name)]

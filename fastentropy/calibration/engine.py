@@ -15,16 +15,17 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from fastentropy.calibration.batching import Batch, ImageBatches, TextBatches
-from fastentropy.calibration.checkpoints import Checkpoint, Tally, differing
-from fastentropy.calibration.corpora import Corpus
-from fastentropy.calibration.documents import Chunk, reason_of
+from fastentropy._utils.errors import reason_of
+from fastentropy.calibration.checkpoints import Checkpoint, Tally
+from fastentropy.calibration.data.batching import Batch, ImageBatches, TextBatches
+from fastentropy.calibration.data.corpus import Corpus
+from fastentropy.calibration.data.documents import Chunk
 from fastentropy.calibration.overhead import Overhead
 from fastentropy.calibration.pretrained import Pretrained
-from fastentropy.calibration.ranks import Ranks
-from fastentropy.collector import EntropyCollector
-from fastentropy.sites import no_sites
-from fastentropy.statistics import Statistics
+from fastentropy.calibration.ranks import Ranks, differing
+from fastentropy.collector.collector import EntropyCollector
+from fastentropy.collector.statistics import Statistics
+from fastentropy.sites.watcher import no_sites
 
 T = TypeVar("T")
 

@@ -4,8 +4,8 @@ import statistics
 from collections import deque
 from collections.abc import Callable
 
-from fastentropy.collector import EntropyCollector
-from fastentropy.timing import measure_seconds
+from fastentropy._utils.timing import measure_seconds
+from fastentropy.collector.collector import EntropyCollector
 
 #: The first batches of a rank that are run twice, in which nothing is compiled any more; from the last on, one in so many.
 RUN_TWICE = (4, 8, 16, 32, 64)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastentropy.calibration.extras import require
+from fastentropy._utils.optional import require
 
 #: Tokens of a row where nothing else is asked for, if the model takes as many.
 MAX_LENGTH = 512

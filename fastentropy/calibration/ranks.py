@@ -10,8 +10,7 @@ from typing import Any, NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 
-from fastentropy.calibration.checkpoints import differing
-from fastentropy.calibration.documents import reason_of
+from fastentropy._utils.errors import reason_of
 
 T = TypeVar("T")
 
@@ -106,3 +105,8 @@ def joined() -> Iterator[Ranks]:
         yield Ranks(dist.get_rank(), dist.get_world_size())
     finally:
         dist.destroy_process_group()
+
+
+def differing(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
+    """The names of the settings in which two runs differ."""
+    return [name for name in {**first, **second} if first.get(name) != second.get(name)]

@@ -5,10 +5,10 @@ from functools import partial
 from os import PathLike
 from typing import Any
 
-from fastentropy.pages import draw_svg, write_page
-from fastentropy.plots import MARGIN, ROW, draw_distributions, draw_layer_entropy
-from fastentropy.statistics import Statistics
-from fastentropy.tables import format_count, format_integer, plural
+from fastentropy._utils.text import format_count, format_integer, plural
+from fastentropy.collector.statistics import Statistics
+from fastentropy.reporting.pages import draw_svg, write_page
+from fastentropy.reporting.plots import MARGIN, ROW, draw_distributions, draw_layer_entropy
 
 #: Activations that a notice names.
 SHOWN = 3

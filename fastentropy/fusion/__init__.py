@@ -3,7 +3,8 @@
 `affine` (the algebra) -> `chains` (find) -> `plan` (choose) -> `runtime` (run, save); `lowering` writes operators into a graph.
 """
 
+from fastentropy.fusion.api import fuse
+from fastentropy.fusion.fused_model import FusedModel, load
 from fastentropy.fusion.report import Candidate, ChainReport, FusionReport
-from fastentropy.fusion.runtime import FusedModel, fuse, load
 
 __all__ = ["Candidate", "ChainReport", "FusedModel", "FusionReport", "fuse", "load"]

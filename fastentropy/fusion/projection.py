@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from fastentropy.fusion.affine import AffineOperator
-from fastentropy.fusion.chains import find_chains, module_path
-from fastentropy.fusion.elements import Chain
-from fastentropy.fusion.lowering import like_format
-from fastentropy.fusion.merging import compose_all
+from fastentropy.fusion.chains.affine import AffineOperator
+from fastentropy.fusion.chains.elements import Chain
+from fastentropy.fusion.chains.finding import find_chains, module_path
+from fastentropy.fusion.chains.merging import compose_all
+from fastentropy.fusion.memory_format import like_format
 from fastentropy.fusion.tracing import export, inference_module
 
 _CONVOLUTIONS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

@@ -12,11 +12,13 @@ from torch.export.graph_signature import InputKind
 from torch.fx import GraphModule, Interpreter, Node
 from torch.utils import _pytree as pytree
 
-from fastentropy.fusion.chains import FoundChain
-from fastentropy.fusion.elements import Chain, output_shape
+from fastentropy._utils.errors import first_line
+from fastentropy.fusion.chains.aten import attribute, fixed_size
+from fastentropy.fusion.chains.elements import Chain, output_shape
+from fastentropy.fusion.chains.finding import FoundChain
+from fastentropy.fusion.chains.lowering import Lowering
 from fastentropy.fusion.inputs import Inputs, batch_size, clone, has_batch, with_batch_size
-from fastentropy.fusion.lowering import CHANNELS_LAST, Lowering
-from fastentropy.fusion.reading import attribute, fixed_size
+from fastentropy.fusion.memory_format import CHANNELS_LAST
 
 #: How the names of the constants of chains begin.
 CHAIN_PREFIX = "fastentropy_chain_"
@@ -81,11 +83,6 @@ def own_constants(program: ExportedProgram) -> ExportedProgram:
     return program
 
 
-def first_line(error: Exception) -> str:
-    """The first line of an error's text, or its name."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
 def inference_module(program: ExportedProgram) -> GraphModule:
     """The graph of a program with its constants as buffers, and without the checks of its input shapes."""
     module = program.module(check_guards=False)
@@ -143,15 +140,6 @@ def in_channels_last(traced: GraphModule) -> GraphModule | None:
     values = {name: attribute(traced, name) for name in weights}
     added = {name: value.contiguous(memory_format=CHANNELS_LAST[value.ndim]) for name, value in values.items()}
     return _with_constants(traced, copy.deepcopy(traced.graph), added)
-
-
-def with_channels_last_weights(model: nn.Module) -> nn.Module:
-    """A copy of a model whose weights for images and volumes are in channels-last, which the outputs follow."""
-    copied = copy.deepcopy(model)
-    for parameter in copied.parameters():
-        if parameter.ndim in CHANNELS_LAST:
-            parameter.data = parameter.data.contiguous(memory_format=CHANNELS_LAST[parameter.ndim])
-    return copied
 
 
 def _is_spatial_convolution(node: Node, traced: GraphModule) -> bool:

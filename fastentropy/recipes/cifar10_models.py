@@ -11,7 +11,7 @@ from torchvision.models.mobilenetv2 import MobileNetV2
 from torchvision.models.swin_transformer import SwinTransformer, SwinTransformerBlock
 from torchvision.models.vgg import cfgs, make_layers
 
-from fastentropy.isolation import isolate
+from fastentropy.surgery.isolation import isolate
 
 CLASSES = 10
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+# mypy: disable-error-code="assignment, misc, no-untyped-def, no-untyped-call, untyped-decorator"
 from collections.abc import Sequence
 from math import prod
 from typing import NamedTuple
@@ -96,3 +97,8 @@ def empty_images(x: Tensor, channels: int, size: tuple[int, int]) -> Tensor:
     memory_format = torch.channels_last if is_channels_last(x) else torch.contiguous_format
     shape = (x.shape[0], channels, *size)
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format)
+
+
+def largest_power_of_2(size: int) -> int:
+    """Return the largest power of two that divides `size`, up to 16: beyond, no access gets wider."""
+    return size & -size if size % 16 else 16

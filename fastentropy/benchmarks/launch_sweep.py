@@ -1,0 +1,133 @@
+"""Try launch configurations of the state kernels on a GPU: `fastentropy bench kernels --sweep`.
+
+What comes of it is the table `launch_triton.LAUNCHES` that this GPU asks for. Nothing is changed; copy the lines that differ.
+"""
+
+import itertools
+import math
+import multiprocessing
+import os
+from collections.abc import Iterator
+from functools import partial
+from typing import NamedTuple
+
+import torch
+
+from fastentropy._utils.timing import measure_times
+from fastentropy_kernels.states import launch_triton
+from fastentropy_kernels.states.launch_triton import LAUNCHES, Launch
+
+TILE_BYTES = (2048, 4096, 8192, 16384)
+ROW_BYTES = (128, 256, 512)
+WARPS = (4, 8)
+PROGRAMS = (8, 16, 24, 32, 40, 52, 64)
+STAGES = (1, 4)
+MOST_SHARED_BYTES = 65536  # of the tiles on their way: three programs still share a multiprocessor of an H100
+EDGES = tuple(range(-3, 4))
+
+
+class Case(NamedTuple):
+    """What candidates of a line are timed on."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    activation: str
+
+
+# The activations of large language models and of ResNet-18 with a batch of 128, whose deeper layers are the small planes.
+CASES = {
+    "rows": [
+        Case((16384, 4096), torch.bfloat16, "relu"),
+        Case((4096, 8192), torch.bfloat16, "silu"),
+        Case((4096, 8192), torch.bfloat16, "gelu"),
+        Case((16384, 4096), torch.float32, "relu"),
+    ],
+    "planes": [
+        Case((128, 64, 12544), torch.bfloat16, "relu"),
+        Case((128, 64, 3136), torch.bfloat16, "relu"),
+        Case((41, 256, 3136), torch.float32, "relu"),
+    ],
+    "small rows": [Case((256, 4096), torch.bfloat16, "silu")],
+    "small planes": [
+        Case((128, channels, inner), torch.bfloat16, "relu") for channels, inner in ((128, 784), (256, 196), (512, 49))
+    ],
+    "histogram rows": [Case((16384, 4096), torch.bfloat16, "relu")],
+    "histogram planes": [Case((83, 256, 3136), torch.bfloat16, "relu")],
+}
+
+
+def sweep_launches(device: torch.device) -> Iterator[str]:
+    """Yield the best line for each line of the table, with its time as a share of the present one's.
+
+    All candidates are compiled first, on all cores: two minutes on 16 of them.
+    """
+    with torch.cuda.device(device):
+        _compile_all()
+        for line, cases in CASES.items():
+            yield best_line(line, [_times(line, case) for case in cases])
+
+
+def _compile_all() -> None:
+    """Compile every candidate on all cores, into Triton's cache on disk; how many programs there are makes no difference."""
+    jobs = {
+        (line, case, launch._replace(programs_per_multiprocessor=1))
+        for line, cases in CASES.items()
+        for case in cases
+        for launch in candidates(line)
+    }
+    workers, device = min(16, os.cpu_count() or 1), torch.cuda.current_device()
+    with multiprocessing.get_context("spawn").Pool(workers, torch.cuda.set_device, (device,)) as pool:
+        pool.starmap(_run_once, sorted(jobs, key=str), chunksize=4)
+
+
+def _run_once(line: str, case: Case, launch: Launch) -> None:
+    """Compile a candidate by running it."""
+    _run(*_operands(line, case), case, launch)
+
+
+def _times(line: str, case: Case) -> dict[Launch, float]:
+    """Return the milliseconds of every candidate for a line of the table, measured in turns."""
+    tensors = _operands(line, case)
+    return measure_times(
+        {launch: partial(_run, *tensors, case, launch) for launch in candidates(line)},
+        rounds=7,
+        graphs_on=tensors[0].device,
+    )
+
+
+def _operands(line: str, case: Case) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return values, their counts and memory for their activation."""
+    values = torch.randn(case.shape, device="cuda", dtype=case.dtype)
+    columns = len(EDGES) + 1 if "histogram" in line else 3
+    return values, torch.zeros(case.shape[1], columns, dtype=torch.int64, device="cuda"), torch.empty_like(values)
+
+
+def _run(values: torch.Tensor, counts: torch.Tensor, y: torch.Tensor, case: Case, launch: Launch) -> None:
+    """Launch one candidate."""
+    edges = None if counts.shape[1] == 3 else EDGES
+    launch_triton.add_states(values, counts, edges=edges, y=y, activation=case.activation, launch=launch)
+
+
+def candidates(line: str) -> Iterator[Launch]:
+    """Yield the table's own line, then every other that reads 16 bytes per thread at least."""
+    present = LAUNCHES[line]
+    yield present
+    widths = ROW_BYTES if "rows" in line else (None,)  # a tile of planes is as wide as it is large
+    for tile_bytes, row_bytes, warps, programs, stages in itertools.product(TILE_BYTES, widths, WARPS, PROGRAMS, STAGES):
+        launch = Launch(tile_bytes, row_bytes or tile_bytes, warps, programs, stages, present.shortest_strip)
+        is_filled = warps * 32 * 16 <= tile_bytes >= launch.row_bytes
+        if launch != present and is_filled and (stages == 1 or tile_bytes * stages <= MOST_SHARED_BYTES):
+            yield launch
+
+
+def best_line(line: str, times: list[dict[Launch, float]]) -> str:
+    """Write the fastest over all cases as a line of the table; the present one where nothing is faster by two percent."""
+    present = LAUNCHES[line]
+    shares = {
+        launch: math.exp(sum(math.log(case[launch] / case[present]) for case in times) / len(times)) for launch in times[0]
+    }
+    best = min(shares, key=shares.__getitem__)
+    if shares[best] > 0.98:
+        best = present
+    measured = ", ".join(f"{case[best]:.4f}" for case in times)
+    return f'"{line}": {best},  # {measured} ms, {shares[best]:.3f} of the present line'

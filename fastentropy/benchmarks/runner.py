@@ -1,0 +1,130 @@
+"""A run of a benchmark: its cases one after the other, what is measured on disk before the next begins."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import gc
+import importlib.util
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from fastentropy.benchmarks import collecting, fusing, kernels
+from fastentropy.benchmarks.measurements import Case, Measurement, measure
+from fastentropy.benchmarks.records import Record
+from fastentropy.reporting.plots import figure_format
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_UNITS = {"": 1, "k": 2**10, "M": 2**20, "G": 2**30}
+
+
+@dataclasses.dataclass(frozen=True)
+class Benchmark:
+    """Where the cases come from, and what is measured of each: so many rounds, or as many as fit into some seconds.
+
+    dtypes: those of the CPU and of a GPU. needs: packages beyond those of fastentropy.
+    """
+
+    cases: Callable[[torch.device, Sequence[torch.dtype], Sequence[int]], Iterator[Case]]
+    dtypes: dict[str, tuple[str, ...]]
+    rounds: int
+    budget_seconds: float
+    needs: tuple[str, ...] = ()
+
+
+BENCHMARKS = {
+    "kernels": Benchmark(kernels.kernel_cases, dict.fromkeys(("cpu", "cuda"), ("float32", "bfloat16")), 31, 2),
+    "collect": Benchmark(
+        collecting.collect_cases, {"cpu": ("float32",), "cuda": ("bfloat16",)}, 24, 60, ("torchvision", "transformers")
+    ),
+    "fuse": Benchmark(fusing.fuse_cases, dict.fromkeys(("cpu", "cuda"), ("float32",)), 24, 20, ("torchvision",)),
+}
+
+
+def run_benchmark(
+    name: str,
+    *,
+    device: torch.device,
+    dtype: str | None,
+    sizes: Sequence[int],
+    rounds: int | None,
+    command: str,
+    path: Path,
+    show: Callable[[list[Measurement]], None],
+) -> Record:
+    """Measure every case of a benchmark, keep the record at `path` and show each case when it is done.
+
+    dtype and rounds may be None: the benchmark's own; sizes may be empty: so, too. What was measured before something raises is
+    in the file, as not complete. Raises ValueError where a case does not fit into memory.
+    """
+    benchmark = BENCHMARKS[name]
+    dtypes = [DTYPES[each] for each in ([dtype] if dtype else benchmark.dtypes[device.type])]
+    record = Record.begin(name, str(device), command)
+    with _too_large_is_bad_input(), torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        for case in benchmark.cases(device, dtypes, sizes):
+            budget = float("inf") if rounds else benchmark.budget_seconds
+            measurements = measure(case, rounds=rounds or benchmark.rounds, budget_seconds=budget)
+            del case  # its tensors go before the next case comes
+            torch.compiler.reset()  # PyTorch compiles the same code, of other cases too, only so many times
+            gc.collect()
+            record = record.with_more(measurements)
+            record.save(path)
+            show(measurements)
+    record = dataclasses.replace(record, complete=True)
+    record.save(path)
+    return record
+
+
+@contextlib.contextmanager
+def _too_large_is_bad_input() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            raise ValueError("a tensor of the next case does not fit into memory; give smaller --sizes") from error
+        raise
+
+
+def files_to_write(name: str, record: Path | None, picture: Path | None) -> tuple[Path, Path]:
+    """Where the record and the picture go: what is given, or in the folder runs, which is made, and beside the record.
+
+    Raises ValueError for another suffix than theirs, and for what cannot be written.
+    """
+    path = record or Path("runs") / f"bench-{name}-{datetime.datetime.now():%Y%m%d-%H%M%S}.json"
+    if path.suffix != ".json":
+        raise ValueError(f"{path} cannot be written; name a file that ends in .json")
+    beside = picture or path.with_suffix(".png")
+    figure_format(beside)
+    for each in filter(None, (record, picture)):
+        if each.is_dir() or not each.parent.is_dir() or not os.access(each.parent, os.W_OK):
+            raise ValueError(f"{each} cannot be written; name a file in a folder that exists")
+    if record is None:
+        path.parent.mkdir(exist_ok=True)
+    return path, beside
+
+
+def check_benchmark(name: str, dtype: str | None) -> None:
+    """Raise ValueError for a benchmark or a dtype that is none, or one that needs a package that is not installed."""
+    if name not in BENCHMARKS:
+        raise ValueError(f"there is no benchmark {name!r}; name one of {', '.join(BENCHMARKS)}")
+    if dtype not in (None, *DTYPES):
+        raise ValueError(f"--dtype {dtype} is none of {', '.join(DTYPES)}")
+    missing = [package for package in BENCHMARKS[name].needs if importlib.util.find_spec(package) is None]
+    if missing:
+        raise ValueError(f'`fastentropy bench {name}` needs {" and ".join(missing)}: pip install "fastentropy[bench]"')
+
+
+def parse_sizes(text: str) -> list[int]:
+    """Read sizes such as 64k,1M,16M, in units of 1,024. Raises ValueError for anything else, and for 0."""
+    sizes = []
+    for part in text.split(","):
+        match = re.fullmatch(r"([1-9][0-9]*)([kMG]?)", part.strip())
+        if match is None:
+            raise ValueError(f"--sizes {text}: {part!r} is no size; give numbers such as 16 or 64k,1M,16M")
+        sizes.append(int(match[1]) * _UNITS[match[2]])
+    return sorted(set(sizes))

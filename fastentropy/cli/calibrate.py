@@ -1,0 +1,76 @@
+"""The command `fastentropy calibrate`."""
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from fastentropy.calibration.pretrained import DTYPES
+from fastentropy.calibration.ranks import Ranks, joined
+from fastentropy.calibration.run import Options, run_calibration
+from fastentropy.cli.console import CalibrationDisplay, print_calibration
+from fastentropy.cli.options import chosen_device, one_line_errors
+
+
+def calibrate(
+    model: Annotated[str, typer.Argument(help="A folder of a model of transformers, or its name on the Hugging Face hub.")],
+    data: Annotated[
+        str, typer.Option(help="Texts (.txt, .jsonl, .parquet) or images: a file, a folder, a pattern, or a name for datasets.")
+    ],
+    column: Annotated[str | None, typer.Option(help="Where documents lie in tables. [default: text, image or img]")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows of a batch.")] = 8,
+    max_length: Annotated[int | None, typer.Option(min=1, help="Tokens of a row. [default: 512 or the model's limit]")] = None,
+    packing: Annotated[bool, typer.Option("--packing", help="Fill rows with several documents: nothing is cut off.")] = False,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Stop after so many, of all ranks. [default: all data]")] = None,
+    dtype: Annotated[str, typer.Option(help=f"Of the weights: {', '.join(DTYPES)}.")] = "auto",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. [default: the rank's GPU if there is one]")] = None,
+    device_map: Annotated[str | None, typer.Option(help="Of accelerate, such as auto: spread the model over devices.")] = None,
+    mask: Annotated[str, typer.Option(help="The model's argument that tells padding, which is not counted; or none.")] = (
+        "attention_mask"
+    ),
+    checkpoint_every: Annotated[int, typer.Option(min=1, help="Chunks of 256 KB or 256 rows of a rank.")] = 8,
+    output: Annotated[Path | None, typer.Option(help="The folder. [default: runs/calibrate-MODEL-DATA]")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON instead of a table.")] = False,
+) -> None:
+    """Run a model over a corpus and measure the entropy of its activations; under torchrun on many GPUs.
+
+    The same command goes on with a run that was interrupted.
+    """
+    with one_line_errors(), joined() as ranks:
+        options = ranks.together(
+            lambda: Options(
+                model=model,
+                data=data,
+                column=column,
+                batch_size=batch_size,
+                max_length=max_length,
+                packing=packing,
+                max_tokens=max_tokens,
+                dtype=dtype,
+                device=str(chosen_device(device)),
+                device_map=device_map,
+                mask=None if mask == "none" else mask,
+                checkpoint_every=checkpoint_every,
+            )
+        )
+        folder = output or options.default_folder
+        try:
+            statistics, summary = run_calibration(options, folder, ranks, partial(_calibration_display, ranks, options))
+        except KeyboardInterrupt:
+            if ranks.is_first:
+                typer.echo("Interrupted. The same command goes on from the last checkpoint.", err=True)
+            raise typer.Exit(130) from None
+        if not ranks.is_first:
+            return
+        if as_json:
+            typer.echo(json.dumps(summary, indent=2))
+        else:
+            print_calibration(statistics, summary, folder, Console())
+
+
+def _calibration_display(ranks: Ranks, options: Options, total: int | None, unit: str) -> CalibrationDisplay:
+    console = Console(stderr=True, quiet=not ranks.is_first)
+    return CalibrationDisplay(console, total, unit, shows_units=options.max_tokens is not None)

@@ -1,0 +1,172 @@
+"""What a run looks like in a terminal: progress bars while it works, a table when it is done."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    Task,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+from fastentropy._utils.text import format_count, format_integer, plural
+from fastentropy.calibration.report import format_overhead
+from fastentropy.collector.statistics import Statistics
+from fastentropy.pruning.steps import Step
+from fastentropy.reporting.history import RunHistory
+
+T = TypeVar("T")
+
+#: Kinds of problems that the terminal lists.
+MOST_PROBLEMS = 5
+
+
+class ProgressDisplay:
+    """Bars on standard error: one for the steps with the score so far, one for the phase that runs."""
+
+    def __init__(self, console: Console) -> None:
+        """Draw on a console."""
+        columns = (
+            TextColumn("{task.description}"), BarColumn(bar_width=16), MofNCompleteColumn(), TimeElapsedColumn(),
+            TextColumn("{task.fields[figure]}"),
+        )  # fmt: skip
+        self._console = console
+        self._progress = Progress(*columns, console=console)
+        self._removed = self._progress.add_task("activations removed", total=None, figure="", visible=False)
+
+    def __enter__(self) -> "ProgressDisplay":
+        """Show the bars."""
+        self._progress.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        """Leave the bars as they are."""
+        self._progress.stop()
+
+    def track(self, values: Iterable[T], total: int, title: str) -> Iterator[T]:
+        """Pass the values on under a bar that goes when they end; a number is shown as the loss."""
+        task = self._progress.add_task(title, total=total, figure="")
+        try:
+            for value in values:
+                figure = f"loss {value:.3f}" if isinstance(value, float) else ""
+                self._progress.update(task, advance=1, figure=figure)
+                yield value
+        finally:
+            self._progress.remove_task(task)
+
+    def finish_step(self, steps: Sequence[Step]) -> None:
+        """Print a line for the step, and move the bar of the steps."""
+        step = steps[-1]
+        removed = sum(len(each.removed) for each in steps)
+        score = f"validation {step.score:.2%}"
+        what = ", ".join(step.removed) or "dense network"
+        total = len(steps[0].layer_entropy)
+        self._progress.update(self._removed, completed=removed, total=total, figure=score, visible=True)
+        self._console.print(f"step {len(steps) - 1}: {what}, {score}", highlight=False)
+
+
+class _TimeLeft(TimeRemainingColumn):
+    """Says what the figure is, while there is something left."""
+
+    def render(self, task: Task) -> Text:
+        """The time left, as in 01:23 left; nothing at the end."""
+        return Text() if task.finished else super().render(task).append(" left")
+
+
+class CalibrationDisplay:
+    """One bar on standard error for a calibration: how far it is, how fast, and what collecting costs."""
+
+    def __init__(self, console: Console, total: int | None, unit: str, shows_units: bool) -> None:
+        """unit: tokens or images. total: bytes of the data, or units if the bar shows these; None where it is unknown."""
+        columns = (
+            TextColumn("calibrate"), BarColumn(bar_width=16), TaskProgressColumn(), TextColumn("{task.fields[figure]}"),
+            _TimeLeft(compact=True),
+        )  # fmt: skip
+        self._progress = Progress(*columns, console=console)
+        self._task = self._progress.add_task("", total=total, figure="")
+        self._unit, self._shows_units = unit, shows_units
+
+    def __enter__(self) -> "CalibrationDisplay":
+        """Show the bar."""
+        self._progress.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        """Leave the bar as it is."""
+        self._progress.stop()
+
+    def show(self, read: int, tokens: int, tokens_per_second: float, overhead: float | None) -> None:
+        """Move the bar; read is in bytes of the data."""
+        cost = "" if overhead is None else f", time ×{overhead:.3f}"
+        figure = f"{format_count(tokens)} {self._unit}, {format_count(round(tokens_per_second))}/s{cost}"
+        self._progress.update(self._task, completed=tokens if self._shows_units else read, figure=figure)
+
+
+def print_calibration(statistics: Statistics, summary: Mapping[str, Any], folder: Path, console: Console) -> None:
+    """The table of the activations, and what came of the run."""
+    unit, problems = summary["unit"], summary["problems"]
+    lines = [
+        str(statistics),
+        "",
+        f"data     {format_integer(summary['tokens'])} {unit} in {plural(summary['documents'], 'document')}",
+        f"speed    {format_count(round(summary['tokens_per_second']))} {unit} per second on "
+        f"{plural(summary['ranks'], 'process', 'processes')}",
+        f"cost     {format_overhead(summary)}",
+        *(f"note     {notice}" for notice in summary["notices"]),
+        *(f"left out {problem['path']}: {problem['what']} ({problem['times']} ×)" for problem in problems[:MOST_PROBLEMS]),
+        *([f"left out {len(problems) - MOST_PROBLEMS} more kinds: see the report"] if len(problems) > MOST_PROBLEMS else []),
+        f"report   {folder / 'report.html'}",
+    ]
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+
+def print_history(history: Mapping[str, Any], folder: Path, console: Console) -> None:
+    """The table of the steps, and what came of the run."""
+    steps, kept = history["steps"], history["kept_step"]
+    table = Table(title="Steps (* kept)", title_justify="left")
+    for name in ("step", "removed", "bits", "valid.", "test", "ms", "fused ms"):
+        table.add_column(name, justify="left" if name == "removed" else "right", overflow="fold")
+    for index, step in enumerate(steps):
+        entropies = steps[index - 1]["layer_entropy"] if index else {}
+        table.add_row(
+            f"{index}{' *' if index == kept else ''}",
+            "\n".join(step["removed"]) or "(dense)",
+            "\n".join(f"{entropies[name]:.3f}" for name in step["removed"]),
+            f"{step['validation']:.2%}",
+            f"{step['test']:.2%}",
+            f"{step['latency_ms']['pruned']:.2f}",
+            f"{step['latency_ms']['fused']:.2f}",
+            style="bold" if index == kept else ("dim" if index > kept else None),
+        )
+    console.print(table)
+    _print_outcome(history, folder, console)
+
+
+def _print_outcome(history: Mapping[str, Any], folder: Path, console: Console) -> None:
+    run = RunHistory(history)
+    times = run.latency
+    largest = max((projection["relative_error"] for projection in run.collapsed), default=0.0)
+    stretches = f"{len(run.collapsed)} stretch{'es' if len(run.collapsed) > 1 else ''}"
+    approximated = f"approx.  {stretches}, each by one convolution: error up to {largest:.0%} before the training"
+    lines = [
+        f"removed  {run.removed} of {len(run.sites)} activations",
+        f"test     {run.dense['test']:.2%} -> {run.kept['test']:.2%}",
+        f"latency  dense {times['dense']:.2f} ms, pruned {times['pruned']:.2f} ms, fused {times['fused']:.2f} ms: "
+        f"{run.speedup:.2f}x as fast as dense",
+        *([approximated] if run.collapsed else []),
+        f"error    {history['fusion']['max_relative_error']:.0e}, fused against pruned, relative",
+        f"report   {folder / 'report.html'}",
+    ]
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True)

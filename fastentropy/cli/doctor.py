@@ -1,0 +1,81 @@
+"""Can the main job run here, and with which kernels? One line per finding."""
+
+import importlib.metadata
+import platform
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from fastentropy_kernels import available_implementations
+from fastentropy_kernels.states.api import count_states
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the diagnosis; the main job cannot run where one is not ok."""
+
+    name: str
+    text: str
+    ok: bool = True
+
+
+def examine() -> list[Finding]:
+    """Python, the libraries, the devices, and the kernels on each device with the reason where one does not run."""
+    devices = [torch.device("cpu")]
+    if torch.cuda.is_available():
+        devices += [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    version = platform.python_version()
+    return [
+        Finding(
+            "python",
+            version if sys.version_info >= (3, 10) else f"{version}: 3.10 or newer is needed",
+            sys.version_info >= (3, 10),
+        ),
+        *map(_library, ("torch", "numpy", "safetensors", "numba", "scikit-learn", "matplotlib", "jinja2")),
+        _library("triton", needed=False),
+        *(finding for device in devices for finding in _device(device)),
+    ]
+
+
+def _library(name: str, needed: bool = True) -> Finding:
+    try:
+        return Finding(name, importlib.metadata.version(name))
+    except importlib.metadata.PackageNotFoundError:
+        return Finding(name, f"not installed; pip install {name}", not needed)
+
+
+def _device(device: torch.device) -> Iterator[Finding]:
+    threads = f"{torch.get_num_threads()} threads"
+    yield Finding(str(device), threads if device.type == "cpu" else torch.cuda.get_device_name(device))
+    for implementation, reason in available_implementations(device).items():
+        yield _kernel(implementation, reason, device)
+
+
+def _kernel(implementation: str, reason: str, device: torch.device) -> Finding:
+    """Whether an implementation of the state kernels runs: tried, not guessed."""
+    name = f"{device} kernels: {implementation}"
+    if reason:
+        return Finding(name, f"no: {reason}")
+    counts = torch.zeros(1, 3, dtype=torch.int64, device=device)
+    try:
+        count_states(torch.tensor([[-1.0], [0.0], [2.0], [3.0]], device=device), counts, impl=implementation)
+    except Exception as error:
+        return Finding(name, f"failed: {error}", ok=False)
+    right = counts.tolist() == [[1, 1, 2]]
+    return Finding(name, "yes" if right else f"wrong counts {counts.tolist()}", right)
+
+
+def doctor() -> None:
+    """Show versions, devices and which kernels run on them; exit status 1 if the main job could not run."""
+    findings = examine()
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for finding in findings:
+        table.add_row("ok" if finding.ok else "NO", finding.name, finding.text)
+    Console().print(table)
+    if not all(finding.ok for finding in findings):
+        raise typer.Exit(1)

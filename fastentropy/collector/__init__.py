@@ -1,0 +1,6 @@
+"""Count, per neuron, the states of the activations of a model while it runs."""
+
+from fastentropy.collector.collector import EntropyCollector, collect
+from fastentropy.collector.statistics import SiteStatistics, Statistics
+
+__all__ = ["EntropyCollector", "SiteStatistics", "Statistics", "collect"]

@@ -1,0 +1,155 @@
+"""Put the statistics of the ranks of torch.distributed together."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fastentropy.collector.statistics import SiteStatistics, Statistics
+from fastentropy.sites.sharding import Share
+
+
+class _Entry(NamedTuple):
+    """What a rank tells the others about a site that it has counted."""
+
+    activation: str
+    share: Share
+    tells_batches_apart: bool
+
+
+class _Rank(NamedTuple):
+    """What a rank tells the others: the activation modules of its model by path, and its sites."""
+
+    modules: Mapping[str, str]
+    sites: dict[str, _Entry]
+
+
+def sum_over_ranks(statistics: Statistics, shares: Mapping[str, Share], modules: Mapping[str, str]) -> Statistics:
+    """The statistics of all ranks together, on every rank; the given ones without torch.distributed.
+
+    shares: by site, what these counts are among those of all ranks. modules: the activation modules of this rank's model, by
+    path. Ranks with the same modules may each lack sites that others have; ranks with different ones are the stages of a
+    pipeline and have none in common.
+
+    Raises ValueError, on all ranks, where that is not so, and where a rank's share of a site is not known.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return statistics
+    ranks = _all_ranks(statistics, shares, modules)
+    _check(ranks)
+    _check_copies(ranks, statistics)
+    parts = {}
+    for name in dict.fromkeys(name for rank in ranks for name in rank.sites):
+        entries = [rank.sites[name] for rank in ranks if name in rank.sites]
+        keeps_batches = all(entry.tells_batches_apart for entry in entries)
+        parts[name] = _part(statistics.get(name), shares.get(name), entries[0], keeps_batches)
+    return _summed(parts)
+
+
+def _all_ranks(statistics: Statistics, shares: Mapping[str, Share], modules: Mapping[str, str]) -> list[_Rank]:
+    sites = {
+        name: _Entry(site.activation, shares[name], site.batch_entropies is not None and shares[name].has_whole_batches)
+        for name, site in statistics.items()
+    }
+    ranks = [_Rank({}, {})] * dist.get_world_size()
+    dist.all_gather_object(ranks, _Rank(modules, sites))
+    return ranks
+
+
+def _check(ranks: Sequence[_Rank]) -> None:
+    """Raise ValueError where the ranks' sites do not fit together; each is compared with the first rank that has its sites."""
+    first_ranks: dict[str, int] = {}
+    for number, rank in enumerate(ranks):
+        for name, entry in rank.sites.items():
+            if entry.share.trouble:
+                raise ValueError(
+                    f"site {name!r} of rank {number} cannot be added to those of other ranks: {entry.share.trouble}"
+                )
+            first_ranks.setdefault(name, number)
+        for first in sorted({first_ranks[name] for name in rank.sites}):
+            if different := _differences(ranks[first], rank):
+                raise ValueError(
+                    f"ranks {first} and {number} counted different sites ({', '.join(different)}); run the same model on both, "
+                    "or stages of a pipeline that keep the names that their modules have in the whole model"
+                )
+
+
+def _check_copies(ranks: Sequence[_Rank], statistics: Statistics) -> None:
+    """Raise ValueError where a rank that is left out, since another one counts the same, counted something else."""
+    left_out = {name for rank in ranks for name, entry in rank.sites.items() if not entry.share.is_counted}
+    if not left_out:
+        return
+    digests: list[dict[str, str]] = [{}] * len(ranks)
+    own = {name: hashlib.blake2b(statistics[name].counts.numpy().tobytes()).hexdigest() for name in left_out & set(statistics)}
+    dist.all_gather_object(digests, own)
+    pairs = list(zip(ranks, digests, strict=True))
+    counted = {(name, of[name]) for rank, of in pairs for name in of if rank.sites[name].share.is_counted}
+    for number, (rank, of) in enumerate(pairs):
+        for name, digest in of.items():
+            if not rank.sites[name].share.is_counted and (name, digest) not in counted:
+                raise ValueError(
+                    f"site {name!r} of rank {number} is taken for a copy of another rank's, since the model has DTensors, but "
+                    "no rank that is counted has the same counts; make its input a DTensor that tells how it is divided"
+                )
+
+
+def _differences(first: _Rank, other: _Rank) -> list[str]:
+    """What differs between two ranks that have sites in common."""
+    modules = {name for name, _ in first.modules.items() ^ other.modules.items()}
+    sites = {
+        name
+        for name in first.sites.keys() & other.sites.keys()
+        if (first.sites[name].activation, first.sites[name].share.neurons)
+        != (other.sites[name].activation, other.sites[name].share.neurons)
+    }
+    return sorted(modules | sites)
+
+
+def _part(site: SiteStatistics | None, share: Share | None, entry: _Entry, keeps_batches: bool) -> SiteStatistics:
+    """What a rank adds to the statistics of a site of all ranks: its own in their place, and 0 where others count."""
+    neurons = entry.share.neurons
+    counts = torch.zeros(neurons, 3, dtype=torch.int64)
+    entropies = torch.zeros(neurons, 2, dtype=torch.float64) if keeps_batches else None
+    if site is None or share is None or not share.is_counted:
+        return SiteStatistics(entry.activation, counts, 0, entropies)
+    place = slice(share.start, share.start + site.neurons)
+    counts[place] = site.counts
+    if entropies is not None and site.batch_entropies is not None:
+        entropies[place] = site.batch_entropies
+    return SiteStatistics(
+        entry.activation, counts, site.nan, entropies, site.batches if keeps_batches and share.is_first else 0
+    )
+
+
+def _summed(parts: Mapping[str, SiteStatistics]) -> Statistics:
+    """The sums of the parts of all ranks: one operation for all integers, and one for entropies of batches if there are any."""
+    numbers = torch.tensor([[part.nan, part.batches] for part in parts.values()], dtype=torch.int64)
+    numbers, *counts = _all_reduce([numbers, *(part.counts for part in parts.values())])
+    entropies = iter(_all_reduce([part.batch_entropies for part in parts.values() if part.batch_entropies is not None]))
+    return Statistics(
+        {
+            name: SiteStatistics(
+                part.activation,
+                counts[place],
+                int(numbers[place, 0]),
+                None if part.batch_entropies is None else next(entropies),
+                int(numbers[place, 1]),
+            )
+            for place, (name, part) in enumerate(parts.items())
+        }
+    )
+
+
+def _all_reduce(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The sums of tensors over all ranks: one operation on one buffer, on the device that the backend works on."""
+    flat = torch.cat([tensor.flatten() for tensor in tensors]) if tensors else torch.empty(0)
+    if not flat.numel():
+        return list(tensors)
+    if "cpu:" not in dist.get_backend_config():  # as with nccl
+        flat = flat.to(torch.accelerator.current_accelerator())
+    dist.all_reduce(flat)
+    parts = torch.split(flat.cpu(), [tensor.numel() for tensor in tensors])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]

@@ -1,0 +1,225 @@
+"""What chains are made of, besides affine operators: how each element runs, the shape that it gives, and what it costs."""
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from fastentropy.fusion.chains.affine import AffineOperator
+
+Element: TypeAlias = "AffineOperator | Sum | Bordered | Masked | Kernel | Flatten | Activation"
+Chain: TypeAlias = "tuple[Element, ...]"
+
+
+@dataclass(frozen=True, eq=False)
+class Sum:
+    """Branches that start at the same value and are added; an empty branch is the value itself."""
+
+    branches: tuple[Chain, ...]
+
+
+class Strip(NamedTuple):
+    """Positions of an output along one spatial axis, and of the input that they are recomputed from; ends are exclusive.
+
+    `kept` are the same positions in the output for just that input.
+    """
+
+    axis: int
+    output: tuple[int, int]
+    input: tuple[int, int]
+    kept: tuple[int, int]
+
+
+@dataclass(frozen=True, eq=False)
+class Bordered:
+    """A merged operator whose outputs near the border are recomputed by the chain that it stands for."""
+
+    interior: AffineOperator
+    chain: Chain
+    strips: tuple[Strip, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Masked:
+    """A merged operator each of whose taps adds a bias of its own, but for the taps that fall into the padding.
+
+    tap_bias is [out_channels, *kernel]: what the bias of an operator that was merged into this one adds through each tap.
+    It is exact for inputs of every size.
+    """
+
+    operator: AffineOperator
+    tap_bias: Tensor
+
+    @property
+    def mask(self) -> AffineOperator:
+        """The operator that gives, of an image of ones, what the taps add at each position."""
+        weight, bias = self.tap_bias.unsqueeze(1), torch.zeros_like(self.operator.bias)
+        return replace(self.operator, weight=weight, bias=bias, groups=1)
+
+
+@dataclass(frozen=True, eq=False)
+class Kernel:
+    """Two operators that run in one kernel, named in `fastentropy_kernels`: what is between them never leaves the chip.
+
+    With `adds_input`, the kernel adds its input to what it gives.
+    """
+
+    name: str
+    first: AffineOperator
+    second: AffineOperator
+    adds_input: bool = False
+
+
+@dataclass(frozen=True)
+class Flatten:
+    """Channels and positions become features; the last element of a chain, if any."""
+
+
+@dataclass(frozen=True, eq=False)
+class Activation:
+    """An activation that may be removed, by the name of its site; chains have it only where `find_chains` was told of it."""
+
+    name: str
+    module: nn.Module
+
+
+class Cost(NamedTuple):
+    """What a form of a chain asks of a machine, for one call: multiplications, and bytes read and written."""
+
+    multiplications: int
+    bytes: int
+
+
+def run(chain: Chain, x: Tensor) -> Tensor:
+    """Apply the elements of a chain one after the other."""
+    for element in chain:
+        x = _run_element(element, x)
+    return x
+
+
+def _run_element(element: Element, x: Tensor) -> Tensor:
+    match element:
+        case Sum(branches):
+            total, *others = (run(branch, x) for branch in branches)
+            for other in others:
+                total = total + other
+            return total
+        case Bordered(interior, chain, strips):
+            y = interior(x)
+            axes = len(interior.axes)
+            for strip in strips:
+                axis = y.ndim - axes + strip.axis
+                border = run(chain, _cut(x, axis, strip.input))
+                _cut(y, axis, strip.output).copy_(_cut(border, axis, strip.kept))
+            return y
+        case Masked(operator):
+            channels = x.ndim - len(operator.axes) - 1
+            image = x.narrow(channels, 0, 1)
+            return operator(x) + element.mask(torch.ones_like(image[:1] if channels else image))
+        case Kernel(_, first, second, adds_input):
+            y = second(first(x))
+            return y + x if adds_input else y
+        case Flatten():
+            return x.flatten(1)
+        case Activation(_, module):
+            activated: Tensor = module(x)
+            return activated
+        case operator:
+            return operator(x)
+
+
+def _cut(x: Tensor, axis: int, positions: tuple[int, int]) -> Tensor:
+    start, stop = positions
+    return x.narrow(axis, start, stop - start)
+
+
+def output_shape(chain: Chain, shape: Sequence[int]) -> tuple[int, ...]:
+    """The shape of a chain's output for an input of that shape."""
+    for element in chain:
+        match element:
+            case Sum(branches):
+                shape = output_shape(max(branches, key=len), shape)
+            case Bordered(interior) | Masked(interior):
+                shape = interior.output_shape(shape)
+            case Kernel(_, first, second):
+                shape = second.output_shape(first.output_shape(shape))
+            case Flatten():
+                shape = (shape[0], math.prod(shape[1:]))
+            case Activation():
+                pass
+            case operator:
+                shape = operator.output_shape(shape)
+    return tuple(shape)
+
+
+def cost(chain: Chain, shape: Sequence[int], itemsize: int) -> Cost:
+    """What a chain costs for an input of that shape, each operator reading its input and weights and writing its output."""
+    costs = []
+    for element in chain:
+        costs += list(_costs(element, shape, itemsize))
+        shape = output_shape((element,), shape)
+    return Cost(*(sum(each) for each in zip(*costs, strict=True))) if costs else Cost(0, 0)
+
+
+def _costs(element: Element, shape: Sequence[int], itemsize: int) -> Iterator[Cost]:
+    match element:
+        case Sum(branches):
+            yield from (cost(branch, shape, itemsize) for branch in branches)
+            values = math.prod(output_shape((element,), shape))
+            yield Cost(0, 3 * (len(branches) - 1) * values * itemsize)
+        case Bordered(interior, chain, strips):
+            yield from _costs(interior, shape, itemsize)
+            for strip in strips:
+                cut = list(shape)
+                cut[len(shape) - len(interior.axes) + strip.axis] = strip.input[1] - strip.input[0]
+                yield cost(chain, cut, itemsize)
+        case Masked(operator):
+            yield _operator_cost(operator, shape, itemsize)
+            yield _operator_cost(element.mask, (1, 1, *shape[2:]), itemsize)
+        case Kernel(_, first, second):
+            one, other = _operator_cost(first, shape, itemsize), _operator_cost(second, first.output_shape(shape), itemsize)
+            between = 2 * math.prod(first.output_shape(shape)) * itemsize
+            yield Cost(one.multiplications + other.multiplications, one.bytes + other.bytes - between)
+        case Flatten():
+            return
+        case Activation():
+            yield Cost(0, 2 * math.prod(shape) * itemsize)
+        case operator:
+            yield _operator_cost(operator, shape, itemsize)
+
+
+def _operator_cost(operator: AffineOperator, shape: Sequence[int], itemsize: int) -> Cost:
+    output = math.prod(operator.output_shape(shape))
+    bias_map = 2 * output + operator.bias.numel() if operator.bias.ndim > 1 else operator.bias.numel()
+    values = math.prod(shape) + operator.weight.numel() + output + bias_map
+    return Cost(operator.multiplications(shape), values * itemsize)
+
+
+def operators(chain: Chain) -> list[AffineOperator]:
+    """All operators of a chain, those of its branches and borders included."""
+    return list(itertools.chain.from_iterable(map(_operators, chain)))
+
+
+def _operators(element: Element) -> list[AffineOperator]:
+    match element:
+        case Sum(branches):
+            return [operator for branch in branches for operator in operators(branch)]
+        case Bordered(interior, chain):
+            return [interior, *operators(chain)]
+        case Masked(operator):
+            return [operator]
+        case Kernel(_, first, second):
+            return [first, second]
+        case Flatten() | Activation():
+            return []
+        case operator:
+            return [operator]
+
+
+def spatial_size(chain: Chain, x: Tensor) -> torch.Size:
+    """The sizes of the spatial axes of a chain's input."""
+    return x.shape[x.ndim - len(operators(chain)[0].axes) :]

@@ -1,0 +1,304 @@
+"""Find the chains of a traced model: maximal stretches of linear operators with one input and one output."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from operator import getitem
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import GraphModule, Node
+
+from fastentropy.fusion.chains.affine import AffineOperator
+from fastentropy.fusion.chains.aten import Linear, read, shape_of
+from fastentropy.fusion.chains.elements import Activation, Chain, Element, Flatten, Sum, operators
+from fastentropy.fusion.chains.passes import fold
+
+_aten = torch.ops.aten
+_ADDITIONS = {_aten.add.Tensor, _aten.add_.Tensor}
+_VIEWS = {_aten.view.default, _aten.reshape.default, _aten.flatten.using_ints, _aten.permute.default}
+
+
+@dataclass(frozen=True, eq=False)
+class FoundChain:
+    """A chain in a graph: `elements` take the value of `source` to the value of `end`, and nothing else reads between.
+
+    The weights are float64. `members` are the nodes from after the source to the end, and `names` the paths of the
+    operators' modules in the model, in call order. `views` are nodes that are still to be applied to what the elements give:
+    a reshape of all axes but the last, whose last size is to be replaced, and a permutation of the axes.
+    """
+
+    source: Node
+    end: Node
+    members: tuple[Node, ...]
+    elements: Chain
+    names: tuple[str, ...]
+    views: tuple[Node, ...] = ()
+
+    @cached_property
+    def folded(self) -> Chain:
+        """The elements with batch norm folded."""
+        return fold(self.elements)
+
+    @property
+    def has_fixed_size(self) -> bool:
+        """Whether the spatial sizes of the source are numbers, not free."""
+        axes = len(operators(self.elements)[0].axes)
+        shape = shape_of(self.source) or ()
+        return all(isinstance(size, int) for size in shape[len(shape) - axes :])
+
+
+@dataclass(frozen=True, eq=False)
+class _Step:
+    """An element of a chain in the making, to be built once the number of its spatial axes is known.
+
+    name is the path of a convolution or linear layer, or of a site; it is empty for what is never a chain by itself.
+    """
+
+    build: Callable[[int], Element]
+    name: str
+
+
+_Steps = tuple["_Step | tuple[_Steps, ...]", ...]
+
+
+@dataclass(frozen=True, eq=False)
+class _Segment:
+    """A chain in the making. `axes` is None as long as no operator fixed it.
+
+    `flat` holds the spatial sizes that the value had before it was flattened; the layers after that are convolutions that
+    cover the whole of it.
+    """
+
+    source: Node
+    steps: _Steps
+    axes: int | None
+    members: frozenset[Node]
+    views: tuple[Node, ...] = ()
+    flat: tuple[int, ...] | None = None
+
+    @property
+    def is_permuted(self) -> bool:
+        return bool(self.views) and self.views[-1].target is _aten.permute.default
+
+
+def find_chains(module: GraphModule, activations: Mapping[str, nn.Module] | None = None) -> list[FoundChain]:
+    """The maximal chains of a graph of ATen operators as `torch.export` gives it, in call order.
+
+    Given activations by the path of their module, in whose place the graph has an `alias`, chains run on through them.
+    """
+    segments: dict[Node, _Segment] = {}
+    for node in module.graph.nodes:
+        segment = _segment_to(node, segments, module, activations or {})
+        if segment is not None:
+            segments[node] = segment
+    inner = {member for end, segment in segments.items() for member in segment.members if member is not end}
+    return [_found(end, segment, module) for end, segment in segments.items() if end not in inner and _names(segment.steps)]
+
+
+def overwritten_constants(module: GraphModule) -> list[str]:
+    """The names of the buffers that a graph writes over."""
+    constants = module.graph.find_nodes(op="get_attr")
+    return [str(node.target) for node in constants if any(_writes(user, node) for user in node.users)]
+
+
+def _found(end: Node, segment: _Segment, module: GraphModule) -> FoundChain:
+    members = tuple(node for node in module.graph.nodes if node in segment.members)
+    elements = _elements(segment.steps, segment.axes or 0)
+    if segment.flat is not None:
+        elements += (Flatten(),)
+    return FoundChain(segment.source, end, members, elements, _names(segment.steps), segment.views)
+
+
+def _segment_to(
+    node: Node,
+    segments: Mapping[Node, _Segment],
+    module: GraphModule,
+    activations: Mapping[str, nn.Module],
+) -> _Segment | None:
+    """The segment that ends with a node."""
+    if node.target in _VIEWS:
+        return _view(node, segments)
+    linear = read(node, module)
+    if linear is None:
+        return _add_branches(node, segments) if node.target in _ADDITIONS else None
+    start = _Segment(linear.operand, (), None, frozenset())
+    before = segments.get(linear.operand) if len(linear.operand.users) == 1 else None
+    if (path := module_path(node)) in activations:
+        activation, before = Activation(path, activations[path]), before or start
+        return replace(before, steps=(*before.steps, _Step(lambda _: activation, path)), members=before.members | {node})
+    overwrites = _writes(node, linear.operand)
+    if before and (before.steps or not overwrites) and (extended := _extend(before, node, linear)):
+        return extended
+    if overwrites or _is_overwritten(linear.operand):
+        return None
+    return _extend(start, node, linear)
+
+
+def _extend(before: _Segment, node: Node, linear: Linear) -> _Segment | None:
+    """A segment with one more operator; None where that does not act on its channels."""
+    members, shape = before.members | {node}, shape_of(linear.operand) or ()
+    if linear.build is None and linear.axes is None:
+        return replace(before, members=members)
+    if before.is_permuted:
+        return _extend_channelwise(before, linear, len(shape), members)
+    if before.flat is not None:
+        return _extend_flat(before, linear, members)
+    if None not in (linear.axes, before.axes) and linear.axes != before.axes:
+        return None
+    axes = before.axes if linear.axes is None else linear.axes
+    steps = before.steps if linear.build is None else (*before.steps, _Step(_with_path(linear.build, node), linear.name))
+    flat = (1,) * (linear.axes or 0) if linear.flattens else None
+    return replace(before, steps=steps, axes=axes, members=members, flat=flat)
+
+
+def _with_path(build: Callable[[int], AffineOperator], node: Node) -> Callable[[int], AffineOperator]:
+    path = module_path(node)
+    return lambda axes: replace(build(axes), names=(path,))
+
+
+def module_path(node: Node) -> str:
+    """The path of the module whose forward calls the operator of a node, in the model that was traced."""
+    stack = node.meta.get("nn_module_stack") or {"": ("", None)}
+    return str(list(stack.values())[-1][0])
+
+
+def _extend_channelwise(before: _Segment, linear: Linear, dimensions: int, members: frozenset[Node]) -> _Segment | None:
+    """A scale of the channels, which were the last axis before they were permuted to be the second."""
+    build, spatial = linear.build, dimensions - 2
+    if linear.name or build is None or linear.axes not in (None, spatial) or not build(spatial).is_channelwise:
+        return None
+
+    def build_last(_: int) -> AffineOperator:
+        operator = build(spatial)
+        return AffineOperator(operator.weight.flatten(1), operator.bias, groups=operator.groups)
+
+    return replace(before, steps=(*before.steps, _Step(build_last, "")), members=members)
+
+
+def _extend_flat(before: _Segment, linear: Linear, members: frozenset[Node]) -> _Segment | None:
+    """A layer of flattened features: a convolution whose kernel is as large as its input."""
+    sizes, build = before.flat or (), linear.build
+    is_dense = bool(linear.name)
+    if linear.axes not in (None, 0) or build is None or not (is_dense or math.prod(sizes) == 1):
+        return None
+
+    def build_covering(axes: int) -> AffineOperator:
+        operator, ones = build(0), (1,) * axes
+        weight = operator.weight.reshape(operator.weight.shape[0], -1, *sizes)
+        return AffineOperator(weight, operator.bias, ones, (0,) * axes, ones, operator.groups)
+
+    step = _Step(build_covering, linear.name)
+    return replace(before, steps=(*before.steps, step), members=members, flat=(1,) * len(sizes))
+
+
+def _view(node: Node, segments: Mapping[Node, _Segment]) -> _Segment | None:
+    """The segment that ends with a reshape of all axes but the last, a flattening, or channels permuted to the front."""
+    operand = node.args[0]
+    assert isinstance(operand, Node)
+    shape, result = shape_of(operand) or (), shape_of(node) or ()
+    before = segments.get(operand) if len(operand.users) == 1 else None
+    if before and before.axes and before.flat is None and not before.views:
+        return _flatten(before, node, shape, result)
+    if node.target is _aten.permute.default:
+        channels_first = [0, len(shape) - 1, *range(1, len(shape) - 1)]
+        # The second argument of permute is a list.
+        if before and before.axes == 0 and not before.is_permuted and list(node.args[1]) == channels_first:  # type: ignore[arg-type]
+            return replace(before, members=before.members | {node}, views=(*before.views, node))
+        return None
+    if node.target is _aten.flatten.using_ints or not shape or not result or shape[-1] != result[-1]:
+        return None
+    if before and before.axes in (None, 0) and before.flat is None and not before.is_permuted:
+        return replace(before, axes=0, members=before.members | {node}, views=(node,))
+    return None if _is_overwritten(operand) else _Segment(operand, (), 0, frozenset({node}), (node,))
+
+
+def _flatten(before: _Segment, node: Node, shape: tuple[Any, ...], result: tuple[Any, ...]) -> _Segment | None:
+    spatial = tuple(shape[2:])
+    if len(shape) != (before.axes or 0) + 2 or not all(isinstance(size, int) for size in spatial):
+        return None
+    if node.target is _aten.permute.default or tuple(result) != (shape[0], shape[1] * math.prod(spatial)):
+        return None
+    return replace(before, members=before.members | {node}, flat=spatial)
+
+
+def _add_branches(node: Node, segments: Mapping[Node, _Segment]) -> _Segment | None:
+    """The segment that ends with the addition of two branches of one value, continued backwards where nothing else reads it."""
+    left, right = node.args[:2]
+    if not (isinstance(left, Node) and isinstance(right, Node)) or node.kwargs or shape_of(left) != shape_of(right):
+        return None
+    branches = [_branch(operand, segments) for operand in (left, right)]
+    source, members = branches[0].source, branches[0].members | branches[1].members | {node}
+    axes = {branch.axes for branch in branches if branch.steps} - {None}
+    overwrites_source = node.target == _aten.add_.Tensor and left is source
+    if branches[1].source is not source or len(axes) != 1 or overwrites_source or _is_overwritten(source):
+        return None
+    if not all(_ends_as_it_began(branch, operand) for branch, operand in zip(branches, (left, right), strict=True)):
+        return None
+    steps: _Steps = (tuple(branch.steps for branch in branches),)
+    before = segments.get(source)
+    continues = before and members.issuperset(source.users) and before.axes in (None, *axes)
+    if before and continues and before.flat is None and not before.views:
+        return _Segment(before.source, before.steps + steps, axes.pop(), before.members | members)
+    return _Segment(source, steps, axes.pop(), members)
+
+
+def _branch(operand: Node, segments: Mapping[Node, _Segment]) -> _Segment:
+    if operand in segments and len(operand.users) == 1:
+        return segments[operand]
+    return _Segment(operand, (), None, frozenset())
+
+
+def _ends_as_it_began(branch: _Segment, operand: Node) -> bool:
+    """Whether a branch's views, if it has any, leave its value in the shape of its source, but for the channels."""
+    if branch.flat is not None or branch.is_permuted:
+        return False
+    return not branch.views or (shape_of(operand) or ())[:-1] == (shape_of(branch.source) or ())[:-1]
+
+
+def _is_overwritten(node: Node) -> bool:
+    """Whether an in-place operator writes over a value that others read: when they read it would then matter."""
+    base = _base(node)
+    return len(base.users) > 1 and any(_writes(user, base) for user in base.users)
+
+
+def _base(node: Node) -> Node:
+    """The value that a node is a view of, or the node itself."""
+    while node.args and isinstance(node.args[0], Node) and _is_view(node):
+        node = node.args[0]
+    return node
+
+
+def _writes(user: Node, node: Node) -> bool:
+    """Whether a reader of a node writes over it, itself or through a view."""
+    if isinstance(user.target, torch._ops.OpOverload) and user.target._schema.is_mutable:
+        return user.args[0] is node
+    return _is_view(user) and any(_writes(other, user) for other in user.users)
+
+
+def _is_view(node: Node) -> bool:
+    """Whether what a node gives may share memory with its first argument."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        schema = node.target._schema
+        return not schema.is_mutable and any(returned.alias_info for returned in schema.returns)
+    return node.target is getitem  # one of the views that split or chunk gives
+
+
+def _names(steps: _Steps) -> tuple[str, ...]:
+    """The paths of the convolutions and linear layers among the steps."""
+    names: list[str] = []
+    for step in steps:
+        if isinstance(step, _Step):
+            names += [step.name] * bool(step.name)
+        else:
+            names += [name for branch in step for name in _names(branch)]
+    return tuple(names)
+
+
+def _elements(steps: _Steps, axes: int) -> Chain:
+    return tuple(
+        step.build(axes) if isinstance(step, _Step) else Sum(tuple(_elements(branch, axes) for branch in step))
+        for step in steps
+    )

@@ -1,0 +1,173 @@
+"""Chains rewritten with the same function: batch norm folded, several operators merged into one, pools moved forward.
+
+Zero padding inside of a chain is not the zero padding of the merged operator. Where what comes before it is pointwise,
+only the bias differs near the border, and it becomes a map of the positions; elsewhere the border is recomputed.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, Literal, TypeAlias
+
+import torch
+
+from fastentropy.fusion.chains.affine import AffineOperator, add, compose, identity
+from fastentropy.fusion.chains.borders import border_strips, has_border, zero_response
+from fastentropy.fusion.chains.elements import (
+    Bordered,
+    Chain,
+    Element,
+    Flatten,
+    Masked,
+    Sum,
+)
+from fastentropy.fusion.chains.passes import pads, without_residual
+
+Borders: TypeAlias = Literal["exact", "train"]
+
+
+def merge(
+    chain: Chain,
+    spatial_size: Sequence[int] | None,
+    borders: Borders = "exact",
+    composed: Callable[[Chain], AffineOperator] | None = None,
+) -> Chain:
+    """One operator for the whole chain, equal to it at every position for inputs of that spatial size, or of any if None.
+
+    Its bias is what the chain answers to zeros; near a border that can differ from place to place. Where more than the bias
+    differs there, the border is recomputed by the chain. A `Flatten` at the end stays.
+    With `borders="train"` all zero padding moves to where the chain begins, as in the literature (Fu et al., ICML 2022; Kim
+    et al., ICML 2023 and 2024): another function near the border, for those who train it afterwards.
+    composed gives the operator of a chain; with `unweighted` in place of `compose_all`, the result is only good for timing.
+    Raises ValueError, with the reason, where that cannot be.
+    """
+    body = chain[:-1] if isinstance(chain[-1], Flatten) else chain
+    merged, tail = (composed or compose_all)(body), chain[len(body) :]
+    if not merged.axes:
+        return (merged, *tail)
+    if spatial_size is None:
+        return (merged if borders == "train" else _for_every_size(body, merged), *tail)
+    if borders == "train":
+        return (crop(merged, spatial_size), *tail)
+    strips = border_strips(body, spatial_size)
+    response = zero_response(body, spatial_size)
+    interior = merged.bias.reshape(-1, *(1,) * len(spatial_size)).expand_as(response)
+    differs = ~torch.isclose(response, interior, rtol=1e-12, atol=1e-12)
+    for strip in strips:
+        differs.narrow(1 + strip.axis, strip.output[0], strip.output[1] - strip.output[0]).fill_(False)
+    merged = crop(replace(merged, bias=response) if differs.any() else merged, spatial_size)
+    return (Bordered(merged, body, strips) if strips else merged, *tail)
+
+
+def _for_every_size(chain: Chain, merged: AffineOperator) -> Element:
+    axes = range(len(merged.axes))
+    if any(has_border(chain, axis, of_zeros=False) for axis in axes):
+        raise ValueError("inner zero padding: where the border is depends on the size, which is free")
+    return masked(chain) if any(has_border(chain, axis, of_zeros=True) for axis in axes) else merged
+
+
+def crop(operator: AffineOperator, spatial_size: Sequence[int]) -> AffineOperator:
+    """The operator without the taps that only ever read padding, where its output has a single position."""
+    single = all(axis.output_size(size) == 1 for axis, size in zip(operator.axes, spatial_size, strict=True))
+    if not operator.axes or not single or any(axis.upsampling > 1 for axis in operator.axes):
+        return operator
+    weight = operator.weight.new_zeros((*operator.weight.shape[:2], *spatial_size))
+    read = [
+        [tap for tap in range(axis.kernel) if 0 <= tap * axis.dilation - axis.before < size]
+        for axis, size in zip(operator.axes, spatial_size, strict=True)
+    ]
+    if all(read):
+        taps: Any = (..., *(slice(each[0], each[-1] + 1) for each in read))
+        starts = [each[0] * axis.dilation - axis.before for each, axis in zip(read, operator.axes, strict=True)]
+        places: Any = (..., *(slice(n, None, a.dilation) for n, a in zip(starts, operator.axes, strict=True)))
+        weight[places][tuple(slice(0, n) for n in operator.weight[taps].shape)] = operator.weight[taps]
+    ones = (1,) * len(operator.axes)
+    bias = operator.bias.flatten(1)[:, 0] if operator.bias.ndim > 1 else operator.bias
+    return AffineOperator(weight, bias, ones, (0,) * len(ones), ones, operator.groups)
+
+
+def compose_all(chain: Chain) -> AffineOperator:
+    """The composition of all elements of a chain, exact but for the borders.
+
+    Raises ValueError where it is no operator.
+    """
+    merged, *others = (_add_all(element) for element in chain)
+    for operator in others:
+        merged = compose(merged, operator)
+    return merged
+
+
+def _add_all(element: Element) -> AffineOperator:
+    if not isinstance(element, Sum):
+        assert isinstance(element, AffineOperator)
+        return element
+    branches = [compose_all(branch) if branch else None for branch in element.branches]
+    like = next(operator for operator in branches if operator is not None)
+    total, *others = (identity(like.in_channels, like) if operator is None else operator for operator in branches)
+    for other in others:
+        total = add(total, other)
+    return total
+
+
+def outline(chain: Chain) -> AffineOperator:
+    """The composition of a chain without memory, on the meta device: its sizes are known before it is paid for.
+
+    Raises ValueError where it is no operator.
+    """
+    return compose_all(_with_each(chain, _on_meta))
+
+
+def unweighted(chain: Chain) -> AffineOperator:
+    """The composition of a chain with zeros in place of its weight, which would cost more to compose than to time."""
+    shape, bias = outline(chain), compose_all(_with_each(chain, _without_extent)).bias
+    weight = torch.zeros(shape.weight.shape, dtype=torch.float32, device=bias.device)
+    return replace(shape, weight=weight, bias=bias)
+
+
+def _with_each(chain: Chain, change: Callable[[AffineOperator], AffineOperator]) -> Chain:
+    """A chain with each of its operators changed, those of branches too."""
+
+    def changed(element: Element) -> Element:
+        if isinstance(element, Sum):
+            return Sum(tuple(_with_each(branch, change) for branch in element.branches))
+        assert isinstance(element, AffineOperator)
+        return change(element)
+
+    return tuple(map(changed, chain))
+
+
+def _on_meta(operator: AffineOperator) -> AffineOperator:
+    return replace(operator, weight=operator.weight.to("meta"), bias=operator.bias.to("meta"))
+
+
+def _without_extent(operator: AffineOperator) -> AffineOperator:
+    """An operator with a single tap, the sum of the taps of another: of what is constant, it gives the same."""
+    weight = operator.weight.flatten(2).sum(2) if operator.axes else operator.weight
+    return AffineOperator(weight, operator.bias, groups=operator.groups)
+
+
+def masked(chain: Chain) -> Masked:
+    """One operator for pointwise operators and what follows them, or for these and the value itself: exact at every size.
+
+    Raises ValueError for another chain, or where what follows has zero padding inside.
+    """
+    body, adds_value = without_residual(chain)
+    count = next((index for index, element in enumerate(body) if not _is_pointwise(element)), len(body))
+    if not 0 < count < len(body):
+        raise ValueError("no pointwise operators with others behind them")
+    head, (padded, *others) = compose_all(body[:count]), body[count:]
+    if isinstance(padded, Sum) or not all(isinstance(each, AffineOperator) and not pads(each) for each in others):
+        raise ValueError("inner zero padding: more than a bias differs at the border")
+    rest = compose_all((padded, *others))
+    grouped = rest.weight.reshape(rest.groups, -1, *rest.weight.shape[1:])
+    tap_bias = torch.einsum("goi...,gi->go...", grouped, head.bias.reshape(rest.groups, -1)).flatten(0, 1)
+    merged = replace(compose(head, rest), bias=rest.bias)
+    if adds_value:
+        whole = add(merged, identity(merged.in_channels, merged))
+        if whole.axes != merged.axes:
+            raise ValueError("the value itself reads beyond the taps of the merged operator")
+        merged = whole
+    return Masked(merged, tap_bias)
+
+
+def _is_pointwise(element: Element) -> bool:
+    return isinstance(element, AffineOperator) and bool(element.axes) and element.is_pointwise

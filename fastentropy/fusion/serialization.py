@@ -1,0 +1,136 @@
+"""Fused models in files: torch.export archives without pickled objects, AOTInductor packages, and ONNX."""
+
+import functools
+import json
+import re
+import warnings
+import zipfile
+from collections.abc import Callable
+from importlib.util import find_spec
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
+
+from fastentropy._utils.errors import first_line
+from fastentropy._utils.files import replace_file
+from fastentropy.fusion.inputs import clone, is_float
+from fastentropy.fusion.report import FusionReport
+from fastentropy.fusion.tracing import inference_module, sample_inputs
+from fastentropy.fusion.verification import TOLERANCE, full_precision, largest_error
+
+#: The entries of an archive that `write` writes, below its folder.
+_OWN_ENTRIES = re.compile(
+    r"models/model\.json|extra/(report|guards)\.json|data/(weights|constants)/model_(weights|constants)_config\.json"
+    r"|data/weights/weight_\d+|data/constants/tensor_\d+|archive_format|archive_version|byteorder"
+    r"|\.data/(version|serialization_id)"
+)
+
+
+def write(path: str | PathLike[str], program: ExportedProgram, report: FusionReport, guards: tuple[str, ...]) -> None:
+    """Write a program with its report and the conditions on its sizes, whole or not at all.
+
+    It takes its place once what was written has been read and gives the same outputs.
+    """
+    if Path(path).suffix != ".pt2":
+        raise ValueError(f"{path}: the name of a fused model must end in .pt2")
+    texts = {"report.json": json.dumps(report.to_dict()), "guards.json": json.dumps(guards)}
+    program.example_inputs = None
+
+    def save(file: Path) -> None:
+        with warnings.catch_warnings():
+            # It takes weights in channels-last for parts of larger ones; what it wrote is read back and compared.
+            warnings.filterwarnings("ignore", message="No complete tensor found in the group")
+            torch.export.save(program, file, extra_files=texts)
+        _check_equal(program, inference_module(read(file)[0]))
+
+    replace_file(path, save)
+
+
+def write_package(path: str | PathLike[str], program: ExportedProgram) -> None:
+    """Compile a program ahead of time for this machine's devices (AOTInductor) and write the package, checked as above."""
+    from torch._inductor import aoti_compile_and_package, aoti_load_package
+
+    def save(file: Path) -> None:
+        package = file.with_name(f"{file.name}.pt2")  # other names are refused
+        try:
+            aoti_compile_and_package(program, package_path=str(package))
+            _check_equal(program, aoti_load_package(str(package)))
+            package.replace(file)
+        finally:
+            package.unlink(missing_ok=True)
+
+    replace_file(path, save)
+
+
+def write_onnx(path: str | PathLike[str], program: ExportedProgram) -> None:
+    """Write a program for ONNX runtimes, checked as above by onnxruntime.
+
+    Raises ImportError where onnx, onnxscript or onnxruntime is missing.
+    """
+    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if not find_spec(name)]
+    if missing:
+        raise ImportError(f"{', '.join(missing)}: not installed; pip install 'fastentropy[onnx]'")
+
+    def save(file: Path) -> None:
+        exported = torch.onnx.export(program, dynamo=True, verbose=False)
+        assert exported is not None
+        exported.save(file)
+        _check_equal(program, functools.partial(_run_onnx, file))
+
+    replace_file(path, save)
+
+
+def _run_onnx(file: Path, *inputs: Any) -> list[Tensor]:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(file)
+    tensors = [value.numpy(force=True) for value in pytree.tree_leaves(inputs) if isinstance(value, Tensor)]
+    names = [each.name for each in session.get_inputs()]
+    return [torch.from_numpy(output) for output in session.run(None, dict(zip(names, tensors, strict=True)))]
+
+
+def _check_equal(program: ExportedProgram, written: Callable[..., Any]) -> None:
+    """Raise RuntimeError where what was written does not compute what the program computes."""
+    inputs = sample_inputs(program)
+    with full_precision():
+        expected = pytree.tree_leaves(inference_module(program)(*clone(inputs)))
+        error = largest_error(pytree.tree_leaves(written(*clone(inputs))), expected)
+    tolerance = TOLERANCE.get(next((value.dtype for value in expected if is_float(value)), torch.float32), 1e-5)
+    if not error <= tolerance:
+        raise RuntimeError(f"the written model differs by {error:.1e} (relative), above {tolerance:.0e}, and was not kept")
+
+
+def read(path: str | PathLike[str]) -> tuple[ExportedProgram, FusionReport, tuple[str, ...]]:
+    """Read what `write` wrote.
+
+    Raises ValueError for a file that is not such an archive, that is damaged, or that holds more than `write` writes.
+    """
+    try:
+        _refuse_foreign_entries(path)
+        extra_files = {"report.json": "", "guards.json": ""}
+        program = torch.export.load(path, extra_files=extra_files)
+        report, guards = (json.loads(extra_files[name]) for name in ("report.json", "guards.json"))
+        return program, FusionReport.from_dict(report), tuple(map(str, guards))
+    except OSError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{path} is not a fused model (write one with fused.save(path)): {first_line(error)}") from error
+
+
+def _refuse_foreign_entries(path: str | PathLike[str]) -> None:
+    """Raise ValueError where an archive holds anything but what `write` writes: reading a pickle can run any code."""
+    with zipfile.ZipFile(path) as archive:
+        for entry in archive.infolist():
+            name = entry.filename.partition("/")[2]
+            empty_sample_inputs = name == "data/sample_inputs/model.pt" and not entry.file_size
+            if not (_OWN_ENTRIES.fullmatch(name) or empty_sample_inputs):
+                raise ValueError(f"{entry.filename} is not part of a fused model and may hold a pickle")
+            if name.endswith("_config.json"):
+                for key, item in json.loads(archive.read(entry))["config"].items():
+                    if item["use_pickle"] or not item.get("tensor_meta"):
+                        raise ValueError(f"{key} is a pickled object")

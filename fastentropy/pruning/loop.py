@@ -1,0 +1,226 @@
+"""The loop of `prune`: its options, its state, and what happens in one step."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastentropy.collector.collector import EntropyCollector, collect
+from fastentropy.collector.statistics import Statistics
+from fastentropy.fusion.latency.profiler import measure_latency
+from fastentropy.fusion.latency.table import LatencyTable
+from fastentropy.fusion.projection import Projection, place, project
+from fastentropy.pruning.criteria import best_trade, check_budget, lowest, scores
+from fastentropy.pruning.options import Options
+from fastentropy.pruning.steps import Step, StepFolder, random_state, set_random_state
+from fastentropy.sites.activations import activation_modules
+from fastentropy.surgery.linearization import linearize
+
+
+class Functions(NamedTuple):
+    """What the user gives to `prune`."""
+
+    train: Callable[..., object]
+    evaluate: Callable[[nn.Module], Any]
+    calibrate: Callable[[nn.Module], object] | None
+    measure: Callable[[nn.Module], Mapping[str, float]] | None
+    on_step: Callable[[Sequence[Step]], object] | None
+
+
+def latency_table(
+    model: nn.Module, example_inputs: tuple[Any, ...], sites: Sequence[str], options: Options, folder: StepFolder | None
+) -> LatencyTable | None:
+    """Time a dense model in eval mode, or read the times that a run has begun with; None where the options need none.
+
+    Raises ValueError where a budget cannot be met, and where the folder holds the times of another model.
+    """
+    if not options.needs_latency:
+        return None
+    known = folder.load_latency() if folder else None
+    table = known or measure_latency(model, example_inputs, sites, approximate=options.collapse is not None)
+    if table.sites != set(sites):
+        raise ValueError(f"checkpoint_dir {folder and folder.path} holds a run of another model; name another folder")
+    if (budget := options.budget(table)) is not None:
+        check_budget(table, [name for name in sites if name not in options.protect], budget)
+    if folder and known is None:
+        folder.save_latency(table)
+    return table
+
+
+class PruningLoop:
+    """The state of a run: the network in work, the finished steps, and the random state that the next step starts from."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sites: Sequence[str],
+        functions: Functions,
+        options: Options,
+        folder: StepFolder | None,
+        table: LatencyTable | None,
+    ) -> None:
+        """Begin with a dense model, which the loop changes, its sites in call order, and its times where they are needed."""
+        self.model, self.steps = model, list[Step]()
+        self._sites, self._functions, self._options = sites, functions, options
+        self._folder, self._table = folder, table
+        self._statistics = Statistics({})
+        self._random_state: dict[str, Tensor] = {}
+
+    @property
+    def removed(self) -> list[str]:
+        """What is linearised so far."""
+        return [name for step in self.steps for name in step.removed]
+
+    def resume(self) -> None:
+        """Take up the steps that are on disk."""
+        if self._folder is None:
+            return
+        self.steps = self._folder.load()
+        if self.steps:
+            if set(self.steps[0].layer_entropy) != set(self._sites):
+                raise ValueError(f"checkpoint_dir {self._folder.path} holds a run of another model; name another folder")
+            last = len(self.steps) - 1
+            self.restore(self.model, last).eval()
+            self._note([projection for step in self.steps for projection in step.collapsed])
+            self._statistics = self._folder.load_statistics(last)
+            self._random_state = self._folder.restore_random_state(last)
+
+    def restore(self, model: nn.Module, index: int) -> nn.Module:
+        """Bring a copy of the dense model to where it was at the end of a step."""
+        assert self._folder is not None
+        for step in self.steps[: index + 1]:
+            linearize(model, step.removed)
+            for projection in step.collapsed:
+                try:
+                    place(model, projection)
+                except (AttributeError, RuntimeError, StopIteration, TypeError, ValueError) as error:
+                    text = f"{self._folder.path} holds a step that approximates what the model does not have: {error!r}"
+                    raise ValueError(text) from error
+        self._folder.load_weights(index, model)
+        return model
+
+    def holds(self) -> bool:
+        """Whether the last score is at most max_drop below the dense model's, but for rounding."""
+        return self.steps[0].score - self.steps[-1].score <= self._options.max_drop + 1e-9
+
+    def next_sites(self) -> tuple[str, ...]:
+        """What to remove next; empty at the end."""
+        options = self._options
+        losses = {name: bits for name, bits in self.steps[-1].layer_entropy.items() if name not in options.protect}
+        left = len(losses) if options.max_removed is None else options.max_removed - len(self.removed)
+        set_random_state(self._random_state)
+        if options.criterion == "entropy-per-latency":
+            names = self._best_trades(losses, left)
+        else:
+            scored = scores(options.criterion, self.model, self._statistics, self._sites)
+            allowed = {name: score for name, score in scored.items() if name in losses}
+            names = lowest(allowed, min(options.per_step, left))
+        if names and options.zeros_together:
+            zeros = [name for name, bits in losses.items() if bits == 0 and name not in names]
+            names += tuple(zeros[: left - len(names)])
+        return names
+
+    def turn(self, names: tuple[str, ...], statistics: Statistics | None = None) -> None:
+        """Linearise, fine-tune, validate and measure; with no names, only the last two, of which statistics spare one."""
+        collapsed: tuple[Projection, ...] = ()
+        if names:
+            linearize(self.model, names)
+            collapsed = self._collapse([*self.removed, *names])
+            self._note(collapsed)
+            set_random_state(self._random_state)
+            statistics = self._train()
+        self.model.eval()
+        score = self._score(names)
+        self._statistics = self._calibrate() if statistics is None else statistics
+        step = Step(names, self._statistics.layer_entropy(), score, self._metrics(names), collapsed)
+        self._random_state = random_state()
+        if self._folder:
+            self._folder.save(len(self.steps), step, self.model, self._statistics, self._random_state)
+        self.steps.append(step)
+        if self._functions.on_step:
+            self._functions.on_step(tuple(self.steps))
+
+    def _best_trades(self, losses: Mapping[str, float], left: int) -> tuple[str, ...]:
+        """The sites of the best sets, in call order."""
+        assert self._table is not None
+        budget, chosen = self._options.budget(self._table), set[str]()
+        for _ in range(self._options.per_step):
+            removed = [*self.removed, *chosen]
+            if budget is not None and self._table.fastest(removed).milliseconds <= budget:
+                break
+            chosen |= best_trade(self._table, losses, removed, left - len(chosen), budget)
+        return tuple(name for name in self._sites if name in chosen)
+
+    def _collapse(self, removed: Sequence[str]) -> tuple[Projection, ...]:
+        """Approximate the stretches that are fastest so."""
+        if self._options.collapse is None:
+            return ()
+        assert self._table is not None
+        assert self._functions.calibrate is not None
+        self.model.eval()
+        set_random_state(self._random_state)
+        stretches = self._table.fastest(removed).projected
+        return tuple(project(self.model, modules, self._functions.calibrate) for modules in stretches)
+
+    def _note(self, collapsed: Sequence[Projection]) -> None:
+        """From now on, times are those of the network with these approximations."""
+        for projection in collapsed:
+            assert self._table is not None
+            self._table = self._table.collapsed(projection.modules)
+
+    def _train(self) -> Statistics | None:
+        """Fine-tune, and return the statistics of the passes where there is no calibration."""
+        before = {name: type(module) for name, module in self.model.named_modules()}
+        statistics = None
+        self.model.train()
+        if self._functions.calibrate:
+            self._functions.train(self.model)
+        elif not activation_modules(self.model):
+            self._functions.train(self.model, EntropyCollector(self.model))
+            statistics = Statistics({})
+        else:
+            with collect(self.model) as collector:
+                self._functions.train(self.model, collector)
+            statistics = _computed(collector, "train")
+        after = {name: type(module) for name, module in self.model.named_modules()}
+        changed = [name for name in before | after if not issubclass(after.get(name, object), before.get(name, nn.Module))]
+        if changed or before.keys() != after.keys():
+            named = ", ".join(changed or sorted(before.keys() ^ after.keys()))
+            raise ValueError(f"train changed the modules of the model ({named}); it must train the model it is given, in place")
+        return statistics
+
+    @torch.no_grad()
+    def _score(self, names: tuple[str, ...]) -> float:
+        value = self._functions.evaluate(self.model)
+        when = f"after the removal of {', '.join(names) or 'nothing'}"
+        try:
+            score = float(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            message = f"evaluate returned a {type(value).__name__} that is no number {when}; it must return one finite number"
+            raise ValueError(message) from error
+        if not math.isfinite(score):
+            raise ValueError(f"evaluate returned {score} {when}; it must return a finite number, higher for a better model")
+        return score
+
+    @torch.no_grad()
+    def _calibrate(self) -> Statistics:
+        assert self._functions.calibrate is not None
+        if not activation_modules(self.model):
+            return Statistics({})  # every activation is linearised
+        with collect(self.model) as collector:
+            self._functions.calibrate(self.model)
+        return _computed(collector, "calibrate")
+
+    def _metrics(self, names: tuple[str, ...]) -> dict[str, float]:
+        predicted = {"predicted_ms": self._table.fastest([*self.removed, *names]).milliseconds} if self._table else {}
+        return predicted | (dict(self._functions.measure(self.model)) if self._functions.measure else {})
+
+
+def _computed(collector: EntropyCollector, function: str) -> Statistics:
+    try:
+        return collector.compute()
+    except RuntimeError as error:
+        message = f"{function} made no forward pass of the model it was given; call model(batch) on the training data in it"
+        raise ValueError(message) from error

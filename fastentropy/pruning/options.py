@@ -1,0 +1,59 @@
+"""The options of `prune`, and their checks."""
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any
+
+from fastentropy.fusion.latency.table import LatencyTable
+from fastentropy.pruning.criteria import CRITERIA, Criterion
+
+
+@dataclass(frozen=True)
+class Options:
+    """What decides the outcome of a run, besides the model and the user's functions."""
+
+    max_drop: float
+    max_removed: int | None
+    per_step: int
+    criterion: Criterion
+    zeros_together: bool
+    protect: tuple[str, ...]
+    target_speedup: float | None
+    max_latency_ms: float | None
+    collapse: str | None
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a value that makes no sense."""
+        if not self.max_drop >= 0:
+            raise ValueError(f"max_drop is {self.max_drop}; expected 0 or more, in the units of evaluate")
+        if self.max_removed is not None and self.max_removed < 0:
+            raise ValueError(f"max_removed is {self.max_removed}; expected 0 or more, or None for no limit")
+        if not isinstance(self.per_step, int) or self.per_step < 1:
+            raise ValueError(f"per_step is {self.per_step}; expected a whole number, 1 or more")
+        if self.criterion not in CRITERIA and not callable(self.criterion):
+            raise ValueError(f"criterion is {self.criterion!r}; expected one of {', '.join(CRITERIA)}, or a function")
+        if self.collapse not in (None, "project"):
+            raise ValueError(f"collapse is {self.collapse!r}; expected 'project' or None")
+        budgets = {"target_speedup": self.target_speedup, "max_latency_ms": self.max_latency_ms}
+        given = {name: value for name, value in budgets.items() if value is not None}
+        for name, value in given.items():
+            if not 0 < value < math.inf:
+                raise ValueError(f"{name} is {value}; expected a number above 0")
+        if given and (self.criterion != "entropy-per-latency" or len(given) > 1):
+            raise ValueError(f"{' and '.join(given)}: give one of them, with criterion='entropy-per-latency'")
+
+    @property
+    def needs_latency(self) -> bool:
+        """Whether the network is to be timed before the first step."""
+        return self.criterion == "entropy-per-latency" or self.collapse is not None
+
+    def budget(self, table: LatencyTable) -> float | None:
+        """The milliseconds that one call may take, if there is a limit."""
+        return self.max_latency_ms if self.target_speedup is None else table.original / self.target_speedup
+
+    def to_dict(self) -> dict[str, Any]:
+        """The options in the types of JSON; of a function as criterion, its name."""
+        name = getattr(self.criterion, "__qualname__", type(self.criterion).__qualname__)
+        criterion = self.criterion if isinstance(self.criterion, str) else name
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {**values, "criterion": criterion, "protect": sorted(self.protect)}

@@ -1,0 +1,144 @@
+"""One pruning run as a page that opens from disk, and as one picture: pure functions of the run's history."""
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from os import PathLike
+from typing import Any
+
+import matplotlib.style
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from fastentropy._utils.files import replace_file
+from fastentropy.reporting.history import RunHistory
+from fastentropy.reporting.pages import draw_svg, write_page
+from fastentropy.reporting.plots import BLUE, GREY, INK, MARGIN, ORANGE, ROW, STYLE, draw_layer_entropy, label_sites
+
+
+def write_report(history: Mapping[str, Any], path: str | PathLike[str]) -> None:
+    """Write the history of one run (`history.json`) as one HTML page that needs nothing but itself.
+
+    The same history gives the same bytes. A run that is not finished (`"kept_step": null`) gives the page of its steps.
+    """
+    run = RunHistory(history)
+    write_page("report.html.j2", path, run=run, headline=_headline(run), figures=_figures(run))
+
+
+def plot_summary(history: Mapping[str, Any], path: str | PathLike[str]) -> None:
+    """Write one PNG: the dense network's entropies, then accuracy and latency against the activations removed."""
+    run = RunHistory(history)
+    panels = {"Entropy of each activation": _draw_entropy, "Accuracy": _draw_accuracy, "Latency": _draw_latency}
+    with matplotlib.style.context(["default", STYLE]):
+        figure = Figure(figsize=(13, max(3.6, _rows_height(run))), layout="constrained")
+        for axes, (title, draw) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+            draw(axes, run)
+            axes.set_title(title, loc="left", pad=20, fontweight="bold")
+        replace_file(path, lambda temporary: figure.savefig(temporary, format="png", dpi=160))
+
+
+def _headline(run: RunHistory) -> str:
+    exceptions = {0: "No activation is", len(run.sites): f"All {len(run.sites)} activations are"}
+    removed = exceptions.get(run.removed, f"{run.removed} of {len(run.sites)} activations are")
+    change = round(100 * (run.kept["test"] - run.dense["test"]), 2)
+    points = f"{abs(change):.2f} points {'more' if change > 0 else 'less'}" if change else "the same"
+    so_far = " so far" if run.fusion is None else ""
+    return f"{removed} removed{so_far}: {run.speedup:.2f} times as fast as the dense network, {points} test accuracy."
+
+
+def _figures(run: RunHistory) -> dict[str, Markup]:
+    """The page's figures as inline SVG, by name."""
+    rows = _rows_height(run)
+    drawn = {
+        "entropy": (_draw_entropy, rows, "Bars: the entropy of each activation in the dense network"),
+        "map": (_draw_entropy_map, rows, "Heat map: the entropy of each activation after each step"),
+        "accuracy": (_draw_accuracy, 3.2, "Lines: accuracy in percent against activations removed"),
+        "latency": (_draw_latency, 3.2, "Lines: milliseconds per call against activations removed"),
+    }
+    return {name: draw_svg(partial(draw, run=run), height, text) for name, (draw, height, text) in drawn.items()}
+
+
+def _rows_height(run: RunHistory) -> float:
+    return MARGIN + ROW * len(run.sites)
+
+
+def _draw_entropy(axes: Axes, run: RunHistory) -> None:
+    """A bar for each site of the dense network, in call order; the removed ones in another colour, with their step."""
+    gone = {name for name, step in run.tried_at.items() if step <= run.kept_step}
+    notes = {name: f", {'removed' if name in gone else 'tried'} at step {step}" for name, step in run.tried_at.items()}
+    draw_layer_entropy(axes, run.dense["layer_entropy"], dict.fromkeys(gone, ORANGE), notes)
+
+
+def _draw_entropy_map(axes: Axes, run: RunHistory) -> None:
+    """Sites × steps; a cell's colour is the entropy of the site after the step, and hatching says that it is gone."""
+    entropies = [[step["layer_entropy"].get(name, math.nan) for step in run.steps] for name in run.sites]
+    edges = [[index - 0.5 for index in range(len(cells) + 1)] for cells in (run.steps, run.sites)]
+    mesh = axes.pcolormesh(*edges, entropies, norm=_entropy_range(entropies))
+    for name, step in run.tried_at.items():
+        row, columns = run.sites.index(name), len(run.steps) - step
+        axes.barh(row, columns, 1, step - 0.5, color="none", edgecolor=GREY, hatch="//////", linewidth=0.5)
+    for column, line in ((run.kept_step, "-"), (run.rejected_step, ":")):
+        if column is not None:
+            frame = axes.axvspan(column - 0.5, column + 0.5, fill=False, edgecolor=INK, linestyle=line, linewidth=1.4)
+            frame.set_clip_on(False)
+    label_sites(axes, run.sites)
+    _label_steps(axes, run, range(len(run.steps)))
+    axes.set_xlabel("step")
+    axes.figure.colorbar(mesh, ax=axes, label="entropy (bits)", aspect=30, pad=0.02)
+
+
+def _entropy_range(entropies: Sequence[Sequence[float]]) -> Normalize:
+    """The tenths of a bit between which the entropies lie: networks differ more than the layers of one network."""
+    bits = [value for row in entropies for value in row if not math.isnan(value)] or [0.0, 1.0]
+    lowest, highest = math.floor(10 * min(bits)) / 10, math.ceil(10 * max(bits)) / 10
+    return Normalize(min(lowest, highest - 0.1), highest)
+
+
+def _draw_accuracy(axes: Axes, run: RunHistory) -> None:
+    """Validation and test accuracy of each step, and the lowest validation accuracy that is kept."""
+    for split, color, marker in (("validation", BLUE, "o"), ("test", ORANGE, "s")):
+        axes.plot(run.depths, [100 * step[split] for step in run.steps], color=color, marker=marker, label=split)
+    if run.lowest_validation > 0:
+        axes.axhline(100 * run.lowest_validation, color=GREY, linestyle="--", label="lowest validation to keep")
+    axes.set_ylabel("accuracy (%)")
+    _finish_lines(axes, run)
+
+
+def _draw_latency(axes: Axes, run: RunHistory) -> None:
+    """The time of one call of each step's network, as it is and fused."""
+    for form, color, marker in (("pruned", BLUE, "o"), ("fused", ORANGE, "s")):
+        axes.plot(run.depths, [step["latency_ms"][form] for step in run.steps], color=color, marker=marker, label=form)
+    axes.set_ylim(0, 1.1 * max(max(step["latency_ms"].values()) for step in run.steps))
+    axes.set_ylabel("latency (ms per call)")
+    _finish_lines(axes, run)
+
+
+def _finish_lines(axes: Axes, run: RunHistory) -> None:
+    axes.axvline(run.removed, color=INK, linewidth=0.8, zorder=1)
+    _label_steps(axes, run, run.depths)
+    axes.set_xlabel("activations removed")
+    axes.grid(axis="y")
+    axes.legend()
+
+
+def _label_steps(axes: Axes, run: RunHistory, positions: Sequence[int]) -> None:
+    """Limit the axis to the steps' positions, and write `kept` and `rejected` above those of these two."""
+    labels = [(run.kept_step, "kept", "center" if run.rejected_step is None else "right", INK)]
+    if run.rejected_step is not None:
+        labels.append((run.rejected_step, "rejected", "left", ORANGE))
+    for step, label, side, color in labels:
+        axes.annotate(
+            label,
+            (positions[step], 1),
+            (0, 3),
+            xycoords=axes.get_xaxis_transform(),
+            textcoords="offset points",
+            horizontalalignment=side,
+            color=color,
+            fontsize=8,
+        )
+    axes.set_xlim(-0.5, positions[-1] + 0.5)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))

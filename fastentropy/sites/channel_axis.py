@@ -1,0 +1,238 @@
+"""Which axis of a tensor holds the channels, and which part of it a rank has: followed from operator to operator."""
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from math import prod
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastentropy.sites.sharding import Sharding, is_dtensor, joined, shown_local_tensors, stored
+
+Note = TypeVar("Note")
+
+_COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
+
+
+# Of TorchDispatchMode nothing is annotated, its constructor below neither.
+class AxisTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Follows, while active, which axis of every tensor holds the channels of the operator that produced it.
+
+    A convolution or a batch norm makes axis 1. A matrix product makes the axis that its weight brings, else the last one, and
+    a layer norm keeps the axis or makes the last one. Reshapes, permutations and reductions move it, and other operators keep
+    it where they keep the number of axes.
+
+    A DTensor knows how it is divided among ranks. Of a tensor that was taken out of one, this is followed in the same way.
+    """
+
+    # Operators that exist only above the level that is watched (flex attention) are let through.
+    supports_higher_order_operators = True
+
+    # ATen operators by name: some exist only in some releases of PyTorch.
+    _FIRST = frozenset({
+        "convolution", "native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training",
+        "_batch_norm_with_update", "cudnn_batch_norm", "miopen_batch_norm", "native_group_norm",
+    })  # fmt: skip
+    _PRODUCTS = frozenset({"mm", "addmm", "bmm", "baddbmm", "linear"})
+    _LAST_UNLESS_KNOWN = frozenset({"native_layer_norm", "_fused_rms_norm", "rms_norm"})
+    _RESHAPES = frozenset({"view", "_unsafe_view", "reshape", "_reshape_alias", "unsqueeze", "squeeze"})
+    # After these all ranks have the same.
+    _COLLECTIVES = frozenset({"all_reduce", "all_reduce_", "allreduce_", "all_gather_into_tensor", "_allgather_base_"})
+
+    def __init__(self, weights: Iterable[Tensor] = ()) -> None:
+        """Know the weights of the model, and nothing of its activations yet."""
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.meshes: set[Any] = set()  # those of the DTensors that activations met
+        self._axes: dict[tuple[Any, ...], int] = {}
+        self._shardings: dict[tuple[Any, ...], Sharding] = {}
+        self._weights = {_storage(weight) for weight in weights}
+
+    def axis_of(self, x: Tensor) -> int:
+        """The channel axis of x; where its origin is unknown, axis 1 of images (4 axes and more), else the last."""
+        return self._axes.get(_place(x), 1 if x.ndim >= 4 else x.ndim - 1)
+
+    def sharding_of(self, x: Tensor) -> Sharding | None:
+        """How a tensor that is no DTensor is divided among ranks; None where it does not come from one either."""
+        return self._shardings.get(_place(x))
+
+    @contextlib.contextmanager
+    def following(self) -> Iterator[None]:
+        """Follow operators, and what is taken out of DTensors."""
+        with shown_local_tensors(self._take_out), self:
+            yield
+
+    def _take_out(self, x: Any, local: Tensor) -> None:
+        sharding = self._shardings[_place(local)] = Sharding.of(x)
+        if sharding.is_divided or not self._is_weight(x):
+            self.meshes.add(sharding.mesh)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Run an operator and note the channel axis of its outputs."""
+        if hasattr(func, "name") and torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), _COMPOSITE):
+            # In inference mode operators arrive that elsewhere are broken down to those below before they come here.
+            with self:
+                return func._op_dk(_COMPOSITE, *args, **(kwargs or {}))
+        inputs = [value for value in pytree.tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
+        known = [(x, self._axes[_place(x)]) for x in inputs if _place(x) in self._axes]
+        divided = [(x, sharding) for x in inputs if not is_dtensor(x) and (sharding := self._shardings.get(_place(x)))]
+        from_weights = bool(inputs) and all(self._is_weight(x) for x in inputs)
+        if not from_weights:  # else somebody only looks at the weights, which FSDP divides among data-parallel ranks
+            self.meshes.update(x.device_mesh for x in inputs if is_dtensor(x))
+        outputs = func(*args, **(kwargs or {}))
+        for y in pytree.tree_leaves(outputs):
+            if isinstance(y, Tensor):
+                call = _Operator(func, args, kwargs or {}, y)
+                _note(self._axes, y, self._output_axis(call, known))
+                _note(self._shardings, y, None if is_dtensor(y) else self._output_sharding(call, divided))
+                (self._weights.add if from_weights else self._weights.discard)(_storage(y))
+        return outputs
+
+    def _is_weight(self, x: Tensor) -> bool:
+        """Whether x is a weight of the model or made of some. FSDP puts parameters in the place of those that were known."""
+        storage = _storage(x)
+        return storage is not None and (storage in self._weights or isinstance(x, nn.Parameter))
+
+    def _output_axis(self, call: "_Operator", known: list[tuple[Tensor, int]]) -> int | None:
+        operator, y = call.name, call.y
+        if operator in self._FIRST:
+            return 1 if y.ndim > 1 else None
+        if operator in self._PRODUCTS:
+            left, right = call.factors
+            weight_first = operator != "linear" and self._is_weight(left) and not self._is_weight(right)
+            return y.ndim - 2 if weight_first else y.ndim - 1
+        if not known:
+            scaled = any(self._is_weight(x) and x.shape == y.shape[-1:] for x in call.args if isinstance(x, Tensor))
+            return y.ndim - 1 if operator in self._LAST_UNLESS_KNOWN or (scaled and y.ndim > 1) else None
+        x, axis = known[0]
+        if operator in self._RESHAPES:
+            return reshaped_axis(x.shape, axis, y.shape)
+        if call.moves(x):
+            return call.moved_axis(x, axis)
+        return next((axis for x, axis in known if x.ndim == y.ndim), None)
+
+    def _output_sharding(self, call: "_Operator", divided: list[tuple[Tensor, Sharding]]) -> Sharding | None:
+        operator, y = call.name, call.y
+        if not divided:
+            return None
+        if operator in self._COLLECTIVES:
+            return divided[0][1].reduced()
+        if operator in self._PRODUCTS or operator == "convolution":
+            places = [(factor, places) for factor, places in zip(call.factors, call.kept_axes(), strict=True)]
+            return joined(
+                sharding.moved(kept.get, y.shape) for factor, kept in places for x, sharding in divided if x is factor
+            )
+        if operator in self._RESHAPES:
+            x, sharding = divided[0]
+            return sharding.reshaped(x.shape, y.shape)
+        return joined(
+            sharding.moved(partial(call.moved_axis, x), y.shape) for x, sharding in divided if call.moves(x) or x.ndim == y.ndim
+        )
+
+
+class _Operator(NamedTuple):
+    """One call of an operator, and one of its outputs."""
+
+    func: Any
+    args: Sequence[Any]
+    kwargs: Mapping[str, Any]
+    y: Tensor
+
+    @property
+    def name(self) -> str:
+        """The operator's name without its overload."""
+        return getattr(getattr(self.func, "overloadpacket", self.func), "__name__", "")
+
+    @property
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """The two tensors that a product multiplies."""
+        left, right = self.args[1:3] if self.name in ("addmm", "baddbmm") else self.args[:2]
+        return left, right
+
+    def kept_axes(self) -> tuple[dict[int, int], dict[int, int]]:
+        """Where the axes of both factors of a product lie in the output: all that it does not sum over."""
+        left, right = self.factors
+        if self.name == "convolution":
+            return {0: 0}, {0: 1}
+        columns = 0 if self.name == "linear" else right.ndim - 1
+        batches = {axis: axis for axis in range(right.ndim - 2)}
+        return {axis: axis for axis in range(left.ndim - 1)}, {**batches, columns: self.y.ndim - 1}
+
+    def moves(self, x: Tensor) -> bool:
+        """Whether the operator moves the axes of an input, other than a reshape does."""
+        reduces = self.y.ndim < x.ndim and self.argument("dim") is not None
+        return reduces or self.name in ("permute", "transpose", "t", "stack")
+
+    def moved_axis(self, x: Tensor, axis: int) -> int | None:
+        """Where an axis of an input lies in the output; None where it is taken away."""
+        if self.name == "permute":
+            return next(place for place, dim in enumerate(self.args[1]) if dim % x.ndim == axis)
+        if self.name in ("transpose", "t"):
+            first, second = (dim % x.ndim for dim in self.args[1:3]) if len(self.args) > 1 else (0, 1)
+            return {first: second, second: first}.get(axis, axis)
+        if self.name == "stack":
+            return axis + int(self.argument("dim") % self.y.ndim <= axis)
+        return _reduced_axis(x.ndim, axis, self.argument("dim")) if self.moves(x) else axis
+
+    def argument(self, name: str) -> Any:
+        """What the operator was called with under a name of its schema, or the default; None where it has none."""
+        for place, argument in enumerate(self.func._schema.arguments if hasattr(self.func, "_schema") else ()):
+            if argument.name == name:
+                return self.args[place] if place < len(self.args) else self.kwargs.get(name, argument.default_value)
+        return None
+
+
+def reshaped_axis(shape: Sequence[int], axis: int, new_shape: Sequence[int]) -> int | None:
+    """The axis of new_shape that holds the entries of an axis of shape.
+
+    Where the axis is split, as into the heads of an attention, it is the last of its parts. Where it is merged with axes after
+    it, as by flatten, it is what it was merged to. None where it is mixed with axes before it.
+    """
+    size, outer = shape[axis], prod(shape[:axis])
+    parts = [new for new in range(len(new_shape)) if prod(new_shape[:new]) >= outer and prod(new_shape[:new]) < outer * size]
+    parts = [new for new in parts if new_shape[new] > 1]
+    if size == 1 or not parts:
+        same = [new for new, new_size in enumerate(new_shape) if new_size == size and prod(new_shape[:new]) == outer]
+        return same[0] if same else None
+    first, last = parts[0], parts[-1]
+    if prod(new_shape[:first]) != outer:
+        return None
+    return last if prod(new_shape[: last + 1]) % (outer * size) == 0 else None
+
+
+def _note(notes: dict[tuple[Any, ...], Note], y: Tensor, note: Note | None) -> None:
+    """Note something about a tensor in the place of what was known of another one that lay there."""
+    if note is None:
+        notes.pop(_place(y), None)
+    else:
+        notes[_place(y)] = note
+
+
+def _reduced_axis(ndim: int, axis: int, dims: int | Sequence[int]) -> int | None:
+    """Where an axis goes when others are taken away; None where it is taken away itself."""
+    gone = {dim % ndim for dim in ([dims] if isinstance(dims, int) else dims)}
+    return None if axis in gone or not gone else axis - sum(dim < axis for dim in gone)
+
+
+def _place(x: Tensor) -> tuple[Any, ...]:
+    """Where a tensor lies in memory: views of one place are one value, whatever Python object holds them.
+
+    Tensors without a place (sparse, nested, not yet initialised) have none in common with any other. A DTensor lies where its
+    local tensor does.
+    """
+    x = stored(x)
+    storage = _storage(x)
+    return (id(x),) if storage is None else (storage, x.storage_offset(), *x.shape, *x.stride())
+
+
+def _storage(x: Tensor) -> int | None:
+    x = stored(x)
+    if x.layout != torch.strided or is_lazy(x):
+        return None
+    return int(x.untyped_storage()._cdata)

@@ -1,0 +1,1 @@
+"""Linearised chains of operators as one."""

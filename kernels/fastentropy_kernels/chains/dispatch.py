@@ -1,0 +1,27 @@
+"""Which implementation runs a fused chain."""
+
+from __future__ import annotations
+
+from functools import cache
+from types import ModuleType
+
+import torch
+
+from fastentropy_kernels.dispatch import why_not
+
+
+@cache
+def chain_kernels(impl: str, device_type: str) -> ModuleType:
+    """Return the module whose functions run fused chains: for "auto" Triton on CUDA, the reference elsewhere."""
+    device = torch.device(device_type)
+    if impl == "auto":
+        impl = "triton" if device_type == "cuda" and not why_not("triton", device) else "reference"
+    if reason := why_not(impl, device):
+        raise ValueError(f"impl: {impl!r} {reason}")
+    if impl == "triton":
+        from fastentropy_kernels.chains import launch_triton
+
+        return launch_triton
+    from fastentropy_kernels.chains import reference
+
+    return reference

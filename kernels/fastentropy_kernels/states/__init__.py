@@ -1,0 +1,1 @@
+"""Activations that count the states of their input."""

@@ -1,0 +1,88 @@
+"""The same two functions as PyTorch operators: what torch.compile and torch.export trace, and what has a gradient.
+
+An operator that changes its arguments cannot have a gradient, so these return the counts of this call alone, and the
+public functions add them. Plain eager calls do not come here: a registered operator costs 5 to 10 microseconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastentropy_kernels import activations
+from fastentropy_kernels.states import dispatch
+from fastentropy_kernels.states.validation import Request
+
+
+@torch.library.custom_op("fastentropy_kernels::activation_states", mutates_args=())
+def activation_states(
+    x: Tensor,
+    activation: str,
+    parameters: Sequence[float],
+    weight: Tensor | None,
+    channel_axis: int,
+    mask: Tensor | None,
+    edges: Sequence[float] | None,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return y, the counts [neurons, states] and the number of NaN [neurons] of `x`."""
+    request = Request(activation, tuple(parameters), weight, channel_axis, mask, _tuple(edges), impl)
+    counts, nan = _counters(x, channel_axis, edges)
+    y = dispatch.activate_and_count(x, counts, nan, request, inplace=False)
+    return y, counts, nan
+
+
+@activation_states.register_fake
+def _(
+    x: Tensor,
+    activation: str,
+    parameters: Sequence[float],
+    weight: Tensor | None,
+    channel_axis: int,
+    mask: Tensor | None,
+    edges: Sequence[float] | None,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(x), *_counters(x, channel_axis, edges)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    x, ctx.activation, ctx.parameters, weight, ctx.channel_axis, *_ = inputs
+    # relu's gradient can be read from y, which the next operator keeps as well: x need not live until then.
+    ctx.save_for_backward(output[0] if ctx.activation == "relu" else x, weight)
+
+
+def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
+    x, weight = ctx.saved_tensors
+    grad_x, grad_weight = activations.activate_backward(grad, x, ctx.activation, ctx.parameters, weight, ctx.channel_axis)
+    return grad_x, None, None, grad_weight, None, None, None, None
+
+
+activation_states.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+@torch.library.custom_op("fastentropy_kernels::count_states", mutates_args=())
+def count_states(
+    x: Tensor, channel_axis: int, mask: Tensor | None, edges: Sequence[float] | None, impl: str
+) -> tuple[Tensor, Tensor]:
+    """Return the counts [neurons, states] and the number of NaN [neurons] of `x`."""
+    counts, nan = _counters(x, channel_axis, edges)
+    dispatch.count(x, counts, nan, Request("identity", (), None, channel_axis, mask, _tuple(edges), impl))
+    return counts, nan
+
+
+@count_states.register_fake
+def _(x: Tensor, channel_axis: int, mask: Tensor | None, edges: Sequence[float] | None, impl: str) -> tuple[Tensor, Tensor]:
+    return _counters(x, channel_axis, edges)
+
+
+def _counters(x: Tensor, channel_axis: int, edges: Sequence[float] | None) -> tuple[Tensor, Tensor]:
+    neurons, states = x.shape[channel_axis], 3 if edges is None else len(edges) + 1
+    return x.new_zeros((neurons, states), dtype=torch.int64), x.new_zeros((neurons,), dtype=torch.int64)
+
+
+def _tuple(edges: Sequence[float] | None) -> tuple[float, ...] | None:
+    return None if edges is None else tuple(edges)

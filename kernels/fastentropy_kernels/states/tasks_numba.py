@@ -1,0 +1,213 @@
+"""CPU: the tasks that threads take from a job."""
+
+from __future__ import annotations
+
+import ctypes
+
+# mypy: disable-error-code="attr-defined, call-arg, misc, no-untyped-def, no-untyped-call, var-annotated"
+from typing import Any
+
+import numpy as np
+from numba import carray, cfunc, from_dtype, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from fastentropy_kernels.states.loops_numba import LONGEST_RUN, count_run, count_strip, ordered
+
+
+class JobStructure(ctypes.Structure):
+    """What a team works on: addresses, and sizes in elements. Its threads take tasks by counting `next_task` up."""
+
+    _fields_ = (
+        *(
+            (name, ctypes.c_int64)
+            for name in (
+                *("next_task", "tasks", "x", "y", "mask", "thresholds", "tiles", "counts", "nan"),
+                *("outer", "channels", "inner", "x_row_stride", "y_row_stride", "fold", "columns", "positions", "limit"),
+            )
+        ),
+        ("floor", ctypes.c_double),
+        ("ceiling", ctypes.c_double),
+    )
+
+
+_Job = from_dtype(np.dtype(JobStructure))
+
+
+@intrinsic
+def _take_task(typing_context, job):
+    """Return next_task, the first field of a job, and count it up: one atomic addition."""
+
+    def generate(context, builder, signature, arguments):
+        counter = builder.bitcast(arguments[0], cgutils.intp_t.as_pointer())
+        return builder.atomic_rmw("add", counter, cgutils.intp_t(1), "monotonic")
+
+    return types.int64(job), generate
+
+
+@intrinsic
+def _pointer(typing_context, address):
+    """Return an address as the pointer that carray wants."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.inttoptr(arguments[0], cgutils.voidptr_t)
+
+    return types.voidptr(types.int64), generate
+
+
+def compile_rows_task(kind: Any, writes: bool, inplace: bool, clipped: bool, masked: bool) -> Any:
+    """Compile what a thread does with rows: while there are tasks, take one and count its strip of rows.
+
+    A strip of narrow contiguous rows is read as rows `fold` times as wide, and what is left of it as rows of its own.
+    A row holds every channel `inner` times.
+    """
+    floats = kind is np.float32
+
+    @cfunc(types.void(types.CPointer(_Job)), cache=True)
+    def rows_task(job_pointer):
+        job = carray(job_pointer, 1)[0]
+        rows, channels, inner, fold = job.outer, job.channels, job.inner, job.fold
+        x_row_stride, y_row_stride = job.x_row_stride, job.y_row_stride
+        limit = None if floats else kind(job.limit)
+        floor = kind(job.floor)
+        ceiling = kind(job.ceiling) if clipped else None
+        width = channels * inner
+        x = carray(_pointer(job.x), (rows - 1) * x_row_stride + width, kind)
+        y = carray(_pointer(job.y), (rows - 1) * y_row_stride + width, kind) if writes else None
+        mask = carray(_pointer(job.mask), rows, np.bool_) if masked else None
+        tiles = carray(_pointer(job.tiles), (job.tasks, 3, channels), np.int64)
+        task = _take_task(job_pointer)
+        while task < job.tasks:
+            row, end = rows * task // job.tasks, rows * (task + 1) // job.tasks
+            while row < end:
+                together = fold if row + fold <= end else 1
+                strip = (end - row) // together
+                count_strip(
+                    x[row * x_row_stride :],
+                    x_row_stride * together,
+                    None if y is None else y[row * y_row_stride :],
+                    y_row_stride * together,
+                    mask[row:] if masked else None,
+                    strip,
+                    width * together,
+                    tiles[task],
+                    inner,
+                    limit,
+                    floor,
+                    ceiling,
+                    inplace,
+                )
+                row += strip * together
+            task = _take_task(job_pointer)
+
+    return rows_task
+
+
+def compile_planes_task(kind: Any, writes: bool, inplace: bool, clipped: bool, masked: bool) -> Any:
+    """Compile what a thread does with planes: while there are tasks, take one and count its stretch of memory."""
+    floats = kind is np.float32
+
+    @cfunc(types.void(types.CPointer(_Job)), cache=True)
+    def planes_task(job_pointer):
+        job = carray(job_pointer, 1)[0]
+        channels, inner = job.channels, job.inner
+        size = job.outer * channels * inner
+        limit = None if floats else kind(job.limit)
+        floor = kind(job.floor)
+        ceiling = kind(job.ceiling) if clipped else None
+        x = carray(_pointer(job.x), size, kind)
+        y = carray(_pointer(job.y), size, kind) if writes else None
+        mask = carray(_pointer(job.mask), job.outer * inner, np.bool_) if masked else None
+        tiles = carray(_pointer(job.tiles), (job.tasks, 3, channels), np.int64)
+        task = _take_task(job_pointer)
+        while task < job.tasks:
+            start, end = size * task // job.tasks, size * (task + 1) // job.tasks
+            while start < end:
+                plane = start // inner
+                stop = min(end, (plane + 1) * inner, start + LONGEST_RUN)
+                mask_start = plane // channels * inner + start - plane * inner
+                off, zero, on = count_run(
+                    x[start:stop],
+                    y[start:stop] if writes else None,
+                    mask[mask_start : mask_start + stop - start] if masked else None,
+                    limit,
+                    floor,
+                    ceiling,
+                    inplace,
+                )
+                channel = plane % channels
+                tiles[task, 0, channel] += off
+                tiles[task, 1, channel] += zero
+                tiles[task, 2, channel] += on
+                start = stop
+            task = _take_task(job_pointer)
+
+    return planes_task
+
+
+def compile_histogram_task(signed: Any, masked: bool) -> Any:
+    """Compile what a thread does for a histogram of rows or planes: count how many values are at least each threshold."""
+    positive = signed(np.iinfo(signed).max)
+
+    @cfunc(types.void(types.CPointer(_Job)), cache=True)
+    def histogram_task(job_pointer):
+        job = carray(job_pointer, 1)[0]
+        channels, inner, stride = job.channels, job.inner, job.x_row_stride
+        x = carray(_pointer(job.x), (job.outer - 1) * stride + channels * inner, signed)
+        mask = carray(_pointer(job.mask), (job.outer, inner), np.bool_) if masked else None
+        thresholds = carray(_pointer(job.thresholds), job.columns, signed)
+        tiles = carray(_pointer(job.tiles), (job.tasks, job.columns, channels), np.int64)
+        task = _take_task(job_pointer)
+        while task < job.tasks:
+            tile = tiles[task]
+            for row in range(job.outer * task // job.tasks, job.outer * (task + 1) // job.tasks):
+                for column in range(job.columns):
+                    threshold = thresholds[column]
+                    if inner == 1:
+                        values = x[row * stride : row * stride + channels]
+                        if mask is None or mask[row, 0]:
+                            for channel in range(channels):
+                                tile[column, channel] += ordered(values[channel], positive) >= threshold
+                    else:
+                        for channel in range(channels):
+                            start = row * stride + channel * inner
+                            plane = x[start : start + inner]
+                            number = 0
+                            for i in range(inner):
+                                number += (ordered(plane[i], positive) >= threshold) & (mask is None or mask[row, i])
+                            tile[column, channel] += number
+            task = _take_task(job_pointer)
+
+    return histogram_task
+
+
+def compile_adder() -> Any:
+    """Compile the last step of a job: move tiles to counts, and to nan the positions that are in no state.
+
+    A tile of signs is off, zero and on. One of a histogram is how many values are at least each threshold, from
+    -infinity on: a state is what lies between two of them.
+    """
+
+    @cfunc(types.void(types.CPointer(_Job)), cache=True)
+    def add_tiles(job_pointer):
+        job = carray(job_pointer, 1)[0]
+        channels, columns = job.channels, job.columns
+        states = columns - 1 if job.thresholds else columns
+        tiles = carray(_pointer(job.tiles), (job.tasks, columns, channels), np.int64)
+        counts = carray(_pointer(job.counts), (channels, states), np.int64)
+        nan = carray(_pointer(job.nan), channels, np.int64)
+        histogram, positions = job.thresholds != 0, job.positions
+        sums = tiles[0]
+        for task in range(1, job.tasks):
+            sums += tiles[task]
+        if job.nan:
+            nan += positions
+        for state in range(states):
+            for channel in range(channels):
+                number = sums[state, channel] - (sums[state + 1, channel] if histogram else 0)
+                counts[channel, state] += number
+                if job.nan:
+                    nan[channel] -= number
+        tiles[:] = 0
+
+    return add_tiles

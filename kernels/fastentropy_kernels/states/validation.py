@@ -1,0 +1,163 @@
+"""What a caller may ask for: every argument checked before anything is written, one line for each that does not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastentropy_kernels.activations import checked_parameters, linear_regions
+from fastentropy_kernels.dispatch import IMPLEMENTATIONS
+
+States = Literal["sign", "regions"]
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+MOST_EDGES = 15
+
+
+class Request(NamedTuple):
+    """What to do with a tensor x: complete and fitting. `edges` None asks for the states off, zero and on."""
+
+    activation: str
+    parameters: tuple[float, ...]
+    weight: Tensor | None
+    channel_axis: int  # not negative
+    mask: Tensor | None
+    edges: tuple[float, ...] | None
+    impl: str
+
+
+def count_request(
+    x: Tensor,
+    counts: Tensor,
+    nan: Tensor | None,
+    channel_axis: int,
+    mask: Tensor | None,
+    edges: Sequence[float] | None,
+    impl: str,
+) -> Request:
+    """Check the arguments of `count_states`."""
+    _check_implementation(impl)
+    channel_axis = _checked_axis(x, channel_axis)
+    checked_edges = None if edges is None else _checked_edges(edges)
+    _check_counters(x, counts, nan, channel_axis, 3 if checked_edges is None else len(checked_edges) + 1)
+    _check_mask(x, mask, channel_axis)
+    return Request("identity", (), None, channel_axis, mask, checked_edges, impl)
+
+
+def activation_request(
+    x: Tensor,
+    counts: Tensor,
+    activation: str,
+    nan: Tensor | None,
+    channel_axis: int,
+    mask: Tensor | None,
+    states: States,
+    edges: Sequence[float] | None,
+    weight: Tensor | None,
+    parameters: Mapping[str, float],
+    inplace: bool,
+    impl: str,
+) -> Request:
+    """Check the arguments of `activation_states`."""
+    values = checked_parameters(activation, parameters)
+    if states not in ("sign", "regions"):
+        raise ValueError(f"states: got {states!r}, expected 'sign' or 'regions'")
+    if states == "regions":
+        if edges is not None:
+            raise ValueError("edges: got edges with states='regions', expected one of the two")
+        edges = linear_regions(activation, **parameters)
+    request = count_request(x, counts, nan, channel_axis, mask, edges, impl)
+    _check_weight(x, activation, weight, request.channel_axis)
+    if inplace:
+        _check_inplace(x, weight)
+    return request._replace(activation=activation, parameters=values, weight=weight)
+
+
+def _check_implementation(impl: str) -> None:
+    if impl not in ("auto", *IMPLEMENTATIONS):
+        raise ValueError(f"impl: got {impl!r}, expected auto, {', '.join(IMPLEMENTATIONS)}")
+
+
+def _checked_axis(x: Tensor, channel_axis: int) -> int:
+    if x.dtype not in DTYPES:
+        raise TypeError(f"x: got {x.dtype}, expected one of {', '.join(map(str, DTYPES))}")
+    if not -x.ndim <= channel_axis < x.ndim:
+        raise ValueError(f"channel_axis: got {channel_axis}, expected an axis of x, which has {x.ndim} axes")
+    return channel_axis % x.ndim
+
+
+def _checked_edges(edges: Sequence[float]) -> tuple[float, ...]:
+    try:
+        values = tuple(float(edge) for edge in edges)
+    except (TypeError, ValueError):
+        raise TypeError(f"edges: got {edges!r}, expected 1 to {MOST_EDGES} numbers") from None
+    if not 1 <= len(values) <= MOST_EDGES:
+        raise ValueError(f"edges: got {len(values)} of them, expected 1 to {MOST_EDGES}")
+    if any(edge != edge for edge in values) or list(values) != sorted(set(values)):
+        raise ValueError(f"edges: got {list(values)}, expected numbers in rising order, each once")
+    return values
+
+
+def _check_counters(x: Tensor, counts: Tensor, nan: Tensor | None, channel_axis: int, states: int) -> None:
+    neurons = x.shape[channel_axis]
+    where = f"for axis {channel_axis} of x"
+    _check_counter("counts", counts, x)
+    if counts.shape != (neurons, states):
+        raise ValueError(f"counts: got shape {list(counts.shape)}, expected [{neurons}, {states}], {where}")
+    if nan is not None:
+        _check_counter("nan", nan, x)
+        if nan.shape != (neurons,):
+            raise ValueError(f"nan: got shape {list(nan.shape)}, expected [{neurons}], {where}")
+
+
+def _check_counter(name: str, counter: Tensor, x: Tensor) -> None:
+    if counter.dtype != torch.int64:
+        raise TypeError(f"{name}: got {counter.dtype}, expected torch.int64")
+    if not counter.is_contiguous():
+        raise ValueError(f"{name}: got strides {list(counter.stride())}, expected contiguous memory")
+    if counter.device != x.device:
+        raise ValueError(f"{name}: got a tensor on {counter.device}, expected {x.device}, the device of x")
+
+
+def _check_mask(x: Tensor, mask: Tensor | None, channel_axis: int) -> None:
+    if mask is None:
+        return
+    shape = [*x.shape[:channel_axis], *x.shape[channel_axis + 1 :]]
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask: got {mask.dtype}, expected torch.bool")
+    if list(mask.shape) != shape:
+        raise ValueError(f"mask: got shape {list(mask.shape)}, expected {shape}, that of x without its channel axis")
+    if mask.device != x.device:
+        raise ValueError(f"mask: got a tensor on {mask.device}, expected {x.device}, the device of x")
+
+
+def _check_weight(x: Tensor, activation: str, weight: Tensor | None, channel_axis: int) -> None:
+    if activation != "prelu":
+        if weight is not None:
+            raise TypeError(f"weight: not a parameter of {activation}, only of prelu")
+        return
+    neurons = x.shape[channel_axis]
+    if weight is None:
+        raise TypeError(f"weight: got None, expected a tensor of 1 or {neurons} slopes for prelu")
+    if weight.ndim != 1 or weight.numel() not in (1, neurons):
+        raise ValueError(f"weight: got shape {list(weight.shape)}, expected [1] or [{neurons}]")
+    if weight.dtype != x.dtype or weight.device != x.device:
+        raise ValueError(f"weight: got {weight.dtype} on {weight.device}, expected {x.dtype} on {x.device}, as x")
+
+
+def _check_inplace(x: Tensor, weight: Tensor | None) -> None:
+    if torch.is_grad_enabled() and (x.requires_grad or (weight is not None and weight.requires_grad)):
+        raise ValueError("inplace: got True with a gradient required, expected False (or use torch.no_grad())")
+    if x.is_contiguous():
+        return
+    span = 1
+    axes = sorted(zip(x.stride(), x.shape, strict=True)) if x.numel() > 1 else []
+    for stride, size in axes:
+        if size == 1:
+            continue
+        if stride < span:
+            raise ValueError(f"inplace: got True for x with strides {list(x.stride())}, whose values overlap; use x.clone()")
+        span = stride * (size - 1) + span

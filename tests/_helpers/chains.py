@@ -1,0 +1,135 @@
+"""Random chains of operators, and what plain PyTorch makes of them."""
+
+from dataclasses import replace
+
+from hypothesis import assume
+from hypothesis import strategies as st
+
+from fastentropy.fusion.chains.affine import AffineOperator
+from fastentropy.fusion.chains.elements import Flatten, Sum, operators
+from tests._helpers.operators import (
+    SEEDS,
+    average,
+    convolutions,
+    divisors,
+    normal,
+    partners,
+    plain,
+    size_after,
+)
+
+
+def plain_chain(chain, x):
+    """A chain without any of our code but its numbers."""
+    for element in chain:
+        if isinstance(element, Sum):
+            x = sum(plain_chain(branch, x) for branch in element.branches)
+        else:
+            x = x.flatten(1) if isinstance(element, Flatten) else plain(element, x)
+    return x
+
+
+@st.composite
+def batch_norms(draw, channels, axes):
+    """A scale and a shift of each channel: small and large variances, means far from zero, weights of both signs."""
+    seed = draw(SEEDS)
+    mean, weight, bias = (normal(channels, seed=seed + index) * by for index, by in enumerate((3, 1, 1)))
+    scale = weight / (normal(channels, seed=seed + 3).exp() + 1e-5).sqrt()
+    return AffineOperator(scale.reshape(-1, 1, *[1] * axes), bias - mean * scale, *_plain_geometry(axes), channels)
+
+
+def _plain_geometry(axes):
+    return (1,) * axes, (0,) * axes, (1,) * axes
+
+
+@st.composite
+def same_convolutions(draw, in_channels, out_channels, axes):
+    """A convolution that keeps the size, its padding on any side."""
+    kernel, dilation = (tuple(draw(st.integers(1, most)) for _ in range(axes)) for most in (3, 2))
+    reach = [(k - 1) * d for k, d in zip(kernel, dilation, strict=True)]
+    before = [draw(st.one_of(st.just(r // 2), st.integers(0, r))) for r in reach]
+    padding = tuple((b, r - b) for b, r in zip(before, reach, strict=True))
+    groups = draw(st.sampled_from(divisors(in_channels, out_channels)))
+    weight = normal(out_channels, in_channels // groups, *kernel, seed=draw(SEEDS))
+    bias = normal(out_channels, seed=draw(SEEDS))
+    return AffineOperator(weight / weight[0].numel() ** 0.5, bias, (1,) * axes, padding, dilation, groups)
+
+
+@st.composite
+def residuals(draw, channels, axes, depth=1):
+    """Two or three branches that keep the shape, one of them often the value itself; at a depth of 1 they may branch again."""
+    paths = []
+    for _ in range(draw(st.integers(1, 2))):
+        path, width = [], channels
+        for _ in range(draw(st.integers(0, 2))):
+            kind = draw(st.sampled_from(["convolution", "batch norm", "residual"] if depth else ["convolution"]))
+            if kind == "residual":
+                path.append(draw(residuals(width, axes, depth - 1)))
+            elif kind == "batch norm":
+                path.append(draw(batch_norms(width, axes)))
+            else:
+                path.append(draw(same_convolutions(width, width := draw(st.integers(1, 4)), axes)))
+        paths.append((*path, draw(same_convolutions(width, channels, axes))))
+    if len(paths) == 1 or draw(st.booleans()):
+        paths.insert(draw(st.integers(0, len(paths))), ())
+    return Sum(tuple(paths))
+
+
+@st.composite
+def average_pools(draw, channels, axes):
+    """Average pooling as PyTorch allows it: at most half of the kernel is padding."""
+    kernel, stride = (tuple(draw(st.integers(1, 3)) for _ in range(axes)) for _ in range(2))
+    pool = average(channels, *kernel, stride=stride)
+    return replace(pool, padding=tuple(draw(st.integers(0, k // 2)) for k in kernel))
+
+
+@st.composite
+def elements(draw, channels, axes, kinds):
+    """One element of a chain."""
+    kind = draw(st.sampled_from(kinds))
+    if kind in ("strided", "pointwise", "transposed"):
+        return draw(convolutions(axes, channels, kind, step=2))
+    if kind == "same":
+        return draw(same_convolutions(channels, draw(st.integers(1, 4)), axes))
+    if kind == "batch norm":
+        return draw(batch_norms(channels, axes))
+    if kind == "pool":
+        return draw(average_pools(channels, axes))
+    if kind == "downsample":
+        left = draw(convolutions(axes, channels, "strided", step=2))
+        return Sum(((left,), (draw(partners(left)),)))
+    return draw(residuals(channels, axes))
+
+
+STRIDED = ("strided", "same", "pointwise", "batch norm", "residual", "pool", "downsample")
+
+
+TRANSPOSED = ("transposed", "same", "batch norm", "residual")
+
+
+@st.composite
+def chains(draw, shortest=2, longest=5, kinds=None, largest=(14, 14, 5), flatten=True, batch=2, most_axes=3):
+    """A chain, an input of any size from 1×1 on, and what plain PyTorch makes of it."""
+    axes = draw(st.integers(1, most_axes))
+    kinds = kinds or draw(st.sampled_from([STRIDED, STRIDED, STRIDED, TRANSPOSED, STRIDED + TRANSPOSED]))
+    size = [draw(st.integers(1, largest[axes - 1])) for _ in range(axes)]
+    x = y = normal(batch, draw(st.integers(1, 4)), *size, seed=draw(SEEDS))
+    chain = []
+    for _ in range(draw(st.integers(shortest, longest))):
+        element = draw(elements(y.shape[1], axes, kinds))
+        if isinstance(element, AffineOperator) and element.is_average and any(map(int.__lt__, y.shape[2:], element.kernel)):
+            element = draw(batch_norms(y.shape[1], axes))  # PyTorch has no pools that are larger than the value
+        if isinstance(element, AffineOperator) and not all(size_after(element, y.shape[2:])):
+            wide = tuple((k - 1) * d for k, d in zip(element.kernel, element.dilation, strict=True))
+            element = replace(element, padding=wide)
+        if isinstance(element, Sum) and not all(size_after(operators((element,))[0], y.shape[2:])):
+            element = draw(residuals(y.shape[1], axes))
+        chain.append(element)
+        y = plain_chain((element,), y)
+        assume(y.numel() < 2**15)
+    if flatten and y[0].numel() < 512 and draw(st.sampled_from([False, False, True])):
+        features = draw(st.integers(1, 3))
+        weight = normal(features, *y.shape[1:], seed=draw(SEEDS)) / y[0].numel() ** 0.5
+        chain[-1:] += [AffineOperator(weight, normal(features, seed=draw(SEEDS)), *_plain_geometry(axes)), Flatten()]
+        y = plain_chain(chain[-2:], y)
+    return tuple(chain), x, y

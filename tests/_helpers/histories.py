@@ -1,0 +1,49 @@
+"""Histories of pruning runs."""
+
+CANDIDATES = {
+    "keep": {"milliseconds": 0.512, "operators": 3, "multiplications": 28_700_000, "relative_error": 5e-7},
+    "merge": {"milliseconds": 0.231, "operators": 1, "multiplications": 12_340_000, "relative_error": 4e-7},
+}
+
+
+FUSION = {
+    "speedup": 2.0,
+    "max_relative_error": 2e-7,
+    "choice": "fused",
+    "milliseconds": {"original": 3.2, "folded": 2.4, "fused": 1.6},
+    "chains": [
+        {"names": ["block1.expand", "block1.bn"], "candidates": CANDIDATES, "choice": "merge", "note": ""},
+        {"names": ["block2.expand"], "candidates": CANDIDATES, "choice": "keep", "note": "a reason for <this>"},
+        {"names": ["alone"], "candidates": {}, "choice": "keep", "note": ""},
+    ],
+}
+
+
+def make_history(sites, steps, *, kept_step=None, fusion=FUSION, per_step=1):
+    """A run over a list of sites that removes the first `per_step` of those left in each step after step 0."""
+    history = {
+        "recipe": "digits",
+        "seed": 7,
+        "options": {"max_drop": 0.01, "max_removed": None, "per_step": per_step, "epochs": 10, "device": "cpu"},
+        "machine": {"device": "a processor (2 threads)", "torch": "2.15.0", "date": "2026-11-23"},
+        "steps": [],
+        "kept_step": (steps - 1 if kept_step is None else kept_step) if fusion else None,
+        "fusion": fusion,
+        "latency_ms": {"dense": 4.0, "dense_fused": 3.0, "pruned": 3.2, "fused": 1.6} if fusion else None,
+    }
+    for step in range(steps):
+        left = sites[step * per_step :]
+        history["steps"].append(
+            {
+                "removed": sites[(step - 1) * per_step : step * per_step] if step else [],
+                "layer_entropy": {name: 0.3 + 0.5 * sites.index(name) / len(sites) + 0.001 * step for name in left},
+                "validation": 0.98 - 0.004 * step,
+                "test": 0.97 - 0.004 * step,
+                "latency_ms": {"pruned": 4.0 - 0.1 * step, "fused": 3.0 - 0.2 * step},
+                "collapsed": [],
+            }
+        )
+    return history
+
+
+HOSTILE = ["<script>alert(1)</script>", '"><b>&', "$x_1$", "a\\b{{ 7 * 7 }}", "名前.relu"]

@@ -1,0 +1,69 @@
+import itertools
+
+import pytest
+import torch
+
+from fastentropy._utils import timing
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The seconds that have passed, as functions of a test say."""
+    now = [0.0]
+    monkeypatch.setattr(timing, "_clock", lambda: now[0])
+    return now
+
+
+def takes(clock, seconds, calls=None, name=""):
+    """A function that takes so many seconds, or the next of them."""
+    times = iter(seconds) if isinstance(seconds, list) else itertools.repeat(seconds)
+
+    def call():
+        clock[0] += next(times)
+        if calls is not None:
+            calls.append(name)
+
+    return call
+
+
+def test_times_are_medians_in_milliseconds(clock):
+    disturbed = [0.003] * 7 + [0.3] * 4
+    times = timing.measure_times({"a": takes(clock, disturbed), "b": takes(clock, 0.005)}, rounds=9)
+    assert times == {"a": pytest.approx(3.0), "b": pytest.approx(5.0)}
+
+
+def test_each_round_runs_every_function_once_in_an_order_of_its_own(clock):
+    calls = []
+    functions = {name: takes(clock, 0.01, calls, name) for name in "abc"}
+    timing.measure_samples(functions, rounds=30, round_seconds=0.001)
+    rounds = ["".join(calls[start : start + 3]) for start in range(6, 96, 3)]
+    assert {"".join(sorted(each)) for each in rounds} == {"abc"}
+    assert len(set(rounds)) == 6
+
+
+def test_a_short_function_is_repeated_to_fill_its_round(clock):
+    calls = []
+    times = timing.measure_times({"a": takes(clock, 1e-5, calls)}, rounds=3, round_seconds=1e-3)
+    assert times["a"] == pytest.approx(0.01)
+    assert len(calls) == pytest.approx(2 + 3 * 100, abs=3)
+
+
+@pytest.mark.parametrize(("budget", "rounds"), [(0, 5), (7.5, 8), (100, 20)])
+def test_no_round_but_the_first_begins_after_the_budget(clock, budget, rounds):
+    samples = timing.measure_samples({"a": takes(clock, 1.0)}, rounds=20, round_seconds=0.001, budget_seconds=budget)
+    assert len(samples["a"]) == rounds
+
+
+def test_calls_before_the_first_round_are_not_in_the_samples(clock):
+    samples = timing.measure_samples({"a": takes(clock, [9.0, 5.0, 1.0, 2.0])}, rounds=2, round_seconds=0.001)
+    assert samples == {"a": [pytest.approx(1000), pytest.approx(2000)]}
+
+
+@pytest.mark.gpu
+def test_a_cuda_graph_is_replayed_in_the_place_of_its_function():
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    counts, calls = torch.zeros((), dtype=torch.int64, device="cuda"), []
+    timing.measure_samples({"a": lambda: (calls.append(1), counts.add_(1))}, rounds=2, round_seconds=0, graphs_on=counts.device)
+    assert len(calls) == 3
+    assert counts == 2 + 2 + 2

@@ -1,0 +1,395 @@
+"""A calibration counts every token once, on any number of ranks: what one process counts, a document after the other."""
+
+import contextlib
+import functools
+import itertools
+import json
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import fastentropy as fe
+from fastentropy.calibration.data.batching import TextBatches
+from fastentropy.calibration.data.corpus import Corpus, open_corpus
+from fastentropy.calibration.data.documents import Document, Place, Problems
+from fastentropy.calibration.engine import Calibration
+from fastentropy.calibration.pretrained import Pretrained
+from fastentropy.calibration.ranks import Ranks, SaidByAnother
+from tests.calibration import cases
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with all models and both corpora."""
+    return cases.save_all(tmp_path_factory.mktemp("calibration"))
+
+
+@pytest.fixture(scope="module")
+def calibrated(server, place):
+    """What a run of a model gives, with further options of the command."""
+
+    @functools.cache
+    def run(name, *options, ranks=1, injected=()):
+        output = place / f"run {len(list(place.iterdir()))}"
+        data = place / ("images" if name == "vit" else "texts")
+        arguments = [place / name, "--data", data, "--output", output, "--batch-size", 3, "--checkpoint-every", 2, *options]
+        results = server.run(arguments, ranks=ranks, injected=dict(injected))
+        assert [result.status for result in results] == [0] * ranks, results
+        assert {path.name for path in output.iterdir()} == {"statistics.safetensors", "summary.json", "report.html"}
+        return cases.outcome(output)
+
+    return run
+
+
+@functools.cache
+def expected(name, packing, data):
+    if name == "vit":
+        return cases.images_by_hand()
+    return (cases.packed_by_hand if packing else cases.by_hand)(name, data)
+
+
+# Any number of ranks -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("name", "packing"),
+    [("llama", False), ("llama", True), ("bert", False), ("bert", True), ("gpt2", False), ("vit", False)],
+    ids=str,
+)
+def test_counts_are_those_of_a_model_that_is_run_by_hand(calibrated, place, name, packing, ranks):
+    options = ["--packing"] * packing
+    counts, tally = calibrated(name, *options, ranks=ranks)
+    assert (counts, tally[1]) == expected(name, packing, place / "texts")
+    assert tally == calibrated(name, *options)[1]
+
+
+def test_ranks_without_a_chunk_add_nothing(calibrated, place):
+    assert calibrated("llama", ranks=13) == calibrated("llama")
+
+
+@pytest.mark.parametrize("every", [1, 100])
+def test_counts_do_not_depend_on_checkpoints(calibrated, every):
+    assert calibrated("llama", "--checkpoint-every", every, ranks=2) == calibrated("llama")
+
+
+@pytest.mark.parametrize(("limit", "packing"), [(1, False), (300, False), (300, True), (10**6, False)])
+def test_the_batches_up_to_a_number_of_tokens_are_the_same_on_any_number_of_ranks(calibrated, place, limit, packing):
+    options = ["--max-tokens", limit, *["--packing"] * packing]
+    counts, tally = calibrated("llama", *options)
+    batches = TextBatches(cases.tokenizer(), batch_size=3, max_length=cases.MAX_LENGTH, packing=packing)
+    tokens, model = 0, cases.llama()
+    with torch.no_grad(), fe.collect(model) as collector:
+        for batch in itertools.chain.from_iterable(map(batches.batches, open_corpus(str(place / "texts")).read())):
+            if tokens < limit:
+                model(**batch.inputs)
+                tokens += batch.tokens
+    assert (counts, tally[1]) == (cases.figures(collector.compute()), tokens)
+    for ranks in (2, 3):
+        assert calibrated("llama", *options, ranks=ranks) == (counts, tally)
+
+
+def test_the_images_up_to_a_number_are_the_same_on_any_number_of_ranks(calibrated):
+    assert calibrated("vit", "--max-tokens", 8, ranks=3) == calibrated("vit", "--max-tokens", 8)
+    assert calibrated("vit", "--max-tokens", 8)[1][1] == 8
+
+
+def test_padding_is_counted_where_no_mask_is_wanted(calibrated):
+    counts, tally = calibrated("llama", "--mask", "none", ranks=2)
+    values = sum(map(sum, counts["model.layers.0.mlp.act_fn"][1]))
+    assert values > 24 * tally[1]
+    assert calibrated("llama", "--mask", "none") == (counts, tally)
+
+
+def test_only_the_first_rank_touches_the_output_folder(calibrated):
+    injected = tuple((rank, ("refuse_folder",)) for rank in (1, 2))
+    assert calibrated("llama", ranks=3, injected=injected) == calibrated("llama")
+
+
+def test_torchrun_starts_the_ranks(place, tmp_path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "fastentropy"]
+    options = ["--data", place / "texts", "--output", tmp_path / "run", "--batch-size", "3", "--json"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [*launcher, "calibrate", place / "llama", *options]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=120)
+    assert result.returncode == 0, result.stderr
+    counts, tally = cases.outcome(tmp_path / "run")
+    assert (counts, tally[1]) == expected("llama", False, place / "texts")
+    assert json.loads(result.stdout)["ranks"] == 2
+
+
+# Ranks that fail ---------------------------------------------------------------------------------------------------------
+
+
+def run_on(server, place, output, ranks, injected=None):
+    arguments = [place / "llama", "--data", place / "texts", "--output", output, "--checkpoint-every", 1, "--batch-size", 3]
+    return server.run(arguments, ranks=ranks, injected=injected)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_data_that_breaks_off_is_told_by_the_first_rank_and_the_run_goes_on_later(server, calibrated, place, tmp_path, ranks):
+    results = run_on(server, place, tmp_path / "run", ranks, dict.fromkeys(range(ranks), ("lose_stream", 8)))
+    assert [result.status for result in results] == [2] * ranks
+    teller = f"rank {8 % ranks}: " if 8 % ranks else ""
+    assert results[0].errors.splitlines()[-1] == f"Error: {teller}data.txt cannot be read on: connection lost"
+    assert not any(result.errors or result.output for result in results[1:])
+    assert [result.status for result in run_on(server, place, tmp_path / "run", 2)] == [0, 0]
+    assert cases.outcome(tmp_path / "run") == calibrated("llama")
+
+
+@pytest.mark.parametrize("limited", [False, True])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_error_of_one_rank_ends_the_others(server, place, tmp_path, rank, limited):
+    options = ["--max-tokens", "500"] if limited else []
+    arguments = [place / "llama", "--data", place / "texts", "--output", tmp_path / "run", *options]
+    results = server.run(arguments, ranks=3, injected={rank: ("raise_at", 1, "AssertionError")})
+    assert "AssertionError: boom" in results[rank].errors
+    assert [result.status for result in results] == [1 if other == rank else 2 for other in range(3)]
+    assert not any("Traceback" in result.errors for other, result in enumerate(results) if other != rank)
+
+
+def test_a_batch_that_does_not_run_is_one_line(server, place, tmp_path):
+    results = run_on(server, place, tmp_path / "run", 2, {1: ("raise_at", 0, "RuntimeError")})
+    assert [result.status for result in results] == [2, 2]
+    assert results[0].errors.splitlines()[-1] == f"Error: rank 1: {place / 'llama'} cannot run a batch: boom"
+
+
+def test_what_the_model_refuses_is_one_line(server, place, tmp_path):
+    results = run_on(server, place, tmp_path / "run", 2, {1: ("raise_at", 0, "ValueError")})
+    assert [result.status for result in results] == [2, 2]
+    assert results[0].errors.splitlines()[-1] == "Error: rank 1: boom"
+
+
+def test_an_interrupt_says_how_to_go_on(server, calibrated, place, tmp_path):
+    (result,) = run_on(server, place, tmp_path / "run", 1, {0: ("raise_at", 8, "KeyboardInterrupt")})
+    assert result.status == 130
+    assert result.errors.splitlines()[-1] == "Interrupted. The same command goes on from the last checkpoint."
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoint.safetensors"]
+    assert run_on(server, place, tmp_path / "run", 1)[0].status == 0
+    assert cases.outcome(tmp_path / "run") == calibrated("llama")
+
+
+class Exchange(Ranks):
+    """Ranks that are threads."""
+
+    def __init__(self, rank, number, barrier, values):
+        super().__init__(rank, number)
+        object.__setattr__(self, "_exchange", (barrier, values))
+
+    def gather(self, value):
+        barrier, values = self._exchange
+        barrier.wait(10)
+        values[self.rank] = value
+        barrier.wait(10)
+        return list(values)
+
+    def from_first(self, value):
+        return self.gather(value)[0]
+
+
+def on_ranks(number, function):
+    """What a function of Ranks returned or raised on each of a number of ranks."""
+    barrier, values, found = threading.Barrier(number), [None] * number, [None] * number
+
+    def work(rank):
+        try:
+            found[rank] = function(Exchange(rank, number, barrier, values))
+        except Exception as error:
+            found[rank] = (type(error), str(error))
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(number)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+QUIET = (SaidByAnother, "")
+
+
+def refuse(ranks, *refusing, kind=ValueError):
+    if ranks.rank in refusing:
+        raise kind(f"no {ranks.rank}\nbut")
+    return ranks.rank
+
+
+@pytest.mark.parametrize(
+    ("refusing", "kind", "outcomes"),
+    [
+        ([], ValueError, [0, 1, 2]),
+        ([0], ValueError, [(ValueError, "no 0"), QUIET, QUIET]),
+        ([2], OSError, [(ValueError, "rank 2: no 2"), QUIET, QUIET]),
+        ([0, 1, 2], ValueError, [(ValueError, "no 0"), QUIET, QUIET]),
+        ([1], KeyError, [QUIET, (KeyError, repr("no 1\nbut")), QUIET]),
+        ([0], KeyError, [(KeyError, repr("no 0\nbut")), QUIET, QUIET]),
+    ],
+)
+def test_what_is_done_together_fails_together(refusing, kind, outcomes):
+    assert on_ranks(3, lambda ranks: ranks.together(lambda: refuse(ranks, *refusing, kind=kind))) == outcomes
+
+
+def test_what_the_first_rank_does_is_told_to_all():
+    assert on_ranks(3, lambda ranks: ranks.on_first(lambda: ranks.rank + 5)) == [5, 5, 5]
+    assert on_ranks(2, lambda ranks: ranks.on_first(lambda: refuse(ranks, 0))) == [(ValueError, "no 0"), QUIET]
+
+
+def test_different_settings_are_named():
+    differing = on_ranks(3, lambda ranks: ranks.agree({"a": 1, "b": ranks.rank, **({"c": 1} if ranks.rank else {})}))
+    assert differing[0][1].startswith("ranks 0 and 1 have another b, c; give all ranks the same")
+    assert differing[1:] == [QUIET, QUIET]
+    assert on_ranks(3, lambda ranks: ranks.agree({"a": 1})) == [None] * 3
+
+
+def test_a_rank_that_is_alone_speaks_for_itself():
+    ranks = Ranks(0, 1)
+    assert ranks.together(lambda: 3) == ranks.on_first(lambda: 3) == 3
+    assert ranks.gather(3) == [3]
+    ranks.agree({"a": 1})
+    with pytest.raises(ValueError, match=r"^no 0$"):
+        ranks.together(lambda: refuse(ranks, 0))
+    with pytest.raises(KeyError):
+        ranks.together(lambda: refuse(ranks, 0, kind=KeyError))
+
+
+# One process, in this one -------------------------------------------------------------------------------------------------
+
+
+class Pieces:
+    """A part of a corpus that is made in memory, of which nobody knows how many chunks there are."""
+
+    chunks = None
+
+    def __init__(self, *chunks):
+        self._chunks = chunks
+
+    def size_of(self, chunk):
+        return 0
+
+    def read(self, chunk, problems):
+        if chunk >= len(self._chunks):
+            return None
+        return (Document(text, Place("memory", "row", row)) for row, text in enumerate(self._chunks[chunk]))
+
+
+class NoDisplay(contextlib.nullcontext):
+    def show(self, *figures):
+        pass
+
+
+def calibration_of(model, parts, path, max_tokens=None, ranks=None, every=2):
+    corpus = Corpus("memory", "text", None, "fingerprint", (parts,), Problems())
+    pretrained = Pretrained("model", model, "text", cases.tokenizer(), {})
+    batches = TextBatches(cases.tokenizer(), batch_size=2, max_length=cases.MAX_LENGTH)
+    options = {"settings": {}, "path": path / "checkpoint.safetensors", "every": every, "max_tokens": max_tokens}
+    return Calibration(pretrained, corpus, batches, fe.collect(model), ranks or Ranks(0, 1), display=NoDisplay(), **options)
+
+
+def counted(model, *chunks):
+    """The same by hand."""
+    with torch.no_grad(), fe.collect(model) as collector:
+        for text in filter(str.strip, itertools.chain(*chunks)):
+            ids = cases.tokenizer()(text, truncation=True, max_length=cases.MAX_LENGTH, return_tensors="pt")
+            model(input_ids=ids["input_ids"])
+    return cases.figures(collector.compute())
+
+
+@pytest.mark.parametrize("chunks", [1, 2, 3, 4, 5])
+def test_a_stream_is_read_to_its_end(tmp_path, chunks):
+    parts = [cases.texts(3, seed=number) for number in range(chunks)]
+    outcome = calibration_of(cases.llama(), Pieces(*parts), tmp_path).run()
+    assert cases.figures(outcome.statistics) == counted(cases.llama(), *parts)
+    assert outcome.tally.documents == 3 * chunks
+
+
+def test_a_chunk_without_documents_ends_nothing(tmp_path):
+    parts = [[], [], [], cases.texts(3), [], [" "], cases.texts(2, seed=1), []]
+    outcome = calibration_of(cases.llama(), Pieces(*parts), tmp_path).run()
+    assert cases.figures(outcome.statistics) == counted(cases.llama(), *parts)
+
+
+@pytest.mark.parametrize("max_tokens", [None, 1000])
+def test_an_error_while_batches_are_made_is_raised(tmp_path, max_tokens):
+    class Broken(Pieces):
+        def read(self, chunk, problems):
+            if chunk == 3:
+                raise OSError("the stream breaks off")
+            return super().read(chunk, problems)
+
+    parts = [cases.texts(3, seed=number) for number in range(5)]
+    calibration = calibration_of(model := cases.llama(), Broken(*parts), tmp_path, max_tokens)
+    with pytest.raises(ValueError, match="the stream breaks off"):
+        calibration.run()
+    assert not fe.collect(model).attach()  # the first collector is off
+
+
+def test_nan_is_counted_apart(tmp_path):
+    model = cases.llama()
+    with torch.no_grad():
+        model.model.layers[0].mlp.gate_proj.weight[5] = torch.nan
+    outcome = calibration_of(model, Pieces(cases.texts(3)), tmp_path).run()
+    assert outcome.statistics["model.layers.0.mlp.act_fn"].nan == outcome.tally.tokens
+    assert outcome.statistics["model.layers.1.mlp.act_fn"].nan == 24 * outcome.tally.tokens
+
+
+def test_a_model_without_rectifiers_is_refused_after_the_first_chunks(tmp_path):
+    class Plain(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding = torch.nn.Embedding(len(cases.IDS), 3)
+
+        def forward(self, input_ids, attention_mask):
+            return self.embedding(input_ids)
+
+    with pytest.raises(ValueError, match="Plain calls no known activation"):
+        calibration_of(Plain(), Pieces(cases.texts(3)), tmp_path / "run").run()
+    assert not (tmp_path / "run").exists()
+
+
+def test_data_without_a_token_leaves_no_file(tmp_path):
+    with pytest.raises(ValueError, match="memory holds nothing that the model reads: it has no text"):
+        calibration_of(cases.llama(), Pieces([" "], []), tmp_path / "run").run()
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("max_tokens", [None, 10**6])
+def test_batches_are_made_one_ahead(tmp_path, monkeypatch, max_tokens):
+    """So that memory does not grow with the data: of a chunk, in a run to a number of tokens, and else of a batch."""
+    made, ran = [], []
+    stack, forward = TextBatches._stack, Pretrained.forward
+    monkeypatch.setattr(TextBatches, "_stack", lambda *arguments: made.append(len(ran)) or stack(*arguments))
+    monkeypatch.setattr(Pretrained, "forward", lambda *arguments: ran.append(1) or forward(*arguments))
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(cases.IDS), hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+                                         num_attention_heads=2))  # fmt: skip
+    parts = [cases.texts(8, seed=number) for number in range(20)]
+    calibration_of(model, Pieces(*parts), tmp_path, max_tokens).run()
+    ahead = max(number - done for number, done in enumerate(made, 1))
+    assert ahead <= (2 if max_tokens is None else 8)
+    assert len(made) == 80
+
+
+def test_of_a_chunk_no_more_batches_are_made_than_may_count(tmp_path, monkeypatch):
+    made, stack = [], TextBatches._stack
+    monkeypatch.setattr(TextBatches, "_stack", lambda *arguments: made.append(1) or stack(*arguments))
+    endless = (text for _ in itertools.count() for text in cases.texts(10))
+    outcome = calibration_of(cases.llama(), Pieces(endless), tmp_path, max_tokens=100).run()
+    assert 100 <= outcome.tally.tokens < 100 + 2 * cases.MAX_LENGTH
+    assert len(made) < 20
+
+
+def test_a_run_that_counts_all_but_was_not_finished_counts_nothing_again(tmp_path):
+    parts = [cases.texts(3, seed=number) for number in range(3)]
+    for max_tokens in (None, 60):
+        folder = tmp_path / str(max_tokens)
+        first = calibration_of(cases.llama(), Pieces(*parts), folder, max_tokens).run()
+        again = calibration_of(cases.llama(), Pieces(*parts), folder, max_tokens).run()
+        assert cases.figures(again.statistics) == cases.figures(first.statistics)
+        assert again.tally == first.tally
+        assert again.tokens_per_second > 0

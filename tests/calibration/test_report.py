@@ -1,0 +1,112 @@
+import re
+
+import pytest
+import torch
+
+import fastentropy as fe
+from fastentropy.calibration.report import format_overhead, write_report
+from fastentropy.collector.statistics import SiteStatistics
+
+
+def statistics(sites=3, nan=0):
+    generator = torch.Generator().manual_seed(0)
+    return fe.Statistics(
+        {
+            f"model.layers.{site}.mlp.act_fn": SiteStatistics("silu", torch.randint(0, 1000, (8, 3), generator=generator), nan)
+            for site in range(sites)
+        }
+    )
+
+
+def summary(**changes):
+    return {
+        "model": "models/<tiny>",
+        "data": "texts",
+        "settings": {"model": "0123", "batch size": 8, "packing": False, "max tokens": None},
+        "unit": "tokens",
+        "batches": 7,
+        "tokens": 1234567,
+        "documents": 8901,
+        "truncated": 0,
+        "tokens_cut": 0,
+        "problems": [],
+        "notices": [],
+        "ranks": 2,
+        "seconds": 12.3,
+        "tokens_per_second": 100_400.0,
+        "overhead": {"ratio": 1.0123, "samples": 9},
+        "sync_seconds": 0.0123,
+        "counter_bytes": 576,
+        "layer_entropy": {},
+        "machine": {"device": "cpu", "torch": "2.14", "date": "2026-11-27"},
+        **changes,
+    }
+
+
+@pytest.fixture
+def page(tmp_path):
+    def write(statistics=statistics(), **changes):  # noqa: B008
+        write_report(statistics, summary(**changes), tmp_path / "report.html")
+        return (tmp_path / "report.html").read_text()
+
+    return write
+
+
+def words(page):
+    return " ".join(re.sub(r"<[^>]*>", " ", page).split())
+
+
+def test_the_page_holds_the_figures_and_needs_nothing_else(page):
+    html = page()
+    assert not re.search(r'(src|href)="(?!#|data:)|@import|url\((?!#)', html)
+    for figure in (
+        "1.2 M",
+        "in 8 901 documents",
+        "100 k",
+        "on 2 processes",
+        "1.012×",
+        "576 bytes",
+        "12.3 ms for each checkpoint",
+    ):
+        assert figure in words(html)
+    for name, site in statistics().to_dict().items():
+        assert name in html
+        assert f"{site['entropy']:.3f}" in words(html)
+    assert "models/&lt;tiny&gt;" in html
+    assert "<tiny>" not in html
+
+
+def test_a_notice_is_there_only_where_it_is_needed(page):
+    assert 'class="notice"' not in page()
+    html = page(statistics(nan=5), notices=["the tokenizer pads", "EOS is padded with"], truncated=3, tokens_cut=1234)
+    for notice in (
+        "EOS is padded with",
+        "NaN was met in model.layers.0.mlp.act_fn, ",
+        "3 documents did not fit",
+        "1.2 k tokens",
+    ):
+        assert notice in html
+
+
+def test_nan_in_many_activations_is_one_short_notice(page):
+    notice = re.search(r'class="notice">(.*?)</p>', page(statistics(40, nan=5)))[1]
+    assert notice.startswith("NaN was met in model.layers.0.mlp.act_fn, ")
+    assert "37 more" in notice
+
+
+def test_what_was_left_out_is_listed(page):
+    problem = {"path": "data/<a>.txt", "what": "a line is not UTF-8", "unit": "byte", "position": 17, "times": 12000}
+    text = words(page(problems=[problem]))
+    assert "12 000 documents or files could not be used" in text
+    assert "data/&lt;a&gt;.txt a line is not UTF-8 12 k byte 17" in text
+
+
+def test_without_a_measurement_the_page_says_so(page):
+    text = words(page(overhead={"ratio": None, "samples": 0}, tokens_per_second=0.4, unit="images"))
+    assert "too few batches to measure it" in text
+    assert "Images per second" in text
+    assert format_overhead({"overhead": {"ratio": None, "samples": 0}}) == "not measured: too few batches"
+
+
+def test_a_run_over_one_image_says_so_in_the_singular(page):
+    assert "in 1 document" in words(page(tokens=1, documents=1, unit="images", ranks=1))

@@ -1,0 +1,437 @@
+"""`fastentropy calibrate`: what it prints, and one line for whatever a user can mend."""
+
+import json
+import os
+import pickle
+import re
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+import fastentropy as fe
+from fastentropy.calibration import run
+from fastentropy.calibration.pretrained import Pretrained
+from fastentropy.cli import app
+from tests.calibration import cases
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with all models and both corpora, from which nothing is changed."""
+    return cases.save_all(tmp_path_factory.mktemp("calibration"), 4)
+
+
+@pytest.fixture
+def model(place, tmp_path):
+    """A copy of a model that a test may damage."""
+    return shutil.copytree(place / "llama", tmp_path / "model")
+
+
+@pytest.fixture
+def output(tmp_path):
+    return tmp_path / "run"
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+def calibrate(model, data, output, *options):
+    arguments = ["calibrate", model, "--data", data, "--output", output, *options]
+    return CliRunner(env={"COLUMNS": "80"}).invoke(app, [str(argument) for argument in arguments])
+
+
+def assert_one_line(result, text, *unmade):
+    """One line with the text, on standard error, and nothing made."""
+    assert result.exit_code == 2, result.output + repr(result.exception)
+    assert not result.stdout
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("Error: ")
+    assert re.search(text, line), line
+    assert not any(path.exists() for path in unmade)
+
+
+def edit(path, **values):
+    """Change values of a JSON file; those that are None go."""
+    known = {**json.loads(path.read_text()), **values}
+    path.write_text(json.dumps({name: value for name, value in known.items() if value is not None}))
+
+
+# What is printed ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(place, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    result = calibrate(place / "llama", place / "texts", folder, "--max-length", 16)
+    assert result.exit_code == 0, result.output
+    return folder, result
+
+
+def test_the_table_and_what_came_of_the_run_are_printed(finished):
+    folder, result = finished
+    summary = json.loads((folder / "summary.json").read_text())
+    assert str(fe.Statistics.load(folder / "statistics.safetensors")) in result.stdout
+    assert f"data     {summary['tokens']} tokens in {summary['documents']} documents" in result.stdout
+    assert f"report   {folder}/report.html" in result.stdout
+    assert "tokens per second on 1 process" in result.stdout
+
+
+def test_what_is_printed_fits_80_columns(finished):
+    lines = finished[1].stdout.splitlines()
+    assert max(len(line) for line in lines if not line.startswith(("report", "left out"))) <= 80
+    (bar,) = (line for line in finished[1].stderr.splitlines() if "calibrate" in line)
+    assert re.search(r"calibrate ━+ 100% \d+ tokens, [\d.]+( k)?/s", bar)
+    assert len(bar) <= 80
+
+
+def test_json_is_all_that_standard_output_holds(place, output):
+    result = calibrate(place / "vit", place / "images", output, "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout) == json.loads((output / "summary.json").read_text())
+    assert "3 images" in result.stderr
+
+
+def test_images_beside_a_length_of_tokens_have_none(place, output):
+    result = calibrate(place / "vit", place / "images", output)
+    assert json.loads((output / "summary.json").read_text())["unit"] == "images"
+    assert "data     3 images in 3 documents" in result.stdout
+
+
+def test_the_notice_about_padding_with_eos_is_printed_and_kept(place, output):
+    result = calibrate(place / "gpt2", place / "texts", output)
+    assert result.exit_code == 0, result.output
+    assert re.search("note     the tokenizer .* has no padding token; EOS is padded with, and masked", result.stdout)
+    assert len(json.loads((output / "summary.json").read_text())["notices"]) == 1
+
+
+def test_without_a_name_the_folder_is_that_of_the_model_and_the_data(place, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["calibrate", f"{place}/llama/", "--data", f"{place}/texts/*.txt"]
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["calibrate-llama-_.txt"]
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "name"),
+    [
+        ("org/llama", "org/data:config:split", "calibrate-llama-data"),
+        ("./llama/", "/data/texts/", "calibrate-llama-texts"),
+        ("/", "a b/..", "calibrate--work"),
+    ],
+)
+def test_names_of_folders(model, data, name, tmp_path, monkeypatch):
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    assert str(run.Options(model=model, data=data).default_folder) == f"runs/{name}"
+
+
+# Models ------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_missing_model_is_one_line(place, tmp_path, output):
+    assert_one_line(
+        calibrate(tmp_path / "none", place / "texts", output), "none has no configuration that can be loaded", output
+    )
+    assert_one_line(calibrate("no-such/model", place / "texts", output), "no-such/model has no configuration", output)
+
+
+@pytest.mark.parametrize(
+    ("damage", "text"),
+    [
+        (lambda model: (model / "config.json").unlink(), "has no configuration that can be loaded: .*config.json"),
+        (lambda model: (model / "config.json").write_text("{"), "has no configuration that can be loaded: .*valid JSON"),
+        (lambda model: edit(model / "config.json", model_type="nonsense"), "has no configuration that can be loaded: .*nonse"),
+        (lambda model: edit(model / "config.json", hidden_size="many"), "has no configuration that can be loaded: .*hidden"),
+        (lambda model: edit(model / "config.json", hidden_size=32), "has 21 weights of other shapes than its"),
+        (lambda model: edit(model / "config.json", num_hidden_layers=3), "lacks 9 of the weights of LlamaForCausalLM, such as"),
+        (lambda model: os.truncate(model / "model.safetensors", 3000), "has no weights that can be loaded"),
+        (lambda model: (model / "model.safetensors").write_bytes(b"\xff" * 500), "has no weights that can be loaded"),
+        (lambda model: (model / "model.safetensors").unlink(), "has no weights that can be loaded: .*model.safetensors"),
+        (lambda model: drop_weights(model / "model.safetensors"), "lacks 2 of the weights of LlamaForCausalLM"),
+        (lambda model: (model / "tokenizer.json").unlink(), "has no tokenizer that can be loaded"),
+        (lambda model: (model / "tokenizer.json").write_text("{}"), "has no tokenizer that can be loaded"),
+        (
+            lambda model: cases.tokenizer(words=map(str, range(90))).save_pretrained(model),
+            "its tokenizer knows 95 tokens and its model 55; they are not of one model",
+        ),
+        (
+            lambda model: cases.tokenizer(without=["pad_token", "eos_token"]).save_pretrained(model),
+            "has neither a padding token nor EOS",
+        ),
+    ],
+)  # fmt: skip
+def test_a_damaged_model_is_one_line(server, model, place, output, damage, text):
+    """In a process of its own, where nothing else of what libraries print is lost."""
+    damage(model)
+    (result,) = server.run([model, "--data", place / "texts", "--output", output])
+    print(result.errors)
+    (line,) = result.errors.splitlines()
+    assert re.match(f"Error: .*{text}", line)
+    assert (result.status, result.output) == (2, "")
+    assert not output.exists()
+
+
+def drop_weights(path):
+    weights = load_file(path)
+    save_file({name: value for name, value in weights.items() if "gate_proj" not in name}, path, {"format": "pt"})
+
+
+def test_pickled_weights_are_refused_and_never_unpickled(model, place, output, tmp_path):
+    class Mark:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "executed"),)
+
+    (model / "model.safetensors").unlink()
+    for name in ("pytorch_model.bin", "model.safetensors"):
+        (model / name).write_bytes(pickle.dumps(Mark()))
+        assert_one_line(calibrate(model, place / "texts", output), "has no weights that can be loaded", output)
+        (model / name).unlink()
+    torch.save(cases.llama().state_dict(), model / "pytorch_model.bin")
+    assert_one_line(calibrate(model, place / "texts", output), "has no weights that can be loaded: .*safetensors", output)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_code_beside_a_model_is_not_run(model, place, output, tmp_path):
+    (model / "mine.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')")
+    edit(model / "config.json", model_type="mine", auto_map={"AutoConfig": "mine.Config", "AutoModel": "mine.Model"})
+    assert_one_line(calibrate(model, place / "texts", output), "has no configuration that can be loaded", output)
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "text"),
+    [
+        ("vit", "texts", "reads images, and the data is text; name data of the model's kind"),
+        ("llama", "images", "reads text, and the data is images; name data of the model's kind"),
+    ],
+)
+def test_data_of_another_kind_than_the_model_reads_is_one_line(place, output, name, data, text):
+    assert_one_line(calibrate(place / name, place / data, output), text, output)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["--max-length", "65"], "--max-length 65 is more than .*llama takes; name 16 or less"),
+        (["--max-length", "0"], "--max-length"),
+        (["--batch-size", "-1"], "--batch-size"),
+        (["--max-tokens", "many"], "--max-tokens"),
+        (["--checkpoint-every", "0"], "--checkpoint-every"),
+        (["--dtype", "int4"], "dtype: got 'int4', expected one of auto, float32"),
+        (["--device", "toaster"], "--device toaster cannot be used here"),
+        (["--mask", "padding"], "--mask padding: no part of .*llama takes an argument of that name"),
+        (["--column", "words"], "no document|holds nothing"),
+    ],
+)
+def test_an_impossible_option_is_one_line(place, tmp_path, output, options, text):
+    data = tmp_path / "a.jsonl"
+    data.write_text('{"text": "w1"}\n')
+    result = calibrate(place / "llama", data, output, *options)
+    assert result.exit_code == 2
+    assert "Traceback" not in result.output
+    assert re.search(text, result.stderr), result.stderr
+    assert not output.exists()
+
+
+def test_a_length_that_the_special_tokens_fill_is_one_line(place, output):
+    text = "max_length: got 2, expected more than the 2 special tokens of a document"
+    assert_one_line(calibrate(place / "bert", place / "texts", output, "--max-length", 2), text, output)
+
+
+# Data --------------------------------------------------------------------------------------------------------------------
+
+
+def test_bad_files_among_good_ones_are_told_and_the_others_count(place, tmp_path, output):
+    data = cases.save_texts(tmp_path / "data", 4)
+    (data / "04.txt").write_bytes(b"")
+    (data / "05.txt").write_bytes(bytes(range(128, 256)) * 8)
+    (data / "06.parquet").write_bytes(b"PAR1 but not really")
+    (data / "07.txt").mkdir()
+    (data / "08.jsonl").write_text("not json\n")
+    (data / "09.txt").symlink_to(tmp_path / "nowhere")
+    result = calibrate(place / "llama", data, output)
+    assert result.exit_code == 0, result.output
+    for bad in data.glob("0[4-9].*"):
+        shutil.rmtree(bad) if bad.is_dir() else bad.unlink()
+    assert cases.outcome(output)[0] == cases.by_hand("llama", data)[0]
+    problems = {os.path.basename(problem["path"]) for problem in json.loads((output / "summary.json").read_text())["problems"]}
+    assert problems == {"04.txt", "05.txt", "06.parquet", "08.jsonl", "09.txt"}
+    assert all(f"/{name}: " in result.stdout for name in problems)
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (b"", "holds no file that can be used; .*a.txt is empty"),
+        (b"\n \n", "holds nothing that the model reads: it has no text"),
+        (b"\xff\xfe\n", "holds nothing that the model reads: .*a.txt: a line is not UTF-8"),
+    ],
+)
+def test_only_bad_files_are_one_line(place, tmp_path, output, content, text):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.txt").write_bytes(content)
+    result = calibrate(place / "llama", tmp_path / "data", output)
+    assert result.exit_code == 2
+    assert re.search(text, result.stderr.splitlines()[-1])
+    assert not output.exists()
+
+
+@pytest.mark.parametrize("data", ["nowhere/at/all", "none.txt"])
+def test_missing_data_is_one_line(place, output, data):
+    assert_one_line(calibrate(place / "llama", data, output), f"{data} does not exist", output)
+
+
+# The folder --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_that_holds_something_else_is_left_alone(place, finished, output):
+    output.mkdir()
+    (output / "notes.txt").write_text("mine")
+    (output / ".tmp-1-model.pt").mkdir()
+    before = cases.leave_alone(output)
+    assert_one_line(calibrate(place / "llama", place / "texts", output), "holds other files; name another folder")
+    assert cases.leave_alone(output) == before
+    assert (output / ".tmp-1-model.pt").exists()
+    before = cases.leave_alone(finished[0])
+    assert_one_line(calibrate(place / "llama", place / "texts", finished[0]), "holds a finished calibration; name another")
+    assert cases.leave_alone(finished[0]) == before
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(place, tmp_path):
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "run"):
+        assert_one_line(calibrate(place / "llama", place / "texts", folder), r"file is a file; name a folder with --output")
+    result = calibrate(place / "llama", place / "texts", "/proc/run")
+    assert result.exit_code == 2
+    assert "/proc/run" in result.stderr.splitlines()[-1]
+
+
+def test_an_empty_folder_and_the_leftovers_of_a_killed_run_are_taken(place, output):
+    (output / ".tmp-1-checkpoint.safetensors").mkdir(parents=True)
+    assert calibrate(place / "llama", place / "texts", output).exit_code == 0
+    assert {path.name for path in output.iterdir()} == {"statistics.safetensors", "summary.json", "report.html"}
+
+
+@pytest.fixture
+def interrupted(place, output, monkeypatch):
+    """The folder of a run that was interrupted behind its first checkpoint."""
+    forward, batches = Pretrained.forward, []
+
+    def forward_some(self, inputs):
+        batches.append(1)
+        if len(batches) == 5:
+            raise KeyboardInterrupt
+        return forward(self, inputs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Pretrained, "forward", forward_some)
+        result = calibrate(place / "llama", place / "texts", output, "--batch-size", 3, "--checkpoint-every", 1)
+    assert result.exit_code == 130
+    assert result.stderr.splitlines()[-1] == "Interrupted. The same command goes on from the last checkpoint."
+    assert [path.name for path in output.iterdir()] == ["checkpoint.safetensors"]
+    return output
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "options", "text"),
+    [
+        ("llama", "texts", ["--batch-size", 4], "another batch size; name"),
+        ("llama", "texts", ["--batch-size", 3, "--packing"], "another packing"),
+        ("llama", "texts", ["--batch-size", 3, "--max-length", 8, "--max-tokens", 5], "another max length, max tokens"),
+        ("llama", "texts", ["--batch-size", 3, "--mask", "none"], "another mask"),
+        ("llama", "texts", ["--batch-size", 3, "--dtype", "float32"], "another model, dtype"),
+        ("gpt2", "texts", ["--batch-size", 3], "another model"),
+        ("vit", "images", ["--batch-size", 3], "another model, data, max length, packing, mask"),
+    ],
+)
+def test_a_run_with_other_settings_is_left_alone(place, interrupted, name, data, options, text):
+    before = cases.leave_alone(interrupted)
+    result = calibrate(place / name, place / data, interrupted, *options)
+    assert_last_line(result, f"run holds a run with {text}")
+    assert cases.leave_alone(interrupted) == before
+
+
+def assert_last_line(result, text):
+    assert result.exit_code == 2
+    assert "Traceback" not in result.output
+    line = result.stderr.splitlines()[-1]
+    assert line.startswith("Error: ")
+    assert re.search(text, line), line
+
+
+def test_a_run_goes_on_with_other_checkpoints(place, interrupted):
+    result = calibrate(place / "llama", place / "texts", interrupted, "--batch-size", 3, "--checkpoint-every", 5)
+    assert result.exit_code == 0, result.output
+    counts, tally = cases.outcome(interrupted)
+    assert (counts, tally[1]) == cases.by_hand("llama", place / "texts")
+
+
+def test_a_damaged_checkpoint_is_one_line_and_left_alone(place, finished, interrupted):
+    path = interrupted / "checkpoint.safetensors"
+    whole = path.read_bytes()
+    statistics = (finished[0] / "statistics.safetensors").read_bytes()
+    for content in (b"", whole[:-20], whole[:100], b"\xff" * 400, pickle.dumps({"settings": {}}), statistics):
+        path.write_bytes(content)
+        result = calibrate(place / "llama", place / "texts", interrupted, "--batch-size", 3)
+        assert_last_line(result, "checkpoint.safetensors is damaged or not a checkpoint of fastentropy calibrate")
+        assert path.read_bytes() == content
+
+
+# Ranks -------------------------------------------------------------------------------------------------------------------
+
+
+def assert_first_rank_says(results, text):
+    assert [result.status for result in results] == [2] * len(results), results
+    assert re.search(text, results[0].errors.splitlines()[-1]), results[0].errors
+    assert not any(result.errors or result.output for result in results[1:])
+
+
+@pytest.mark.parametrize(
+    ("changed", "text"),
+    [
+        ({"model": "gpt2"}, "ranks 0 and 1 have another model; give all ranks the same files and arguments"),
+        ({"data": "others"}, "ranks 0 and 1 have another data;"),
+        ({"model": "vit", "data": "images"}, "ranks 0 and 1 have another model, data, max length, packing, mask"),
+        ({"options": ["--batch-size", 2, "--packing"]}, "another batch size, packing;"),
+        ({"options": ["--checkpoint-every", 2]}, "another checkpoint every;"),
+        ({"model": "none"}, "rank 1: .*none has no configuration that can be loaded"),
+        ({"data": "none.txt"}, "rank 1: .*none.txt does not exist"),
+        ({"options": ["--dtype", "int4"]}, "rank 1: dtype: got 'int4'"),
+        ({"options": ["--device", "toaster"]}, "rank 1: --device toaster cannot be used here"),
+    ],
+)
+def test_ranks_that_disagree_end_and_the_first_one_says_why(server, place, output, changed, text):
+    cases.save_texts(place / "others", 2) if not (place / "others").exists() else None
+
+    def arguments(model="llama", data="texts", options=()):
+        return [place / model, "--data", place / data, "--output", output, *options]
+
+    assert_first_rank_says(server.run([arguments(), arguments(**changed)], ranks=2), text)
+    assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["--device-map", "auto"], "--device-map spreads a model over all devices from one process; leave it out"),
+        (["--max-length", 65], "^Error: --max-length 65 is more than"),
+    ],
+)
+def test_an_error_of_all_ranks_is_said_once(server, place, output, options, text):
+    results = server.run([place / "llama", "--data", place / "texts", "--output", output, *options], ranks=2)
+    assert_first_rank_says(results, text)
+    assert not output.exists()
+
+
+def test_a_folder_of_other_files_is_said_once(server, place, output):
+    output.mkdir()
+    (output / "notes.txt").write_text("mine")
+    results = server.run([place / "llama", "--data", place / "texts", "--output", output], ranks=2)
+    assert_first_rank_says(results, "^Error: .*run holds other files")

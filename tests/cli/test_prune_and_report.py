@@ -1,0 +1,285 @@
+import json
+import os
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from typer.testing import CliRunner
+
+from fastentropy import Statistics, load
+from fastentropy.cli import app
+from fastentropy.recipes.digits import Digits, DigitsNet
+
+SHORT = ["prune", "--epochs", "2", "--max-removed", "2", "--max-drop", "1", "--seed", "3"]
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A short run of the main job: its folder and what it printed."""
+    folder = tmp_path_factory.mktemp("cli") / "run"
+    result = invoke(*SHORT, "--output", folder)
+    assert result.exit_code == 0, result.output
+    return folder, result.output
+
+
+def outcome(history):
+    """What the same seed must give again: everything but times and dates."""
+    steps = [{key: step[key] for key in ("removed", "layer_entropy", "validation", "test")} for step in history["steps"]]
+    return history["recipe"], history["seed"], history["options"], steps, history["kept_step"]
+
+
+def assert_one_line(result, text):
+    assert result.exit_code == 2, result.output
+    assert "Traceback" not in result.output
+    (line,) = (line for line in result.output.splitlines() if line.startswith("Error"))
+    assert re.search(text, line), line
+
+
+def test_the_run_folder_holds_what_it_promises(finished):
+    folder, _ = finished
+    history = json.loads((folder / "history.json").read_text())
+    assert history["kept_step"] == 2
+    for index, step in enumerate(history["steps"]):
+        statistics = Statistics.load(folder / "steps" / f"{index:02d}" / "statistics.safetensors")
+        assert statistics.layer_entropy() == step["layer_entropy"]
+        assert step["latency_ms"]["fused"] > 0
+    assert set(history["latency_ms"]) == {"dense", "dense_fused", "pruned", "fused"}
+    assert (folder / "report.html").stat().st_size > 10_000
+    assert not list(folder.rglob(".tmp-*"))
+
+
+def test_the_fused_network_equals_the_pruned_one(finished):
+    folder, _ = finished
+    history = json.loads((folder / "history.json").read_text())
+    assert history["fusion"]["max_relative_error"] <= 1e-5
+    with safe_open(folder / "pruned.safetensors", framework="pt") as file:
+        removed = json.loads(file.metadata()["removed"])
+        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    pruned = DigitsNet().eval()
+    for name in removed:
+        pruned.set_submodule(name, torch.nn.Identity())
+    pruned.load_state_dict(weights)
+    images = torch.randn(5, 1, 8, 8)
+    fused, expected = load(folder / "fused.pt2")(images), pruned(images)
+    assert (fused - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_the_table_names_each_step_and_fits_80_columns(finished):
+    _, output = finished
+    history = json.loads((finished[0] / "history.json").read_text())
+    for step in history["steps"]:
+        assert all(name in output for name in step["removed"])
+        assert f"{step['validation']:.2%}" in output
+    table = [line for line in output.splitlines() if line.startswith(("│", "┃"))]
+    assert len(table) == 4
+    assert max(map(len, table)) <= 80
+
+
+def test_the_same_seed_gives_the_same_run_as_json(finished, tmp_path):
+    result = CliRunner().invoke(app, [*SHORT, "--output", str(tmp_path / "run"), "--json"])
+    assert result.exit_code == 0
+    again = json.loads(result.stdout)
+    assert again == json.loads((tmp_path / "run" / "history.json").read_text())
+    assert outcome(again) == outcome(json.loads((finished[0] / "history.json").read_text()))
+
+
+def test_a_run_by_latency_tells_what_it_approximates_and_goes_on_with_its_options(tmp_path):
+    folder = tmp_path / "run"
+    options = ["--criterion", "entropy-per-latency", "--collapse", "project", "--protect", "stem.relu", "--per-step", "2"]
+    result = invoke("prune", "--epochs", "1", "--max-removed", "2", "--max-drop", "1", *options, "--output", folder)
+    assert result.exit_code == 0, result.output
+    history = json.loads((folder / "history.json").read_text())
+    assert history["options"]["protect"] == ["stem.relu"]
+    assert [len(step["removed"]) for step in history["steps"]] == [0, 2]
+    with safe_open(folder / "pruned.safetensors", framework="pt") as file:
+        collapsed = json.loads(file.metadata()["collapsed"])
+    assert collapsed == [projection for step in history["steps"] for projection in step["collapsed"]]
+    shutil.rmtree(folder / "steps" / "01")
+    assert invoke("prune", "--resume", folder).exit_code == 0
+    assert outcome(json.loads((folder / "history.json").read_text())) == outcome(history)
+
+
+@pytest.mark.parametrize("when", ["dense training", "fine-tuning", "calibration"])
+def test_an_interrupted_run_goes_on_to_the_same_result(finished, tmp_path, monkeypatch, when):
+    method, call = {"dense training": ("train", 1), "fine-tuning": ("train", 3), "calibration": ("calibrate", 2)}[when]
+    original, calls = getattr(Digits, method), []
+
+    def interrupted(self, *arguments):
+        calls.append(arguments)
+        for index, value in enumerate(original(self, *arguments)):
+            if len(calls) == call and index == 1:
+                raise KeyboardInterrupt
+            yield value
+
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(Digits, method, interrupted)
+        result = invoke(*SHORT, "--output", folder)
+    assert result.exit_code == 130
+    assert f"fastentropy prune --resume {folder}" in result.output
+    steps = json.loads((folder / "history.json").read_text())["steps"]
+    assert len(steps) == {"dense training": 0, "fine-tuning": 2, "calibration": 1}[when]
+    torch.manual_seed(99)
+    resumed = invoke("prune", "--resume", folder)
+    assert resumed.exit_code == 0, resumed.output
+    expected = json.loads((finished[0] / "history.json").read_text())
+    assert outcome(json.loads((folder / "history.json").read_text())) == outcome(expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["prune", "digit"], "unknown recipe 'digit'; the recipes are digits"),
+        (["prune", "--max-drop", "-1"], "--max-drop"),
+        (["prune", "--max-drop", "nan"], "max.drop"),
+        (["prune", "--per-step", "0"], "--per-step"),
+        (["prune", "--epochs", "many"], "--epochs"),
+        (["prune", "--seed", "-4"], "--seed"),
+        (["prune", "--seed", "99999999999999999999"], "--seed"),
+        (["prune", "--device", "toaster"], "--device toaster cannot be used here"),
+        (["prune", "--device", "meta"], "--device meta cannot be used here: expected cpu, cuda"),
+        (["prune", "--resume", "no/such/run"], r"no/such/run/history\.json is missing"),
+        (
+            ["prune", "--criterion", "size"],
+            "criterion is 'size'; expected one of entropy, entropy-per-latency",
+        ),
+        (["prune", "--collapse", "merge"], "collapse is 'merge'; expected 'project'"),
+        (["prune", "--target-speedup", "2"], "target_speedup: give one of them, with criterion='entropy-per-latency'"),
+        (["prune", "--criterion", "entropy-per-latency", "--target-speedup", "0"], "target_speedup is 0"),
+        (["prune", "--data", "folder"], "the recipe digits takes no --data; leave it out"),
+        (["prune", "cifar10"], "needs its data: --data FOLDER"),
+        (["prune", "cifar10", "--data", "nowhere"], "nowhere is not a folder"),
+        (["prune", "cifar10", "--model", "resnet9"], "unknown model 'resnet9'"),
+        (["prune", "--protect", "relu"], "protect names 'relu', which is no site of the model; the nearest are"),
+        (["prune", "--frobnicate"], "(?i)no such option"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(arguments, text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert_one_line(invoke(*arguments), text)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_output_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    assert_one_line(invoke("prune", "--output", tmp_path / "file" / "run"), r"cannot be written \(Not a directory\)")
+    assert_one_line(invoke("prune", "--output", tmp_path / "file"), "not an empty folder")
+    assert_one_line(invoke("prune", "--output", tmp_path), "not an empty folder")
+    assert_one_line(invoke("prune", "--output", "/proc/run"), "/proc/run cannot be written")
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """A copy of the finished run that a test may damage."""
+    return Path(shutil.copytree(finished[0], tmp_path / "copy"))
+
+
+def test_a_run_of_another_recipe_is_refused(copied, monkeypatch):
+    monkeypatch.setitem(__import__("fastentropy.recipes").recipes.RECIPES, "letters", "fastentropy.recipes.digits:Digits")
+    assert_one_line(invoke("prune", "letters", "--resume", copied), "a run of the recipe 'digits', not of 'letters'")
+
+
+def test_resume_keeps_the_options_of_the_run(copied):
+    assert_one_line(invoke("prune", "--resume", copied, "--epochs", "5", "--max-drop", "0.2"), "leave out --max-drop, --epochs")
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b'{"recipe": "digits"}', b"\xff\xfe", pickle.dumps({"recipe": "digits"})])
+def test_a_damaged_history_is_one_line(copied, content):
+    (copied / "history.json").write_bytes(content)
+    assert_one_line(invoke("prune", "--resume", copied), r"history\.json is missing, damaged or not the history of a run")
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("max_drop", "abc"),
+        ("epochs", 1.5),
+        ("seed", -1),
+        ("device", "meta"),
+        ("protect", "stem.relu"),
+        ("protect", [1]),
+        ("zeros_together", "yes"),
+        ("model", 5),
+        ("criterion", None),
+        ("target_speedup", -1),
+        ("collapse", 0),
+    ],
+)
+def test_an_impossible_option_in_a_history_is_one_line(copied, option, value):
+    history = json.loads((copied / "history.json").read_text())
+    (history if option == "seed" else history["options"])[option] = value
+    (copied / "history.json").write_text(json.dumps(history))
+    assert_one_line(invoke("prune", "--resume", copied), option)
+
+
+def test_a_step_without_its_figures_is_one_line(copied):
+    path = copied / "steps" / "01" / "step.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "metrics": {}}))
+    assert_one_line(invoke("prune", "--resume", copied), "lacks fused_ms, pruned_ms, test")
+
+
+@pytest.mark.parametrize(
+    "name", ["dense.safetensors", "steps/01/statistics.safetensors", "steps/02/model.safetensors", "steps/01/step.json"]
+)
+def test_a_damaged_file_of_a_run_is_one_line_that_names_it(copied, name):
+    (copied / name).write_bytes((copied / name).read_bytes()[:-20])
+    assert_one_line(invoke("prune", "--resume", copied), re.escape(name))
+
+
+def test_no_file_of_a_run_is_unpickled(copied, monkeypatch):
+    """Each file in turn is a pickle that would leave a mark; resuming never executes it."""
+
+    class Mark:
+        def __reduce__(self):
+            return os.mkdir, (str(copied / "executed"),)
+
+    payload = pickle.dumps(Mark())
+    for path in sorted(p for p in copied.rglob("*") if p.is_file()):
+        kept = path.read_bytes()
+        path.write_bytes(payload)
+        if path.name in ("history.json", "step.json", "dense.safetensors") or "steps/02" in str(path):
+            assert_one_line(invoke("prune", "--resume", copied), path.name)
+        assert not (copied / "executed").exists()
+        path.write_bytes(kept)
+    (copied / "fused.pt2").write_bytes(payload)
+    with pytest.raises(ValueError, match="is not a fused model"):
+        load(copied / "fused.pt2")
+    assert not (copied / "executed").exists()
+
+
+def test_doctor_says_what_runs():
+    result = invoke("doctor")
+    assert result.exit_code == 0, result.output
+    for word in ("python", "torch", "triton", "numba", "cpu", "reference"):
+        assert word in result.output
+
+
+def test_doctor_fails_where_the_main_job_could_not_run(monkeypatch):
+    def broken(*arguments, **options):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(sys.modules["fastentropy.cli.doctor"], "count_states", broken)
+    result = invoke("doctor")
+    assert result.exit_code == 1
+    assert "failed: no compiler" in result.output
+
+
+def test_the_module_runs_as_the_command_and_names_a_missing_library():
+    code = "import sys; sys.modules['typer'] = None; from fastentropy.__main__ import main; main()"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    advice = "Error: the command line needs typer; install it with: pip install 'fastentropy[cli]'"
+    assert result.stderr.splitlines() == [advice]
+    shown = subprocess.run([sys.executable, "-m", "fastentropy", "--help"], capture_output=True, text=True, check=True)
+    assert "prune" in shown.stdout
+    assert "doctor" in shown.stdout

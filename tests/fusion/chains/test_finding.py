@@ -1,0 +1,343 @@
+"""What is a chain, and where it ends, on traced networks."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from fastentropy.fusion.chains.affine import AffineOperator
+from fastentropy.fusion.chains.elements import Flatten, Sum, operators, run
+from fastentropy.fusion.chains.finding import find_chains, overwritten_constants
+from fastentropy.fusion.tracing import export, inference_module
+from tests._helpers.linear_networks import NETWORKS, X, conv, rows, two
+
+
+def traced(model, *inputs):
+    return torch.export.export(model.eval(), inputs).module(check_guards=False)
+
+
+def names(model, *inputs):
+    return [chain.names for chain in find_chains(traced(model, *inputs))]
+
+
+def values_of(module, *inputs):
+    """The value of each node as it is made: in-place operators may write over it later."""
+    values = {}
+
+    class Record(torch.fx.Interpreter):
+        def run_node(self, n):
+            value = super().run_node(n)
+            values[n] = value.clone() if isinstance(value, torch.Tensor) else value
+            return value
+
+    with torch.no_grad():
+        Record(module).run(*inputs)
+    return values
+
+
+def assert_computes(module, *inputs):
+    """Each chain takes the value of its source to that of its end, in float64 and reshaped at last."""
+    values, chains = values_of(module, *inputs), find_chains(module)
+    for chain in chains:
+        assert {operator.weight.dtype for operator in operators(chain.elements)} == {torch.float64}
+        actual = run(chain.elements, values[chain.source].double()).float()
+        for view in chain.views:
+            actual = actual.permute(view.args[1]) if "permute" in str(view.target) else actual
+        if chain.views and "permute" not in str(chain.views[-1].target):
+            assert actual.shape[-1] == values[chain.end].shape[-1]
+            actual = actual.reshape(values[chain.end].shape)
+        torch.testing.assert_close(actual, values[chain.end], rtol=1e-4, atol=1e-4)
+    return chains
+
+
+@pytest.mark.parametrize(
+    ("forward", "expected"),
+    [
+        (lambda m, x: m.b(m.a(x)), [("a", "b")]),
+        (lambda m, x: m.b(m.relu(m.a(x))), [("a",), ("b",)]),
+        (lambda m, x: m.b(F.dropout(m.a(x), training=m.training)), [("a", "b")]),
+        (lambda m, x: m.b(m.a(x).clone()), [("a", "b")]),
+        (lambda m, x: (m.a(x), m.b(m.a(x))), [("a",), ("a", "b")]),
+        (lambda m, x: m.b(y := m.a(x)) * y, [("a",), ("b",)]),
+        (lambda m, x: [y := m.a(x), m.b(y)], [("a",), ("b",)]),
+        (lambda m, x: m.a(x) + x, [("a",)]),
+        (lambda m, x: m.a(x) + m.b(x), [("a", "b")]),
+        (lambda m, x: m.b(m.a(x) + x), [("a", "b")]),
+        (lambda m, x: m.b(y := m.a(x)) + y, [("a", "b")]),
+        (lambda m, x: m.a(x) + m.relu(x), [("a",)]),
+        (lambda m, x: m.a(x) + m.b(m.relu(x)), [("a",), ("b",)]),
+        (lambda m, x: m.b(torch.add(m.a(x), x, alpha=2)), [("a",), ("b",)]),
+        (lambda m, x: m.b(m.a(x) + x[:1]), [("a",), ("b",)]),
+        (lambda m, x: m.b(m.whole(x) + x), [("whole",), ("b",)]),
+        (lambda m, x: m.b(F.dropout(m.a(x), training=True)), [("a",), ("b",)]),
+        (lambda m, x: m.b(F.batch_norm(m.a(x), m.norm.running_mean, m.norm.running_var, training=True)), [("a",), ("b",)]),
+        (lambda m, x: (y := m.relu(x)).add_(m.b(m.a(y))), [("b",)]),
+        (lambda m, x: m.b(m.a(x) + 1.0), [("a", "b")]),
+        (lambda m, x: m.b(2 * m.a(x) / 3), [("a", "b")]),
+        (lambda m, x: m.a((x - 0.5) / 0.25), [("a",)]),
+        (lambda m, x: m.b(m.a(x).mul_(2)), [("a", "b")]),
+        (lambda m, x: m.b(F.avg_pool2d(m.a(x), 2)), [("a", "b")]),
+        (lambda m, x: m.b(F.adaptive_avg_pool2d(m.a(x), 3)), [("a", "b")]),
+        (lambda m, x: m.b(F.adaptive_avg_pool2d(m.a(x), 4)), [("a",), ("b",)]),
+        (lambda m, x: m.b(F.max_pool2d(m.a(x), 2)), [("a",), ("b",)]),
+        (lambda m, x: m.b(F.interpolate(m.a(x), scale_factor=2)), [("a",), ("b",)]),
+        (lambda m, x: m.b(m.a(x).sin()), [("a",), ("b",)]),
+        (lambda m, x: m.b(m.a(x) * x), [("a",), ("b",)]),
+        (lambda m, x: m.b(m.a(x).transpose(2, 3)), [("a",), ("b",)]),
+        (lambda m, x: m.b(m.a(x)[:, :, 1:]), [("a",), ("b",)]),
+        (lambda m, x: m.b(m.a(x).double().float()), [("a",), ("b",)]),
+        (lambda m, x: m.b(m.relu(x)).add_(m.relu(x)), [("b",)]),
+        (lambda m, x: F.conv2d(m.a(x), m.b.weight * 2), [("a",)]),
+        (lambda m, x: F.conv2d(m.a(x), m.b.weight), [("a", "b")]),
+    ],
+)
+def test_a_chain_is_a_maximal_linear_stretch(forward, expected):
+    assert names(two(forward), X) == expected
+
+
+def test_an_in_place_addition_closes_a_residual_block():
+    def forward(m, x):
+        x = m.relu(x)
+        y = m.b(m.a(x))
+        y += x
+        return m.relu_(y)
+
+    (chain,) = find_chains(traced(two(forward), X))
+    assert [type(element) for element in chain.elements] == [Sum]
+    assert [len(branch) for branch in chain.elements[0].branches] == [2, 0]
+
+
+def test_a_value_that_is_overwritten_while_others_read_it_starts_no_chain():
+    def forward(m, x):
+        y = m.relu(x)
+        z = m.a(y)
+        return m.b(m.relu_(y)) + z
+
+    assert all("a" not in each for each in names(two(forward), X))
+
+
+def test_a_residual_block_behind_a_linear_stretch_continues_it():
+    (chain,) = find_chains(traced(two(lambda m, x: m.relu(m.b(y := m.a(x)) + y)), X))
+    first, block = chain.elements
+    assert (chain.source.op, chain.end.target) == ("placeholder", torch.ops.aten.add.Tensor)
+    assert isinstance(first, AffineOperator)
+    assert [len(branch) for branch in block.branches] == [1, 0]
+
+
+def test_a_residual_block_does_not_continue_a_value_that_others_read_too():
+    chains = find_chains(traced(two(lambda m, x: (m.b(y := m.a(x)) + y, y)), X))
+    assert [chain.names for chain in chains] == [("a",), ("b",)]
+    assert isinstance(chains[1].elements[0], Sum)
+
+
+def test_blocks_nest():
+    def forward(m, x):
+        y = m.a(x) + x
+        return m.b(y) + m.a(y) + x
+
+    (chain,) = find_chains(traced(two(forward), X))
+    assert chain.names == ("a", "b", "a")
+    ((outer,),) = (chain.elements,)
+    assert [[type(element) for element in branch] for branch in outer.branches] == [[Sum, Sum], []]
+
+
+def test_a_downsampling_branch_is_part_of_its_block():
+    block = two(lambda m, x: m.b(m.long(x)) + m.short(x), long=conv(stride=2), short=nn.Conv2d(4, 4, 1, stride=2))
+    (chain,) = find_chains(traced(block, X))
+    assert chain.names == ("long", "b", "short")
+    assert [operator.stride for operator in operators(chain.elements)] == [(2, 2), (1, 1), (2, 2)]
+
+
+def test_a_value_that_is_overwritten_through_a_view_closes_no_block():
+    def forward(m, x):
+        y = m.relu(x)
+        z = m.b(m.a(y))
+        y[:, 0] = 0
+        return z + y
+
+    # Nor does it start the chain of `a`, which would read it later than `a` does.
+    assert names(two(forward), X) == [("b",)]
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda m, x: m.b(m.norm(m.a(x))),
+        lambda m, x: m.relu(m.norm(m.a(m.relu(x))) + x),
+        lambda m, x: m.b(y := m.norm(m.a(x))) + y,
+        lambda m, x: m.b(m.norm(m.a(x)) + x) + m.a(x),
+        lambda m, x: m.b(y := m.relu(x)).add_(m.norm(m.a(y))),
+        lambda m, x: m.a((y := m.b(x)) + y),
+        lambda m, x: F.conv2d(m.a(x), m.b.weight, stride=(1, 2), padding=(2, 0), dilation=2, groups=1),
+    ],
+)
+def test_a_chain_computes_what_its_nodes_compute(forward):
+    model = two(forward).eval()
+    model.norm.running_mean.normal_()
+    model.norm.running_var.uniform_(0.5, 2)
+    assert assert_computes(traced(model, X), X)
+
+
+@pytest.mark.parametrize(
+    ("model", "x", "expected"),
+    [
+        (nn.Sequential(nn.Linear(4, 5), nn.Identity(), nn.Linear(5, 6)), torch.randn(2, 3, 4), [("0", "2")]),
+        (nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 6)), torch.randn(2, 4), [("0", "2")]),
+        (nn.Sequential(nn.Conv1d(4, 5, 3), nn.BatchNorm1d(5), nn.Conv1d(5, 6, 2)), torch.randn(2, 4, 9), [("0", "2")]),
+        (nn.Sequential(nn.Conv3d(1, 2, 2), nn.Conv3d(2, 3, 1)), torch.randn(2, 1, 3, 3, 3), [("0", "1")]),
+        (nn.Sequential(nn.Conv1d(4, 5, 3), nn.Linear(7, 6)), torch.randn(2, 4, 9), [("0",), ("1",)]),
+        (nn.Sequential(nn.BatchNorm2d(4), nn.ReLU()), X, []),
+        (nn.Sequential(conv(), nn.BatchNorm2d(4, track_running_stats=False), conv()), X, [("0",), ("2",)]),
+        (nn.Sequential(conv(), nn.MaxPool2d(2), conv()), X, [("0",), ("2",)]),
+        (nn.Sequential(conv(), nn.ConvTranspose2d(4, 4, 2), conv()), X, [("0", "1", "2")]),
+        (nn.Sequential(conv(), nn.Sequential(nn.BatchNorm2d(4), conv(), nn.Dropout2d())), X, [("0", "1.1")]),
+        (nn.Sequential(conv(groups=2), nn.BatchNorm2d(4, affine=False), conv(bias=False)), X, [("0", "2")]),
+        (nn.Sequential(conv(padding_mode="circular"), nn.Conv2d(4, 4, 1)), X, [("0", "1")]),
+    ],
+)
+def test_linear_layers_and_batch_norm_are_operators_of_their_own_kind(model, x, expected):
+    assert names(model, x) == expected
+
+
+def test_the_elements_compute_what_the_graph_computes(network, images):
+    network.relu1 = network.gelu = nn.Identity()
+    chains = assert_computes(traced(network, images), images)
+    assert [chain.names for chain in chains] == [("conv1", "conv2"), ("fc1", "fc2")]
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+def test_a_chain_reaches_as_far_as_the_network_is_affine(name):
+    model, x, expected = NETWORKS[name]
+    assert names(model, x) == expected
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+def test_a_chain_with_views_computes_what_its_nodes_compute(name):
+    model, x, _ = NETWORKS[name]
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+    assert_computes(traced(model, x), x)
+
+
+def test_a_flattened_chain_ends_with_a_flattening_and_layers_that_cover_their_input():
+    model, x, _ = NETWORKS["a classifier of positions"]
+    (chain,) = find_chains(traced(model, x))
+    *_, first, second, last = chain.elements
+    assert last == Flatten()
+    assert (first.kernel, second.kernel) == ((3, 3), (1, 1))
+
+
+@pytest.mark.parametrize(
+    ("name", "view"),
+    [("GPT-2's MLP", "view"), ("LayerScale", "permute"), ("rows that stay flattened", "reshape"), ("normalised images", None)],
+)
+def test_what_is_still_to_be_reshaped_stands_with_the_chain(name, view):
+    model, x, _ = NETWORKS[name]
+    (chain,) = find_chains(traced(model, x))
+    targets = [node.target for node in chain.views]
+    assert targets in ([], [torch.ops.aten.view.default], [torch.ops.aten.reshape.default], [torch.ops.aten.permute.default])
+    assert bool(targets) == bool(view)
+    assert view != "permute" or targets == [torch.ops.aten.permute.default]
+
+
+def test_members_are_the_nodes_between_source_and_end():
+    (chain,) = find_chains(traced(two(lambda m, x: m.relu(m.b(m.norm(m.a(x))))), X))
+    assert [node.target for node in chain.members] == [
+        torch.ops.aten.conv2d.default,
+        torch.ops.aten.batch_norm.default,
+        torch.ops.aten.conv2d.default,
+    ]
+    assert chain.source.op == "placeholder"
+    assert chain.end is chain.members[-1]
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda m, x: [y := m.relu(x), m.a(y), y.mul_(2), m.b(y)][1::2],
+        lambda m, x: [y := m.relu(x), z := m.a(y), m.b(y.add_(1)) + z][-1],
+        lambda m, x: [y := m.relu(x), z := m.b(m.a(y)), y.div_(2), z + y][-1],
+        lambda m, x: [y := m.a(x), y.mul_(2), m.b(y)][-1],
+        lambda m, x: [y := m.relu(x), y.view(-1).mul_(2), m.b(m.a(y)) + y][-1],
+        lambda m, x: [y := m.a(x), z := y + 1, y.mul_(3), m.b(z)][-1],
+        lambda m, x: m.b(m.a(x.mul_(2))),
+        lambda m, x: [x.mul_(2), m.b(m.a(x))][-1],
+    ],
+)
+def test_a_scale_that_writes_over_a_value_that_others_read_is_in_no_chain_that_would_move_it(forward):
+    """Each chain computes, from what its source is when the chain's end is reached, what the network computes."""
+    model = two(forward).eval()
+    module = traced(model, X)
+    chains = {chain.end: chain for chain in find_chains(module)}
+    moved = set().union(*(chain.members for chain in chains.values())) - set(chains)
+    live = {}
+
+    class Late(torch.fx.Interpreter):
+        """Runs each chain where it ends, on what its source is by then, and nothing in between."""
+
+        def run_node(self, n):
+            if n in moved:
+                return None
+            if n in chains:
+                source = live[chains[n].source]
+                live[n] = run(chains[n].elements, source.double()).float()
+                return live[n]
+            live[n] = super().run_node(n)
+            return live[n]
+
+    with torch.no_grad():
+        expected = model(X.clone())
+        actual = Late(module).run(X.clone())
+    for one, other in zip(pytree.tree_leaves(actual), pytree.tree_leaves(expected), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_an_input_is_not_scaled_in_place_within_a_chain():
+    (chain,) = find_chains(traced(two(lambda m, x: m.b(m.a(x.mul_(2)))), X))
+    assert "mul_" in str(chain.source.target)
+
+
+def test_buffers_that_a_model_writes_over_are_named():
+    class Counts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = conv()
+            self.register_buffer("calls", torch.zeros(1))
+
+        def forward(self, x):
+            self.calls += 1
+            return self.a(x)
+
+    assert overwritten_constants(traced(Counts(), X)) == ["calls"]
+    assert overwritten_constants(traced(two(lambda m, x: m.b(m.a(x)).mul_(2)), X)) == []
+
+
+def test_the_sizes_of_a_chain_are_numbers_or_free():
+    model = nn.Sequential(conv(), conv()).eval()
+    for dynamic_sizes in (False, True):
+        (chain,) = find_chains(inference_module(export(model, (X,), dynamic_sizes)))
+        assert chain.has_fixed_size != dynamic_sizes
+
+
+def test_a_free_batch_size_hides_no_chain():
+    for name in ("GPT-2's MLP", "a classifier", "LayerScale", "flattened by reshape", "rows with a new axis"):
+        model, x, expected = NETWORKS[name]
+        if name == "rows with a new axis":
+            model = rows(lambda m, x: m.b(m.a(x).view(x.shape[0], 1, 3, 5)))
+        module = inference_module(export(model.eval(), (x,)))
+        assert [chain.names for chain in find_chains(module)] == expected
+        assert_computes(module, torch.cat([x, x[:1]]))
+
+
+def test_a_convolution_without_a_batch_is_a_chain_too():
+    module = traced(two(lambda m, x: m.b(m.a(x))), X[0])
+    (chain,) = assert_computes(module, X[0])
+    assert chain.names == ("a", "b")
+    assert math.prod(chain.elements[0].kernel) == 9

@@ -1,0 +1,155 @@
+import itertools
+import json
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import given
+
+from fastentropy.fusion.latency.table import MOST_CHOICES, Choice, LatencyTable, Part, Section, Stretch, worthwhile
+
+MILLISECONDS = st.integers(0, 20).map(float)
+
+
+@st.composite
+def tables(draw):
+    """Tables of a few sections with branches; milliseconds are small integers, so that sums are exact and ties happen."""
+    names = (f"site{index}" for index in itertools.count())
+    sections = tuple(draw(sections_of(names, depth=1)) for _ in range(draw(st.integers(1, 2))))
+    return LatencyTable(100.0, 7.0, sections)
+
+
+@st.composite
+def sections_of(draw, names, depth):
+    parts = []
+    for _ in range(draw(st.integers(1, 4))):
+        kind = draw(st.sampled_from(["operator", "site", "branches"][: 3 if depth else 2]))
+        branches = tuple(draw(sections_of(names, 0)) for _ in range(2)) if kind == "branches" else ()
+        parts.append(Part(draw(MILLISECONDS), next(names) if kind == "site" else "", branches))
+    ends = itertools.combinations(range(len(parts) + 1), 2)
+    chosen = [pair for pair in ends if draw(st.booleans())]
+    stretches = [
+        Stretch(start, stop, draw(MILLISECONDS), sites_of(parts[start:stop]), draw(st.sampled_from([(), (f"m{start}{stop}",)])))
+        for start, stop in chosen
+    ]
+    return Section(tuple(parts), tuple(stretches))
+
+
+def sites_of(parts):
+    own = {part.site for part in parts if part.site}
+    return frozenset(own.union(*(sites_of(branch.parts) for part in parts for branch in part.branches)))
+
+
+def milliseconds(section, removed):
+    """The least time of a section without some sites, by trying every division: the oracle."""
+
+    def part_time(part):
+        inner = sum(milliseconds(branch, removed) for branch in part.branches)
+        return inner + (0 if part.site in removed else part.milliseconds)
+
+    def from_place(start):
+        if start == len(section.parts):
+            return 0
+        ways = [part_time(section.parts[start]) + from_place(start + 1)]
+        ways += [s.milliseconds + from_place(s.stop) for s in section.stretches if s.start == start and s.sites <= removed]
+        return min(ways)
+
+    return from_place(0)
+
+
+def total(table, removed):
+    return table.rest + sum(milliseconds(section, removed) for section in table.sections)
+
+
+@given(tables(), st.randoms(use_true_random=False))
+def test_choices_are_all_that_nothing_beats(table, random):
+    sites = sorted(frozenset().union(*(sites_of(section.parts) for section in table.sections)))[:8]
+    losses = {site: float(random.randrange(8)) for site in sites}
+    subsets = [frozenset(each) for n in range(len(sites) + 1) for each in itertools.combinations(sites, n)]
+    tried = {(sum(losses[site] for site in each), total(table, each)) for each in subsets}
+    best = {(a, b) for a, b in tried if not any((c <= a and d <= b) and (c, d) != (a, b) for c, d in tried)}
+    choices = table.choices(losses)
+    assert {(choice.loss, choice.milliseconds) for choice in choices} == best
+    assert [choice.loss for choice in choices] == sorted(choice.loss for choice in choices)
+    for choice in choices:
+        assert total(table, choice.removed) <= choice.milliseconds
+        assert sum(losses[site] for site in choice.removed) == choice.loss
+
+
+@given(tables(), st.randoms(use_true_random=False))
+def test_the_fastest_form_without_some_sites_is_that_of_the_best_division(table, random):
+    sites = frozenset().union(*(sites_of(section.parts) for section in table.sections))
+    removed = frozenset(site for site in sites if random.random() < 0.5)
+    assert table.fastest(removed).milliseconds == total(table, removed)
+    assert table.fastest(()).milliseconds == total(table, frozenset())
+
+
+@given(tables())
+def test_a_table_comes_back_from_json(table):
+    assert LatencyTable.from_dict(json.loads(json.dumps(table.to_dict()))) == table
+
+
+@given(tables())
+def test_candidates_are_the_sites_of_each_stretch_and_each_site(table):
+    candidates = table.candidates()
+    assert len(set(candidates)) == len(candidates)
+    sites = frozenset().union(*(sites_of(section.parts) for section in table.sections))
+    assert {frozenset([site]) for site in sites} <= set(candidates)
+    assert {s.sites for section in table.sections for s in section.stretches if s.sites} <= set(candidates)
+
+
+CHAIN = (Part(3.0), Part(1.0, "a"), Part(3.0), Part(1.0, "b"), Part(3.0))
+
+
+@pytest.mark.parametrize(("milliseconds", "kept"), [(3.0, True), (3.9, True), (3.95, False), (4.0, False), (9.0, False)])
+def test_an_approximation_is_kept_where_it_is_clearly_faster_than_what_is_exact(milliseconds, kept):
+    exact = Stretch(0, 3, 4.0, frozenset("a"))
+    approximate = Stretch(0, 3, milliseconds, frozenset("a"), ("conv1", "conv2"))
+    expected = (exact, approximate) if kept else (exact,)
+    assert worthwhile(Section(CHAIN, (approximate, exact)), 0.02).stretches == expected
+
+
+def test_what_an_approximation_stands_for_is_named():
+    projected = Stretch(2, 5, 1.0, frozenset("b"), ("conv2", "conv3"))
+    table = LatencyTable(11.0, 0.0, (Section(CHAIN, (projected,)),))
+    assert table.fastest("a") == Choice(0.0, 10.0, frozenset("a"))
+    assert table.fastest("ab").projected == (("conv2", "conv3"),)
+    assert table.fastest("ab").milliseconds == 4.0
+
+
+def test_what_is_measured_apart_adds_up_to_what_is_measured_together():
+    section = Section((*CHAIN, Part(2.0, "", (Section(CHAIN, ()),))), (Stretch(0, 3, 4.0, frozenset("a")),))
+    loose = LatencyTable.of(50.0, 40.0, [section])
+    assert (loose.rest, loose.fastest(()).milliseconds) == (16.0, 40.0)
+    tight = LatencyTable.of(50.0, 12.0, [section])
+    assert (tight.rest, tight.fastest(()).milliseconds) == (0.0, pytest.approx(12.0))
+    assert tight.fastest("a").milliseconds == pytest.approx(
+        (24.0 - 3.0 - 1.0) / 2
+    )  # the stretch, and a's own time in the branch
+
+
+def test_what_is_approximated_stays_one_part():
+    """The second stretch would cut through the first, the third holds it, and the last ones lie beside it."""
+    stretches = (
+        Stretch(0, 3, 2.0, frozenset("a"), ("conv1", "conv2")),
+        Stretch(2, 5, 0.5, frozenset("b"), ("conv2", "conv3")),
+        Stretch(0, 5, 1.5, frozenset("ab"), ("conv1", "conv2", "conv3")),
+        Stretch(4, 5, 2.5, frozenset()),
+    )
+    table = LatencyTable(11.0, 0.0, (Section(CHAIN, stretches),)).collapsed(("conv1", "conv2"))
+    assert table.fastest("a").milliseconds == 2.0 + 1.0 + 2.5
+    assert table.fastest("a").projected == ()
+    assert table.fastest("ab") == Choice(0.0, 1.5, frozenset("ab"), (("conv1", "conv2", "conv3"),))
+    (section,) = table.sections
+    assert [stretch[:3] for stretch in section.stretches] == [(0, 3, 1.5), (2, 3, 2.5)]
+    inside = LatencyTable(11.0, 0.0, (Section((Part(1.0, "", (Section(CHAIN, stretches),)),), ()),))
+    assert inside.collapsed(("conv1", "conv2")).fastest("a").milliseconds == 1.0 + 5.5
+
+
+def test_choices_stay_few_where_every_one_is_as_good_as_another():
+    """Loss proportional to time: none of the 2^40 subsets beats another."""
+    parts = tuple(Part(float(2**index), f"s{index}") for index in range(40))
+    table = LatencyTable(1.0, 0.0, (Section(parts, ()),))
+    choices = table.choices({part.site: part.milliseconds for part in parts})
+    assert 100 < len(choices) <= MOST_CHOICES + 1
+    assert choices[0].removed == frozenset()
+    assert choices[-1].removed == {part.site for part in parts}

@@ -1,0 +1,262 @@
+"""Models as graphs: traced for every size that they take, and rewritten without a change of what they compute."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fastentropy._utils.errors import first_line
+from fastentropy.fusion.chains.elements import spatial_size
+from fastentropy.fusion.chains.finding import find_chains
+from fastentropy.fusion.chains.merging import merge
+from fastentropy.fusion.chains.passes import fold
+from fastentropy.fusion.memory_format import is_channels_last
+from fastentropy.fusion.tracing import (
+    attribute,
+    export,
+    fits,
+    in_channels_last,
+    inference_module,
+    input_sizes,
+    rewrite,
+    sample_inputs,
+    values_of,
+)
+from tests._helpers.linear_networks import NETWORKS
+from tests._helpers.networks import Reads
+
+
+def close(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+def convolutions(*between):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), *between, nn.Conv2d(6, 4, 1), nn.BatchNorm2d(4)).eval()
+
+
+X = torch.randn(2, 3, 6, 5, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_the_batch_size_is_free(batch):
+    model = convolutions(nn.ReLU())
+    program = export(model, (X[:batch] if batch < 3 else torch.cat([X, X[:1]]),))
+    module = inference_module(program)
+    for size in (1, 2, 5):
+        x = torch.randn(size, 3, 6, 5)
+        close(module(x), model(x))
+    ((batch_sizes, *others),) = input_sizes(program)
+    assert batch_sizes[1] is None
+    assert others == [(3, 4), (6, 7), (5, 6)]
+
+
+def test_other_sizes_are_free_where_that_is_asked_for():
+    model = convolutions(nn.ReLU())
+    program = export(model, (X,), dynamic_sizes=True)
+    module = inference_module(program)
+    for shape in [(1, 3, 9, 7), (4, 3, 6, 5)]:
+        x = torch.randn(shape)
+        assert fits(x, input_sizes(program)[0])
+        close(module(x), model(x))
+    assert not fits(torch.randn(2, 4, 6, 5), input_sizes(program)[0])
+
+
+@pytest.mark.parametrize("dynamic_sizes", [False, True])
+def test_a_model_that_takes_one_batch_size_is_traced_for_it(dynamic_sizes):
+    model = Reads(lambda m, x: m.a(x.reshape(2, 15)), a=nn.Linear(15, 3)).eval()
+    x = torch.randn(2, 3, 5)
+    program = export(model, (x,), dynamic_sizes)
+    close(inference_module(program)(x), model(x))
+    ((batch, *_),) = input_sizes(program)
+    assert batch == (2, 3)
+
+
+def test_a_model_for_single_samples_is_traced_for_them():
+    model = Reads(lambda m, x: m.a(x.reshape(15)), a=nn.Linear(15, 3)).eval()
+    x = torch.randn(1, 3, 5)
+    program = export(model, (x,))
+    close(inference_module(program)(x), model(x))
+
+
+def test_a_model_that_cannot_be_traced_is_named_in_one_line():
+    with pytest.raises(ValueError, match=r"^torch.export cannot trace Reads: .*") as caught:
+        export(Reads(lambda m, x: x if x.sum() > 0 else -x), (X,))
+    assert "\n" not in str(caught.value)
+
+
+def test_the_example_is_not_written_over():
+    x = X.clone()
+    export(Reads(lambda m, x: x.mul_(2)), (x,))
+    assert torch.equal(x, X)
+
+
+def test_the_first_line_of_an_error_is_its_text_or_its_name():
+    assert first_line(ValueError("one\ntwo")) == "one"
+    assert first_line(KeyError()) == "KeyError"
+
+
+def test_a_module_for_inference_has_what_the_graph_reads_and_no_gradients():
+    model = Reads(lambda m, x: m.a(x), a=nn.Conv2d(3, 4, 1), unused=nn.Linear(4, 4)).eval()
+    module = inference_module(export(model, (X,)))
+    assert sorted(name for name, _ in module.named_buffers()) == ["a.bias", "a.weight"]
+    assert not list(module.parameters())
+    assert not module(X).requires_grad
+    assert torch.equal(attribute(module, "a.weight"), model.a.weight)
+
+
+def rewritten(model, x, form=lambda elements, x: elements):
+    traced = inference_module(export(model, (x,)))
+    chains = find_chains(traced)
+    sources = values_of(traced, [chain.source for chain in chains], (x,))
+    return rewrite(traced, chains, [form(chain.elements, sources[chain.source]) for chain in chains], sources), traced
+
+
+def merged(elements, x):
+    try:
+        return merge(fold(elements), spatial_size(elements, x))
+    except ValueError:
+        return fold(elements)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("form", [lambda elements, x: elements, merged], ids=["kept", "merged"])
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+def test_a_rewritten_graph_computes_what_the_model_computes(name, form):
+    model, x, _ = NETWORKS[name]
+    result, _ = rewritten(model.eval(), x, form)
+    close(result(x), model(x))
+
+
+@pytest.mark.parametrize("name", ["GPT-2's MLP", "a classifier", "LayerScale", "rows that stay flattened"])
+def test_a_rewritten_graph_takes_every_batch_size_that_the_model_takes(name):
+    model, x, _ = NETWORKS[name]
+    if name == "rows that stay flattened":
+        model = copy.deepcopy(model)
+        model._function = lambda m, x: m.b(m.a(x.reshape(-1, 4)))
+    result, _ = rewritten(model.eval(), x, merged)
+    for batch in (1, 2, 5):
+        other = torch.randn(batch, *x.shape[1:])
+        close(result(other), model(other))
+
+
+def test_the_graph_that_is_rewritten_stays_as_it_is():
+    model = convolutions(nn.ReLU())
+    traced = inference_module(export(model, (X,)))
+    before, weights = str(traced.graph), {name: value.clone() for name, value in traced.named_buffers()}
+    chains = find_chains(traced)
+    sources = values_of(traced, [chain.source for chain in chains], (X,))
+    result = rewrite(traced, chains, [fold(chain.elements) for chain in chains], sources)
+    assert str(traced.graph) == before
+    assert all(torch.equal(value, weights[name]) for name, value in traced.named_buffers())
+    assert result.graph is not traced.graph
+    close(result(X), model(X))
+
+
+def test_what_is_replaced_is_gone():
+    result, traced = rewritten(convolutions(), X, merged)
+    assert sum(node.op == "call_function" for node in traced.graph.nodes) == 3
+    assert [str(node.target) for node in result.graph.nodes if node.op == "call_function"][:1] == ["aten.conv2d.default"]
+    assert not any(name.startswith(("0", "1", "2")) for name, _ in result.named_buffers())
+
+
+def test_a_chain_may_begin_where_another_ends():
+    """A value that two others read is the end of one chain and the source of two."""
+    modules = {name: nn.Conv2d(3, 3, 1) for name in "abcd"}
+    model = Reads(lambda m, x: (m.c(y := m.b(m.a(x))), m.d(y).relu(), y), **modules).eval()
+    result, _ = rewritten(model, X, merged)
+    close(result(X), model(X))
+
+
+def test_weights_are_in_the_memory_format_of_the_source():
+    model = convolutions()
+    x = X.contiguous(memory_format=torch.channels_last)
+    result, _ = rewritten(model, x, merged)
+    weights = [value for value in result.buffers() if value.ndim == 4]
+    assert weights
+    assert all(is_channels_last(weight) for weight in weights)
+    close(result(x), model(x))
+
+
+VOLUMES = torch.randn(2, 2, 3, 4, 5)
+
+
+@pytest.mark.parametrize(
+    ("model", "x"),
+    [
+        (convolutions(), X),
+        (nn.Sequential(nn.ConvTranspose2d(3, 4, 2, stride=2), nn.ReLU()), X),
+        (nn.Sequential(nn.Conv3d(2, 3, 2), nn.ReLU()), VOLUMES),
+        (nn.Sequential(nn.Conv3d(2, 3, 2), nn.Flatten(2), nn.Conv1d(3, 3, 1)), VOLUMES),
+    ],
+)
+def test_the_weights_of_images_and_volumes_are_put_in_channels_last(model, x):
+    traced = inference_module(export(model.eval(), (x,)))
+    result = in_channels_last(traced)
+    weights = [value for value in result.buffers() if value.ndim in (4, 5) and max(value.shape[2:]) > 1]
+    assert weights
+    assert all(map(is_channels_last, weights))
+    assert not any(map(is_channels_last, traced.buffers()))
+    close(result(x), model(x))
+
+
+@pytest.mark.parametrize("model", [nn.Linear(5, 3), nn.Sequential(nn.Flatten(2), nn.Conv1d(3, 3, 1)), nn.ReLU()])
+def test_without_images_there_is_nothing_to_put_in_channels_last(model):
+    assert in_channels_last(inference_module(export(model.eval(), (X,)))) is None
+
+
+def test_values_are_those_that_nodes_have():
+    model = convolutions(nn.ReLU())
+    traced = inference_module(export(model, (X,)))
+    nodes = {str(node.target): node for node in traced.graph.nodes}
+    values = values_of(traced, [nodes["x" if "x" in nodes else "input"], nodes["aten.relu.default"]], (X,))
+    given, between = values.values()
+    assert torch.equal(given, X)
+    close(between, F.relu(model[0](X)))
+
+
+def test_values_of_a_copied_graph_are_found_by_name():
+    traced = inference_module(export(convolutions(nn.ReLU()), (X,)))
+    (relu,) = (node for node in traced.graph.nodes if node.target is torch.ops.aten.relu.default)
+    other = in_channels_last(traced)
+    close(values_of(other, [relu], (X,))[relu], values_of(traced, [relu], (X,))[relu])
+
+
+@pytest.mark.parametrize(
+    ("value", "sizes", "expected"),
+    [
+        (torch.zeros(2, 3), ((0, None), (3, 4)), True),
+        (torch.zeros(9, 3), ((0, None), (3, 4)), True),
+        (torch.zeros(2, 4), ((0, None), (3, 4)), False),
+        (torch.zeros(2), ((0, None), (3, 4)), False),
+        (torch.zeros(2, 3, 1), ((0, None), (3, 4)), False),
+        (torch.zeros(1, 3), ((2, 8), (3, 4)), False),
+        (torch.zeros(8, 3), ((2, 8), (3, 4)), False),
+        (torch.zeros(7, 3), ((2, 8), (3, 4)), True),
+        (3, ((0, None),), False),
+        (3, None, True),
+        (None, None, True),
+    ],
+)
+def test_an_input_fits_the_sizes_that_are_allowed(value, sizes, expected):
+    assert fits(value, sizes) == expected
+
+
+def test_what_is_no_tensor_has_no_sizes():
+    model = Reads(lambda m, x, scale, pair: x * scale + pair[0] if pair[1] is None else x)
+    program = export(model, (X, 2.5, (X, None)))
+    sizes = input_sizes(program)
+    assert len(sizes) == 4
+    assert [each is None for each in sizes] == [False, True, False, True]
+
+
+@pytest.mark.parametrize("dynamic_sizes", [False, True])
+def test_sample_inputs_are_inputs_that_the_model_takes(dynamic_sizes):
+    model = Reads(lambda m, x, ids: m.a(x).mean((2, 3)) + m.t(ids), a=nn.Conv2d(3, 4, 3), t=nn.Embedding(5, 4)).eval()
+    program = export(model, (X, torch.tensor([4, 1])), dynamic_sizes)
+    inputs = sample_inputs(program)
+    assert all(map(fits, inputs, input_sizes(program)))
+    assert [value.dtype for value in inputs] == [torch.float32, torch.int64]
+    close(inference_module(program)(*inputs), model(*inputs))

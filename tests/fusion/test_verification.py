@@ -1,0 +1,222 @@
+"""A rewritten network is held against the network: which inputs, which outputs, and by what measure."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from fastentropy.fusion.verification import TOLERANCE, Proof, full_precision, relative_error
+from tests._helpers.networks import Reads
+
+X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+
+
+def everything(inputs):
+    """Every size is taken."""
+    return True
+
+
+def proof(model, *inputs, takes=everything, tolerance=1e-5):
+    return Proof(model, inputs or (X,), takes, tolerance)
+
+
+def layer():
+    torch.manual_seed(0)
+    return nn.Linear(4, 3).eval().requires_grad_(False)
+
+
+def test_relative_error_is_over_the_largest_expected_value():
+    assert relative_error(torch.tensor([1.0, 4.5]), torch.tensor([1.0, 5.0])) == pytest.approx(0.1)
+    assert relative_error(torch.tensor([1.0, -4.5]), torch.tensor([1.0, -5.0])) == pytest.approx(0.1)
+    assert relative_error(torch.zeros(0), torch.zeros(0)) == 0
+    assert relative_error(torch.zeros(2), torch.zeros(2)) == 0
+    assert relative_error(torch.tensor([1e-3]), torch.zeros(1)) > 1e30
+
+
+@given(st.integers(0, 11), st.floats(1e-3, 10), st.integers(0, 99))
+def test_a_difference_at_any_position_counts(position, difference, seed):
+    expected = torch.randn(3, 4, generator=torch.Generator().manual_seed(seed)).double()
+    actual = expected.clone()
+    actual.view(-1)[position] += difference
+    assert relative_error(actual, expected) == pytest.approx(difference / float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_must_be_the_same(value):
+    odd, plain = torch.tensor([1.0, value]), torch.tensor([1.0, 2.0])
+    assert relative_error(odd, odd.clone()) == 0
+    assert relative_error(plain, odd) == math.inf
+    assert relative_error(odd, plain) == math.inf
+    assert relative_error(-odd, odd) == (2 if math.isnan(value) else math.inf)
+    assert relative_error(torch.tensor([1.5, value]), odd) == pytest.approx(0.5)
+
+
+def test_the_error_is_taken_in_the_precision_of_what_is_expected():
+    expected = torch.tensor([1.0, 1.0 + 1e-12], dtype=torch.float64)
+    assert 0 < relative_error(expected.float(), expected) < 1e-11
+    assert relative_error(expected, expected.float()) == 0
+
+
+def test_the_network_itself_has_no_error():
+    model = layer()
+    assert proof(model).error(model) == 0
+
+
+@pytest.mark.parametrize("batch", [1, 3, 4])
+def test_a_difference_at_any_batch_size_counts(batch):
+    model = layer()
+    error = proof(model).error(lambda x: model(x) + (len(x) == batch))
+    assert error > 0.1
+
+
+def test_a_difference_on_other_values_than_the_given_ones_counts():
+    model = layer()
+    assert proof(model).error(lambda x: model(x) + (not torch.equal(x, X))) > 0.1
+    assert proof(model).error(lambda x: model(x) + torch.equal(x, X)) > 0.1
+
+
+@pytest.mark.parametrize("wrong", range(3))
+def test_a_difference_in_any_output_counts(wrong):
+    model = Reads(lambda m, x: {"first": x * 2, "rest": (x + 1, [x - 1])})
+
+    def form(x):
+        first, second, third = (y + (index == wrong) for index, y in enumerate((x * 2, x + 1, x - 1)))
+        return {"first": first, "rest": (second, [third])}
+
+    assert proof(model).error(form) > 0.1
+
+
+def test_the_largest_error_is_what_is_reported():
+    model = Reads(lambda m, x: (x * 0 + 1, x * 0 + 1))
+    error = proof(model).error(lambda x: (x * 0 + 1.25, x * 0 + 1.5))
+    assert error == pytest.approx(0.5)
+
+
+def fails(x):
+    raise RuntimeError("out of memory")
+
+
+def fails_for_one(x):
+    return layer()(x) if len(x) > 1 else fails(x)
+
+
+@pytest.mark.parametrize("form", [fails, fails_for_one, lambda x: (layer()(x),) * 2, lambda x: ()])
+def test_a_form_that_raises_or_gives_other_outputs_is_infinitely_wrong(form):
+    assert proof(layer()).error(form) == math.inf
+
+
+@pytest.mark.parametrize("form", [lambda x: layer()(x)[:1], lambda x: layer()(x)[..., :2], lambda x: layer()(x)[None]])
+def test_outputs_of_another_shape_are_infinitely_wrong(form):
+    assert proof(layer()).error(form) == math.inf
+
+
+def test_outputs_that_can_be_broadcast_are_of_another_shape_too():
+    model = Reads(lambda m, x: torch.ones_like(x))
+    assert proof(model).error(lambda x: torch.ones(1, 4)) == math.inf
+
+
+def test_a_model_whose_rounding_is_amplified_is_compared_in_float64():
+    """Adding and taking away a large number leaves three digits in float32; the value itself is exact."""
+    model = Reads(lambda m, x: x + 1e4 - 1e4)
+    assert relative_error(model(X), X) > 1e-5
+    assert proof(model).error(lambda x: x.clone()) <= 1e-5
+    assert proof(model, tolerance=1e-12).error(model) == 0
+
+
+def test_what_is_wrong_is_wrong_in_float64_too():
+    model = Reads(lambda m, x: x + 1e4 - 1e4)
+    assert proof(model).error(lambda x: 1.01 * x) > 1e-3
+
+
+def test_a_model_that_does_not_run_in_float64_is_compared_as_it_is():
+    class Single(nn.Module):
+        def forward(self, x):
+            if x.dtype != torch.float32:
+                raise TypeError("float32 only")
+            return x * 2
+
+    assert proof(Single()).error(lambda x: 2.02 * x) == pytest.approx(0.01, rel=1e-3)
+
+
+def test_the_model_is_left_in_its_precision():
+    model = layer()
+    proof(model).error(lambda x: model(x) + 1)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def seen_sizes(**options):
+    sizes = []
+    proof(Reads(lambda m, x: sizes.append(tuple(x.shape)) or x), **options)
+    return set(sizes)
+
+
+def test_a_model_is_run_at_three_batch_sizes():
+    assert {size[0] for size in seen_sizes()} == {1, 3, 4}
+
+
+def test_sizes_that_are_not_taken_are_not_asked():
+    assert seen_sizes(takes=lambda inputs: inputs[0].shape != (4, 4)) == {(3, 4), (1, 4), (3, 5)}
+    assert seen_sizes(takes=lambda inputs: False) == {(3, 4)}
+
+
+def test_longer_inputs_are_asked_where_all_sizes_are_free():
+    assert (3, 5) in seen_sizes()
+    assert (3, 5) not in seen_sizes(takes=lambda inputs: inputs[0].shape[1] == 4)
+
+
+def test_sizes_that_the_model_refuses_are_not_asked_of_the_form():
+    model = Reads(lambda m, x: x * 2 if len(x) != 1 else fails(x))
+    sizes = []
+    assert proof(model).error(lambda x: sizes.append(len(x)) or x * 2) == 0
+    assert 1 not in sizes
+
+
+def test_inputs_are_not_written_over():
+    before = X.clone()
+    model = Reads(lambda m, x: x.mul_(2))
+    assert proof(model).error(model) == 0
+    assert proof(model).error(lambda x: x.mul_(2)) == 0
+    assert torch.equal(X, before)
+
+
+def test_inputs_that_are_no_floating_tensors_are_passed_on():
+    model = Reads(
+        lambda m, x, ids, flag, scale: m.table(ids) + x * scale if flag else x, table=nn.Embedding(5, 4)
+    ).requires_grad_(False)
+    ids = torch.tensor([1, 2, 4])
+    assert proof(model, X, ids, True, 2.5).error(model) == 0
+    assert proof(model, X, ids, True, 2.5).error(lambda x, ids, flag, scale: model.table(ids) + x) > 0.1
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_there_is_a_tolerance_for_each_dtype_above_its_rounding(dtype):
+    assert torch.finfo(dtype).eps < TOLERANCE[dtype] < 0.1
+
+
+def precisions():
+    return [backend.fp32_precision for backend in (torch.backends.cudnn.conv, torch.backends.cuda.matmul)]
+
+
+def test_forms_are_compared_in_float32_where_a_gpu_takes_tf32():
+    seen = []
+
+    def forward(m, x):
+        seen.append(precisions())
+        return m.layer(x)
+
+    before = precisions()
+    proof(Reads(forward, layer=layer())).error(layer())
+    assert seen
+    assert all(each == ["ieee", "ieee"] for each in seen)
+    assert precisions() == before
+
+
+def test_the_precision_of_products_comes_back_after_an_error():
+    before = precisions()
+    with pytest.raises(RuntimeError), full_precision():
+        raise RuntimeError
+    assert precisions() == before
+    assert torch.backends.cudnn.allow_tf32 in (True, False)  # raises where the settings contradict each other

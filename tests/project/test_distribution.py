@@ -1,0 +1,161 @@
+"""What others get: the files of the wheel and of the source distribution, and the wheel at work outside the repository."""
+
+import email
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import zipfile
+
+import pytest
+
+from tests._helpers.paths import ROOT
+
+PACKAGES = {"fastentropy": ROOT / "fastentropy", "fastentropy_kernels": ROOT / "kernels" / "fastentropy_kernels"}
+SUFFIXES = {".py", ".j2", ".typed"}
+
+COLLECT = """
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import fastentropy
+import fastentropy_kernels
+
+folder = Path(sys.argv[1])
+assert Path(fastentropy.__file__).is_relative_to(folder), fastentropy.__file__
+assert Path(fastentropy_kernels.__file__).is_relative_to(folder), fastentropy_kernels.__file__
+
+model = nn.Sequential(nn.Identity(), nn.ReLU())
+with fastentropy.collect(model) as collector:
+    y = model(torch.tensor([[-1.0, 0.0], [2.0, -3.0], [-0.5, 4.0]]))
+assert y.tolist() == [[0, 0], [2, 0], [0, 4]]
+assert collector.compute()["1"].counts.tolist() == [[2, 0, 1], [1, 1, 1]]
+"""
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """A folder with the wheel and the source distribution, both made from the repository, without a network."""
+    return build(ROOT, tmp_path_factory.mktemp("built"), "--wheel", "--sdist")
+
+
+@pytest.fixture(scope="module")
+def installed(built, tmp_path_factory):
+    """A folder that the wheel is installed in, without what it needs."""
+    folder = tmp_path_factory.mktemp("installed")
+    (wheel,) = built.glob("*.whl")
+    run(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", folder, wheel)
+    return folder
+
+
+def test_the_wheel_holds_the_two_packages_and_nothing_else(built):
+    expected = {
+        f"{package}/{path.relative_to(folder).as_posix()}"
+        for package, folder in PACKAGES.items()
+        for path in files_below(folder)
+        if path.suffix in SUFFIXES
+    }
+    assert {f"{package}/py.typed" for package in PACKAGES} < expected
+    names = contents_of_wheel(built).keys()
+    assert {name for name in names if ".dist-info/" not in name} == expected
+    information = {name.split(".dist-info/")[1] for name in names - expected}
+    assert information == {"METADATA", "WHEEL", "RECORD", "entry_points.txt", "licenses/LICENSE"}
+
+
+def test_the_metadata_say_what_is_needed(built):
+    metadata = email.message_from_bytes(information_of(built, "METADATA"))
+    (version,) = re.findall(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
+    assert (metadata["Name"], metadata["Version"], metadata["Requires-Python"]) == ("fastentropy", version, ">=3.10")
+    extras = {"bench", "calibrate", "cifar10", "cli", "dev", "docs", "onnx", "test"}
+    assert set(metadata.get_all("Provides-Extra")) == extras
+    needed = {re.split(r"[ ;>=]", line)[0] for line in metadata.get_all("Requires-Dist") if "extra ==" not in line}
+    assert needed == {"torch", "triton", "numpy", "numba", "safetensors"}
+    assert information_of(built, "entry_points.txt").decode().split() == [
+        *("[console_scripts]", "fastentropy", "=", "fastentropy.__main__:main")
+    ]
+
+
+def test_the_licence_and_the_readme_are_those_of_the_repository(built):
+    metadata = email.message_from_bytes(information_of(built, "METADATA"))
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert metadata["Description-Content-Type"] == "text/markdown"
+    assert metadata.get_payload(decode=True).decode() == (ROOT / "README.md").read_text(encoding="utf-8")
+    assert information_of(built, "licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
+
+
+def test_the_changelog_begins_with_the_version(built):
+    version = email.message_from_bytes(information_of(built, "METADATA"))["Version"]
+    first = next(line for line in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").splitlines() if line.startswith("## "))
+    assert version in first
+
+
+def test_the_source_distribution_holds_what_the_wheel_is_made_of(built):
+    (archive,) = built.glob("*.tar.gz")
+    with tarfile.open(archive) as opened:
+        names = {name.split("/", 1)[1] for name in opened.getnames()}
+    sources = {
+        path.relative_to(ROOT).as_posix()
+        for folder in PACKAGES.values()
+        for path in files_below(folder)
+        if path.suffix in SUFFIXES
+    }
+    assert names == sources | {"pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE", "PKG-INFO", ".gitignore"}
+
+
+def test_the_source_distribution_makes_the_same_wheel(built, tmp_path):
+    (archive,) = built.glob("*.tar.gz")
+    with tarfile.open(archive) as opened:
+        opened.extractall(tmp_path / "source", filter="data")
+    (source,) = (tmp_path / "source").iterdir()
+    again = build(source, tmp_path / "again", "--wheel")
+    assert contents_of_wheel(again) == contents_of_wheel(built)
+
+
+def test_the_wheel_collects_outside_the_repository(installed, tmp_path):
+    run(sys.executable, "-c", COLLECT, installed, folder=tmp_path, PYTHONPATH=str(installed))
+
+
+def test_the_command_of_the_wheel_finds_that_it_can_run(installed, tmp_path):
+    run(sys.executable, "-m", "fastentropy", "doctor", folder=tmp_path, PYTHONPATH=str(installed))
+
+
+def build(source, folder, *formats):
+    """Build a source tree into a folder with the hatchling that is installed."""
+    run(sys.executable, "-m", "build", "--no-isolation", *formats, "--outdir", folder, source)
+    return folder
+
+
+def run(*command, folder=None, **variables):
+    """Run a command to its end; what it printed is the message where it fails."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | variables
+    finished = subprocess.run(
+        [str(part) for part in command],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert finished.returncode == 0, finished.stdout
+
+
+def files_below(folder):
+    """The files of a package as they are on the disk, but for what Python compiled."""
+    return {path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts}
+
+
+def contents_of_wheel(folder):
+    """Name in the archive -> bytes."""
+    (wheel,) = folder.glob("*.whl")
+    with zipfile.ZipFile(wheel) as opened:
+        return {name: opened.read(name) for name in opened.namelist()}
+
+
+def information_of(folder, name):
+    """The bytes of a file of the wheel's dist-info folder."""
+    (content,) = (content for path, content in contents_of_wheel(folder).items() if path.endswith(f".dist-info/{name}"))
+    return content

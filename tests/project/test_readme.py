@@ -1,0 +1,74 @@
+"""What the README and the page of results show runs, and what they say was measured is in a record."""
+
+import re
+import sys
+
+import pytest
+
+from tests._helpers.paths import ROOT
+
+sys.path.append(str(ROOT / "bench"))
+
+import draw_figures
+
+from tests.project.documented import prepare, run_page
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+#: A number with a decimal point, or with a unit of what is measured.
+FIGURE = re.compile(r"\d+\.\d+|\d+ ?(?:%|ms\b|s\b|[kMG]?B\b|GB/s|×(?!\d)|times as)")
+#: Numbers that are none: versions, a paper, a licence, the constants of code in the text.
+NO_FIGURES = (
+    "Python 3.10",
+    "2404.18949",
+    "Apache 2.0",
+    "PyTorch 2.11",
+    "Triton 3.6",
+    "32 MB",
+    "max_drop=0.05",
+    "--max-drop 0.05",
+)
+
+
+def test_every_block_runs(tmp_path, monkeypatch):
+    """The main command with schedules of one epoch: whole, it takes minutes."""
+    monkeypatch.chdir(tmp_path)
+    prepare(tmp_path)
+    page = tmp_path / "README.md"
+    page.write_text(
+        README.replace("&& fastentropy prune\n", "&& fastentropy prune --epochs 1 --max-removed 2\n"), encoding="utf-8"
+    )
+    namespace = run_page(page, tmp_path)
+    assert len(namespace["statistics"].layer_entropy()) == 17
+    assert (tmp_path / "model.pt2").exists()
+    assert (tmp_path / "runs" / "packed" / "summary.json").exists()
+
+
+def test_the_layer_entropies_of_a_torchvision_model_take_five_lines():
+    block = next(block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL))
+    assert len(block.replace("\n\n", "\n").splitlines()) == 5
+
+
+@pytest.mark.parametrize("path", draw_figures.PAGES, ids=lambda path: path.name)
+def test_a_page_says_what_the_records_say(path):
+    page = path.read_text(encoding="utf-8")
+    assert page == draw_figures.drawn(page, draw_figures.links_from(path))
+
+
+@pytest.mark.parametrize("path", draw_figures.PAGES, ids=lambda path: path.name)
+def test_a_page_has_no_figures_but_those_of_the_records(path):
+    page = path.read_text(encoding="utf-8")
+    text = re.sub(r"<!-- ([\w-]+) -->\n.*?<!-- /\1 -->|```.*?```", "", page, flags=re.DOTALL)
+    for known in NO_FIGURES:
+        text = text.replace(known, "")
+    assert FIGURE.findall(text) == []
+
+
+def test_every_section_of_the_records_is_shown_somewhere():
+    pages = "".join(path.read_text(encoding="utf-8") for path in draw_figures.PAGES)
+    assert set(re.findall(r"<!-- /([\w-]+) -->", pages)) == draw_figures.SECTIONS.keys()
+
+
+def test_a_changed_figure_is_noticed():
+    page = README.replace("% before and", "1 % before and")
+    assert page != README
+    assert draw_figures.drawn(page, "bench/results") == README

@@ -1,0 +1,632 @@
+import copy
+import itertools
+import json
+import math
+import shutil
+import threading
+from collections import OrderedDict
+
+import pytest
+import torch
+from torch import nn
+
+from fastentropy import collect, fuse, linearize, prune
+from fastentropy.sites.activations import activation_modules
+from tests._helpers.networks import Residual
+from tests._helpers.snapshots import assert_unchanged, snapshot
+
+DATA = torch.randn(32, 1, 5, 5, generator=torch.Generator().manual_seed(3))
+LABELS = torch.arange(32) % 3
+
+
+def train(model):
+    """A few steps that draw from torch's default generator, as a shuffling loader does."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    for batch in torch.randperm(32).split(8):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(DATA[batch]), LABELS[batch]).backward()
+        optimizer.step()
+
+
+def evaluate(model):
+    return -float(nn.functional.cross_entropy(model(DATA), LABELS))
+
+
+def calibrate(model):
+    for batch in DATA.split(8):
+        model(batch)
+
+
+def run(model, **options):
+    defaults = {"train": train, "evaluate": evaluate, "calibrate": calibrate, "max_drop": 10.0}
+    return prune(model, example_inputs=(DATA[:2],), **{**defaults, **options})
+
+
+class Saturated(nn.Module):
+    """Four activations whose entropies have a known order: `offset` moves the share of on inputs from 1/2 to 1."""
+
+    OFFSETS = (0.5, 3.0, 0.0, 1.0)
+
+    def __init__(self):
+        super().__init__()
+        self.relus = nn.ModuleList(nn.ReLU() for _ in self.OFFSETS)
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        x = x.flatten(1) * self.weight
+        return sum(relu(x + offset) for relu, offset in zip(self.relus, self.OFFSETS, strict=True))
+
+
+def test_removals_follow_the_order_of_entropies():
+    torch.manual_seed(0)
+    result = run(Saturated(), train=lambda model: None, evaluate=lambda model: 1.0)
+    assert result.removed == ("relus.1", "relus.3", "relus.0", "relus.2")
+    assert [step.removed for step in result.steps] == [(), *((name,) for name in result.removed)]
+    assert result.steps[-1].layer_entropy == {}
+
+
+def test_each_step_has_the_function_of_the_linearised_network(network):
+    """What the loop trains and evaluates is the dense architecture with identities, and nothing else."""
+    seen = []
+
+    def record(model):
+        seen.append(copy.deepcopy(model))
+        return 1.0
+
+    result = run(network, evaluate=record)
+    removed = []
+    for step, model in zip(result.steps, seen, strict=True):
+        removed += step.removed
+        expected = Residual().eval()
+        linearize(expected, removed)
+        expected.load_state_dict(model.state_dict())
+        assert torch.equal(model.eval()(DATA), expected(DATA))
+
+
+def test_the_dense_model_is_evaluated_before_anything_is_trained(network):
+    calls = []
+    run(network, train=lambda m: calls.append("train"), evaluate=lambda m: calls.append("evaluate") or 1.0, max_removed=1)
+    assert calls == ["evaluate", "train", "evaluate"]
+
+
+def test_callables_see_the_right_mode_and_gradients(network):
+    seen = []
+
+    def note(name):
+        return lambda model: seen.append((name, model.training, torch.is_grad_enabled()))
+
+    def score(model):
+        note("evaluate")(model)
+        return 1.0
+
+    def forward(model):
+        note("calibrate")(model)
+        calibrate(model)
+
+    run(network, train=note("train"), evaluate=score, calibrate=forward, max_removed=1)
+    assert seen[2:] == [("train", True, True), ("evaluate", False, False), ("calibrate", False, False)]
+
+
+def test_the_loop_stops_where_the_score_falls_too_far_and_keeps_the_last_that_held(network):
+    scores = iter([0.90, 0.91, 0.85, 0.99])
+    result = run(network, evaluate=lambda model: next(scores), max_drop=0.04)
+    assert [step.score for step in result.steps] == [0.90, 0.91, 0.85]
+    assert (result.kept_step, len(result.removed)) == (1, 1)
+    kinds = {name: type(module) for name, module in result.model.named_modules()}
+    assert kinds[result.removed[0]] is nn.Identity
+    assert kinds[result.steps[2].removed[0]] is not nn.Identity
+
+
+def test_a_score_that_falls_by_just_max_drop_holds(network):
+    scores = iter([0.3, 0.2, 0.0])
+    assert run(network, evaluate=lambda model: next(scores), max_drop=0.1).kept_step == 1
+
+
+def test_the_kept_model_is_the_one_that_was_evaluated(network):
+    scores = {}
+
+    def record(model):
+        value = evaluate(model)
+        scores[value] = copy.deepcopy(model.state_dict())
+        return value
+
+    result = run(network, evaluate=record)
+    state = result.model.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in scores[result.steps[result.kept_step].score].items())
+    assert not result.model.training
+
+
+def test_the_given_model_is_not_changed(network):
+    before = snapshot(network)
+    run(network)
+    assert_unchanged(network, before)
+
+
+def test_one_step_may_do_all(network):
+    result = run(network, max_removed=3, per_step=3, evaluate=lambda model: 1.0)
+    assert [len(step.removed) for step in result.steps] == [0, 3]
+
+
+def test_protected_sites_stay():
+    result = run(Saturated(), train=lambda model: None, evaluate=lambda model: 1.0, protect=["relus.3", "relus.1"])
+    assert result.removed == ("relus.0", "relus.2")
+    assert set(result.steps[-1].layer_entropy) == {"relus.1", "relus.3"}
+
+
+class Constant(Saturated):
+    """The second and fourth activation are always on: their entropy is exactly 0."""
+
+    OFFSETS = (0.5, 90.0, 0.0, 80.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "sizes"),
+    [({}, [1, 1, 1, 1, 1]), ({"zeros_together": True}, [2, 1, 1, 1]), ({"zeros_together": True, "max_removed": 1}, [1])],
+)
+def test_sites_with_an_entropy_of_zero_go_together_where_that_is_asked_for(options, sizes):
+    result = run(Constant(), train=lambda model: None, evaluate=lambda model: 1.0, **options)
+    assert [len(step.removed) for step in result.steps[1:]] == sizes
+    assert set(result.removed[:2]) <= {"relus.1", "relus.3"} or sizes == [1]
+
+
+def test_a_criterion_of_ones_own_is_given_the_model_and_its_statistics(network):
+    def last_first(model, statistics):
+        assert list(statistics) == list(activation_modules(model))
+        return {name: -place for place, name in enumerate(statistics)}
+
+    assert run(network, criterion=last_first, evaluate=lambda model: 1.0).removed == ("gelu", "relu2", "relu1")
+
+
+def test_controls_remove_every_site_once_and_repeat(network):
+    for criterion in ("random", "uniform"):
+        torch.manual_seed(1)
+        first = run(network, criterion=criterion, evaluate=lambda model: 1.0)
+        torch.manual_seed(1)
+        again = run(network, criterion=criterion, evaluate=lambda model: 1.0)
+        assert first.removed == again.removed
+        assert sorted(first.removed) == ["gelu", "relu1", "relu2"]
+
+
+def test_the_passes_of_training_can_be_what_is_measured():
+    """train gets a collector, and says with reset where the last epoch begins."""
+    torch.manual_seed(0)
+    model = Saturated()
+    with collect(model) as collector:
+        calibrate(model)
+    statistics = collector.compute()
+
+    def counting_train(model, collector):
+        model(torch.full_like(DATA, 50.0))  # an epoch that does not count
+        collector.reset()
+        calibrate(model)
+
+    options = {"evaluate": lambda model: 1.0, "statistics": statistics}
+    counted = run(model, train=counting_train, calibrate=None, **options)
+    expected = run(model, train=lambda model: None, **options)
+    assert counted.steps == expected.steps
+    assert len(counted.steps) == 5
+
+
+def test_statistics_of_the_dense_model_spare_its_calibration(network):
+    with collect(network.eval()) as collector:
+        calibrate(network)
+    calls = []
+    result = run(network, calibrate=lambda model: calls.append(calibrate(model)), statistics=collector.compute(), max_removed=1)
+    assert len(calls) == 1
+    assert result.steps[0].layer_entropy == collector.compute().layer_entropy()
+
+
+def test_without_calibration_there_must_be_statistics(network):
+    with pytest.raises(ValueError, match=r"statistics= are needed; .*fe\.collect"):
+        run(network, calibrate=None)
+    with collect(network) as collector:
+        calibrate(network)
+    statistics = collector.compute()
+    with pytest.raises(ValueError, match="collapse needs calibrate"):
+        run(network, calibrate=None, statistics=statistics, collapse="project")
+    with pytest.raises(ValueError, match=r"statistics are of another model .* sites gelu, relu1"):
+        run(Saturated(), statistics=statistics)
+
+
+def test_a_training_without_a_pass_cannot_be_what_is_measured(network):
+    with collect(network) as collector:
+        calibrate(network)
+    with pytest.raises(ValueError, match="train made no forward pass"):
+        run(network, train=lambda model, collector: None, calibrate=None, statistics=collector.compute())
+
+
+@pytest.mark.parametrize(("max_removed", "per_step", "sizes"), [(0, 1, []), (2, 1, [1, 1]), (None, 2, [2, 1]), (2, 3, [2])])
+def test_max_removed_and_per_step(network, max_removed, per_step, sizes):
+    result = run(network, max_removed=max_removed, per_step=per_step, evaluate=lambda model: 1.0)
+    assert [len(step.removed) for step in result.steps[1:]] == sizes
+
+
+def test_further_figures_are_kept_with_each_step(network):
+    seen = []
+    result = run(network, measure=lambda model: {"parameters": 7.0}, on_step=seen.append)
+    assert all(step.metrics == {"parameters": 7.0} for step in result.steps)
+    assert [len(steps) for steps in seen] == list(range(1, len(result.steps) + 1))
+    assert seen[-1] == result.steps
+
+
+class InterruptedRun(Exception):  # noqa: N818
+    pass
+
+
+@pytest.mark.parametrize("interrupted_call", range(1, 11))
+def test_a_run_that_was_interrupted_anywhere_ends_as_one_that_was_not(tmp_path, interrupted_call):
+    """Every call of the user's functions of a run with three removals raises once; then the run is taken up."""
+
+    def start():
+        torch.manual_seed(0)
+        return Residual()
+
+    calls = 0
+
+    def interrupting(function):
+        def wrapped(model):
+            nonlocal calls
+            calls += 1
+            if calls == interrupted_call:
+                raise InterruptedRun
+            return function(model)
+
+        return wrapped
+
+    expected = run(start(), checkpoint_dir=tmp_path / "whole")
+    assert len(expected.steps) == 4
+    functions = {"train": train, "evaluate": evaluate, "calibrate": calibrate}
+    with pytest.raises(InterruptedRun):
+        run(start(), checkpoint_dir=tmp_path / "parts", **{name: interrupting(f) for name, f in functions.items()})
+    torch.rand(interrupted_call)
+    actual = run(start(), checkpoint_dir=tmp_path / "parts")
+    assert actual.steps == expected.steps
+    assert (actual.removed, actual.kept_step) == (expected.removed, expected.kept_step)
+    weights = expected.model.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in actual.model.state_dict().items())
+
+
+def test_a_finished_run_is_read_back_without_work(tmp_path):
+    torch.manual_seed(0)
+    model = Residual()
+    scores = iter([0.9, 0.9, 0.1])
+    first = run(model, evaluate=lambda m: next(scores), max_drop=0.1, checkpoint_dir=tmp_path)
+
+    def fail(model):
+        raise AssertionError
+
+    again = run(model, train=fail, evaluate=fail, calibrate=fail, max_drop=0.1, checkpoint_dir=tmp_path)
+    assert (again.steps, again.removed, again.kept_step) == (first.steps, first.removed, 1)
+    assert torch.equal(again.model(DATA), first.model(DATA))
+
+
+def test_checkpoints_of_another_model_are_refused(tmp_path, network):
+    run(network, max_removed=1, checkpoint_dir=tmp_path)
+    other = Saturated()
+    before = snapshot(other)
+    with pytest.raises(ValueError, match="run of another model"):
+        run(other, max_removed=1, checkpoint_dir=tmp_path)
+    assert_unchanged(other, before)
+
+
+def test_checkpoints_of_a_run_with_other_options_are_refused(tmp_path, network):
+    run(network, max_removed=1, checkpoint_dir=tmp_path)
+    with pytest.raises(ValueError, match=r"'max_removed': 1.*'max_removed': 2"):
+        run(network, max_removed=2, checkpoint_dir=tmp_path)
+
+
+@pytest.mark.parametrize("score", [math.nan, math.inf, torch.tensor(math.nan)])
+def test_a_score_that_is_no_number_is_refused_and_the_model_left_alone(network, score):
+    before = snapshot(network)
+    with pytest.raises(ValueError, match=r"evaluate returned (nan|inf) after the removal of nothing; it must return a finite"):
+        run(network, evaluate=lambda model: score)
+    assert_unchanged(network, before)
+
+
+def test_a_tensor_is_a_score(network):
+    assert run(network, evaluate=lambda model: torch.tensor(0.5), max_removed=1).steps[1].score == 0.5
+
+
+@pytest.mark.parametrize("score", [None, "good", torch.zeros(2), [1.0]])
+def test_a_score_that_is_no_single_number_is_refused(network, score):
+    with pytest.raises(ValueError, match=f"evaluate returned a {type(score).__name__} that is no number after the removal of"):
+        run(network, evaluate=lambda model: score)
+
+
+def test_a_score_of_nan_later_on_leaves_the_steps_before_on_disk(network, tmp_path):
+    scores = iter([0.9, 0.9, math.nan])
+    with pytest.raises(ValueError, match="evaluate returned nan after the removal of"):
+        run(network, evaluate=lambda model: next(scores), checkpoint_dir=tmp_path)
+    assert len(run(network, checkpoint_dir=tmp_path, evaluate=lambda model: 0.9).steps) == 4
+
+
+@pytest.mark.parametrize("replacement", [nn.LeakyReLU(), nn.Sequential(nn.ReLU())])
+def test_a_training_that_exchanges_modules_is_refused_and_the_model_left_alone(network, replacement):
+    before = snapshot(network)
+    with pytest.raises(ValueError, match=r"train changed the modules of the model \(.*relu.*\); it must train"):
+        run(network, train=lambda model: model.set_submodule("relu1" if type(model.relu1) is nn.ReLU else "relu2", replacement))
+    assert_unchanged(network, before)
+
+
+def test_a_training_that_adds_a_module_is_refused(network):
+    with pytest.raises(ValueError, match=r"train changed the modules of the model \(head\)"):
+        run(network, train=lambda model: model.add_module("head", nn.Linear(1, 1)))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_tensor_on_a_gpu_is_a_score(network):
+    assert run(network, evaluate=lambda model: torch.tensor(0.5, device="cuda"), max_removed=1).steps[1].score == 0.5
+
+
+def test_an_empty_calibration_is_refused_and_the_model_left_alone(network):
+    before = snapshot(network)
+    with pytest.raises(ValueError, match="calibrate made no forward pass"):
+        run(network, calibrate=lambda model: None)
+    assert_unchanged(network, before)
+
+
+def test_a_model_without_activations_is_refused():
+    with pytest.raises(ValueError, match="Flatten calls no known activation"):
+        run(nn.Flatten())
+
+
+def test_a_module_called_twice_is_refused_by_name():
+    relu = nn.ReLU()
+    with pytest.raises(ValueError, match=r"1:1: activations that .* fe\.isolate\(model, example_inputs\)"):
+        run(nn.Sequential(nn.Flatten(), relu, nn.Linear(25, 25), relu))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_drop": -0.1},
+        {"max_drop": math.nan},
+        {"max_removed": -1},
+        {"per_step": 0},
+        {"per_step": 1.5},
+        {"criterion": "size"},
+        {"collapse": "x"},
+    ],
+)
+def test_an_option_out_of_range_is_refused_by_name(network, options):
+    ((name, value),) = options.items()
+    with pytest.raises(ValueError, match=f"{name} is {value!r}; expected"):
+        run(network, **options)
+
+
+class Blocks(nn.Module):
+    """Two residual blocks of two convolutions, and a block that becomes one convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(1, 8, 3, padding=1)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(
+                OrderedDict(
+                    conv1=nn.Conv2d(8, 8, 3, padding=1, bias=False), bn1=nn.BatchNorm2d(8), relu=nn.ReLU(inplace=True),
+                    conv2=nn.Conv2d(8, 8, 3, padding=1, bias=False), bn2=nn.BatchNorm2d(8),
+                )
+            )
+            for _ in range(2)
+        )  # fmt: skip
+        self.expand, self.gelu, self.project = nn.Conv2d(8, 64, 1), nn.GELU(), nn.Conv2d(64, 8, 1)
+        self.fc = nn.Linear(8 * 25, 3)
+
+    def forward(self, x):
+        x = self.stem(x)
+        for block in self.blocks:
+            x = x + block(x)
+        x = self.project(self.gelu(self.expand(x)))
+        return self.fc(x.flatten(1))
+
+
+@pytest.fixture
+def blocks():
+    torch.manual_seed(0)
+    return Blocks()
+
+
+@pytest.mark.usefixtures("counted_costs")
+def test_sets_of_sites_go_by_entropy_per_millisecond_and_only_while_they_pay(blocks):
+    result = run(blocks, criterion="entropy-per-latency", evaluate=lambda model: 1.0)
+    assert result.removed[0] == "gelu"  # it saves most by far, and all entropies are near 1
+    predicted = [step.metrics["predicted_ms"] for step in result.steps]
+    assert predicted == sorted(predicted, reverse=True)
+    assert len(set(predicted)) == len(predicted)
+
+
+@pytest.mark.usefixtures("counted_costs")
+def test_a_budget_ends_the_run_as_soon_as_it_is_met(blocks):
+    all_of_it = run(blocks, criterion="entropy-per-latency", evaluate=lambda model: 1.0)
+    after_one = all_of_it.steps[1].metrics["predicted_ms"]
+    options = {"criterion": "entropy-per-latency", "evaluate": lambda model: 1.0}
+    assert run(blocks, max_latency_ms=after_one + 1e-6, **options).removed == ("gelu",)
+
+
+@pytest.mark.usefixtures("counted_costs")
+@pytest.mark.parametrize("budget", [{"max_latency_ms": 1e12}, {"target_speedup": 0.5}])
+def test_a_budget_that_the_dense_model_meets_removes_nothing(blocks, budget):
+    result = run(blocks, criterion="entropy-per-latency", evaluate=lambda model: 1.0, **budget)
+    assert (result.removed, result.kept_step) == ((), 0)
+
+
+def test_where_the_first_removal_costs_too_much_the_dense_model_is_kept(network):
+    scores = iter([0.9, 0.1])
+    result = run(network, evaluate=lambda model: next(scores), max_drop=0.0)
+    assert (result.removed, result.kept_step, len(result.steps)) == ((), 0, 2)
+    torch.testing.assert_close(result.model(DATA), network.eval()(DATA))
+
+
+def test_a_budget_out_of_reach_is_refused_before_anything_is_trained(blocks):
+    calls = []
+    with pytest.raises(ValueError, match="cannot be reached"):
+        run(blocks, criterion="entropy-per-latency", target_speedup=1e6, train=calls.append, evaluate=calls.append)
+    assert calls == []
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"target_speedup": 2.0}, {"criterion": "entropy-per-latency", "target_speedup": 2.0, "max_latency_ms": 1.0}],
+)
+def test_a_budget_stands_alone_and_with_the_criterion_that_knows_it(network, options):
+    with pytest.raises(ValueError, match="give one of them, with criterion='entropy-per-latency'"):
+        run(network, **options)
+
+
+@pytest.mark.usefixtures("counted_costs")
+def test_collapsing_replaces_the_convolutions_of_a_branch_before_the_training(blocks):
+    seen = []
+
+    def note(model):
+        seen.append({name: type(module) for name, module in model.named_modules()})
+        train(model)
+
+    result = run(blocks, collapse="project", train=note, protect=["gelu"], evaluate=lambda model: 1.0)
+    assert [len(step.collapsed) for step in result.steps] == [0, 1, 1]
+    for step, kinds in zip(result.steps[1:], seen, strict=True):
+        (projection,) = step.collapsed
+        path = step.removed[0].removesuffix("relu")
+        assert projection.modules == tuple(path + name for name in ("conv1", "bn1", "relu", "conv2", "bn2"))
+        assert 0 < projection.relative_error <= projection.centre_error
+        assert kinds[path + "conv1"] is nn.Conv2d
+        assert kinds[path + "bn1"] is nn.BatchNorm2d
+        assert kinds[path + "conv2"] is kinds[path + "bn2"] is nn.Identity
+    fused = fuse(result.model, (DATA,), measure=False)
+    torch.testing.assert_close(fused(DATA), result.model(DATA), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.usefixtures("counted_costs")
+@pytest.mark.parametrize("interrupted_call", [2, 3, 5])
+def test_a_collapsed_run_that_was_interrupted_ends_as_one_that_was_not(tmp_path, interrupted_call):
+    def start():
+        torch.manual_seed(0)
+        return Blocks()
+
+    calls = 0
+
+    def interrupting(model):
+        nonlocal calls
+        calls += 1
+        if calls == interrupted_call:
+            raise InterruptedRun
+        calibrate(model)
+
+    options = {"collapse": "project", "criterion": "entropy-per-latency"}
+    expected = run(start(), checkpoint_dir=tmp_path / "whole", **options)
+    assert sum(len(step.collapsed) for step in expected.steps) == 2
+    with pytest.raises(InterruptedRun):
+        run(start(), checkpoint_dir=tmp_path / "parts", calibrate=interrupting, **options)
+    torch.rand(interrupted_call)
+    actual = run(start(), checkpoint_dir=tmp_path / "parts", **options)
+    assert actual.steps == expected.steps
+    weights = expected.model.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in actual.model.state_dict().items())
+
+
+@pytest.mark.usefixtures("counted_costs")
+def test_a_resumed_run_decides_by_the_times_it_began_with(tmp_path, blocks, monkeypatch):
+    options = {"criterion": "entropy-per-latency", "evaluate": lambda model: 1.0, "checkpoint_dir": tmp_path}
+    first = run(blocks, **options)
+
+    def fail(*arguments, **others):
+        raise AssertionError
+
+    monkeypatch.setattr("fastentropy.pruning.loop.measure_latency", fail)
+    assert run(blocks, **options).steps == first.steps
+
+
+@pytest.mark.usefixtures("counted_costs")
+def test_a_damaged_latency_table_is_named(tmp_path, blocks):
+    options = {"criterion": "entropy-per-latency", "evaluate": lambda model: 1.0, "checkpoint_dir": tmp_path}
+    run(blocks, **options)
+    for content in (
+        b"",
+        b"{}",
+        b'{"original": 1, "fused": 1, "sections": [{}]}',
+        b'{"original": 1, "fused": 1, "sections": 3}',
+    ):
+        (tmp_path / "latency.json").write_bytes(content)
+        with pytest.raises(ValueError, match=r"latency\.json is damaged"):
+            run(blocks, **options)
+
+
+class Series(nn.Module):
+    """Convolutions in a row, the last one pointwise: once two of them are one, all three are no larger than that."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.relu1 = nn.Conv2d(1, 12, 3, padding=1), nn.ReLU()
+        self.conv2, self.relu2 = nn.Conv2d(12, 12, 3, padding=1), nn.ReLU()
+        self.conv3, self.relu3 = nn.Conv2d(12, 12, 3, padding=1), nn.ReLU()
+        self.conv4, self.fc = nn.Conv2d(12, 4, 1), nn.Linear(4 * 25, 3)
+
+    def forward(self, x):
+        x = self.relu2(self.conv2(self.relu1(self.conv1(x))))
+        return self.fc(self.conv4(self.relu3(self.conv3(x))).flatten(1))
+
+
+@pytest.mark.usefixtures("counted_costs")
+@pytest.mark.parametrize("order", list(itertools.permutations(["relu1", "relu2", "relu3"])))
+def test_collapsing_goes_on_over_what_is_collapsed_already(order, tmp_path):
+    """In whatever order activations go, each step fits what is there, and a resumed run has the same network."""
+    torch.manual_seed(0)
+    model, scores = Series(), {name: place for place, name in enumerate(order)}
+    options = {"collapse": "project", "criterion": lambda model, statistics: {name: scores[name] for name in statistics}}
+    result = run(model, checkpoint_dir=tmp_path, **options)
+    assert result.removed == order
+    predicted = [step.metrics["predicted_ms"] for step in result.steps]
+    assert predicted == sorted(predicted, reverse=True)
+    for step in result.steps:
+        assert all(0 <= each.relative_error < 1 for each in step.collapsed)
+    again = run(model, checkpoint_dir=tmp_path, **options)
+    assert again.steps == result.steps
+    assert torch.equal(again.model(DATA), result.model(DATA))
+
+
+@pytest.mark.usefixtures("counted_costs")
+@pytest.mark.parametrize(("name", "value"), [("modules", ["nowhere"]), ("modules", []), ("kernel", ["3"]), ("groups", 7)])
+def test_an_approximation_that_does_not_fit_the_model_is_one_line(blocks, tmp_path, name, value):
+    options = {"collapse": "project", "protect": ["gelu"], "max_removed": 1, "checkpoint_dir": tmp_path}
+    run(blocks, **options)
+    path = tmp_path / "01" / "step.json"
+    values = json.loads(path.read_text())
+    values["collapsed"][0][name] = value
+    path.write_text(json.dumps(values))
+    with pytest.raises(ValueError, match="holds a step that approximates what the model does not have"):
+        run(blocks, **options)
+
+
+@pytest.mark.usefixtures("counted_costs")
+def test_times_of_a_run_that_was_killed_before_its_first_step_are_of_its_options_and_model(tmp_path, blocks):
+    def killed(model):
+        raise InterruptedRun
+
+    with pytest.raises(InterruptedRun):
+        run(blocks, criterion="entropy-per-latency", evaluate=killed, checkpoint_dir=tmp_path)
+    with pytest.raises(ValueError, match="holds a run with the options"):
+        run(blocks, criterion="entropy-per-latency", collapse="project", checkpoint_dir=tmp_path)
+    with pytest.raises(ValueError, match="holds a run of another model"):
+        run(Series(), criterion="entropy-per-latency", checkpoint_dir=tmp_path)
+
+
+def test_protect_is_a_list_and_its_order_does_not_matter(network, tmp_path):
+    with pytest.raises(ValueError, match=r"protect must be a list of site names, not the string 'relu1': \['relu1'\]"):
+        run(network, protect="relu1")
+    first = run(network, protect=["relu1", "gelu"], checkpoint_dir=tmp_path)
+    assert run(network, protect=["gelu", "relu1"], checkpoint_dir=tmp_path).steps == first.steps
+
+
+def test_a_criterion_need_not_be_copied(network, tmp_path):
+    class Judge:
+        def __init__(self):
+            self.lock = threading.Lock()
+
+        def __call__(self, model, statistics):
+            assert not model.training
+            return statistics.layer_entropy()
+
+    judge = Judge()
+    first = run(network, criterion=judge, checkpoint_dir=tmp_path)
+    shutil.rmtree(tmp_path / "03")
+    assert run(network, criterion=judge, checkpoint_dir=tmp_path).steps == first.steps

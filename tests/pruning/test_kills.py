@@ -1,0 +1,153 @@
+"""A pruning run that is killed, at whatever moment, and taken up again ends as one that was left alone."""
+
+import itertools
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from safetensors.torch import load_file
+
+from tests._helpers.paths import ROOT
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+
+STEPS = 4
+KILLS = 12
+
+
+class Server:
+    """Runs `child_process.prune` in children of a process that has PyTorch imported."""
+
+    def __init__(self, outcome):
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        self._outcome = outcome
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.pruning.child_process"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+
+    def start(self, folder, fatal_moment=None):
+        """Start a child; returns its number, which is no other process's until `finish`."""
+        self._outcome.unlink(missing_ok=True)
+        return int(self._ask(json.dumps([str(folder), str(self._outcome), fatal_moment])))
+
+    def has_ended(self):
+        return self._outcome.exists()
+
+    def finish(self):
+        """Wait for the child. Returns what its run gave, or None if it was killed."""
+        code = int(self._ask("finish"))
+        assert code in (0, -signal.SIGKILL)
+        outcome = None if code else pickle.loads(self._outcome.read_bytes())
+        assert not isinstance(outcome, str), outcome
+        return outcome
+
+    def stop(self):
+        self._process.kill()
+        self._process.communicate()
+
+    def _ask(self, line):
+        print(line, file=self._process.stdin, flush=True)
+        return self._process.stdout.readline()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    server = Server(tmp_path_factory.mktemp("outcome") / "outcome.pickle")
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def expected(server, tmp_path_factory):
+    """What a run gives that nobody disturbs."""
+    server.start(tmp_path_factory.mktemp("whole"))
+    (removed, steps, kept_step), weights = server.finish()
+    assert (len(removed), len(steps), kept_step) == (STEPS - 2, STEPS, STEPS - 2)
+    return (removed, steps, kept_step), weights
+
+
+def finished_steps(folder):
+    return len(list(folder.glob("*/step.json")))
+
+
+def temporary_files(folder):
+    """All below a folder that has no final name: ours begin with .tmp-, those of safetensors with .tmp."""
+    return {path for path in folder.rglob("*") if any(part.startswith(".tmp") for part in path.relative_to(folder).parts)}
+
+
+def assert_every_file_is_whole(folder):
+    for path in set(folder.rglob("*.*")) - temporary_files(folder):
+        json.loads(path.read_text()) if path.suffix == ".json" else load_file(path)
+
+
+def test_a_run_may_be_killed_before_and_after_each_file_is_put_in_its_place(server, expected, tmp_path):
+    """Each step is cut short at every one of its moments in turn; the last of them is when the step is finished."""
+    fatal_moment = kills = finished = 0
+    server.start(tmp_path, fatal_moment)
+    while not (outcome := server.finish()):
+        kills += 1
+        assert_every_file_is_whole(tmp_path)
+        fatal_moment = 0 if finished_steps(tmp_path) > finished else fatal_moment + 1
+        finished = finished_steps(tmp_path)
+        server.start(tmp_path, fatal_moment)
+    assert outcome == expected
+    assert not temporary_files(tmp_path)
+    assert kills >= 2 * len(list(tmp_path.glob("*/*"))) >= 20
+
+
+def test_a_run_may_be_killed_at_any_time(server, expected, tmp_path, drawn):
+    began = time.monotonic()
+    server.start(tmp_path / "measured")
+    server.finish()
+    longest = (time.monotonic() - began) / 4
+
+    def wait(folder):
+        nonlocal longest
+        time.sleep(drawn.uniform(0, longest))
+        longest *= 1.1  # so that steps are finished at last, also where the machine has become slow
+
+    assert_runs_end_as_expected(server, expected, tmp_path, wait)
+
+
+def test_a_run_may_be_killed_while_it_writes_weights(server, expected, tmp_path, drawn):
+    def wait(folder):
+        """Until the weights of a step begin to be written: the next one, or the one after it."""
+        step = folder / f"{finished_steps(folder) + drawn.randrange(2):02d}"
+        before = set(step.glob(".tmp*"))
+        while not (server.has_ended() or set(step.glob(".tmp*")) - before):
+            time.sleep(0.0005)
+        time.sleep(drawn.uniform(0, 0.01))
+
+    assert_runs_end_as_expected(server, expected, tmp_path, wait)
+
+
+def assert_runs_end_as_expected(server, expected, tmp_path, wait):
+    """Kill runs, each after a wait, and take them up again until they end, as many as it takes for so many kills."""
+    kills = 0
+    for run in itertools.count():
+        folder = tmp_path / f"run{run}"
+        while not (outcome := killed(server, folder, wait)):
+            kills += 1
+            assert_every_file_is_whole(folder)
+        assert outcome == expected
+        assert not temporary_files(folder)
+        if kills >= KILLS:
+            break
+
+
+def killed(server, folder, wait):
+    """Start a child and kill it after a wait. Returns what its run gave if it was done by then, and None otherwise."""
+    child = server.start(folder)
+    wait(folder)
+    if not server.has_ended():
+        os.kill(child, signal.SIGKILL)
+    return server.finish()

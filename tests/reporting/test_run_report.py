@@ -1,0 +1,118 @@
+"""The page and the picture of a run: complete, self-contained, escaped, and the same for the same history."""
+
+import copy
+import functools
+import re
+
+import matplotlib
+import pytest
+
+from fastentropy.reporting.run_report import plot_summary, write_report
+from tests._helpers.histories import HOSTILE, make_history
+
+TIMES = "\N{MULTIPLICATION SIGN}"
+SITES = [f"stage{index}.relu" for index in range(6)]
+EDGE_CASES = {
+    "rejected": make_history(SITES, 4, kept_step=2),
+    "one step": make_history(SITES, 1),
+    "first step rejected": make_history(SITES, 2, kept_step=0),
+    "unfinished": make_history(SITES, 3, fusion=None),
+    "unfinished, one step": make_history(SITES, 1, fusion=None),
+    "all removed": make_history(SITES, 7),
+    "one site": make_history(["relu"], 2),
+    "two in a step": make_history(SITES, 3, per_step=2),
+    "large": make_history([f"encoder.layers.{index}." + "long." * 20 + "relu" for index in range(60)], 50),
+}
+
+
+@pytest.fixture(scope="module")
+def render(tmp_path_factory):
+    """The page of a history."""
+    path = tmp_path_factory.mktemp("report") / "report.html"
+
+    def write_and_read(history):
+        write_report(history, path)
+        return path.read_text(encoding="utf-8")
+
+    return write_and_read
+
+
+@pytest.fixture(scope="module")
+def page_of(render):
+    """The page of an edge case, made once."""
+    return functools.cache(lambda case: render(EDGE_CASES[case]))
+
+
+@pytest.mark.parametrize("case", EDGE_CASES)
+def test_every_kind_of_run_has_a_page_that_needs_nothing_but_itself(case, page_of):
+    page = page_of(case)
+    outside = re.sub(r'xmlns(:\w+)?="[^"]*"', "", page)
+    assert not re.search(r"https?://|<script|<link|\bsrc=|@import|url\((?!#)|href=\"(?!#|data:)", outside)
+    assert page.count("<svg") == page.count("</svg>") == page.count("aria-label=") == 4
+    identifiers = re.findall(r'\bid="([^"]*)"', page)
+    assert len(identifiers) == len(set(identifiers))
+    assert "nan" not in re.sub(r"<[^>]*>", "", page).lower().split()
+
+
+@pytest.mark.parametrize("case", ["rejected", "two in a step", "large"])
+def test_every_step_and_every_removed_site_is_in_the_table(case, page_of):
+    history = EDGE_CASES[case]
+    table = page_of(case).split("<h2>The steps</h2>")[1].split("<h2>")[0]
+    rows = re.findall(r"<tr.*?</tr>", table, re.DOTALL)[1:]
+    for index, (step, row) in enumerate(zip(history["steps"], rows, strict=True)):
+        assert f"<td>{index}" in row
+        for name in step["removed"]:
+            assert f"<code>{name}</code> <span>{history['steps'][index - 1]['layer_entropy'][name]:.3f}</span>" in row
+
+
+def test_numbers_are_those_of_the_kept_step_and_of_the_fused_network(page_of):
+    page = page_of("rejected")
+    assert "2 of 6 activations are removed: 2.50 times as fast as the dense network, 0.80 points less test acc" in page
+    for text in (
+        "97.00 → 96.20 %",
+        "4.00 → 1.60 ms",
+        f"2.00{TIMES} against the pruned",
+        f"1.88{TIMES} against the dense",
+    ):
+        assert text in page
+    assert 'class="rejected"' in page
+    assert "Step 3 was rejected: its validation accuracy, 96.80 %, is below 97.00 %" in page
+    assert page.count('class="chosen"') == 4  # the step, the form of the network, and one form for each of two chains
+    assert "28.70" in page
+    assert "a reason for &lt;this&gt;" in page
+
+
+def test_an_unfinished_run_says_so(page_of):
+    assert "not finished" not in page_of("rejected")
+    page = page_of("unfinished")
+    assert "not finished" in page
+    assert "removed so far: 1.54 times as fast" in page
+
+
+@pytest.mark.filterwarnings("ignore:Glyph")  # the font that text is measured with does not have every script
+def test_text_of_the_history_is_never_markup(render):
+    history = copy.deepcopy(make_history(HOSTILE, 6))
+    history["recipe"] = history["options"]["device"] = history["machine"]["device"] = "".join(HOSTILE)
+    history["fusion"]["chains"][0] |= {"names": HOSTILE, "note": "".join(HOSTILE)}
+    page = render(history)
+    assert "<script" not in page
+    assert "<b>" not in page
+    for name in HOSTILE:
+        escaped = name.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+        # Two plots, the table of steps, the recipe twice, the option, the machine, the chain and its note.
+        assert page.replace("&#34;", '"').count(escaped) == 9
+
+
+def test_the_same_history_gives_the_same_bytes_whatever_the_settings_of_matplotlib(render, page_of):
+    history = EDGE_CASES["rejected"]
+    before, page = copy.deepcopy(history), page_of("rejected")
+    with matplotlib.rc_context({"font.size": 20, "axes.grid": True}):
+        assert render(history) == page
+    assert history == before
+
+
+@pytest.mark.parametrize("case", ["rejected", "one step", "unfinished", "all removed"])
+def test_the_summary_is_a_png(case, tmp_path):
+    plot_summary(EDGE_CASES[case], tmp_path / "summary.png")
+    assert (tmp_path / "summary.png").read_bytes().startswith(b"\x89PNG\r\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["summary.png"]
