@@ -44,7 +44,7 @@ import fastentropy as fe
 from fastentropy.calibration import overhead
 from fastentropy.cli import app
 from tests._helpers.kill_points import die_at
-from tests._helpers.paths import ROOT
+from tests._helpers.paths import PYTHONPATH
 
 logging.disable_progress_bar()
 #: Seconds that a rank may take, and that it may still take when another was killed.
@@ -227,7 +227,7 @@ class Server:
     """Runs `fastentropy calibrate` on any number of ranks, in children of a process that has everything imported."""
 
     def __init__(self):
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "80", "PYTHONPATH": str(ROOT)}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "80", "PYTHONPATH": PYTHONPATH}
         self._process = subprocess.Popen(
             [sys.executable, "-m", __name__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )

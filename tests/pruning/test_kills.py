@@ -12,7 +12,7 @@ import time
 import pytest
 from safetensors.torch import load_file
 
-from tests._helpers.paths import ROOT
+from tests._helpers.paths import PYTHONPATH
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 
@@ -24,7 +24,7 @@ class Server:
     """Runs `child_process.prune` in children of a process that has PyTorch imported."""
 
     def __init__(self, outcome):
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": PYTHONPATH}
         self._outcome = outcome
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.pruning.child_process"],
