@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import fastentropy as fe
+from fastentropy._compat import with_frozen_weights
 from fastentropy._utils.timing import measure_times
 from fastentropy.benchmarks.measurements import Case, name_case
 from fastentropy.benchmarks.networks import (
@@ -82,14 +83,12 @@ def _frozen(model: nn.Module) -> Callable[..., object]:
     The setting must hold while the first call compiles: as an option of torch.compile it comes too late, the weights are inputs
     by then. fullgraph: what cannot be compiled raises instead of running uncompiled.
     """
-    from torch._inductor import config
-
     program, is_compiled = torch.compile(model, fullgraph=True), False
 
     def run(*inputs: Any) -> object:
         nonlocal is_compiled
         if not is_compiled:
-            with config.patch(freezing=True):
+            with with_frozen_weights():
                 program(*inputs)
             is_compiled = True
         return program(*inputs)

@@ -19,7 +19,7 @@ from fastentropy.benchmarks.baselines import (
     published_entropy,
 )
 from fastentropy.benchmarks.measurements import Case, name_case, name_dtype
-from fastentropy_kernels.states.api import activation_states, count_states
+from fastentropy_kernels import activation_states, count_states
 
 #: Values of a tensor, from what fits in a cache to what does not.
 SIZES = {"cpu": (2**18, 2**20, 2**22, 2**24), "cuda": (2**20, 2**22, 2**24, 2**26, 2**28)}

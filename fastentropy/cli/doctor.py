@@ -11,8 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from fastentropy_kernels import available_implementations
-from fastentropy_kernels.states.api import count_states
+from fastentropy_kernels import available_implementations, count_states
 
 
 @dataclass(frozen=True)

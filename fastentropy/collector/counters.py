@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastentropy._compat import add_to_each
 from fastentropy.sites.site import Site
 from fastentropy_kernels import ActivationPlan
 
@@ -87,7 +88,7 @@ class Counters:
         """Add what was noted on the device, of all sites in one operation: one each would take longer than the counting."""
         for noted in (self._masked, self._repeated):
             if noted:
-                torch._foreach_add_(*map(list, zip(*noted, strict=True)))
+                add_to_each(*zip(*noted, strict=True))
         self._forget_notes()
 
     def _forget_notes(self) -> None:

@@ -4,17 +4,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensor
-from torch.utils._python_dispatch import _disable_current_modes
 
+from fastentropy._compat import in_dispatch_mode, is_fake, wait_tensor, without_modes
 from fastentropy.collector.counters import Counters
 from fastentropy.sites.activations import FusedActivation, fused_activation
 from fastentropy.sites.interception import original_class
 from fastentropy.sites.padding import positions_to_count
-from fastentropy.sites.sharding import awaited, local_tensor
+from fastentropy.sites.sharding import local_tensor
 from fastentropy.sites.site import Call, Site
-from fastentropy_kernels import is_fused
-from fastentropy_kernels.states.api import activation_states, count_states, plan_activation_states
+from fastentropy_kernels import activation_states, count_states, is_fused, plan_activation_states
 
 _COUNTABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -23,7 +21,7 @@ def run_and_count(call: Call, counters: Counters) -> Any:
     """Run an activation and count the states of its input: in one pass where a kernel does both, else before it runs."""
     site, x = call.site, call.x
     local = local_tensor(x)
-    if local.is_meta or isinstance(local, FakeTensor):
+    if local.is_meta or is_fake(local):
         return call.run()
     mask = positions_to_count(call.is_token, local, site.channel_axis)
     plan = counters.plans.get(site.name)
@@ -34,8 +32,8 @@ def run_and_count(call: Call, counters: Counters) -> Any:
     counter = counters.of(site, local.device)
     fused = _fused(call)
     if fused is None:
-        with torch.no_grad(), _disable_current_modes():
-            local = awaited(local)
+        with torch.no_grad(), without_modes():
+            local = wait_tensor(local)
             values = local if local.dtype in _COUNTABLE else local.float()
             count_states(values.detach(), counter.counts, channel_axis=site.channel_axis, mask=mask)
             _add_positions(counters, site, local, mask)
@@ -55,7 +53,7 @@ def _fused(call: Call) -> FusedActivation | None:
     x = call.x
     if call.module is None or "forward" in vars(call.module) or type(x) is not Tensor:
         return None
-    if (x.requires_grad and torch.is_grad_enabled()) or torch._C._len_torch_dispatch_stack():
+    if (x.requires_grad and torch.is_grad_enabled()) or in_dispatch_mode():
         return None
     fused = fused_activation(call.module, original_class(call.module))
     if fused is None or not is_fused(fused.activation, x):

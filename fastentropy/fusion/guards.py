@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
-from torch.utils import _pytree as pytree
 
+from fastentropy._compat import export_guards, keystr, tree_flatten_with_path, tree_leaves
 from fastentropy.fusion.inputs import Inputs
 from fastentropy.fusion.tracing import fits, input_sizes, user_inputs
 
@@ -43,7 +43,7 @@ class Conditions:
 
     def refusal(self, inputs: Inputs) -> str:
         """Why the model cannot be called with these inputs; empty if it can."""
-        leaves = pytree.tree_leaves(inputs)
+        leaves = tree_leaves(inputs)
         if len(leaves) != len(self._inputs):
             return f"this model was fused for {len(self._inputs)} inputs, but is called with {len(leaves)}"
         for leaf, (constant, sizes) in zip(leaves, self._inputs, strict=True):
@@ -79,11 +79,11 @@ def guards_of(program: ExportedProgram, model: nn.Module, inputs: Inputs) -> tup
 
     Where one is of a kind that `holds` does not read, all sizes but the batch must be those of the inputs.
     """
-    leaves = pytree.tree_leaves(inputs)
+    leaves = tree_leaves(inputs)
     bound = inspect.signature(model.forward).bind(*inputs).arguments
-    paths = [pytree.keystr(path) for path, _ in pytree.tree_flatten_with_path(bound)[0]]
+    paths = [keystr(path) for path, _ in tree_flatten_with_path(bound)[0]]
     guards = []
-    for guard in getattr(program, "_guards_code", []):
+    for guard in export_guards(program):
         for index in sorted(range(len(paths)), key=lambda index: -len(paths[index])):
             guard = guard.replace(f"L{paths[index]}", f"leaf_{index}")
         guards.append(guard)

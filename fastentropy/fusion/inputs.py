@@ -4,14 +4,15 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
+
+from fastentropy._compat import tree_leaves, tree_map
 
 Inputs: TypeAlias = "tuple[Any, ...]"
 
 
 def batch_size(inputs: Inputs) -> int | None:
     """The first size of the first tensor."""
-    tensors = (value for value in pytree.tree_leaves(inputs) if isinstance(value, Tensor) and value.ndim)
+    tensors = (value for value in tree_leaves(inputs) if isinstance(value, Tensor) and value.ndim)
     return next((tensor.shape[0] for tensor in tensors), None)
 
 
@@ -29,7 +30,7 @@ def with_batch_size(inputs: Inputs, size: int) -> Inputs:
             return value
         return value.repeat(-(-size // value.shape[0]), *(1,) * (value.ndim - 1))[:size].contiguous()
 
-    return tuple(pytree.tree_map(resize, inputs))
+    return tuple(tree_map(resize, inputs))
 
 
 def with_longer_axes(inputs: Inputs) -> Inputs:
@@ -46,7 +47,7 @@ def with_longer_axes(inputs: Inputs) -> Inputs:
                 value = torch.cat([value, value.narrow(axis, 0, 1)], axis)
         return value
 
-    return tuple(pytree.tree_map(extend, inputs))
+    return tuple(tree_map(extend, inputs))
 
 
 def random_like(inputs: Inputs, seed: int) -> Inputs:
@@ -58,17 +59,17 @@ def random_like(inputs: Inputs, seed: int) -> Inputs:
             return value
         return torch.randn(value.shape, generator=generator).to(value)
 
-    return tuple(pytree.tree_map(randomize, inputs))
+    return tuple(tree_map(randomize, inputs))
 
 
 def clone(inputs: Inputs) -> Inputs:
     """Inputs of their own for a model that may write over them."""
-    return tuple(pytree.tree_map(lambda value: value.clone() if isinstance(value, Tensor) else value, inputs))
+    return tuple(tree_map(lambda value: value.clone() if isinstance(value, Tensor) else value, inputs))
 
 
 def to_double(inputs: Inputs) -> Inputs:
     """The inputs with every floating tensor in float64."""
-    return tuple(pytree.tree_map(lambda value: value.double() if is_float(value) else value, inputs))
+    return tuple(tree_map(lambda value: value.double() if is_float(value) else value, inputs))
 
 
 def is_float(value: Any) -> bool:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from fastentropy._compat import has_hooks
 from fastentropy.fusion.chains.affine import AffineOperator
 from fastentropy.fusion.chains.elements import Chain
 from fastentropy.fusion.chains.finding import find_chains, module_path
@@ -102,7 +103,7 @@ def replaceable_modules(model: nn.Module, traced: GraphModule) -> set[str]:
         if type(module) in (*_CONVOLUTIONS, *_BATCH_NORMS)
         and calls[name] == places[id(module)] == 1
         and getattr(module, "padding_mode", "zeros") == "zeros"
-        and not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+        and not has_hooks(module)
     }
 
 

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
-from torch.utils import _pytree as pytree
 
+from fastentropy._compat import compile_package, load_package, tree_leaves
 from fastentropy._utils.errors import first_line
 from fastentropy._utils.files import replace_file
 from fastentropy.fusion.inputs import clone, is_float
@@ -53,13 +53,12 @@ def write(path: str | PathLike[str], program: ExportedProgram, report: FusionRep
 
 def write_package(path: str | PathLike[str], program: ExportedProgram) -> None:
     """Compile a program ahead of time for this machine's devices (AOTInductor) and write the package, checked as above."""
-    from torch._inductor import aoti_compile_and_package, aoti_load_package
 
     def save(file: Path) -> None:
         package = file.with_name(f"{file.name}.pt2")  # other names are refused
         try:
-            aoti_compile_and_package(program, package_path=str(package))
-            _check_equal(program, aoti_load_package(str(package)))
+            compile_package(program, package)
+            _check_equal(program, load_package(package))
             package.replace(file)
         finally:
             package.unlink(missing_ok=True)
@@ -89,7 +88,7 @@ def _run_onnx(file: Path, *inputs: Any) -> list[Tensor]:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(file)
-    tensors = [value.numpy(force=True) for value in pytree.tree_leaves(inputs) if isinstance(value, Tensor)]
+    tensors = [value.numpy(force=True) for value in tree_leaves(inputs) if isinstance(value, Tensor)]
     names = [each.name for each in session.get_inputs()]
     return [torch.from_numpy(output) for output in session.run(None, dict(zip(names, tensors, strict=True)))]
 
@@ -98,8 +97,8 @@ def _check_equal(program: ExportedProgram, written: Callable[..., Any]) -> None:
     """Raise RuntimeError where what was written does not compute what the program computes."""
     inputs = sample_inputs(program)
     with full_precision():
-        expected = pytree.tree_leaves(inference_module(program)(*clone(inputs)))
-        error = largest_error(pytree.tree_leaves(written(*clone(inputs))), expected)
+        expected = tree_leaves(inference_module(program)(*clone(inputs)))
+        error = largest_error(tree_leaves(written(*clone(inputs))), expected)
     tolerance = TOLERANCE.get(next((value.dtype for value in expected if is_float(value)), torch.float32), 1e-5)
     if not error <= tolerance:
         raise RuntimeError(f"the written model differs by {error:.1e} (relative), above {tolerance:.0e}, and was not kept")

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.export.graph_signature import InputKind
 from torch.fx import GraphModule, Interpreter, Node
-from torch.utils import _pytree as pytree
 
+from fastentropy._compat import tree_leaves, tree_unflatten
 from fastentropy._utils.errors import first_line
 from fastentropy.fusion.chains.aten import attribute, fixed_size
 from fastentropy.fusion.chains.elements import Chain, output_shape
@@ -45,7 +45,7 @@ def export(model: nn.Module, example_inputs: Inputs, dynamic_sizes: bool = False
 def _trace(model: nn.Module, inputs: Inputs, dynamic_sizes: bool) -> ExportedProgram:
     # Its constructor has no annotations.
     shapes, batch = ShapesCollection(), batch_size(inputs)  # type: ignore[no-untyped-call]
-    for value in pytree.tree_leaves(inputs):
+    for value in tree_leaves(inputs):
         if not isinstance(value, Tensor):
             continue
         free = {0: Dim.AUTO} if has_batch(value, batch) else {}
@@ -169,7 +169,7 @@ class _Recorder(Interpreter):
 def values_of(traced: GraphModule, nodes: Sequence[Node], inputs: Inputs) -> dict[Node, Tensor]:
     """The values that nodes of a graph, or of the graph that it is a copy of, have for some inputs."""
     recorder = _Recorder(traced, nodes)
-    recorder.run(*pytree.tree_leaves(inputs), enable_io_processing=False)
+    recorder.run(*tree_leaves(inputs), enable_io_processing=False)
     return {node: recorder.values[node.name] for node in nodes}
 
 
@@ -196,7 +196,7 @@ def sample_inputs(program: ExportedProgram) -> Inputs:
         return drawn.to(value.device, value.dtype)
 
     leaves = list(map(sample, user_inputs(program), input_sizes(program)))
-    arguments, _ = pytree.tree_unflatten(leaves, program.call_spec.in_spec)
+    arguments, _ = tree_unflatten(leaves, program.call_spec.in_spec)
     return tuple(arguments)
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
+from fastentropy._compat import tree_leaves
 from fastentropy.fusion.inputs import (
     Inputs,
     batch_size,
@@ -118,7 +118,7 @@ def _answers(model: Callable[..., Any], inputs: Inputs) -> list[Any] | None:
     """The outputs of a call; None where it raises, as for a size that a model does not take, or for lack of memory."""
     try:
         with full_precision():
-            return pytree.tree_leaves(model(*clone(inputs)))
+            return tree_leaves(model(*clone(inputs)))
     except Exception:  # whatever a model raises
         return None
 

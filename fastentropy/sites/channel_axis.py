@@ -9,14 +9,11 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastentropy._compat import TorchDispatchMode, operator_schema, tree_leaves
 from fastentropy.sites.sharding import Sharding, is_dtensor, joined, shown_local_tensors, stored
 
 Note = TypeVar("Note")
-
-_COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
 
 
 # Of TorchDispatchMode nothing is annotated, its constructor below neither.
@@ -75,18 +72,20 @@ class AxisTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Run an operator and note the channel axis of its outputs."""
-        if hasattr(func, "name") and torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), _COMPOSITE):
+        if hasattr(func, "decompose"):
             # In inference mode operators arrive that elsewhere are broken down to those below before they come here.
             with self:
-                return func._op_dk(_COMPOSITE, *args, **(kwargs or {}))
-        inputs = [value for value in pytree.tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
+                outputs = func.decompose(*args, **(kwargs or {}))
+            if outputs is not NotImplemented:
+                return outputs
+        inputs = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
         known = [(x, self._axes[_place(x)]) for x in inputs if _place(x) in self._axes]
         divided = [(x, sharding) for x in inputs if not is_dtensor(x) and (sharding := self._shardings.get(_place(x)))]
         from_weights = bool(inputs) and all(self._is_weight(x) for x in inputs)
         if not from_weights:  # else somebody only looks at the weights, which FSDP divides among data-parallel ranks
             self.meshes.update(x.device_mesh for x in inputs if is_dtensor(x))
         outputs = func(*args, **(kwargs or {}))
-        for y in pytree.tree_leaves(outputs):
+        for y in tree_leaves(outputs):
             if isinstance(y, Tensor):
                 call = _Operator(func, args, kwargs or {}, y)
                 _note(self._axes, y, self._output_axis(call, known))
@@ -182,7 +181,8 @@ class _Operator(NamedTuple):
 
     def argument(self, name: str) -> Any:
         """What the operator was called with under a name of its schema, or the default; None where it has none."""
-        for place, argument in enumerate(self.func._schema.arguments if hasattr(self.func, "_schema") else ()):
+        schema = operator_schema(self.func)
+        for place, argument in enumerate(schema.arguments if schema else ()):
             if argument.name == name:
                 return self.args[place] if place < len(self.args) else self.kwargs.get(name, argument.default_value)
         return None

@@ -6,7 +6,6 @@ in the copies that are made meanwhile: those are of the original class.
 """
 
 import contextlib
-import copyreg
 import threading
 import types
 import weakref
@@ -15,6 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+
+from fastentropy._compat import as_original_class
 
 #: Runs in place of a method of a module: (name, module, the method of its class, args, kwargs) -> what the method returns.
 Handler = Callable[[str, nn.Module, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
@@ -107,9 +108,7 @@ def _subclass(kind: type[nn.Module], method: str) -> type[nn.Module]:
         if not isinstance(reduced, tuple):
             return reduced
         constructor, arguments, *rest = reduced
-        # Private names of copyreg, which the annotations leave out: here and in the next line.
-        if constructor is copyreg.__newobj__:  # type: ignore[attr-defined]
-            constructor, arguments = copyreg._reconstructor, (kind, object, None)  # type: ignore[attr-defined]
+        constructor, arguments = as_original_class(kind, constructor, arguments)
         if rest and isinstance(rest[0], dict):
             rest[0] = {key: value for key, value in rest[0].items() if key != _KEY}
         return (kind if constructor is type(self) else constructor, arguments, *rest)

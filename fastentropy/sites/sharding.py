@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard, TypeVar
 
 from torch import Tensor
 
+from fastentropy._compat import local_part, local_shape_and_offset, without_waiting
+
 if TYPE_CHECKING:
-    from torch.distributed._functional_collectives import AsyncCollectiveTensor
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor, Placement
 
@@ -75,11 +76,9 @@ class Sharding:
     @classmethod
     def of(cls, x: DTensor) -> Sharding:
         """The sharding of a DTensor."""
-        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-        sizes, starts = compute_local_shape_and_global_offset(x.shape, x.device_mesh, x.placements)
+        sizes, starts = local_shape_and_offset(x)
         axes = tuple(_divided_axis(placement, x.ndim) for placement in x.placements)
-        if tuple(sizes) != tuple(x._local_tensor.shape):  # from_local() was not told that parts are uneven
+        if tuple(sizes) != tuple(local_part(x).shape):  # from_local() was not told that parts are uneven
             axes = tuple(axis if axis is None else LOST for axis in axes)
         divided = list(filter(_is_divided, axes))
         return cls(x.device_mesh, axes, {axis: Slice(starts[axis], sizes[axis], x.shape[axis]) for axis in divided})
@@ -179,22 +178,12 @@ def is_dtensor(x: object) -> TypeGuard[DTensor]:
 
 def local_tensor(x: T) -> T:
     """The tensor that a rank has of a DTensor, without an operator that anyone would see; any other tensor as it is."""
-    return x._local_tensor if is_dtensor(x) else x
+    return local_part(x) if is_dtensor(x) else x
 
 
 def stored(x: Tensor) -> Tensor:
     """The tensor that has the memory of x, which is a DTensor or the result of a collective that may not have arrived, or x."""
-    x = local_tensor(x)
-    return x.elem if _is_on_its_way(x) else x
-
-
-def awaited(x: Tensor) -> Tensor:
-    """A tensor that is there to be read: the result of a collective that may not have arrived is waited for."""
-    return x.wait() if _is_on_its_way(x) else x
-
-
-def _is_on_its_way(x: Tensor) -> TypeGuard[AsyncCollectiveTensor]:
-    return type(x) is not Tensor and hasattr(x, "trigger_wait")
+    return without_waiting(local_tensor(x))
 
 
 @contextlib.contextmanager

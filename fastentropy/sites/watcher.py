@@ -12,11 +12,10 @@ from typing import Any, Generic, Protocol, TypeGuard, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._C import _current_graph_task_id
-from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
+from fastentropy._compat import buffers_of, in_backward, is_compiled, is_functorch_tensor, path_when_uncompiled
 from fastentropy.sites.activations import activation_name, function_name
 from fastentropy.sites.channel_axis import AxisTracker
 from fastentropy.sites.interception import Interception, original_class
@@ -73,7 +72,7 @@ def call_once(model: nn.Module, example_inputs: tuple[Any, ...] | Mapping[str, A
     buffers = [
         (module, name, buffer, None if buffer is None or is_lazy(buffer) else buffer.clone())
         for module in model.modules()
-        for name, buffer in module._buffers.items()
+        for name, buffer in buffers_of(module).items()
     ]
     inputs = copy.deepcopy(example_inputs)  # a model may write over its inputs
     args, kwargs = ((), inputs) if isinstance(inputs, Mapping) else (inputs, {})
@@ -84,7 +83,7 @@ def call_once(model: nn.Module, example_inputs: tuple[Any, ...] | Mapping[str, A
         for module in training:
             module.training = True
         for owner, name, buffer, before in buffers:
-            owner._buffers[name] = buffer  # the forward may have put another one there
+            buffers_of(owner)[name] = buffer  # the forward may have put another one there
             if buffer is not None and before is not None:
                 buffer.copy_(before)
 
@@ -129,7 +128,7 @@ class SiteWatcher(Generic[P]):
         self.functional_sites: set[str] = set()
         self._model, self._observer = model, observer
         self._channel_axis, self._mask = dict(channel_axis or {}), mask
-        modules = {_path(name): module for name, module in model.named_modules()}
+        modules = {path_when_uncompiled(name): module for name, module in model.named_modules()}
         self.activations = {name: activation for name, module in modules.items() if (activation := activation_name(module))}
         containers = {
             name: module
@@ -161,11 +160,11 @@ class SiteWatcher(Generic[P]):
         """
         if scripted := [name for name, module in self._model.named_modules() if _is_scripted_activation(module)]:
             raise ValueError(
-                f"{_path(scripted[0])!r} is compiled by TorchScript, where calls cannot be seen; "
+                f"{path_when_uncompiled(scripted[0])!r} is compiled by TorchScript, where calls cannot be seen; "
                 "collect on the model as it was before torch.jit.script"
             )
         if compiled := [name for name, module in self._model.named_modules() if is_compiled(module)]:
-            parts = ", ".join(_path(name) or "as a whole" for name in compiled)
+            parts = ", ".join(path_when_uncompiled(name) or "as a whole" for name in compiled)
             warnings.warn(
                 f"{original_class(self._model).__name__} is compiled ({parts}); while a collector is attached it runs eagerly, "
                 "so that every activation is counted",
@@ -199,7 +198,7 @@ class SiteWatcher(Generic[P]):
         current: _Pass[P] | None = getattr(self._thread, "current", None)
         if current is not None and not current.follows_owners and name not in self._mask_arguments:
             return original(module, *args, **kwargs)
-        if _in_backward():
+        if in_backward():
             return original(module, *args, **kwargs)
         if current is None:
             with self._new_pass(name, args, kwargs) as current, self._inside(current, name, args, kwargs):
@@ -211,7 +210,7 @@ class SiteWatcher(Generic[P]):
         self, name: str, module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         x = args[0] if args else next(iter(kwargs.values()), None)
-        if not _is_countable(x) or _in_backward():
+        if not _is_countable(x) or in_backward():
             return original(module, *args, **kwargs)
         current: _Pass[P] | None = getattr(self._thread, "current", None)
         if current is None:
@@ -227,14 +226,14 @@ class SiteWatcher(Generic[P]):
         current: _Pass[P] | None = getattr(self._thread, "current", None)
         activation = function_name(function)
         x = args[0] if args else kwargs.get("input")
-        if activation is None or current is None or current.inside_activation or not _is_countable(x) or _in_backward():
+        if activation is None or current is None or current.inside_activation or not _is_countable(x) or in_backward():
             return function(*args, **kwargs)
-        name = self._function_path(current.owners[-1] if current.owners else "", function.__name__.strip("_"))
+        name = self._functionpath_when_uncompiled(current.owners[-1] if current.owners else "", function.__name__.strip("_"))
         index = current.calls.get(name, 0)
         self.functional_sites.add(f"{name}:{index}" if index else name)
         return self._show(current, name, activation, x, None, function.__name__, lambda: function(*args, **kwargs))
 
-    def _function_path(self, owner: str, function: str) -> str:
+    def _functionpath_when_uncompiled(self, owner: str, function: str) -> str:
         """The name of a function's calls by a module: one that is no other module's path."""
         path = f"{owner}.{function}".lstrip(".")
         index = 0
@@ -420,16 +419,6 @@ class NoObserver:
         """End."""
 
 
-def is_compiled(module: nn.Module) -> bool:
-    """Whether a module was given to torch.compile."""
-    return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
-
-
-def _path(name: str) -> str:
-    """A module's path without the parts that torch.compile puts into it; its modules are found without them, too."""
-    return ".".join(part for part in name.split(".") if part != "_orig_mod")
-
-
 def _is_plain(module: nn.Module) -> bool:
     """Whether a module's forward calls no activation: those of torch.nn without modules inside, and code that is not Python."""
     childless = next(module.children(), None) is None
@@ -446,17 +435,12 @@ def _is_scripted_activation(module: nn.Module) -> bool:
 
 def _is_countable(x: Any) -> TypeGuard[Tensor]:
     """Whether a value has neurons: an activation of a number or of a parameter of the model has none."""
-    if isinstance(x, Tensor) and is_functorch_wrapped_tensor(x):
+    if isinstance(x, Tensor) and is_functorch_tensor(x):
         raise RuntimeError(
             "activations cannot be counted inside of torch.func transforms; collect while the model is called alone"
         )
     is_activation = type(x) is Tensor or (isinstance(x, Tensor) and not isinstance(x, nn.Parameter))
     return is_activation and x.is_floating_point() and x.ndim > 0
-
-
-def _in_backward() -> bool:
-    """Whether autograd is running, as it does where activation checkpointing repeats a forward."""
-    return _current_graph_task_id() != -1
 
 
 def _changed_shape(site: Site, x: Tensor) -> RuntimeError:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import ast
 import contextlib
 import copy
+import inspect
 import itertools
-import sys
 import types
 import warnings
 from collections import Counter
@@ -17,13 +17,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
+from fastentropy._compat import children_of, is_compiled, tree_leaves
 from fastentropy.sites import interception, watcher
 from fastentropy.sites.activations import activation_name, function_name
 from fastentropy.sites.interception import fast_paths
 from fastentropy.sites.site import Call
-from fastentropy.sites.watcher import NoObserver, SiteWatcher, call_once, is_compiled
+from fastentropy.sites.watcher import NoObserver, SiteWatcher, call_once
 from fastentropy.surgery.rewriting import Arguments, CannotBeRewrittenError, MethodRewriter, Place
 
 #: Activation -> the module that is the function, and the names of the function's arguments behind the input, in order.
@@ -142,10 +142,10 @@ def _separate_places(model: nn.Module) -> None:
     """Give an activation module that stands in several places of the model a copy for each; parameters stay shared."""
     seen: set[int] = set()
     for module in list(model.modules()):
-        for name, child in module._modules.items():
+        for name, child in children_of(module).items():
             if child is not None and activation_name(child):
                 if id(child) in seen:
-                    module._modules[name] = copy_sharing_tensors(child)
+                    children_of(module)[name] = copy_sharing_tensors(child)
                 seen.add(id(child))
 
 
@@ -164,7 +164,7 @@ def _trace(model: nn.Module, example_inputs: tuple[Any, ...] | Mapping[str, Any]
 
 def _calling_frame() -> FrameType:
     """The innermost frame that belongs neither to this package nor to what PyTorch puts around a call."""
-    frame: FrameType | None = sys._getframe(1)
+    frame = inspect.currentframe()
     while frame is not None and frame.f_code.co_filename in _BETWEEN:
         frame = frame.f_back
     assert frame is not None
@@ -248,7 +248,7 @@ def _unused_attribute(module: nn.Module, added: Mapping[str, nn.Module], name: s
 
 def _compare(model: nn.Module, isolated: nn.Module, example_inputs: tuple[Any, ...] | Mapping[str, Any]) -> None:
     """Raise where the two are not the same function on the example."""
-    expected, actual = (pytree.tree_leaves(call_once(each, example_inputs)) for each in (model, isolated))
+    expected, actual = (tree_leaves(call_once(each, example_inputs)) for each in (model, isolated))
     if len(expected) != len(actual):
         raise _different(model, f"{len(expected)} of them, then {len(actual)}")
     for left, right in zip(expected, actual, strict=True):

@@ -7,8 +7,8 @@ from importlib.util import find_spec
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_functorch_wrapped_tensor
-from torch.autograd import forward_ad
+
+from fastentropy_kernels._compat import is_plain_eager
 
 IMPLEMENTATIONS = ("triton", "numba", "reference")
 
@@ -20,14 +20,7 @@ def available_implementations(device: torch.device) -> dict[str, str]:
 
 def launches_directly(x: Tensor) -> bool:
     """Whether `x` is plain memory and nobody looks on: tracers, modes and forward derivatives get the operators."""
-    return (
-        type(x) in (Tensor, torch.nn.Parameter)
-        and not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._get_tracing_state() is None
-        and forward_ad._current_level < 0
-        and not is_functorch_wrapped_tensor(x)
-    )
+    return type(x) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling() and is_plain_eager(x)
 
 
 def tell_autograd(*written: Tensor | None) -> None:

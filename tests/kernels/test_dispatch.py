@@ -7,10 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastentropy_kernels import activations, available_implementations, is_fused
+from fastentropy_kernels import activation_states, activations, available_implementations, count_states, is_fused
 from fastentropy_kernels import dispatch as shared_dispatch
 from fastentropy_kernels.states import dispatch, reference
-from fastentropy_kernels.states.api import activation_states, count_states
 
 CPU, CUDA, META = map(torch.device, ("cpu", "cuda", "meta"))
 
@@ -33,7 +32,7 @@ def used(monkeypatch):
             return activation == "relu"
 
     chosen = []
-    monkeypatch.setattr(dispatch, "_kernels", lambda impl: chosen.append(impl) or Kernels)
+    monkeypatch.setattr(dispatch, "state_kernels", lambda impl: chosen.append(impl) or Kernels)
     return names
 
 

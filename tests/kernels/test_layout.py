@@ -8,10 +8,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastentropy_kernels import activations
+from fastentropy_kernels import activation_states, activations, count_states
 from fastentropy_kernels.layout import arrange
 from fastentropy_kernels.states import reference
-from fastentropy_kernels.states.api import activation_states, count_states
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]

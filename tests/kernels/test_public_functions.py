@@ -10,9 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastentropy_kernels
-from fastentropy_kernels import activations, linear_regions
+from fastentropy_kernels import activation_states, activations, count_states, linear_regions
 from fastentropy_kernels.states import ops
-from fastentropy_kernels.states.api import activation_states, count_states
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 IMPLEMENTATIONS = [

@@ -7,7 +7,7 @@ from torch import nn
 import fastentropy as fe
 from fastentropy.sites import activations
 from fastentropy.sites.activations import activation_modules, activation_name, function_name, fused_activation
-from fastentropy_kernels.states.api import activation_states
+from fastentropy_kernels import activation_states
 
 RECTIFIERS = {
     nn.ReLU: "relu",

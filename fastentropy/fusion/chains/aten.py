@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from fastentropy._compat import operator_schema
 from fastentropy.fusion.chains.affine import AffineOperator
 
 _aten = torch.ops.aten
@@ -51,7 +52,7 @@ class Linear:
 
 def read(node: Node, module: GraphModule) -> Linear | None:
     """A node as an affine operator with constant numbers; None where it is none."""
-    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+    if node.op != "call_function" or operator_schema(node.target) is None:
         return None
     if node.target in _IDENTITIES or (node.target in _DROPOUTS and not node.args[2]):
         return _over(node.args[0], None)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
+from fastentropy._compat import operator_schema
 from fastentropy.fusion.chains.affine import AffineOperator
 from fastentropy.fusion.chains.aten import Linear, read, shape_of
 from fastentropy.fusion.chains.elements import Activation, Chain, Element, Flatten, Sum, operators
@@ -273,15 +274,16 @@ def _base(node: Node) -> Node:
 
 def _writes(user: Node, node: Node) -> bool:
     """Whether a reader of a node writes over it, itself or through a view."""
-    if isinstance(user.target, torch._ops.OpOverload) and user.target._schema.is_mutable:
+    schema = operator_schema(user.target)
+    if schema is not None and schema.is_mutable:
         return user.args[0] is node
     return _is_view(user) and any(_writes(other, user) for other in user.users)
 
 
 def _is_view(node: Node) -> bool:
     """Whether what a node gives may share memory with its first argument."""
-    if isinstance(node.target, torch._ops.OpOverload):
-        schema = node.target._schema
+    schema = operator_schema(node.target)
+    if schema is not None:
         return not schema.is_mutable and any(returned.alias_info for returned in schema.returns)
     return node.target is getitem  # one of the views that split or chunk gives
 

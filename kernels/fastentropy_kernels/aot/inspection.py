@@ -66,13 +66,13 @@ def compiling_for(arch: str) -> Iterator[list[CompiledKernel]]:
     def compile_only(run: Any) -> Any:
         return lambda *arguments, warmup, **options: compiled.append(run(*arguments, warmup=True, **options))
 
-    active, driver._active = driver._active, _AbsentDriver(arch)
+    driver.set_active(_AbsentDriver(arch))
     for kernel in KERNELS:
         kernel.run = compile_only(kernel.run)
     try:
         yield compiled
     finally:
-        driver._active = active
+        driver.set_active(None)  # the GPU's own is found again when it is asked for
         for kernel in KERNELS:
             del kernel.run
 

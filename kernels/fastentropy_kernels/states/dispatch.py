@@ -32,7 +32,7 @@ def count(x: Tensor, counts: Tensor, nan: Tensor | None, request: Request) -> No
         reference.add_states(x, counts, request.channel_axis, edges=request.edges, mask=request.mask, nan=nan)
         return
     arranged = arrange(x.resolve_neg() if x.is_neg() else x, request.channel_axis, request.mask)
-    _kernels(impl).add_states(arranged.values, counts, edges=request.edges, mask=arranged.mask, nan=nan)
+    state_kernels(impl).add_states(arranged.values, counts, edges=request.edges, mask=arranged.mask, nan=nan)
     tell_autograd(counts, nan)
 
 
@@ -41,7 +41,7 @@ def activate_and_count(x: Tensor, counts: Tensor, nan: Tensor | None, request: R
     impl = _choose(request.impl, x)
     if x.numel() == 0:
         return x if inplace else torch.empty_like(x)
-    if impl == "reference" or not _kernels(impl).fuses(request.activation, request.edges):
+    if impl == "reference" or not state_kernels(impl).fuses(request.activation, request.edges):
         count(x, counts, nan, request)
         with no_autocast(x.device.type):
             y = activate(x, request.activation, request.parameters, request.weight, request.channel_axis)
@@ -53,7 +53,7 @@ def activate_and_count(x: Tensor, counts: Tensor, nan: Tensor | None, request: R
     y = x if inplace else torch.empty_like(x)
     target = arranged.view(y)
     written = torch.empty_like(arranged.values) if target is None else target
-    _kernels(impl).add_states(
+    state_kernels(impl).add_states(
         arranged.values,
         counts,
         edges=request.edges,
@@ -78,7 +78,7 @@ def _laid_out_as(x: Tensor, y: Tensor) -> Tensor:
 
 
 @cache
-def _kernels(impl: str) -> ModuleType:
+def state_kernels(impl: str) -> ModuleType:
     """Import an implementation on its first use: a compiler is loaded by those who need it."""
     if impl == "triton":
         from fastentropy_kernels.states import launch_triton
@@ -97,7 +97,7 @@ def _choose(impl: str, x: Tensor) -> str:
 def _is_fused(activation: str, device_type: str, dtype: torch.dtype) -> bool:
     checked_parameters(activation, {})
     impl = _implementation("auto", device_type, dtype)
-    return impl != "reference" and bool(_kernels(impl).fuses(activation, None))
+    return impl != "reference" and bool(state_kernels(impl).fuses(activation, None))
 
 
 @cache

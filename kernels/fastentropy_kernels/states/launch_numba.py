@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastentropy_kernels._compat import openmp_parallel
 from fastentropy_kernels.states.tasks_numba import (
     JobStructure,
     compile_adder,
@@ -246,23 +247,8 @@ def _run_team(loop: _Loop, job: int, threads: int) -> None:
 
     Tasks are taken, not assigned: a team smaller than asked for, or no OpenMP at all, does all of them as well.
     """
-    parallel = _openmp_parallel()
+    parallel = openmp_parallel()
     if threads > 1 and parallel is not None:
         parallel(loop.address, job, threads, 0)
     else:
         loop.call(job)
-
-
-@cache
-def _openmp_parallel() -> Callable[[int, int, int, int], None] | None:
-    """Find GOMP_parallel(function, argument, threads, flags), which GNU's, LLVM's and Intel's OpenMP all have.
-
-    `import torch` has put its own OpenMP into the global scope. None where there is none (Windows).
-    """
-    try:
-        parallel = ctypes.CDLL(None).GOMP_parallel
-    except (AttributeError, OSError, TypeError):
-        return None
-    parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
-    parallel.restype = None
-    return parallel

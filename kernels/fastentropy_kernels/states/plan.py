@@ -10,14 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _get_tracing_state, _len_torch_dispatch_stack
-from torch._C._functorch import is_functorch_wrapped_tensor
-from torch.autograd import forward_ad
 
+from fastentropy_kernels._compat import is_plain_eager
 from fastentropy_kernels.dispatch import tell_autograd
 from fastentropy_kernels.layout import Arranged, arrange
-from fastentropy_kernels.states import launch_numba, launch_triton
-from fastentropy_kernels.states.dispatch import is_fused
+from fastentropy_kernels.states.dispatch import is_fused, state_kernels
 from fastentropy_kernels.states.validation import Request
 
 #: What addresses must be multiples of, in bytes: on a GPU kernels are specialised for their widest access.
@@ -39,15 +36,12 @@ class ActivationPlan:
         """Whether x and its mask are like those that the plan was made for, under the same settings, and nobody looks on."""
         return (
             type(x) is Tensor
-            and _get_tracing_state() is None
             and x.shape == self._shape
             and x.dtype is self._dtype
             and x.stride() == self._strides
             and x.device == self._device
             and not x.is_neg()
-            and _len_torch_dispatch_stack() == 0
-            and forward_ad._current_level < 0
-            and not is_functorch_wrapped_tensor(x)
+            and is_plain_eager(x)
             and x.data_ptr() % self._alignment == 0
             and not (x.requires_grad and torch.is_grad_enabled())
             and self._launch.is_current()
@@ -93,9 +87,9 @@ def make_plan(x: Tensor, counts: Tensor, request: Request, inplace: bool) -> Act
 def _prepare(arranged: Arranged, counts: Tensor, y: Tensor, request: Request) -> Any:
     """The launch of the kernel, without addresses."""
     if arranged.values.is_cpu:
-        return launch_numba.prepare(arranged.values, counts, y=y, activation=request.activation)
+        return state_kernels("numba").prepare(arranged.values, counts, y=y, activation=request.activation)
 
-    return launch_triton.prepare(
+    return state_kernels("triton").prepare(
         arranged.values,
         counts,
         mask=arranged.mask,

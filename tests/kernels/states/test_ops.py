@@ -10,8 +10,7 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.library import opcheck
 
-from fastentropy_kernels import activations
-from fastentropy_kernels.states.api import activation_states, count_states
+from fastentropy_kernels import activation_states, activations, count_states
 
 ops = torch.ops.fastentropy_kernels
 

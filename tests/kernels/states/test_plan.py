@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastentropy_kernels import activations
-from fastentropy_kernels.states.api import activation_states, plan_activation_states
+from fastentropy_kernels import activation_states, activations, plan_activation_states
 from tests._helpers.tensors import INTEGER, bits, random_values
 
 FUSED = ("identity", "relu", "relu6")

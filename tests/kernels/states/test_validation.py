@@ -5,8 +5,7 @@ import math
 import pytest
 import torch
 
-from fastentropy_kernels import activations, linear_regions
-from fastentropy_kernels.states.api import activation_states, count_states
+from fastentropy_kernels import activation_states, activations, count_states, linear_regions
 
 ACTIVATIONS = ", ".join(activations.ACTIVATIONS)
 WITH_REGIONS = "relu, relu6, leaky_relu, hardswish, hardtanh, relu2, prelu"

@@ -1,0 +1,243 @@
+"""Every private name of PyTorch and of Python that fastentropy uses, each in one small function.
+
+A name without a public counterpart can go with any release. A function that no longer finds its name raises RuntimeError: a
+default in its place would give wrong counts, or a fused model that computes something else, without a word.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import functools
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeGuard, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.utils._python_dispatch import TorchDispatchMode  # the documented base class of modes lies in a private module
+from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves, tree_map, tree_unflatten
+
+if TYPE_CHECKING:
+    from torch.distributed._functional_collectives import AsyncCollectiveTensor
+    from torch.distributed.tensor import DTensor
+
+__all__ = [
+    "TorchDispatchMode",
+    "add_to_each",
+    "as_original_class",
+    "buffers_of",
+    "children_of",
+    "compile_package",
+    "export_guards",
+    "has_hooks",
+    "in_backward",
+    "in_dispatch_mode",
+    "is_compiled",
+    "is_fake",
+    "is_functorch_tensor",
+    "keystr",
+    "load_package",
+    "local_part",
+    "local_shape_and_offset",
+    "operator_schema",
+    "path_when_uncompiled",
+    "tree_flatten_with_path",
+    "tree_leaves",
+    "tree_map",
+    "tree_unflatten",
+    "wait_tensor",
+    "with_frozen_weights",
+    "without_modes",
+    "without_waiting",
+]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _fails_closed(function: Callable[P, T]) -> Callable[P, T]:
+    """Let a function raise RuntimeError, in one line, where a name that it uses is gone."""
+
+    @functools.wraps(function)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return function(*args, **kwargs)
+        except (AttributeError, ImportError) as error:
+            raise RuntimeError(
+                f"fastentropy does not know PyTorch {torch.__version__} ({function.__name__}: {error}); "
+                "install a release that the CHANGELOG of fastentropy names"
+            ) from error
+
+    return checked
+
+
+# What is going on while an operator runs --------------------------------------------------------------------------------
+
+
+@_fails_closed
+def in_backward() -> bool:
+    """Return whether autograd is running: activation checkpointing repeats a forward there, which must not count twice."""
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
+@_fails_closed
+def in_dispatch_mode() -> bool:
+    """Return whether a TorchDispatchMode is active, which a kernel that is launched directly would pass by."""
+    return bool(torch._C._len_torch_dispatch_stack())
+
+
+@_fails_closed
+def without_modes() -> AbstractContextManager[object]:
+    """Return a context without any TorchDispatchMode: what counts must not be seen by whoever looks at the model."""
+    from torch.utils import _python_dispatch
+
+    context: AbstractContextManager[object] = _python_dispatch._disable_current_modes()
+    return context
+
+
+@_fails_closed
+def is_functorch_tensor(x: Tensor) -> bool:
+    """Return whether `x` belongs to a transform of torch.func, which has no single value to count."""
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(x))
+
+
+@_fails_closed
+def is_fake(x: Tensor) -> bool:
+    """Return whether `x` has a shape and no values, as the tensors of a tracer have."""
+    from torch._subclasses import FakeTensor
+
+    return isinstance(x, FakeTensor)
+
+
+@_fails_closed
+def add_to_each(tensors: Sequence[Tensor], values: Sequence[Tensor | int]) -> None:
+    """Add `values[i]` to `tensors[i]` in place, in one launch: one for each would take longer than what is counted."""
+    torch._foreach_add_(list(tensors), list(values))  # type: ignore[arg-type]
+
+
+# Modules ------------------------------------------------------------------------------------------------------------------
+
+
+@_fails_closed
+def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
+    """Return a module's own buffers, None among them, as the dict that the module reads: `named_buffers` leaves some out."""
+    return module._buffers
+
+
+@_fails_closed
+def children_of(module: nn.Module) -> dict[str, nn.Module | None]:
+    """Return a module's children as the dict that the module reads: `named_children` names each module once."""
+    return module._modules
+
+
+@_fails_closed
+def has_hooks(module: nn.Module) -> bool:
+    """Return whether somebody has registered a forward or backward hook on a module."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+
+
+@_fails_closed
+def is_compiled(module: nn.Module) -> bool:
+    """Return whether a module was given to torch.compile: wrapped by the function, or compiled in place by its method."""
+    return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
+
+
+def path_when_uncompiled(path: str) -> str:
+    """Return a module's path without the parts that torch.compile puts into it, as state dicts have them."""
+    return ".".join(part for part in path.split(".") if part != "_orig_mod")
+
+
+# Operators and exported programs ----------------------------------------------------------------------------------------
+
+
+@_fails_closed
+def operator_schema(target: object) -> torch._C.FunctionSchema | None:
+    """Return the schema of an overload of an operator, such as `torch.ops.aten.relu.default`; None for anything else."""
+    return target._schema if isinstance(target, torch._ops.OpOverload) else None
+
+
+@_fails_closed
+def export_guards(program: ExportedProgram) -> list[str]:
+    """Return the conditions on the inputs under which `torch.export` traced a program, as Python expressions.
+
+    A model that is called with sizes for which one is false may take another branch than the trace did.
+    """
+    return list(program._guards_code)
+
+
+@_fails_closed
+def compile_package(program: ExportedProgram, path: Path) -> None:
+    """Compile a program with AOTInductor for this machine and write the package."""
+    from torch._inductor import aoti_compile_and_package
+
+    aoti_compile_and_package(program, package_path=str(path))
+
+
+@_fails_closed
+def load_package(path: Path) -> Callable[..., Any]:
+    """Return the compiled program of a package that `compile_package` wrote."""
+    from torch._inductor import aoti_load_package
+
+    program: Callable[..., Any] = aoti_load_package(str(path))
+    return program
+
+
+@_fails_closed
+def with_frozen_weights() -> AbstractContextManager[object]:
+    """Return a context in which torch.compile takes weights for constants; as an option of its call this comes too late."""
+    from torch._inductor import config
+
+    context: AbstractContextManager[object] = config.patch(freezing=True)
+    return context
+
+
+# Tensors of several ranks ------------------------------------------------------------------------------------------------
+
+
+def _is_pending(x: Tensor) -> TypeGuard[AsyncCollectiveTensor]:
+    """Return whether `x` is the result of a collective that may not have arrived."""
+    if type(x) is Tensor:
+        return False
+    module = sys.modules.get("torch.distributed._functional_collectives")  # where nobody has imported it there is none
+    return module is not None and isinstance(x, module.AsyncCollectiveTensor)
+
+
+@_fails_closed
+def wait_tensor(x: Tensor) -> Tensor:
+    """Return `x` when it may be read: the result of a collective is waited for."""
+    return x.wait() if _is_pending(x) else x
+
+
+@_fails_closed
+def without_waiting(x: Tensor) -> Tensor:
+    """Return the plain tensor that has the memory of `x`, which may be the result of a collective that has not arrived."""
+    return x.elem if _is_pending(x) else x
+
+
+@_fails_closed
+def local_part(x: DTensor) -> Tensor:
+    """Return the tensor that this rank has of a DTensor, without an operator that a mode or autograd would see."""
+    return x._local_tensor
+
+
+@_fails_closed
+def local_shape_and_offset(x: DTensor) -> tuple[Sequence[int], Sequence[int]]:
+    """Return the shape of this rank's part of a DTensor, and where it begins in the whole tensor."""
+    from torch.distributed.tensor import _utils
+
+    shape, offset = _utils.compute_local_shape_and_global_offset(x.shape, x.device_mesh, x.placements)
+    return shape, offset
+
+
+# Python ------------------------------------------------------------------------------------------------------------------
+
+
+@_fails_closed
+def as_original_class(kind: type, constructor: Any, arguments: Any) -> tuple[Any, Any]:
+    """Return what `__reduce_ex__` gives for an object of a subclass as it would be for `kind` itself."""
+    if constructor is copyreg.__newobj__:  # type: ignore[attr-defined]
+        return copyreg._reconstructor, (kind, object, None)  # type: ignore[attr-defined]
+    return constructor, arguments

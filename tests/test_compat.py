@@ -1,0 +1,206 @@
+"""Canaries: what the private names of PyTorch mean to us, and that a name that is gone is an error and not a guess."""
+
+import re
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.utils import _python_dispatch
+from torch.utils.checkpoint import checkpoint
+
+from fastentropy import _compat
+from fastentropy_kernels import _compat as kernels_compat
+
+
+class Branching(nn.Module):
+    def forward(self, x):
+        return x.relu() if x.shape[0] * x.shape[1] < 100 else x
+
+
+class Mode(_compat.TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture(scope="module")
+def dtensor(tmp_path_factory):
+    """A DTensor of one rank, whose part is all of it."""
+    store = dist.FileStore(str(tmp_path_factory.mktemp("store") / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield distribute_tensor(torch.arange(6.0).view(3, 2), init_device_mesh("cpu", (1,)), [Shard(0)])
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def program():
+    sizes = {"x": {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}}
+    return torch.export.export(Branching(), (torch.ones(3, 4),), dynamic_shapes=sizes)
+
+
+def test_plain_eager():
+    x = torch.ones(2)
+    assert kernels_compat.is_plain_eager(x)
+    with Mode():
+        assert not kernels_compat.is_plain_eager(x)
+    with forward_ad.dual_level():
+        assert not kernels_compat.is_plain_eager(x)
+    seen = []
+    torch.func.vmap(lambda row: seen.append(kernels_compat.is_plain_eager(row)) or row)(torch.ones(2, 2))
+    torch.jit.trace(lambda x: seen.append(kernels_compat.is_plain_eager(x)) or x * 2, x, check_trace=False)
+    assert seen == [False, False]
+
+
+def test_openmp_of_pytorch():
+    parallel = kernels_compat.openmp_parallel()
+    assert (parallel is not None) == sys.platform.startswith("linux")
+
+
+def test_in_backward():
+    seen = []
+
+    def forward(x):
+        seen.append(_compat.in_backward())
+        return x * x
+
+    checkpoint(forward, torch.ones(1, requires_grad=True), use_reentrant=False).backward()
+    assert seen == [False, True]
+
+
+def test_dispatch_modes():
+    assert not _compat.in_dispatch_mode()
+    with Mode():
+        assert _compat.in_dispatch_mode()
+        with _compat.without_modes():
+            assert not _compat.in_dispatch_mode()
+        assert _compat.in_dispatch_mode()
+
+
+def test_functorch_tensor():
+    seen = []
+    torch.func.vmap(lambda row: seen.append(_compat.is_functorch_tensor(row)) or row)(torch.ones(2, 2))
+    assert (seen, _compat.is_functorch_tensor(torch.ones(2))) == ([True], False)
+
+
+def test_fake_tensor():
+    with FakeTensorMode():
+        assert _compat.is_fake(torch.ones(2))
+    assert not _compat.is_fake(torch.ones(2))
+
+
+def test_add_to_each():
+    totals = [torch.tensor(1), torch.tensor(2)]
+    _compat.add_to_each(totals, [torch.tensor(10), torch.tensor(20)])
+    _compat.add_to_each(totals, [100, 200])
+    assert totals == [111, 222]
+
+
+def test_buffers_and_children_are_what_the_module_reads():
+    module = nn.Module()
+    module.register_buffer("a", None)
+    module.first = module.second = nn.ReLU()
+    assert _compat.buffers_of(module) == {"a": None}
+    assert _compat.children_of(module) == {"first": module.first, "second": module.first}
+    _compat.buffers_of(module)["a"] = torch.ones(1)
+    _compat.children_of(module)["second"] = nn.GELU()
+    assert module.a == 1
+    assert isinstance(module.second, nn.GELU)
+
+
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"])
+def test_hooks(register):
+    module = nn.ReLU()
+    assert not _compat.has_hooks(module)
+    getattr(module, register)(lambda *args: None)
+    assert _compat.has_hooks(module)
+
+
+def test_compiled_modules():
+    model = nn.Sequential(nn.Sequential(nn.ReLU()), nn.ReLU())
+    assert not _compat.is_compiled(model)
+    model[0] = torch.compile(model[0])
+    model[1].compile()
+    assert [_compat.is_compiled(module) for module in (model, model[0], model[1])] == [False, True, True]
+    paths = [_compat.path_when_uncompiled(name) for name, _ in model.named_modules()]
+    assert paths == ["", "0", "0", "0.0", "1"]
+
+
+def test_operator_schema():
+    schema = _compat.operator_schema(torch.ops.aten.relu_.default)
+    assert schema.is_mutable
+    assert [argument.name for argument in schema.arguments] == ["self"]
+    assert _compat.operator_schema(torch.relu) is None
+
+
+def test_export_guards_tell_the_branch(program):
+    assert any(re.search(r"L\['x'\]\.size\(\)\[0\].*100", guard) for guard in _compat.export_guards(program))
+
+
+def test_frozen_weights():
+    from torch._inductor import config
+
+    with _compat.with_frozen_weights():
+        assert config.freezing
+    assert not config.freezing
+
+
+def test_part_of_a_dtensor(dtensor):
+    local = _compat.local_part(dtensor)
+    assert type(local) is torch.Tensor
+    assert torch.equal(local, torch.arange(6.0).view(3, 2))
+    assert tuple(map(tuple, _compat.local_shape_and_offset(dtensor))) == ((3, 2), (0, 0))
+
+
+def test_pending_collective(dtensor):
+    from torch.distributed import _functional_collectives
+
+    pending = _functional_collectives.all_reduce(torch.ones(2), "sum", dist.group.WORLD)
+    assert type(pending) is not torch.Tensor
+    for plain in (_compat.without_waiting(pending), _compat.wait_tensor(pending)):
+        assert type(plain) is torch.Tensor
+        assert torch.equal(plain, torch.ones(2))
+    assert _compat.wait_tensor(plain) is _compat.without_waiting(plain) is plain
+
+
+def test_original_class():
+    class Sub(nn.ReLU):
+        pass
+
+    constructor, arguments, *_ = Sub().__reduce_ex__(4)
+    constructor, arguments = _compat.as_original_class(nn.ReLU, constructor, arguments)
+    assert type(constructor(*arguments)) is nn.ReLU
+
+
+GONE = [
+    (torch._C, "_get_tracing_state", lambda: kernels_compat.is_plain_eager(torch.ones(1))),
+    (torch._C, "_len_torch_dispatch_stack", lambda: kernels_compat.is_plain_eager(torch.ones(1))),
+    (forward_ad, "_current_level", lambda: kernels_compat.is_plain_eager(torch.ones(1))),
+    (torch._C._functorch, "is_functorch_wrapped_tensor", lambda: kernels_compat.is_plain_eager(torch.ones(1))),
+    (torch._C, "_current_graph_task_id", lambda: _compat.in_backward()),
+    (torch._C, "_len_torch_dispatch_stack", lambda: _compat.in_dispatch_mode()),
+    (_python_dispatch, "_disable_current_modes", lambda: _compat.without_modes()),
+    (torch._C._functorch, "is_functorch_wrapped_tensor", lambda: _compat.is_functorch_tensor(torch.ones(1))),
+    (torch._subclasses, "FakeTensor", lambda: _compat.is_fake(torch.ones(1))),
+    (torch, "_foreach_add_", lambda: _compat.add_to_each([torch.ones(1)], [1])),
+    (torch._ops, "OpOverload", lambda: _compat.operator_schema(torch.ops.aten.relu.default)),
+]
+
+
+@pytest.mark.parametrize(("owner", "name", "call"), GONE, ids=lambda value: value if isinstance(value, str) else "")
+def test_a_name_that_is_gone_is_an_error(owner, name, call, monkeypatch):
+    monkeypatch.delattr(owner, name)
+    with pytest.raises(RuntimeError, match=f"PyTorch {re.escape(torch.__version__)}.*{name}") as error:
+        call()
+    assert "\n" not in str(error.value)
+
+
+def test_guards_that_are_gone_are_not_taken_for_none(program, monkeypatch):
+    monkeypatch.delattr(program, "_guards_code", raising=False)
+    monkeypatch.delattr(type(program), "_guards_code", raising=False)
+    with pytest.raises(RuntimeError, match="_guards_code"):
+        _compat.export_guards(program)
