@@ -1,0 +1,111 @@
+"""What users write: the public names of both packages and how each is called. A change here is a change of the interface."""
+
+import inspect
+
+import pytest
+
+import fastentropy
+import fastentropy_kernels
+
+SIGNATURES = {
+    "fastentropy": {
+        "EntropyCollector": "(model, *, average='dataset', channel_axis=None, mask='attention_mask')",
+        "EntropyCollector.attach": "(self)",
+        "EntropyCollector.compute": "(self)",
+        "EntropyCollector.detach": "(self)",
+        "EntropyCollector.load_state_dict": "(self, state)",
+        "EntropyCollector.paused": "(self)",
+        "EntropyCollector.reset": "(self)",
+        "EntropyCollector.state_dict": "(self)",
+        "EntropyCollector.sync": "(self)",
+        "EntropyCollector.update": "(self, *args, **kwargs)",
+        "FusedModel": "(program, report, guards=())",
+        "FusedModel.forward": "(self, *inputs)",
+        "FusedModel.save": "(self, path)",
+        "FusedModel.save_onnx": "(self, path)",
+        "FusedModel.save_package": "(self, path)",
+        "FusionReport": "(chains, milliseconds, memory_formats, choice, max_relative_error)",
+        "FusionReport.from_dict": "(values)",
+        "FusionReport.speedup": "property",
+        "FusionReport.to_dict": "(self)",
+        "PruningResult": "(model, removed, steps, kept_step)",
+        "Site": "(name, activation, neurons, channel_axis)",
+        "SiteStatistics": "(activation, counts, nan=0, batch_entropies=None, batches=0)",
+        "SiteStatistics.always_on": "property",
+        "SiteStatistics.dead": "property",
+        "SiteStatistics.entropy": "(self, zero='discard', average='dataset')",
+        "SiteStatistics.neurons": "property",
+        "SiteStatistics.observations": "property",
+        "SiteStatistics.observed": "property",
+        "Statistics": "(sites)",
+        "Statistics.from_state_dict": "(state)",
+        "Statistics.layer_entropy": "(self, zero='discard', average='dataset')",
+        "Statistics.load": "(path)",
+        "Statistics.plot": "(self, path=None, *, zero='discard', average='dataset')",
+        "Statistics.save": "(self, path)",
+        "Statistics.state_dict": "(self)",
+        "Statistics.to_dict": "(self, zero='discard', average='dataset')",
+        "Statistics.to_pandas": "(self, zero='discard', average='dataset')",
+        "Step": "(removed, layer_entropy, score, metrics=<factory>, collapsed=())",
+        "collect": "(model, *, average='dataset', channel_axis=None, mask='attention_mask')",
+        "find_sites": "(model, example_inputs)",
+        "fuse": "(model, example_inputs, *, tolerance=None, measure=True, dynamic_sizes=False, borders='exact')",
+        "isolate": "(model, example_inputs)",
+        "linearize": "(model, names)",
+        "load": "(path)",
+        "prune": "(model, *, train, evaluate, calibrate, example_inputs, max_drop=0.01, max_removed=None, "
+        "per_step=1, criterion='entropy', zeros_together=False, protect=(), target_speedup=None, "
+        "max_latency_ms=None, collapse=None, statistics=None, checkpoint_dir=None, measure=None, "
+        "on_step=None)",
+        "register_activation": "(activation, name)",
+    },
+    "fastentropy_kernels": {
+        "ActivationPlan": "(x, counts, arranged, request, inplace)",
+        "ActivationPlan.fits": "(self, x, mask=None)",
+        "MOST_MIDDLES": "128",
+        "activation_states": "(x, counts, activation, *, channel_axis=1, mask=None, nan=None, "
+        "states='sign', edges=None, weight=None, inplace=False, impl='auto', "
+        "**parameters)",
+        "available_implementations": "(device)",
+        "conv_bordered": "(x, weight, bias, tap_bias=None, *, stride=(1, 1), padding=(0, 0), "
+        "dilation=(1, 1), groups=1, residual=None, activation='identity', "
+        "counts=None, impl='auto')",
+        "conv_pointwise": "(x, weight, bias, pointwise_weight, pointwise_bias, *, stride=(1, 1), "
+        "padding=(0, 0), dilation=(1, 1), groups=1, residual=None, "
+        "activation='identity', impl='auto')",
+        "count_states": "(x, counts, *, channel_axis=1, mask=None, nan=None, edges=None, impl='auto')",
+        "is_fused": "(activation, x)",
+        "linear_pair": "(x, weight1, bias1, weight2, bias2, *, residual=None, activation='identity', impl='auto')",
+        "linear_regions": "(activation, **parameters)",
+        "plan_activation_states": "(x, counts, activation, *, channel_axis=1, mask=None, inplace=False, **parameters)",
+    },
+}
+
+
+def bare(signature):
+    """A signature without annotations."""
+    parameters = [parameter.replace(annotation=parameter.empty) for parameter in signature.parameters.values()]
+    return str(inspect.Signature(parameters))
+
+
+def described(package):
+    """Every public name of a package, with the signatures of functions, classes and public methods."""
+    found = {}
+    for name in sorted(package.__all__):
+        value = getattr(package, name)
+        found[name] = bare(inspect.signature(value)) if callable(value) else repr(value)
+        for attribute in sorted(vars(value)) if inspect.isclass(value) else ():
+            member = inspect.getattr_static(value, attribute)
+            if attribute.startswith("_"):
+                continue
+            function = getattr(value, attribute)
+            if isinstance(member, property):
+                found[f"{name}.{attribute}"] = "property"
+            elif callable(function):
+                found[f"{name}.{attribute}"] = bare(inspect.signature(function))
+    return found
+
+
+@pytest.mark.parametrize("package", [fastentropy, fastentropy_kernels], ids=lambda package: package.__name__)
+def test_signatures(package):
+    assert described(package) == SIGNATURES[package.__name__]
