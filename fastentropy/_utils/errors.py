@@ -1,19 +1,15 @@
-"""Errors as one line."""
+"""What an error says to a user, in one line."""
 
 import difflib
+import textwrap
 from collections.abc import Iterable
 
 
+def one_line(error: BaseException) -> str:
+    """Return the message of an error without line breaks and cut to 300 characters, or its class where it has none."""
+    return textwrap.shorten(str(error), 300, placeholder=" …") or type(error).__name__
+
+
 def nearest_names(name: str, names: Iterable[str]) -> str:
-    """The three names that are most like one that does not exist, for an error."""
+    """Return the three names that are most like one that does not exist, separated by commas."""
     return ", ".join(difflib.get_close_matches(name, list(names), n=3, cutoff=0.0))
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's text, or its name."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def reason_of(error: Exception) -> str:
-    """What an error says, in one line."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from fastentropy._utils.errors import reason_of
+from fastentropy._utils.errors import one_line
 from fastentropy.calibration.checkpoints import Checkpoint, Tally
 from fastentropy.calibration.data.batching import Batch, ImageBatches, TextBatches
 from fastentropy.calibration.data.corpus import Corpus
@@ -173,7 +173,7 @@ class Calibration:
         try:
             self._overhead.run(lambda: self._pretrained.forward(inputs))
         except RuntimeError as error:  # out of memory, or an activation that cannot be followed
-            raise ValueError(f"{self._pretrained.name} cannot run a batch: {reason_of(error)}") from error
+            raise ValueError(f"{self._pretrained.name} cannot run a batch: {one_line(error)}") from error
         self._tally.add(batch)
         self._show()
 

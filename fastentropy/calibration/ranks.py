@@ -10,7 +10,7 @@ from typing import Any, NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 
-from fastentropy._utils.errors import reason_of
+from fastentropy._utils.errors import one_line
 
 T = TypeVar("T")
 
@@ -60,7 +60,7 @@ class Ranks:
         try:
             result, error = function(), None
         except (ValueError, OSError) as raised:
-            result, error = None, reason_of(raised)
+            result, error = None, one_line(raised)
         except Exception:
             self.gather(_UNEXPECTED)
             raise

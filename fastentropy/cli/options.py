@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import torch
 import typer
 
+from fastentropy._utils.errors import one_line
 from fastentropy.calibration.ranks import SaidByAnother
 
 
@@ -18,7 +19,7 @@ def chosen_device(name: str | None) -> torch.device:
             raise RuntimeError("expected cpu, cuda or cuda:N")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"--device {name} cannot be used here: {one_line(error)}") from error
     return device
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
-from fastentropy._utils.errors import first_line
+from fastentropy._utils.errors import one_line
 from fastentropy._utils.timing import measure_times
 from fastentropy.fusion.chains.elements import Chain, operators
 from fastentropy.fusion.chains.finding import FoundChain, find_chains, overwritten_constants
@@ -149,11 +149,11 @@ def _check(model: nn.Module, example_inputs: Inputs) -> nn.Module:
     try:
         original = copy.deepcopy(model)
     except Exception as error:
-        raise ValueError(f"{type(model).__name__} cannot be copied by copy.deepcopy: {first_line(error)}") from error
+        raise ValueError(f"{type(model).__name__} cannot be copied by copy.deepcopy: {one_line(error)}") from error
     try:
         original(*clone(example_inputs))
     except Exception as error:
-        raise ValueError(f"the model does not run on example_inputs: {first_line(error)}") from error
+        raise ValueError(f"the model does not run on example_inputs: {one_line(error)}") from error
     return original
 
 

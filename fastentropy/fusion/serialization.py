@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from fastentropy._compat import compile_package, load_package, tree_leaves
-from fastentropy._utils.errors import first_line
+from fastentropy._utils.errors import one_line
 from fastentropy._utils.files import replace_file
 from fastentropy.fusion.inputs import clone, is_float
 from fastentropy.fusion.report import FusionReport
@@ -118,7 +118,7 @@ def read(path: str | PathLike[str]) -> tuple[ExportedProgram, FusionReport, tupl
     except OSError:
         raise
     except Exception as error:
-        raise ValueError(f"{path} is not a fused model (write one with fused.save(path)): {first_line(error)}") from error
+        raise ValueError(f"{path} is not a fused model (write one with fused.save(path)): {one_line(error)}") from error
 
 
 def _refuse_foreign_entries(path: str | PathLike[str]) -> None:

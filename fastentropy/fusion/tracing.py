@@ -12,7 +12,7 @@ from torch.export.graph_signature import InputKind
 from torch.fx import GraphModule, Interpreter, Node
 
 from fastentropy._compat import tree_leaves, tree_unflatten
-from fastentropy._utils.errors import first_line
+from fastentropy._utils.errors import one_line
 from fastentropy.fusion.chains.aten import attribute, fixed_size
 from fastentropy.fusion.chains.elements import Chain, output_shape
 from fastentropy.fusion.chains.finding import FoundChain
@@ -39,7 +39,7 @@ def export(model: nn.Module, example_inputs: Inputs, dynamic_sizes: bool = False
             return _trace_single(model, inputs, dynamic_sizes)
         return _trace(model, inputs, dynamic_sizes)
     except Exception as error:
-        raise ValueError(f"torch.export cannot trace {type(model).__name__}: {first_line(error)}") from error
+        raise ValueError(f"torch.export cannot trace {type(model).__name__}: {one_line(error)}") from error
 
 
 def _trace(model: nn.Module, inputs: Inputs, dynamic_sizes: bool) -> ExportedProgram:

@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from fastentropy._utils.errors import one_line
+
 SIZE = 32
 PADDING = 4
 #: The images held out do not depend on the seed of a run, so that runs can be compared.
@@ -37,7 +39,7 @@ def data_folder(data: str | None) -> Path:
     try:
         return Path(snapshot_download("uoft-cs/cifar10", repo_type="dataset", allow_patterns="*.parquet"))
     except Exception as error:  # those of the HTTP client, which differ between versions, come through, too
-        reason = str(error).strip().partition("\n")[0]
+        reason = one_line(error)
         raise ValueError(f"cifar10 could not be downloaded ({reason}); name a folder that holds it with --data") from error
 
 
@@ -94,7 +96,7 @@ def _read_file(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
         with pyarrow.parquet.ParquetFile(path) as file:
             table = file.read()
     except (pyarrow.ArrowException, OSError) as error:
-        reason = str(error).strip().partition("\n")[0]
+        reason = one_line(error)
         raise ValueError(f"{path} cannot be read as parquet: {reason}") from error
     name = "image" if "image" in table.column_names else "img"
     if not {name, "label"} <= set(table.column_names):

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fastentropy._compat import children_of, is_compiled, tree_leaves
+from fastentropy._utils.errors import one_line
 from fastentropy.sites import interception, watcher
 from fastentropy.sites.activations import activation_name, function_name
 from fastentropy.sites.interception import fast_paths
@@ -256,7 +257,7 @@ def _compare(model: nn.Module, isolated: nn.Module, example_inputs: tuple[Any, .
             try:
                 torch.testing.assert_close(right, left, equal_nan=True)
             except AssertionError as error:
-                raise _different(model, str(error).splitlines()[0]) from error
+                raise _different(model, one_line(error)) from error
 
 
 def _different(model: nn.Module, how: str) -> RuntimeError:

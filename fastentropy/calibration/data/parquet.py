@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from fastentropy._utils.errors import reason_of
+from fastentropy._utils.errors import one_line
 from fastentropy._utils.optional import require
 from fastentropy.calibration.data.columns import choose_column, documents_of
 from fastentropy.calibration.data.cursor import Cursor
@@ -72,7 +72,7 @@ class ParquetFile:
                 else:
                     yield before + row, value
         except (arrow.ArrowException, OSError) as error:
-            problems.add(Place(self.path, "row", before + wanted), f"cannot be read: {reason_of(error)}", rows.stop - wanted)
+            problems.add(Place(self.path, "row", before + wanted), f"cannot be read: {one_line(error)}", rows.stop - wanted)
 
     def _rows_of(self, chunk: int) -> tuple[int, int, range]:
         """The row group that a chunk lies in, the rows of the file before that group, and the rows of the group."""
@@ -94,7 +94,7 @@ def open_parquet(path: str, size: int, column: str | None, cursor: Cursor[RowGro
             metadata, schema = file.metadata, file.schema_arrow
             rows = tuple(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))
     except (arrow.ArrowException, OSError) as error:
-        raise ValueError(f"cannot be read as parquet: {reason_of(error)}") from error
+        raise ValueError(f"cannot be read as parquet: {one_line(error)}") from error
     if not any(rows):
         raise ValueError("is empty")
     name = choose_column(schema.names, column)

@@ -10,7 +10,7 @@ from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastentropy._utils.errors import reason_of
+from fastentropy._utils.errors import one_line
 from fastentropy._utils.optional import require
 from fastentropy.calibration.data.columns import choose_column, documents_of
 from fastentropy.calibration.data.cursor import Cursor
@@ -93,7 +93,7 @@ def open_stream(source: str, column: str | None) -> Shards | Rows:
         stream = _with_many_shards(stream.decode(False))  # images stay bytes
         names = stream.column_names or list(next(iter(stream), {}))
     except Exception as error:  # of the HTTP client, of the formats of files, and so on
-        raise ValueError(f"{source} is no path, and no data set that can be opened: {reason_of(error)}") from error
+        raise ValueError(f"{source} is no path, and no data set that can be opened: {one_line(error)}") from error
     try:
         name = choose_column(names, column)
     except ValueError as error:
@@ -130,4 +130,4 @@ def _cells(stream: Iterable[Any], name: str, column: str) -> Generator[Any, None
         for row in stream:
             yield row[column]
     except Exception as error:
-        raise OSError(f"{name} cannot be read on: {reason_of(error)}") from error
+        raise OSError(f"{name} cannot be read on: {one_line(error)}") from error
