@@ -1,0 +1,82 @@
+"""What a public name says of itself is complete, and its examples run."""
+
+import doctest
+import inspect
+import re
+
+import pytest
+
+import fastentropy
+import fastentropy_kernels
+
+#: How a section of a Google-style docstring begins.
+SECTION = re.compile(r"^(Args|Attributes|Returns|Raises|Examples):$", re.MULTILINE)
+
+
+def public_objects():
+    """Every public function and class of both packages by name, and the public methods of the classes."""
+    for package in (fastentropy, fastentropy_kernels):
+        for name in package.__all__:
+            value = getattr(package, name)
+            if not callable(value):
+                continue
+            yield f"{package.__name__}.{name}", value
+            for attribute, member in vars(value).items() if inspect.isclass(value) else ():
+                if not attribute.startswith("_") and callable(getattr(value, attribute)):
+                    yield f"{package.__name__}.{name}.{attribute}", getattr(value, attribute, member)
+
+
+OBJECTS = dict(public_objects())
+TOP_LEVEL = [name for name in OBJECTS if name.count(".") == 1]
+
+
+def sections(value):
+    """The text of each section of a docstring, and that before the first one as the section "Summary"."""
+    parts = ["Summary", *SECTION.split(inspect.getdoc(value) or "")[:1], *SECTION.split(inspect.getdoc(value) or "")[1:]]
+    return dict(zip(parts[::2], parts[1::2], strict=True))
+
+
+def parameters_of(value):
+    return [name for name in inspect.signature(value).parameters if name != "self"]
+
+
+@pytest.mark.parametrize("name", OBJECTS)
+def test_summary_is_one_line(name):
+    summary, *rest = sections(OBJECTS[name])["Summary"].splitlines()
+    assert summary.endswith(".")
+    assert not rest or not rest[0]
+
+
+@pytest.mark.parametrize("name", [name for name in OBJECTS if inspect.isfunction(OBJECTS[name])])
+def test_every_parameter_is_described(name):
+    parameters = parameters_of(OBJECTS[name])
+    described = re.findall(r"^    \*{0,2}(\w+)(?: \(.*\))?:", sections(OBJECTS[name]).get("Args", ""), re.MULTILINE)
+    assert described == parameters
+
+
+@pytest.mark.parametrize("name", [name for name in OBJECTS if inspect.isfunction(OBJECTS[name])])
+def test_result_is_described(name):
+    returned = inspect.signature(OBJECTS[name]).return_annotation
+    assert ("Returns" in sections(OBJECTS[name])) == (returned not in (None, "None"))
+
+
+@pytest.mark.parametrize("name", TOP_LEVEL)
+def test_example_runs(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (example,) = doctest.DocTestFinder(recurse=False).find(OBJECTS[name], name, globs={})
+    assert example.examples, "no example"
+    printed = []
+    outcome = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(example, out=printed.append, clear_globs=False)
+    assert outcome.failed == 0, "".join(printed)
+
+
+def test_sections_are_read():
+    def function(a, *, b):
+        """Do a thing.
+
+        Args:
+            a: one.
+            b: two.
+        """
+
+    assert sections(function) == {"Summary": "Do a thing.\n\n", "Args": "\n    a: one.\n    b: two."}
