@@ -31,7 +31,7 @@ from fastentropy.fusion.tracing import (
     rewrite,
     values_of,
 )
-from fastentropy.fusion.verification import TOLERANCE, Proof
+from fastentropy.fusion.verification import TOLERANCE, EquivalenceCheck
 
 #: One of original, folded and fused, and a memory format.
 _Form = tuple[str, str]
@@ -82,12 +82,12 @@ def fuse(
     tolerance = _tolerance(model) if tolerance is None else tolerance
     guards = guards_of(program, original, example_inputs)
     conditions = Conditions(program, guards)
-    proof = Proof(original, example_inputs, lambda inputs: not conditions.refusal(inputs), tolerance)
-    guards += _smallest_sizes(program, proof, traced, example_inputs)
+    check = EquivalenceCheck(original, example_inputs, lambda inputs: not conditions.refusal(inputs), tolerance)
+    guards += _smallest_sizes(program, check, traced, example_inputs)
     plan = functools.partial(plan_chain, tolerance=tolerance, measure=measure, borders=borders, merged={})
 
     def is_equal(form: nn.Module) -> bool:
-        return borders == "train" or proof.error(form) <= tolerance
+        return borders == "train" or check.error(form) <= tolerance
 
     forms, reports = _forms(original, traced, example_inputs, plan, is_equal, measure)
     times = _times(forms, example_inputs) if measure else {}
@@ -98,9 +98,9 @@ def fuse(
     for choice, form in best.items():
         exported = own_constants(export(forms[form], example_inputs, dynamic_sizes))
         fused = FusedModel(exported, FusionReport((), {}, {}, choice, 0.0), guards)
-        error = proof.error(fused)
+        error = check.error(fused)
         differs_at_borders = borders == "train" and choice == "fused"
-        if error <= tolerance or (differs_at_borders and proof.error(forms[best["folded"]]) <= tolerance):
+        if error <= tolerance or (differs_at_borders and check.error(forms[best["folded"]]) <= tolerance):
             fused.report = FusionReport(reports[best["fused"][1]], milliseconds, memory_formats, choice, error)
             if borders == "train":
                 fused._train(dict(original.named_parameters()))
@@ -120,11 +120,13 @@ def _tolerance(model: nn.Module) -> float:
     return TOLERANCE.get(dtype, TOLERANCE[torch.float32])
 
 
-def _smallest_sizes(program: ExportedProgram, proof: Proof, traced: nn.Module, example_inputs: Inputs) -> tuple[str, ...]:
+def _smallest_sizes(
+    program: ExportedProgram, check: EquivalenceCheck, traced: nn.Module, example_inputs: Inputs
+) -> tuple[str, ...]:
     """Guards for free sizes of 1: a trace, made at larger sizes, holds for a batch of one where it is compared on it."""
-    takes_one = proof.holds_for_one(traced)
+    takes_one = check.holds_for_one(traced)
     if not takes_one and batch_size(example_inputs) != 1:
-        proof.leave_out_one()
+        check.leave_out_one()
     least = 1 if takes_one else 2
     return tuple(f"leaf_{leaf}.size()[{axis}] >= {2 if axis else least}" for leaf, axis in free_axes(program))
 

@@ -13,7 +13,7 @@ from fastentropy.fusion.chains.affine import AffineOperator, compose
 from fastentropy.fusion.chains.elements import Chain, Element, Flatten, Sum, cost, operators, run, spatial_size
 from fastentropy.fusion.chains.finding import FoundChain
 from fastentropy.fusion.chains.lowering import compile_chain
-from fastentropy.fusion.chains.merging import Borders, crop, masked, merge, outline, unweighted
+from fastentropy.fusion.chains.merging import Borders, crop, masked, merge, outline, placeholder_weights
 from fastentropy.fusion.chains.passes import kernels, pools_first
 from fastentropy.fusion.report import Candidate, ChainReport
 from fastentropy.fusion.verification import full_precision, relative_error
@@ -28,27 +28,27 @@ MULTIPLICATIONS_PER_BYTE = 10
 MULTIPLICATIONS_PER_BYTE_ON_A_GPU = 100
 
 #: A merged operator is not composed where its counted cost is so many times that of the chain: it could not be faster.
-HOPELESS = 1.5
+MAX_COST_RATIO = 1.5
 
 #: Nor is it where its weight has more numbers than this and than all of the chain's, before taps that only read padding go.
 MOST_NUMBERS = 2**26
 
 #: A stretch is not made longer after so many lengths without hope: an expansion, a depthwise convolution and a projection
 #: are worth merging though the first two are not.
-PATIENCE = 4
+MAX_UNPROMISING = 4
 
 
 class Merged(NamedTuple):
-    """A chain as one operator for inputs of one size: `form` is good for timing, and `weighed` gives the operator itself.
+    """A chain as one operator for inputs of one size: `form` is good for timing, and `materialize` gives the operator itself.
 
     Most of what is timed is not chosen, and composing its weights would take longer than timing it.
     """
 
     form: Chain
-    weighed: Callable[[], Chain]
+    materialize: Callable[[], Chain]
 
 
-class Way(NamedTuple):
+class PlanContext(NamedTuple):
     """How forms are made, and what they are chosen by.
 
     merged remembers what was merged, by its size and the identity of its elements; the chain is kept for its identity.
@@ -60,25 +60,25 @@ class Way(NamedTuple):
     merged: dict[tuple[Any, ...], tuple[Chain, Merged]]
 
     def merge(self, chain: Chain, x: Tensor) -> Chain:
-        """The chain as one operator for inputs like x, of this size or of any; only good for timing, see `weigh`."""
+        """The chain as one operator for inputs like x, of this size or of any; only good for timing, see `materialize`."""
         size = spatial_size(chain, x) if self.fixed_size else None
         key = (size, *map(id, chain))
         if key not in self.merged:
-            form = merge(chain, size, self.borders, unweighted)
-            weighed = functools.cache(functools.partial(merge, chain, size, self.borders))
-            self.merged[key] = chain, Merged(form, weighed)
+            form = merge(chain, size, self.borders, placeholder_weights)
+            materialize = functools.cache(functools.partial(merge, chain, size, self.borders))
+            self.merged[key] = chain, Merged(form, materialize)
         return self.merged[key][1].form
 
-    def weigh(self, form: Chain) -> Chain:
+    def materialize(self, form: Chain) -> Chain:
         """The form with what `merge` made in it as operators with their weights."""
         made = {id(merged.form[0]): merged for _, merged in self.merged.values()}
 
-        def weigh(element: Element) -> Element:
+        def materialized(element: Element) -> Element:
             if id(element) in made:
-                return made[id(element)].weighed()[0]
-            return Sum(tuple(map(self.weigh, element.branches))) if isinstance(element, Sum) else element
+                return made[id(element)].materialize()[0]
+            return Sum(tuple(map(self.materialize, element.branches))) if isinstance(element, Sum) else element
 
-        return tuple(map(weigh, form))
+        return tuple(map(materialized, form))
 
 
 @torch.no_grad()
@@ -102,9 +102,9 @@ def plan_chain(
     kept = found.folded
     if len(operators(kept)) == 1:
         return kept, ChainReport(found.names, {}, "keep")
-    way = Way(measured if measure else counted, borders, found.has_fixed_size, {} if merged is None else merged)
-    forms, note = _forms(kept, x, way)
-    prices = way.price(forms, dict.fromkeys(forms, x))
+    context = PlanContext(measured if measure else counted, borders, found.has_fixed_size, {} if merged is None else merged)
+    forms, note = _forms(kept, x, context)
+    prices = context.price(forms, dict.fromkeys(forms, x))
     candidates = {
         name: Candidate(
             prices[name] if measure else None,
@@ -139,10 +139,10 @@ def calls(forms: Mapping[Key, Chain], inputs: Mapping[Key, Tensor]) -> dict[Key,
 
 def counted(forms: Mapping[Key, Chain], inputs: Mapping[Key, Tensor]) -> dict[Key, float]:
     """The multiplications of each form and its bytes in terms of them, in place of a time."""
-    return {key: _weigh(form, inputs[key]) for key, form in forms.items()}
+    return {key: _counted_cost(form, inputs[key]) for key, form in forms.items()}
 
 
-def _weigh(form: Chain, x: Tensor) -> float:
+def _counted_cost(form: Chain, x: Tensor) -> float:
     multiplications, moved = cost(form, x.shape, x.element_size())
     return multiplications + (MULTIPLICATIONS_PER_BYTE_ON_A_GPU if x.is_cuda else MULTIPLICATIONS_PER_BYTE) * moved
 
@@ -158,23 +158,23 @@ def _chain_error(form: Chain, chain: Chain, x: Tensor) -> float:
         return max(relative_error(compiled(each), run(chain, each.double())) for each in (given, drawn))
 
 
-def _forms(kept: Chain, x: Tensor, way: Way) -> tuple[dict[str, Chain], str]:
+def _forms(kept: Chain, x: Tensor, context: PlanContext) -> tuple[dict[str, Chain], str]:
     forms: dict[str, Chain] = {"keep": kept}
     note = ""
     try:
         body = kept[:-1] if isinstance(kept[-1], Flatten) else kept
-        if _is_hopeless(outline(body), body, x):
-            note = f"one operator would cost more than {HOPELESS} times as much"
+        if _is_unpromising(outline(body), body, x):
+            note = f"one operator would cost more than {MAX_COST_RATIO} times as much"
         else:
-            forms["merge"] = way.weigh(way.merge(kept, x))
+            forms["merge"] = context.materialize(context.merge(kept, x))
     except ValueError as error:
         note = str(error)
-    split = _fastest_split(kept, x, way)
+    split = _fastest_split(kept, x, context)
     if not _is_known(split, forms):
-        forms["split"] = way.weigh(split)
+        forms["split"] = context.materialize(split)
     if (reordered := pools_first(kept)) != kept:
-        forms["reorder"] = way.weigh(_fastest_split(reordered, x, way))
-    if x.is_cuda and way.borders == "exact":
+        forms["reorder"] = context.materialize(_fastest_split(reordered, x, context))
+    if x.is_cuda and context.borders == "exact":
         if (paired := kernels(kept)) != kept:
             forms["kernel"] = paired
         with contextlib.suppress(ValueError):
@@ -188,7 +188,7 @@ def _is_known(split: Chain, forms: Mapping[str, Chain]) -> bool:
     return merged or list(map(id, operators(split))) == list(map(id, operators(forms["keep"])))
 
 
-def _fastest_split(chain: Chain, x: Tensor, way: Way) -> Chain:
+def _fastest_split(chain: Chain, x: Tensor, context: PlanContext) -> Chain:
     """Divide a chain into stretches, each merged or left as it is, so that the sum of their times is the least.
 
     Dynamic programming over the places between elements; the branches of a sum that is not merged are divided likewise.
@@ -196,30 +196,30 @@ def _fastest_split(chain: Chain, x: Tensor, way: Way) -> Chain:
     inputs = [x]
     for element in chain:
         inputs.append(compile_chain((element,), inputs[-1])(inputs[-1]))
-    stretches = _stretches(chain, inputs, way)
-    times = way.price(stretches, {key: inputs[key[0]] for key in stretches})
+    stretches = _stretches(chain, inputs, context)
+    times = context.price(stretches, {key: inputs[key[0]] for key in stretches})
     best: list[tuple[float, Chain]] = [(0.0, ())]
     for stop in range(1, len(chain) + 1):
-        ways = [
+        divisions = [
             (best[key[0]][0] + times[key], best[key[0]][1] + stretch) for key, stretch in stretches.items() if key[1] == stop
         ]
-        best.append(min(ways, key=lambda way: way[0]))
+        best.append(min(divisions, key=lambda division: division[0]))
     return best[-1][1]
 
 
-def _stretches(chain: Chain, inputs: list[Tensor], way: Way) -> dict[tuple[int, int, bool], Chain]:
+def _stretches(chain: Chain, inputs: list[Tensor], context: PlanContext) -> dict[tuple[int, int, bool], Chain]:
     """Every stretch chain[start:stop] that can stand as one, by (start, stop, whether it is merged)."""
     stretches: dict[tuple[int, int, bool], Chain] = {}
     sketches = [sketch(element) for element in chain]
     for start, element in enumerate(chain):
         x = inputs[start]
         if isinstance(element, Sum):
-            element = Sum(tuple(_fastest_split(branch, x, way) for branch in element.branches))
+            element = Sum(tuple(_fastest_split(branch, x, context) for branch in element.branches))
         stretches[start, start + 1, False] = (element,)
         for stop in promising_stops(chain[start:], sketches[start:], x):
             if stop > 1 or isinstance(element, Sum):
                 with contextlib.suppress(ValueError):
-                    stretches[start, start + stop, True] = way.merge(chain[start : start + stop], x)
+                    stretches[start, start + stop, True] = context.merge(chain[start : start + stop], x)
     return stretches
 
 
@@ -233,25 +233,25 @@ def sketch(element: Element) -> AffineOperator | None:
 
 def promising_stops(chain: Chain, sketches: list[AffineOperator | None], x: Tensor) -> Iterator[int]:
     """How many elements from the first on may be worth merging, by the counted cost of the one operator and of the chain."""
-    merged, hopeless = sketches[0], 0
+    merged, unpromising = sketches[0], 0
     for stop in range(1, len(chain) + 1):
         last = sketches[stop - 1]
         try:
             merged = merged if stop == 1 or merged is None or last is None else compose(merged, last)
         except ValueError:
             return
-        if merged is None or last is None or hopeless == PATIENCE:
+        if merged is None or last is None or unpromising == MAX_UNPROMISING:
             return
-        if _is_hopeless(merged, chain[:stop], x):
-            hopeless += 1
+        if _is_unpromising(merged, chain[:stop], x):
+            unpromising += 1
         else:
-            hopeless = 0
+            unpromising = 0
             yield stop
 
 
-def _is_hopeless(merged: AffineOperator, chain: Chain, x: Tensor) -> bool:
+def _is_unpromising(merged: AffineOperator, chain: Chain, x: Tensor) -> bool:
     """Whether a merged operator, known by its outline, would cost so much more than the chain that it need not be composed."""
     if merged.weight.numel() > max(MOST_NUMBERS, sum(operator.weight.numel() for operator in operators(chain))):
         return True
     cropped = crop(merged, spatial_size(chain, x))
-    return _weigh((cropped,), x) > HOPELESS * _weigh(chain, x)
+    return _counted_cost((cropped,), x) > MAX_COST_RATIO * _counted_cost(chain, x)

@@ -56,7 +56,7 @@ def full_precision() -> Iterator[None]:
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
-class Proof:
+class EquivalenceCheck:
     """What a model answers to some inputs: the outputs that another form must have."""
 
     def __init__(self, model: nn.Module, example_inputs: Inputs, takes: Callable[[Inputs], bool], tolerance: float) -> None:

@@ -36,12 +36,12 @@ def price(chain):
 
 @pytest.fixture
 def priced(monkeypatch):
-    """Every form costs what `price` says, and none is hopeless; returns a way to set another price."""
+    """Every form costs what `price` says, and none is too costly to try; returns a way to set another price."""
 
     def set_price(price):
         monkeypatch.setattr(planner, "measured", lambda forms, inputs: {key: price(form) for key, form in forms.items()})
 
-    monkeypatch.setattr(planner, "HOPELESS", float("inf"))
+    monkeypatch.setattr(planner, "MAX_COST_RATIO", float("inf"))
     set_price(price)
     return set_price
 
@@ -162,7 +162,7 @@ def test_the_choice_is_the_fastest_measured_form(order):
     chain = (*BLOCK, operator(4, 4, 3, 1), operator(4, 4, 1))
     split = (operator(4, 4, 3, 1), operator(4, 4, 3, 1), operator(4, 4, 1))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(planner, "HOPELESS", float("inf"))
+        patch.setattr(planner, "MAX_COST_RATIO", float("inf"))
         patch.setattr(planner, "merge", lambda chain, *_: (operator(chain[-1].out_channels, chain[0].in_channels, 3, 1),))
         patch.setattr(planner, "_fastest_split", lambda *_: split)
         patch.setattr(planner, "measured", lambda forms, inputs: {name: 1.0 + order.index(name) for name in forms})

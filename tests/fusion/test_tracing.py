@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastentropy._utils.errors import first_line
 from fastentropy.fusion.chains.elements import spatial_size
 from fastentropy.fusion.chains.finding import find_chains
 from fastentropy.fusion.chains.merging import merge
@@ -91,11 +90,6 @@ def test_the_example_is_not_written_over():
     x = X.clone()
     export(Reads(lambda m, x: x.mul_(2)), (x,))
     assert torch.equal(x, X)
-
-
-def test_the_first_line_of_an_error_is_its_text_or_its_name():
-    assert first_line(ValueError("one\ntwo")) == "one"
-    assert first_line(KeyError()) == "KeyError"
 
 
 def test_a_module_for_inference_has_what_the_graph_reads_and_no_gradients():

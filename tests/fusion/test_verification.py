@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from fastentropy.fusion.verification import TOLERANCE, Proof, full_precision, relative_error
+from fastentropy.fusion.verification import TOLERANCE, EquivalenceCheck, full_precision, relative_error
 from tests._helpers.networks import Reads
 
 X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
@@ -19,8 +19,8 @@ def everything(inputs):
     return True
 
 
-def proof(model, *inputs, takes=everything, tolerance=1e-5):
-    return Proof(model, inputs or (X,), takes, tolerance)
+def check(model, *inputs, takes=everything, tolerance=1e-5):
+    return EquivalenceCheck(model, inputs or (X,), takes, tolerance)
 
 
 def layer():
@@ -62,20 +62,20 @@ def test_the_error_is_taken_in_the_precision_of_what_is_expected():
 
 def test_the_network_itself_has_no_error():
     model = layer()
-    assert proof(model).error(model) == 0
+    assert check(model).error(model) == 0
 
 
 @pytest.mark.parametrize("batch", [1, 3, 4])
 def test_a_difference_at_any_batch_size_counts(batch):
     model = layer()
-    error = proof(model).error(lambda x: model(x) + (len(x) == batch))
+    error = check(model).error(lambda x: model(x) + (len(x) == batch))
     assert error > 0.1
 
 
 def test_a_difference_on_other_values_than_the_given_ones_counts():
     model = layer()
-    assert proof(model).error(lambda x: model(x) + (not torch.equal(x, X))) > 0.1
-    assert proof(model).error(lambda x: model(x) + torch.equal(x, X)) > 0.1
+    assert check(model).error(lambda x: model(x) + (not torch.equal(x, X))) > 0.1
+    assert check(model).error(lambda x: model(x) + torch.equal(x, X)) > 0.1
 
 
 @pytest.mark.parametrize("wrong", range(3))
@@ -86,12 +86,12 @@ def test_a_difference_in_any_output_counts(wrong):
         first, second, third = (y + (index == wrong) for index, y in enumerate((x * 2, x + 1, x - 1)))
         return {"first": first, "rest": (second, [third])}
 
-    assert proof(model).error(form) > 0.1
+    assert check(model).error(form) > 0.1
 
 
 def test_the_largest_error_is_what_is_reported():
     model = Reads(lambda m, x: (x * 0 + 1, x * 0 + 1))
-    error = proof(model).error(lambda x: (x * 0 + 1.25, x * 0 + 1.5))
+    error = check(model).error(lambda x: (x * 0 + 1.25, x * 0 + 1.5))
     assert error == pytest.approx(0.5)
 
 
@@ -105,30 +105,30 @@ def fails_for_one(x):
 
 @pytest.mark.parametrize("form", [fails, fails_for_one, lambda x: (layer()(x),) * 2, lambda x: ()])
 def test_a_form_that_raises_or_gives_other_outputs_is_infinitely_wrong(form):
-    assert proof(layer()).error(form) == math.inf
+    assert check(layer()).error(form) == math.inf
 
 
 @pytest.mark.parametrize("form", [lambda x: layer()(x)[:1], lambda x: layer()(x)[..., :2], lambda x: layer()(x)[None]])
 def test_outputs_of_another_shape_are_infinitely_wrong(form):
-    assert proof(layer()).error(form) == math.inf
+    assert check(layer()).error(form) == math.inf
 
 
 def test_outputs_that_can_be_broadcast_are_of_another_shape_too():
     model = Reads(lambda m, x: torch.ones_like(x))
-    assert proof(model).error(lambda x: torch.ones(1, 4)) == math.inf
+    assert check(model).error(lambda x: torch.ones(1, 4)) == math.inf
 
 
 def test_a_model_whose_rounding_is_amplified_is_compared_in_float64():
     """Adding and taking away a large number leaves three digits in float32; the value itself is exact."""
     model = Reads(lambda m, x: x + 1e4 - 1e4)
     assert relative_error(model(X), X) > 1e-5
-    assert proof(model).error(lambda x: x.clone()) <= 1e-5
-    assert proof(model, tolerance=1e-12).error(model) == 0
+    assert check(model).error(lambda x: x.clone()) <= 1e-5
+    assert check(model, tolerance=1e-12).error(model) == 0
 
 
 def test_what_is_wrong_is_wrong_in_float64_too():
     model = Reads(lambda m, x: x + 1e4 - 1e4)
-    assert proof(model).error(lambda x: 1.01 * x) > 1e-3
+    assert check(model).error(lambda x: 1.01 * x) > 1e-3
 
 
 def test_a_model_that_does_not_run_in_float64_is_compared_as_it_is():
@@ -138,18 +138,18 @@ def test_a_model_that_does_not_run_in_float64_is_compared_as_it_is():
                 raise TypeError("float32 only")
             return x * 2
 
-    assert proof(Single()).error(lambda x: 2.02 * x) == pytest.approx(0.01, rel=1e-3)
+    assert check(Single()).error(lambda x: 2.02 * x) == pytest.approx(0.01, rel=1e-3)
 
 
 def test_the_model_is_left_in_its_precision():
     model = layer()
-    proof(model).error(lambda x: model(x) + 1)
+    check(model).error(lambda x: model(x) + 1)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
 def seen_sizes(**options):
     sizes = []
-    proof(Reads(lambda m, x: sizes.append(tuple(x.shape)) or x), **options)
+    check(Reads(lambda m, x: sizes.append(tuple(x.shape)) or x), **options)
     return set(sizes)
 
 
@@ -170,15 +170,15 @@ def test_longer_inputs_are_asked_where_all_sizes_are_free():
 def test_sizes_that_the_model_refuses_are_not_asked_of_the_form():
     model = Reads(lambda m, x: x * 2 if len(x) != 1 else fails(x))
     sizes = []
-    assert proof(model).error(lambda x: sizes.append(len(x)) or x * 2) == 0
+    assert check(model).error(lambda x: sizes.append(len(x)) or x * 2) == 0
     assert 1 not in sizes
 
 
 def test_inputs_are_not_written_over():
     before = X.clone()
     model = Reads(lambda m, x: x.mul_(2))
-    assert proof(model).error(model) == 0
-    assert proof(model).error(lambda x: x.mul_(2)) == 0
+    assert check(model).error(model) == 0
+    assert check(model).error(lambda x: x.mul_(2)) == 0
     assert torch.equal(X, before)
 
 
@@ -187,8 +187,8 @@ def test_inputs_that_are_no_floating_tensors_are_passed_on():
         lambda m, x, ids, flag, scale: m.table(ids) + x * scale if flag else x, table=nn.Embedding(5, 4)
     ).requires_grad_(False)
     ids = torch.tensor([1, 2, 4])
-    assert proof(model, X, ids, True, 2.5).error(model) == 0
-    assert proof(model, X, ids, True, 2.5).error(lambda x, ids, flag, scale: model.table(ids) + x) > 0.1
+    assert check(model, X, ids, True, 2.5).error(model) == 0
+    assert check(model, X, ids, True, 2.5).error(lambda x, ids, flag, scale: model.table(ids) + x) > 0.1
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -208,7 +208,7 @@ def test_forms_are_compared_in_float32_where_a_gpu_takes_tf32():
         return m.layer(x)
 
     before = precisions()
-    proof(Reads(forward, layer=layer())).error(layer())
+    check(Reads(forward, layer=layer())).error(layer())
     assert seen
     assert all(each == ["ieee", "ieee"] for each in seen)
     assert precisions() == before

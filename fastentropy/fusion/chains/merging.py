@@ -37,7 +37,7 @@ def merge(
     differs there, the border is recomputed by the chain. A `Flatten` at the end stays.
     With `borders="train"` all zero padding moves to where the chain begins, as in the literature (Fu et al., ICML 2022; Kim
     et al., ICML 2023 and 2024): another function near the border, for those who train it afterwards.
-    composed gives the operator of a chain; with `unweighted` in place of `compose_all`, the result is only good for timing.
+    composed gives the operator of a chain; with `placeholder_weights` in place of `compose_all`, the result is for timing only.
     Raises ValueError, with the reason, where that cannot be.
     """
     body = chain[:-1] if isinstance(chain[-1], Flatten) else chain
@@ -116,7 +116,7 @@ def outline(chain: Chain) -> AffineOperator:
     return compose_all(_with_each(chain, _on_meta))
 
 
-def unweighted(chain: Chain) -> AffineOperator:
+def placeholder_weights(chain: Chain) -> AffineOperator:
     """The composition of a chain with zeros in place of its weight, which would cost more to compose than to time."""
     shape, bias = outline(chain), compose_all(_with_each(chain, _without_extent)).bias
     weight = torch.zeros(shape.weight.shape, dtype=torch.float32, device=bias.device)

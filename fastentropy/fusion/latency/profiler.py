@@ -14,7 +14,7 @@ from fastentropy.fusion.chains.affine import AffineOperator
 from fastentropy.fusion.chains.elements import Activation, Chain, Element, Flatten, Sum, spatial_size
 from fastentropy.fusion.chains.finding import find_chains
 from fastentropy.fusion.chains.lowering import compile_chain
-from fastentropy.fusion.chains.merging import masked, merge, outline, unweighted
+from fastentropy.fusion.chains.merging import masked, merge, outline, placeholder_weights
 from fastentropy.fusion.chains.passes import fold, kernels
 from fastentropy.fusion.inputs import Inputs, clone
 from fastentropy.fusion.latency.table import LatencyTable, Part, Section, Stretch, worthwhile
@@ -129,7 +129,7 @@ class _Profile:
         if not names or not names - _sites(chain) <= self._replaceable:
             return None
         try:
-            smaller = centre(linear, unweighted)
+            smaller = centre(linear, placeholder_weights)
         except ValueError:
             return None
         return None if smaller.kernel == outline(linear).kernel else (smaller,)
@@ -138,7 +138,7 @@ class _Profile:
 def _merged(chain: Chain, x: Tensor) -> Iterator[tuple[str, Chain]]:
     """The forms in which a linearised stretch may run as one, by kind; their weights are only good for timing."""
     with contextlib.suppress(ValueError):
-        yield "merged", merge(chain, spatial_size(chain, x), composed=unweighted)
+        yield "merged", merge(chain, spatial_size(chain, x), composed=placeholder_weights)
     if x.is_cuda:
         with contextlib.suppress(ValueError):
             yield "masked", (masked(chain),)
