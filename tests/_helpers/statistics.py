@@ -1,12 +1,12 @@
 """Comparisons of statistics."""
 
+import itertools
 from collections.abc import Sequence
 
 import torch
 
 import fastentropy as fe
 from tests._helpers.oracle import Call
-from tests.collector.test_architectures import assert_names
 
 
 def assert_same_counts(statistics: fe.Statistics, calls: Sequence[Call]) -> None:
@@ -15,3 +15,9 @@ def assert_same_counts(statistics: fe.Statistics, calls: Sequence[Call]) -> None
     pairs = zip(statistics.items(), calls, strict=True)
     assert [name for (name, site), call in pairs if not torch.equal(site.counts, call.counts)] == []
     assert not any(site.nan for site in statistics.values())
+
+
+def assert_names(names: Sequence[str], calls: Sequence[Call]) -> None:
+    """The names that calls should have, in their order; any name is right where no rule gives one."""
+    expected = [call.name or name for name, call in itertools.zip_longest(names, calls) if call]
+    assert list(names) == expected

@@ -9,7 +9,6 @@ Architectures that are not here, each with its reason. None of them is known to 
 
 import contextlib
 import functools
-import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -24,7 +23,7 @@ from torch.utils import _pytree as pytree
 import fastentropy as fe
 from tests._helpers.oracle import PATCHED, Call, one_thread, recorded_calls
 from tests._helpers.snapshots import assert_unchanged, snapshot
-from tests._helpers.statistics import assert_same_counts
+from tests._helpers.statistics import assert_names, assert_same_counts
 
 Inputs = tuple[Any, ...] | dict[str, Any]
 Mode = Callable[[], contextlib.AbstractContextManager[Any]]
@@ -294,12 +293,6 @@ def outputs_of(model: nn.Module, inputs: Inputs) -> list[Tensor]:
 def assert_equal_outputs(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
     assert len(outputs) == len(expected) > 0
     assert all(map(torch.equal, outputs, expected))
-
-
-def assert_names(names: Sequence[str], calls: Sequence[Call]) -> None:
-    """The names that calls should have, in their order; any name is right where no rule gives one."""
-    expected = [call.name or name for name, call in itertools.zip_longest(names, calls) if call]
-    assert list(names) == expected
 
 
 def assert_collects(subject: Subject, mode: Mode) -> None:
