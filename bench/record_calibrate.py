@@ -24,7 +24,7 @@ import fastentropy as fe
 from fastentropy._utils.timing import measure_seconds
 from fastentropy.benchmarks.measurements import Quartiles
 from fastentropy.collector.distributed import sum_over_ranks
-from fastentropy.sites.sharding import Share
+from fastentropy.sites.sharding import RankShare
 
 PROCESSES = (1, 2, 4)
 ROWS, TOKENS = 8, 256
@@ -90,7 +90,7 @@ def work(rank: int, processes: int, rounds: int, folder: str) -> None:
     large = fe.Statistics(
         {str(layer): fe.SiteStatistics("silu", torch.ones(neurons, 3, dtype=torch.int64)) for layer in range(layers)}
     )
-    shares = dict.fromkeys(large, Share(0, neurons))
+    shares = dict.fromkeys(large, RankShare(0, neurons))
     seconds["sync"] = [measure_seconds(collector.sync) for _ in range(SYNCS)]
     seconds["large sync"] = [measure_seconds(partial(sum_over_ranks, large, shares, {})) for _ in range(SYNCS)]
     counter_bytes = sum(site.counts.nbytes for site in collector.compute().values())

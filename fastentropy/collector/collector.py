@@ -17,7 +17,7 @@ from fastentropy.collector.distributed import sum_over_ranks
 from fastentropy.collector.statistics import Average, SiteStatistics, Statistics, state_entropy
 from fastentropy.sites.interception import original_class
 from fastentropy.sites.padding import Mask
-from fastentropy.sites.sharding import Share
+from fastentropy.sites.sharding import RankShare
 from fastentropy.sites.site import Call, Site
 from fastentropy.sites.watcher import SiteWatcher, no_sites
 
@@ -46,7 +46,7 @@ class EntropyCollector:
         self._watcher = SiteWatcher(model, _Counting(self), channel_axis, mask)
         self._layout, self._lock = Layout(), threading.Lock()
         self._total, self._idle, self._captured = Counters(self._layout), list[Counters](), list[Counters]()
-        self._restored, self._restored_shares = Statistics({}), dict[str, Share]()
+        self._restored, self._restored_shares = Statistics({}), dict[str, RankShare]()
         self._batch_entropies: dict[str, Tensor] = {}
         self._batches: dict[str, int] = {}
         self._is_paused = self._recommended = self._has_counted = False
@@ -125,7 +125,7 @@ class EntropyCollector:
         """
         statistics, shares = self._statistics(), self._shares()
         state = statistics.state_dict()
-        divided = {name: shares[name] for name, site in statistics.items() if shares[name] != Share(0, site.neurons)}
+        divided = {name: shares[name] for name, site in statistics.items() if shares[name] != RankShare(0, site.neurons)}
         return {**state, "shares": {name: share._asdict() for name, share in divided.items()}} if divided else state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -136,7 +136,7 @@ class EntropyCollector:
         """
         restored = Statistics.from_state_dict(state)
         try:
-            shares = {name: Share(**share) for name, share in state.get("shares", {}).items()}
+            shares = {name: RankShare(**share) for name, share in state.get("shares", {}).items()}
         except (AttributeError, TypeError) as error:
             raise ValueError(f"not the state of a collector (make one with collector.state_dict()): {error!r}") from error
         for name, site in restored.items():
@@ -148,9 +148,9 @@ class EntropyCollector:
                 )
         self.reset()
         self._restored = restored
-        self._restored_shares = {name: shares.get(name, Share(0, site.neurons)) for name, site in restored.items()}
+        self._restored_shares = {name: shares.get(name, RankShare(0, site.neurons)) for name, site in restored.items()}
 
-    def _shares(self) -> dict[str, Share]:
+    def _shares(self) -> dict[str, RankShare]:
         """What the counts of each site are among those of all ranks."""
         shares = {site.name: self._watcher.share(site) for site in list(self._watcher.sites.values())}
         for name, share in self._restored_shares.items():

@@ -9,14 +9,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastentropy.collector.statistics import SiteStatistics, Statistics
-from fastentropy.sites.sharding import Share
+from fastentropy.sites.sharding import RankShare
 
 
 class _Entry(NamedTuple):
     """What a rank tells the others about a site that it has counted."""
 
     activation: str
-    share: Share
+    share: RankShare
     tells_batches_apart: bool
 
 
@@ -27,7 +27,7 @@ class _Rank(NamedTuple):
     sites: dict[str, _Entry]
 
 
-def sum_over_ranks(statistics: Statistics, shares: Mapping[str, Share], modules: Mapping[str, str]) -> Statistics:
+def sum_over_ranks(statistics: Statistics, shares: Mapping[str, RankShare], modules: Mapping[str, str]) -> Statistics:
     """The statistics of all ranks together, on every rank; the given ones without torch.distributed.
 
     shares: by site, what these counts are among those of all ranks. modules: the activation modules of this rank's model, by
@@ -49,7 +49,7 @@ def sum_over_ranks(statistics: Statistics, shares: Mapping[str, Share], modules:
     return _summed(parts)
 
 
-def _all_ranks(statistics: Statistics, shares: Mapping[str, Share], modules: Mapping[str, str]) -> list[_Rank]:
+def _all_ranks(statistics: Statistics, shares: Mapping[str, RankShare], modules: Mapping[str, str]) -> list[_Rank]:
     sites = {
         name: _Entry(site.activation, shares[name], site.batch_entropies is not None and shares[name].has_whole_batches)
         for name, site in statistics.items()
@@ -108,7 +108,7 @@ def _differences(first: _Rank, other: _Rank) -> list[str]:
     return sorted(modules | sites)
 
 
-def _part(site: SiteStatistics | None, share: Share | None, entry: _Entry, keeps_batches: bool) -> SiteStatistics:
+def _part(site: SiteStatistics | None, share: RankShare | None, entry: _Entry, keeps_batches: bool) -> SiteStatistics:
     """What a rank adds to the statistics of a site of all ranks: its own in their place, and 0 where others count."""
     neurons = entry.share.neurons
     counts = torch.zeros(neurons, 3, dtype=torch.int64)

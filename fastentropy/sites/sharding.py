@@ -23,11 +23,11 @@ T = TypeVar("T", Tensor, Tensor | None)
 #: Is told of a DTensor and the tensor that was taken out of it.
 Show = Callable[["DTensor", Tensor], None]
 #: In `Sharding.axes`: the ranks hold different values, and how they make up the whole is not known.
-LOST = -1
+UNKNOWN = -1
 _NOT_FOLLOWED = "how its input is divided among ranks could not be followed; make it a DTensor, as with use_local_output=False"
 
 
-class Share(NamedTuple):
+class RankShare(NamedTuple):
     """What a rank's counts of a site are among those of all ranks."""
 
     start: int  # of its neurons
@@ -38,14 +38,14 @@ class Share(NamedTuple):
     trouble: str = ""  # why it cannot be added to the others
 
 
-class Slice(NamedTuple):
+class AxisShard(NamedTuple):
     """The part of an axis that a rank has."""
 
     start: int
     size: int
     total: int
 
-    def resized(self, size: int) -> Slice | None:
+    def resized(self, size: int) -> AxisShard | None:
         """The part after a reshape that makes several entries of each, or one of several; None where it does neither."""
         if self.size == size:
             return self
@@ -53,11 +53,11 @@ class Slice(NamedTuple):
             return None
         if size % self.size == 0:
             factor = size // self.size
-            return Slice(self.start * factor, size, self.total * factor)
+            return AxisShard(self.start * factor, size, self.total * factor)
         if self.size % size == 0:
             factor = self.size // size
             if self.start % factor == self.total % factor == 0:
-                return Slice(self.start // factor, size, self.total // factor)
+                return AxisShard(self.start // factor, size, self.total // factor)
         return None
 
 
@@ -65,13 +65,13 @@ class Slice(NamedTuple):
 class Sharding:
     """How a tensor of this rank lies in the one that the ranks of a mesh have together.
 
-    axes: for each axis of the mesh, the axis of the tensor that is divided among its ranks; None where they hold the same, LOST
-        where that is not known. slices: the parts of divided axes, where they are known.
+    axes: for each axis of the mesh, the axis of the tensor that is divided among its ranks; None where they hold the same,
+        UNKNOWN where that is not known. shards: the parts of divided axes, where they are known.
     """
 
     mesh: DeviceMesh
     axes: tuple[int | None, ...]
-    slices: Mapping[int, Slice]
+    shards: Mapping[int, AxisShard]
 
     @classmethod
     def of(cls, x: DTensor) -> Sharding:
@@ -79,9 +79,9 @@ class Sharding:
         sizes, starts = local_shape_and_offset(x)
         axes = tuple(_divided_axis(placement, x.ndim) for placement in x.placements)
         if tuple(sizes) != tuple(local_part(x).shape):  # from_local() was not told that parts are uneven
-            axes = tuple(axis if axis is None else LOST for axis in axes)
+            axes = tuple(axis if axis is None else UNKNOWN for axis in axes)
         divided = list(filter(_is_divided, axes))
-        return cls(x.device_mesh, axes, {axis: Slice(starts[axis], sizes[axis], x.shape[axis]) for axis in divided})
+        return cls(x.device_mesh, axes, {axis: AxisShard(starts[axis], sizes[axis], x.shape[axis]) for axis in divided})
 
     @property
     def is_divided(self) -> bool:
@@ -90,43 +90,43 @@ class Sharding:
 
     def moved(self, where: Callable[[int], int | None], shape: Sequence[int]) -> Sharding:
         """The sharding of what an operator made of the tensor, from where its axes went. Parts of another size are lost."""
-        moved: dict[int, tuple[int, Slice | None]] = {}
+        moved: dict[int, tuple[int, AxisShard | None]] = {}
         for axis in filter(_is_divided, self.axes):
-            new, part = where(axis), self.slices.get(axis)
+            new, part = where(axis), self.shards.get(axis)
             if new is not None and (part is None or part.size == shape[new]):
                 moved[axis] = new, part
         return self._with(moved)
 
     def reshaped(self, shape: Sequence[int], new_shape: Sequence[int]) -> Sharding:
         """The sharding of the tensor in a new shape. Parts of axes that are mixed with others before them are not known."""
-        moved: dict[int, tuple[int, Slice | None]] = {}
+        moved: dict[int, tuple[int, AxisShard | None]] = {}
         for axis in filter(_is_divided, self.axes):
-            new, part = first_reshaped_axis(shape, axis, new_shape), self.slices.get(axis)
+            new, part = first_reshaped_axis(shape, axis, new_shape), self.shards.get(axis)
             if new is not None:
                 begins = part is not None and prod(new_shape[:new]) == prod(shape[:axis])
                 moved[axis] = new, part.resized(new_shape[new]) if part is not None and begins else None
         return self._with(moved)
 
-    def _with(self, moved: Mapping[int, tuple[int, Slice | None]]) -> Sharding:
-        axes = tuple(moved.get(axis, (LOST, None))[0] if _is_divided(axis) else axis for axis in self.axes)
+    def _with(self, moved: Mapping[int, tuple[int, AxisShard | None]]) -> Sharding:
+        axes = tuple(moved.get(axis, (UNKNOWN, None))[0] if _is_divided(axis) else axis for axis in self.axes)
         return Sharding(self.mesh, axes, {axis: part for axis, part in moved.values() if part is not None})
 
     def reduced(self) -> Sharding:
         """The sharding of what ranks have added up or gathered: all hold the same."""
-        return Sharding(self.mesh, (None if len(self.axes) == 1 else LOST,) * len(self.axes), {})
+        return Sharding(self.mesh, (None if len(self.axes) == 1 else UNKNOWN,) * len(self.axes), {})
 
     def divides(self, other_than: int) -> bool:
         """Whether any axis but the given one is divided among ranks."""
         return any(axis not in (None, other_than) for axis in self.axes)
 
-    def share(self, channel_axis: int, neurons: int) -> Share:
+    def share(self, channel_axis: int, neurons: int) -> RankShare:
         """What the counts of a site are that has an input of this sharding, and that many neurons on this rank."""
-        part = self.slices.get(channel_axis, Slice(0, neurons, neurons))
-        is_known = channel_axis not in self.axes or (channel_axis in self.slices and part.size == neurons)
-        if LOST in self.axes or not is_known:
-            return Share(0, neurons, trouble=_NOT_FOLLOWED)
+        part = self.shards.get(channel_axis, AxisShard(0, neurons, neurons))
+        is_known = channel_axis not in self.axes or (channel_axis in self.shards and part.size == neurons)
+        if UNKNOWN in self.axes or not is_known:
+            return RankShare(0, neurons, trouble=_NOT_FOLLOWED)
         at = [(axis, self.mesh.get_local_rank(mesh_axis)) for mesh_axis, axis in enumerate(self.axes)]
-        return Share(
+        return RankShare(
             part.start,
             part.total,
             is_counted=not any(coordinate for axis, coordinate in at if axis is None),
@@ -141,7 +141,7 @@ class Sharding:
         """
         positions = is_token if len(shape) == 3 else is_token.flatten()
         for mesh_axis, axis in enumerate(self.axes):
-            if not _is_divided(axis) or axis not in self.slices or axis >= positions.ndim:
+            if not _is_divided(axis) or axis not in self.shards or axis >= positions.ndim:
                 continue
             if positions.shape[axis] != shape[axis]:
                 chunks = positions.chunk(self.mesh.size(mesh_axis), axis)  # as a DTensor is divided
@@ -162,13 +162,13 @@ def joined(shardings: Iterable[Sharding]) -> Sharding | None:
     known = list(shardings)
     if len(known) < 2:
         return known[0] if known else None
-    mesh, axes, slices = known[0].mesh, known[0].axes, dict[int, Slice]()
+    mesh, axes, shards = known[0].mesh, known[0].axes, dict[int, AxisShard]()
     for other in known:
         if other.mesh == mesh:
             pairs = zip(axes, other.axes, strict=True)
-            axes = tuple(LOST if LOST in pair else pair[1] if pair[0] is None else pair[0] for pair in pairs)
-            slices = {**other.slices, **slices}
-    return Sharding(mesh, axes, {axis: part for axis, part in slices.items() if axis in axes})
+            axes = tuple(UNKNOWN if UNKNOWN in pair else pair[1] if pair[0] is None else pair[0] for pair in pairs)
+            shards = {**other.shards, **shards}
+    return Sharding(mesh, axes, {axis: part for axis, part in shards.items() if axis in axes})
 
 
 def is_dtensor(x: object) -> TypeGuard[DTensor]:
@@ -246,8 +246,8 @@ def _divided_axis(placement: Placement, ndim: int) -> int | None:
 
     if placement.is_replicate():
         return None
-    return placement.dim % ndim if type(placement) is Shard else LOST
+    return placement.dim % ndim if type(placement) is Shard else UNKNOWN
 
 
 def _is_divided(axis: int | None) -> TypeGuard[int]:
-    return axis is not None and axis != LOST
+    return axis is not None and axis != UNKNOWN

@@ -20,7 +20,7 @@ from fastentropy.sites.activations import activation_name, function_name
 from fastentropy.sites.channel_axis import AxisTracker
 from fastentropy.sites.interception import Interception, original_class
 from fastentropy.sites.padding import Mask, mask_argument, token_mask
-from fastentropy.sites.sharding import Sharding, Share, is_dtensor, local_tensor
+from fastentropy.sites.sharding import RankShare, Sharding, is_dtensor, local_tensor
 from fastentropy.sites.site import Call, Site
 
 P = TypeVar("P")
@@ -182,7 +182,7 @@ class SiteWatcher(Generic[P]):
         """Whether calls are watched."""
         return self._interception.is_attached
 
-    def share(self, site: Site) -> Share:
+    def share(self, site: Site) -> RankShare:
         """What the counts of a site are among those of all ranks.
 
         In a model that has DTensors, an activation whose input comes from none is the same on all ranks of their meshes.
@@ -190,7 +190,7 @@ class SiteWatcher(Generic[P]):
         sharding = self._shardings[site.name]
         if sharding is not None:
             return sharding.share(site.channel_axis, site.neurons)
-        return Share(0, site.neurons, is_counted=not any(any(mesh.get_coordinate() or ()) for mesh in self._meshes))
+        return RankShare(0, site.neurons, is_counted=not any(any(mesh.get_coordinate() or ()) for mesh in self._meshes))
 
     def _run_container(
         self, name: str, module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
