@@ -15,7 +15,7 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from fastentropy.benchmarks.collecting import PROCEDURES
-from fastentropy.calibration.ranks import joined
+from fastentropy.calibration.ranks import init_ranks
 from fastentropy.calibration.run import Options, run_calibration
 
 WORDS = [f"w{number}" for number in range(4000)]
@@ -71,7 +71,7 @@ def test_fastentropy_calibrate(benchmark, folder):
     options = Options(str(folder / "model"), str(folder / "text.txt"), batch_size=ROWS, max_length=TOKENS, packing=True)
 
     def calibrate():
-        with joined() as ranks:
+        with init_ranks() as ranks:
             _, summary = run_calibration(options, folder / "run", ranks, lambda size, unit: contextlib.nullcontext(Silent()))
         shutil.rmtree(folder / "run")
         return summary

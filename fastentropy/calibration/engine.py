@@ -79,17 +79,19 @@ class Calibration:
 
         Raises ValueError where there was nothing to count, the checkpoint is damaged or of another run, or data breaks off.
         """
-        state = before = self._ranks.on_first(self._resume)
+        state = before = self._ranks.run_on_first(self._resume)
         self._before, self._read = before.tally, self._size_before(before.chunk)
-        reader = self._corpus.read(before.chunk + self._ranks.rank, self._ranks.number)
+        reader = self._corpus.read(before.chunk + self._ranks.rank, self._ranks.world_size)
         self._start = time.perf_counter()
         finished = False
         with ThreadPoolExecutor(1) as thread, torch.inference_mode(), self._collector:
             run_round = self._rounds(reader, thread)
             while not finished:
                 finished = run_round(state.tally.tokens)
-                state = self._checkpoint(before, state.chunk + self._every * self._ranks.number)
-        self._display.show(self._corpus.size or 0, state.tally.tokens, self._rate() * self._ranks.number, self._overhead.ratio)
+                state = self._checkpoint(before, state.chunk + self._every * self._ranks.world_size)
+        self._display.show(
+            self._corpus.size or 0, state.tally.tokens, self._rate() * self._ranks.world_size, self._overhead.ratio
+        )
         if not state.tally.tokens:
             reason = next(map(str, state.tally.problems), f"it has no {self._corpus.kind}")
             self._ranks.fail(f"{self._corpus.source} holds nothing that the model reads: {reason}")
@@ -135,7 +137,7 @@ class Calibration:
                     number += 1
             return number
 
-        number = self._ranks.together(run)
+        number = self._ranks.run_on_all(run)
         return all(self._ranks.gather(number < self._every))
 
     def _whole_chunks(self, chunks: Iterable[Chunk], tokens: int) -> Iterator[tuple[Chunk, list[Batch]]]:
@@ -151,11 +153,11 @@ class Calibration:
         for _ in range(self._every):
             if tokens >= max_tokens:
                 break
-            mine = self._ranks.together(lambda: next(whole, None))
+            mine = self._ranks.run_on_all(lambda: next(whole, None))
             counts = self._ranks.gather(mine and sum(batch.tokens for batch in mine[1]))
             room = max_tokens - tokens - sum(count or 0 for count in counts[: self._ranks.rank])
             # The types of a lambda's defaults are not inferred.
-            self._ranks.together(lambda mine=mine, room=room: self._run_within(room, *mine) if mine else None)  # type: ignore[misc]
+            self._ranks.run_on_all(lambda mine=mine, room=room: self._run_within(room, *mine) if mine else None)  # type: ignore[misc]
             tokens += sum(count or 0 for count in counts)
             if all(count is None for count in counts):
                 return True
@@ -179,7 +181,7 @@ class Calibration:
 
     def _end_chunk(self, chunk: Chunk) -> None:
         self._tally.met(chunk.problems)
-        self._read += chunk.size * self._ranks.number
+        self._read += chunk.size * self._ranks.world_size
         self._show()
 
     def _on_device(self, batch: Batch) -> dict[str, torch.Tensor]:
@@ -192,7 +194,7 @@ class Calibration:
     def _checkpoint(self, before: Checkpoint, chunk: int) -> Checkpoint:
         """Sum what all ranks counted since `before`, and write it down together with the next chunk, if it is anything."""
         start = time.perf_counter()
-        counted = self._ranks.together(self._collector.sync)
+        counted = self._ranks.run_on_all(self._collector.sync)
         self._sync_seconds.append(time.perf_counter() - start)
         tally = sum(self._ranks.gather(self._tally), before.tally)
         seconds = before.seconds + time.perf_counter() - self._start
@@ -200,7 +202,7 @@ class Calibration:
         if tally.tokens:
             if not counted:
                 self._ranks.fail(no_sites(self._pretrained.model))
-            self._ranks.on_first(lambda: self._save(state))
+            self._ranks.run_on_first(lambda: self._save(state))
         return state
 
     def _save(self, state: Checkpoint) -> None:
@@ -208,7 +210,7 @@ class Calibration:
         state.save(self._path)
 
     def _show(self) -> None:
-        ranks = self._ranks.number
+        ranks = self._ranks.world_size
         tokens = self._before.tokens + self._tally.tokens * ranks
         self._display.show(self._read, tokens, self._rate() * ranks, self._overhead.ratio)
 

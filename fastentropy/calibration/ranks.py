@@ -15,12 +15,12 @@ from fastentropy._utils.errors import one_line
 T = TypeVar("T")
 
 #: How long a rank waits at a checkpoint for another, whose chunks may be longer. One that dies is noticed at once.
-PATIENCE = datetime.timedelta(days=7)
+SYNC_TIMEOUT = datetime.timedelta(days=7)
 #: What a rank tells the others of an error that no user can mend.
 _UNEXPECTED = ""
 
 
-class SaidByAnother(Exception):  # noqa: N818
+class RemoteRankError(Exception):
     """Ends a rank quietly: another one raises the error."""
 
 
@@ -29,7 +29,7 @@ class Ranks:
     """This process among all of them; one that runs alone is rank 0 of 1."""
 
     rank: int
-    number: int
+    world_size: int
 
     @property
     def is_first(self) -> bool:
@@ -38,21 +38,21 @@ class Ranks:
 
     def gather(self, value: T) -> list[T]:
         """The values of all ranks, on every rank."""
-        if self.number == 1:
+        if self.world_size == 1:
             return [value]
-        values: list[Any] = [None] * self.number
+        values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value)
         return values
 
-    def from_first(self, value: T) -> T:
+    def broadcast(self, value: T) -> T:
         """The first rank's value, on every rank."""
-        if self.number == 1:
+        if self.world_size == 1:
             return value
         values = [value]
         dist.broadcast_object_list(values)
         return values[0]
 
-    def together(self, function: Callable[[], T]) -> T:
+    def run_on_all(self, function: Callable[[], T]) -> T:
         """Call a function on every rank. Where it raises on any of them, all of them end.
 
         What a user can mend is raised by the first rank, as one line, and anything else where it came up.
@@ -66,19 +66,19 @@ class Ranks:
             raise
         errors = self.gather(error)
         if _UNEXPECTED in errors:
-            raise SaidByAnother
+            raise RemoteRankError
         for rank, said in enumerate(errors):
             if said is not None:
                 self.fail(f"rank {rank}: {said}" if rank else said)
         # It is None only where the function failed, which has raised by now.
         return result  # type: ignore[return-value]
 
-    def on_first(self, function: Callable[[], T]) -> T:
-        """Call a function on the first rank alone: it gives what it returns to all, and errors are those of `together`."""
+    def run_on_first(self, function: Callable[[], T]) -> T:
+        """Call a function on the first rank alone: it gives what it returns to all, and errors are those of `run_on_all`."""
         # What the first rank has is not None.
-        return self.from_first(self.together(lambda: function() if self.is_first else None))  # type: ignore[return-value]
+        return self.broadcast(self.run_on_all(lambda: function() if self.is_first else None))  # type: ignore[return-value]
 
-    def agree(self, settings: Mapping[str, Any]) -> None:
+    def require_equal(self, settings: Mapping[str, Any]) -> None:
         """Raise ValueError, on the first rank alone, where the ranks have different settings."""
         first, *others = self.gather(settings)
         for rank, other in enumerate(others, 1):
@@ -89,18 +89,18 @@ class Ranks:
         """End all ranks with an error that one of them raises; to be called by all."""
         if self.is_first:
             raise ValueError(message)
-        raise SaidByAnother
+        raise RemoteRankError
 
 
 @contextlib.contextmanager
-def joined() -> Iterator[Ranks]:
+def init_ranks() -> Iterator[Ranks]:
     """The ranks that torchrun started, joined for the time of the block; this process alone where it did not."""
     if "TORCHELASTIC_RUN_ID" not in os.environ and "WORLD_SIZE" not in os.environ:
         yield Ranks(0, 1)
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=SYNC_TIMEOUT)
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size())
     finally:

@@ -69,12 +69,12 @@ def run_calibration(
 
     Called by all ranks. Raises ValueError, on the first of them, for what a user can mend.
     """
-    ranks.on_first(lambda: _check_folder(folder))
-    corpus = ranks.together(lambda: open_corpus(options.data, column=options.column))
-    pretrained = ranks.together(lambda: _load(options, corpus.kind, ranks))
-    batches = ranks.together(lambda: _batches(options, pretrained))
+    ranks.run_on_first(lambda: _check_folder(folder))
+    corpus = ranks.run_on_all(lambda: open_corpus(options.data, column=options.column))
+    pretrained = ranks.run_on_all(lambda: _load(options, corpus.kind, ranks))
+    batches = ranks.run_on_all(lambda: _batches(options, pretrained))
     settings = _settings(options, pretrained, corpus)
-    ranks.agree({**settings, "checkpoint every": options.checkpoint_every})
+    ranks.require_equal({**settings, "checkpoint every": options.checkpoint_every})
     with open_display(options.max_tokens or corpus.size, pretrained.unit) as display:
         calibration = Calibration(
             pretrained,
@@ -90,7 +90,7 @@ def run_calibration(
         )
         outcome = calibration.run()
     summary = _summary(options, settings, outcome, ranks, pretrained, batches.notice)
-    ranks.on_first(lambda: _finish(folder, outcome.statistics, summary))
+    ranks.run_on_first(lambda: _finish(folder, outcome.statistics, summary))
     return outcome.statistics, summary
 
 
@@ -110,7 +110,7 @@ def _check_folder(folder: Path) -> None:
 
 
 def _load(options: Options, kind: str, ranks: Ranks) -> Pretrained:
-    if options.device_map is not None and ranks.number > 1:
+    if options.device_map is not None and ranks.world_size > 1:
         raise ValueError("--device-map spreads a model over all devices from one process; leave it out under torchrun")
     pretrained = load_pretrained(
         options.model, kind=kind, dtype=options.dtype, device=torch.device(options.device), device_map=options.device_map
@@ -164,7 +164,7 @@ def _summary(
         **numbers,
         "problems": [problem._asdict() for problem in outcome.tally.problems],
         "notices": _notices(pretrained, options.mask, notice),
-        "ranks": ranks.number,
+        "ranks": ranks.world_size,
         "seconds": outcome.seconds,
         "tokens_per_second": outcome.tokens_per_second,
         "overhead": {"ratio": outcome.overhead, "samples": outcome.overhead_samples},

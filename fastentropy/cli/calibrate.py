@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from fastentropy.calibration.pretrained import DTYPES
-from fastentropy.calibration.ranks import Ranks, joined
+from fastentropy.calibration.ranks import Ranks, init_ranks
 from fastentropy.calibration.run import Options, run_calibration
 from fastentropy.cli.console import CalibrationDisplay, print_calibration
 from fastentropy.cli.options import chosen_device, one_line_errors
@@ -39,8 +39,8 @@ def calibrate(
 
     The same command goes on with a run that was interrupted.
     """
-    with one_line_errors(), joined() as ranks:
-        options = ranks.together(
+    with one_line_errors(), init_ranks() as ranks:
+        options = ranks.run_on_all(
             lambda: Options(
                 model=model,
                 data=data,

@@ -7,7 +7,7 @@ import torch
 import typer
 
 from fastentropy._utils.errors import one_line
-from fastentropy.calibration.ranks import SaidByAnother
+from fastentropy.calibration.ranks import RemoteRankError
 
 
 def chosen_device(name: str | None) -> torch.device:
@@ -31,5 +31,5 @@ def one_line_errors() -> Iterator[None]:
     except (ValueError, OSError) as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(2) from None
-    except SaidByAnother:
+    except RemoteRankError:
         raise typer.Exit(2) from None

@@ -147,7 +147,7 @@ def project(model: nn.Module, names: Sequence[str], calibrate: Callable[[nn.Modu
         regression.error(operator),
         regression.error(regression.centre),
     )
-    convolution, norm = place(model, projection)
+    convolution, norm = install(model, projection)
     convolution.weight.copy_(operator.weight)
     if norm is None:
         convolution.bias.copy_(operator.bias)
@@ -164,7 +164,7 @@ def _set_moments(norm: Any, mean: Tensor, variance: Tensor, bias: Tensor) -> Non
     norm.bias.copy_(mean + bias)
 
 
-def place(model: nn.Module, projection: Projection) -> tuple[Any, Any]:
+def install(model: nn.Module, projection: Projection) -> tuple[Any, Any]:
     """Put a new convolution, and a new batch norm or None, into the place of a stretch of modules; returns these two."""
     modules = {name: model.get_submodule(name) for name in projection.modules}
     first = next(name for name, module in modules.items() if isinstance(module, _CONVOLUTIONS))

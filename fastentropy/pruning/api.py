@@ -112,14 +112,14 @@ def prune(
     loop = PruningLoop(dense, sites, functions, options, folder, latency_table(dense, example_inputs, sites, options, folder))
     loop.resume()
     if not loop.steps:
-        loop.turn((), statistics)
+        loop.run_step((), statistics)
     kept = None
-    while loop.holds():
+    while loop.within_max_drop():
         kept = copy.deepcopy(loop.model)
         if not (names := loop.next_sites()):
             break
-        loop.turn(names)
-    kept_step = len(loop.steps) - (1 if loop.holds() else 2)
+        loop.run_step(names)
+    kept_step = len(loop.steps) - (1 if loop.within_max_drop() else 2)
     removed = tuple(name for step in loop.steps[: kept_step + 1] for name in step.removed)
     if kept is None:
         kept = loop.restore(copy.deepcopy(model), kept_step)

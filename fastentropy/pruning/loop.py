@@ -11,7 +11,7 @@ from fastentropy.collector.collector import EntropyCollector, collect
 from fastentropy.collector.statistics import Statistics
 from fastentropy.fusion.latency.profiler import measure_latency
 from fastentropy.fusion.latency.table import LatencyTable
-from fastentropy.fusion.projection import Projection, place, project
+from fastentropy.fusion.projection import Projection, install, project
 from fastentropy.pruning.criteria import best_trade, check_budget, lowest, scores
 from fastentropy.pruning.options import Options
 from fastentropy.pruning.steps import Step, StepFolder, random_state, set_random_state
@@ -94,14 +94,14 @@ class PruningLoop:
             linearize(model, step.removed)
             for projection in step.collapsed:
                 try:
-                    place(model, projection)
+                    install(model, projection)
                 except (AttributeError, RuntimeError, StopIteration, TypeError, ValueError) as error:
                     text = f"{self._folder.path} holds a step that approximates what the model does not have: {error!r}"
                     raise ValueError(text) from error
         self._folder.load_weights(index, model)
         return model
 
-    def holds(self) -> bool:
+    def within_max_drop(self) -> bool:
         """Whether the last score is at most max_drop below the dense model's, but for rounding."""
         return self.steps[0].score - self.steps[-1].score <= self._options.max_drop + 1e-9
 
@@ -122,7 +122,7 @@ class PruningLoop:
             names += tuple(zeros[: left - len(names)])
         return names
 
-    def turn(self, names: tuple[str, ...], statistics: Statistics | None = None) -> None:
+    def run_step(self, names: tuple[str, ...], statistics: Statistics | None = None) -> None:
         """Linearise, fine-tune, validate and measure; with no names, only the last two, of which statistics spare one."""
         collapsed: tuple[Projection, ...] = ()
         if names:

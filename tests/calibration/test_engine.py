@@ -19,7 +19,7 @@ from fastentropy.calibration.data.corpus import Corpus, open_corpus
 from fastentropy.calibration.data.documents import Document, Place, Problems
 from fastentropy.calibration.engine import Calibration
 from fastentropy.calibration.pretrained import Pretrained
-from fastentropy.calibration.ranks import Ranks, SaidByAnother
+from fastentropy.calibration.ranks import Ranks, RemoteRankError
 from tests.calibration import cases
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
@@ -190,7 +190,7 @@ class Exchange(Ranks):
         barrier.wait(10)
         return list(values)
 
-    def from_first(self, value):
+    def broadcast(self, value):
         return self.gather(value)[0]
 
 
@@ -212,7 +212,7 @@ def on_ranks(number, function):
     return found
 
 
-QUIET = (SaidByAnother, "")
+QUIET = (RemoteRankError, "")
 
 
 def refuse(ranks, *refusing, kind=ValueError):
@@ -225,38 +225,38 @@ def refuse(ranks, *refusing, kind=ValueError):
     ("refusing", "kind", "outcomes"),
     [
         ([], ValueError, [0, 1, 2]),
-        ([0], ValueError, [(ValueError, "no 0"), QUIET, QUIET]),
-        ([2], OSError, [(ValueError, "rank 2: no 2"), QUIET, QUIET]),
-        ([0, 1, 2], ValueError, [(ValueError, "no 0"), QUIET, QUIET]),
+        ([0], ValueError, [(ValueError, "no 0 but"), QUIET, QUIET]),
+        ([2], OSError, [(ValueError, "rank 2: no 2 but"), QUIET, QUIET]),
+        ([0, 1, 2], ValueError, [(ValueError, "no 0 but"), QUIET, QUIET]),
         ([1], KeyError, [QUIET, (KeyError, repr("no 1\nbut")), QUIET]),
         ([0], KeyError, [(KeyError, repr("no 0\nbut")), QUIET, QUIET]),
     ],
 )
 def test_what_is_done_together_fails_together(refusing, kind, outcomes):
-    assert on_ranks(3, lambda ranks: ranks.together(lambda: refuse(ranks, *refusing, kind=kind))) == outcomes
+    assert on_ranks(3, lambda ranks: ranks.run_on_all(lambda: refuse(ranks, *refusing, kind=kind))) == outcomes
 
 
 def test_what_the_first_rank_does_is_told_to_all():
-    assert on_ranks(3, lambda ranks: ranks.on_first(lambda: ranks.rank + 5)) == [5, 5, 5]
-    assert on_ranks(2, lambda ranks: ranks.on_first(lambda: refuse(ranks, 0))) == [(ValueError, "no 0"), QUIET]
+    assert on_ranks(3, lambda ranks: ranks.run_on_first(lambda: ranks.rank + 5)) == [5, 5, 5]
+    assert on_ranks(2, lambda ranks: ranks.run_on_first(lambda: refuse(ranks, 0))) == [(ValueError, "no 0 but"), QUIET]
 
 
 def test_different_settings_are_named():
-    differing = on_ranks(3, lambda ranks: ranks.agree({"a": 1, "b": ranks.rank, **({"c": 1} if ranks.rank else {})}))
+    differing = on_ranks(3, lambda ranks: ranks.require_equal({"a": 1, "b": ranks.rank, **({"c": 1} if ranks.rank else {})}))
     assert differing[0][1].startswith("ranks 0 and 1 have another b, c; give all ranks the same")
     assert differing[1:] == [QUIET, QUIET]
-    assert on_ranks(3, lambda ranks: ranks.agree({"a": 1})) == [None] * 3
+    assert on_ranks(3, lambda ranks: ranks.require_equal({"a": 1})) == [None] * 3
 
 
 def test_a_rank_that_is_alone_speaks_for_itself():
     ranks = Ranks(0, 1)
-    assert ranks.together(lambda: 3) == ranks.on_first(lambda: 3) == 3
+    assert ranks.run_on_all(lambda: 3) == ranks.run_on_first(lambda: 3) == 3
     assert ranks.gather(3) == [3]
-    ranks.agree({"a": 1})
-    with pytest.raises(ValueError, match=r"^no 0$"):
-        ranks.together(lambda: refuse(ranks, 0))
+    ranks.require_equal({"a": 1})
+    with pytest.raises(ValueError, match=r"^no 0 but$"):
+        ranks.run_on_all(lambda: refuse(ranks, 0))
     with pytest.raises(KeyError):
-        ranks.together(lambda: refuse(ranks, 0, kind=KeyError))
+        ranks.run_on_all(lambda: refuse(ranks, 0, kind=KeyError))
 
 
 # One process, in this one -------------------------------------------------------------------------------------------------

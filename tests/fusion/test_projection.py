@@ -6,7 +6,7 @@ from torch import nn
 
 from fastentropy.fusion import projection
 from fastentropy.fusion.chains.finding import find_chains
-from fastentropy.fusion.projection import Projection, centre, place, project, replaceable_modules
+from fastentropy.fusion.projection import Projection, centre, install, project, replaceable_modules
 from fastentropy.fusion.tracing import export, inference_module
 from tests._helpers.snapshots import assert_unchanged, snapshot
 
@@ -137,7 +137,7 @@ def test_the_structure_comes_back_from_what_was_noted():
     other = copy.deepcopy(model)
     x = smooth(8, 4, 9, 9)
     noted = project(model, NAMES, lambda m: m(x))
-    place(other, noted)
+    install(other, noted)
     other.load_state_dict(model.state_dict())
     assert torch.equal(other(x), model(x))
 
