@@ -8,7 +8,7 @@ import triton.language as tl
 
 
 @triton.jit
-def activate(x, ACTIVATION: tl.constexpr, parameters, weight):  # noqa: N803
+def activate(x, ACTIVATION: tl.constexpr, parameters, weight):
     """The activation named in `reference.ACTIVATIONS`, of float32; NaN stays NaN."""
     if ACTIVATION == "identity":
         return x

@@ -1,4 +1,4 @@
-"""Which implementation runs on which tensor, and running it."""
+"""Which implementations run on a device, and when a kernel may be launched without a registered operator around it."""
 
 from __future__ import annotations
 
@@ -14,30 +14,32 @@ IMPLEMENTATIONS = ("triton", "numba", "reference")
 
 
 def available_implementations(device: torch.device) -> dict[str, str]:
-    """Map every implementation to "" where it runs on tensors of `device`, else to the reason why not, one line."""
-    return {impl: why_not(impl, device) for impl in IMPLEMENTATIONS}
+    """Return, for every implementation, why it does not run on `device`.
+
+    Args:
+        device: the device of the tensors.
+
+    Returns:
+        A dictionary from "triton", "numba" and "reference" to "" where the implementation runs on `device`, and to the
+        reason in one line where it does not.
+
+    Examples:
+        >>> import torch
+        >>> from fastentropy_kernels import available_implementations
+        >>> available_implementations(torch.device("meta"))["numba"]
+        'runs on CPU tensors, not on meta'
+    """
+    return {impl: unavailable_reason(impl, device) for impl in IMPLEMENTATIONS}
 
 
-def launches_directly(x: Tensor) -> bool:
-    """Whether `x` is plain memory and nobody looks on: tracers, modes and forward derivatives get the operators."""
-    return type(x) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling() and is_plain_eager(x)
-
-
-def tell_autograd(*written: Tensor | None) -> None:
-    """Count up the version of what a kernel wrote to, so that a backward that needs the old values says so."""
-    if not torch.is_inference_mode_enabled():
-        torch.autograd.graph.increment_version([tensor for tensor in written if tensor is not None])
-
-
-def why_not(impl: str, device: torch.device) -> str:
+def unavailable_reason(impl: str, device: torch.device) -> str:
+    """Return in one line why an implementation does not run on tensors of `device`; "" where it does."""
     if impl == "reference":
         return ""
+    if not _is_installed(impl):
+        return f"{impl} is not installed"
     if impl == "numba":
-        if not _installed("numba"):
-            return "numba is not installed"
         return "" if device.type == "cpu" else f"runs on CPU tensors, not on {device.type}"
-    if not _installed("triton"):
-        return "triton is not installed"
     if device.type == "cuda":
         return "" if torch.cuda.is_available() else "PyTorch sees no GPU"
     from fastentropy_kernels import activations_triton
@@ -48,5 +50,16 @@ def why_not(impl: str, device: torch.device) -> str:
 
 
 @cache
-def _installed(package: str) -> bool:
+def _is_installed(package: str) -> bool:
     return find_spec(package) is not None
+
+
+def launches_directly(x: Tensor) -> bool:
+    """Return whether a kernel may be launched on the memory of `x`, with no operator that tracers and modes can see."""
+    return type(x) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling() and is_plain_eager(x)
+
+
+def increment_versions(*written: Tensor | None) -> None:
+    """Increment the version of each tensor that a kernel wrote to, so that a backward that needs the old values raises."""
+    if not torch.is_inference_mode_enabled():
+        torch.autograd.graph.increment_version([tensor for tensor in written if tensor is not None])

@@ -111,7 +111,7 @@ def test_every_implementation_runs_or_has_a_reason_of_one_line():
 
 @pytest.mark.parametrize("missing", ["numba", "triton"])
 def test_what_is_not_installed_is_the_reason(missing, used, monkeypatch):
-    monkeypatch.setattr(shared_dispatch, "_installed", lambda package: package != missing)
+    monkeypatch.setattr(shared_dispatch, "_is_installed", lambda package: package != missing)
     monkeypatch.setattr(dispatch, "_implementation", dispatch._implementation.__wrapped__)
     for device in (CPU, CUDA):
         assert available_implementations(device)[missing] == f"{missing} is not installed"
@@ -139,7 +139,7 @@ def test_import_loads_no_compiler_and_changes_nothing():
 def test_works_without(missing):
     run(
         f"import sys; sys.modules['{missing}'] = None; import torch, fastentropy_kernels as k;"
-        f"k.dispatch._installed = lambda package: package != '{missing}';"
+        f"k.dispatch._is_installed = lambda package: package != '{missing}';"
         "c = torch.zeros(3, 3, dtype=torch.int64); k.count_states(torch.ones(2, 3), c); assert c.sum() == 6;"
         "y = k.activation_states(torch.ones(2, 3), c, 'relu'); assert c.sum() == 12 and y.sum() == 6;"
         f"assert k.is_fused('relu', torch.ones(2)) == ('{missing}' != 'numba');"

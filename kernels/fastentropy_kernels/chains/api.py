@@ -14,7 +14,7 @@ from fastentropy_kernels.chains.validation import (
     checked_conv_pointwise,
     checked_linear_pair,
 )
-from fastentropy_kernels.dispatch import launches_directly, tell_autograd
+from fastentropy_kernels.dispatch import increment_versions, launches_directly
 
 
 def conv_pointwise(
@@ -116,7 +116,7 @@ def conv_bordered(
     )
     if launches_directly(x):
         y: Tensor = chain_kernels(impl, x.device.type).conv_bordered(*request, counts)
-        tell_autograd(counts)
+        increment_versions(counts)
         return y
     y, added = ops.conv_bordered(*request, counts is not None, impl)
     if counts is not None:

@@ -36,16 +36,16 @@ def conv_pointwise_kernel(
     middles,
     outputs,
     parameters,
-    ACTIVATION: tl.constexpr,  # noqa: N803
-    KERNEL_HEIGHT: tl.constexpr,  # noqa: N803
-    KERNEL_WIDTH: tl.constexpr,  # noqa: N803
-    DEPTHWISE: tl.constexpr,  # noqa: N803
-    CHANNELS_LAST: tl.constexpr,  # noqa: N803
-    PIXEL_MULTIPLE: tl.constexpr,  # noqa: N803
-    BLOCK_POSITIONS: tl.constexpr,  # noqa: N803
-    BLOCK_OUTPUTS: tl.constexpr,  # noqa: N803
-    BLOCK_MIDDLES: tl.constexpr,  # noqa: N803
-    BLOCK_INPUTS: tl.constexpr,  # noqa: N803
+    ACTIVATION: tl.constexpr,
+    KERNEL_HEIGHT: tl.constexpr,
+    KERNEL_WIDTH: tl.constexpr,
+    DEPTHWISE: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    PIXEL_MULTIPLE: tl.constexpr,
+    BLOCK_POSITIONS: tl.constexpr,
+    BLOCK_OUTPUTS: tl.constexpr,
+    BLOCK_MIDDLES: tl.constexpr,
+    BLOCK_INPUTS: tl.constexpr,
 ):
     """One program: BLOCK_POSITIONS positions of y by BLOCK_OUTPUTS of its channels.
 
@@ -126,15 +126,15 @@ def conv_bordered_kernel(
     inputs,
     outputs,
     parameters,
-    ACTIVATION: tl.constexpr,  # noqa: N803
-    KERNEL_HEIGHT: tl.constexpr,  # noqa: N803
-    KERNEL_WIDTH: tl.constexpr,  # noqa: N803
-    DEPTHWISE: tl.constexpr,  # noqa: N803
-    CHANNELS_LAST: tl.constexpr,  # noqa: N803
-    PIXEL_MULTIPLE: tl.constexpr,  # noqa: N803
-    BLOCK_POSITIONS: tl.constexpr,  # noqa: N803
-    BLOCK_OUTPUTS: tl.constexpr,  # noqa: N803
-    BLOCK_INPUTS: tl.constexpr,  # noqa: N803
+    ACTIVATION: tl.constexpr,
+    KERNEL_HEIGHT: tl.constexpr,
+    KERNEL_WIDTH: tl.constexpr,
+    DEPTHWISE: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    PIXEL_MULTIPLE: tl.constexpr,
+    BLOCK_POSITIONS: tl.constexpr,
+    BLOCK_OUTPUTS: tl.constexpr,
+    BLOCK_INPUTS: tl.constexpr,
 ):
     """One program: BLOCK_POSITIONS positions of y by BLOCK_OUTPUTS of its channels, and an atomic for each of its counts."""
     program, output = _own_channels(outputs, BLOCK_OUTPUTS)
@@ -179,7 +179,7 @@ def conv_bordered_kernel(
 
 
 @triton.jit
-def _own_channels(channels, BLOCK_CHANNELS: tl.constexpr):  # noqa: N803
+def _own_channels(channels, BLOCK_CHANNELS: tl.constexpr):
     """Return which tile of positions this program owns, and its channels. Its neighbours have others of the same positions."""
     program = tl.program_id(0).to(tl.int64)
     blocks = tl.cdiv(channels, BLOCK_CHANNELS)
@@ -192,8 +192,8 @@ def _own_positions(
     positions,
     pixels,
     y_width,
-    PIXEL_MULTIPLE: tl.constexpr,  # noqa: N803
-    BLOCK_POSITIONS: tl.constexpr,  # noqa: N803
+    PIXEL_MULTIPLE: tl.constexpr,
+    BLOCK_POSITIONS: tl.constexpr,
 ):
     """Return the image (64 bits), pixel, row and column of each position of the tile, and whether there is one."""
     first = program * BLOCK_POSITIONS
@@ -232,10 +232,10 @@ def _convolve(
     channel,
     channels,
     inputs,
-    KERNEL_HEIGHT: tl.constexpr,  # noqa: N803
-    KERNEL_WIDTH: tl.constexpr,  # noqa: N803
-    CHANNELS_LAST: tl.constexpr,  # noqa: N803
-    BLOCK_INPUTS: tl.constexpr,  # noqa: N803
+    KERNEL_HEIGHT: tl.constexpr,
+    KERNEL_WIDTH: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    BLOCK_INPUTS: tl.constexpr,
 ):
     """Return the sums [positions, channels] over taps and inputs, in one loop over both so that its loads run ahead."""
     sums = tl.zeros((place[0].shape[0], channel.shape[0]), tl.float32)
@@ -266,9 +266,9 @@ def _convolve_depthwise(
     geometry,
     channel,
     channels,
-    KERNEL_HEIGHT: tl.constexpr,  # noqa: N803
-    KERNEL_WIDTH: tl.constexpr,  # noqa: N803
-    CHANNELS_LAST: tl.constexpr,  # noqa: N803
+    KERNEL_HEIGHT: tl.constexpr,
+    KERNEL_WIDTH: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
 ):
     """Return the sums over taps in the order of memory: [positions, channels] or [channels, positions]."""
     positions, channels_axis = spread(place[0], channel, CHANNELS_LAST)
@@ -296,8 +296,8 @@ def _add_tap_bias(
     geometry,
     channel,
     channels,
-    KERNEL_HEIGHT: tl.constexpr,  # noqa: N803
-    KERNEL_WIDTH: tl.constexpr,  # noqa: N803
+    KERNEL_HEIGHT: tl.constexpr,
+    KERNEL_WIDTH: tl.constexpr,
 ):
     """Add what the taps inside of the image add, as a matrix product: which taps are inside, 0 or 1, by `tap_bias`."""
     taps: tl.constexpr = KERNEL_HEIGHT * KERNEL_WIDTH
@@ -323,8 +323,8 @@ def _finish(
     channel,
     channels,
     parameters,
-    ACTIVATION: tl.constexpr,  # noqa: N803
-    CHANNELS_LAST: tl.constexpr,  # noqa: N803
+    ACTIVATION: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
 ):
     """Add bias and residual, count the states of what y's dtype makes of that, and write its activation."""
     image, pixel, _, _, inside = place
@@ -347,7 +347,7 @@ def _finish(
 
 
 @triton.jit
-def _add_tile_counts(counts_ptr, x, channel, channels, AXIS: tl.constexpr):  # noqa: N803
+def _add_tile_counts(counts_ptr, x, channel, channels, AXIS: tl.constexpr):
     """Add the states of a tile, over AXIS, to `counts_ptr` [channels, 3]. It is short: its three counts fit in one sum."""
     counts = tl.sum(count_lanes((tl.zeros(x.shape, tl.int32),), x, (), 1, 0)[0], AXIS)
     for state in tl.static_range(3):

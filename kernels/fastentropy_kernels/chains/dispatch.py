@@ -7,7 +7,7 @@ from types import ModuleType
 
 import torch
 
-from fastentropy_kernels.dispatch import why_not
+from fastentropy_kernels.dispatch import unavailable_reason
 
 
 @cache
@@ -15,8 +15,8 @@ def chain_kernels(impl: str, device_type: str) -> ModuleType:
     """Return the module whose functions run fused chains: for "auto" Triton on CUDA, the reference elsewhere."""
     device = torch.device(device_type)
     if impl == "auto":
-        impl = "triton" if device_type == "cuda" and not why_not("triton", device) else "reference"
-    if reason := why_not(impl, device):
+        impl = "triton" if device_type == "cuda" and not unavailable_reason("triton", device) else "reference"
+    if reason := unavailable_reason(impl, device):
         raise ValueError(f"impl: {impl!r} {reason}")
     if impl == "triton":
         from fastentropy_kernels.chains import launch_triton

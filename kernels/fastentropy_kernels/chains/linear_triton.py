@@ -26,11 +26,11 @@ def linear_pair_kernel(
     x_row_stride,
     residual_row_stride,
     parameters,
-    ACTIVATION: tl.constexpr,  # noqa: N803
-    BLOCK_ROWS: tl.constexpr,  # noqa: N803
-    BLOCK_OUTPUTS: tl.constexpr,  # noqa: N803
-    BLOCK_MIDDLES: tl.constexpr,  # noqa: N803
-    BLOCK_INPUTS: tl.constexpr,  # noqa: N803
+    ACTIVATION: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_OUTPUTS: tl.constexpr,
+    BLOCK_MIDDLES: tl.constexpr,
+    BLOCK_INPUTS: tl.constexpr,
 ):
     """One program: BLOCK_ROWS whole rows of y. It makes their intermediate once, then y BLOCK_OUTPUTS at a time."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)

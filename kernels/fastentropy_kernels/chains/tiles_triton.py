@@ -12,7 +12,7 @@ _INTERPRETED: tl.constexpr = tl.constexpr(INTERPRETED)
 
 
 @triton.jit
-def spread(along_positions, along_channels, CHANNELS_LAST: tl.constexpr):  # noqa: N803
+def spread(along_positions, along_channels, CHANNELS_LAST: tl.constexpr):
     """See two vectors as the axes of a tile in the order of memory, whose last axis is the fastest."""
     if CHANNELS_LAST:
         return along_positions[:, None], along_channels[None, :]
@@ -21,7 +21,7 @@ def spread(along_positions, along_channels, CHANNELS_LAST: tl.constexpr):  # noq
 
 
 @triton.jit
-def load_tile(pointer, offset, inside, channel, channels, channel_stride, CHANNELS_LAST: tl.constexpr):  # noqa: N803
+def load_tile(pointer, offset, inside, channel, channels, channel_stride, CHANNELS_LAST: tl.constexpr):
     """Load positions by channels in the order of memory; what lies outside reads as 0, which adds nothing."""
     offset, along_channels = spread(offset, channel.to(tl.int64) * channel_stride, CHANNELS_LAST)
     inside, known = spread(inside, channel < channels, CHANNELS_LAST)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastentropy_kernels.activations import activate, checked_parameters, no_autocast
-from fastentropy_kernels.dispatch import tell_autograd, why_not
+from fastentropy_kernels.dispatch import increment_versions, unavailable_reason
 from fastentropy_kernels.layout import arrange
 from fastentropy_kernels.states import reference
 from fastentropy_kernels.states.validation import Request
@@ -33,7 +33,7 @@ def count(x: Tensor, counts: Tensor, nan: Tensor | None, request: Request) -> No
         return
     arranged = arrange(x.resolve_neg() if x.is_neg() else x, request.channel_axis, request.mask)
     state_kernels(impl).add_states(arranged.values, counts, edges=request.edges, mask=arranged.mask, nan=nan)
-    tell_autograd(counts, nan)
+    increment_versions(counts, nan)
 
 
 def activate_and_count(x: Tensor, counts: Tensor, nan: Tensor | None, request: Request, inplace: bool) -> Tensor:
@@ -67,7 +67,7 @@ def activate_and_count(x: Tensor, counts: Tensor, nan: Tensor | None, request: R
     if target is None:
         in_order = y.permute(arranged.order)
         in_order.copy_(written.view(in_order.shape))
-    tell_autograd(counts, nan, x if inplace else None)
+    increment_versions(counts, nan, x if inplace else None)
     return y
 
 
@@ -105,8 +105,8 @@ def _implementation(impl: str, device_type: str, dtype: torch.dtype) -> str:
     device = torch.device(device_type)
     if impl == "auto":
         fastest = {"cpu": "numba", "cuda": "triton"}.get(device_type, "reference")
-        return fastest if dtype != torch.float64 and not why_not(fastest, device) else "reference"
-    reason = why_not(impl, device)
+        return fastest if dtype != torch.float64 and not unavailable_reason(fastest, device) else "reference"
+    reason = unavailable_reason(impl, device)
     if reason:
         raise ValueError(f"impl: {impl!r} {reason}")
     if dtype == torch.float64 and impl != "reference":

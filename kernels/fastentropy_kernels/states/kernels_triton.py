@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from fastentropy_kernels.activations_triton import activate
-from fastentropy_kernels.counting_triton import atomic_add, count_lanes, unpack
+from fastentropy_kernels.counting_triton import atomic_add, count_lanes, unpack, zero_counters
 
 # Beyond so many rows of a tile the sums over its lanes are wide, so that a strip has more than a few tiles.
 MOST_NARROW: tl.constexpr = tl.constexpr(128)
@@ -39,11 +39,11 @@ def states_rows_kernel(
     strip_rows,
     parameters,
     edges,
-    ACTIVATION: tl.constexpr,  # noqa: N803
-    STAGES: tl.constexpr,  # noqa: N803
-    REPEATS: tl.constexpr,  # noqa: N803
-    BLOCK_ROWS: tl.constexpr,  # noqa: N803
-    BLOCK_CHANNELS: tl.constexpr,  # noqa: N803
+    ACTIVATION: tl.constexpr,
+    STAGES: tl.constexpr,
+    REPEATS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
 ):
     """One program: `strip_rows` rows, BLOCK_CHANNELS wide, in tiles of BLOCK_ROWS x BLOCK_CHANNELS.
 
@@ -57,7 +57,7 @@ def states_rows_kernel(
     first_row = program // channel_blocks * strip_rows
     last_row = tl.minimum(first_row + strip_rows, rows)
     weight = _load_weight(weight_ptr, weight_stride, channel, channels)
-    counts = _no_counts(BLOCK_ROWS // REPEATS, BLOCK_CHANNELS, edges)
+    counts = zero_counters(BLOCK_ROWS // REPEATS, BLOCK_CHANNELS, edges)
     positions = tl.zeros((BLOCK_ROWS,), tl.int32)
     for start in tl.range(first_row, last_row, BLOCK_ROWS, num_stages=STAGES):
         row = start + tl.arange(0, BLOCK_ROWS).to(tl.int64)
@@ -91,12 +91,12 @@ def states_planes_kernel(
     strip,
     parameters,
     edges,
-    ACTIVATION: tl.constexpr,  # noqa: N803
-    STAGES: tl.constexpr,  # noqa: N803
-    REPEATS: tl.constexpr,  # noqa: N803
-    INNER_MULTIPLE: tl.constexpr,  # noqa: N803
-    BLOCK_CHANNELS: tl.constexpr,  # noqa: N803
-    BLOCK_INNER: tl.constexpr,  # noqa: N803
+    ACTIVATION: tl.constexpr,
+    STAGES: tl.constexpr,
+    REPEATS: tl.constexpr,
+    INNER_MULTIPLE: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+    BLOCK_INNER: tl.constexpr,
 ):
     """One program: BLOCK_CHANNELS channels and `strip` of the `tiles` that these channels have over outer and inner.
 
@@ -113,7 +113,7 @@ def states_planes_kernel(
     first_tile = program // channel_blocks * strip
     last_tile = tl.minimum(first_tile + strip, tiles)
     weight = _load_weight(weight_ptr, weight_stride, channel, channels)
-    counts = _no_counts(BLOCK_CHANNELS, BLOCK_INNER // REPEATS, edges)
+    counts = zero_counters(BLOCK_CHANNELS, BLOCK_INNER // REPEATS, edges)
     positions = tl.zeros((BLOCK_INNER,), tl.int32)
     image = first_tile // inner_blocks
     block = first_tile % inner_blocks
@@ -154,22 +154,13 @@ def _load_weight(weight_ptr, weight_stride, channel, channels):
 
 
 @triton.jit
-def _no_counts(HEIGHT: tl.constexpr, WIDTH: tl.constexpr, edges):  # noqa: N803
-    """Make the tiles of lane counts: one for the signs, one for every three of the histogram's len(edges) + 1 counts."""
-    counts = (tl.zeros((HEIGHT, WIDTH), tl.int32),)
-    for _ in tl.static_range(len(edges) // 3):
-        counts = counts + (tl.zeros((HEIGHT, WIDTH), tl.int32),)  # noqa: RUF005
-    return counts
-
-
-@triton.jit
 def _add_counts(
     counts_ptr,
     nan_ptr,
     counts,
     positions,
-    AXIS: tl.constexpr,  # noqa: N803
-    IS_WIDE: tl.constexpr,  # noqa: N803
+    AXIS: tl.constexpr,
+    IS_WIDE: tl.constexpr,
     first_channel,
     channel,
     channels,
@@ -206,7 +197,7 @@ def _add_in_order(counts_ptr, off, zero, on, first_channel, channels):
 
 
 @triton.jit
-def _sum_together(counts, AXIS: tl.constexpr, IS_WIDE: tl.constexpr):  # noqa: N803
+def _sum_together(counts, AXIS: tl.constexpr, IS_WIDE: tl.constexpr):
     """Sum all three counts in one reduction, as they are or of 21 bits each: what waits for other threads is done once."""
     if not IS_WIDE:
         sums = tl.sum(counts, AXIS)
@@ -219,5 +210,5 @@ def _sum_together(counts, AXIS: tl.constexpr, IS_WIDE: tl.constexpr):  # noqa: N
 
 
 @triton.jit
-def _sum(counts, PLACE: tl.constexpr, AXIS: tl.constexpr):  # noqa: N803
+def _sum(counts, PLACE: tl.constexpr, AXIS: tl.constexpr):
     return tl.sum(unpack(counts, PLACE), AXIS)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastentropy_kernels._compat import is_plain_eager
-from fastentropy_kernels.dispatch import tell_autograd
+from fastentropy_kernels.dispatch import increment_versions
 from fastentropy_kernels.layout import Arranged, arrange
 from fastentropy_kernels.states.dispatch import is_fused, state_kernels
 from fastentropy_kernels.states.validation import Request
@@ -52,7 +52,7 @@ class ActivationPlan:
         """Return the activation of an x that fits, which is x itself in place, and add its states to the counts."""
         y = x if self.inplace else torch.empty_like(x)
         self._launch(*(tensor.data_ptr() for tensor in ((x, y) if mask is None else (x, y, mask))))
-        tell_autograd(self._counts, x if self.inplace else None)
+        increment_versions(self._counts, x if self.inplace else None)
         return y
 
     def _fits_mask(self, mask: Tensor) -> bool:
