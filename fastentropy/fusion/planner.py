@@ -13,8 +13,8 @@ from fastentropy.fusion.chains.affine import AffineOperator, compose
 from fastentropy.fusion.chains.elements import Chain, Element, Flatten, Sum, cost, operators, run, spatial_size
 from fastentropy.fusion.chains.finding import FoundChain
 from fastentropy.fusion.chains.lowering import compile_chain
-from fastentropy.fusion.chains.merging import Borders, crop, masked, merge, outline, placeholder_weights
-from fastentropy.fusion.chains.passes import kernels, pools_first
+from fastentropy.fusion.chains.merging import Borders, composed_shape, crop_kernel, merge, placeholder_weights, with_tap_bias
+from fastentropy.fusion.chains.passes import fuse_pairs, move_pools_forward
 from fastentropy.fusion.report import Candidate, ChainReport
 from fastentropy.fusion.verification import full_precision, relative_error
 
@@ -163,7 +163,7 @@ def _forms(kept: Chain, x: Tensor, context: PlanContext) -> tuple[dict[str, Chai
     note = ""
     try:
         body = kept[:-1] if isinstance(kept[-1], Flatten) else kept
-        if _is_unpromising(outline(body), body, x):
+        if _is_unpromising(composed_shape(body), body, x):
             note = f"one operator would cost more than {MAX_COST_RATIO} times as much"
         else:
             forms["merge"] = context.materialize(context.merge(kept, x))
@@ -172,13 +172,13 @@ def _forms(kept: Chain, x: Tensor, context: PlanContext) -> tuple[dict[str, Chai
     split = _fastest_split(kept, x, context)
     if not _is_known(split, forms):
         forms["split"] = context.materialize(split)
-    if (reordered := pools_first(kept)) != kept:
+    if (reordered := move_pools_forward(kept)) != kept:
         forms["reorder"] = context.materialize(_fastest_split(reordered, x, context))
     if x.is_cuda and context.borders == "exact":
-        if (paired := kernels(kept)) != kept:
+        if (paired := fuse_pairs(kept)) != kept:
             forms["kernel"] = paired
         with contextlib.suppress(ValueError):
-            forms["masked"] = (masked(kept),)
+            forms["masked"] = (with_tap_bias(kept),)
     return forms, note
 
 
@@ -226,7 +226,7 @@ def _stretches(chain: Chain, inputs: list[Tensor], context: PlanContext) -> dict
 def sketch(element: Element) -> AffineOperator | None:
     """An element as one operator without memory; None where it is none, as if the sizes of branches only happen to agree."""
     try:
-        return None if isinstance(element, Flatten) else outline((element,))
+        return None if isinstance(element, Flatten) else composed_shape((element,))
     except ValueError:
         return None
 
@@ -250,8 +250,8 @@ def promising_stops(chain: Chain, sketches: list[AffineOperator | None], x: Tens
 
 
 def _is_unpromising(merged: AffineOperator, chain: Chain, x: Tensor) -> bool:
-    """Whether a merged operator, known by its outline, would cost so much more than the chain that it need not be composed."""
+    """Whether a merged operator, known by its composed_shape, would cost so much more than the chain that it need not be composed."""
     if merged.weight.numel() > max(MOST_NUMBERS, sum(operator.weight.numel() for operator in operators(chain))):
         return True
-    cropped = crop(merged, spatial_size(chain, x))
+    cropped = crop_kernel(merged, spatial_size(chain, x))
     return _counted_cost((cropped,), x) > MAX_COST_RATIO * _counted_cost(chain, x)

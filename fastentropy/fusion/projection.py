@@ -20,7 +20,7 @@ from fastentropy._compat import has_hooks
 from fastentropy.fusion.chains.affine import AffineOperator
 from fastentropy.fusion.chains.elements import Chain
 from fastentropy.fusion.chains.finding import find_chains, module_path
-from fastentropy.fusion.chains.merging import compose_all
+from fastentropy.fusion.chains.merging import compose_chain
 from fastentropy.fusion.memory_format import like_format
 from fastentropy.fusion.tracing import export, inference_module
 
@@ -74,7 +74,7 @@ class Projection:
         return cls(**fields)
 
 
-def centre(chain: Chain, composed: Callable[[Chain], AffineOperator] = compose_all) -> AffineOperator:
+def central_kernel(chain: Chain, composed: Callable[[Chain], AffineOperator] = compose_chain) -> AffineOperator:
     """The middle of the merged kernel of a chain of convolutions, as large as the largest kernel among them.
 
     composed is as in `merging.merge`. Raises ValueError where the chain is not of that kind.
@@ -123,7 +123,7 @@ def project(model: nn.Module, names: Sequence[str], calibrate: Callable[[nn.Modu
         if regression is None:
             program = export(stretch, (x[:2].clone(),))
             (chain,) = find_chains(inference_module(program))
-            regression = _Regression(centre(chain.elements))
+            regression = _Regression(central_kernel(chain.elements))
         regression.add(x, stretch(x.clone()))
 
     handle = model.get_submodule(names[0]).register_forward_pre_hook(observe, with_kwargs=True)

@@ -3,6 +3,7 @@
 import copy
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from fastentropy._compat import tree_leaves, tree_unflatten
 from fastentropy._utils.errors import one_line
-from fastentropy.fusion.chains.aten import attribute, fixed_size
+from fastentropy.fusion.chains.aten import fixed_size
 from fastentropy.fusion.chains.elements import Chain, output_shape
 from fastentropy.fusion.chains.finding import FoundChain
 from fastentropy.fusion.chains.lowering import Lowering
@@ -93,7 +94,7 @@ def _with_constants(module: nn.Module, graph: torch.fx.Graph, added: Mapping[str
     """A module that owns only the constants which the graph reads."""
     graph.eliminate_dead_code()
     names = {str(node.target) for node in graph.nodes if node.op == "get_attr"} - set(added)
-    constants: dict[str, Any] = {name: attribute(module, name) for name in names}
+    constants: dict[str, Any] = {name: attrgetter(name)(module) for name in names}
     detached = {name: v.detach() if isinstance(v, Tensor) else v for name, v in constants.items()}
     return GraphModule({**detached, **added}, graph)
 
@@ -137,7 +138,7 @@ def in_channels_last(traced: GraphModule) -> GraphModule | None:
     weights = {str(node.args[1].target) for node in traced.graph.nodes if _is_spatial_convolution(node, traced)}
     if not weights:
         return None
-    values = {name: attribute(traced, name) for name in weights}
+    values = {name: attrgetter(name)(traced) for name in weights}
     added = {name: value.contiguous(memory_format=CHANNELS_LAST[value.ndim]) for name, value in values.items()}
     return _with_constants(traced, copy.deepcopy(traced.graph), added)
 
@@ -148,7 +149,7 @@ def _is_spatial_convolution(node: Node, traced: GraphModule) -> bool:
     weight = node.args[1]
     is_constant = isinstance(weight, Node) and weight.op == "get_attr"
     # `is_constant` says that weight is a Node.
-    return is_constant and attribute(traced, str(weight.target)).ndim in CHANNELS_LAST  # type: ignore[union-attr]
+    return is_constant and attrgetter(str(weight.target))(traced).ndim in CHANNELS_LAST  # type: ignore[union-attr]
 
 
 class _Recorder(Interpreter):

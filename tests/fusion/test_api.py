@@ -15,7 +15,7 @@ from torch import nn
 from fastentropy import FusionReport, fuse, linearize, load
 from fastentropy.fusion import api, planner, serialization, verification
 from fastentropy.fusion.chains import finding
-from fastentropy.fusion.chains.elements import Bordered, operators
+from fastentropy.fusion.chains.elements import BorderCorrected, operators
 from tests._helpers.networks import Reads
 from tests._helpers.snapshots import assert_unchanged, snapshot
 
@@ -470,7 +470,7 @@ def merged(monkeypatch):
     """One operator is taken wherever there is one, however many operators its border needs."""
 
     def price(form):
-        return sum(1 if isinstance(element, Bordered) else len(operators((element,))) for element in form)
+        return sum(1 if isinstance(element, BorderCorrected) else len(operators((element,))) for element in form)
 
     monkeypatch.setattr(planner, "measured", lambda forms, inputs: {key: price(form) for key, form in forms.items()})
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fastentropy.fusion import planner
 from fastentropy.fusion.chains.affine import AffineOperator
-from fastentropy.fusion.chains.elements import Bordered, Flatten, Sum, cost, operators, run
+from fastentropy.fusion.chains.elements import BorderCorrected, Flatten, Sum, cost, operators, run
 from fastentropy.fusion.chains.finding import FoundChain
 from fastentropy.fusion.chains.merging import merge
 from tests._helpers.chains import chains
@@ -134,11 +134,11 @@ def test_whatever_is_chosen_equals_the_chain(priced):
 
 
 def test_a_chain_with_padding_inside_is_merged_with_its_border(priced):
-    priced(lambda form: 1.0 if isinstance(form[0], Bordered) else 2.0)
+    priced(lambda form: 1.0 if isinstance(form[0], BorderCorrected) else 2.0)
     chain = (operator(4, 4, 3, 1), operator(4, 4, 3, 1))
     form, report = planner.plan_chain(found(*chain), X, 1e-5)
     assert report.choice == "merge"
-    assert isinstance(form[0], Bordered)
+    assert isinstance(form[0], BorderCorrected)
     equal(form, chain)
 
 

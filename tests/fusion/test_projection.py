@@ -6,7 +6,7 @@ from torch import nn
 
 from fastentropy.fusion import projection
 from fastentropy.fusion.chains.finding import find_chains
-from fastentropy.fusion.projection import Projection, centre, install, project, replaceable_modules
+from fastentropy.fusion.projection import Projection, central_kernel, install, project, replaceable_modules
 from fastentropy.fusion.tracing import export, inference_module
 from tests._helpers.snapshots import assert_unchanged, snapshot
 
@@ -129,7 +129,7 @@ def test_without_data_in_some_direction_the_centre_of_the_exact_kernel_stays():
 
 def centre_of(model):
     (chain,) = find_chains(inference_module(export(model, (torch.randn(2, 4, 8, 8),))))
-    return centre(chain.elements)
+    return central_kernel(chain.elements)
 
 
 def test_the_structure_comes_back_from_what_was_noted():
@@ -153,7 +153,7 @@ def test_a_stretch_of_linear_layers_has_no_centre():
     model = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 4)).eval()
     (chain,) = find_chains(inference_module(export(model, (torch.randn(2, 4),))))
     with pytest.raises(ValueError, match="only a series of convolutions"):
-        centre(chain.elements)
+        central_kernel(chain.elements)
 
 
 class Own(nn.Conv2d):

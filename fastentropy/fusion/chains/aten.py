@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ _SHIFTS = {_aten.add.Tensor, _aten.add_.Tensor, _aten.sub.Tensor, _aten.sub_.Ten
 
 
 @dataclass(frozen=True, eq=False)
-class Linear:
+class AffineNode:
     """A node that is affine in `operand`.
 
     axes is the number of spatial axes, None where the node takes values of any shape. build gives the operator in float64
@@ -50,7 +51,7 @@ class Linear:
     flattens: bool = False
 
 
-def read(node: Node, module: GraphModule) -> Linear | None:
+def read_node(node: Node, module: GraphModule) -> AffineNode | None:
     """A node as an affine operator with constant numbers; None where it is none."""
     if node.op != "call_function" or operator_schema(node.target) is None:
         return None
@@ -58,7 +59,7 @@ def read(node: Node, module: GraphModule) -> Linear | None:
         return _over(node.args[0], None)
     if node.target in _SCALES or node.target in _SHIFTS:
         return _scale_or_shift(node, module)
-    readers: list[tuple[Any, Callable[[Node, GraphModule], Linear | None]]] = [
+    readers: list[tuple[Any, Callable[[Node, GraphModule], AffineNode | None]]] = [
         (_CONVOLUTIONS, _convolution),
         (_TRANSPOSED, _transposed),
         ({_aten.linear.default}, _linear),
@@ -85,25 +86,17 @@ def fixed_size(size: int | torch.SymInt) -> int | None:
     return size if isinstance(size, int) else size.node.maybe_as_int()
 
 
-def attribute(module: torch.nn.Module, name: str) -> Any:
-    """What a dotted path names."""
-    value: Any = module
-    for part in name.split("."):
-        value = getattr(value, part)
-    return value
-
-
 def constant(argument: Any, module: GraphModule) -> Tensor | None:
     """The value of a node that is a constant of the model: a dense tensor of real floating numbers; None for anything else."""
     if not (isinstance(argument, Node) and argument.op == "get_attr"):
         return None
-    value = attribute(module, str(argument.target))
+    value = attrgetter(str(argument.target))(module)
     is_dense = isinstance(value, Tensor) and value.layout is torch.strided and value.is_floating_point()
     return value.detach() if is_dense else None
 
 
-def _over(operand: Any, axes: int | None, *further: Any, **options: Any) -> Linear | None:
-    return Linear(operand, axes, *further, **options) if isinstance(operand, Node) else None
+def _over(operand: Any, axes: int | None, *further: Any, **options: Any) -> AffineNode | None:
+    return AffineNode(operand, axes, *further, **options) if isinstance(operand, Node) else None
 
 
 def _named(node: Node, *tensors: str, module: GraphModule) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
@@ -131,7 +124,7 @@ def _repeated(values: Any, axes: int) -> tuple[int, ...]:
     return entries * (axes // len(entries))
 
 
-def _convolution(node: Node, module: GraphModule) -> Linear | None:
+def _convolution(node: Node, module: GraphModule) -> AffineNode | None:
     if (named := _named(node, "weight", "bias", module=module)) is None:
         return None
     (values, tensors), axes = named, _CONVOLUTIONS[node.target]
@@ -155,7 +148,7 @@ def _padding(padding: Any, kernel: Sequence[int], dilation: Sequence[int]) -> tu
     return _repeated(padding, len(kernel))
 
 
-def _transposed(node: Node, module: GraphModule) -> Linear | None:
+def _transposed(node: Node, module: GraphModule) -> AffineNode | None:
     if (named := _named(node, "weight", "bias", module=module)) is None:
         return None
     (values, tensors), axes = named, _TRANSPOSED[node.target]
@@ -175,7 +168,7 @@ def _transposed(node: Node, module: GraphModule) -> Linear | None:
     return _over(values["input"], axes, build, _path(values["weight"]))
 
 
-def _linear(node: Node, module: GraphModule) -> Linear | None:
+def _linear(node: Node, module: GraphModule) -> AffineNode | None:
     if (named := _named(node, "weight", "bias", module=module)) is None or named[1]["weight"].ndim != 2:
         return None
     values, tensors = named
@@ -185,7 +178,7 @@ def _linear(node: Node, module: GraphModule) -> Linear | None:
     )
 
 
-def _addmm(node: Node, module: GraphModule) -> Linear | None:
+def _addmm(node: Node, module: GraphModule) -> AffineNode | None:
     """bias + x · matrix, as transformers' Conv1D is traced."""
     bias, operand, matrix = node.args[:3]
     values = constant(bias, module), constant(matrix, module)
@@ -196,7 +189,7 @@ def _addmm(node: Node, module: GraphModule) -> Linear | None:
     return _over(operand, 0, lambda _: AffineOperator(weight, shift), _path(matrix))
 
 
-def _matrix_product(node: Node, module: GraphModule) -> Linear | None:
+def _matrix_product(node: Node, module: GraphModule) -> AffineNode | None:
     operand, matrix = node.args[:2]
     value = constant(matrix, module)
     if value is None or value.ndim != 2 or len(shape_of(operand) or ()) < 2:
@@ -205,7 +198,7 @@ def _matrix_product(node: Node, module: GraphModule) -> Linear | None:
     return _over(operand, 0, lambda _: AffineOperator(weight, weight.new_zeros(len(weight))), _path(matrix))
 
 
-def _batch_norm(node: Node, module: GraphModule) -> Linear | None:
+def _batch_norm(node: Node, module: GraphModule) -> AffineNode | None:
     """Batch norm in eval mode, y = (x − mean) / sqrt(var + eps) · weight + bias (Ioffe and Szegedy, arXiv 1502.03167)."""
     named = _named(node, "weight", "bias", "running_mean", "running_var", module=module)
     if named is None or named[0]["training"] or not {"running_mean", "running_var"} <= set(named[1]):
@@ -226,7 +219,7 @@ def _channelwise(scale: Tensor, shift: Tensor, axes: int) -> AffineOperator:
     return AffineOperator(scale.reshape(-1, 1, *ones), shift, ones, (0,) * axes, ones, groups=len(scale))
 
 
-def _pool(node: Node, module: GraphModule) -> Linear | None:
+def _pool(node: Node, module: GraphModule) -> AffineNode | None:
     named = _named(node, module=module)
     assert named is not None
     values, axes = named[0], _POOLS[node.target]
@@ -237,7 +230,7 @@ def _pool(node: Node, module: GraphModule) -> Linear | None:
     return _average(node.args[0], kernel, _repeated(values["stride"] or kernel, axes), padding)
 
 
-def _adaptive_pool(node: Node, module: GraphModule) -> Linear | None:
+def _adaptive_pool(node: Node, module: GraphModule) -> AffineNode | None:
     operand, axes = node.args[0], _ADAPTIVE_POOLS[node.target]
     shape = shape_of(operand)
     assert shape is not None
@@ -248,7 +241,7 @@ def _adaptive_pool(node: Node, module: GraphModule) -> Linear | None:
     return _average(operand, kernel, kernel, (0,) * axes)
 
 
-def _mean(node: Node, module: GraphModule) -> Linear | None:
+def _mean(node: Node, module: GraphModule) -> AffineNode | None:
     """The mean over all spatial axes: average pooling, and a flattening where these axes are not kept."""
     operand, dims = node.args[:2]
     shape, keep = shape_of(operand) or (), len(node.args) > 2 and bool(node.args[2])
@@ -260,10 +253,10 @@ def _mean(node: Node, module: GraphModule) -> Linear | None:
     if len(spatial) < len(shape) - 2:
         return None
     average = _average(operand, spatial, spatial, (0,) * len(spatial))
-    return average and Linear(average.operand, average.axes, average.build, flattens=not keep)
+    return average and AffineNode(average.operand, average.axes, average.build, flattens=not keep)
 
 
-def _average(operand: Any, kernel: tuple[int, ...], stride: tuple[int, ...], padding: tuple[int, ...]) -> Linear | None:
+def _average(operand: Any, kernel: tuple[int, ...], stride: tuple[int, ...], padding: tuple[int, ...]) -> AffineNode | None:
     if all(k == s == 1 for k, s in zip(kernel, stride, strict=True)) and not any(padding):
         return _over(operand, len(kernel))
     channels = (shape_of(operand) or ())[-len(kernel) - 1]
@@ -277,7 +270,7 @@ def _average(operand: Any, kernel: tuple[int, ...], stride: tuple[int, ...], pad
     return _over(operand, len(kernel), build)
 
 
-def _scale_or_shift(node: Node, module: GraphModule) -> Linear | None:
+def _scale_or_shift(node: Node, module: GraphModule) -> AffineNode | None:
     """x · c, c · x, x / c, x + c, c + x or x − c with a number, or a constant that has one value for each channel."""
     operand, other = node.args[:2]
     if node.target in _COMMUTATIVE and constant(operand, module) is not None:

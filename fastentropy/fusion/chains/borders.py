@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from fastentropy.fusion.chains.affine import AffineOperator, Axis
-from fastentropy.fusion.chains.elements import Chain, Strip, Sum, operators, run
+from fastentropy.fusion.chains.elements import BorderStrip, Chain, Sum, operators, run
 
 
 def has_border(chain: Chain, axis: int, of_zeros: bool) -> bool:
     """Whether the merged operator differs at the borders of large inputs: in the bias alone, which zeros show, or in more."""
     period = _stride(chain, axis)
-    readings = (_read(chain, axis, _Reading(0, size, size), of_zeros) for size in range(1 << 20, (1 << 20) + period))
+    readings = (_read(chain, axis, ValidRange(0, size, size), of_zeros) for size in range(1 << 20, (1 << 20) + period))
     return any(reading.start > 0 or reading.stop < reading.size for reading in readings)
 
 
@@ -37,7 +37,7 @@ def _smaller(chain: Chain, axis: int, size: int) -> tuple[int, Tensor]:
     output = _length(chain, axis, size)
     if all(operator.axes[axis].upsampling == 1 for operator in operators(chain)):
         for smaller in range(size % period or period, size, period):
-            start, stop, length = _read(chain, axis, _Reading(0, smaller, smaller), of_zeros=True)[:3]
+            start, stop, length = _read(chain, axis, ValidRange(0, smaller, smaller), of_zeros=True)[:3]
             if _length(chain, axis, smaller) and start < stop:
                 before, after = torch.arange(start), torch.arange(stop, length)
                 inside = torch.full((output - len(before) - len(after),), start)
@@ -50,7 +50,7 @@ def _stride(chain: Chain, axis: int) -> int:
     return math.prod(operator.axes[axis].stride for operator in operators(chain))
 
 
-class _Reading(NamedTuple):
+class ValidRange(NamedTuple):
     """Along one axis, the positions of a value at which a merged operator is right.
 
     They are [start, stop) of size; before and after tell whether what it would compute beyond the ends is zero, as padding is.
@@ -66,15 +66,15 @@ class _Reading(NamedTuple):
 
 def right_positions(chain: Chain, axis: int, size: int) -> tuple[int, int, int]:
     """From where to where along a spatial axis the merged operator equals the chain but for its bias, and the output's size."""
-    reading = _read(chain, axis, _Reading(0, size, size))
+    reading = _read(chain, axis, ValidRange(0, size, size))
     return reading.start, reading.stop, reading.size
 
 
-def _read(chain: Chain, axis: int, reading: _Reading, of_zeros: bool = False) -> _Reading:
+def _read(chain: Chain, axis: int, reading: ValidRange, of_zeros: bool = False) -> ValidRange:
     for element in chain:
         if isinstance(element, Sum):
             ends = [_read(branch, axis, reading, of_zeros) for branch in element.branches]
-            reading = _Reading(
+            reading = ValidRange(
                 max(end.start for end in ends),
                 min(end.stop for end in ends),
                 ends[0].size,
@@ -89,7 +89,7 @@ def _read(chain: Chain, axis: int, reading: _Reading, of_zeros: bool = False) ->
     return reading
 
 
-def _read_operator(axis: Axis, reading: _Reading, before: bool, after: bool) -> _Reading:
+def _read_operator(axis: Axis, reading: ValidRange, before: bool, after: bool) -> ValidRange:
     """The first output that reads no wrong position, and the first after it that does."""
     stuffed = (reading.size - 1) * axis.upsampling + 1
     first = (reading.start - 1) * axis.upsampling + 1 if reading.start else (None if reading.before else 0)
@@ -97,7 +97,7 @@ def _read_operator(axis: Axis, reading: _Reading, before: bool, after: bool) -> 
     size = axis.output_size(reading.size)
     start = 0 if first is None else -(-(first + axis.before) // axis.stride)
     stop = size if last is None else -(-(last + axis.before - axis.reach) // axis.stride)
-    return _Reading(
+    return ValidRange(
         min(max(start, 0), size),
         min(max(stop, 0), size),
         size,
@@ -106,7 +106,7 @@ def _read_operator(axis: Axis, reading: _Reading, before: bool, after: bool) -> 
     )
 
 
-def border_strips(chain: Chain, spatial_size: Sequence[int]) -> tuple[Strip, ...]:
+def border_strips(chain: Chain, spatial_size: Sequence[int]) -> tuple[BorderStrip, ...]:
     """Where a merged operator differs from the chain by more than its bias: strips along the borders, empty if nowhere.
 
     Raises ValueError where nothing is left between them.
@@ -123,22 +123,22 @@ def border_strips(chain: Chain, spatial_size: Sequence[int]) -> tuple[Strip, ...
     return tuple(strips)
 
 
-def _leading_strip(chain: Chain, axis: int, size: int, stop: int) -> Strip:
+def _leading_strip(chain: Chain, axis: int, size: int, stop: int) -> BorderStrip:
     """The outputs [0, stop), from as little of the input as they read."""
     needed = min(max(_last_read(chain, axis, stop - 1) + 1, 1), size)
     while needed < size and _length(chain, axis, needed) < stop:
         needed += 1
-    return Strip(axis, (0, stop), (0, needed), (0, stop))
+    return BorderStrip(axis, (0, stop), (0, needed), (0, stop))
 
 
-def _trailing_strip(chain: Chain, axis: int, size: int, start: int, output: int) -> Strip:
+def _trailing_strip(chain: Chain, axis: int, size: int, start: int, output: int) -> BorderStrip:
     """The outputs [start, output), from an input that begins at a multiple of the stride, so that positions correspond."""
     stride = _stride(chain, axis)
     begin = min(max(_first_read(chain, axis, start), 0), size - 1) // stride * stride
     while begin and _length(chain, axis, size - begin) < output - start:
         begin -= stride
     length = _length(chain, axis, size - begin)
-    return Strip(axis, (start, output), (begin, size), (length - (output - start), length))
+    return BorderStrip(axis, (start, output), (begin, size), (length - (output - start), length))
 
 
 def _length(chain: Chain, axis: int, size: int) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastentropy.fusion.chains.affine import AffineOperator
 
-Element: TypeAlias = "AffineOperator | Sum | Bordered | Masked | Kernel | Flatten | Activation"
+Element: TypeAlias = "AffineOperator | Sum | BorderCorrected | TapBiased | FusedPair | Flatten | Activation"
 Chain: TypeAlias = "tuple[Element, ...]"
 
 
@@ -22,7 +22,7 @@ class Sum:
     branches: tuple[Chain, ...]
 
 
-class Strip(NamedTuple):
+class BorderStrip(NamedTuple):
     """Positions of an output along one spatial axis, and of the input that they are recomputed from; ends are exclusive.
 
     `kept` are the same positions in the output for just that input.
@@ -35,16 +35,16 @@ class Strip(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Bordered:
+class BorderCorrected:
     """A merged operator whose outputs near the border are recomputed by the chain that it stands for."""
 
     interior: AffineOperator
     chain: Chain
-    strips: tuple[Strip, ...]
+    strips: tuple[BorderStrip, ...]
 
 
 @dataclass(frozen=True, eq=False)
-class Masked:
+class TapBiased:
     """A merged operator each of whose taps adds a bias of its own, but for the taps that fall into the padding.
 
     tap_bias is [out_channels, *kernel]: what the bias of an operator that was merged into this one adds through each tap.
@@ -62,7 +62,7 @@ class Masked:
 
 
 @dataclass(frozen=True, eq=False)
-class Kernel:
+class FusedPair:
     """Two operators that run in one kernel, named in `fastentropy_kernels`: what is between them never leaves the chip.
 
     With `adds_input`, the kernel adds its input to what it gives.
@@ -108,7 +108,7 @@ def _run_element(element: Element, x: Tensor) -> Tensor:
             for other in others:
                 total = total + other
             return total
-        case Bordered(interior, chain, strips):
+        case BorderCorrected(interior, chain, strips):
             y = interior(x)
             axes = len(interior.axes)
             for strip in strips:
@@ -116,11 +116,11 @@ def _run_element(element: Element, x: Tensor) -> Tensor:
                 border = run(chain, _cut(x, axis, strip.input))
                 _cut(y, axis, strip.output).copy_(_cut(border, axis, strip.kept))
             return y
-        case Masked(operator):
+        case TapBiased(operator):
             channels = x.ndim - len(operator.axes) - 1
             image = x.narrow(channels, 0, 1)
             return operator(x) + element.mask(torch.ones_like(image[:1] if channels else image))
-        case Kernel(_, first, second, adds_input):
+        case FusedPair(_, first, second, adds_input):
             y = second(first(x))
             return y + x if adds_input else y
         case Flatten():
@@ -143,9 +143,9 @@ def output_shape(chain: Chain, shape: Sequence[int]) -> tuple[int, ...]:
         match element:
             case Sum(branches):
                 shape = output_shape(max(branches, key=len), shape)
-            case Bordered(interior) | Masked(interior):
+            case BorderCorrected(interior) | TapBiased(interior):
                 shape = interior.output_shape(shape)
-            case Kernel(_, first, second):
+            case FusedPair(_, first, second):
                 shape = second.output_shape(first.output_shape(shape))
             case Flatten():
                 shape = (shape[0], math.prod(shape[1:]))
@@ -171,16 +171,16 @@ def _costs(element: Element, shape: Sequence[int], itemsize: int) -> Iterator[Co
             yield from (cost(branch, shape, itemsize) for branch in branches)
             values = math.prod(output_shape((element,), shape))
             yield Cost(0, 3 * (len(branches) - 1) * values * itemsize)
-        case Bordered(interior, chain, strips):
+        case BorderCorrected(interior, chain, strips):
             yield from _costs(interior, shape, itemsize)
             for strip in strips:
                 cut = list(shape)
                 cut[len(shape) - len(interior.axes) + strip.axis] = strip.input[1] - strip.input[0]
                 yield cost(chain, cut, itemsize)
-        case Masked(operator):
+        case TapBiased(operator):
             yield _operator_cost(operator, shape, itemsize)
             yield _operator_cost(element.mask, (1, 1, *shape[2:]), itemsize)
-        case Kernel(_, first, second):
+        case FusedPair(_, first, second):
             one, other = _operator_cost(first, shape, itemsize), _operator_cost(second, first.output_shape(shape), itemsize)
             between = 2 * math.prod(first.output_shape(shape)) * itemsize
             yield Cost(one.multiplications + other.multiplications, one.bytes + other.bytes - between)
@@ -208,11 +208,11 @@ def _operators(element: Element) -> list[AffineOperator]:
     match element:
         case Sum(branches):
             return [operator for branch in branches for operator in operators(branch)]
-        case Bordered(interior, chain):
+        case BorderCorrected(interior, chain):
             return [interior, *operators(chain)]
-        case Masked(operator):
+        case TapBiased(operator):
             return [operator]
-        case Kernel(_, first, second):
+        case FusedPair(_, first, second):
             return [first, second]
         case Flatten() | Activation():
             return []

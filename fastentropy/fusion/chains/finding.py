@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Node
 
 from fastentropy._compat import operator_schema
 from fastentropy.fusion.chains.affine import AffineOperator
-from fastentropy.fusion.chains.aten import Linear, read, shape_of
+from fastentropy.fusion.chains.aten import AffineNode, read_node, shape_of
 from fastentropy.fusion.chains.elements import Activation, Chain, Element, Flatten, Sum, operators
 from fastentropy.fusion.chains.passes import fold
 
@@ -122,7 +122,7 @@ def _segment_to(
     """The segment that ends with a node."""
     if node.target in _VIEWS:
         return _view(node, segments)
-    linear = read(node, module)
+    linear = read_node(node, module)
     if linear is None:
         return _add_branches(node, segments) if node.target in _ADDITIONS else None
     start = _Segment(linear.operand, (), None, frozenset())
@@ -138,7 +138,7 @@ def _segment_to(
     return _extend(start, node, linear)
 
 
-def _extend(before: _Segment, node: Node, linear: Linear) -> _Segment | None:
+def _extend(before: _Segment, node: Node, linear: AffineNode) -> _Segment | None:
     """A segment with one more operator; None where that does not act on its channels."""
     members, shape = before.members | {node}, shape_of(linear.operand) or ()
     if linear.build is None and linear.axes is None:
@@ -166,7 +166,7 @@ def module_path(node: Node) -> str:
     return str(list(stack.values())[-1][0])
 
 
-def _extend_channelwise(before: _Segment, linear: Linear, dimensions: int, members: frozenset[Node]) -> _Segment | None:
+def _extend_channelwise(before: _Segment, linear: AffineNode, dimensions: int, members: frozenset[Node]) -> _Segment | None:
     """A scale of the channels, which were the last axis before they were permuted to be the second."""
     build, spatial = linear.build, dimensions - 2
     if linear.name or build is None or linear.axes not in (None, spatial) or not build(spatial).is_channelwise:
@@ -179,7 +179,7 @@ def _extend_channelwise(before: _Segment, linear: Linear, dimensions: int, membe
     return replace(before, steps=(*before.steps, _Step(build_last, "")), members=members)
 
 
-def _extend_flat(before: _Segment, linear: Linear, members: frozenset[Node]) -> _Segment | None:
+def _extend_flat(before: _Segment, linear: AffineNode, members: frozenset[Node]) -> _Segment | None:
     """A layer of flattened features: a convolution whose kernel is as large as its input."""
     sizes, build = before.flat or (), linear.build
     is_dense = bool(linear.name)

@@ -9,7 +9,17 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
 from fastentropy.fusion.chains.affine import AffineOperator, Axis
-from fastentropy.fusion.chains.elements import Activation, Bordered, Chain, Element, Flatten, Kernel, Masked, Sum, output_shape
+from fastentropy.fusion.chains.elements import (
+    Activation,
+    BorderCorrected,
+    Chain,
+    Element,
+    Flatten,
+    FusedPair,
+    Sum,
+    TapBiased,
+    output_shape,
+)
 from fastentropy.fusion.memory_format import like_format
 
 _aten = torch.ops.aten
@@ -52,11 +62,11 @@ class Lowering:
                 for other in others:
                     total = self._graph.call_function(_aten.add.Tensor, (total, other))
                 return total
-            case Bordered():
+            case BorderCorrected():
                 return self._bordered(element, value, shape)
-            case Masked():
+            case TapBiased():
                 return self._masked(element, value)
-            case Kernel():
+            case FusedPair():
                 return self._kernel(element, value)
             case Flatten():
                 return self._graph.call_function(_aten.flatten.using_ints, (value, 1))
@@ -125,7 +135,7 @@ class Lowering:
         sizes = [operator.out_channels, *(1,) * len(operator.axes)]
         return self._graph.call_function(_aten.unflatten.int, (output, 1, sizes))
 
-    def _bordered(self, element: Bordered, value: Node, shape: Sequence[int]) -> Node:
+    def _bordered(self, element: BorderCorrected, value: Node, shape: Sequence[int]) -> Node:
         output = self._operator(element.interior, value)
         first = len(shape) - len(element.interior.axes)
         for strip in element.strips:
@@ -140,7 +150,7 @@ class Lowering:
     def _slice(self, value: Node, axis: int, positions: tuple[int, int]) -> Node:
         return self._graph.call_function(_aten.slice.Tensor, (value, axis, *positions))
 
-    def _masked(self, element: Masked, value: Node) -> Node:
+    def _masked(self, element: TapBiased, value: Node) -> Node:
         operator = element.operator
         if self._like.is_cuda and len(operator.axes) == 2 and operator.groups == 1 and _is_symmetric(operator):
             tensors = (self._constant(operator.weight), self._constant(operator.bias), self._constant(element.tap_bias))
@@ -154,7 +164,7 @@ class Lowering:
         ones = self._graph.call_function(_aten.ones_like.default, (image,))
         return self._graph.call_function(_aten.add_.Tensor, (output, self._operator(element.mask, ones)))
 
-    def _kernel(self, element: Kernel, value: Node) -> Node:
+    def _kernel(self, element: FusedPair, value: Node) -> Node:
         first, second = element.first, element.second
         residual = value if element.adds_input else None
         weights = [second.dense_weight().flatten(1), second.bias]

@@ -13,12 +13,12 @@ import torch
 from fastentropy.fusion.chains.affine import AffineOperator, add, compose, identity
 from fastentropy.fusion.chains.borders import border_strips, has_border, zero_response
 from fastentropy.fusion.chains.elements import (
-    Bordered,
+    BorderCorrected,
     Chain,
     Element,
     Flatten,
-    Masked,
     Sum,
+    TapBiased,
 )
 from fastentropy.fusion.chains.passes import pads, without_residual
 
@@ -37,35 +37,35 @@ def merge(
     differs there, the border is recomputed by the chain. A `Flatten` at the end stays.
     With `borders="train"` all zero padding moves to where the chain begins, as in the literature (Fu et al., ICML 2022; Kim
     et al., ICML 2023 and 2024): another function near the border, for those who train it afterwards.
-    composed gives the operator of a chain; with `placeholder_weights` in place of `compose_all`, the result is for timing only.
+    composed gives the operator of a chain; with `placeholder_weights` in place of `compose_chain`, the result is for timing only.
     Raises ValueError, with the reason, where that cannot be.
     """
     body = chain[:-1] if isinstance(chain[-1], Flatten) else chain
-    merged, tail = (composed or compose_all)(body), chain[len(body) :]
+    merged, tail = (composed or compose_chain)(body), chain[len(body) :]
     if not merged.axes:
         return (merged, *tail)
     if spatial_size is None:
         return (merged if borders == "train" else _for_every_size(body, merged), *tail)
     if borders == "train":
-        return (crop(merged, spatial_size), *tail)
+        return (crop_kernel(merged, spatial_size), *tail)
     strips = border_strips(body, spatial_size)
     response = zero_response(body, spatial_size)
     interior = merged.bias.reshape(-1, *(1,) * len(spatial_size)).expand_as(response)
     differs = ~torch.isclose(response, interior, rtol=1e-12, atol=1e-12)
     for strip in strips:
         differs.narrow(1 + strip.axis, strip.output[0], strip.output[1] - strip.output[0]).fill_(False)
-    merged = crop(replace(merged, bias=response) if differs.any() else merged, spatial_size)
-    return (Bordered(merged, body, strips) if strips else merged, *tail)
+    merged = crop_kernel(replace(merged, bias=response) if differs.any() else merged, spatial_size)
+    return (BorderCorrected(merged, body, strips) if strips else merged, *tail)
 
 
 def _for_every_size(chain: Chain, merged: AffineOperator) -> Element:
     axes = range(len(merged.axes))
     if any(has_border(chain, axis, of_zeros=False) for axis in axes):
         raise ValueError("inner zero padding: where the border is depends on the size, which is free")
-    return masked(chain) if any(has_border(chain, axis, of_zeros=True) for axis in axes) else merged
+    return with_tap_bias(chain) if any(has_border(chain, axis, of_zeros=True) for axis in axes) else merged
 
 
-def crop(operator: AffineOperator, spatial_size: Sequence[int]) -> AffineOperator:
+def crop_kernel(operator: AffineOperator, spatial_size: Sequence[int]) -> AffineOperator:
     """The operator without the taps that only ever read padding, where its output has a single position."""
     single = all(axis.output_size(size) == 1 for axis, size in zip(operator.axes, spatial_size, strict=True))
     if not operator.axes or not single or any(axis.upsampling > 1 for axis in operator.axes):
@@ -85,7 +85,7 @@ def crop(operator: AffineOperator, spatial_size: Sequence[int]) -> AffineOperato
     return AffineOperator(weight, bias, ones, (0,) * len(ones), ones, operator.groups)
 
 
-def compose_all(chain: Chain) -> AffineOperator:
+def compose_chain(chain: Chain) -> AffineOperator:
     """The composition of all elements of a chain, exact but for the borders.
 
     Raises ValueError where it is no operator.
@@ -100,7 +100,7 @@ def _add_all(element: Element) -> AffineOperator:
     if not isinstance(element, Sum):
         assert isinstance(element, AffineOperator)
         return element
-    branches = [compose_all(branch) if branch else None for branch in element.branches]
+    branches = [compose_chain(branch) if branch else None for branch in element.branches]
     like = next(operator for operator in branches if operator is not None)
     total, *others = (identity(like.in_channels, like) if operator is None else operator for operator in branches)
     for other in others:
@@ -108,17 +108,17 @@ def _add_all(element: Element) -> AffineOperator:
     return total
 
 
-def outline(chain: Chain) -> AffineOperator:
+def composed_shape(chain: Chain) -> AffineOperator:
     """The composition of a chain without memory, on the meta device: its sizes are known before it is paid for.
 
     Raises ValueError where it is no operator.
     """
-    return compose_all(_with_each(chain, _on_meta))
+    return compose_chain(_with_each(chain, _on_meta))
 
 
 def placeholder_weights(chain: Chain) -> AffineOperator:
     """The composition of a chain with zeros in place of its weight, which would cost more to compose than to time."""
-    shape, bias = outline(chain), compose_all(_with_each(chain, _without_extent)).bias
+    shape, bias = composed_shape(chain), compose_chain(_with_each(chain, _without_extent)).bias
     weight = torch.zeros(shape.weight.shape, dtype=torch.float32, device=bias.device)
     return replace(shape, weight=weight, bias=bias)
 
@@ -145,7 +145,7 @@ def _without_extent(operator: AffineOperator) -> AffineOperator:
     return AffineOperator(weight, operator.bias, groups=operator.groups)
 
 
-def masked(chain: Chain) -> Masked:
+def with_tap_bias(chain: Chain) -> TapBiased:
     """One operator for pointwise operators and what follows them, or for these and the value itself: exact at every size.
 
     Raises ValueError for another chain, or where what follows has zero padding inside.
@@ -154,10 +154,10 @@ def masked(chain: Chain) -> Masked:
     count = next((index for index, element in enumerate(body) if not _is_pointwise(element)), len(body))
     if not 0 < count < len(body):
         raise ValueError("no pointwise operators with others behind them")
-    head, (padded, *others) = compose_all(body[:count]), body[count:]
+    head, (padded, *others) = compose_chain(body[:count]), body[count:]
     if isinstance(padded, Sum) or not all(isinstance(each, AffineOperator) and not pads(each) for each in others):
         raise ValueError("inner zero padding: more than a bias differs at the border")
-    rest = compose_all((padded, *others))
+    rest = compose_chain((padded, *others))
     grouped = rest.weight.reshape(rest.groups, -1, *rest.weight.shape[1:])
     tap_bias = torch.einsum("goi...,gi->go...", grouped, head.bias.reshape(rest.groups, -1)).flatten(0, 1)
     merged = replace(compose(head, rest), bias=rest.bias)
@@ -166,7 +166,7 @@ def masked(chain: Chain) -> Masked:
         if whole.axes != merged.axes:
             raise ValueError("the value itself reads beyond the taps of the merged operator")
         merged = whole
-    return Masked(merged, tap_bias)
+    return TapBiased(merged, tap_bias)
 
 
 def _is_pointwise(element: Element) -> bool:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from fastentropy.fusion.chains.affine import AffineOperator, compose
-from fastentropy.fusion.chains.elements import Chain, Element, Kernel, Sum
+from fastentropy.fusion.chains.elements import Chain, Element, FusedPair, Sum
 from fastentropy_kernels import MOST_MIDDLES
 
 
@@ -29,7 +29,7 @@ def _folds(first: AffineOperator, second: AffineOperator) -> bool:
     return second.is_channelwise or (first.is_channelwise and not pads(second))
 
 
-def pools_first(chain: Chain) -> Chain:
+def move_pools_forward(chain: Chain) -> Chain:
     """The chain with every unpadded average pooling moved before the pointwise operators that it follows.
 
     A mean of affine values is the affine value of the mean.
@@ -69,10 +69,11 @@ def without_residual(chain: Chain) -> tuple[Chain, bool]:
 
 
 def pads(operator: AffineOperator) -> bool:
+    """Return whether an operator reads zeros that its input does not hold: padding, or those that upsampling inserts."""
     return any(axis.before > 0 or axis.after > 0 or axis.upsampling > 1 for axis in operator.axes)
 
 
-def kernels(chain: Chain) -> Chain:
+def fuse_pairs(chain: Chain) -> Chain:
     """The chain with each pair of neighbours that a fused kernel computes in one, and the input that is added to it."""
     paired: list[Element] = []
     for element in chain:
@@ -85,20 +86,20 @@ def kernels(chain: Chain) -> Chain:
 
 
 def _kernels_of_branches(element: Sum) -> Element:
-    branches = tuple(kernels(branch) for branch in element.branches)
+    branches = tuple(fuse_pairs(branch) for branch in element.branches)
     body, adds_value = without_residual((Sum(branches),))
-    if adds_value and len(body) == 1 and isinstance(body[0], Kernel):
+    if adds_value and len(body) == 1 and isinstance(body[0], FusedPair):
         return replace(body[0], adds_input=True)
     return element if branches == element.branches else Sum(branches)
 
 
-def _kernel(first: AffineOperator, second: Element) -> Kernel | None:
+def _kernel(first: AffineOperator, second: Element) -> FusedPair | None:
     """The kernel of `fastentropy_kernels` that computes one operator after the other, if there is one."""
     if not isinstance(second, AffineOperator) or first.bias.ndim > 1 or second.bias.ndim > 1:
         return None
     if not first.axes:
-        return Kernel("linear_pair", first, second) if first.out_channels <= MOST_MIDDLES else None
+        return FusedPair("linear_pair", first, second) if first.out_channels <= MOST_MIDDLES else None
     plain = all(axis.upsampling == 1 and axis.before == axis.after >= 0 for axis in first.axes)
     spread = first.groups in (1, first.in_channels) and (first.groups == 1 or first.in_channels == first.out_channels)
     pointwise = second.is_pointwise and second.groups == 1
-    return Kernel("conv_pointwise", first, second) if len(first.axes) == 2 and plain and spread and pointwise else None
+    return FusedPair("conv_pointwise", first, second) if len(first.axes) == 2 and plain and spread and pointwise else None

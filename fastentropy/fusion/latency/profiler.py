@@ -14,12 +14,12 @@ from fastentropy.fusion.chains.affine import AffineOperator
 from fastentropy.fusion.chains.elements import Activation, Chain, Element, Flatten, Sum, spatial_size
 from fastentropy.fusion.chains.finding import find_chains
 from fastentropy.fusion.chains.lowering import compile_chain
-from fastentropy.fusion.chains.merging import masked, merge, outline, placeholder_weights
-from fastentropy.fusion.chains.passes import fold, kernels
+from fastentropy.fusion.chains.merging import composed_shape, merge, placeholder_weights, with_tap_bias
+from fastentropy.fusion.chains.passes import fold, fuse_pairs
 from fastentropy.fusion.inputs import Inputs, clone
-from fastentropy.fusion.latency.table import LatencyTable, Part, Section, Stretch, worthwhile
+from fastentropy.fusion.latency.table import LatencyTable, Part, Section, Stretch, without_slow_approximations
 from fastentropy.fusion.planner import TIE, calls, promising_stops, sketch
-from fastentropy.fusion.projection import centre, replaceable_modules
+from fastentropy.fusion.projection import central_kernel, replaceable_modules
 from fastentropy.fusion.tracing import export, in_channels_last, inference_module, values_of
 from fastentropy.sites.interception import replace_activation
 
@@ -59,7 +59,7 @@ def measure_latency(
     sources = values_of(traced, [chain.source for chain in chains], clone(example_inputs))
     profile = _Profile(replaceable_modules(model, traced) if approximate else set())
     sections = [profile.section(chain.folded, sources[chain.source])[0] for chain in chains]
-    table = LatencyTable.of(report.milliseconds["original"], fastest, sections)
+    table = LatencyTable.from_parts(report.milliseconds["original"], fastest, sections)
     if hidden := [name for name in sites if name not in table.sites]:
         raise ValueError(
             f"{', '.join(hidden)}: activations that torch.export does not show as calls of their modules, as with "
@@ -98,7 +98,7 @@ class _Profile:
             Part(times[index], element.name if isinstance(element, Activation) else "", branches.get(index, ()))
             for index, element in enumerate(chain)
         )
-        return worthwhile(Section(parts, tuple(self._stretches(chain, inputs))), TIE), inputs[-1]
+        return without_slow_approximations(Section(parts, tuple(self._stretches(chain, inputs))), TIE), inputs[-1]
 
     def _stretches(self, chain: Chain, inputs: Sequence[Tensor]) -> Iterator[Stretch]:
         """Each stretch that may stand as one operator, timed against those that begin at the same place.
@@ -129,10 +129,10 @@ class _Profile:
         if not names or not names - _sites(chain) <= self._replaceable:
             return None
         try:
-            smaller = centre(linear, placeholder_weights)
+            smaller = central_kernel(linear, placeholder_weights)
         except ValueError:
             return None
-        return None if smaller.kernel == outline(linear).kernel else (smaller,)
+        return None if smaller.kernel == composed_shape(linear).kernel else (smaller,)
 
 
 def _merged(chain: Chain, x: Tensor) -> Iterator[tuple[str, Chain]]:
@@ -141,8 +141,8 @@ def _merged(chain: Chain, x: Tensor) -> Iterator[tuple[str, Chain]]:
         yield "merged", merge(chain, spatial_size(chain, x), composed=placeholder_weights)
     if x.is_cuda:
         with contextlib.suppress(ValueError):
-            yield "masked", (masked(chain),)
-        yield "kernels", kernels(chain)
+            yield "masked", (with_tap_bias(chain),)
+        yield "kernels", fuse_pairs(chain)
 
 
 def _times(forms: Mapping[Any, Chain], inputs: Mapping[Any, Tensor]) -> dict[Any, float]:

@@ -43,7 +43,7 @@ class Section(NamedTuple):
 
 
 #: Of more choices than this that no other beats, every nth is kept: where loss is proportional to time, each site doubles them.
-MOST_CHOICES = 500
+MAX_CHOICES = 500
 
 
 class Choice(NamedTuple):
@@ -68,7 +68,7 @@ class LatencyTable:
     sections: tuple[Section, ...]
 
     @classmethod
-    def of(cls, original: float, fused: float, sections: Sequence[Section]) -> "LatencyTable":
+    def from_parts(cls, original: float, fused: float, sections: Sequence[Section]) -> "LatencyTable":
         """The table of a dense network whose fastest form takes `fused`: what its parts take less is the rest.
 
         Where parts that are timed by themselves take more than all together, they are scaled to it.
@@ -81,7 +81,7 @@ class LatencyTable:
     def choices(self, losses: Mapping[str, float]) -> list[Choice]:
         """Every way to remove some of the sites in `losses` that no other beats in both loss and time, by rising loss.
 
-        losses: what the removal of a site loses, 0 or more, added up over the sites. Thinned beyond `MOST_CHOICES`.
+        losses: what the removal of a site loses, 0 or more, added up over the sites. Thinned beyond `MAX_CHOICES`.
         """
         fronts = (_front(section, losses) for section in self.sections)
         return functools.reduce(_both, fronts, [Choice(0.0, self.rest)])
@@ -153,9 +153,9 @@ def _unbeaten(choices: list[Choice]) -> list[Choice]:
     for choice in sorted(choices, key=lambda each: each[:2]):
         if not unbeaten or choice.milliseconds < unbeaten[-1].milliseconds:
             unbeaten.append(choice)
-    if len(unbeaten) <= MOST_CHOICES:
+    if len(unbeaten) <= MAX_CHOICES:
         return unbeaten
-    return unbeaten[: -1 : -(-len(unbeaten) // MOST_CHOICES)] + unbeaten[-1:]
+    return unbeaten[: -1 : -(-len(unbeaten) // MAX_CHOICES)] + unbeaten[-1:]
 
 
 def _scaled(section: Section, factor: float) -> Section:
@@ -193,7 +193,7 @@ def _candidates(section: Section) -> Iterator[frozenset[str]]:
             yield from _candidates(branch)
 
 
-def worthwhile(section: Section, gain: float) -> Section:
+def without_slow_approximations(section: Section, gain: float) -> Section:
     """The section without approximations that are not faster, by a share, than the fastest exact form of the same parts."""
     exact = [stretch for stretch in section.stretches if not stretch.modules]
 

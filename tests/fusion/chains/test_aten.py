@@ -9,7 +9,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from fastentropy.fusion.chains.aten import constant, read, shape_of
+from fastentropy.fusion.chains.aten import constant, read_node, shape_of
 from tests._helpers.networks import Reads
 from tests._helpers.operators import CONVOLUTIONS, SEEDS, TRANSPOSED, close, normal
 
@@ -36,7 +36,7 @@ def last_read(model, x):
     module = traced(model, x)
     (output,) = module.graph.find_nodes(op="output")
     (node,) = output.args[0] if isinstance(output.args[0], tuple | list) else output.args
-    return read(node, module), node
+    return read_node(node, module), node
 
 
 def assert_reads(model, x):
@@ -216,7 +216,7 @@ def test_scales_and_shifts_of_channels_are_read(name, axes):
         x = normal(2, 4, *[3] * axes, seed=0)
         module = traced(model, x)
         (node,) = (n for n in module.graph.nodes if "_." in f"{n.target}.")
-        operator = read(node, module).build(axes)
+        operator = read_node(node, module).build(axes)
         close(operator(x), x * model.channels if "mul" in name else x / model.channels)
     else:
         assert_reads(model, normal(2, 4, *[3] * axes, seed=0))
@@ -337,7 +337,7 @@ def test_circular_padding_is_no_padding_with_zeros():
     linear, node = last_read(conv, normal(2, 3, 4, 5, seed=0))
     assert linear.operand.target != "placeholder"
     assert linear.build(2).padding == ((0, 0), (0, 0))
-    assert read(linear.operand, traced(conv, normal(2, 3, 4, 5, seed=0))) is None
+    assert read_node(linear.operand, traced(conv, normal(2, 3, 4, 5, seed=0))) is None
     assert linear.operand is node.args[0]
 
 

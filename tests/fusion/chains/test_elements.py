@@ -10,7 +10,18 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from fastentropy.fusion.chains.affine import AffineOperator
-from fastentropy.fusion.chains.elements import Bordered, Cost, Flatten, Kernel, Strip, Sum, cost, operators, output_shape, run
+from fastentropy.fusion.chains.elements import (
+    BorderCorrected,
+    BorderStrip,
+    Cost,
+    Flatten,
+    FusedPair,
+    Sum,
+    cost,
+    operators,
+    output_shape,
+    run,
+)
 from tests._helpers.chains import average_pools, chains
 from tests._helpers.operators import (
     SEEDS,
@@ -70,7 +81,7 @@ def test_an_empty_chain_is_the_value_itself():
 
 BORDER = (convolution(6, 4, 3, 1, seed=2), convolution(3, 6, 3, 1, seed=4))
 #: The first row, from two rows of the input, and the last two columns, from the last five.
-STRIPS = (Strip(0, (0, 1), (0, 3), (0, 1)), Strip(1, (5, 7), (2, 7), (3, 5)))
+STRIPS = (BorderStrip(0, (0, 1), (0, 3), (0, 1)), BorderStrip(1, (5, 7), (2, 7), (3, 5)))
 
 
 @pytest.mark.parametrize("batch", [(), (2,)])
@@ -81,14 +92,14 @@ def test_a_border_is_recomputed_from_a_cut_of_the_input(batch):
     expected = interior(x)
     expected[..., :1, :] = run(BORDER, x[..., :3, :])[..., :1, :]
     expected[..., 5:] = run(BORDER, x[..., 2:])[..., 3:]
-    bordered = Bordered(interior, BORDER, STRIPS)
+    bordered = BorderCorrected(interior, BORDER, STRIPS)
     close(run((bordered,), x), expected)
     assert torch.equal(x, given)
     assert output_shape((bordered,), x.shape) == expected.shape
 
 
 def test_a_kernel_computes_one_operator_after_the_other():
-    kernel = Kernel("conv_pointwise", convolution(6, 4, 3, 1, stride=2), convolution(3, 6, 1, seed=5))
+    kernel = FusedPair("conv_pointwise", convolution(6, 4, 3, 1, stride=2), convolution(3, 6, 1, seed=5))
     x = normal(2, 4, 7, 8, seed=0)
     close(run((kernel,), x), plain(kernel.second, plain(kernel.first, x)))
     assert output_shape((kernel,), x.shape) == (2, 3, 4, 4)
@@ -99,8 +110,8 @@ def test_the_operators_of_a_chain_are_all_that_it_holds_in_call_order():
     chain = (
         a,
         Sum(((b, Sum(((c,), ()))), ())),
-        Kernel("conv_pointwise", d, e),
-        Bordered(f, (a, Sum(((b,), (c,)))), ()),
+        FusedPair("conv_pointwise", d, e),
+        BorderCorrected(f, (a, Sum(((b,), (c,)))), ()),
         Flatten(),
     )
     assert operators(chain) == [a, b, c, d, e, f, a, b, c]
@@ -153,14 +164,14 @@ def test_what_branches_cost_is_added(drawn):
 
 def test_a_border_costs_what_its_strips_cost():
     interior = convolution(3, 4, 5, 2, seed=8)
-    whole = cost((Bordered(interior, BORDER, STRIPS),), (2, 4, 6, 7), 4)
+    whole = cost((BorderCorrected(interior, BORDER, STRIPS),), (2, 4, 6, 7), 4)
     parts = [cost((interior,), (2, 4, 6, 7), 4), cost(BORDER, (2, 4, 3, 7), 4), cost(BORDER, (2, 4, 6, 5), 4)]
     assert whole == tuple(map(sum, zip(*parts, strict=True)))
 
 
 def test_a_kernel_neither_writes_nor_reads_what_is_between():
     first, second = convolution(6, 4, 3, 1), convolution(3, 6, 1)
-    pair, kernel = (cost(chain, (2, 4, 5, 7), 4) for chain in ((first, second), (Kernel("conv_pointwise", first, second),)))
+    pair, kernel = (cost(chain, (2, 4, 5, 7), 4) for chain in ((first, second), (FusedPair("conv_pointwise", first, second),)))
     assert kernel == (pair.multiplications, pair.bytes - 2 * 4 * (2 * 6 * 5 * 7))
 
 

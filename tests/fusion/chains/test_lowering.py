@@ -9,7 +9,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from fastentropy.fusion.chains.affine import AffineOperator, add, compose, identity
-from fastentropy.fusion.chains.elements import Bordered, Flatten, Sum, run
+from fastentropy.fusion.chains.elements import BorderCorrected, Flatten, Sum, run
 from fastentropy.fusion.chains.lowering import compile_chain
 from fastentropy.fusion.chains.merging import merge
 from fastentropy.fusion.memory_format import is_channels_last, like_format
@@ -190,7 +190,7 @@ def test_the_weights_of_a_chain_stay_float64():
     chain, shape = CHAINS["bordered"]
     weights = [copy.deepcopy(o.weight) for o in (chain[0].interior, *BASIC[0].branches[0])]
     compile_chain(chain, torch.randn(shape))
-    assert isinstance(chain[0], Bordered)
+    assert isinstance(chain[0], BorderCorrected)
     assert all(map(torch.equal, weights, [o.weight for o in (chain[0].interior, *BASIC[0].branches[0])]))
 
 

@@ -11,10 +11,20 @@ from hypothesis import strategies as st
 
 from fastentropy.fusion.chains.affine import AffineOperator
 from fastentropy.fusion.chains.borders import border_strips, right_positions, zero_response
-from fastentropy.fusion.chains.elements import Bordered, Flatten, Kernel, Sum, cost, operators, output_shape, run, spatial_size
+from fastentropy.fusion.chains.elements import (
+    BorderCorrected,
+    Flatten,
+    FusedPair,
+    Sum,
+    cost,
+    operators,
+    output_shape,
+    run,
+    spatial_size,
+)
 from fastentropy.fusion.chains.lowering import compile_chain
-from fastentropy.fusion.chains.merging import compose_all, merge, outline
-from fastentropy.fusion.chains.passes import fold, kernels, pools_first
+from fastentropy.fusion.chains.merging import compose_chain, composed_shape, merge
+from fastentropy.fusion.chains.passes import fold, fuse_pairs, move_pools_forward
 from tests._helpers.chains import chains, plain_chain
 from tests._helpers.operators import (
     NO_CONVOLUTION,
@@ -46,7 +56,7 @@ def test_a_merged_chain_equals_the_chain_at_every_position_or_is_refused_with_a_
         assert re.search(REASONS, reason)
     else:
         close(run(merged, x), y)
-        assert isinstance(merged[0], AffineOperator | Bordered)
+        assert isinstance(merged[0], AffineOperator | BorderCorrected)
         assert merged[1:] == (Flatten(),) * isinstance(chain[-1], Flatten)
 
 
@@ -135,7 +145,7 @@ def test_a_strip_is_computed_from_its_part_of_the_input(drawn):
 @given(chains(flatten=False))
 def test_at_right_positions_only_the_bias_is_not_that_of_the_composition(drawn):
     chain, x, y = drawn
-    operator, _ = attempt(compose_all, chain)
+    operator, _ = attempt(compose_chain, chain)
     assume(operator is not None)
     difference = plain(operator, x) - y  # one for all inputs: that of the biases
     difference = difference - (plain(operator, torch.zeros_like(x)) - plain_chain(chain, torch.zeros_like(x)))
@@ -282,7 +292,7 @@ def test_the_answer_to_zeros_of_a_large_size_is_read_off_a_small_one(monkeypatch
 @given(chains(flatten=False, most_axes=2))
 def test_an_outline_has_the_sizes_of_the_merged_operator_or_none_for_the_same_reason(drawn):
     chain, _, _ = drawn
-    (sketch, why_no_sketch), (operator, reason) = (attempt(f, chain) for f in (outline, compose_all))
+    (sketch, why_no_sketch), (operator, reason) = (attempt(f, chain) for f in (composed_shape, compose_chain))
     assert why_no_sketch == reason
     if operator is not None:
         assert (sketch.weight.device.type, sketch.bias.device.type) == ("meta", "meta")
@@ -325,7 +335,7 @@ def test_an_average_is_not_folded_into():
 @given(chains(kinds=("pool", "pool", "pointwise", "batch norm", "same", "residual", "transposed")))
 def test_moving_pools_forward_keeps_the_function(drawn):
     chain, x, y = drawn
-    moved = pools_first(chain)
+    moved = move_pools_forward(chain)
     close(run(moved, x), y)
     assert len(moved) == len(chain)
 
@@ -337,7 +347,7 @@ def test_a_pool_is_moved_before_all_pointwise_operators_that_it_follows(data, ax
     chain = [AffineOperator(normal(2, 3, *[2] * axes, seed=0), normal(2, seed=1), *pairs)]
     for _ in range(data.draw(st.integers(0, 3))):
         chain.append(replace(data.draw(convolutions(axes, chain[-1].out_channels, "pointwise")), stride=(1,) * axes))
-    moved = pools_first((*chain, average(chain[-1].out_channels, *[2] * axes)))
+    moved = move_pools_forward((*chain, average(chain[-1].out_channels, *[2] * axes)))
     assert moved[0] is chain[0]
     assert moved[1].is_average
     assert list(moved[2:]) == chain[1:]
@@ -355,20 +365,20 @@ def test_a_pool_is_moved_before_all_pointwise_operators_that_it_follows(data, ax
 )
 def test_a_pool_stays_behind_what_is_not_pointwise(before):
     chain = (before, average(4, 2, 2))
-    assert pools_first(chain) == chain
+    assert move_pools_forward(chain) == chain
 
 
 def test_a_padded_pool_stays_where_it_is():
     chain = (convolution(4, 4, 1), average(4, 3, 3, padding=1))
-    assert pools_first(chain) == chain
+    assert move_pools_forward(chain) == chain
 
 
 @settings(max_examples=40)
 @given(chains())
 def test_pairs_in_one_kernel_keep_the_function(drawn):
     chain, x, y = drawn
-    close(run(kernels(chain), x), y)
-    assert operators(kernels(chain)) == operators(chain)
+    close(run(fuse_pairs(chain), x), y)
+    assert operators(fuse_pairs(chain)) == operators(chain)
 
 
 def dense(out_features, in_features):
@@ -393,19 +403,19 @@ def dense(out_features, in_features):
     ],
 )
 def test_a_kernel_takes_the_pairs_that_it_is_written_for(chain, names):
-    assert [element.name if isinstance(element, Kernel) else None for element in kernels(chain)] == names
+    assert [element.name if isinstance(element, FusedPair) else None for element in fuse_pairs(chain)] == names
 
 
 def test_a_pair_within_a_branch_is_a_kernel_too():
     block = (Sum(((convolution(6, 4, 3, 1), convolution(4, 6, 1)), (convolution(4, 4, 1),))),)
-    assert isinstance(kernels(block)[0].branches[0][0], Kernel)
+    assert isinstance(fuse_pairs(block)[0].branches[0][0], FusedPair)
 
 
 @pytest.mark.parametrize("swap", [False, True])
 def test_a_kernel_adds_its_own_input(swap):
     branches = [(convolution(6, 4, 3, 1), convolution(4, 6, 1)), ()]
     block = (Sum(tuple(branches[::-1] if swap else branches)),)
-    (kernel,) = kernels(block)
+    (kernel,) = fuse_pairs(block)
     assert kernel.adds_input
     x = normal(2, 4, 5, 6, seed=0)
     close(run((kernel,), x), plain_chain(block, x))

@@ -5,7 +5,15 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from fastentropy.fusion.latency.table import MOST_CHOICES, Choice, LatencyTable, Part, Section, Stretch, worthwhile
+from fastentropy.fusion.latency.table import (
+    MAX_CHOICES,
+    Choice,
+    LatencyTable,
+    Part,
+    Section,
+    Stretch,
+    without_slow_approximations,
+)
 
 MILLISECONDS = st.integers(0, 20).map(float)
 
@@ -105,7 +113,7 @@ def test_an_approximation_is_kept_where_it_is_clearly_faster_than_what_is_exact(
     exact = Stretch(0, 3, 4.0, frozenset("a"))
     approximate = Stretch(0, 3, milliseconds, frozenset("a"), ("conv1", "conv2"))
     expected = (exact, approximate) if kept else (exact,)
-    assert worthwhile(Section(CHAIN, (approximate, exact)), 0.02).stretches == expected
+    assert without_slow_approximations(Section(CHAIN, (approximate, exact)), 0.02).stretches == expected
 
 
 def test_what_an_approximation_stands_for_is_named():
@@ -118,9 +126,9 @@ def test_what_an_approximation_stands_for_is_named():
 
 def test_what_is_measured_apart_adds_up_to_what_is_measured_together():
     section = Section((*CHAIN, Part(2.0, "", (Section(CHAIN, ()),))), (Stretch(0, 3, 4.0, frozenset("a")),))
-    loose = LatencyTable.of(50.0, 40.0, [section])
+    loose = LatencyTable.from_parts(50.0, 40.0, [section])
     assert (loose.rest, loose.fastest(()).milliseconds) == (16.0, 40.0)
-    tight = LatencyTable.of(50.0, 12.0, [section])
+    tight = LatencyTable.from_parts(50.0, 12.0, [section])
     assert (tight.rest, tight.fastest(()).milliseconds) == (0.0, pytest.approx(12.0))
     assert tight.fastest("a").milliseconds == pytest.approx(
         (24.0 - 3.0 - 1.0) / 2
@@ -150,6 +158,6 @@ def test_choices_stay_few_where_every_one_is_as_good_as_another():
     parts = tuple(Part(float(2**index), f"s{index}") for index in range(40))
     table = LatencyTable(1.0, 0.0, (Section(parts, ()),))
     choices = table.choices({part.site: part.milliseconds for part in parts})
-    assert 100 < len(choices) <= MOST_CHOICES + 1
+    assert 100 < len(choices) <= MAX_CHOICES + 1
     assert choices[0].removed == frozenset()
     assert choices[-1].removed == {part.site for part in parts}
