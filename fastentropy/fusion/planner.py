@@ -250,7 +250,7 @@ def promising_stops(chain: Chain, sketches: list[AffineOperator | None], x: Tens
 
 
 def _is_unpromising(merged: AffineOperator, chain: Chain, x: Tensor) -> bool:
-    """Whether a merged operator, known by its composed_shape, would cost so much more than the chain that it need not be composed."""
+    """Whether a merged operator, known by its shape, would cost so much more than the chain that it need not be composed."""
     if merged.weight.numel() > max(MOST_NUMBERS, sum(operator.weight.numel() for operator in operators(chain))):
         return True
     cropped = crop_kernel(merged, spatial_size(chain, x))

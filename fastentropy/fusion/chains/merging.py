@@ -37,7 +37,7 @@ def merge(
     differs there, the border is recomputed by the chain. A `Flatten` at the end stays.
     With `borders="train"` all zero padding moves to where the chain begins, as in the literature (Fu et al., ICML 2022; Kim
     et al., ICML 2023 and 2024): another function near the border, for those who train it afterwards.
-    composed gives the operator of a chain; with `placeholder_weights` in place of `compose_chain`, the result is for timing only.
+    composed gives the operator of a chain; with `placeholder_weights` the result is for timing only.
     Raises ValueError, with the reason, where that cannot be.
     """
     body = chain[:-1] if isinstance(chain[-1], Flatten) else chain
