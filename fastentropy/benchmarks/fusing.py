@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import nn
 
-import fastentropy as fe
 from fastentropy._compat import with_frozen_weights
 from fastentropy._utils.timing import measure_times
 from fastentropy.benchmarks.measurements import Case, name_case
@@ -26,10 +25,10 @@ from fastentropy.benchmarks.networks import (
     vision,
     vit_mlp,
 )
-from fastentropy.fusion.chains.elements import operators
-from fastentropy.fusion.chains.finding import find_chains
-from fastentropy.fusion.inputs import clone
-from fastentropy.fusion.tracing import export, in_channels_last, inference_module, rewrite, values_of
+from fastentropy.fusion.api import fuse
+from fastentropy.fusion.forms import make_forms
+from fastentropy.fusion.fused_model import FusedModel
+from fastentropy.fusion.tracing import export, inference_module
 
 BATCH = 4
 #: Networks of which a random half of the activations is taken out.
@@ -59,10 +58,12 @@ def fuse_case(name: str, network: Network) -> Case:
     """`FORMS` of one network, fused on its inputs; on a GPU as CUDA graphs."""
     model, inputs = network
     start = time.perf_counter()
-    fused = fe.fuse(model, inputs)
+    fused = fuse(model, inputs)
     facts = {"fused": {**_facts(fused), "seconds_to_fuse": time.perf_counter() - start}}
     gpu = inputs[0].device if inputs[0].is_cuda else None
-    format_of_folded, folded = _fastest(_folded_forms(model, inputs), inputs, gpu)
+    made, _ = make_forms(model, inference_module(export(model, inputs)), inputs)
+    in_each_format = {memory_format: form for (kind, memory_format), form in made.items() if kind == "folded"}
+    format_of_folded, folded = _fastest(in_each_format, inputs, gpu)
     facts["folded"] = {"memory_format": format_of_folded}
     forms: dict[str, Callable[..., object]] = {"folded": folded, "fused": fused, "original": model}
     forms["torch.compile, frozen"] = _frozen(model)
@@ -96,25 +97,13 @@ def _frozen(model: nn.Module) -> Callable[..., object]:
     return run
 
 
-def _folded_forms(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, nn.Module]:
-    """The network with batch norm folded and nothing else changed, in each memory format that it runs in."""
-    traced = inference_module(export(model, inputs))
-    chains = [chain for chain in find_chains(traced) if len(operators(chain.elements)) > 1]
-    forms: dict[str, nn.Module] = {}
-    for name, graph in {"contiguous": traced, "channels_last": in_channels_last(traced)}.items():
-        if graph is not None:
-            sources = values_of(graph, [chain.source for chain in chains], clone(inputs))
-            forms[name] = rewrite(graph, chains, [chain.folded for chain in chains], sources)
-    return forms
-
-
 def _fastest(forms: dict[str, nn.Module], inputs: tuple[Any, ...], gpu: torch.device | None) -> tuple[str, nn.Module]:
     times = measure_times({name: partial(infer, form, inputs) for name, form in forms.items()}, graphs_on=gpu)
     best = min(times, key=times.__getitem__)
     return best, forms[best]
 
 
-def _facts(fused: fe.FusedModel) -> dict[str, Any]:
+def _facts(fused: FusedModel) -> dict[str, Any]:
     report = fused.report
     chosen = [(chain.candidates["keep"], chain.candidates[chain.choice]) for chain in report.chains if chain.candidates]
     return {

@@ -1,6 +1,7 @@
-"""Turn each linearised chain of a network into the form that runs fastest, and prove it equal.
+"""Turn each chain of linear operators of a network into the form that runs fastest, verified against the network.
 
-`affine` (the algebra) -> `chains` (find) -> `plan` (choose) -> `runtime` (run, save); `lowering` writes operators into a graph.
+`tracing` reads the network, `chains` finds and rewrites its chains, `planner` chooses a form for each, `forms` makes the whole
+networks that `api.fuse` compares, `verification` compares them, and `fused_model` runs and saves the result.
 """
 
 from fastentropy.fusion.api import fuse

@@ -99,12 +99,18 @@ def _with_constants(module: nn.Module, graph: torch.fx.Graph, added: Mapping[str
     return GraphModule({**detached, **added}, graph)
 
 
-def rewrite(traced: GraphModule, chains: list[FoundChain], forms: list[Chain], sources: Mapping[Node, Tensor]) -> GraphModule:
-    """The same graph with each chain in another form, in the dtype, memory format and on the device of its source's value."""
+def rewrite(traced: GraphModule, forms: Mapping[FoundChain, Chain], sources: Mapping[Node, Tensor]) -> GraphModule:
+    """Return the same graph with chains in other forms.
+
+    Args:
+        traced: the graph, which is left as it is.
+        forms: the new form of each chain, in the order of the graph.
+        sources: the value of each chain's source, which gives the dtype, memory format and device of the form.
+    """
     graph = copy.deepcopy(traced.graph)
     copies = {node.name: node for node in graph.nodes}
     constants: dict[str, Tensor] = {}
-    for index, (chain, form) in enumerate(zip(chains, forms, strict=True)):
+    for index, (chain, form) in enumerate(forms.items()):
         end = copies[chain.end.name]
         like = sources[chain.source]
         with graph.inserting_before(end):

@@ -325,9 +325,9 @@ def test_fused_in_inference_mode_it_may_be_differentiated(network, images):
     ("model", "options", "text"),
     [
         (None, {}, "model must be a torch.nn.Module, not a NoneType"),
-        (nn.Linear(2, 2).eval(), {"tolerance": "a"}, "tolerance must be a relative error from 0 on, not 'a'"),
-        (nn.Linear(2, 2).eval(), {"tolerance": -1.0}, "tolerance must be a relative error from 0 on, not -1.0"),
-        (nn.Linear(2, 2).eval(), {"tolerance": float("nan")}, "tolerance must be a relative error from 0 on, not nan"),
+        (nn.Linear(2, 2).eval(), {"tolerance": "a"}, "tolerance must be a relative error of 0 or more, not 'a'"),
+        (nn.Linear(2, 2).eval(), {"tolerance": -1.0}, "tolerance must be a relative error of 0 or more, not -1.0"),
+        (nn.Linear(2, 2).eval(), {"tolerance": float("nan")}, "tolerance must be a relative error of 0 or more, not nan"),
     ],
 )
 def test_what_is_no_model_and_no_tolerance_is_refused(model, options, text):

@@ -105,7 +105,7 @@ def rewritten(model, x, form=lambda elements, x: elements):
     traced = inference_module(export(model, (x,)))
     chains = find_chains(traced)
     sources = values_of(traced, [chain.source for chain in chains], (x,))
-    return rewrite(traced, chains, [form(chain.elements, sources[chain.source]) for chain in chains], sources), traced
+    return rewrite(traced, {chain: form(chain.elements, sources[chain.source]) for chain in chains}, sources), traced
 
 
 def merged(elements, x):
@@ -142,7 +142,7 @@ def test_the_graph_that_is_rewritten_stays_as_it_is():
     before, weights = str(traced.graph), {name: value.clone() for name, value in traced.named_buffers()}
     chains = find_chains(traced)
     sources = values_of(traced, [chain.source for chain in chains], (X,))
-    result = rewrite(traced, chains, [fold(chain.elements) for chain in chains], sources)
+    result = rewrite(traced, {chain: fold(chain.elements) for chain in chains}, sources)
     assert str(traced.graph) == before
     assert all(torch.equal(value, weights[name]) for name, value in traced.named_buffers())
     assert result.graph is not traced.graph

@@ -1,0 +1,87 @@
+"""The forms of a network that `fuse` compares: as given, with batch norm folded, and fused, each in two memory formats."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import TypeAlias
+
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from fastentropy.fusion.chains.elements import Chain, operators
+from fastentropy.fusion.chains.finding import FoundChain, find_chains
+from fastentropy.fusion.inputs import Inputs, clone
+from fastentropy.fusion.memory_format import with_channels_last_weights
+from fastentropy.fusion.report import ChainReport
+from fastentropy.fusion.tracing import in_channels_last, rewrite, values_of
+
+#: One of original, folded and fused, and one of contiguous and channels_last.
+Form: TypeAlias = tuple[str, str]
+
+
+def make_forms(
+    model: nn.Module,
+    traced: GraphModule,
+    example_inputs: Inputs,
+    plan: Callable[[FoundChain, Tensor], tuple[Chain, ChainReport]] | None = None,
+    is_equal: Callable[[nn.Module], bool] = lambda form: True,
+    *,
+    channels_last: bool = True,
+) -> tuple[dict[Form, nn.Module], dict[str, tuple[ChainReport, ...]]]:
+    """Make every form of a model.
+
+    The original and the folded form come in both memory formats too, so that fusing gets no credit for a gain that a user
+    could have without it.
+
+    Args:
+        model: the model as given, in eval mode.
+        traced: its trace, as `inference_module` returns it.
+        example_inputs: the positional inputs of one call.
+        plan: chooses the form of a chain for a value of its source; None makes no fused form.
+        is_equal: returns whether a form computes what the model computes. Where it rejects all planned chains together, it is
+            asked for each alone, and the rejected ones stay as they are in the trace.
+        channels_last: whether to make the forms in channels-last too, if the model has convolutions of images or volumes.
+
+    Returns:
+        The forms, and the reports on the chains by memory format.
+    """
+    chains = [chain for chain in find_chains(traced) if len(operators(chain.elements)) > 1]
+    graphs = {"contiguous": traced, "channels_last": in_channels_last(traced) if channels_last else None}
+    forms: dict[Form, nn.Module] = {}
+    reports: dict[str, tuple[ChainReport, ...]] = {}
+    for memory_format, graph in graphs.items():
+        if graph is None:
+            continue
+        try:
+            sources = values_of(graph, [chain.source for chain in chains], clone(example_inputs))
+        except RuntimeError:  # a view that was traced on contiguous values
+            if memory_format == "contiguous":
+                raise
+            continue
+        forms["original", memory_format] = model if memory_format == "contiguous" else with_channels_last_weights(model)
+        if plan is None:
+            forms["folded", memory_format] = rewrite(graph, {chain: chain.folded for chain in chains}, sources)
+            continue
+        plans = {chain: plan(chain, sources[chain.source]) for chain in chains}
+        fused, equal = _fuse(graph, {chain: form for chain, (form, _) in plans.items()}, sources, is_equal)
+        forms["folded", memory_format] = rewrite(graph, {chain: chain.folded for chain in equal}, sources)
+        forms["fused", memory_format] = fused
+        reports[memory_format] = tuple(report if chain in equal else _kept(report) for chain, (_, report) in plans.items())
+    return forms, reports
+
+
+def _fuse(
+    graph: GraphModule,
+    planned: Mapping[FoundChain, Chain],
+    sources: Mapping[Node, Tensor],
+    is_equal: Callable[[nn.Module], bool],
+) -> tuple[GraphModule, list[FoundChain]]:
+    """Return the graph with its chains rewritten, and which chains these are: all, or those that alone change no output."""
+    fused = rewrite(graph, planned, sources)
+    if is_equal(fused):
+        return fused, list(planned)
+    equal = {chain: form for chain, form in planned.items() if is_equal(rewrite(graph, {chain: form}, sources))}
+    return rewrite(graph, equal, sources), list(equal)
+
+
+def _kept(report: ChainReport) -> ChainReport:
+    return dataclasses.replace(report, choice="keep", note="left as it was: rewriting it changes the outputs of the model")
