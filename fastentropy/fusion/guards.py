@@ -1,4 +1,8 @@
-"""What a traced model may be called with: sizes, constants, and conditions on sizes, which are text that is never executed."""
+"""Decide whether a traced model may be called with given inputs.
+
+The inputs must have the sizes and constants of the trace and meet its guards: conditions on sizes under which the model takes
+the branches that the trace took. Guards are stored in files: they are text that is parsed and evaluated here, never executed.
+"""
 
 import ast
 import inspect
@@ -11,6 +15,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from fastentropy._compat import export_guards, keystr, tree_flatten_with_path, tree_leaves
+from fastentropy._utils.text import plural
 from fastentropy.fusion.inputs import Inputs
 from fastentropy.fusion.tracing import fits, input_sizes, user_inputs
 
@@ -33,19 +38,19 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {"sym_max": max, "sym_min": min}
 
 
 class Conditions:
-    """What a traced model may be called with."""
+    """The conditions on the inputs of a traced model."""
 
     def __init__(self, program: ExportedProgram, guards: tuple[str, ...]) -> None:
-        """Take the sizes and constants of a program, and conditions as `guards_of` gives them."""
+        """Take the sizes and constants from a program, and guards as `guards_of` returns them."""
         self.guards = guards
         self._inputs = list(zip(user_inputs(program), input_sizes(program), strict=True))
         self._met: set[tuple[torch.Size, ...]] = set()
 
     def refusal(self, inputs: Inputs) -> str:
-        """Why the model cannot be called with these inputs; empty if it can."""
+        """Return why the model cannot be called with these inputs; empty if it can."""
         leaves = tree_leaves(inputs)
         if len(leaves) != len(self._inputs):
-            return f"this model was fused for {len(self._inputs)} inputs, but is called with {len(leaves)}"
+            return f"this model was fused for {plural(len(self._inputs), 'input')}, but is called with {len(leaves)}"
         for leaf, (constant, sizes) in zip(leaves, self._inputs, strict=True):
             if sizes is None and not _is_same(leaf, constant):
                 return f"an input is {_describe(leaf)}, but this model was fused for {_describe(constant)}; fuse it again"
@@ -61,7 +66,7 @@ class Conditions:
         for guard in self.guards:
             if not holds(guard, leaves):
                 given = ", ".join(str(list(shape)) for shape in shapes)
-                return f"inputs of the sizes {given} may take another way through the model ({guard} is false); fuse it again"
+                return f"for inputs of the sizes {given} the model may take another branch ({guard} is false); fuse it again"
         self._met.add(shapes)
         return ""
 
@@ -75,9 +80,10 @@ def _describe(value: Any) -> str:
 
 
 def guards_of(program: ExportedProgram, model: nn.Module, inputs: Inputs) -> tuple[str, ...]:
-    """The conditions under which a trace of a model is the model, with `leaf_i` for the inputs in flat order.
+    """Return the conditions under which a trace of a model computes what the model computes.
 
-    Where one is of a kind that `holds` does not read, all sizes but the batch must be those of the inputs.
+    `leaf_i` stands for input i in flat order. If `holds` cannot read one of the conditions, all sizes but the batch must be
+    those of the inputs instead. Raises RuntimeError if this release of PyTorch does not give the conditions.
     """
     leaves = tree_leaves(inputs)
     bound = inspect.signature(model.forward).bind(*inputs).arguments
@@ -100,14 +106,14 @@ def guards_of(program: ExportedProgram, model: nn.Module, inputs: Inputs) -> tup
 
 
 def holds(guard: str, leaves: Sequence[Any]) -> bool:
-    """Whether a condition is true of inputs.
+    """Return whether a condition is true of the inputs, given in flat order.
 
-    Raises ValueError for anything but arithmetic and comparisons of sizes: it may come from a file.
+    Raises ValueError for anything but arithmetic and comparisons of sizes, since a condition may come from a file.
     """
     try:
         return bool(_value(ast.parse(guard, mode="eval").body, leaves))
     except (SyntaxError, KeyError, IndexError, TypeError, AttributeError, ZeroDivisionError) as error:
-        raise ValueError(f"{guard!r} is no condition on sizes") from error
+        raise ValueError(f"{guard!r} is not a condition on sizes") from error
 
 
 def _value(node: ast.AST, leaves: Sequence[Any]) -> Any:
@@ -130,11 +136,11 @@ def _value(node: ast.AST, leaves: Sequence[Any]) -> Any:
         case ast.Subscript(ast.Call(ast.Attribute(ast.Name(leaf), "size")), axis):
             return _size(leaf, int(_value(axis, leaves)), leaves)
         case _:
-            raise ValueError(f"{ast.dump(node)} is no condition on sizes")
+            raise ValueError(f"{ast.dump(node)} is not a condition on sizes")
 
 
 def _size(leaf: str, axis: int, leaves: Sequence[Any]) -> int:
     value = leaves[int(leaf.removeprefix("leaf_"))]
     if not isinstance(value, Tensor):
-        raise TypeError(f"{leaf} is no tensor")
+        raise TypeError(f"{leaf} is not a tensor")
     return value.shape[axis]

@@ -1,4 +1,4 @@
-"""The inputs of a model as nested tuples, lists and dicts: their batch, and others like them."""
+"""The inputs of a model as nested tuples, lists and dicts: their batch size, and other inputs made from them."""
 
 from typing import Any, TypeAlias
 
@@ -11,18 +11,18 @@ Inputs: TypeAlias = "tuple[Any, ...]"
 
 
 def batch_size(inputs: Inputs) -> int | None:
-    """The first size of the first tensor."""
+    """Return the first size of the first tensor that has axes; None if there is none."""
     tensors = (value for value in tree_leaves(inputs) if isinstance(value, Tensor) and value.ndim)
     return next((tensor.shape[0] for tensor in tensors), None)
 
 
 def has_batch(value: Any, batch: int | None) -> bool:
-    """Whether a value is a tensor with that batch."""
+    """Return whether a value is a tensor whose first size is `batch`."""
     return isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == batch
 
 
 def with_batch_size(inputs: Inputs, size: int) -> Inputs:
-    """The inputs with their batch repeated, and cut to another size."""
+    """Return the inputs with another batch size: the samples are repeated or cut off."""
     batch = batch_size(inputs)
 
     def resize(value: Any) -> Any:
@@ -34,9 +34,9 @@ def with_batch_size(inputs: Inputs, size: int) -> Inputs:
 
 
 def with_longer_axes(inputs: Inputs) -> Inputs:
-    """The inputs with each axis behind the batch longer by one, if it has more than one position: the first comes again.
+    """Return the inputs with each axis after the batch longer by one: its first position is repeated at the end.
 
-    An axis of an image's channels is left as it is: nothing takes another number of them.
+    Axes of size one stay, and so does axis 1 of tensors with three axes or more: no model takes another number of channels.
     """
 
     def extend(value: Any) -> Any:
@@ -51,7 +51,7 @@ def with_longer_axes(inputs: Inputs) -> Inputs:
 
 
 def random_like(inputs: Inputs, seed: int) -> Inputs:
-    """The inputs with normal random values in place of every floating tensor."""
+    """Return the inputs with standard normal values in every floating-point tensor."""
     generator = torch.Generator().manual_seed(seed)
 
     def randomize(value: Any) -> Any:
@@ -63,15 +63,15 @@ def random_like(inputs: Inputs, seed: int) -> Inputs:
 
 
 def clone(inputs: Inputs) -> Inputs:
-    """Inputs of their own for a model that may write over them."""
+    """Return copies of the inputs, for a model that may overwrite them."""
     return tuple(tree_map(lambda value: value.clone() if isinstance(value, Tensor) else value, inputs))
 
 
 def to_double(inputs: Inputs) -> Inputs:
-    """The inputs with every floating tensor in float64."""
+    """Return the inputs with every floating-point tensor in float64."""
     return tuple(tree_map(lambda value: value.double() if is_float(value) else value, inputs))
 
 
 def is_float(value: Any) -> bool:
-    """Whether a value is a tensor of real floating numbers."""
+    """Return whether a value is a real floating-point tensor."""
     return isinstance(value, Tensor) and value.is_floating_point()

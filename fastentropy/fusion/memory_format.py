@@ -1,13 +1,16 @@
-"""Memory formats: channels-last weights and values."""
+"""Memory formats: which format a tensor is in, and tensors and models in channels-last."""
 
 import copy
 
 import torch
 from torch import Tensor, nn
 
+#: The channels-last memory format by the number of axes: of images and of volumes.
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
 
 def with_channels_last_weights(model: nn.Module) -> nn.Module:
-    """A copy of a model whose weights for images and volumes are in channels-last, which the outputs follow."""
+    """Return a copy of a model whose weights for images and volumes are in channels-last, as its outputs then are too."""
     copied = copy.deepcopy(model)
     for parameter in copied.parameters():
         if parameter.ndim in CHANNELS_LAST:
@@ -15,12 +18,8 @@ def with_channels_last_weights(model: nn.Module) -> nn.Module:
     return copied
 
 
-#: The memory format of images and of volumes whose channels lie next to each other, by their number of axes.
-CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
-
-
 def like_format(tensor: Tensor, like: Tensor) -> Tensor:
-    """The tensor in the memory format of a value, where it has as many axes."""
+    """Return a tensor in channels-last if `like` is and has as many axes, and contiguous otherwise."""
     last = CHANNELS_LAST.get(like.ndim)
     if last and tensor.ndim == like.ndim and is_channels_last(like):
         return tensor.contiguous(memory_format=last)
@@ -28,6 +27,6 @@ def like_format(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def is_channels_last(value: Tensor) -> bool:
-    """Whether the channels of images are what lies next to each other, and not their positions."""
+    """Return whether an image or a volume is in channels-last and not contiguous as well."""
     last = CHANNELS_LAST.get(value.ndim)
     return last is not None and value.is_contiguous(memory_format=last) and not value.is_contiguous()

@@ -1,4 +1,4 @@
-"""Choose, for each chain, the form that runs fastest: by measurement, on real inputs, among forms that are proven equal."""
+"""Choose the form of a chain that runs fastest, by times or by counted costs, among the forms within the tolerance."""
 
 import contextlib
 import functools
@@ -18,30 +18,32 @@ from fastentropy.fusion.chains.passes import fuse_pairs, move_pools_forward
 from fastentropy.fusion.report import Candidate, ChainReport
 from fastentropy.fusion.verification import full_precision, relative_error
 
-#: How much faster than the folded chain another form must be to take its place.
+#: The share by which another form must be faster than the folded chain to replace it.
 TIE = 0.02
 
-#: Multiplications in the time of one byte, in float32 on a server's processor.
+#: How many multiplications take as long as moving one byte, in float32 on a server's CPU.
 MULTIPLICATIONS_PER_BYTE = 10
 
-#: The same on a GPU: on the tensor cores of an H100 70 in tf32, which is PyTorch's default for convolutions, to 150 in 16 bits.
+#: The same on a GPU: the tensor cores of an H100 do 70 in tf32, PyTorch's default for convolutions, and 150 in 16 bits.
 MULTIPLICATIONS_PER_BYTE_ON_A_GPU = 100
 
-#: A merged operator is not composed where its counted cost is so many times that of the chain: it could not be faster.
+#: A merged operator is not composed if its counted cost is more than this many times that of the chain: it cannot be faster.
 MAX_COST_RATIO = 1.5
 
-#: Nor is it where its weight has more numbers than this and than all of the chain's, before taps that only read padding go.
+#: Nor is it composed if its weight has more elements than this and than all weights of the chain, counted before the taps that
+#: only read padding are removed.
 MOST_NUMBERS = 2**26
 
-#: A stretch is not made longer after so many lengths without hope: an expansion, a depthwise convolution and a projection
-#: are worth merging though the first two are not.
+#: After this many unpromising lengths in a row, no longer stretch is tried. One is not enough: an expansion, a depthwise
+#: convolution and a projection are worth merging, the first two alone are not.
 MAX_UNPROMISING = 4
 
 
 class Merged(NamedTuple):
-    """A chain as one operator for inputs of one size: `form` is good for timing, and `materialize` gives the operator itself.
+    """A chain as one operator for inputs of one size.
 
-    Most of what is timed is not chosen, and composing its weights would take longer than timing it.
+    `form` has placeholder weights and is only for timing: most forms that are timed are not chosen, and composing their weights
+    would take longer than timing them. `materialize` returns the form with its real weights.
     """
 
     form: Chain
@@ -49,9 +51,14 @@ class Merged(NamedTuple):
 
 
 class PlanContext(NamedTuple):
-    """How forms are made, and what they are chosen by.
+    """How the forms of a chain are made and compared.
 
-    merged remembers what was merged, by its size and the identity of its elements; the chain is kept for its identity.
+    Attributes:
+        price: returns the time or the counted cost of each form on its input.
+        borders: as in `fuse`.
+        fixed_size: whether the spatial size is fixed; otherwise a merged operator must be exact at every size.
+        merged: each merged chain by its spatial size and the identities of its elements, with the chain, which keeps these
+            identities in use.
     """
 
     price: Callable[[Mapping[Any, Chain], Mapping[Any, Tensor]], dict[Any, float]]
@@ -60,7 +67,7 @@ class PlanContext(NamedTuple):
     merged: dict[tuple[Any, ...], tuple[Chain, Merged]]
 
     def merge(self, chain: Chain, x: Tensor) -> Chain:
-        """The chain as one operator for inputs like x, of this size or of any; only good for timing, see `materialize`."""
+        """Return the chain as one operator for inputs like x, with placeholder weights; see `materialize`."""
         size = spatial_size(chain, x) if self.fixed_size else None
         key = (size, *map(id, chain))
         if key not in self.merged:
@@ -70,7 +77,7 @@ class PlanContext(NamedTuple):
         return self.merged[key][1].form
 
     def materialize(self, form: Chain) -> Chain:
-        """The form with what `merge` made in it as operators with their weights."""
+        """Return the form with the real weights of each operator in it that `merge` made."""
         made = {id(merged.form[0]): merged for _, merged in self.merged.values()}
 
         def materialized(element: Element) -> Element:
@@ -91,13 +98,26 @@ def plan_chain(
     borders: Borders = "exact",
     merged: dict[tuple[Any, ...], tuple[Chain, Merged]] | None = None,
 ) -> tuple[Chain, ChainReport]:
-    """The fastest form of a chain on the input x among those with a relative error of at most `tolerance`, and the report.
+    """Choose the fastest form of a chain.
 
-    `keep` is the chain with batch norm folded, `merge` one operator for all of it, `split` the division into merged
-    stretches whose times add up to the least, `reorder` that with average pooling moved forward, and `kernel` the chain with
-    pairs of operators in fused kernels, `masked` one kernel that leaves out, at the border, what only padding would add.
-    Without `measure`, counted costs stand for the times. `merged` remembers what was composed, for the same chain and size in
-    another memory format.
+    The candidates are:
+        keep: the chain with batch norm folded.
+        merge: one operator for the whole chain.
+        split: the chain divided into stretches, each merged or kept, so that the sum of their times is least.
+        reorder: the same after average pooling was moved forward.
+        kernel: on a GPU, the chain with pairs of operators in fused kernels.
+        masked: on a GPU, one kernel that leaves out, at the border, what the merged operator would add for padding.
+
+    Args:
+        found: the chain.
+        x: a value of the chain's source.
+        tolerance: the largest relative error of a form that may be chosen.
+        measure: compare times; otherwise counted costs.
+        borders: as in `fuse`.
+        merged: what was merged before, to be reused for the same chain and size in another memory format.
+
+    Returns:
+        The chosen form, and the report.
     """
     kept = found.folded
     if len(operators(kept)) == 1:
@@ -114,10 +134,10 @@ def plan_chain(
         )
         for name, form in forms.items()
     }
-    proven = [name for name, candidate in candidates.items() if candidate.relative_error <= tolerance]
-    if len(proven) < len(candidates):
-        note = f"above the tolerance of {tolerance:.0e}: {', '.join(name for name in forms if name not in proven)}"
-    fastest = min(proven, key=lambda name: prices[name], default="keep")
+    equal = [name for name, candidate in candidates.items() if candidate.relative_error <= tolerance]
+    if len(equal) < len(candidates):
+        note = f"above the tolerance of {tolerance:.0e}: {', '.join(name for name in forms if name not in equal)}"
+    fastest = min(equal, key=lambda name: prices[name], default="keep")
     choice = fastest if prices[fastest] <= (1 - TIE) * prices["keep"] else "keep"
     if borders == "train":
         note = f"differs at the border by {_chain_error(forms[choice], found.elements, x):.0e}, to be trained"
@@ -125,7 +145,7 @@ def plan_chain(
 
 
 def measured(forms: Mapping[Key, Chain], inputs: Mapping[Key, Tensor]) -> dict[Key, float]:
-    """The milliseconds of each form on its input, timed side by side."""
+    """Return the milliseconds of each form on its input, timed side by side."""
     gpu = next((x.device for x in inputs.values() if x.is_cuda), None)
     if len(forms) <= 6:
         return measure_times(calls(forms, inputs), graphs_on=gpu)
@@ -133,12 +153,12 @@ def measured(forms: Mapping[Key, Chain], inputs: Mapping[Key, Tensor]) -> dict[K
 
 
 def calls(forms: Mapping[Key, Chain], inputs: Mapping[Key, Tensor]) -> dict[Key, Callable[[], Tensor]]:
-    """A call of each form on its input, to be timed."""
+    """Return a call of each form on its input, to be timed."""
     return {key: functools.partial(compile_chain(form, inputs[key]), inputs[key]) for key, form in forms.items()}
 
 
 def counted(forms: Mapping[Key, Chain], inputs: Mapping[Key, Tensor]) -> dict[Key, float]:
-    """The multiplications of each form and its bytes in terms of them, in place of a time."""
+    """Return the cost of each form on its input, in multiplications: a stand-in for its time that counts bytes as well."""
     return {key: _counted_cost(form, inputs[key]) for key, form in forms.items()}
 
 
@@ -148,7 +168,7 @@ def _counted_cost(form: Chain, x: Tensor) -> float:
 
 
 def _chain_error(form: Chain, chain: Chain, x: Tensor) -> float:
-    """The error of a form on a given value and on a random one of the same size."""
+    """Return the relative error of a form on the first sample of x and on a random one of the same size."""
     batched = x.ndim > len(operators(chain)[0].axes) + 1
     generator = torch.Generator().manual_seed(0)
     given = x[:1] if batched else x
@@ -159,6 +179,7 @@ def _chain_error(form: Chain, chain: Chain, x: Tensor) -> float:
 
 
 def _forms(kept: Chain, x: Tensor, context: PlanContext) -> tuple[dict[str, Chain], str]:
+    """Return the candidates by name, and why the chain cannot be merged; empty if it can."""
     forms: dict[str, Chain] = {"keep": kept}
     note = ""
     try:
@@ -183,15 +204,16 @@ def _forms(kept: Chain, x: Tensor, context: PlanContext) -> tuple[dict[str, Chai
 
 
 def _is_known(split: Chain, forms: Mapping[str, Chain]) -> bool:
-    """Whether a division left the chain as it is, or made of it the one operator that the merged chain is already."""
+    """Return whether a split is the chain as it is or the one operator of the merged chain, which are candidates already."""
     merged = "merge" in forms and len(split) == len(forms["merge"]) and not isinstance(split[0], Sum)
     return merged or list(map(id, operators(split))) == list(map(id, operators(forms["keep"])))
 
 
 def _fastest_split(chain: Chain, x: Tensor, context: PlanContext) -> Chain:
-    """Divide a chain into stretches, each merged or left as it is, so that the sum of their times is the least.
+    """Divide a chain into stretches, each merged or kept, so that the sum of their times is least.
 
-    Dynamic programming over the places between elements; the branches of a sum that is not merged are divided likewise.
+    This is dynamic programming over the places between elements. The branches of a sum that is not merged are divided in the
+    same way.
     """
     inputs = [x]
     for element in chain:
@@ -208,7 +230,7 @@ def _fastest_split(chain: Chain, x: Tensor, context: PlanContext) -> Chain:
 
 
 def _stretches(chain: Chain, inputs: list[Tensor], context: PlanContext) -> dict[tuple[int, int, bool], Chain]:
-    """Every stretch chain[start:stop] that can stand as one, by (start, stop, whether it is merged)."""
+    """Return each element and each merged stretch chain[start:stop] that may be worth it, by (start, stop, is merged)."""
     stretches: dict[tuple[int, int, bool], Chain] = {}
     sketches = [sketch(element) for element in chain]
     for start, element in enumerate(chain):
@@ -224,7 +246,10 @@ def _stretches(chain: Chain, inputs: list[Tensor], context: PlanContext) -> dict
 
 
 def sketch(element: Element) -> AffineOperator | None:
-    """An element as one operator without memory; None where it is none, as if the sizes of branches only happen to agree."""
+    """Return an element as one operator on the meta device.
+
+    None where it is no single operator, as when the sizes of its branches agree for some inputs only.
+    """
     try:
         return None if isinstance(element, Flatten) else composed_shape((element,))
     except ValueError:
@@ -232,7 +257,13 @@ def sketch(element: Element) -> AffineOperator | None:
 
 
 def promising_stops(chain: Chain, sketches: list[AffineOperator | None], x: Tensor) -> Iterator[int]:
-    """How many elements from the first on may be worth merging, by the counted cost of the one operator and of the chain."""
+    """Yield how many elements, counted from the first, may be worth merging.
+
+    Args:
+        chain: the elements.
+        sketches: each element as `sketch` returns it.
+        x: the input of the first element.
+    """
     merged, unpromising = sketches[0], 0
     for stop in range(1, len(chain) + 1):
         last = sketches[stop - 1]
@@ -250,7 +281,7 @@ def promising_stops(chain: Chain, sketches: list[AffineOperator | None], x: Tens
 
 
 def _is_unpromising(merged: AffineOperator, chain: Chain, x: Tensor) -> bool:
-    """Whether a merged operator, known by its shape, would cost so much more than the chain that it need not be composed."""
+    """Return whether a merged operator, given on the meta device, would cost too much more than the chain to be composed."""
     if merged.weight.numel() > max(MOST_NUMBERS, sum(operator.weight.numel() for operator in operators(chain))):
         return True
     cropped = crop_kernel(merged, spatial_size(chain, x))

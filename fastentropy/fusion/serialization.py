@@ -1,4 +1,4 @@
-"""Fused models in files: torch.export archives without pickled objects, AOTInductor packages, and ONNX."""
+"""Write fused models to files and read them: torch.export archives without pickled objects, AOTInductor packages, ONNX."""
 
 import functools
 import json
@@ -23,7 +23,7 @@ from fastentropy.fusion.report import FusionReport
 from fastentropy.fusion.tracing import inference_module, sample_inputs
 from fastentropy.fusion.verification import TOLERANCE, full_precision, largest_error
 
-#: The entries of an archive that `write` writes, below its folder.
+#: The names of the entries of an archive that `write` writes, without the top folder.
 _OWN_ENTRIES = re.compile(
     r"models/model\.json|extra/(report|guards)\.json|data/(weights|constants)/model_(weights|constants)_config\.json"
     r"|data/weights/weight_\d+|data/constants/tensor_\d+|archive_format|archive_version|byteorder"
@@ -32,9 +32,9 @@ _OWN_ENTRIES = re.compile(
 
 
 def write(path: str | PathLike[str], program: ExportedProgram, report: FusionReport, guards: tuple[str, ...]) -> None:
-    """Write a program with its report and the conditions on its sizes, whole or not at all.
+    """Write a program with its report and guards, whole or not at all.
 
-    It takes its place once what was written has been read and gives the same outputs.
+    The file is put in place after it was read back and gave the same outputs. Raises RuntimeError if it gave others.
     """
     if Path(path).suffix != ".pt2":
         raise ValueError(f"{path}: the name of a fused model must end in .pt2")
@@ -43,7 +43,7 @@ def write(path: str | PathLike[str], program: ExportedProgram, report: FusionRep
 
     def save(file: Path) -> None:
         with warnings.catch_warnings():
-            # It takes weights in channels-last for parts of larger ones; what it wrote is read back and compared.
+            # PyTorch takes weights in channels-last for parts of larger ones; the file is read back and compared.
             warnings.filterwarnings("ignore", message="No complete tensor found in the group")
             torch.export.save(program, file, extra_files=texts)
         _check_equal(program, inference_module(read(file)[0]))
@@ -52,10 +52,10 @@ def write(path: str | PathLike[str], program: ExportedProgram, report: FusionRep
 
 
 def write_package(path: str | PathLike[str], program: ExportedProgram) -> None:
-    """Compile a program ahead of time for this machine's devices (AOTInductor) and write the package, checked as above."""
+    """Compile a program for this machine with AOTInductor and write the package, checked as in `write`."""
 
     def save(file: Path) -> None:
-        package = file.with_name(f"{file.name}.pt2")  # other names are refused
+        package = file.with_name(f"{file.name}.pt2")  # AOTInductor refuses other names
         try:
             compile_package(program, package)
             _check_equal(program, load_package(package))
@@ -67,9 +67,9 @@ def write_package(path: str | PathLike[str], program: ExportedProgram) -> None:
 
 
 def write_onnx(path: str | PathLike[str], program: ExportedProgram) -> None:
-    """Write a program for ONNX runtimes, checked as above by onnxruntime.
+    """Write a program as ONNX, checked with onnxruntime as in `write`.
 
-    Raises ImportError where onnx, onnxscript or onnxruntime is missing.
+    Raises ImportError if onnx, onnxscript or onnxruntime is missing.
     """
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if not find_spec(name)]
     if missing:
@@ -94,7 +94,7 @@ def _run_onnx(file: Path, *inputs: Any) -> list[Tensor]:
 
 
 def _check_equal(program: ExportedProgram, written: Callable[..., Any]) -> None:
-    """Raise RuntimeError where what was written does not compute what the program computes."""
+    """Raise RuntimeError if the written model does not compute what the program computes."""
     inputs = sample_inputs(program)
     with full_precision():
         expected = tree_leaves(inference_module(program)(*clone(inputs)))
@@ -107,7 +107,7 @@ def _check_equal(program: ExportedProgram, written: Callable[..., Any]) -> None:
 def read(path: str | PathLike[str]) -> tuple[ExportedProgram, FusionReport, tuple[str, ...]]:
     """Read what `write` wrote.
 
-    Raises ValueError for a file that is not such an archive, that is damaged, or that holds more than `write` writes.
+    Raises ValueError for a file that is no such archive, is damaged, or holds more than `write` writes.
     """
     try:
         _refuse_foreign_entries(path)
@@ -122,7 +122,7 @@ def read(path: str | PathLike[str]) -> tuple[ExportedProgram, FusionReport, tupl
 
 
 def _refuse_foreign_entries(path: str | PathLike[str]) -> None:
-    """Raise ValueError where an archive holds anything but what `write` writes: reading a pickle can run any code."""
+    """Raise ValueError if an archive holds anything that `write` does not write: reading a pickle can run any code."""
     with zipfile.ZipFile(path) as archive:
         for entry in archive.infolist():
             name = entry.filename.partition("/")[2]

@@ -1,4 +1,4 @@
-"""Trace a model into a graph of ATen operators, and rewrite the graph."""
+"""Trace a model into a graph of ATen operators, run the graph, and rewrite its chains."""
 
 import copy
 import sys
@@ -21,18 +21,18 @@ from fastentropy.fusion.chains.lowering import Lowering
 from fastentropy.fusion.inputs import Inputs, batch_size, clone, has_batch, with_batch_size
 from fastentropy.fusion.memory_format import CHANNELS_LAST
 
-#: How the names of the constants of chains begin.
+#: The prefix of the names of the constants that a rewritten chain has.
 CHAIN_PREFIX = "fastentropy_chain_"
 
-#: The sizes that an axis may have, from the first on and below the second; None for no limit.
+#: The sizes that an axis may have: at least the first and below the second, None for no limit.
 Sizes = tuple[int, int | None]
 
 
 def export(model: nn.Module, example_inputs: Inputs, dynamic_sizes: bool = False) -> ExportedProgram:
-    """Trace a model with a free batch size, or for that of the example where the model does not allow another.
+    """Trace a model with a free batch size, or with that of the example if the model takes no other.
 
-    With `dynamic_sizes`, all other sizes are free too, where the model allows that.
-    Raises ValueError where torch.export cannot trace it.
+    With `dynamic_sizes`, the other sizes are free too, where the model allows it.
+    Raises ValueError if torch.export cannot trace the model.
     """
     inputs = clone(example_inputs)
     try:
@@ -44,7 +44,7 @@ def export(model: nn.Module, example_inputs: Inputs, dynamic_sizes: bool = False
 
 
 def _trace(model: nn.Module, inputs: Inputs, dynamic_sizes: bool) -> ExportedProgram:
-    # Its constructor has no annotations.
+    # The constructor of ShapesCollection has no annotations.
     shapes, batch = ShapesCollection(), batch_size(inputs)  # type: ignore[no-untyped-call]
     for value in tree_leaves(inputs):
         if not isinstance(value, Tensor):
@@ -58,7 +58,7 @@ def _trace(model: nn.Module, inputs: Inputs, dynamic_sizes: bool) -> ExportedPro
 
 
 def _trace_single(model: nn.Module, inputs: Inputs, dynamic_sizes: bool) -> ExportedProgram:
-    """Trace for a batch of one: with two, since torch.export takes a one for a constant, and with one where that fails."""
+    """Trace for a batch of one, at a batch of two where the model takes it: torch.export treats a size of one as constant."""
     try:
         program = _trace(model, with_batch_size(inputs, 2), dynamic_sizes)
         if _is_dynamic(program):
@@ -69,7 +69,7 @@ def _trace_single(model: nn.Module, inputs: Inputs, dynamic_sizes: bool) -> Expo
 
 
 def free_axes(program: ExportedProgram) -> list[tuple[int, int]]:
-    """The inputs, in flat order, and axes whose size is free."""
+    """Return each free size as the index of its input, in flat order, and its axis."""
     sizes = enumerate(input_sizes(program))
     return [
         (index, axis) for index, each in sizes for axis, (low, high) in enumerate(each or ()) if high is None or high > low + 1
@@ -77,7 +77,7 @@ def free_axes(program: ExportedProgram) -> list[tuple[int, int]]:
 
 
 def own_constants(program: ExportedProgram) -> ExportedProgram:
-    """The program with constants of its own, not the tensors that a model's code has in reach."""
+    """Give a program copies of its constants, which may be tensors that the code of the model refers to, and return it."""
     for name, value in program.constants.items():
         if isinstance(value, Tensor):
             program.constants[name] = value.clone()
@@ -85,13 +85,13 @@ def own_constants(program: ExportedProgram) -> ExportedProgram:
 
 
 def inference_module(program: ExportedProgram) -> GraphModule:
-    """The graph of a program with its constants as buffers, and without the checks of its input shapes."""
+    """Return the graph of a program as a module with weights as buffers and without checks of the input shapes."""
     module = program.module(check_guards=False)
     return _with_constants(module, module.graph, {})
 
 
 def _with_constants(module: nn.Module, graph: torch.fx.Graph, added: Mapping[str, Tensor]) -> GraphModule:
-    """A module that owns only the constants which the graph reads."""
+    """Return the graph as a module that owns the constants it reads: `added` by name, and the others of the given module."""
     graph.eliminate_dead_code()
     names = {str(node.target) for node in graph.nodes if node.op == "get_attr"} - set(added)
     constants: dict[str, Any] = {name: attrgetter(name)(module) for name in names}
@@ -127,7 +127,7 @@ def rewrite(traced: GraphModule, forms: Mapping[FoundChain, Chain], sources: Map
 
 
 def _view_again(graph: torch.fx.Graph, view: Node, copies: Mapping[str, Node], value: Node, features: int) -> Node:
-    """A chain's view of what its new form gives: a permutation, or a reshape with another number of features."""
+    """Apply a view of a chain to the result of its new form: a permutation, or a reshape to its number of features."""
     if view.target is torch.ops.aten.permute.default:
         return graph.call_function(view.target, (value, view.args[1]))
     sizes = view.args[1]
@@ -137,9 +137,9 @@ def _view_again(graph: torch.fx.Graph, view: Node, copies: Mapping[str, Node], v
 
 
 def in_channels_last(traced: GraphModule) -> GraphModule | None:
-    """The same graph with the weights of its 2-d and 3-d convolutions in channels-last, which their outputs follow.
+    """Return the same graph with the weights of 2-d and 3-d convolutions in channels-last, which their outputs then are too.
 
-    None where it has none.
+    None if the graph has no such convolution.
     """
     weights = {str(node.args[1].target) for node in traced.graph.nodes if _is_spatial_convolution(node, traced)}
     if not weights:
@@ -154,12 +154,12 @@ def _is_spatial_convolution(node: Node, traced: GraphModule) -> bool:
         return False
     weight = node.args[1]
     is_constant = isinstance(weight, Node) and weight.op == "get_attr"
-    # `is_constant` says that weight is a Node.
+    # mypy does not see that `is_constant` implies a Node.
     return is_constant and attrgetter(str(weight.target))(traced).ndim in CHANNELS_LAST  # type: ignore[union-attr]
 
 
 class _Recorder(Interpreter):
-    """Runs a graph and keeps the values of some of its nodes."""
+    """Run a graph and keep the values of some of its nodes."""
 
     def __init__(self, module: GraphModule, nodes: Iterable[Node]) -> None:
         super().__init__(module)
@@ -174,25 +174,25 @@ class _Recorder(Interpreter):
 
 
 def values_of(traced: GraphModule, nodes: Sequence[Node], inputs: Inputs) -> dict[Node, Tensor]:
-    """The values that nodes of a graph, or of the graph that it is a copy of, have for some inputs."""
+    """Return the values of nodes for some inputs. The nodes may belong to the graph that the given one is a copy of."""
     recorder = _Recorder(traced, nodes)
     recorder.run(*tree_leaves(inputs), enable_io_processing=False)
     return {node: recorder.values[node.name] for node in nodes}
 
 
 def input_sizes(program: ExportedProgram) -> list[tuple[Sizes, ...] | None]:
-    """The sizes that each input may have; None for what is not a tensor."""
+    """Return the sizes that the axes of each input may have, and None for an input that is no tensor."""
     return [_sizes(value, program) for value in user_inputs(program)]
 
 
 def user_inputs(program: ExportedProgram) -> list[Any]:
-    """What stands for each input in a trace: a tensor without memory, or a constant."""
+    """Return each input as the trace knows it: a tensor without memory, or a constant."""
     placeholders = zip(program.graph_signature.input_specs, program.graph.find_nodes(op="placeholder"), strict=True)
     return [node.meta.get("val") for spec, node in placeholders if spec.kind is InputKind.USER_INPUT]
 
 
 def sample_inputs(program: ExportedProgram) -> Inputs:
-    """Positional inputs that a program takes: random, zeros for integers, and 2 for a size that is free."""
+    """Return positional inputs that a program takes: random floats, zeros for integers, and 2 or more for each free size."""
     generator = torch.Generator().manual_seed(0)
 
     def sample(value: Any, sizes: tuple[Sizes, ...] | None) -> Any:
@@ -208,7 +208,7 @@ def sample_inputs(program: ExportedProgram) -> Inputs:
 
 
 def fits(value: Any, sizes: tuple[Sizes, ...] | None) -> bool:
-    """Whether an input has sizes that are allowed."""
+    """Return whether an input has allowed sizes; any value has where `sizes` is None."""
     if sizes is None:
         return True
     if not isinstance(value, Tensor) or value.ndim != len(sizes):
@@ -229,7 +229,7 @@ def _allowed(size: int | torch.SymInt, program: ExportedProgram) -> Sizes:
     bounds = program.range_constraints.get(size.node.expr)
     lowest, highest = (int(bounds.lower), bounds.upper) if bounds else (0, None)
     limit = int(highest) + 1 if highest is not None and highest < sys.maxsize else None
-    # A trace has sizes from 2 on; whether it holds for 1 as well is for its guards to say.
+    # A trace reports sizes from 2 on; its guards decide whether it also holds for 1.
     return 1 if lowest <= 2 else lowest, limit
 
 

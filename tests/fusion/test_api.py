@@ -404,7 +404,7 @@ def test_inputs_that_are_not_tensors(others, tmp_path):
 @pytest.mark.parametrize("count", [0, 2])
 def test_another_number_of_inputs_is_refused(network, images, count):
     fused = fuse(network.eval(), (images,))
-    with pytest.raises(ValueError, match=f"fused for 1 inputs, but is called with {count}"):
+    with pytest.raises(ValueError, match=f"fused for 1 input, but is called with {count}"):
         fused(*[images] * count)
 
 

@@ -41,7 +41,7 @@ def test_arithmetic_and_comparisons(guard, expected):
     ],
 )
 def test_anything_else_is_refused(guard):
-    with pytest.raises(ValueError, match="is no condition on sizes"):
+    with pytest.raises(ValueError, match="is not a condition on sizes"):
         holds(guard, LEAVES)
 
 

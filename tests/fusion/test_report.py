@@ -105,4 +105,4 @@ def test_a_printed_candidate_has_its_time_its_counts_and_its_error():
     candidates = {"keep": Candidate(1.5, 3, 2_500_000, 4_000_000, 1e-7), "merge": Candidate(None, 1, 100_000, 50_000, 0.0)}
     _, keep, merge = str(ChainReport(("a", "b"), candidates, "merge")).splitlines()
     assert " ".join(keep.split()) == "keep 1.500 ms 3 operators 2.50 M multiplications 4.00 MB error 1e-07"
-    assert " ".join(merge.split()) == "* merge - 1 operators 0.10 M multiplications 0.05 MB error 0e+00"
+    assert " ".join(merge.split()) == "* merge - 1 operator 0.10 M multiplications 0.05 MB error 0e+00"
