@@ -1,46 +1,52 @@
-"""Fusing published architectures: equal outputs, whichever activations were taken out."""
+"""A fused model is a module like others: it is copied, saved, exported and compiled."""
+
+import copy
 
 import pytest
 import torch
 
-import fastentropy as fe
-from fastentropy.benchmarks.networks import VISION, gpt2, hugging_face_vit, inside_blocks, linearised, odd, random_half, vision
-from tests._helpers.snapshots import assert_unchanged, snapshot
+from fastentropy import fuse, linearize, load
+from tests._helpers.fusing import assert_equal, inverted_residual, ringed
 
-BUILDERS = {name: lambda name=name: vision(name, 2, 64) for name in VISION}
-BUILDERS |= {
-    "vit_b_16": lambda: with_three_layers(vision("vit_b_16", 2, 64)),
-    "Hugging Face GPT-2": lambda: gpt2(9, 2, layers=2),
-    "Hugging Face ViT": lambda: hugging_face_vit(64, 2, layers=2),
-}
+pytestmark = pytest.mark.usefixtures("counted_times")
 
 
-def with_three_layers(case):
-    """A Vision Transformer of torchvision with fewer layers, which are all alike."""
-    model, inputs = case
-    del model.encoder.layers[3:]
-    return model, inputs
+def test_copy_is_saved_like_the_model(network, images, tmp_path):
+    fused = copy.deepcopy(fuse(network.eval(), (images,)))
+    fused.save(tmp_path / "model.pt2")
+    assert_equal(load(tmp_path / "model.pt2"), network, images)
 
 
-@pytest.mark.parametrize("name", BUILDERS)
-def test_a_fused_architecture_computes_what_it_computed(name):
-    torch.manual_seed(len(name))
-    model, inputs = linearised(odd(BUILDERS[name]()), random_half)
-    before = snapshot(model)
-    fused = fe.fuse(model, inputs, measure=False)
-    assert_unchanged(model, before)
-    assert fused.report.choice == "fused"
-    assert fused.report.max_relative_error <= 1e-5
-    with torch.no_grad():
-        actual, expected = (form(*inputs) for form in (fused, model))
-    for one, other in zip(*map(torch.utils._pytree.tree_leaves, (actual, expected)), strict=True):
-        assert other.any()
-        assert (one - other).abs().max() <= 1e-5 * other.abs().max()
+def test_converted_model_is_not_saved(network, images, tmp_path):
+    fused = fuse(network.eval(), (images,)).double()
+    with pytest.raises(ValueError, match=r"was converted from torch\.float32 on cpu to torch\.float64 on cpu after fusing"):
+        fused.save(tmp_path / "model.pt2")
 
 
-def test_every_block_of_mobilenet_becomes_one_operator():
-    model, inputs = linearised(odd(vision("mobilenet_v2", 2, 64)), inside_blocks)
-    fused = fe.fuse(model, inputs, measure=False)
-    calls = [node for node in fused.graph_module.graph.nodes if "conv2d" in str(node.target)]
-    assert len(calls) <= 1 + 17 + 1
-    assert fused.report.max_relative_error <= 1e-5
+def test_saving_and_loading(network, images, tmp_path):
+    linearize(network.eval(), ["relu1"])
+    fused = fuse(network, (images,))
+    fused.save(tmp_path / "model.pt2")
+    loaded = load(tmp_path / "model.pt2")
+    assert torch.equal(loaded(images[:3]), fused(images[:3]))
+    assert loaded.report == fused.report
+    loaded.save(tmp_path / "again.pt2")
+    assert torch.equal(load(tmp_path / "again.pt2")(images), fused(images))
+
+
+@pytest.mark.parametrize("build", [inverted_residual, ringed])
+def test_fused_model_exports_again(build, merged):
+    model, x = build()
+    fused = fuse(model, (x,))
+    assert fused.report.chains[0].choice == "merge"
+    batch = torch.export.Dim.AUTO
+    again = torch.export.export(fused, (x,), dynamic_shapes={"inputs": ({0: batch},)}).module()
+    assert_equal(again, model, torch.randn(5, *x.shape[1:]))
+
+
+@pytest.mark.parametrize("build", [inverted_residual, ringed])
+def test_fused_model_compiles(build, merged):
+    model, x = build()
+    compiled = torch.compile(fuse(model, (x,)), backend="aot_eager", fullgraph=True)
+    for batch in (3, 5):
+        assert_equal(compiled, model, torch.randn(batch, *x.shape[1:]))

@@ -1,0 +1,85 @@
+"""Which forms of a network are made, and that none is used that computes something else."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from fastentropy import fuse, linearize, load
+from fastentropy.fusion import api, verification
+from fastentropy.fusion.chains import finding
+from tests._helpers.fusing import assert_equal
+from tests._helpers.networks import Reads
+
+pytestmark = pytest.mark.usefixtures("counted_times")
+
+
+@pytest.mark.parametrize("fastest", ["contiguous", "channels_last"])
+def test_every_form_gets_its_fastest_memory_format(network, images, monkeypatch, fastest, tmp_path):
+    price = {"original": 3.0, "folded": 2.0, "fused": 1.0}
+    prices = lambda functions: {key: price[key[0]] + (key[1] != fastest) / 2 for key in functions}  # noqa: E731
+    monkeypatch.setattr(api, "measure_times", prices)
+    fused = fuse(network.eval(), (images,))
+    assert fused.report.milliseconds == price
+    assert set(fused.report.memory_formats.values()) == {fastest}
+    images = torch.randn(4, 1, 5, 5)
+    assert_equal(fused, network, images)
+    fused.save(tmp_path / "model.pt2")
+    weights = [w for m in (fused, load(tmp_path / "model.pt2")) for w in m.buffers() if w.ndim == 4 and min(w.shape[1:]) > 1]
+    assert all(w.is_contiguous() == (fastest == "contiguous") for w in weights)
+
+
+def test_views_of_contiguous_values_stay_contiguous():
+    model = Reads(lambda m, x: m.c(m.b(m.relu(m.a(x))).view(x.shape[0], -1)), a=nn.Conv2d(3, 4, 3), b=nn.Conv2d(4, 4, 3))
+    model.c, model.relu = nn.Linear(4 * 5 * 5, 3), nn.ReLU()
+    x = torch.randn(2, 3, 9, 9)
+    fused = fuse(model.eval(), (x,))
+    assert_equal(fused, model, x)
+
+
+def doubled(chain):
+    """A chain with another function."""
+    return tuple(replace(element, weight=2 * element.weight) if hasattr(element, "weight") else element for element in chain)
+
+
+@pytest.mark.parametrize("wrong", [["fc1"], ["conv1"], ["conv1", "fc1"]])
+def test_wrong_chains_are_left_and_reported(network, images, monkeypatch, wrong):
+    linearize(network.eval(), ["relu1", "gelu"])
+    plan_chain = api.plan_chain
+
+    def plan_wrongly(chain, *arguments, **options):
+        form, report = plan_chain(chain, *arguments, **options)
+        return doubled(chain.elements) if chain.names[0] in wrong else form, report
+
+    monkeypatch.setattr(api, "plan_chain", plan_wrongly)
+    fused = fuse(network, (images,))
+    assert_equal(fused, network, images)
+    left = {chain.names[0]: chain.note.startswith("left as it was") for chain in fused.report.chains}
+    assert left == {name: name in wrong for name in ("conv1", "fc1")}
+
+
+def test_wrong_fold_is_not_kept(network, images, monkeypatch):
+    linearize(network.eval(), ["gelu"])
+    fold = finding.fold
+    monkeypatch.setattr(finding, "fold", lambda chain: doubled(fold(chain)))
+    assert_equal(fuse(network, (images,)), network, images)
+
+
+@pytest.mark.parametrize("error", [1.0, float("inf"), float("nan")])
+def test_unverified_forms_are_not_returned(network, images, monkeypatch, error):
+    monkeypatch.setattr(verification, "relative_error", lambda actual, expected: error)
+    with pytest.raises(RuntimeError, match="differs from the model by"):
+        fuse(network.eval(), (images,))
+
+
+def test_overflowing_fold_is_not_kept():
+    model = nn.Sequential(nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2, eps=1e-12)).half().eval()
+    model[1].running_var.fill_(1e-6)
+    with torch.no_grad():
+        model[0].weight.mul_(2000)
+        model[1].weight.fill_(1e-3)
+        model[1].weight.mul_(100)
+    x = torch.randn(2, 2, 4, 4).half() * 1e-3
+    fused = fuse(model, (x,))
+    assert torch.isfinite(fused(x)).all()

@@ -1,0 +1,135 @@
+"""Fused models in files: written whole or not at all, and read without running anything."""
+
+import zipfile
+from unittest.mock import Mock
+
+import pytest
+import torch
+
+from fastentropy import fuse, load
+from fastentropy.fusion import serialization
+from tests._helpers.fusing import assert_equal, inverted_residual, ringed
+
+pytestmark = pytest.mark.usefixtures("counted_times")
+
+
+def test_package_for_this_machine(tmp_path):
+    model, x = inverted_residual()
+    fuse(model, (x,)).save_package(tmp_path / "model.pt2")
+    loaded = torch._inductor.aoti_load_package(str(tmp_path / "model.pt2"))
+    assert_equal(loaded, model, torch.randn(5, *x.shape[1:]))
+    assert [path.name for path in tmp_path.iterdir()] == ["model.pt2"]
+
+
+@pytest.mark.parametrize("build", [inverted_residual, ringed])
+def test_onnx(build, tmp_path, merged):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    model, x = build()
+    fuse(model, (x,)).save_onnx(tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    name = session.get_inputs()[0].name
+    run = lambda y: torch.from_numpy(session.run(None, {name: y.numpy()})[0])  # noqa: E731
+    assert_equal(run, model, torch.randn(5, *x.shape[1:]))
+
+
+def test_onnx_without_its_packages(tmp_path, monkeypatch):
+    model, x = inverted_residual()
+    fused = fuse(model, (x,))
+    monkeypatch.setattr(serialization, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"^onnx, onnxscript, onnxruntime: not installed; pip install"):
+        fused.save_onnx(tmp_path / "model.onnx")
+
+
+def test_name_without_the_suffix(network, images, tmp_path):
+    with pytest.raises(ValueError, match=r"model\.pt: the name of a fused model must end in \.pt2"):
+        fuse(network.eval(), (images,)).save(tmp_path / "model.pt")
+
+
+@pytest.mark.parametrize("save", ["save", "save_onnx"])
+def test_file_with_other_outputs_is_not_kept(save, tmp_path, monkeypatch):
+    if save == "save_onnx":
+        pytest.importorskip("onnxscript")
+    model, x = inverted_residual()
+    fused = fuse(model, (x,))
+    (tmp_path / "model.pt2").write_bytes(b"old")
+    monkeypatch.setattr(serialization, "largest_error", lambda actual, expected: 1.0)
+    with pytest.raises(RuntimeError, match="was not kept"):
+        getattr(fused, save)(tmp_path / "model.pt2")
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"old"]
+
+
+def test_failed_save_leaves_the_old_file(network, images, tmp_path, monkeypatch):
+    fused, path = fuse(network.eval(), (images,)), tmp_path / "model.pt2"
+    path.write_bytes(b"old")
+    monkeypatch.setattr(torch.export, "save", Mock(side_effect=OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        fused.save(path)
+    assert [each.read_bytes() for each in tmp_path.iterdir()] == [b"old"]
+
+
+def test_archive_with_pickled_inputs(network, images, tmp_path):
+    torch.export.save(torch.export.export(network.eval(), (images,)), tmp_path / "plain.pt2")
+    with pytest.raises(ValueError, match="may hold a pickle"):
+        load(tmp_path / "plain.pt2")
+
+
+class Mark:
+    """Leaves a file behind when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+@pytest.mark.parametrize(
+    "entry", ["model/data/weights/model.pt", "model/data/constants/model.pt", "model/data/weights/weight_0.pt"]
+)
+def test_pickle_slipped_into_an_archive(network, images, tmp_path, entry):
+    path = tmp_path / "model.pt2"
+    fuse(network.eval(), (images,)).save(path)
+    torch.save(Mark(tmp_path / "executed"), tmp_path / "pickle")
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.write(tmp_path / "pickle", entry)
+    with pytest.raises(ValueError, match="may hold a pickle"):
+        load(path)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_weights_declared_as_pickles(network, images, tmp_path):
+    path = tmp_path / "model.pt2"
+    fuse(network.eval(), (images,)).save(path)
+    with zipfile.ZipFile(path) as archive, zipfile.ZipFile(tmp_path / "forged.pt2", "w") as forged:
+        for name in archive.namelist():
+            forged.writestr(name, archive.read(name).replace(b'"use_pickle": false', b'"use_pickle": true'))
+    with pytest.raises(ValueError, match="is a pickled object"):
+        load(tmp_path / "forged.pt2")
+
+
+def test_archive_in_an_older_layout(tmp_path):
+    torch.save(Mark(tmp_path / "executed"), tmp_path / "pickle")
+    with zipfile.ZipFile(tmp_path / "old.pt2", "w") as archive:
+        archive.writestr("version", "8.15")
+        archive.writestr("serialized_exported_program.json", "{}")
+        for name in ("state_dict", "constants", "example_inputs"):
+            archive.write(tmp_path / "pickle", f"serialized_{name}.pt")
+    with pytest.raises(ValueError, match="may hold a pickle"):
+        load(tmp_path / "old.pt2")
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("damage", [lambda b: b"text", lambda b: b"", lambda b: b[:-100], lambda b: b[: len(b) // 2]])
+def test_damaged_archive(network, images, tmp_path, damage):
+    path = tmp_path / "model.pt2"
+    fuse(network.eval(), (images,)).save(path)
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ValueError, match=r"model\.pt2 is not a fused model") as raised:
+        load(path)
+    assert "\n" not in str(raised.value)
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        load(tmp_path / "none.pt2")
