@@ -23,7 +23,7 @@ def with_three_layers(case):
 
 
 @pytest.mark.parametrize("name", BUILDERS)
-def test_a_fused_architecture_computes_what_it_computed(name):
+def test_fused_architecture(name):
     torch.manual_seed(len(name))
     model, inputs = linearised(odd(BUILDERS[name]()), random_half)
     before = snapshot(model)
@@ -38,7 +38,7 @@ def test_a_fused_architecture_computes_what_it_computed(name):
         assert (one - other).abs().max() <= 1e-5 * other.abs().max()
 
 
-def test_every_block_of_mobilenet_becomes_one_operator():
+def test_blocks_of_mobilenet_become_one_operator():
     model, inputs = linearised(odd(vision("mobilenet_v2", 2, 64)), inside_blocks)
     fused = fe.fuse(model, inputs, measure=False)
     calls = [node for node in fused.graph_module.graph.nodes if "conv2d" in str(node.target)]

@@ -1,8 +1,10 @@
-"""Conditions on sizes are read, and never executed."""
+"""Conditions on sizes are evaluated and never executed, and nothing is fused where they cannot be had."""
 
 import pytest
 import torch
 
+from fastentropy import fuse
+from fastentropy.fusion import api
 from fastentropy.fusion.guards import Conditions, guards_of, holds
 from fastentropy.fusion.tracing import export
 
@@ -40,7 +42,7 @@ def test_arithmetic_and_comparisons(guard, expected):
         "2 ** 1000000000",
     ],
 )
-def test_anything_else_is_refused(guard):
+def test_other_expressions_are_refused(guard):
     with pytest.raises(ValueError, match="is not a condition on sizes"):
         holds(guard, LEAVES)
 
@@ -50,7 +52,7 @@ class Branches(torch.nn.Module):
         return x * 2 if x.shape[0] % 4 else x + others["y"]
 
 
-def test_the_guards_of_a_trace_name_the_inputs_in_flat_order():
+def test_guards_name_the_inputs_in_flat_order():
     inputs = (torch.zeros(3, 5), {"y": torch.zeros(3, 5)})
     program = export(Branches(), inputs)
     conditions = Conditions(program, guards_of(program, Branches(), inputs))
@@ -58,8 +60,21 @@ def test_the_guards_of_a_trace_name_the_inputs_in_flat_order():
     assert accepted == [2, 3, 5, 6, 7, 9, 10, 11]
 
 
-def test_a_guard_that_cannot_be_read_fixes_all_sizes_but_the_batch():
+def test_unreadable_guard_fixes_all_sizes_but_the_batch():
     inputs = (torch.zeros(3, 5), {"y": torch.zeros(3, 5)})
     program = export(Branches(), inputs)
     program._guards_code = ["f(L['x'])"]
     assert guards_of(program, Branches(), inputs) == ("leaf_0.size()[1] == 5", "leaf_1.size()[1] == 5")
+
+
+def test_nothing_is_fused_without_guards(monkeypatch):
+    """A release of PyTorch that renames the guards must not be taken for a trace that holds at every size."""
+
+    def export_without_guards(*arguments):
+        program = export(*arguments)
+        del program._guards_code
+        return program
+
+    monkeypatch.setattr(api, "export", export_without_guards)
+    with pytest.raises(RuntimeError, match="_guards_code"):
+        fuse(Branches().eval(), (torch.zeros(3, 5), {"y": torch.zeros(3, 5)}), measure=False)

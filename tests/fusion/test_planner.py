@@ -59,19 +59,19 @@ def equal(form, chain, x=X):
 BLOCK = (operator(12, 4, 1), operator(12, 12, 3, 1, groups=12), operator(4, 12, 1))
 
 
-def test_the_fastest_form_is_chosen(priced):
+def test_fastest_form_is_chosen(priced):
     chain, report = planner.plan_chain(found(*BLOCK), X, 1e-5)
     assert (report.choice, len(chain)) == ("merge", 1)
     assert set(report.candidates) == {"keep", "merge"}
 
 
 @pytest.mark.parametrize(("merged", "choice"), [(0.97, "merge"), (0.99, "keep"), (1.5, "keep")])
-def test_the_chain_is_kept_on_a_tie(priced, merged, choice):
+def test_chain_is_kept_on_a_tie(priced, merged, choice):
     priced(lambda form: merged if len(operators(form)) == 1 else 1.0)
     assert planner.plan_chain(found(*BLOCK), X, 1e-5)[1].choice == choice
 
 
-def test_the_split_is_the_cheapest_of_all_divisions(priced):
+def test_split_is_the_cheapest_division(priced):
     chain = (*BLOCK, operator(4, 4, 3, 1), operator(8, 4, 1), operator(4, 8, 3, 1), operator(4, 4, 1))
     best = float("inf")
     for cuts in itertools.product([False, True], repeat=len(chain) - 1):
@@ -99,7 +99,7 @@ def divisions(chain):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_the_split_reaches_into_sums_that_are_not_merged(priced, seed):
+def test_split_reaches_into_sums(priced, seed):
     torch.manual_seed(seed)
     long = (operator(6, 4, 1), operator(6, 6, 3, 1), operator(8, 6, 1), operator(4, 8, 3, 1))
     chain = (operator(4, 4, 1), Sum((long, ())), operator(5, 4, 1), operator(4, 5, 1))
@@ -119,21 +119,21 @@ def test_the_split_reaches_into_sums_that_are_not_merged(priced, seed):
 
 @settings(max_examples=12)
 @given(chains(largest=(8, 8, 3), batch=1))
-def test_whatever_is_counted_to_be_cheapest_equals_the_chain(drawn):
+def test_form_chosen_by_counting_equals_the_chain(drawn):
     chain, x, y = drawn
     form, report = planner.plan_chain(found(*chain), x, 1e-7, measure=False)
     torch.testing.assert_close(run(form, x), y, rtol=1e-7, atol=1e-7)
     assert report.choice == "keep" or report.candidates[report.choice].relative_error <= 1e-7
 
 
-def test_whatever_is_chosen_equals_the_chain(priced):
+def test_chosen_form_equals_the_chain(priced):
     for chain in (BLOCK, (*BLOCK, operator(4, 4, 3, 1)), (operator(4, 4, 3, 1), operator(6, 4, 1), operator(4, 6, 3, 1))):
         form, report = planner.plan_chain(found(*chain), X, 1e-5)
         equal(form, chain)
         assert report.candidates[report.choice].relative_error <= 1e-5
 
 
-def test_a_chain_with_padding_inside_is_merged_with_its_border(priced):
+def test_inner_padding_is_merged_with_a_border(priced):
     priced(lambda form: 1.0 if isinstance(form[0], BorderCorrected) else 2.0)
     chain = (operator(4, 4, 3, 1), operator(4, 4, 3, 1))
     form, report = planner.plan_chain(found(*chain), X, 1e-5)
@@ -142,13 +142,13 @@ def test_a_chain_with_padding_inside_is_merged_with_its_border(priced):
     equal(form, chain)
 
 
-def test_a_chain_that_cannot_be_one_operator_says_why(priced):
+def test_reason_why_a_chain_is_not_merged(priced):
     _, report = planner.plan_chain(found(operator(4, 4, 3, 1), operator(4, 4, 3, 1)), X[..., :2, :2], 1e-5)
     assert "merge" not in report.candidates
     assert "inner zero padding" in report.note
 
 
-def test_candidates_are_counted_by_operators_multiplications_and_bytes(priced):
+def test_counts_of_candidates(priced):
     chain = (Sum((BLOCK, ())), operator(4, 4, 1, groups=4))
     _, report = planner.plan_chain(found(*chain), X, 1e-5)
     counts = {name: (c.operators, c.multiplications) for name, c in report.candidates.items()}
@@ -158,7 +158,7 @@ def test_candidates_are_counted_by_operators_multiplications_and_bytes(priced):
 
 
 @given(st.permutations(("keep", "merge", "split")))
-def test_the_choice_is_the_fastest_measured_form(order):
+def test_choice_among_measured_forms(order):
     chain = (*BLOCK, operator(4, 4, 3, 1), operator(4, 4, 1))
     split = (operator(4, 4, 3, 1), operator(4, 4, 3, 1), operator(4, 4, 1))
     with pytest.MonkeyPatch.context() as patch:
@@ -171,7 +171,7 @@ def test_the_choice_is_the_fastest_measured_form(order):
     assert len(form) == {"keep": 5, "merge": 1, "split": 3}[order[0]]
 
 
-def test_a_form_above_the_tolerance_is_not_chosen_and_named(priced, monkeypatch):
+def test_form_above_the_tolerance_is_named(priced, monkeypatch):
     wrong = (operator(4, 4, 3, 1),)
     monkeypatch.setattr(planner, "merge", lambda chain, *_: wrong)
     _, report = planner.plan_chain(found(*BLOCK), X, 1e-5)
@@ -181,19 +181,19 @@ def test_a_form_above_the_tolerance_is_not_chosen_and_named(priced, monkeypatch)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_form_that_is_not_finite_is_not_chosen(priced, monkeypatch, value):
+def test_form_that_is_not_finite_is_not_chosen(priced, monkeypatch, value):
     broken = operator(4, 4, 3, 1)
     broken.bias.fill_(value)
     monkeypatch.setattr(planner, "merge", lambda chain, *_: (broken,))
     assert planner.plan_chain(found(*BLOCK), X, 1e-5)[1].choice == "keep"
 
 
-def test_a_single_operator_has_nothing_to_choose(untimed):
+def test_single_operator_has_no_candidates(untimed):
     form, report = planner.plan_chain(found(operator(4, 4, 3, 1), operator(4, 4, 1, groups=4)), X, 1e-5)
     assert (len(form), report.candidates, report.choice) == (1, {}, "keep")
 
 
-def test_without_measuring_the_counted_costs_decide(untimed):
+def test_counted_costs_decide_without_measure(untimed):
     cheap = (operator(64, 4, 1), operator(4, 64, 3, 1))  # 4 to 4 channels at 3×3: a thirtieth of the multiplications
     form, report = planner.plan_chain(found(*cheap), X, 1e-5, measure=False)
     assert (report.choice, len(form)) == ("merge", 1)
@@ -212,7 +212,7 @@ def test_counted_costs_are_multiplications_and_bytes():
         assert counted[name] == multiplications + planner.MULTIPLICATIONS_PER_BYTE * moved
 
 
-def test_an_operator_without_hope_is_not_composed(untimed, monkeypatch):
+def test_costly_operator_is_not_composed(untimed, monkeypatch):
     """Depthwise convolutions that one dense kernel would replace: 49 taps of 64×64 weights."""
     x = torch.randn(1, 64, 12, 12)
     chain = (operator(64, 64, 7, 3, groups=64), operator(64, 64, 1))
@@ -223,7 +223,7 @@ def test_an_operator_without_hope_is_not_composed(untimed, monkeypatch):
     assert len(form) == 2
 
 
-def test_a_stretch_with_hope_is_found_behind_one_without(untimed):
+def test_promising_stretch_behind_an_unpromising_one(untimed):
     """An expansion and a depthwise convolution cost more as one; with the projection they cost less."""
     chain = (operator(32, 4, 1), operator(32, 32, 3, 1, groups=32), operator(4, 32, 1), operator(4, 4, 3, 1))
     form, report = planner.plan_chain(found(*chain), X, 1e-5, measure=False)
@@ -232,14 +232,14 @@ def test_a_stretch_with_hope_is_found_behind_one_without(untimed):
     equal(form, chain)
 
 
-def test_pools_are_moved_forward_where_that_is_cheaper(untimed):
+def test_pools_move_forward_where_that_is_cheaper(untimed):
     chain = (operator(4, 4, 3, 1), operator(4, 4, 1), operator(64, 4, 1), average(64, 6, 6), operator(8, 64, 1), Flatten())
     form, report = planner.plan_chain(found(*chain), X, 1e-5, measure=False)
     assert report.candidates[report.choice].multiplications < report.candidates["keep"].multiplications
     equal(form, chain)
 
 
-def test_the_reordered_chain_is_a_candidate(priced):
+def test_reordered_chain_is_a_candidate(priced):
     """Where nothing merges, moving the pool is what is left: the 3×3 convolution has its own padding."""
     priced(lambda form: len(operators(form)) + 10 * (not operators(form)[0].is_average))
     chain = (operator(64, 4, 1), average(64, 2, 2), operator(4, 64, 3, 1))
@@ -249,7 +249,7 @@ def test_the_reordered_chain_is_a_candidate(priced):
     equal(form, chain)
 
 
-def test_flattened_layers_are_merged_into_one(priced):
+def test_flattened_layers_are_merged(priced):
     chain = (operator(8, 4, 6), operator(5, 8, 1), operator(3, 5, 1), Flatten())
     form, report = planner.plan_chain(found(*chain), X, 1e-5)
     assert report.choice in ("merge", "split")
@@ -258,7 +258,7 @@ def test_flattened_layers_are_merged_into_one(priced):
     equal(form, chain)
 
 
-def test_layers_are_merged_into_one(priced):
+def test_layers_are_merged(priced):
     layers = tuple(AffineOperator(torch.randn(o, i).double(), torch.randn(o).double()) for o, i in [(9, 4), (3, 9)])
     x = torch.randn(2, 5, 4)
     form, report = planner.plan_chain(found(*layers), x, 1e-5)
@@ -267,7 +267,7 @@ def test_layers_are_merged_into_one(priced):
 
 
 @pytest.mark.parametrize("shape", [(4, 6, 6), (1, 4, 6, 6)])
-def test_a_chain_of_a_single_sample_is_planned(untimed, shape):
+def test_chain_of_a_single_sample(untimed, shape):
     form, report = planner.plan_chain(found(*BLOCK), torch.randn(shape), 1e-5, measure=False)
     assert report.choice == "merge"
     equal(form, BLOCK, torch.randn(shape))
@@ -279,7 +279,7 @@ def test_measured_times_are_positive():
     assert report.candidates["keep"].multiplications == 2 * 36 * (48 + 9 * 12 + 48)
 
 
-def test_errors_are_those_of_float32_where_a_gpu_takes_tf32(priced, monkeypatch):
+def test_errors_are_taken_without_tf32(priced, monkeypatch):
     seen = []
 
     def recorded(actual, expected):

@@ -50,20 +50,20 @@ def reports(draw, is_measured=None):
 
 @settings(max_examples=40)
 @given(reports())
-def test_a_report_goes_through_json_and_comes_back(report):
+def test_report_through_json(report):
     assert FusionReport.from_dict(json.loads(json.dumps(report.to_dict()))) == report
 
 
 @settings(max_examples=25)
 @given(reports(is_measured=True))
-def test_the_speedup_is_over_the_model_as_given(report):
+def test_speedup_over_the_model_as_given(report):
     assert report.speedup * report.milliseconds[report.choice] == pytest.approx(report.milliseconds["original"])
     assert report.to_dict()["speedup"] == report.speedup
 
 
 @settings(max_examples=25)
 @given(reports(is_measured=False))
-def test_what_was_not_measured_has_no_speedup_and_no_times(report):
+def test_report_without_times(report):
     assert report.speedup is None
     assert report.to_dict()["speedup"] is None
     assert "not measured" in str(report)
@@ -73,7 +73,7 @@ def test_what_was_not_measured_has_no_speedup_and_no_times(report):
 
 @settings(max_examples=60)
 @given(reports())
-def test_a_printed_report_fits_the_screen_and_marks_each_choice(report):
+def test_printed_report_fits_and_marks_each_choice(report):
     text = str(report)
     assert max(map(len, text.splitlines())) <= 128
     assert all(len(line) <= 104 for chain in report.chains for line in str(chain).splitlines())
@@ -84,7 +84,7 @@ def test_a_printed_report_fits_the_screen_and_marks_each_choice(report):
 
 @settings(max_examples=25)
 @given(reports(is_measured=True))
-def test_each_time_is_printed_with_its_memory_format(report):
+def test_printed_times_name_the_memory_format(report):
     (line,) = (line for line in str(report).splitlines() if line.startswith("model: "))
     for name, milliseconds in report.milliseconds.items():
         assert f"{name} {milliseconds:.3f} ms ({report.memory_formats[name]})" in line
@@ -92,16 +92,16 @@ def test_each_time_is_printed_with_its_memory_format(report):
 
 @settings(max_examples=25)
 @given(reports())
-def test_it_is_said_where_the_fused_form_is_not_used(report):
+def test_printed_report_says_that_fused_is_not_used(report):
     assert ("is not used" in str(report)) == (report.choice != "fused")
 
 
-def test_a_printed_chain_is_named_by_its_first_and_last_operator():
+def test_printed_chain_names_its_ends():
     assert str(ChainReport(("a", "b", "c"), {}, "keep")) == "a … c"
     assert str(ChainReport(("a",), {}, "keep", "why not")) == "a\n    why not"
 
 
-def test_a_printed_candidate_has_its_time_its_counts_and_its_error():
+def test_printed_candidate():
     candidates = {"keep": Candidate(1.5, 3, 2_500_000, 4_000_000, 1e-7), "merge": Candidate(None, 1, 100_000, 50_000, 0.0)}
     _, keep, merge = str(ChainReport(("a", "b"), candidates, "merge")).splitlines()
     assert " ".join(keep.split()) == "keep 1.500 ms 3 operators 2.50 M multiplications 4.00 MB error 1e-07"

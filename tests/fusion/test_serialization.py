@@ -98,14 +98,38 @@ def test_pickle_slipped_into_an_archive(network, images, tmp_path, entry):
     assert not (tmp_path / "executed").exists()
 
 
+def forge(path, change):
+    """Write an archive again with its entries changed: `change` maps a name and bytes to bytes, or to None to leave it out."""
+    forged = path.with_name("forged.pt2")
+    with zipfile.ZipFile(path) as archive, zipfile.ZipFile(forged, "w") as written:
+        for name in archive.namelist():
+            if (content := change(name, archive.read(name))) is not None:
+                written.writestr(name, content)
+    return forged
+
+
 def test_weights_declared_as_pickles(network, images, tmp_path):
     path = tmp_path / "model.pt2"
     fuse(network.eval(), (images,)).save(path)
-    with zipfile.ZipFile(path) as archive, zipfile.ZipFile(tmp_path / "forged.pt2", "w") as forged:
-        for name in archive.namelist():
-            forged.writestr(name, archive.read(name).replace(b'"use_pickle": false', b'"use_pickle": true'))
+    forged = forge(path, lambda name, content: content.replace(b'"use_pickle": false', b'"use_pickle": true'))
     with pytest.raises(ValueError, match="is a pickled object"):
-        load(tmp_path / "forged.pt2")
+        load(forged)
+
+
+def test_archive_without_guards(network, images, tmp_path):
+    path = tmp_path / "model.pt2"
+    fuse(network.eval(), (images,)).save(path)
+    forged = forge(path, lambda name, content: None if name.endswith("extra/guards.json") else content)
+    with pytest.raises(ValueError, match="is not a fused model"):
+        load(forged)
+
+
+def test_archive_with_unreadable_guards(network, images, tmp_path):
+    path = tmp_path / "model.pt2"
+    fuse(network.eval(), (images,)).save(path)
+    forged = forge(path, lambda name, content: b'["f(leaf_0)"]' if name.endswith("extra/guards.json") else content)
+    with pytest.raises(ValueError, match="is not a condition on sizes"):
+        load(forged)(images)
 
 
 def test_archive_in_an_older_layout(tmp_path):

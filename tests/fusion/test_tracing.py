@@ -40,7 +40,7 @@ X = torch.randn(2, 3, 6, 5, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3])
-def test_the_batch_size_is_free(batch):
+def test_batch_size_is_free(batch):
     model = convolutions(nn.ReLU())
     program = export(model, (X[:batch] if batch < 3 else torch.cat([X, X[:1]]),))
     module = inference_module(program)
@@ -52,7 +52,7 @@ def test_the_batch_size_is_free(batch):
     assert others == [(3, 4), (6, 7), (5, 6)]
 
 
-def test_other_sizes_are_free_where_that_is_asked_for():
+def test_dynamic_sizes():
     model = convolutions(nn.ReLU())
     program = export(model, (X,), dynamic_sizes=True)
     module = inference_module(program)
@@ -64,7 +64,7 @@ def test_other_sizes_are_free_where_that_is_asked_for():
 
 
 @pytest.mark.parametrize("dynamic_sizes", [False, True])
-def test_a_model_that_takes_one_batch_size_is_traced_for_it(dynamic_sizes):
+def test_model_of_one_batch_size(dynamic_sizes):
     model = Reads(lambda m, x: m.a(x.reshape(2, 15)), a=nn.Linear(15, 3)).eval()
     x = torch.randn(2, 3, 5)
     program = export(model, (x,), dynamic_sizes)
@@ -73,26 +73,26 @@ def test_a_model_that_takes_one_batch_size_is_traced_for_it(dynamic_sizes):
     assert batch == (2, 3)
 
 
-def test_a_model_for_single_samples_is_traced_for_them():
+def test_model_of_single_samples():
     model = Reads(lambda m, x: m.a(x.reshape(15)), a=nn.Linear(15, 3)).eval()
     x = torch.randn(1, 3, 5)
     program = export(model, (x,))
     close(inference_module(program)(x), model(x))
 
 
-def test_a_model_that_cannot_be_traced_is_named_in_one_line():
+def test_untraceable_model_is_named_in_one_line():
     with pytest.raises(ValueError, match=r"^torch.export cannot trace Reads: .*") as caught:
         export(Reads(lambda m, x: x if x.sum() > 0 else -x), (X,))
     assert "\n" not in str(caught.value)
 
 
-def test_the_example_is_not_written_over():
+def test_example_is_not_overwritten():
     x = X.clone()
     export(Reads(lambda m, x: x.mul_(2)), (x,))
     assert torch.equal(x, X)
 
 
-def test_a_module_for_inference_has_what_the_graph_reads_and_no_gradients():
+def test_inference_module_owns_what_the_graph_reads():
     model = Reads(lambda m, x: m.a(x), a=nn.Conv2d(3, 4, 1), unused=nn.Linear(4, 4)).eval()
     module = inference_module(export(model, (X,)))
     assert sorted(name for name, _ in module.named_buffers()) == ["a.bias", "a.weight"]
@@ -118,14 +118,14 @@ def merged(elements, x):
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("form", [lambda elements, x: elements, merged], ids=["kept", "merged"])
 @pytest.mark.filterwarnings("ignore:Using padding='same'")
-def test_a_rewritten_graph_computes_what_the_model_computes(name, form):
+def test_rewritten_graph_equals_the_model(name, form):
     model, x, _ = NETWORKS[name]
     result, _ = rewritten(model.eval(), x, form)
     close(result(x), model(x))
 
 
 @pytest.mark.parametrize("name", ["GPT-2's MLP", "a classifier", "LayerScale", "rows that stay flattened"])
-def test_a_rewritten_graph_takes_every_batch_size_that_the_model_takes(name):
+def test_rewritten_graph_at_every_batch_size(name):
     model, x, _ = NETWORKS[name]
     if name == "rows that stay flattened":
         model = copy.deepcopy(model)
@@ -136,7 +136,7 @@ def test_a_rewritten_graph_takes_every_batch_size_that_the_model_takes(name):
         close(result(other), model(other))
 
 
-def test_the_graph_that_is_rewritten_stays_as_it_is():
+def test_rewriting_leaves_the_given_graph():
     model = convolutions(nn.ReLU())
     traced = inference_module(export(model, (X,)))
     before, weights = str(traced.graph), {name: value.clone() for name, value in traced.named_buffers()}
@@ -149,14 +149,14 @@ def test_the_graph_that_is_rewritten_stays_as_it_is():
     close(result(X), model(X))
 
 
-def test_what_is_replaced_is_gone():
+def test_replaced_operators_and_weights_are_gone():
     result, traced = rewritten(convolutions(), X, merged)
     assert sum(node.op == "call_function" for node in traced.graph.nodes) == 3
     assert [str(node.target) for node in result.graph.nodes if node.op == "call_function"][:1] == ["aten.conv2d.default"]
     assert not any(name.startswith(("0", "1", "2")) for name, _ in result.named_buffers())
 
 
-def test_a_chain_may_begin_where_another_ends():
+def test_chain_that_begins_where_another_ends():
     """A value that two others read is the end of one chain and the source of two."""
     modules = {name: nn.Conv2d(3, 3, 1) for name in "abcd"}
     model = Reads(lambda m, x: (m.c(y := m.b(m.a(x))), m.d(y).relu(), y), **modules).eval()
@@ -164,7 +164,7 @@ def test_a_chain_may_begin_where_another_ends():
     close(result(X), model(X))
 
 
-def test_weights_are_in_the_memory_format_of_the_source():
+def test_weights_in_the_memory_format_of_the_source():
     model = convolutions()
     x = X.contiguous(memory_format=torch.channels_last)
     result, _ = rewritten(model, x, merged)
@@ -186,7 +186,7 @@ VOLUMES = torch.randn(2, 2, 3, 4, 5)
         (nn.Sequential(nn.Conv3d(2, 3, 2), nn.Flatten(2), nn.Conv1d(3, 3, 1)), VOLUMES),
     ],
 )
-def test_the_weights_of_images_and_volumes_are_put_in_channels_last(model, x):
+def test_weights_in_channels_last(model, x):
     traced = inference_module(export(model.eval(), (x,)))
     result = in_channels_last(traced)
     weights = [value for value in result.buffers() if value.ndim in (4, 5) and max(value.shape[2:]) > 1]
@@ -197,11 +197,11 @@ def test_the_weights_of_images_and_volumes_are_put_in_channels_last(model, x):
 
 
 @pytest.mark.parametrize("model", [nn.Linear(5, 3), nn.Sequential(nn.Flatten(2), nn.Conv1d(3, 3, 1)), nn.ReLU()])
-def test_without_images_there_is_nothing_to_put_in_channels_last(model):
+def test_channels_last_without_images(model):
     assert in_channels_last(inference_module(export(model.eval(), (X,)))) is None
 
 
-def test_values_are_those_that_nodes_have():
+def test_values_of_nodes():
     model = convolutions(nn.ReLU())
     traced = inference_module(export(model, (X,)))
     nodes = {str(node.target): node for node in traced.graph.nodes}
@@ -211,7 +211,7 @@ def test_values_are_those_that_nodes_have():
     close(between, F.relu(model[0](X)))
 
 
-def test_values_of_a_copied_graph_are_found_by_name():
+def test_values_of_a_copied_graph():
     traced = inference_module(export(convolutions(nn.ReLU()), (X,)))
     (relu,) = (node for node in traced.graph.nodes if node.target is torch.ops.aten.relu.default)
     other = in_channels_last(traced)
@@ -234,11 +234,11 @@ def test_values_of_a_copied_graph_are_found_by_name():
         (None, None, True),
     ],
 )
-def test_an_input_fits_the_sizes_that_are_allowed(value, sizes, expected):
+def test_allowed_sizes(value, sizes, expected):
     assert fits(value, sizes) == expected
 
 
-def test_what_is_no_tensor_has_no_sizes():
+def test_constants_have_no_sizes():
     model = Reads(lambda m, x, scale, pair: x * scale + pair[0] if pair[1] is None else x)
     program = export(model, (X, 2.5, (X, None)))
     sizes = input_sizes(program)
@@ -247,7 +247,7 @@ def test_what_is_no_tensor_has_no_sizes():
 
 
 @pytest.mark.parametrize("dynamic_sizes", [False, True])
-def test_sample_inputs_are_inputs_that_the_model_takes(dynamic_sizes):
+def test_sample_inputs(dynamic_sizes):
     model = Reads(lambda m, x, ids: m.a(x).mean((2, 3)) + m.t(ids), a=nn.Conv2d(3, 4, 3), t=nn.Embedding(5, 4)).eval()
     program = export(model, (X, torch.tensor([4, 1])), dynamic_sizes)
     inputs = sample_inputs(program)

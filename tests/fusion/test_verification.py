@@ -28,7 +28,7 @@ def layer():
     return nn.Linear(4, 3).eval().requires_grad_(False)
 
 
-def test_relative_error_is_over_the_largest_expected_value():
+def test_relative_error():
     assert relative_error(torch.tensor([1.0, 4.5]), torch.tensor([1.0, 5.0])) == pytest.approx(0.1)
     assert relative_error(torch.tensor([1.0, -4.5]), torch.tensor([1.0, -5.0])) == pytest.approx(0.1)
     assert relative_error(torch.zeros(0), torch.zeros(0)) == 0
@@ -37,7 +37,7 @@ def test_relative_error_is_over_the_largest_expected_value():
 
 
 @given(st.integers(0, 11), st.floats(1e-3, 10), st.integers(0, 99))
-def test_a_difference_at_any_position_counts(position, difference, seed):
+def test_difference_at_any_position(position, difference, seed):
     expected = torch.randn(3, 4, generator=torch.Generator().manual_seed(seed)).double()
     actual = expected.clone()
     actual.view(-1)[position] += difference
@@ -45,7 +45,7 @@ def test_a_difference_at_any_position_counts(position, difference, seed):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_what_is_not_finite_must_be_the_same(value):
+def test_values_that_are_not_finite(value):
     odd, plain = torch.tensor([1.0, value]), torch.tensor([1.0, 2.0])
     assert relative_error(odd, odd.clone()) == 0
     assert relative_error(plain, odd) == math.inf
@@ -54,32 +54,32 @@ def test_what_is_not_finite_must_be_the_same(value):
     assert relative_error(torch.tensor([1.5, value]), odd) == pytest.approx(0.5)
 
 
-def test_the_error_is_taken_in_the_precision_of_what_is_expected():
+def test_error_in_the_precision_of_the_expected_value():
     expected = torch.tensor([1.0, 1.0 + 1e-12], dtype=torch.float64)
     assert 0 < relative_error(expected.float(), expected) < 1e-11
     assert relative_error(expected, expected.float()) == 0
 
 
-def test_the_network_itself_has_no_error():
+def test_network_itself_has_no_error():
     model = layer()
     assert check(model).error(model) == 0
 
 
 @pytest.mark.parametrize("batch", [1, 3, 4])
-def test_a_difference_at_any_batch_size_counts(batch):
+def test_difference_at_any_batch_size(batch):
     model = layer()
     error = check(model).error(lambda x: model(x) + (len(x) == batch))
     assert error > 0.1
 
 
-def test_a_difference_on_other_values_than_the_given_ones_counts():
+def test_difference_on_random_values():
     model = layer()
     assert check(model).error(lambda x: model(x) + (not torch.equal(x, X))) > 0.1
     assert check(model).error(lambda x: model(x) + torch.equal(x, X)) > 0.1
 
 
 @pytest.mark.parametrize("wrong", range(3))
-def test_a_difference_in_any_output_counts(wrong):
+def test_difference_in_any_output(wrong):
     model = Reads(lambda m, x: {"first": x * 2, "rest": (x + 1, [x - 1])})
 
     def form(x):
@@ -89,7 +89,7 @@ def test_a_difference_in_any_output_counts(wrong):
     assert check(model).error(form) > 0.1
 
 
-def test_the_largest_error_is_what_is_reported():
+def test_largest_error_is_reported():
     model = Reads(lambda m, x: (x * 0 + 1, x * 0 + 1))
     error = check(model).error(lambda x: (x * 0 + 1.25, x * 0 + 1.5))
     assert error == pytest.approx(0.5)
@@ -104,21 +104,21 @@ def fails_for_one(x):
 
 
 @pytest.mark.parametrize("form", [fails, fails_for_one, lambda x: (layer()(x),) * 2, lambda x: ()])
-def test_a_form_that_raises_or_gives_other_outputs_is_infinitely_wrong(form):
+def test_failing_form_has_infinite_error(form):
     assert check(layer()).error(form) == math.inf
 
 
 @pytest.mark.parametrize("form", [lambda x: layer()(x)[:1], lambda x: layer()(x)[..., :2], lambda x: layer()(x)[None]])
-def test_outputs_of_another_shape_are_infinitely_wrong(form):
+def test_output_of_another_shape_has_infinite_error(form):
     assert check(layer()).error(form) == math.inf
 
 
-def test_outputs_that_can_be_broadcast_are_of_another_shape_too():
+def test_broadcastable_output_is_of_another_shape():
     model = Reads(lambda m, x: torch.ones_like(x))
     assert check(model).error(lambda x: torch.ones(1, 4)) == math.inf
 
 
-def test_a_model_whose_rounding_is_amplified_is_compared_in_float64():
+def test_amplified_rounding_is_compared_in_float64():
     """Adding and taking away a large number leaves three digits in float32; the value itself is exact."""
     model = Reads(lambda m, x: x + 1e4 - 1e4)
     assert relative_error(model(X), X) > 1e-5
@@ -126,12 +126,12 @@ def test_a_model_whose_rounding_is_amplified_is_compared_in_float64():
     assert check(model, tolerance=1e-12).error(model) == 0
 
 
-def test_what_is_wrong_is_wrong_in_float64_too():
+def test_wrong_form_is_wrong_in_float64_too():
     model = Reads(lambda m, x: x + 1e4 - 1e4)
     assert check(model).error(lambda x: 1.01 * x) > 1e-3
 
 
-def test_a_model_that_does_not_run_in_float64_is_compared_as_it_is():
+def test_model_that_does_not_run_in_float64():
     class Single(nn.Module):
         def forward(self, x):
             if x.dtype != torch.float32:
@@ -141,7 +141,7 @@ def test_a_model_that_does_not_run_in_float64_is_compared_as_it_is():
     assert check(Single()).error(lambda x: 2.02 * x) == pytest.approx(0.01, rel=1e-3)
 
 
-def test_the_model_is_left_in_its_precision():
+def test_model_stays_in_its_precision():
     model = layer()
     check(model).error(lambda x: model(x) + 1)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
@@ -153,28 +153,28 @@ def seen_sizes(**options):
     return set(sizes)
 
 
-def test_a_model_is_run_at_three_batch_sizes():
+def test_three_batch_sizes():
     assert {size[0] for size in seen_sizes()} == {1, 3, 4}
 
 
-def test_sizes_that_are_not_taken_are_not_asked():
+def test_only_accepted_sizes_are_tried():
     assert seen_sizes(takes=lambda inputs: inputs[0].shape != (4, 4)) == {(3, 4), (1, 4), (3, 5)}
     assert seen_sizes(takes=lambda inputs: False) == {(3, 4)}
 
 
-def test_longer_inputs_are_asked_where_all_sizes_are_free():
+def test_longer_inputs_where_all_sizes_are_free():
     assert (3, 5) in seen_sizes()
     assert (3, 5) not in seen_sizes(takes=lambda inputs: inputs[0].shape[1] == 4)
 
 
-def test_sizes_that_the_model_refuses_are_not_asked_of_the_form():
+def test_sizes_that_the_model_refuses():
     model = Reads(lambda m, x: x * 2 if len(x) != 1 else fails(x))
     sizes = []
     assert check(model).error(lambda x: sizes.append(len(x)) or x * 2) == 0
     assert 1 not in sizes
 
 
-def test_inputs_are_not_written_over():
+def test_inputs_are_not_overwritten():
     before = X.clone()
     model = Reads(lambda m, x: x.mul_(2))
     assert check(model).error(model) == 0
@@ -182,7 +182,7 @@ def test_inputs_are_not_written_over():
     assert torch.equal(X, before)
 
 
-def test_inputs_that_are_no_floating_tensors_are_passed_on():
+def test_inputs_that_are_no_floating_tensors():
     model = Reads(
         lambda m, x, ids, flag, scale: m.table(ids) + x * scale if flag else x, table=nn.Embedding(5, 4)
     ).requires_grad_(False)
@@ -192,7 +192,7 @@ def test_inputs_that_are_no_floating_tensors_are_passed_on():
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_there_is_a_tolerance_for_each_dtype_above_its_rounding(dtype):
+def test_tolerances_are_above_rounding(dtype):
     assert torch.finfo(dtype).eps < TOLERANCE[dtype] < 0.1
 
 
@@ -200,7 +200,7 @@ def precisions():
     return [backend.fp32_precision for backend in (torch.backends.cudnn.conv, torch.backends.cuda.matmul)]
 
 
-def test_forms_are_compared_in_float32_where_a_gpu_takes_tf32():
+def test_forms_are_compared_without_tf32():
     seen = []
 
     def forward(m, x):
@@ -214,7 +214,7 @@ def test_forms_are_compared_in_float32_where_a_gpu_takes_tf32():
     assert precisions() == before
 
 
-def test_the_precision_of_products_comes_back_after_an_error():
+def test_precision_is_restored_after_an_error():
     before = precisions()
     with pytest.raises(RuntimeError), full_precision():
         raise RuntimeError
