@@ -1,17 +1,19 @@
-"""The command line: arguments in, runs and tables out. Bad input ends with one line and exit status 2."""
+"""The command line: five plain functions, registered as commands.
+
+Errors you can fix are reported as one line on stderr, with exit status 2.
+"""
 
 import typer
 
 from fastentropy.cli import bench, calibrate, doctor, prune, report
 
 app = typer.Typer(
-    help="Find the layers that a network does not need and take them out so that it really runs faster.",
+    help="Find the layers that a network does not need, and take them out so that it really runs faster.",
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
 
 for command in (prune.prune, calibrate.calibrate, bench.bench, report.report, doctor.doctor):
     app.command()(command)

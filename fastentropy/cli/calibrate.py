@@ -16,28 +16,47 @@ from fastentropy.cli.options import chosen_device, one_line_errors
 
 
 def calibrate(
-    model: Annotated[str, typer.Argument(help="A folder of a model of transformers, or its name on the Hugging Face hub.")],
+    model: Annotated[str, typer.Argument(help="Folder of a transformers model, or its name on the Hugging Face hub.")],
     data: Annotated[
-        str, typer.Option(help="Texts (.txt, .jsonl, .parquet) or images: a file, a folder, a pattern, or a name for datasets.")
+        str,
+        typer.Option(
+            help="Text (.txt, .jsonl, .parquet) or images: a file, a folder, a glob pattern, "
+            "or the name of a Hugging Face dataset."
+        ),
     ],
-    column: Annotated[str | None, typer.Option(help="Where documents lie in tables. [default: text, image or img]")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows of a batch.")] = 8,
-    max_length: Annotated[int | None, typer.Option(min=1, help="Tokens of a row. [default: 512 or the model's limit]")] = None,
-    packing: Annotated[bool, typer.Option("--packing", help="Fill rows with several documents: nothing is cut off.")] = False,
-    max_tokens: Annotated[int | None, typer.Option(min=1, help="Stop after so many, of all ranks. [default: all data]")] = None,
-    dtype: Annotated[str, typer.Option(help=f"Of the weights: {', '.join(DTYPES)}.")] = "auto",
-    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. [default: the rank's GPU if there is one]")] = None,
-    device_map: Annotated[str | None, typer.Option(help="Of accelerate, such as auto: spread the model over devices.")] = None,
-    mask: Annotated[str, typer.Option(help="The model's argument that tells padding, which is not counted; or none.")] = (
-        "attention_mask"
-    ),
-    checkpoint_every: Annotated[int, typer.Option(min=1, help="Chunks of 256 KB or 256 rows of a rank.")] = 8,
-    output: Annotated[Path | None, typer.Option(help="The folder. [default: runs/calibrate-MODEL-DATA]")] = None,
+    column: Annotated[
+        str | None, typer.Option(help="Column of a table that holds the documents. [default: text, image or img]")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows per batch.")] = 8,
+    max_length: Annotated[
+        int | None, typer.Option(min=1, help="Tokens per row. [default: 512, or the model's limit if lower]")
+    ] = None,
+    packing: Annotated[
+        bool, typer.Option("--packing", help="Fill each row with several documents, so that nothing is cut off. [default: off]")
+    ] = False,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Stop after this many tokens, counted over all ranks. [default: all data]")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help=f"Type of the weights: {', '.join(DTYPES)}.")] = "auto",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. [default: the rank's GPU if available]")] = None,
+    device_map: Annotated[
+        str | None,
+        typer.Option(help="Spread the model over devices by this map of accelerate, such as auto. [default: one device]"),
+    ] = None,
+    mask: Annotated[
+        str, typer.Option(help="Name of the model's argument that holds the padding mask; 'none' counts padding too.")
+    ] = "attention_mask",
+    checkpoint_every: Annotated[
+        int, typer.Option(min=1, help="Chunks that a rank reads between checkpoints: 256 KB of text, or 256 rows of a table.")
+    ] = 8,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder to write the run to. [default: runs/calibrate-MODEL-DATA]")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON instead of a table.")] = False,
 ) -> None:
-    """Run a model over a corpus and measure the entropy of its activations; under torchrun on many GPUs.
+    """Measure the entropy of a model's activations over a corpus.
 
-    The same command goes on with a run that was interrupted.
+    Start it with torchrun to use several GPUs. Repeat the command to continue a run that was interrupted.
     """
     with one_line_errors(), init_ranks() as ranks:
         options = ranks.run_on_all(
@@ -61,7 +80,7 @@ def calibrate(
             statistics, summary = run_calibration(options, folder, ranks, partial(_calibration_display, ranks, options))
         except KeyboardInterrupt:
             if ranks.is_first:
-                typer.echo("Interrupted. The same command goes on from the last checkpoint.", err=True)
+                typer.echo("Interrupted. Repeat the command to continue from the last checkpoint.", err=True)
             raise typer.Exit(130) from None
         if not ranks.is_first:
             return

@@ -1,4 +1,4 @@
-"""What a run looks like in a terminal: progress bars while it works, a table when it is done."""
+"""A run in the terminal: progress bars while it works, and a table at the end."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -10,6 +10,7 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     Task,
     TaskProgressColumn,
     TextColumn,
@@ -26,25 +27,20 @@ from fastentropy.pruning.steps import Step
 from fastentropy.reporting.history import RunHistory
 
 T = TypeVar("T")
+Display = TypeVar("Display", bound="_Display")
 
-#: Kinds of problems that the terminal lists.
-MOST_PROBLEMS = 5
+#: How many kinds of problems the terminal lists.
+MAX_PROBLEMS = 5
 
 
-class ProgressDisplay:
-    """Bars on standard error: one for the steps with the score so far, one for the phase that runs."""
+class _Display:
+    """Progress bars that are shown while a block runs, and left as they are afterwards."""
 
-    def __init__(self, console: Console) -> None:
-        """Draw on a console."""
-        columns = (
-            TextColumn("{task.description}"), BarColumn(bar_width=16), MofNCompleteColumn(), TimeElapsedColumn(),
-            TextColumn("{task.fields[figure]}"),
-        )  # fmt: skip
+    def __init__(self, *columns: ProgressColumn, console: Console) -> None:
         self._console = console
         self._progress = Progress(*columns, console=console)
-        self._removed = self._progress.add_task("activations removed", total=None, figure="", visible=False)
 
-    def __enter__(self) -> "ProgressDisplay":
+    def __enter__(self: Display) -> Display:
         """Show the bars."""
         self._progress.start()
         return self
@@ -53,8 +49,20 @@ class ProgressDisplay:
         """Leave the bars as they are."""
         self._progress.stop()
 
+
+class ProgressDisplay(_Display):
+    """The bars of a pruning run: one for the steps with the score so far, one for the phase that runs."""
+
+    def __init__(self, console: Console) -> None:
+        """Draw on a console."""
+        super().__init__(
+            TextColumn("{task.description}"), BarColumn(bar_width=16), MofNCompleteColumn(), TimeElapsedColumn(),
+            TextColumn("{task.fields[figure]}"), console=console,
+        )  # fmt: skip
+        self._removed = self._progress.add_task("activations removed", total=None, figure="", visible=False)
+
     def track(self, values: Iterable[T], total: int, title: str) -> Iterator[T]:
-        """Pass the values on under a bar that goes when they end; a number is shown as the loss."""
+        """Yield the values under a bar that disappears with the last one. A float is shown as the loss."""
         task = self._progress.add_task(title, total=total, figure="")
         try:
             for value in values:
@@ -65,7 +73,7 @@ class ProgressDisplay:
             self._progress.remove_task(task)
 
     def finish_step(self, steps: Sequence[Step]) -> None:
-        """Print a line for the step, and move the bar of the steps."""
+        """Print a line for the last step, and move the bar of the steps."""
         step = steps[-1]
         removed = sum(len(each.removed) for each in steps)
         score = f"validation {step.score:.2%}"
@@ -76,45 +84,43 @@ class ProgressDisplay:
 
 
 class _TimeLeft(TimeRemainingColumn):
-    """Says what the figure is, while there is something left."""
+    """The time left, with the word for it."""
 
     def render(self, task: Task) -> Text:
-        """The time left, as in 01:23 left; nothing at the end."""
+        """Return the time left, such as "01:23 left", and nothing at the end."""
         return Text() if task.finished else super().render(task).append(" left")
 
 
-class CalibrationDisplay:
-    """One bar on standard error for a calibration: how far it is, how fast, and what collecting costs."""
+class CalibrationDisplay(_Display):
+    """The bar of a calibration: how far it is, how fast, and what collecting costs."""
 
     def __init__(self, console: Console, total: int | None, unit: str, shows_units: bool) -> None:
-        """unit: tokens or images. total: bytes of the data, or units if the bar shows these; None where it is unknown."""
-        columns = (
+        """Draw on a console.
+
+        Args:
+            console: where to draw.
+            total: the length of the bar in bytes of data, or in units if `shows_units`; None if it is unknown.
+            unit: what is counted, "tokens" or "images".
+            shows_units: let the bar show units instead of bytes.
+        """
+        super().__init__(
             TextColumn("calibrate"), BarColumn(bar_width=16), TaskProgressColumn(), TextColumn("{task.fields[figure]}"),
-            _TimeLeft(compact=True),
+            _TimeLeft(compact=True), console=console,
         )  # fmt: skip
-        self._progress = Progress(*columns, console=console)
         self._task = self._progress.add_task("", total=total, figure="")
         self._unit, self._shows_units = unit, shows_units
 
-    def __enter__(self) -> "CalibrationDisplay":
-        """Show the bar."""
-        self._progress.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        """Leave the bar as it is."""
-        self._progress.stop()
-
     def show(self, read: int, tokens: int, tokens_per_second: float, overhead: float | None) -> None:
-        """Move the bar; read is in bytes of the data."""
+        """Move the bar to `read` bytes of data, or to `tokens` if it shows units. `overhead` is a ratio of times."""
         cost = "" if overhead is None else f", time ×{overhead:.3f}"
         figure = f"{format_count(tokens)} {self._unit}, {format_count(round(tokens_per_second))}/s{cost}"
         self._progress.update(self._task, completed=tokens if self._shows_units else read, figure=figure)
 
 
 def print_calibration(statistics: Statistics, summary: Mapping[str, Any], folder: Path, console: Console) -> None:
-    """The table of the activations, and what came of the run."""
+    """Print the table of the activations, and the outcome of the run."""
     unit, problems = summary["unit"], summary["problems"]
+    more = len(problems) - MAX_PROBLEMS
     lines = [
         str(statistics),
         "",
@@ -123,8 +129,8 @@ def print_calibration(statistics: Statistics, summary: Mapping[str, Any], folder
         f"{plural(summary['ranks'], 'process', 'processes')}",
         f"cost     {format_overhead(summary)}",
         *(f"note     {notice}" for notice in summary["notices"]),
-        *(f"left out {problem['path']}: {problem['what']} ({problem['times']} ×)" for problem in problems[:MOST_PROBLEMS]),
-        *([f"left out {len(problems) - MOST_PROBLEMS} more kinds: see the report"] if len(problems) > MOST_PROBLEMS else []),
+        *(f"left out {problem['path']}: {problem['what']} ({problem['times']} ×)" for problem in problems[:MAX_PROBLEMS]),
+        *([f"left out {plural(more, 'more kind')}: see the report"] if more > 0 else []),
         f"report   {folder / 'report.html'}",
     ]
     for line in lines:
@@ -132,7 +138,7 @@ def print_calibration(statistics: Statistics, summary: Mapping[str, Any], folder
 
 
 def print_history(history: Mapping[str, Any], folder: Path, console: Console) -> None:
-    """The table of the steps, and what came of the run."""
+    """Print the table of the steps, and the outcome of the run."""
     steps, kept = history["steps"], history["kept_step"]
     table = Table(title="Steps (* kept)", title_justify="left")
     for name in ("step", "removed", "bits", "valid.", "test", "ms", "fused ms"):
@@ -157,15 +163,15 @@ def _print_outcome(history: Mapping[str, Any], folder: Path, console: Console) -
     run = RunHistory(history)
     times = run.latency
     largest = max((projection["relative_error"] for projection in run.collapsed), default=0.0)
-    stretches = f"{len(run.collapsed)} stretch{'es' if len(run.collapsed) > 1 else ''}"
-    approximated = f"approx.  {stretches}, each by one convolution: error up to {largest:.0%} before the training"
+    stretches = plural(len(run.collapsed), "stretch", "stretches")
+    approximated = f"approx.  {stretches}, each by one convolution: error up to {largest:.0%} before training"
     lines = [
-        f"removed  {run.removed} of {len(run.sites)} activations",
+        f"removed  {run.removed} of {plural(len(run.sites), 'activation')}",
         f"test     {run.dense['test']:.2%} -> {run.kept['test']:.2%}",
         f"latency  dense {times['dense']:.2f} ms, pruned {times['pruned']:.2f} ms, fused {times['fused']:.2f} ms: "
         f"{run.speedup:.2f}x as fast as dense",
         *([approximated] if run.collapsed else []),
-        f"error    {history['fusion']['max_relative_error']:.0e}, fused against pruned, relative",
+        f"error    {history['fusion']['max_relative_error']:.0e} (relative), fused against pruned",
         f"report   {folder / 'report.html'}",
     ]
     for line in lines:

@@ -1,4 +1,4 @@
-"""Can the main job run here, and with which kernels? One line per finding."""
+"""The command `fastentropy doctor`: whether the main job can run here, and with which kernels."""
 
 import importlib.metadata
 import platform
@@ -11,20 +11,35 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from fastentropy._utils.text import plural
 from fastentropy_kernels import available_implementations, count_states
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the diagnosis; the main job cannot run where one is not ok."""
+    """One line of the diagnosis. The main job can run if all of them are ok."""
 
     name: str
     text: str
     ok: bool = True
 
 
+def doctor() -> None:
+    """Check that fastentropy can run on this machine.
+
+    Shows versions, devices and which kernels run on them. The exit status is 1 if the main job cannot run.
+    """
+    findings = examine()
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for finding in findings:
+        table.add_row("ok" if finding.ok else "NO", finding.name, finding.text)
+    Console().print(table)
+    if not all(finding.ok for finding in findings):
+        raise typer.Exit(1)
+
+
 def examine() -> list[Finding]:
-    """Python, the libraries, the devices, and the kernels on each device with the reason where one does not run."""
+    """Check Python, the libraries, the devices, and the kernels of each device."""
     devices = [torch.device("cpu")]
     if torch.cuda.is_available():
         devices += [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
@@ -49,14 +64,14 @@ def _library(name: str, needed: bool = True) -> Finding:
 
 
 def _device(device: torch.device) -> Iterator[Finding]:
-    threads = f"{torch.get_num_threads()} threads"
+    threads = plural(torch.get_num_threads(), "thread")
     yield Finding(str(device), threads if device.type == "cpu" else torch.cuda.get_device_name(device))
     for implementation, reason in available_implementations(device).items():
         yield _kernel(implementation, reason, device)
 
 
 def _kernel(implementation: str, reason: str, device: torch.device) -> Finding:
-    """Whether an implementation of the state kernels runs: tried, not guessed."""
+    """Run an implementation of the state kernels, and compare its counts."""
     name = f"{device} kernels: {implementation}"
     if reason:
         return Finding(name, f"no: {reason}")
@@ -67,14 +82,3 @@ def _kernel(implementation: str, reason: str, device: torch.device) -> Finding:
         return Finding(name, f"failed: {error}", ok=False)
     right = counts.tolist() == [[1, 1, 2]]
     return Finding(name, "yes" if right else f"wrong counts {counts.tolist()}", right)
-
-
-def doctor() -> None:
-    """Show versions, devices and which kernels run on them; exit status 1 if the main job could not run."""
-    findings = examine()
-    table = Table(box=None, show_header=False, pad_edge=False)
-    for finding in findings:
-        table.add_row("ok" if finding.ok else "NO", finding.name, finding.text)
-    Console().print(table)
-    if not all(finding.ok for finding in findings):
-        raise typer.Exit(1)

@@ -1,4 +1,4 @@
-"""What several commands share: the choice of a device, and errors as one line."""
+"""The parts that commands share: choosing a device, and reporting errors in one line."""
 
 import contextlib
 from collections.abc import Iterator
@@ -11,6 +11,7 @@ from fastentropy.calibration.ranks import RemoteRankError
 
 
 def chosen_device(name: str | None) -> torch.device:
+    """Return the device of --device, which must be usable, or the default one. Raises ValueError."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -25,7 +26,7 @@ def chosen_device(name: str | None) -> torch.device:
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turn what a user can mend into one line and exit status 2."""
+    """Report an error that the user can fix as one line on stderr, with exit status 2."""
     try:
         yield
     except (ValueError, OSError) as error:

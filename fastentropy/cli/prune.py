@@ -19,38 +19,71 @@ from fastentropy.recipes.run import Run, Settings, create_run, open_run
 
 def prune(
     recipe: Annotated[
-        str | None, typer.Argument(help=f"What to train and prune: {', '.join(RECIPES)}. [default: digits]")
+        str | None, typer.Argument(help=f"The network and data to train and prune: {', '.join(RECIPES)}. [default: digits]")
     ] = None,
     max_drop: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Stop where validation accuracy falls by more. [default: 0.005]")
+        float | None,
+        typer.Option(min=0, max=1, help="Accept at most this loss of validation accuracy, as a fraction. [default: 0.005]"),
     ] = None,
-    max_removed: Annotated[int | None, typer.Option(min=0, help="Remove at most so many. [default: no limit]")] = None,
-    per_step: Annotated[int | None, typer.Option(min=1, help="Activations removed in one step. [default: 1]")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="Same seed, same removals. [default: 0]")] = None,
-    epochs: Annotated[int | None, typer.Option(min=1, help="Epochs of each schedule. [default: the recipe's]")] = None,
-    criterion: Annotated[str | None, typer.Option(help=f"What goes first: {', '.join(CRITERIA)}. [default: entropy]")] = None,
+    max_removed: Annotated[
+        int | None, typer.Option(min=0, help="Remove at most this many activations. [default: no limit]")
+    ] = None,
+    per_step: Annotated[int | None, typer.Option(min=1, help="Activations to remove in each step. [default: 1]")] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=2**63 - 1, help="Random seed: the same seed gives the same removals. [default: 0]")
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Epochs of each training. [default: set by the recipe]")] = None,
+    criterion: Annotated[
+        str | None, typer.Option(help=f"How to choose what to remove first: {', '.join(CRITERIA)}. [default: entropy]")
+    ] = None,
     zeros_together: Annotated[
-        bool, typer.Option("--zeros-together", help="Remove all with an entropy of 0 at once, as published.")
+        bool,
+        typer.Option(
+            "--zeros-together",
+            help="Remove all activations of zero entropy at once, as published. [default: off]",
+        ),
     ] = False,
     target_speedup: Annotated[
-        float | None, typer.Option(min=0, help="With entropy-per-latency: stop when so many times as fast.")
+        float | None,
+        typer.Option(
+            min=0,
+            help="Stop once the network is this many times as fast. "
+            "Needs --criterion entropy-per-latency. [default: no target]",
+        ),
     ] = None,
     max_latency_ms: Annotated[
-        float | None, typer.Option(min=0, help="With entropy-per-latency: stop at so many milliseconds per call.")
+        float | None,
+        typer.Option(
+            min=0,
+            help="Stop once a call takes at most this many milliseconds. "
+            "Needs --criterion entropy-per-latency. [default: no limit]",
+        ),
     ] = None,
     collapse: Annotated[
-        str | None, typer.Option(help="project: approximate linearised convolutions by one where that is faster.")
+        str | None,
+        typer.Option(
+            help="'project': approximate linearised convolutions by one where that is faster. [default: exact merging only]"
+        ),
     ] = None,
-    protect: Annotated[list[str] | None, typer.Option(help="An activation that stays; may be given again.")] = None,
-    model: Annotated[str | None, typer.Option(help="Which of the recipe's networks. [default: the recipe's]")] = None,
-    data: Annotated[str | None, typer.Option(help="The folder of the recipe's data, or a name to download it by.")] = None,
-    compile: Annotated[bool, typer.Option("--compile", help="Train with torch.compile.")] = False,
-    output: Annotated[Path | None, typer.Option(help="The run folder. [default: runs/RECIPE-DATE]")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. [default: cuda if there is one]")] = None,
-    resume: Annotated[Path | None, typer.Option(help="Go on with an interrupted run; it keeps its options.")] = None,
+    protect: Annotated[
+        list[str] | None, typer.Option(help="Name of an activation to keep. Repeat the option to keep several. [default: none]")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Name of a network of the recipe. [default: set by the recipe]")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Folder of the recipe's data, or a name to download it by (cifar10 only).")
+    ] = None,
+    compile: Annotated[bool, typer.Option("--compile", help="Train with torch.compile. [default: off]")] = False,
+    output: Annotated[Path | None, typer.Option(help="Folder to write the run to. [default: runs/RECIPE-DATE]")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. [default: cuda if available]")] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="Folder of an interrupted run to continue, with the options it was started with.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the history as JSON instead of a table.")] = False,
 ) -> None:
-    """Train a network, remove its needless activations one by one, fuse what became linear, and report."""
+    """Train, prune and fuse a network, and write a report.
+
+    The activations that the network needs least are removed step by step, with fine-tuning in between.
+    """
     options = {
         "max_drop": max_drop,
         "max_removed": max_removed,
@@ -70,14 +103,14 @@ def prune(
     errors = Console(stderr=True)
     with one_line_errors():
         if resume is not None:
-            run = _resumed(resume, recipe, {**options, "output": output, "device": device})
+            run = _open(resume, recipe, {**options, "output": output, "device": device})
         else:
-            run = _created(recipe or "digits", options, output, device)
+            run = _create(recipe or "digits", options, output, device)
     try:
         with one_line_errors(), ProgressDisplay(errors) as display:
             history = run.execute(display)
     except KeyboardInterrupt:
-        typer.echo(f"Interrupted. What is finished is on disk; go on with: fastentropy prune --resume {run.folder}", err=True)
+        typer.echo(f"Interrupted. Finished steps are on disk; continue with: fastentropy prune --resume {run.folder}", err=True)
         raise typer.Exit(130) from None
     if as_json:
         typer.echo(json.dumps(history, indent=2))
@@ -85,7 +118,7 @@ def prune(
         print_history(history, run.folder, Console())
 
 
-def _created(recipe: str, options: dict[str, Any], output: Path | None, device: str | None) -> Run:
+def _create(recipe: str, options: dict[str, Any], output: Path | None, device: str | None) -> Run:
     chosen = str(chosen_device(device))
     defaults = {"max_drop": 0.005, "max_removed": None, "per_step": 1, "seed": 0, "epochs": 1}
     given: dict[str, Any] = {**defaults, **{name: value for name, value in options.items() if value is not None}}
@@ -95,7 +128,7 @@ def _created(recipe: str, options: dict[str, Any], output: Path | None, device: 
     return create_run(folder, dataclasses.replace(settings, epochs=options["epochs"] or loaded.epochs), loaded)
 
 
-def _resumed(folder: Path, recipe: str | None, options: dict[str, object]) -> Run:
+def _open(folder: Path, recipe: str | None, options: dict[str, object]) -> Run:
     run = open_run(folder)
     if recipe not in (None, run.settings.recipe):
         raise ValueError(f"{folder} is a run of the recipe {run.settings.recipe!r}, not of {recipe!r}; leave the recipe out")

@@ -15,13 +15,21 @@ from fastentropy.reporting.run_report import plot_summary, write_report
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Run folders, or histories (history.json).")],
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN", help="Run folders of fastentropy prune, or their history.json files.")
+    ],
     output: Annotated[
-        Path | None, typer.Option(help="The page. [default: report.html in the folder of one run, comparison.html of several]")
+        Path | None,
+        typer.Option(help="HTML page to write. [default: report.html in the folder of a single run, else comparison.html]"),
     ] = None,
-    png: Annotated[Path | None, typer.Option(help="Write the plots as a picture too.")] = None,
+    png: Annotated[
+        Path | None, typer.Option(help="Also write the plots as a picture to this .png file. [default: no picture]")
+    ] = None,
 ) -> None:
-    """Write the page of a run again, or compare runs: accuracy against activations removed, and against latency."""
+    """Write the report of a run again, or compare several runs.
+
+    A comparison shows accuracy against the activations removed, and against latency.
+    """
     with one_line_errors():
         histories = _read_histories(runs)
         several = len(histories) > 1
@@ -34,7 +42,7 @@ def report(
 
 
 def _read_histories(runs: Sequence[Path]) -> dict[Path, dict[str, Any]]:
-    """The histories of runs, by the files that they are read from."""
+    """Return the checked histories by the files they were read from."""
     histories: dict[Path, dict[str, Any]] = {}
     for run in runs:
         path = run if run.is_file() else run / "history.json"

@@ -170,7 +170,7 @@ def test_what_the_model_refuses_is_one_line(server, place, tmp_path):
 def test_an_interrupt_says_how_to_go_on(server, calibrated, place, tmp_path):
     (result,) = run_on(server, place, tmp_path / "run", 1, {0: ("raise_at", 8, "KeyboardInterrupt")})
     assert result.status == 130
-    assert result.errors.splitlines()[-1] == "Interrupted. The same command goes on from the last checkpoint."
+    assert result.errors.splitlines()[-1] == "Interrupted. Repeat the command to continue from the last checkpoint."
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoint.safetensors"]
     assert run_on(server, place, tmp_path / "run", 1)[0].status == 0
     assert cases.outcome(tmp_path / "run") == calibrated("llama")

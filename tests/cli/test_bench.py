@@ -193,7 +193,7 @@ def test_an_interruption_keeps_what_was_measured(asked, monkeypatch, tmp_path):
     monkeypatch.setattr(Record, "save", interrupted)
     result = invoke("--device", "cpu", "--json", "a.json")
     assert result.exit_code == 130
-    assert "Interrupted. What was measured before, if anything, is in a.json" in result.output
+    assert "Interrupted. The cases measured before, if any, are in a.json" in result.output
     record = Record.load("a.json")
     assert (list(record.cases()), record.complete) == (["one"], False)
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]

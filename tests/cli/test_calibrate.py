@@ -334,7 +334,7 @@ def interrupted(place, output, monkeypatch):
         patch.setattr(Pretrained, "forward", forward_some)
         result = calibrate(place / "llama", place / "texts", output, "--batch-size", 3, "--checkpoint-every", 1)
     assert result.exit_code == 130
-    assert result.stderr.splitlines()[-1] == "Interrupted. The same command goes on from the last checkpoint."
+    assert result.stderr.splitlines()[-1] == "Interrupted. Repeat the command to continue from the last checkpoint."
     assert [path.name for path in output.iterdir()] == ["checkpoint.safetensors"]
     return output
 
