@@ -1,4 +1,4 @@
-"""What the suites share: a measured call that is synchronised, with its bandwidth beside that of a copy."""
+"""The fixture of all suites: a measured, synchronised call, with its bandwidth next to that of a copy."""
 
 import statistics
 
@@ -11,15 +11,15 @@ from fastentropy.benchmarks.measurements import why_not
 
 @pytest.fixture
 def measured(benchmark):
-    """Return measured(case, operation): run it under pytest-benchmark, to the end of what it asks of a GPU.
+    """Return measured(case, operation), which runs the operation under pytest-benchmark and waits for the GPU.
 
-    In the extra information are the facts of the case; where the case has a roof, the bytes that the operation moves, its GB/s
-    and its percentage of the bandwidth that the roof reached just before. A peer that does not run here is skipped.
+    The extra information holds the facts of the case. If the case has a roof, it also holds the bytes that the operation moves,
+    its GB/s, and its percentage of the bandwidth that the roof reached just before. A baseline that does not run here is skipped.
     """
 
     def run(case, operation):
         call = case.operations[operation]
-        if operation in case.peers and (reason := why_not(call)):
+        if operation in case.baselines and (reason := why_not(call)):
             pytest.skip(f"{operation} does not run here: {reason}")
         synchronise = torch.accelerator.synchronize if torch.accelerator.is_available() else lambda: None
         benchmark.group = case.name

@@ -1,8 +1,8 @@
-"""Write every figure that the README and docs/results.md quote from the records in bench/results, and draw their pictures.
+"""Write the measured sections of README.md and docs/results.md from the records in bench/results, and draw their plots.
 
 python bench/draw_figures.py
 
-A page has sections between <!-- NAME --> and <!-- /NAME -->, which nobody else writes. A test holds the pages to it.
+The sections lie between <!-- NAME --> and <!-- /NAME --> and are written by this script alone. A test checks the pages.
 """
 
 import re
@@ -18,7 +18,7 @@ PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
 
 
 def main() -> None:
-    """Write the sections and the pictures."""
+    """Write the pages and draw the plots."""
     for path in PAGES:
         path.write_text(drawn(path.read_text(encoding="utf-8"), links_from(path)), encoding="utf-8")
     for name in (*(f"kernels-{machine}" for machine in MACHINES), *(f"fuse-{machine}" for machine in MACHINES)):
@@ -28,7 +28,7 @@ def main() -> None:
 
 
 def drawn(page: str, results: str) -> str:
-    """The page with its sections as the records have them; results is the path from the page to the records."""
+    """Return the page with its sections rewritten from the records. `results` is the path from the page to the records."""
 
     def section(match: re.Match[str]) -> str:
         name = match[1]
@@ -38,26 +38,8 @@ def drawn(page: str, results: str) -> str:
 
 
 def links_from(path: Path) -> str:
-    """The way from a page to the records."""
+    """Return the path from a page to the records."""
     return "bench/results" if path.parent == ROOT else "../bench/results"
-
-
-# The kernels -----------------------------------------------------------------------------------------------------------
-
-
-# Collecting ------------------------------------------------------------------------------------------------------------
-
-
-# Fusing ----------------------------------------------------------------------------------------------------------------
-
-
-# The README's choice ---------------------------------------------------------------------------------------------------
-
-
-# The goals -------------------------------------------------------------------------------------------------------------
-
-
-# The runs --------------------------------------------------------------------------------------------------------------
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Measure tokens per second with and without collecting, and what a sum over ranks takes, with 1, 2 and 4 processes on a CPU.
+"""Measure tokens per second with and without collecting, and the time of a sum over ranks, with 1, 2 and 4 processes on a CPU.
 
 python bench/record_calibrate.py [--rounds N] [--name NAME]
 
-The model is a Llama of 32 million random parameters on 8 rows of 256 tokens, one thread for each process. A sum is measured of
-its counters and of those of a decoder of seven billion parameters. With a name the record is kept as
+The model is a Llama of 32 million random parameters on 8 rows of 256 tokens, with one thread per process. Two sums
+are measured: of its counters, and of those of a decoder of seven billion parameters. With --name the record is kept as
 bench/results/calibrate-NAME.json.
 """
 
@@ -21,6 +21,7 @@ from records import save_record
 from torch import nn
 
 import fastentropy as fe
+from fastentropy._utils.text import plural
 from fastentropy._utils.timing import measure_seconds
 from fastentropy.benchmarks.measurements import Quartiles
 from fastentropy.collector.distributed import sum_over_ranks
@@ -29,12 +30,12 @@ from fastentropy.sites.sharding import RankShare
 PROCESSES = (1, 2, 4)
 ROWS, TOKENS = 8, 256
 SYNCS = 21
-#: Layers and neurons of a layer of Llama 7B.
+#: Layers of Llama 7B, and neurons per layer.
 LARGE = (32, 11008)
 
 
 def main() -> None:
-    """Print one line for each number of processes, and write the file if there is a name."""
+    """Print one line for each number of processes, and write the record if it has a name."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--name")
@@ -49,7 +50,7 @@ def main() -> None:
 
 
 def measure(processes: int, rounds: int) -> dict[str, object]:
-    """Return what all ranks saw."""
+    """Return the figures of one number of processes."""
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(work, (processes, rounds, folder), nprocs=processes)
         ranks = [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(processes)]
@@ -70,14 +71,14 @@ def measure(processes: int, rounds: int) -> dict[str, object]:
 
 
 def work(rank: int, processes: int, rounds: int, folder: str) -> None:
-    """Be one rank: run the same batch with and without collecting, in turns, then sum counters over the ranks."""
+    """Run one rank: the same batch with and without collecting, in turns, then sums of counters over the ranks."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=processes)
     model, inputs = llama(rank)
     collector = fe.collect(model)
     seconds: dict[str, list[float]] = {"plain": [], "collecting": []}
     with torch.inference_mode():
-        for index in range(rounds + 3):  # in the first three everything is compiled
+        for index in range(rounds + 3):  # the first three rounds compile
             for key in sorted(seconds, reverse=index % 2 == 1):
                 if key == "collecting":
                     collector.attach()
@@ -99,7 +100,7 @@ def work(rank: int, processes: int, rounds: int, folder: str) -> None:
 
 
 def llama(rank: int) -> tuple[nn.Module, dict[str, torch.Tensor]]:
-    """Return the model, the same on all ranks, and a batch of a rank."""
+    """Return the model, the same on all ranks, and a batch that differs between ranks."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=8000,
@@ -116,10 +117,10 @@ def llama(rank: int) -> tuple[nn.Module, dict[str, torch.Tensor]]:
 
 
 def line(case: dict) -> str:
-    """Show one number of processes."""
+    """Write the figures of one number of processes."""
     speed, ratio = case["tokens_per_second"], case["collecting_over_plain"]
     return (
-        f"{case['processes']} processes: {speed['plain']:.0f} tokens per second, collecting {speed['collecting']:.0f}; time "
+        f"{plural(case['processes'], 'process', 'processes')}: {speed['plain']:.0f} tokens per second, collecting {speed['collecting']:.0f}; time "
         f"{ratio['median']:.3f} ({ratio['lower']:.3f} to {ratio['upper']:.3f}); sum over ranks of "
         f"{case['counter_bytes'] / 1e6:.2f} MB {case['sync_milliseconds']:.1f} ms, of "
         f"{case['large_counter_bytes'] / 1e6:.2f} MB {case['large_sync_milliseconds']:.1f} ms"

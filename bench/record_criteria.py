@@ -1,10 +1,10 @@
-"""Compare what the criteria of `prune` reach on the digits: removals, accuracy and latency, over some seeds.
+"""Compare the criteria of `prune` on the digits: removals, accuracy and latency, over some seeds.
 
 python bench/record_criteria.py [--seeds 5] [--epochs 15] [--name criteria-MACHINE]
 
-Each criterion starts from the same trained network of a seed. That has had two schedules, so that the first removal does not
-gain from its fine-tuning alone. What each limit on the loss of validation accuracy keeps is read out of one run, which goes on
-to the widest. The networks that are kept are fused, and timed side by side.
+For each seed, all criteria start from the same trained network. It is trained for two schedules, so that the fine-tuning of the
+first removal alone is no gain. One run goes on to the widest limit on the loss of validation accuracy; what tighter limits keep
+is read from its steps. The kept networks are fused and timed side by side.
 """
 
 import argparse
@@ -28,7 +28,7 @@ LIMITS = (0.005, 0.01)
 
 
 def main() -> None:
-    """Measure, print a table and keep a record."""
+    """Measure, print a table, and write the record if it has a name."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=Digits.epochs)
@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def runs_of_seed(seed: int, epochs: int) -> list[dict[str, Any]]:
-    """A run of each criterion from one dense network, with the fused latency of what each limit keeps."""
+    """Return a run of each criterion from one dense network, with the fused latency of the network that each limit keeps."""
     recipe = Digits(torch.device("cpu"))
     torch.manual_seed(seed)
     dense = recipe.build_model()
@@ -73,7 +73,7 @@ def runs_of_seed(seed: int, epochs: int) -> list[dict[str, Any]]:
 def prune_to_the_widest_limit(
     dense: nn.Module, recipe: Digits, criterion: Any, epochs: int, models: list[nn.Module]
 ) -> list[dict[str, Any]]:
-    """The steps of a run; the network of each is appended to `models`."""
+    """Return the steps of a run, and append the network of each to `models`."""
 
     def measure(model: nn.Module) -> dict[str, float]:
         models.append(copy.deepcopy(model))
@@ -93,13 +93,13 @@ def prune_to_the_widest_limit(
 
 
 def kept_step(steps: Sequence[dict[str, Any]], limit: float) -> int:
-    """The last step before the first that falls by more than a limit."""
+    """Return the last step before the first one whose validation accuracy falls by more than the limit."""
     falls = [steps[0]["validation"] - step["validation"] > limit + 1e-9 for step in steps]
     return falls.index(True) - 1 if True in falls else len(steps) - 1
 
 
 def fused_times(models: dict[tuple[str, int], nn.Module], recipe: Digits) -> dict[tuple[str, int], float]:
-    """Milliseconds of one call of each network in its fastest form, measured side by side."""
+    """Return milliseconds of one call of each network in its fastest form, measured side by side."""
     inputs = recipe.example_inputs()
     fused = {key: fuse(model, inputs) for key, model in models.items()}
     with torch.inference_mode():
@@ -107,7 +107,7 @@ def fused_times(models: dict[tuple[str, int], nn.Module], recipe: Digits) -> dic
 
 
 def summarize(runs: Sequence[dict[str, Any]], criterion: str, limit: float) -> dict[str, float]:
-    """Means over the seeds of what a limit keeps."""
+    """Return means over the seeds for the networks that a limit keeps."""
     own = [run for run in runs if run["criterion"] == criterion]
     kept = [run["kept"][str(limit)] for run in own]
     last = [run["steps"][each["step"]] for run, each in zip(own, kept, strict=True)]

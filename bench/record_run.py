@@ -1,4 +1,4 @@
-"""Keep a finished run as bench/results/NAME.json; of a pruning run, draw its picture beside it.
+"""Keep a finished run as bench/results/NAME.json, and draw the plots of a pruning run next to it.
 
 fastentropy prune --output RUN && python bench/record_run.py RUN digits
 fastentropy calibrate MODEL --data DATA --output RUN && python bench/record_run.py RUN minilm
@@ -16,7 +16,7 @@ from fastentropy.reporting.run_report import plot_summary
 
 
 def main(folder: str, name: str) -> None:
-    """Record the run in a folder, without where its data lay."""
+    """Record the run in a folder, without the path of its data."""
     if (Path(folder) / "summary.json").exists():
         record_calibration(json.loads((Path(folder) / "summary.json").read_text(encoding="utf-8")), name)
         return
@@ -27,7 +27,7 @@ def main(folder: str, name: str) -> None:
 
 
 def record_calibration(summary: dict, name: str) -> None:
-    """Record a calibration, its model and data by their names alone."""
+    """Record a calibration, with the names of its model and data instead of their paths."""
     names = {key: Path(summary[key]).name for key in ("model", "data")}
     save_json(summary | names, RESULTS / f"{name}.json")
 

@@ -1,4 +1,4 @@
-"""What every record of a measurement holds besides its figures, and where records are kept."""
+"""Records of measurements: where they are kept, and what each holds besides its figures."""
 
 import shlex
 import sys
@@ -11,7 +11,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def save_record(name: str, device: str, **figures: object) -> None:
-    """Write bench/results/NAME.json: the machine and its threads, the date, the version, the command, then the figures."""
+    """Write bench/results/NAME.json: the machine, the date, the version, the commit and the command, then the figures."""
     machine = describe_machine(device)
     record = {
         "machine": machine["device"],

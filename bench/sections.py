@@ -1,4 +1,4 @@
-"""The sections of the results that are drawn from records, each a table."""
+"""The measured sections of README.md and docs/results.md as Markdown, most of them a table of a record."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -6,62 +6,58 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from fastentropy._utils.text import format_percent, plural
 from fastentropy.benchmarks.measurements import Measurement, Quartiles
 from fastentropy.benchmarks.records import Record
 
 ROOT = Path(__file__).parent.parent
-
-
 RESULTS = ROOT / "bench" / "results"
-
-
+#: The machines of which there is a record of each benchmark.
 MACHINES = ("epyc", "h100")
-
-
-KERNEL_PEERS = ("PyTorch counting", "torch.compile", "published procedure", "histogram observer")
-
-
+#: The baselines that a table shows, in its order.
+KERNEL_BASELINES = ("PyTorch counting", "torch.compile", "published procedure", "histogram observer")
+COLLECT_BASELINES = ("PyTorch hooks", "compiled hooks", "histogram observer", "published procedure")
+#: The first words of the fused networks that the README shows.
 FUSED = ("mobilenet_v2 features.2,", "mobilenet_v2 features.12", "mobilenet_v2 all blocks", "mobilenet_v2 half", "vit_b_16 MLP")
-
-
-COLLECT_PEERS = ("PyTorch hooks", "compiled hooks", "histogram observer", "published procedure")
+#: The networks that the fused one of a run is compared with.
+DIGITS = {"dense": "the dense network", "dense_fused": "that with batch norm folded", "pruned": "the pruned one before fusing"}
 
 
 def loaded(name: str) -> dict[str, Any]:
-    """A record that is not one of `fastentropy bench`."""
+    """Read a record that is not one of `fastentropy bench`."""
     values: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
     return values
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table in Markdown."""
+    """Return a table in Markdown."""
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
 
 
 def quartiles(values: Quartiles, digits: int = 2) -> str:
-    """A median, and the quartiles in brackets."""
+    """Write a median, and the quartiles in brackets."""
     return f"{values.median:.{digits}f} ({values.lower:.{digits}f} to {values.upper:.{digits}f})"
 
 
 def inverse(values: Quartiles) -> Quartiles:
-    """Times as fast, of times as long."""
+    """Turn ratios of times into ratios of speeds."""
     return Quartiles(1 / values.upper, 1 / values.median, 1 / values.lower)
 
 
 def origin(name: str, machine: str, date: str, commit: str | None, command: str, results: str) -> str:
-    """The line that says where figures come from."""
+    """Return the line on the origin of figures: machine, date, commit, record and command."""
     at = f", commit {commit}" if commit else ""
     return f"{machine}, {date}{at}: [{name}.json]({results}/{name}.json), by `{command}`."
 
 
 def of_record(name: str, record: Record, results: str) -> str:
-    """The line that says where the figures of a record come from."""
-    stopped = "" if record.complete else " It was stopped before it had all cases."
+    """Return the line on the origin of the figures of a record of `fastentropy bench`."""
+    stopped = "" if record.complete else " The run is incomplete."
     return origin(name, record.machine, record.date, record.commit, record.command, results) + stopped
 
 
 def for_each_machine(kind: str, head: Sequence[str], rows: Callable[[Record], Iterable[Sequence[str]]], results: str) -> str:
-    """A table of the record of each machine, below the line that says where it comes from."""
+    """Return a table for the record of each machine, below the line on its origin."""
     parts = []
     for name in (f"{kind}-{machine}" for machine in MACHINES):
         record = Record.load(RESULTS / f"{name}.json")
@@ -70,37 +66,37 @@ def for_each_machine(kind: str, head: Sequence[str], rows: Callable[[Record], It
 
 
 def case_rows(row: Callable[[str, dict[str, Measurement]], Sequence[str]], record: Record) -> Iterator[Sequence[str]]:
-    """A row for each case."""
+    """Return a row for each case."""
     return (row(case, by_operation(measurements)) for case, measurements in record.cases().items())
 
 
 def by_operation(measurements: Iterable[Measurement]) -> dict[str, Measurement]:
-    """The measurements of one case that have figures."""
+    """Return the measurements of one case that were not skipped, by operation."""
     return {each.operation: each for each in measurements if each.ratio}
 
 
 def median(measurement: Measurement | None) -> str:
-    """The ratio to the baseline, where there is one."""
+    """Write the median ratio, or a dash if there is none."""
     return f"{measurement.ratio.median:.2f}" if measurement and measurement.ratio else "–"
 
 
 def kernels(results: str) -> str:
-    """relu and its states at the largest size, as a multiple of relu alone."""
-    head = ("", "`activation_states`", "as eager calls", "of a copy's bandwidth", *KERNEL_PEERS)
+    """Return the table of activations with their states at the largest size, relative to the activation alone."""
+    head = ("", "`activation_states`", "as eager calls", "of a copy's bandwidth", *KERNEL_BASELINES)
     return for_each_machine("kernels", head, kernel_rows, results)
 
 
 def kernel_rows(record: Record) -> Iterator[Sequence[str]]:
-    """A row for each layout, dtype and activation at its largest size. On a GPU peers are eager calls, ours is a CUDA graph."""
-    for name, ours, eager in largest_cases(record):
-        fused, peers = ours["activation_states"], [median(eager.get(peer)) for peer in KERNEL_PEERS]
+    """Yield a row for each layout, dtype and activation. On a GPU the baselines are eager calls, and ours is a CUDA graph."""
+    for title, ours, eager in largest_cases(record):
+        fused, baselines = ours["activation_states"], [median(eager.get(name)) for name in KERNEL_BASELINES]
         eagerly = "–" if eager is ours else median(eager["activation_states"])
         roof = max(case["copy"].gigabytes_per_second for case in (ours, eager))
-        yield name, quartiles(fused.ratio), eagerly, f"{100 * fused.gigabytes_per_second / roof:.0f} %", *peers
+        yield title, quartiles(fused.ratio), eagerly, f"{100 * fused.gigabytes_per_second / roof:.0f} %", *baselines
 
 
 def largest_cases(record: Record) -> Iterator[tuple[str, dict[str, Measurement], dict[str, Measurement]]]:
-    """The cases of the largest size: what they are, the measurements to quote, and those of eager calls."""
+    """Yield the cases of the largest size: a title, the measurements to quote, and those of eager calls."""
     cases = [by_operation(each) for each in record.cases().values()]
     groups: dict[tuple[str, ...], list[dict[str, Measurement]]] = {}
     for case in cases:
@@ -115,26 +111,26 @@ def largest_cases(record: Record) -> Iterator[tuple[str, dict[str, Measurement],
 
 
 def collecting(results: str) -> str:
-    """Inference while collecting as a multiple of plain inference, and the memory that it adds."""
-    head = ("", "collecting", *COLLECT_PEERS, "memory added", "published")
+    """Return the table of inference while collecting, relative to plain inference, with the memory that it adds."""
+    head = ("", "collecting", *COLLECT_BASELINES, "memory added", "published")
     return for_each_machine("collect", head, partial(case_rows, collect_row), results)
 
 
 def collect_row(case: str, operations: dict[str, Measurement]) -> Sequence[str]:
-    """One network."""
-    peers = [median(operations.get(peer)) for peer in COLLECT_PEERS]
+    """Return the row of one network."""
+    baselines = [median(operations.get(name)) for name in COLLECT_BASELINES]
     memory = [added_megabytes(operations, name) for name in ("collecting", "published procedure")]
-    return case, quartiles(operations["collecting"].ratio), *peers, *memory
+    return case, quartiles(operations["collecting"].ratio), *baselines, *memory
 
 
 def added_megabytes(operations: dict[str, Measurement], name: str) -> str:
-    """What a procedure adds to the peak of plain inference."""
+    """Write the memory that a procedure adds to the peak of plain inference."""
     peaks = [operations[each].facts.get("peak_bytes") for each in ("plain", name) if each in operations]
     return f"{(peaks[1] - peaks[0]) / 1e6:.2f} MB" if len(peaks) == 2 and None not in peaks else "–"
 
 
 def fusing(results: str) -> str:
-    """Linearised networks, as times as fast as with batch norm folded."""
+    """Return the table of linearised networks, relative to the same with batch norm folded."""
     head = (
         "",
         "batch norm folded",
@@ -148,7 +144,7 @@ def fusing(results: str) -> str:
 
 
 def fuse_row(case: str, operations: dict[str, Measurement]) -> Sequence[str]:
-    """One network."""
+    """Return the row of one network."""
     folded, fused, frozen = operations["folded"], operations["fused"], operations.get("torch.compile, frozen")
     counts = fused.facts["multiplications_folded"], fused.facts["multiplications"]
     return (
@@ -162,21 +158,21 @@ def fuse_row(case: str, operations: dict[str, Measurement]) -> Sequence[str]:
     )
 
 
-def peers(results: str) -> str:
-    """What the README shows of all this: the kernels, whole models, fused networks; time beside what one would use instead."""
+def baselines(results: str) -> str:
+    """Return the table of the README: kernels, whole models and fused networks next to their baselines."""
     rows = []
     for machine in MACHINES:
         kernel, collect, fuse = (Record.load(RESULTS / f"{each}-{machine}.json") for each in ("kernels", "collect", "fuse"))
         where = kernel.machine.removesuffix(" HBM3")
         for name, ours, eager in largest_cases(kernel):
             if name.startswith("relu"):
-                beside = [median(eager.get(peer)) for peer in ("PyTorch counting", "torch.compile", "published procedure")]
-                rows.append((where, f"{name}: relu and states / relu", quartiles(ours["activation_states"].ratio), *beside))
+                others = [median(eager.get(each)) for each in ("PyTorch counting", "torch.compile", "published procedure")]
+                rows.append((where, f"{name}: relu and states / relu", quartiles(ours["activation_states"].ratio), *others))
                 if eager is not ours:
-                    rows.append((where, "the same as eager calls", quartiles(eager["activation_states"].ratio), *beside))
+                    rows.append((where, "the same as eager calls", quartiles(eager["activation_states"].ratio), *others))
         for case, operations in ((name, by_operation(each)) for name, each in collect.cases().items()):
-            beside = [median(operations.get(peer)) for peer in ("PyTorch hooks", "compiled hooks", "published procedure")]
-            rows.append((where, f"{case}: collecting / plain", quartiles(operations["collecting"].ratio), *beside))
+            others = [median(operations.get(each)) for each in ("PyTorch hooks", "compiled hooks", "published procedure")]
+            rows.append((where, f"{case}: collecting / plain", quartiles(operations["collecting"].ratio), *others))
         for name, operations in ((name, by_operation(each)) for name, each in fuse.cases().items()):
             if name.startswith(FUSED):
                 frozen = operations.get("torch.compile, frozen")
@@ -186,15 +182,15 @@ def peers(results: str) -> str:
 
 
 def missing(results: str) -> str:
-    """Which records were stopped before they had all cases."""
+    """Return a line that names the incomplete records."""
     names = [f"{kind}-{machine}" for kind in ("kernels", "collect", "fuse") for machine in MACHINES]
     stopped = [name for name in names if not Record.load(RESULTS / f"{name}.json").complete]
     links = ", ".join(f"[{name}.json]({results}/{name}.json)" for name in stopped)
-    return f"Stopped before it had all cases: {links}." if stopped else "All records are complete."
+    return f"Incomplete {'run' if len(stopped) == 1 else 'runs'}: {links}." if stopped else "All runs are complete."
 
 
 def goals(results: str) -> str:
-    """How many of the cases of each kind reach what DESIGN set, and the worst of them."""
+    """Return the table of goals: how many cases of each kind reach the goal, and the worst of them."""
     rows = []
     for machine in MACHINES:
         kernel, collect, fuse = (Record.load(RESULTS / f"{each}-{machine}.json") for each in ("kernels", "collect", "fuse"))
@@ -220,46 +216,45 @@ def goals(results: str) -> str:
 
 
 def goal(machine: str, what: str, measurements: Sequence[Measurement], limit: float) -> Sequence[str]:
-    """One goal: a ratio that no median should be above."""
+    """Return the row of one goal: a ratio that no median should exceed."""
     ratios = [each.ratio.median for each in measurements]
     reached = sum(ratio <= limit for ratio in ratios)
     return machine, what, f"≤ {limit:.2f}", f"{reached} of {len(ratios)}", f"{max(ratios):.3f}"
 
 
 def digits(results: str) -> str:
-    """The run of the main command that is recorded."""
+    """Return a paragraph on the recorded run of `fastentropy prune`."""
     history = loaded("digits")
     dense, kept, times = history["steps"][0], history["steps"][history["kept_step"]], history["latency_ms"]
     removed = sum(len(step["removed"]) for step in history["steps"][: history["kept_step"] + 1])
     faster = [f"{times[name] / times['fused']:.2f}× as fast as {what}" for name, what in DIGITS.items()]
     machine = history["machine"]
+    processor, _, threads = machine["device"].partition(", ")
     return (
-        f"One run of it on {machine['device']}, {machine['date']}, seed {history['seed']}: {removed} of "
-        f"{len(dense['layer_entropy'])} activations removed, test accuracy {100 * dense['test']:.2f} % before and "
-        f"{100 * kept['test']:.2f} % after. A batch of 64 images takes the fused network {times['fused']:.2f} ms: {faster[0]}, "
-        f"{faster[1]}, {faster[2]}. Outputs differ by {history['fusion']['max_relative_error']:.0e} (relative). "
-        f"The record is [digits.json]({results}/digits.json)."
+        f"One run on an {processor} ({threads}), {machine['date']}, seed {history['seed']}: {removed} of "
+        f"{plural(len(dense['layer_entropy']), 'activation')} removed, "
+        f"test accuracy {format_percent(dense['test'])} % before and "
+        f"{format_percent(kept['test'])} % after. A batch of 64 images takes the fused network {times['fused']:.2f} ms: "
+        f"{faster[0]}, {faster[1]}, {faster[2]}. The relative error of its outputs is at most "
+        f"{history['fusion']['max_relative_error']:.0e}. The record is [digits.json]({results}/digits.json)."
     )
 
 
-DIGITS = {"dense": "the dense network", "dense_fused": "that with batch norm folded", "pruned": "the pruned one before fusing"}
-
-
 def minilm(results: str) -> str:
-    """The entropies of MiniLM on Python's own help."""
+    """Return the entropies of MiniLM on the texts of Python's own help."""
     record = loaded("minilm")
     machine, overhead = record["machine"], record["overhead"]
     rows = [(name, f"{bits:.3f}") for name, bits in record["layer_entropy"].items()]
     return (
         f"{machine['device']}, {machine['date']}: {record['tokens']:,} tokens in {record['documents']:,} documents, "
-        f"{record['tokens_per_second']:.0f} tokens per second on {record['ranks']} process; time while collecting "
-        f"{overhead['ratio']:.3f} of that without, median of {overhead['samples']} batches. "
+        f"{record['tokens_per_second']:.0f} tokens per second on {plural(record['ranks'], 'process', 'processes')}. Collecting "
+        f"takes {overhead['ratio']:.3f} of the time without it, median of {plural(overhead['samples'], 'batch', 'batches')}. "
         f"The record is [minilm.json]({results}/minilm.json).\n\n{table(('activation', 'entropy, bits'), rows)}"
     )
 
 
 def calibrate(results: str) -> str:
-    """Tokens per second with several processes."""
+    """Return the table of tokens per second with several processes."""
     record = loaded("calibrate-epyc")
     rows = [
         (
@@ -277,7 +272,7 @@ def calibrate(results: str) -> str:
 
 
 def criteria(results: str) -> str:
-    """What the criteria reach on the digits."""
+    """Return the table of the criteria on the digits."""
     record = loaded("criteria-epyc")
     seeds = {run["seed"] for run in record["runs"]}
     rows = [
@@ -296,20 +291,21 @@ def criteria(results: str) -> str:
         "criterion",
         "removed, of 8",
         "test accuracy, points",
-        "times as fast as dense, fused too (least to most)",
+        "times as fast as dense, both fused (least to most)",
     )
     line = origin("criteria-epyc", record["machine"], record["date"], record.get("commit"), record["command"], results)
-    return f"Means over {len(seeds)} seeds, schedules of {record['epochs']} epochs. {line}\n\n{table(head, rows)}"
+    means = f"Means over {plural(len(seeds), 'seed')}, schedules of {plural(record['epochs'], 'epoch')}."
+    return f"{means} {line}\n\n{table(head, rows)}"
 
 
 def cifar10(results: str) -> str:
-    """The steps of the run on CIFAR-10."""
+    """Return the table of the steps of the run on CIFAR-10."""
     history = loaded("cifar10-resnet8")
     machine, times = history["machine"], history["latency_ms"]
     rows = [
         (
             ", ".join(step["removed"]) or "dense",
-            *(f"{100 * step[score]:.2f}" for score in ("validation", "test")),
+            *(format_percent(step[score]) for score in ("validation", "test")),
             f"{step['latency_ms']['fused']:.2f} ms",
             "kept" if index == history["kept_step"] else "",
         )
@@ -317,7 +313,9 @@ def cifar10(results: str) -> str:
     ]
     head = ("removed", "validation, %", "test, %", "fused, 64 images", "")
     line = origin("cifar10-resnet8", machine["device"], machine["date"], None, "fastentropy prune cifar10", results)
-    return f"Dense {times['dense']:.2f} ms, in the end {times['fused']:.2f} ms. {line}\n\n{table(head, rows)}"
+    return (
+        f"The dense network takes {times['dense']:.2f} ms, the final one {times['fused']:.2f} ms. {line}\n\n{table(head, rows)}"
+    )
 
 
 SECTIONS: dict[str, Callable[[str], str]] = {
@@ -325,7 +323,7 @@ SECTIONS: dict[str, Callable[[str], str]] = {
     "collect": collecting,
     "fuse": fusing,
     "goals": goals,
-    "peers": peers,
+    "baselines": baselines,
     "digits": digits,
     "minilm": minilm,
     "calibrate": calibrate,

@@ -1,8 +1,9 @@
-"""A pass over a corpus: the model alone, `fastentropy calibrate`, and what people would write instead.
+"""A pass over a corpus: the model alone, `fastentropy calibrate`, and the baselines.
 
 pytest bench/test_bench_calibrate.py --benchmark-group-by=group
 
-The corpus is random words, the model a Llama of 13 million random parameters. `record_calibrate.py` measures several processes.
+The corpus consists of random words; the model is a Llama of 13 million random parameters. `record_calibrate.py` measures several
+processes.
 """
 
 import contextlib
@@ -31,7 +32,7 @@ class Silent:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The model with its tokenizer, and a text that fills the batches when it is packed."""
+    """Return a folder with the model and its tokenizer, and a text that fills the batches when it is packed."""
     folder = tmp_path_factory.mktemp("calibrate")
     backend = Tokenizer(models.WordLevel({word: number for number, word in enumerate(["<eos>", *WORDS])}, unk_token="<eos>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -43,7 +44,7 @@ def folder(tmp_path_factory):
 
 
 def llama():
-    """The same model each time."""
+    """Return the same model each time."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=len(WORDS) + 1,
@@ -66,7 +67,7 @@ def test_a_loop(benchmark, procedure):
 
 
 def test_fastentropy_calibrate(benchmark, folder):
-    """Reading, tokenizing, checkpoints and the report are in it."""
+    """Reading, tokenizing, checkpoints and the report are included."""
     benchmark.group = "calibrate"
     options = Options(str(folder / "model"), str(folder / "text.txt"), batch_size=ROWS, max_length=TOKENS, packing=True)
 

@@ -1,8 +1,8 @@
-"""What collecting costs a whole model, beside inference alone and beside what people would use instead.
+"""The cost of collecting from whole models, next to inference alone and to the baselines.
 
 pytest bench/test_bench_collect.py --benchmark-group-by=group
 
-Small batches, for a quick look. `fastentropy bench collect` measures in turns, for ratios to be quoted, and the memory.
+The batches are small, for a quick look. `fastentropy bench collect` measures in turns, for ratios to quote, and the memory.
 """
 
 import contextlib

@@ -1,8 +1,8 @@
-"""Fused chains beside the same with batch norm folded, the original, and torch.compile.
+"""Fused chains next to the same with batch norm folded, the original, and torch.compile.
 
 pytest bench/test_bench_fuse.py --benchmark-group-by=group
 
-`fastentropy bench fuse` measures more of them, in turns, for ratios to be quoted.
+`fastentropy bench fuse` measures more of them, in turns, for ratios to quote.
 """
 
 import functools

@@ -1,8 +1,8 @@
-"""The state kernels beside the activation alone, a copy, and the ways of counting that need no kernel.
+"""The state kernels next to the activation alone, a copy, and the baselines.
 
 pytest bench/test_bench_kernels.py --benchmark-group-by=group
 
-`fastentropy bench kernels` measures the same in turns, for ratios to be quoted, and draws the roofline.
+`fastentropy bench kernels` measures the same in turns, for ratios to quote, and draws the roofline.
 """
 
 import pytest

@@ -1,1 +1,1 @@
-"""Helpers without a word about models."""
+"""Helpers that know nothing about models: files, timing, the machine, text, optional packages and errors."""

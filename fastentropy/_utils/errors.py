@@ -1,4 +1,4 @@
-"""What an error says to a user, in one line."""
+"""Error messages in one line."""
 
 import difflib
 import textwrap

@@ -1,4 +1,4 @@
-"""Write files so that a reader sees the old one or the new one, never a half-written one."""
+"""Atomic writes: a reader sees the old file or the new one, never a half-written one."""
 
 import json
 import os
@@ -14,9 +14,9 @@ from torch import Tensor
 
 
 def replace_file(path: str | PathLike[str], write: Callable[[Path], object]) -> None:
-    """Call write(temporary path), then put that file in the place of `path` in one step.
+    """Call write(temporary path), then replace `path` by that file in one step.
 
-    The temporary file lies in a folder of its own, with whatever `write` makes beside it, as safetensors does.
+    The temporary file is in a folder of its own, because some writers, such as safetensors, create further files next to it.
     """
     path = Path(path)
     folder = path.with_name(f".tmp-{os.getpid()}-{path.name}")
@@ -26,17 +26,17 @@ def replace_file(path: str | PathLike[str], write: Callable[[Path], object]) -> 
         temporary.touch()
         mode = temporary.stat().st_mode
         write(temporary)
-        temporary.chmod(mode)  # safetensors lets nobody but the owner read what it writes
-        _put_on_disk(temporary)
+        temporary.chmod(mode)  # safetensors makes its files readable for the owner only
+        _sync(temporary)
         temporary.replace(path)
-        _put_on_disk(path.parent)
+        _sync(path.parent)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _put_on_disk(path: Path) -> None:
-    """Wait until the disk has a file, or the names in a folder: after a power cut a new name must not be of an empty file."""
-    if os.name == "posix":  # elsewhere a folder cannot be opened
+def _sync(path: Path) -> None:
+    """Wait until a file, or a folder's names, are on disk: after a power cut a new name must not belong to an empty file."""
+    if os.name == "posix":  # other systems cannot open a folder
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
@@ -45,18 +45,18 @@ def _put_on_disk(path: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what `replace_file` left in a folder in processes that were killed; nobody may be writing there."""
+    """Remove temporary files that killed processes left in a folder. No other process may be writing there."""
     for path in folder.glob(".tmp-[0-9]*-*"):
         shutil.rmtree(path, ignore_errors=True)
 
 
 def save_json(values: Mapping[str, Any], path: str | PathLike[str]) -> None:
-    """Write JSON, complete or not at all."""
+    """Write a JSON file atomically."""
     replace_file(path, lambda temporary: temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8"))
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: str | PathLike[str], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file, complete or not at all. Tensors may be views and may share memory."""
+    """Write a safetensors file atomically. Tensors may be views and may share memory. Raises OSError."""
     own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     try:
         replace_file(path, lambda temporary: safetensors.torch.save_file(own, temporary, dict(metadata or {})))

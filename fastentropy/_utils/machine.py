@@ -1,4 +1,4 @@
-"""What a figure was measured on."""
+"""The machine and the commit of a measurement."""
 
 import datetime
 import platform
@@ -7,22 +7,23 @@ from pathlib import Path
 
 import torch
 
-#: Of a clone, besides this package, as git names them: a record that is written or a page must not change the commit.
+from fastentropy._utils.text import plural
+
+#: Sources outside this package, as git patterns. Records and pages are none: writing them must not mark the commit as changed.
 OTHER_SOURCES = (":(top)kernels", ":(top)bench/*.py")
 
 
 def describe_machine(device: str) -> dict[str, str]:
-    """The name of the processor or the GPU, the version of PyTorch and the date, as records of runs hold them."""
+    """Return the name of the processor with its threads, or of the GPU, the version of PyTorch, and the date, for a record."""
     if device.startswith("cuda"):
         name = torch.cuda.get_device_name(device)
     else:
-        threads = torch.get_num_threads()
-        name = f"{_processor()}, {threads} thread{'s' if threads > 1 else ''}"
+        name = f"{_processor()}, {plural(torch.get_num_threads(), 'thread')}"
     return {"device": name, "torch": torch.__version__, "date": datetime.date.today().isoformat()}
 
 
 def source_commit() -> str | None:
-    """The commit of the sources that run, with a + where one of them differs from it; None outside of a clone."""
+    """Return the commit of the running sources, with a "+" if they differ from it, or None outside a clone."""
     folder = Path(__file__).parent.parent
 
     def git(*arguments: str) -> str:

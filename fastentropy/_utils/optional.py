@@ -1,11 +1,11 @@
-"""Packages that only some corpora need, imported where they are used."""
+"""Optional packages, imported where they are used."""
 
 import importlib
 from typing import Any
 
 
 def require(name: str, purpose: str) -> Any:
-    """The module of that name. Raises ValueError, which says what it is for and how it is installed, where it is missing."""
+    """Import a module. If it is missing, raise ValueError with its purpose and the command that installs it."""
     try:
         return importlib.import_module(name)
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""Figures and tables as plain text that a terminal of 80 columns does not wrap."""
+"""Numbers, names and tables as plain text for a terminal of 80 columns."""
 
 import functools
 from collections.abc import Sequence
@@ -9,9 +9,9 @@ GAP = "  "
 
 
 def format_table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1, width: int = WIDTH) -> str:
-    """Rows of texts below their heads, the first `left` columns flush left and the others flush right.
+    """Return a table of texts, with the first `left` columns flush left and the others flush right.
 
-    The texts of the first column are shortened to what the others leave of `width`.
+    The texts of the first column are shortened to the space that the others leave of `width`.
     """
     others = [max(len(row[column]) for row in [head, *rows]) for column in range(1, len(head))]
     room = max(width - sum(len(GAP) + other for other in others), len(head[0]))
@@ -22,10 +22,10 @@ def format_table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int =
 
 
 def shorten_names(names: Sequence[str], length: int) -> list[str]:
-    """The names in at most `length` characters, an ellipsis for the middle of long ones, or for both ends.
+    """Shorten names to at most `length` characters, with an ellipsis in the middle or at both ends.
 
-    All are cut at the place where most of them stay apart. Of equal places, the middle that leaves a quarter of the room for
-    the beginning, since names of sites differ most at their ends.
+    All names are cut at the same place: the one that keeps most of them distinct. Among equal places, the one closest to a
+    quarter of the length is chosen, since names of sites differ most at their ends.
     """
     heads = sorted(range(length), key=lambda head: abs(head - length // 4))
     starts = range(1, max(map(len, names), default=0) - length + 1)
@@ -35,7 +35,7 @@ def shorten_names(names: Sequence[str], length: int) -> list[str]:
 
 
 def format_count(count: int) -> str:
-    """A count in at most five characters: 640, 1.2 G."""
+    """Write a count in at most five characters: 640, 1.2 G."""
     size = float(count)
     for unit in ("", " k", " M", " G", " T", " P", " E"):
         if size < 999.5:
@@ -45,29 +45,29 @@ def format_count(count: int) -> str:
 
 
 def format_integer(value: int) -> str:
-    """An integer with its digits in groups of three: 4 800."""
+    """Write an integer with its digits in groups of three: 4 800."""
     return f"{value:,}".replace(",", " ")
 
 
 def format_share(share: float) -> str:
-    """A share in percent, in at most five characters; none and all are said only where it is none or all."""
+    """Write a share in percent in at most five characters. Only 0 becomes 0%, and only 1 becomes 100%."""
     if share in (0, 1):
         return f"{share:.0%}"
     return "<0.1%" if share < 0.001 else f"{min(share, 0.999):.1%}"
 
 
 def format_percent(score: float) -> str:
-    """A score from 0 to 1 in percent, without the sign: 97.30."""
+    """Write a score from 0 to 1 in percent, without the sign: 97.30."""
     return f"{100 * score:.2f}"
 
 
 def format_milliseconds(value: float) -> str:
-    """A time in milliseconds with three digits that tell something: 0.512, 4.00, 123."""
+    """Write milliseconds with as many digits as matter: 0.512, 4.00, 123."""
     return f"{value:.3f}" if value < 1 else f"{value:.2f}" if value < 100 else f"{value:.0f}"
 
 
 def plural(count: int, noun: str, many: str | None = None) -> str:
-    """A count with its noun: 1 site, 17 sites, or 17 times `many`."""
+    """Write a count with its noun: 1 site, 17 sites. `many` is an irregular plural."""
     return f"{format_integer(count)} {noun if count == 1 else many or f'{noun}s'}"
 
 

@@ -1,4 +1,4 @@
-"""Time functions against each other on a machine that is never quite idle."""
+"""Timing of functions side by side, on a machine that is never quite idle."""
 
 import math
 import random
@@ -11,8 +11,8 @@ import torch
 
 Key = TypeVar("Key", bound=Hashable)
 
-#: What quartiles take.
-FEWEST_ROUNDS = 5
+#: Rounds that are measured whatever the budget, so that there are quartiles.
+MIN_ROUNDS = 5
 
 
 def measure_times(
@@ -22,7 +22,7 @@ def measure_times(
     round_seconds: float = 0.002,
     graphs_on: torch.device | None = None,
 ) -> dict[Key, float]:
-    """The time of one call of each function in milliseconds: the median of `measure_samples`, whose arguments these are."""
+    """Return the milliseconds of one call of each function: the medians of `measure_samples`, which describes the arguments."""
     samples = measure_samples(functions, rounds=rounds, round_seconds=round_seconds, graphs_on=graphs_on)
     return {key: statistics.median(values) for key, values in samples.items()}
 
@@ -35,14 +35,23 @@ def measure_samples(
     graphs_on: torch.device | None = None,
     budget_seconds: float = math.inf,
 ) -> dict[Key, list[float]]:
-    """The milliseconds of one call of each function in each of so many rounds, which run all of them in turns.
+    """Measure functions in rounds, each of which runs all of them in turn.
 
-    What else the machine does falls on all of them alike then, and the samples of one round are pairs. Each round has an order
-    of its own, the same in every run, since a function leaves caches and memory to the next one. A round repeats a short
-    function until it fills `round_seconds`. No round but the first `FEWEST_ROUNDS` begins after `budget_seconds`. The present
-    accelerator is synchronised before the clock is read. graphs_on: the GPU on which they run as CUDA graphs, which leaves out
-    how long Python takes to ask for the work; for functions that never wait for the GPU, since after a capture that fails
-    PyTorch draws no random numbers any more.
+    Other load on the machine thus affects all functions alike, and the samples of one round are paired. Each round has its own
+    order, the same in every run, since a function leaves caches and memory to the next one. The current accelerator is
+    synchronised before the clock is read.
+
+    Args:
+        functions: the functions to time, by a key.
+        rounds: the number of rounds.
+        round_seconds: a round repeats a short function until it takes about this long.
+        graphs_on: the GPU on which the functions run as CUDA graphs, which leaves out the time that Python takes to launch the
+            work; None for plain calls. The functions must never wait for the GPU: after a failed capture PyTorch can no longer
+            draw random numbers.
+        budget_seconds: after this time no further round begins, except the first `MIN_ROUNDS`.
+
+    Returns:
+        The milliseconds of one call in each round, by key.
     """
     if graphs_on is None:
         return _samples(functions, rounds, round_seconds, budget_seconds)
@@ -60,7 +69,7 @@ def _samples(
     samples: dict[Key, list[float]] = {key: [] for key in functions}
     start = _clock()
     for index in range(rounds):
-        if index >= FEWEST_ROUNDS and _clock() - start > budget_seconds:
+        if index >= MIN_ROUNDS and _clock() - start > budget_seconds:
             break
         for key in random.Random(index).sample(list(functions), len(functions)):
             samples[key].append(1e3 * measure_seconds(functions[key], repeats[key]))
@@ -68,7 +77,7 @@ def _samples(
 
 
 def _captured(functions: Mapping[Key, Callable[[], object]]) -> Mapping[Key, Callable[[], object]]:
-    """The replays of the functions' CUDA graphs. `torch.cuda.graph` collects garbage for each, which takes longer than that."""
+    """Return the replay of each function's CUDA graph. `torch.cuda.graph` would also collect garbage, which is slow."""
     replays = {}
     with torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]
         for key, function in functions.items():
@@ -86,7 +95,7 @@ def _captured(functions: Mapping[Key, Callable[[], object]]) -> Mapping[Key, Cal
 
 
 def measure_seconds(function: Callable[[], object], repeats: int = 1) -> float:
-    """The mean time of so many calls, to the end of what they asked of an accelerator."""
+    """Return the mean seconds of a number of calls, including the work they launched on an accelerator."""
     start = _clock()
     for _ in range(repeats):
         function()
@@ -94,7 +103,7 @@ def measure_seconds(function: Callable[[], object], repeats: int = 1) -> float:
 
 
 def _clock() -> float:
-    """Seconds, once everything that was asked of an accelerator is done."""
+    """Return the time in seconds, after all work on the accelerator is done."""
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
     return time.perf_counter()

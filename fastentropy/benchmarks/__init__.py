@@ -1,1 +1,1 @@
-"""The measurements of `fastentropy bench`: cases -> measurements -> a record, its table, its plot, its comparison."""
+"""The measurements of `fastentropy bench`: cases, their measurements, and a record with its tables and plot."""

@@ -1,4 +1,4 @@
-"""Ways of counting states that need no kernel of ours: what people would use instead."""
+"""Ways of counting states without our kernels: what one would use instead."""
 
 from __future__ import annotations
 
@@ -18,24 +18,25 @@ def count_in_pytorch(x: Tensor, counts: Tensor, channel_axis: int = 1) -> None:
 
 @functools.cache
 def compiled(function: Callable[..., Any], dynamic: bool = False) -> Callable[..., Any]:
-    """The function through torch.compile; dynamic: one program for all shapes instead of one for each.
+    """Compile a function with torch.compile, as one graph: what cannot be compiled raises instead of running uncompiled.
 
-    What it cannot compile as a whole raises, also where there are too many programs of it, instead of running uncompiled.
+    A function that was recompiled too often raises, too. `dynamic` makes one program for all shapes instead of one for each.
     """
     return torch.compile(function, dynamic=dynamic, fullgraph=True)
 
 
 def activate_and_count(activation: Callable[[Tensor], Tensor], x: Tensor, counts: Tensor, channel_axis: int) -> Tensor:
-    """The activation and the counts, for a compiler to fuse."""
+    """Apply the activation and count, for a compiler to fuse."""
     count_in_pytorch(x, counts, channel_axis)
     return activation(x)
 
 
 def published_entropy(x: Tensor, *, neurons_last: bool = False) -> float:
-    """The steps of EASIER's code (VGCQ/EASIER, utils.py) for one layer and one mini-batch, in bits.
+    """Return the mean neuron entropy of one layer and one mini-batch in bits, step by step as EASIER's code does.
 
-    Shares of the batch at or above zero, and below, at every position; their means per neuron, which are on axis 1 or, as
-    that code has it for Swin, on the last axis; the entropy of the two; its mean as a number.
+    The code (VGCQ/EASIER, utils.py) takes the share of the batch at or above zero, and below, at every position; the mean of
+    each share per neuron; and the entropy of the two means. Neurons are on axis 1 or, as that code has it for Swin, on the
+    last axis. The last step waits for the GPU.
     """
     entropy = torch.zeros((), device=x.device)
     for state in (x >= 0, x < 0):
@@ -47,7 +48,7 @@ def published_entropy(x: Tensor, *, neurons_last: bool = False) -> float:
 
 
 def histogram_observer(device: torch.device) -> Callable[[Tensor], object]:
-    """PyTorch's observer for quantisation: a histogram of 2,048 bins of a whole tensor, in float32, not of each neuron."""
+    """Return PyTorch's observer for quantisation: a float32 histogram of 2,048 bins of the whole tensor, not of each neuron."""
     from torch.ao.quantization.observer import HistogramObserver
 
     observer = HistogramObserver().to(device)

@@ -1,4 +1,4 @@
-"""What changed since an older record, by how much, and how much of that is noise."""
+"""The changes since an older record, next to the noise."""
 
 from __future__ import annotations
 
@@ -12,11 +12,7 @@ from fastentropy.benchmarks.records import Record
 
 @dataclasses.dataclass(frozen=True)
 class Change:
-    """One operation in two records: milliseconds before and after.
-
-    change is that of the median, as a share of the one before; noise is what the middle halves of the samples spread to either
-    side, both together, in the same unit. is_real: the middle halves have nothing in common.
-    """
+    """The milliseconds of one operation in two records."""
 
     case: str
     operation: str
@@ -25,22 +21,22 @@ class Change:
 
     @property
     def change(self) -> float:
-        """A share: 0.1 is ten percent slower."""
+        """Return the change of the median as a share of the older one: 0.1 is ten percent slower."""
         return self.after.median / self.before.median - 1
 
     @property
     def noise(self) -> float:
-        """A share, like the change."""
+        """Return half the sum of the two interquartile ranges, each as a share of its median."""
         return sum((times.upper - times.lower) / times.median for times in (self.before, self.after)) / 2
 
     @property
     def is_real(self) -> bool:
-        """Whether it is more than noise."""
+        """Return whether the interquartile ranges do not overlap."""
         return self.after.apart_from(self.before)
 
 
 def compare(old: Record, new: Record) -> list[Change]:
-    """The operations that both records have, in the order of the new one."""
+    """Return the changes of the operations that both records have, in the order of the new one."""
     before = {(each.case, each.operation): each.milliseconds for each in old.measurements}
     changes = []
     for each in new.measurements:
@@ -51,13 +47,13 @@ def compare(old: Record, new: Record) -> list[Change]:
 
 
 def format_changes(old: Record, new: Record) -> str:
-    """A table of all changes, case by case, in 80 columns; what is more than noise is marked."""
+    """Return a table of all changes, case by case, in 80 columns. Changes beyond the noise are marked."""
     changes = compare(old, new)
     if not changes:
-        return "Nothing was measured in both records: other cases, or sizes."
+        return "Nothing was measured in both records: the cases or the sizes differ."
     lines = [_origin("before:", old), _origin("now:   ", new)]
     if old.machine != new.machine:
-        lines.append("These are two machines: the changes are theirs too.")
+        lines.append("The records are of two machines, which may explain the changes.")
     for case in dict.fromkeys(change.case for change in changes):
         rows = [_row(change) for change in changes if change.case == case]
         lines += ["", case, format_table(["operation", "before, ms", "now, ms", "change", "noise", ""], rows)]

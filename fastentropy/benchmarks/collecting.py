@@ -1,4 +1,4 @@
-"""Inference while collecting against plain inference, beside what people would use instead."""
+"""The cases of `fastentropy bench collect`: inference while collecting, plain inference, and the baselines."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-import fastentropy as fe
 from fastentropy.benchmarks.baselines import compiled, count_in_pytorch, histogram_observer, published_entropy
 from fastentropy.benchmarks.measurements import Case, name_case
 from fastentropy.benchmarks.memory import peak_bytes
 from fastentropy.benchmarks.networks import Network, infer, llama, moved, vision
+from fastentropy.collector.collector import collect
 from fastentropy.sites.activations import activation_modules
 from fastentropy.surgery.isolation import copy_sharing_tensors
 
-#: Networks and the rows of a batch, by device.
+#: Networks and their batch sizes, by type of device.
 NETWORKS = {
     "cpu": {"resnet18": 16, "mobilenet_v2": 16, "vgg16_bn": 16, "swin_t": 16},
     "cuda": {"resnet18": 256, "llama": 8},
 }
-#: The architecture whose neurons the published code takes from the last axis of images.
+#: The architecture for which the published code takes the neurons of images from the last axis.
 _NEURONS_LAST = "SwinTransformer"
 
 
 def collect_cases(device: torch.device, dtypes: Sequence[torch.dtype], sizes: Sequence[int]) -> Iterator[Case]:
-    """Yield each network for each dtype and batch size (none: its own); on a GPU as eager calls, then as CUDA graphs."""
+    """Yield a case for each network, dtype and batch size, by default the network's own; on a GPU also one of CUDA graphs."""
     for name, batch in NETWORKS[device.type].items():
         for dtype in dtypes:
             for size in sizes or [batch]:
                 yield from network_cases(name, _network(name, size, device, dtype), device)
-                gc.collect()  # hooks and their model hold each other; its memory is for the next one
+                gc.collect()  # hooks and their model refer to each other; free the memory for the next one
 
 
 def _network(name: str, batch: int, device: torch.device, dtype: torch.dtype) -> Network:
@@ -44,7 +44,7 @@ def _network(name: str, batch: int, device: torch.device, dtype: torch.dtype) ->
 
 
 def network_cases(name: str, network: Network, device: torch.device) -> Iterator[Case]:
-    """Yield the ways to run one network that are measured side by side; each lasts until the next is asked for."""
+    """Yield the cases of one network: its procedures side by side. A case is valid until the next one is asked for."""
     model, inputs = network
     title = name_case(name, inputs[0].shape, next(model.parameters()).dtype)
     with contextlib.ExitStack() as stack:
@@ -55,15 +55,15 @@ def network_cases(name: str, network: Network, device: torch.device) -> Iterator
         alike = ("plain", "published procedure")
         facts = {name: {"peak_bytes": peak_bytes(operations[name], device)} for name in alike}
         facts["collecting"] = {"peak_bytes": peak_bytes(partial(_two_passes, model, inputs), device)}
-        yield Case(title, operations, baseline="plain", facts=facts, peers=PEERS)
+        yield Case(title, operations, denominator="plain", facts=facts, baselines=BASELINES)
         if device.type == "cuda":
             graphs = {procedure: operations[procedure] for procedure in ("plain", "collecting")}
-            yield Case(f"{title}, CUDA graphs", graphs, baseline="plain", graphs_on=device)
+            yield Case(f"{title}, CUDA graphs", graphs, denominator="plain", graphs_on=device)
 
 
 def _two_passes(model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-    """The first makes the counters, the second has them from its beginning."""
-    with fe.collect(model):
+    """Run twice: the first pass makes the counters, the second one starts with them."""
+    with collect(model):
         infer(model, inputs)
         infer(model, inputs)
 
@@ -75,20 +75,20 @@ def _plain(model: nn.Module) -> Iterator[nn.Module]:
 
 @contextlib.contextmanager
 def _collecting(model: nn.Module) -> Iterator[nn.Module]:
-    with fe.collect(model):
+    with collect(model):
         yield model
 
 
 @contextlib.contextmanager
 def _published(model: nn.Module) -> Iterator[Callable[..., object]]:
-    """Inference as in EASIER's code (VGCQ/EASIER, main.py, train.py and utils.py).
+    """Infer as EASIER's code does (VGCQ/EASIER, main.py, train.py and utils.py).
 
-    A hook on each activation keeps the input of every call until the whole batch has passed; then comes one entropy per call.
-    Activations are out-of-place, so that their inputs are still there.
+    A hook on each activation keeps the input of every call until the whole batch has passed. Then the entropy of each is
+    taken. The activations are made out-of-place, so that their inputs still exist.
     """
     for module in activation_modules(model).values():
         if hasattr(module, "inplace"):
-            module.inplace = False  # type: ignore[assignment] # of modules only tensors and modules are known
+            module.inplace = False  # type: ignore[assignment] # mypy knows only tensors and modules as attributes
     inputs: list[Tensor] = []
 
     def run(*batch: Tensor) -> object:
@@ -104,7 +104,7 @@ def _published(model: nn.Module) -> Iterator[Callable[..., object]]:
 
 @contextlib.contextmanager
 def _counting_hooks(count: Callable[[Tensor, Tensor, int], object], model: nn.Module) -> Iterator[nn.Module]:
-    """A hook before each activation that adds to its counts."""
+    """Add to the counts of each activation in a hook before it."""
     counts: dict[nn.Module, Tensor] = {}
 
     def count_input(module: nn.Module, x: Tensor) -> None:
@@ -119,7 +119,7 @@ def _counting_hooks(count: Callable[[Tensor, Tensor, int], object], model: nn.Mo
 
 @contextlib.contextmanager
 def _observers(model: nn.Module) -> Iterator[nn.Module]:
-    """PyTorch's histogram observer on the input of each activation."""
+    """Give the input of each activation to PyTorch's histogram observer."""
     observers: dict[nn.Module, Callable[[Tensor], object]] = {}
 
     def observe(module: nn.Module, x: Tensor) -> None:
@@ -130,7 +130,7 @@ def _observers(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _hook(model: nn.Module, call: Callable[[nn.Module, Tensor], None]) -> None:
-    """Call before each activation, with the module and its input."""
+    """Call `call(module, input)` before each activation."""
     for module in activation_modules(model).values():
         module.register_forward_pre_hook(lambda module, args: call(module, args[0]))
 
@@ -140,10 +140,11 @@ def _neurons_last(model: nn.Module, x: Tensor) -> bool:
 
 
 def _compiled_count(x: Tensor, counts: Tensor, channel_axis: int) -> None:
-    with torch.compiler.set_stance("default"):  # the collector of another procedure lets nothing compiled run
+    with torch.compiler.set_stance("default"):  # the collector of another procedure disables compiled code
         compiled(count_in_pytorch, dynamic=True)(x, counts, channel_axis)
 
 
+#: Contexts in which a model runs with one of the procedures. Each may change its model, which is a copy of its own.
 PROCEDURES: dict[str, Callable[[nn.Module], AbstractContextManager[Callable[..., object]]]] = {
     "plain": _plain,
     "collecting": _collecting,
@@ -152,5 +153,4 @@ PROCEDURES: dict[str, Callable[[nn.Module], AbstractContextManager[Callable[...,
     "compiled hooks": partial(_counting_hooks, _compiled_count),
     "histogram observer": _observers,
 }
-"""Each is a context in which its model runs, which it may change: the model that it is given is its own."""
-PEERS = frozenset({"PyTorch hooks", "compiled hooks", "histogram observer"})
+BASELINES = frozenset({"PyTorch hooks", "compiled hooks", "histogram observer"})

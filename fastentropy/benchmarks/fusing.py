@@ -1,4 +1,4 @@
-"""Fused networks against the same with batch norm folded, the original, and torch.compile's inference mode."""
+"""The cases of `fastentropy bench fuse`: fused networks, folded ones, the original, and torch.compile with frozen weights."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from fastentropy.benchmarks.networks import (
     linearised,
     mobilenet_blocks,
     moved,
-    odd,
     random_half,
+    randomize_batch_norm,
     vision,
     vit_mlp,
 )
@@ -31,14 +31,14 @@ from fastentropy.fusion.fused_model import FusedModel
 from fastentropy.fusion.tracing import export, inference_module
 
 BATCH = 4
-#: Networks of which a random half of the activations is taken out.
+#: Networks of which a random half of the activations is linearised.
 HALF = ("resnet18", "mobilenet_v2", "efficientnet_b0")
-PEERS = frozenset({"torch.compile, frozen"})
-FORMS = ("folded", "fused", "original", *PEERS)
+BASELINES = frozenset({"torch.compile, frozen"})
+FORMS = ("folded", "fused", "original", *BASELINES)
 
 
 def fuse_cases(device: torch.device, dtypes: Sequence[torch.dtype], sizes: Sequence[int]) -> Iterator[Case]:
-    """Yield the MLP of ViT-B, linear, networks of which some activations are, and the blocks of mobilenet_v2, linear."""
+    """Yield a case for each of `_networks`, dtype and batch size, by default `BATCH`."""
     for dtype in dtypes:
         for batch in sizes or [BATCH]:
             torch.manual_seed(0)
@@ -47,15 +47,16 @@ def fuse_cases(device: torch.device, dtypes: Sequence[torch.dtype], sizes: Seque
 
 
 def _networks(batch: int) -> Iterator[tuple[str, Network]]:
+    """Yield the linear MLP of ViT-B, networks with some linearised activations, and the linear blocks of mobilenet_v2."""
     yield "vit_b_16 MLP", vit_mlp(batch)
-    yield "mobilenet_v2 all blocks", linearised(odd(vision("mobilenet_v2", batch)), inside_blocks)
+    yield "mobilenet_v2 all blocks", linearised(randomize_batch_norm(vision("mobilenet_v2", batch)), inside_blocks)
     for name in HALF:
-        yield f"{name} half", linearised(odd(vision(name, batch)), random_half)
+        yield f"{name} half", linearised(randomize_batch_norm(vision(name, batch)), random_half)
     yield from mobilenet_blocks(batch).items()
 
 
 def fuse_case(name: str, network: Network) -> Case:
-    """`FORMS` of one network, fused on its inputs; on a GPU as CUDA graphs."""
+    """Return the `FORMS` of one network on its inputs; on a GPU as CUDA graphs."""
     model, inputs = network
     start = time.perf_counter()
     fused = fuse(model, inputs)
@@ -71,18 +72,18 @@ def fuse_case(name: str, network: Network) -> Case:
     return Case(
         title if gpu is None else f"{title}, CUDA graphs",
         {form: partial(infer, run, inputs) for form, run in forms.items()},
-        baseline="folded",
+        denominator="folded",
         facts=facts,
         graphs_on=gpu,
-        peers=PEERS,
+        baselines=BASELINES,
     )
 
 
 def _frozen(model: nn.Module) -> Callable[..., object]:
-    """PyTorch's compiler with weights as constants, so that it folds batch norm and lays weights out for the machine.
+    """Compile with the weights as constants, so that PyTorch folds batch norm and lays out the weights for the machine.
 
-    The setting must hold while the first call compiles: as an option of torch.compile it comes too late, the weights are inputs
-    by then. fullgraph: what cannot be compiled raises instead of running uncompiled.
+    The setting must hold while the first call compiles. As an option of torch.compile it comes too late: by then the weights
+    are inputs. With fullgraph, what cannot be compiled raises instead of running uncompiled.
     """
     program, is_compiled = torch.compile(model, fullgraph=True), False
 

@@ -1,4 +1,4 @@
-"""The state kernels against the activation alone, a copy, and what people would use instead."""
+"""The cases of `fastentropy bench kernels`: the state kernels, the activation alone, a copy, and the baselines."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from fastentropy.benchmarks.baselines import (
 from fastentropy.benchmarks.measurements import Case, name_case, name_dtype
 from fastentropy_kernels import activation_states, count_states
 
-#: Values of a tensor, from what fits in a cache to what does not.
+#: Values per tensor, from what fits into a cache to what does not.
 SIZES = {"cpu": (2**18, 2**20, 2**22, 2**24), "cuda": (2**20, 2**22, 2**24, 2**26, 2**28)}
-#: Channels of rows: a hidden layer of a small transformer, and of one with billions of parameters.
+#: Channels of a row, as in hidden layers: of a small transformer, and of one with billions of parameters.
 CHANNELS = {"cpu": 1024, "cuda": 4096}
-#: A plane as in the first stage of a ResNet.
+#: Channels and size of planes, as in the first stage of a ResNet.
 PLANES = (64, 56, 56)
-PEERS = frozenset({"PyTorch counting", "torch.compile", "published procedure", "histogram observer"})
-OPERATIONS = ("copy", "activation alone", "activation_states", "count_states", *sorted(PEERS))
+BASELINES = frozenset({"PyTorch counting", "torch.compile", "published procedure", "histogram observer"})
+OPERATIONS = ("copy", "activation alone", "activation_states", "count_states", *sorted(BASELINES))
 
 
 class Layout(NamedTuple):
-    """A way to lie in memory: the shape for so many values, and where the channels are."""
+    """A memory layout: the shape for a number of values on a type of device, and the axis of the channels."""
 
     name: str
     shape: Callable[[int, str], tuple[int, ...]]
@@ -43,36 +43,37 @@ LAYOUTS = (
     Layout("rows", lambda size, device: (max(1, size // CHANNELS[device]), CHANNELS[device]), -1),
     Layout("planes", lambda size, device: (max(1, round(size / (64 * 56 * 56))), *PLANES), 1),
 )
-#: The second is what decoders have, in rows.
+#: Activations of convolutional networks and of decoders.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": torch.relu, "silu": F.silu}
 
 
 def kernel_cases(device: torch.device, dtypes: Sequence[torch.dtype], sizes: Sequence[int]) -> Iterator[Case]:
-    """Yield relu in both layouts at every size (none: `SIZES`), with the peers at the largest, and silu in rows at the largest.
+    """Yield relu in both layouts at every size, by default `SIZES`, and silu in rows at the largest size.
 
-    On a GPU they run as CUDA graphs, and at the largest size once more as eager calls, with the peers that wait for the GPU.
+    The baselines run at the largest size only. On a GPU, our operations run as CUDA graphs. The baselines wait for the GPU, so
+    they run as eager calls, and our operations once more with them.
     """
     sizes = sorted(sizes or SIZES[device.type])
     for dtype in dtypes:
         for layout in LAYOUTS:
-            by_shape = {layout.shape(size, device.type): size for size in sizes}  # small sizes are rounded to the same
+            by_shape = {layout.shape(size, device.type): size for size in sizes}  # small sizes may be rounded to the same shape
             for size in by_shape.values():
-                yield from _ways(kernel_case(device, dtype, layout, size, "relu"), device, with_peers=size == sizes[-1])
-        yield from _ways(kernel_case(device, dtype, LAYOUTS[0], sizes[-1], "silu"), device, with_peers=False)
+                yield from _ways(kernel_case(device, dtype, layout, size, "relu"), device, with_baselines=size == sizes[-1])
+        yield from _ways(kernel_case(device, dtype, LAYOUTS[0], sizes[-1], "silu"), device, with_baselines=False)
 
 
-def _ways(case: Case, device: torch.device, *, with_peers: bool) -> Iterator[Case]:
-    """How a case is measured; only these lines hold its tensors, which go before the next case comes."""
+def _ways(case: Case, device: torch.device, *, with_baselines: bool) -> Iterator[Case]:
+    """Yield a case as it is measured. Nothing else refers to its tensors, so that they are freed before the next case."""
     if device.type == "cuda":
         yield _as_graphs(case, device)
-        if with_peers:
+        if with_baselines:
             yield case
     else:
-        yield case if with_peers else _without_peers(case)
+        yield case if with_baselines else _without_baselines(case)
 
 
 def kernel_case(device: torch.device, dtype: torch.dtype, layout: Layout, size: int, activation: str) -> Case:
-    """All `OPERATIONS` on one random tensor of about `size` values, as plain calls."""
+    """Return all `OPERATIONS` on one random tensor of about `size` values, as eager calls."""
     shape = layout.shape(size, device.type)
     x = torch.randn(shape, device=device, dtype=dtype)
     operations = _operations(x, layout.channel_axis, activation)
@@ -87,27 +88,27 @@ def kernel_case(device: torch.device, dtype: torch.dtype, layout: Layout, size: 
     return Case(
         name_case(f"{activation} on {layout.name}", shape, dtype),
         operations,
-        baseline="activation alone",
+        denominator="activation alone",
         sizes={name: (1 if name == "count_states" else 2) * x.nbytes for name in operations},
         roof="copy",
         facts=dict.fromkeys(operations, facts),
-        peers=PEERS,
+        baselines=BASELINES,
     )
 
 
-def _without_peers(case: Case) -> Case:
-    own = {name: operation for name, operation in case.operations.items() if name not in case.peers}
-    return dataclasses.replace(case, operations=own, peers=frozenset())
+def _without_baselines(case: Case) -> Case:
+    own = {name: operation for name, operation in case.operations.items() if name not in case.baselines}
+    return dataclasses.replace(case, operations=own, baselines=frozenset())
 
 
 def _as_graphs(case: Case, gpu: torch.device) -> Case:
-    """The operations that do not wait for the GPU, as CUDA graphs."""
+    """Return the case of the operations that do not wait for the GPU, as CUDA graphs."""
     facts = {name: {**each, "cuda_graph": True} for name, each in case.facts.items()}
-    return dataclasses.replace(_without_peers(case), name=f"{case.name}, CUDA graphs", facts=facts, graphs_on=gpu)
+    return dataclasses.replace(_without_baselines(case), name=f"{case.name}, CUDA graphs", facts=facts, graphs_on=gpu)
 
 
 def _operations(x: Tensor, channel_axis: int, activation: str) -> dict[str, Callable[[], object]]:
-    """All that is measured on one tensor. Each peer runs the activation as well, which `count_states` does not."""
+    """Return everything that is measured on one tensor. Each baseline also runs the activation, unlike `count_states`."""
     counts = torch.zeros(x.shape[channel_axis], 3, dtype=torch.int64, device=x.device)
     function = ACTIVATIONS[activation]
     activate = partial(function, x)

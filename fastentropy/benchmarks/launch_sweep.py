@@ -1,6 +1,6 @@
-"""Try launch configurations of the state kernels on a GPU: `fastentropy bench kernels --sweep`.
+"""Time launch configurations of the state kernels on a GPU: `fastentropy bench kernels --sweep`.
 
-What comes of it is the table `launch_triton.LAUNCHES` that this GPU asks for. Nothing is changed; copy the lines that differ.
+The result is the best table `launch_triton.LAUNCHES` for this GPU. Nothing is changed: copy the lines that differ.
 """
 
 import itertools
@@ -22,19 +22,19 @@ ROW_BYTES = (128, 256, 512)
 WARPS = (4, 8)
 PROGRAMS = (8, 16, 24, 32, 40, 52, 64)
 STAGES = (1, 4)
-MOST_SHARED_BYTES = 65536  # of the tiles on their way: three programs still share a multiprocessor of an H100
+MAX_SHARED_BYTES = 65536  # of tiles being loaded: three programs still share a multiprocessor of an H100
 EDGES = tuple(range(-3, 4))
 
 
 class Case(NamedTuple):
-    """What candidates of a line are timed on."""
+    """The tensor and the activation that the candidates of a line are timed on."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     activation: str
 
 
-# The activations of large language models and of ResNet-18 with a batch of 128, whose deeper layers are the small planes.
+#: Activations of large language models, and of ResNet-18 with a batch of 128, whose deeper layers are the small planes.
 CASES = {
     "rows": [
         Case((16384, 4096), torch.bfloat16, "relu"),
@@ -57,9 +57,9 @@ CASES = {
 
 
 def sweep_launches(device: torch.device) -> Iterator[str]:
-    """Yield the best line for each line of the table, with its time as a share of the present one's.
+    """Yield the best line for each line of the table, with its time relative to the present one.
 
-    All candidates are compiled first, on all cores: two minutes on 16 of them.
+    All candidates are compiled first, on all cores, which takes two minutes on 16 of them.
     """
     with torch.cuda.device(device):
         _compile_all()
@@ -68,7 +68,7 @@ def sweep_launches(device: torch.device) -> Iterator[str]:
 
 
 def _compile_all() -> None:
-    """Compile every candidate on all cores, into Triton's cache on disk; how many programs there are makes no difference."""
+    """Compile every candidate on all cores, into Triton's cache on disk. The number of programs does not matter for that."""
     jobs = {
         (line, case, launch._replace(programs_per_multiprocessor=1))
         for line, cases in CASES.items()
@@ -96,7 +96,7 @@ def _times(line: str, case: Case) -> dict[Launch, float]:
 
 
 def _operands(line: str, case: Case) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return values, their counts and memory for their activation."""
+    """Return random values, their counts, and memory for the result of the activation."""
     values = torch.randn(case.shape, device="cuda", dtype=case.dtype)
     columns = len(EDGES) + 1 if "histogram" in line else 3
     return values, torch.zeros(case.shape[1], columns, dtype=torch.int64, device="cuda"), torch.empty_like(values)
@@ -109,19 +109,19 @@ def _run(values: torch.Tensor, counts: torch.Tensor, y: torch.Tensor, case: Case
 
 
 def candidates(line: str) -> Iterator[Launch]:
-    """Yield the table's own line, then every other that reads 16 bytes per thread at least."""
+    """Yield the present line of the table, then every other one that reads at least 16 bytes per thread."""
     present = LAUNCHES[line]
     yield present
     widths = ROW_BYTES if "rows" in line else (None,)  # a tile of planes is as wide as it is large
     for tile_bytes, row_bytes, warps, programs, stages in itertools.product(TILE_BYTES, widths, WARPS, PROGRAMS, STAGES):
         launch = Launch(tile_bytes, row_bytes or tile_bytes, warps, programs, stages, present.shortest_strip)
         is_filled = warps * 32 * 16 <= tile_bytes >= launch.row_bytes
-        if launch != present and is_filled and (stages == 1 or tile_bytes * stages <= MOST_SHARED_BYTES):
+        if launch != present and is_filled and (stages == 1 or tile_bytes * stages <= MAX_SHARED_BYTES):
             yield launch
 
 
 def best_line(line: str, times: list[dict[Launch, float]]) -> str:
-    """Write the fastest over all cases as a line of the table; the present one where nothing is faster by two percent."""
+    """Return the fastest candidate over all cases as a line of the table; the present one unless one is 2 % faster."""
     present = LAUNCHES[line]
     shares = {
         launch: math.exp(sum(math.log(case[launch] / case[present]) for case in times) / len(times)) for launch in times[0]

@@ -1,4 +1,4 @@
-"""A case is what is measured side by side; a measurement is what came of one operation of it."""
+"""Cases, whose operations are measured side by side, and the measurements of these operations."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 from fastentropy._utils.timing import measure_samples
 
-#: Short operations are repeated until a sample takes so long.
+#: Seconds of a sample, for which a short operation is repeated.
 SAMPLE_SECONDS = 0.005
 
 
@@ -25,59 +25,72 @@ class Quartiles(NamedTuple):
 
     @classmethod
     def of(cls, samples: Sequence[float]) -> Quartiles:
-        """The quartiles of two samples or more."""
+        """Return the quartiles of two samples or more."""
         return cls(*statistics.quantiles(samples, method="inclusive"))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Quartiles:
-        """The quartiles of a record. Raises TypeError or ValueError for what are none of times."""
+        """Return the quartiles of a record. Raises TypeError or ValueError for values that are no quartiles of times."""
         quartiles = cls(**values)
         if not 0 < quartiles.lower <= quartiles.median <= quartiles.upper < math.inf:
             raise ValueError(f"{values} are no quartiles of times")
         return quartiles
 
     def apart_from(self, other: Quartiles) -> bool:
-        """Whether the middle halves of the two have nothing in common."""
+        """Return whether the interquartile ranges do not overlap."""
         return self.lower > other.upper or other.lower > self.upper
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Operations by name, of which `baseline` is what the others are set against.
+    """Operations that are measured side by side.
 
-    sizes: bytes that an operation has to move at least, for those where that is the bound. roof: the operation whose bandwidth
-    is the most there is. facts: what else is known, for the record. graphs_on: the GPU on which they run as CUDA graphs.
-    peers: operations of others, which may not run here.
+    Attributes:
+        name: what the case is called in tables, plots and records.
+        operations: functions without arguments, by name.
+        denominator: the operation whose time the ratios are relative to.
+        sizes: the bytes that an operation must move at least, for operations that are bound by memory.
+        roof: the operation that reaches the highest bandwidth.
+        facts: further facts of operations, for the record.
+        graphs_on: the GPU on which the operations run as CUDA graphs; None for eager calls.
+        baselines: operations that are not ours, which are skipped where they do not run.
     """
 
     name: str
     operations: Mapping[str, Callable[[], object]]
-    baseline: str
+    denominator: str
     sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
     roof: str | None = None
     facts: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     graphs_on: torch.device | None = None
-    peers: frozenset[str] = frozenset()
+    baselines: frozenset[str] = frozenset()
 
 
 def name_case(what: str, shape: Sequence[int], dtype: torch.dtype) -> str:
-    """What a case is called: resnet18, 16 × 3 × 224 × 224, float32."""
+    """Return the name of a case, such as "resnet18, 16 × 3 × 224 × 224, float32"."""
     return f"{what}, {' × '.join(map(str, shape))}, {name_dtype(dtype)}"
 
 
 def name_dtype(dtype: torch.dtype) -> str:
-    """Its name without the module."""
+    """Return the name of a dtype without its module, such as "float32"."""
     return str(dtype).removeprefix("torch.")
 
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
-    """One operation of one case.
+    """The figures of one operation of one case.
 
-    ratio is that of its time to the baseline's in the same round. bytes (moved at least), gigabytes_per_second and
-    percent_of_roof (of the bandwidth that the roof reached in the same rounds) are None where memory is not what is measured.
-    That percentage may exceed 100 where reading alone is faster than copying, in caches, and in CUDA graphs, where a large copy
-    is not always as fast as a kernel. skipped says why there are no figures.
+    Attributes:
+        case: the name of the case.
+        operation: the name of the operation.
+        milliseconds: the time of one call.
+        ratio: its time relative to that of the case's denominator in the same round.
+        bytes: the bytes that a call must move at least; None unless memory is measured, like the next two.
+        gigabytes_per_second: the bandwidth at the median time.
+        percent_of_roof: the bandwidth relative to that of the roof in the same rounds. It may exceed 100: reading alone may be
+            faster than copying, caches help, and in a CUDA graph a large copy is not always as fast as a kernel.
+        facts: further facts, for the record.
+        skipped: why there are no figures.
     """
 
     case: str
@@ -91,7 +104,7 @@ class Measurement:
     skipped: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """The measurement in the types of JSON, without what is not there."""
+        """Return the measurement as values of JSON, without what is missing."""
         values = dataclasses.asdict(self)
         for name in ("milliseconds", "ratio"):
             quartiles = getattr(self, name)
@@ -100,7 +113,7 @@ class Measurement:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Measurement:
-        """The measurement that `to_dict` gave. Raises TypeError or ValueError for what it did not give."""
+        """Return the measurement of what `to_dict` returned. Raises TypeError or ValueError for anything else."""
         quartiles = {name: Quartiles.from_dict(values[name]) for name in ("milliseconds", "ratio") if name in values}
         return cls(**{**values, **quartiles})
 
@@ -108,11 +121,11 @@ class Measurement:
 def measure(case: Case, *, rounds: int, budget_seconds: float) -> list[Measurement]:
     """Measure the operations of a case in turns; see `timing.measure_samples` for rounds and budget.
 
-    A peer that raises is skipped, with a line of what it said. Calls before the first round, such as the pass in which a
-    collector finds the sites, are not in the figures.
+    A baseline that raises is skipped, with a line of its message. Calls before the first round, such as the pass in which a
+    collector finds the sites, do not count.
     """
     operations, skipped = dict(case.operations), []
-    for name in [name for name in operations if name in case.peers]:
+    for name in [name for name in operations if name in case.baselines]:
         if reason := why_not(operations[name]):
             del operations[name]
             skipped.append(Measurement(case.name, name, facts=case.facts.get(name, {}), skipped=reason))
@@ -126,13 +139,13 @@ def measure(case: Case, *, rounds: int, budget_seconds: float) -> list[Measureme
     return [_measurement(case, name, samples) for name in operations] + skipped
 
 
-def why_not(peer: Callable[[], object]) -> str | None:
-    """Call a peer; what it raised, in one line, or None."""
+def why_not(baseline: Callable[[], object]) -> str | None:
+    """Call a baseline. Return the message of what it raised in one line, or None."""
     try:
-        peer()
+        baseline()
     except Exception as error:
         lines = [line.strip() for line in str(error).splitlines()]
-        # PyTorch's compiler begins with a line such as: backend='inductor' raised:
+        # the message of PyTorch's compiler begins with a line such as: backend='inductor' raised:
         return next((line for line in lines if line and not line.endswith(":")), type(error).__name__)
     return None
 
@@ -143,7 +156,7 @@ def _measurement(case: Case, name: str, samples: Mapping[str, Sequence[float]]) 
         case.name,
         name,
         milliseconds=times,
-        ratio=Quartiles.of([one / other for one, other in zip(samples[name], samples[case.baseline], strict=True)]),
+        ratio=Quartiles.of([one / other for one, other in zip(samples[name], samples[case.denominator], strict=True)]),
         bytes=size,
         gigabytes_per_second=size and _bandwidth(size, times),
         percent_of_roof=size and _percent_of_roof(case, samples, size, times),

@@ -1,4 +1,4 @@
-"""The most memory that a call takes."""
+"""The peak memory of a call."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
-    """The most bytes of tensors at a time of a call: on a GPU of all that are there, on a CPU of those that the call made."""
+    """Return the peak bytes of tensors during a call: on a GPU of all tensors, on a CPU of those that the call made."""
     function()
-    gc.collect()  # what that call left behind is not of the next one
+    gc.collect()  # the next call is not charged for garbage of this one
     if device.type == "cpu":
         return _peak_on_cpu(function)
     torch.cuda.reset_peak_memory_stats(device)
@@ -26,9 +26,9 @@ def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
 
 
 def _peak_on_cpu(function: Callable[[], object]) -> int:
-    """Of PyTorch's allocator. Every allocation and every release is an event with its address in the profiler's trace.
+    """Return the peak of PyTorch's allocator, from the allocations and releases in the profiler's trace.
 
-    Releases of older blocks are left out. Memory that an operator takes from the system by itself is not seen.
+    Releases of older blocks are left out. Memory that an operator takes directly from the system is not seen.
     """
     with _no_messages(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         function()
@@ -51,7 +51,7 @@ def _peak_on_cpu(function: Callable[[], object]) -> int:
 
 @contextlib.contextmanager
 def _no_messages() -> Iterator[None]:
-    """Keep the profiler's own messages, which its C++ writes to the standard error, off the terminal."""
+    """Discard the messages that the C++ of the profiler writes to stderr."""
     kept = os.dup(2)
     with open(os.devnull, "wb") as nothing:
         os.dup2(nothing.fileno(), 2)

@@ -1,4 +1,4 @@
-"""The networks that whole-model measurements run: real architectures, random weights."""
+"""The networks of whole-model measurements: real architectures with random weights."""
 
 from __future__ import annotations
 
@@ -8,17 +8,19 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-import fastentropy as fe
+from fastentropy.sites.watcher import find_sites
+from fastentropy.surgery.isolation import isolate
+from fastentropy.surgery.linearization import linearize
 
+#: A model in eval mode and its inputs.
 Network = tuple[nn.Module, tuple[Tensor, ...]]
-"""A model in eval mode and its inputs."""
 
-
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 VISION = ("resnet18", "resnet50", "mobilenet_v2", "vgg16_bn", "efficientnet_b0", "convnext_tiny", "swin_t", "vit_b_16")
 
 
 def vision(name: str, batch: int, size: int = 224) -> Network:
-    """A model of torchvision and square images."""
+    """Return a model of torchvision and square images."""
     import torchvision
 
     options = {"image_size": size} if name.startswith("vit") else {}
@@ -26,7 +28,7 @@ def vision(name: str, batch: int, size: int = 224) -> Network:
 
 
 def gpt2(tokens: int, batch: int, layers: int) -> Network:
-    """GPT-2 and random tokens."""
+    """Return GPT-2 and random tokens."""
     import transformers
 
     config = transformers.GPT2Config(use_cache=False, n_layer=layers)
@@ -34,7 +36,7 @@ def gpt2(tokens: int, batch: int, layers: int) -> Network:
 
 
 def hugging_face_vit(size: int, batch: int, layers: int) -> Network:
-    """Hugging Face's ViT-B and images."""
+    """Return Hugging Face's ViT-B and images."""
     import transformers
 
     config = transformers.ViTConfig(image_size=size, num_hidden_layers=layers)
@@ -42,7 +44,7 @@ def hugging_face_vit(size: int, batch: int, layers: int) -> Network:
 
 
 def llama(batch: int) -> Network:
-    """A Llama of 1.1 billion parameters, the shape of Llama 3.2 1B but for its vocabulary, and 1,024 tokens a row."""
+    """Return a Llama of 1.1 billion parameters, shaped as Llama 3.2 1B but for its vocabulary, and 1,024 tokens per row."""
     import transformers
 
     config = transformers.LlamaConfig(
@@ -57,8 +59,8 @@ def llama(batch: int) -> Network:
 
 
 def mobilenet_blocks(batch: int) -> dict[str, Network]:
-    """Each block of mobilenet_v2 that has an expansion, both of its activations linearised, and its input at 224²."""
-    model, (x,) = odd(vision("mobilenet_v2", batch))
+    """Return each block of mobilenet_v2 that has an expansion, with both activations linearised, and its input at 224²."""
+    model, (x,) = randomize_batch_norm(vision("mobilenet_v2", batch))
     blocks: dict[str, Network] = {}
     for index, module in enumerate(model.features):  # type: ignore[arg-type]
         if len(getattr(module, "conv", ())) == 4:
@@ -69,7 +71,7 @@ def mobilenet_blocks(batch: int) -> dict[str, Network]:
 
 
 def vit_mlp(batch: int) -> Network:
-    """The MLP of a ViT-B layer, its GELU linearised, and its tokens."""
+    """Return the MLP of a ViT-B layer, with its GELU linearised, and tokens."""
     mlp = vision("vit_b_16", 1)[0].encoder.layers[0].mlp  # type: ignore[index, union-attr]
     return linearised((mlp, (torch.randn(batch, 197, 768),)), lambda names: names)
 
@@ -78,10 +80,10 @@ def _ready(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-def odd(network: Network) -> Network:
-    """The network with batch norm statistics as after a training, and weights in layers that begin at zero."""
+def randomize_batch_norm(network: Network) -> Network:
+    """Give batch norm random statistics as if trained, and random weights to linear layers that are initialised to zero."""
     for module in network[0].modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if isinstance(module, BATCH_NORMS):
             assert module.running_mean is not None
             assert module.running_var is not None
             nn.init.normal_(module.running_mean, std=0.2)
@@ -94,30 +96,30 @@ def odd(network: Network) -> Network:
 
 
 def linearised(network: Network, pick: Callable[[Sequence[str]], Sequence[str]]) -> Network:
-    """The network with the picked ones of its activations taken out."""
+    """Return a copy of the network with the activations that `pick` selects from their names linearised."""
     model, inputs = network
-    model = fe.isolate(model, inputs)
-    fe.linearize(model, pick([site.name for site in fe.find_sites(model, inputs)]))
+    model = isolate(model, inputs)
+    linearize(model, pick([site.name for site in find_sites(model, inputs)]))
     return model, inputs
 
 
 def random_half(names: Sequence[str]) -> Sequence[str]:
-    """Half of the names, the same in every run."""
+    """Return a random half of the names, the same in every run."""
     return random.Random(0).sample(names, len(names) // 2)
 
 
 def inside_blocks(names: Sequence[str]) -> Sequence[str]:
-    """The activations inside of the blocks of mobilenet_v2."""
+    """Return the activations inside the blocks of mobilenet_v2."""
     return [name for name in names if ".conv." in name]
 
 
 def moved(network: Network, device: torch.device, dtype: torch.dtype) -> Network:
-    """The network on a device; floating-point weights and inputs in a dtype."""
+    """Move the network to a device; floating-point weights and inputs also to a dtype."""
     model, inputs = network
     return model.to(device, dtype), tuple(value.to(device, dtype if value.is_floating_point() else None) for value in inputs)
 
 
 @torch.inference_mode()
 def infer(run: Callable[..., object], inputs: tuple[Tensor, ...]) -> object:
-    """Run a network, or what stands for it, on its inputs."""
+    """Run a network, or a function that replaces it, on its inputs."""
     return run(*inputs)

@@ -1,4 +1,4 @@
-"""The picture of a record: a roofline of bandwidth against size, or times beside each other."""
+"""The plot of a record: a roofline of bandwidth against size, or bars of times relative to a baseline."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from fastentropy._utils.files import replace_file
-from fastentropy.benchmarks.kernels import PEERS
+from fastentropy.benchmarks.kernels import BASELINES
 from fastentropy.benchmarks.measurements import Measurement
 from fastentropy.benchmarks.records import Record
 from fastentropy.reporting.plots import BLUE, FORMATS, GREY, INK, ORANGE, STYLE, figure_format
 
-#: Operations of the roofline: colour, line and marker. What has none is a peer.
+#: Colour, line and marker of our operations in the roofline. Baselines have markers only.
 LINES: dict[str, dict[str, Any]] = {
     "copy": {"color": GREY, "linestyle": "--", "label": "copy (the roof)"},
     "activation alone": {"color": INK, "marker": "o", "label": "relu"},
     "activation_states": {"color": BLUE, "marker": "s", "label": "activation_states: relu and its states"},
     "count_states": {"color": ORANGE, "marker": "^", "label": "count_states: the states alone"},
 }
-PEER_MARKERS = dict(zip(sorted(PEERS), ("x", "+", "1", "2"), strict=True))
-#: Inches: a bar's row in the picture of ratios, and what is above and below a panel's rows.
+BASELINE_MARKERS = dict(zip(sorted(BASELINES), ("x", "+", "1", "2"), strict=True))
+#: Inches: the height of a bar's row in the plot of ratios, and of the margins above and below a panel's rows.
 ROW, MARGIN = 0.22, 0.55
 
 
 def plot_record(record: Record, path: str | PathLike[str]) -> None:
-    """Write the picture; the suffix says as what: .png, .svg or .pdf. Raises ValueError for another one."""
+    """Draw a record to a .png, .svg or .pdf file. Raises ValueError for another suffix."""
     form = figure_format(path)
     with matplotlib.style.context(["default", STYLE]):
         figure = _roofline(record) if record.benchmark == "kernels" else _ratios(record)
@@ -38,7 +38,7 @@ def plot_record(record: Record, path: str | PathLike[str]) -> None:
 
 
 def _roofline(record: Record) -> Figure:
-    """A panel for each layout and dtype: achieved bandwidth against the values of the tensor."""
+    """Draw a panel for each layout and dtype: achieved bandwidth against the number of values."""
     relu = [each for each in record.measurements if each.facts.get("activation") == "relu" and each.milliseconds]
     layouts = list(dict.fromkeys(each.facts["layout"] for each in relu))
     dtypes = list(dict.fromkeys(each.facts["dtype"] for each in relu))
@@ -50,7 +50,7 @@ def _roofline(record: Record) -> Figure:
             _draw_roofline(panels[row, column], here)
             panels[row, column].set_title(f"{layout}, {dtype}", loc="left", fontweight="bold")
         panels[row, 0].set_ylabel("GB/s, read and written")
-        panels[row, 0].set_ylim(bottom=0)  # once all of the row is drawn, for its height is that of all
+        panels[row, 0].set_ylim(bottom=0)  # after the whole row is drawn, since its panels share the height
     for axes in panels[-1]:
         axes.set_xlabel("values")
     lines = {line.get_label(): line for axes in panels.flat for line in axes.get_lines()}
@@ -59,16 +59,18 @@ def _roofline(record: Record) -> Figure:
 
 
 def _draw_roofline(axes: Axes, measurements: list[Measurement]) -> None:
-    """Lines over the sizes for what is measured at all of them, on a GPU as CUDA graphs; a mark for each peer."""
+    """Draw a line for each of our operations, on a GPU of its CUDA graphs, and a marker for each baseline."""
     largest = max(each.facts["values"] for each in measurements)
     operations = list(dict.fromkeys(each.operation for each in measurements))
     for operation in (name for name in LINES if name in operations):
         points = [each for each in measurements if each.operation == operation and not _is_eager(each, measurements)]
         points.sort(key=lambda each: each.facts["values"])
         axes.plot([each.facts["values"] for each in points], [_bandwidth(each) for each in points], **LINES[operation])
-    peers = [each for each in measurements if each.operation not in LINES and each.facts["values"] == largest]
-    for each in peers:
-        axes.plot([largest], [_bandwidth(each)], PEER_MARKERS[each.operation], markersize=7, color=INK, label=each.operation)
+    baselines = [each for each in measurements if each.operation not in LINES and each.facts["values"] == largest]
+    for each in baselines:
+        axes.plot(
+            [largest], [_bandwidth(each)], BASELINE_MARKERS[each.operation], markersize=7, color=INK, label=each.operation
+        )
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda values, position: _in_units(values))
     axes.grid(axis="y")
@@ -76,7 +78,7 @@ def _draw_roofline(axes: Axes, measurements: list[Measurement]) -> None:
 
 
 def _in_units(values: float) -> str:
-    """In units of 1,024, as --sizes takes them."""
+    """Write a number in units of 1,024, as --sizes takes them."""
     power = min(int(math.log2(max(values, 1))) // 10, 3)
     return f"{values / 1024**power:.3g}{('', ' k', ' M', ' G')[power]}"
 
@@ -87,12 +89,12 @@ def _bandwidth(measurement: Measurement) -> float:
 
 
 def _is_eager(measurement: Measurement, measurements: list[Measurement]) -> bool:
-    """Whether the same was measured as a CUDA graph as well, which tells the kernel's time without Python's."""
+    """Return whether it is an eager call while others are CUDA graphs, which leave out the time of Python."""
     return not measurement.facts["cuda_graph"] and any(each.facts["cuda_graph"] for each in measurements)
 
 
 def _ratios(record: Record) -> Figure:
-    """A panel for each case: the time of every operation as a multiple of the baseline's, with its quartiles."""
+    """Draw a panel for each case: a bar for the relative time of each operation, with its quartiles."""
     cases = {name: [each for each in each_case if each.ratio] for name, each_case in record.cases().items()}
     heights = [MARGIN + ROW * len(each) for each in cases.values()]
     figure = Figure(figsize=(8, 0.5 + sum(heights)), layout="constrained")

@@ -1,4 +1,4 @@
-"""A record: what was measured, on what, and by which command. Written as JSON, read back checked."""
+"""Records: the measurements of a run, the machine and the command, written as JSON and checked when read."""
 
 from __future__ import annotations
 
@@ -18,8 +18,15 @@ from fastentropy.benchmarks.measurements import Measurement
 class Record:
     """The measurements of one run of `fastentropy bench`.
 
-    benchmark is kernels, collect or fuse; commit is that of the sources, None outside of a clone. complete is False while
-    measurements are missing.
+    Attributes:
+        benchmark: kernels, collect or fuse.
+        machine: the name of the processor with its threads, or of the GPU.
+        date: the day of the run, as YYYY-MM-DD.
+        versions: versions of torch and, where it is installed, triton.
+        commit: the commit of the sources; None outside a clone.
+        command: the command line of the run.
+        measurements: the measurements of all finished cases.
+        complete: whether all cases are finished.
     """
 
     benchmark: str
@@ -33,30 +40,30 @@ class Record:
 
     @classmethod
     def begin(cls, benchmark: str, device: str, command: str) -> Record:
-        """A record of this machine without measurements."""
+        """Return a record of this machine without measurements."""
         machine = describe_machine(device)
         versions = {"torch": machine["torch"], **_triton_version()}
         return cls(benchmark, machine["device"], machine["date"], versions, source_commit(), command)
 
     def with_more(self, measurements: list[Measurement]) -> Record:
-        """The record with further measurements."""
+        """Return the record with further measurements."""
         return dataclasses.replace(self, measurements=(*self.measurements, *measurements))
 
     def cases(self) -> dict[str, list[Measurement]]:
-        """The measurements by case, in the order in which they were made."""
+        """Return the measurements by case, in the order in which they were made."""
         cases: dict[str, list[Measurement]] = {}
         for measurement in self.measurements:
             cases.setdefault(measurement.case, []).append(measurement)
         return cases
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the record as JSON, in place of what was there."""
+        """Write the record as JSON, replacing an older file."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         save_json({**values, "measurements": [measurement.to_dict() for measurement in self.measurements]}, path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Record:
-        """Read what `save` wrote. Raises ValueError for anything else, OSError where there is no file."""
+        """Read a file of `save`. Raises ValueError for anything else, and OSError for a missing file."""
         try:
             values: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
             record = cls(**{**values, "measurements": tuple(map(Measurement.from_dict, values["measurements"]))})
@@ -68,7 +75,7 @@ class Record:
         return record
 
     def _check(self) -> None:
-        """Raise where what tables and plots show is not text."""
+        """Raise TypeError if a field that tables and plots show is not text."""
         texts = [self.benchmark, self.machine, self.date, self.command, self.versions["torch"]]
         texts += [text for each in self.measurements for text in (each.case, each.operation)]
         if not all(isinstance(text, str) for text in texts):
@@ -76,7 +83,7 @@ class Record:
 
 
 def _triton_version() -> dict[str, str]:
-    """It is not there on every system."""
+    """Return the version of Triton, which some systems lack."""
     try:
         import triton
     except ImportError:

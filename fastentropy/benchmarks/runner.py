@@ -1,4 +1,4 @@
-"""A run of a benchmark: its cases one after the other, what is measured on disk before the next begins."""
+"""A run of a benchmark: one case after the other, each on disk before the next one begins."""
 
 from __future__ import annotations
 
@@ -25,9 +25,14 @@ _UNITS = {"": 1, "k": 2**10, "M": 2**20, "G": 2**30}
 
 @dataclasses.dataclass(frozen=True)
 class Benchmark:
-    """Where the cases come from, and what is measured of each: so many rounds, or as many as fit into some seconds.
+    """A benchmark: its cases, and how long each is measured.
 
-    dtypes: those of the CPU and of a GPU. needs: packages beyond those of fastentropy.
+    Attributes:
+        cases: yields the cases for a device, dtypes and sizes.
+        dtypes: names of the default dtypes, by type of device.
+        rounds: samples of each operation, unless they exceed the budget.
+        budget_seconds: seconds for the rounds of a case.
+        needs: packages beyond the dependencies of fastentropy.
     """
 
     cases: Callable[[torch.device, Sequence[torch.dtype], Sequence[int]], Iterator[Case]]
@@ -57,20 +62,20 @@ def run_benchmark(
     path: Path,
     show: Callable[[list[Measurement]], None],
 ) -> Record:
-    """Measure every case of a benchmark, keep the record at `path` and show each case when it is done.
+    """Measure every case of a benchmark, save the record after each, and pass its measurements to `show`.
 
-    dtype and rounds may be None: the benchmark's own; sizes may be empty: so, too. What was measured before something raises is
-    in the file, as not complete. Raises ValueError where a case does not fit into memory.
+    dtype, sizes and rounds are the benchmark's own where they are None or empty. If something raises, the file holds the cases
+    that were finished, marked as incomplete. Raises ValueError if a case does not fit into memory.
     """
     benchmark = BENCHMARKS[name]
     dtypes = [DTYPES[each] for each in ([dtype] if dtype else benchmark.dtypes[device.type])]
     record = Record.begin(name, str(device), command)
-    with _too_large_is_bad_input(), torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+    with _out_of_memory_is_bad_input(), torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         for case in benchmark.cases(device, dtypes, sizes):
             budget = float("inf") if rounds else benchmark.budget_seconds
             measurements = measure(case, rounds=rounds or benchmark.rounds, budget_seconds=budget)
-            del case  # its tensors go before the next case comes
-            torch.compiler.reset()  # PyTorch compiles the same code, of other cases too, only so many times
+            del case  # free its tensors before the next case is made
+            torch.compiler.reset()  # PyTorch limits how often the same code is compiled, over all cases
             gc.collect()
             record = record.with_more(measurements)
             record.save(path)
@@ -81,7 +86,7 @@ def run_benchmark(
 
 
 @contextlib.contextmanager
-def _too_large_is_bad_input() -> Iterator[None]:
+def _out_of_memory_is_bad_input() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
@@ -91,9 +96,10 @@ def _too_large_is_bad_input() -> Iterator[None]:
 
 
 def files_to_write(name: str, record: Path | None, picture: Path | None) -> tuple[Path, Path]:
-    """Where the record and the picture go: what is given, or in the folder runs, which is made, and beside the record.
+    """Return the paths of the record and of the plot.
 
-    Raises ValueError for another suffix than theirs, and for what cannot be written.
+    By default the record goes into the folder runs, which is made, and the plot next to the record. Raises ValueError for
+    a wrong suffix and for a file that cannot be written.
     """
     path = record or Path("runs") / f"bench-{name}-{datetime.datetime.now():%Y%m%d-%H%M%S}.json"
     if path.suffix != ".json":
@@ -109,7 +115,7 @@ def files_to_write(name: str, record: Path | None, picture: Path | None) -> tupl
 
 
 def check_benchmark(name: str, dtype: str | None) -> None:
-    """Raise ValueError for a benchmark or a dtype that is none, or one that needs a package that is not installed."""
+    """Raise ValueError for an unknown benchmark or dtype, and if a package that the benchmark needs is missing."""
     if name not in BENCHMARKS:
         raise ValueError(f"there is no benchmark {name!r}; name one of {', '.join(BENCHMARKS)}")
     if dtype not in (None, *DTYPES):
@@ -120,7 +126,7 @@ def check_benchmark(name: str, dtype: str | None) -> None:
 
 
 def parse_sizes(text: str) -> list[int]:
-    """Read sizes such as 64k,1M,16M, in units of 1,024. Raises ValueError for anything else, and for 0."""
+    """Parse sizes such as 64k,1M,16M, in units of 1,024. Raises ValueError for anything else, and for 0."""
     sizes = []
     for part in text.split(","):
         match = re.fullmatch(r"([1-9][0-9]*)([kMG]?)", part.strip())

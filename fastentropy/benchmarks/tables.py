@@ -1,4 +1,4 @@
-"""A case as a table of 80 columns: what each operation took, and what that is beside the others."""
+"""A case as a table of 80 columns: the time of each operation, and how it compares."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fastentropy.benchmarks.measurements import Measurement, Quartiles
 
 
 def format_case(measurements: Sequence[Measurement]) -> str:
-    """The name of the case and a row for each operation; why some were skipped below."""
+    """Return the name of the case, a row for each operation, and below why operations were skipped."""
     measured = [each for each in measurements if each.milliseconds]
     head, rows = ["", "ms", "times baseline", "quartiles"], [_times(each) for each in measured]
     if any(each.bytes for each in measured):
@@ -26,7 +26,7 @@ def format_case(measurements: Sequence[Measurement]) -> str:
 
 
 def format_quartiles(quartiles: Quartiles) -> str:
-    """The quartiles around a median: 0.98 to 1.03."""
+    """Write the quartiles around a median, such as "0.98 to 1.03"."""
     return f"{quartiles.lower:.2f} to {quartiles.upper:.2f}"
 
 

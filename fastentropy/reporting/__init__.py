@@ -1,1 +1,1 @@
-"""Pages and pictures of runs."""
+"""Pages and plots of runs."""

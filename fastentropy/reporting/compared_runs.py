@@ -1,4 +1,4 @@
-"""Several runs of one recipe, labelled, and the published figures beside them."""
+"""The runs that a comparison shows, with their labels and options, and the published results next to them."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -9,24 +9,27 @@ from typing import Any
 from fastentropy._utils.text import shorten_names
 from fastentropy.reporting.history import RunHistory
 
-#: The characters of a run's label in a legend, and of a label and of an option in a column of a terminal.
+#: Characters for the label of a run in a legend, and for a label or an option in a column of a terminal.
 LEGEND_LENGTH, COLUMN_LENGTH = 36, 16
-
-
-#: The order in which options are told; others follow.
+#: The order in which options are shown; others follow.
 OPTIONS = ["model", "criterion", "collapse", "target_speedup", "seed", "max_drop", "max_removed", "per_step", "epochs"]
-
-
-#: What options are that a history does not tell, because they are newer than it or were left to the recipe.
-UNTOLD = {"criterion": "entropy", "zeros_together": False, "compile": False}
-
-
-UNTOLD_MODELS = {"cifar10": "resnet18"}
+#: Options that a history may lack, because it is older than they are or because the recipe chose.
+DEFAULTS = {"criterion": "entropy", "zeros_together": False, "compile": False}
+#: The model that a recipe chooses.
+DEFAULT_MODELS = {"cifar10": "resnet18"}
 
 
 @dataclass(frozen=True)
 class Published:
-    """What a paper reports of a model: its test accuracy before and after the removal of some of its activations."""
+    """A result of a paper for one model.
+
+    Attributes:
+        model: the name of the model.
+        sites: how many activations it has.
+        removed: how many of them are removed.
+        dense: test accuracy before, from 0 to 1.
+        pruned: test accuracy after.
+    """
 
     model: str
     sites: int
@@ -36,9 +39,7 @@ class Published:
 
 
 SOURCE = "EASIER, arXiv 2404.18949, Table 5"
-
-
-#: By the letters and digits of the model's name in the recipe cifar10. The paper's VGG-16 has batch norm.
+#: Published results by the letters and digits of the model's name in the recipe cifar10. The paper's VGG-16 has batch norm.
 PUBLISHED = {
     "resnet18": Published("ResNet-18", 17, 8, 0.9247, 0.9210),
     "swint": Published("Swin-T", 12, 8, 0.9166, 0.9083),
@@ -49,7 +50,7 @@ PUBLISHED = {
 
 
 def label_runs(paths: Sequence[Path]) -> list[str]:
-    """The shortest end of each path that no other path has."""
+    """Return the shortest trailing part of each path that tells it from the others."""
     return [next(end for end in _ends(path) if sum(end in _ends(other) for other in paths) == 1) for path in paths]
 
 
@@ -58,9 +59,23 @@ def _ends(path: Path) -> list[str]:
 
 
 class Runs:
-    """Histories by label, and what the page, the picture and the tables read out of them."""
+    """Histories by label, with what the page, the picture and the tables show of them.
+
+    Attributes:
+        histories: the histories, by label.
+        labels: the labels, in order.
+        recipe: the recipe of all runs.
+        started: the runs that have a step.
+        finished: the runs that have come to their end.
+        on_different_machines: whether the machines or the versions of PyTorch differ.
+        options: all options as texts, by name and label.
+        differing: the options that differ between runs.
+        common: the options that all runs share, by name, except those that ask for nothing.
+        short: `differing`, shortened to `COLUMN_LENGTH`.
+    """
 
     def __init__(self, histories: Mapping[str, Mapping[str, Any]]) -> None:
+        """Read the histories. Raises ValueError for runs of different recipes, and if no run has a step."""
         self.histories, self.labels, self.recipe = histories, list(histories), _common_recipe(histories)
         self.started = {label: RunHistory(history) for label, history in histories.items() if history["steps"]}
         if not self.started:
@@ -75,20 +90,25 @@ class Runs:
 
     @property
     def published(self) -> list[Published]:
-        """What is published of the models of these runs."""
+        """Return the published results for the models of these runs."""
         models = self.options["model"].values() if self.recipe == "cifar10" else ()
         names = ("".join(filter(str.isalnum, model)).lower() for model in models)
         return list(dict.fromkeys(PUBLISHED[name] for name in names if name in PUBLISHED))
 
     @property
     def entries(self) -> dict[str, str]:
-        """What a legend says of each run: its label, how it differs from others, and whether it has not come to its end."""
+        """Return the text of each run in a legend: its label, how it differs from the others, and whether it is unfinished."""
         entries = _shorten(dict(zip(self.labels, self.labels, strict=True)), LEGEND_LENGTH)
         for label, name in entries.items():
             notes = [f"{option} {texts[label]}" for option, texts in self.short.items()]
             notes += [] if label in self.finished else ["unfinished"]
             entries[label] = f"{name} ({', '.join(notes)})" if notes else name
         return entries
+
+
+def distinct_machines(runs: Mapping[str, RunHistory]) -> set[tuple[str, str]]:
+    """Return the machines and versions of PyTorch that latencies were measured on."""
+    return {(run.history["machine"]["device"], run.history["machine"]["torch"]) for run in runs.values()}
 
 
 def _shorten(texts: Mapping[str, str], length: int) -> dict[str, str]:
@@ -107,22 +127,20 @@ def _common_recipe(histories: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _options(histories: Mapping[str, Mapping[str, Any]], recipe: str) -> dict[str, dict[str, str]]:
-    """The options of the runs, the seed among them, as texts by name and label."""
-    untold = {**UNTOLD, "model": UNTOLD_MODELS.get(recipe)}
-    told = {label: {**history["options"], "seed": history["seed"]} for label, history in histories.items()}
-    given = {label: {name: value for name, value in options.items() if value is not None} for label, options in told.items()}
-    names = dict.fromkeys(itertools.chain(OPTIONS, *told.values()))
-    return {name: {label: _tell({**untold, **options}.get(name)) for label, options in given.items()} for name in names}
+    """Return the options of the runs, with the seed, as texts by name and label."""
+    defaults = {**DEFAULTS, "model": DEFAULT_MODELS.get(recipe)}
+    stored = {label: {**history["options"], "seed": history["seed"]} for label, history in histories.items()}
+    given = {label: {name: value for name, value in options.items() if value is not None} for label, options in stored.items()}
+    names = dict.fromkeys(itertools.chain(OPTIONS, *stored.values()))
+    return {
+        name: {label: format_option({**defaults, **options}.get(name)) for label, options in given.items()} for name in names
+    }
 
 
-def _tell(value: object) -> str:
+def format_option(value: object) -> str:
+    """Write the value of an option: none, yes, no, a number, a text, or a list of them."""
     if isinstance(value, list):
         return ", ".join(map(str, value)) or "none"
     if value is None or isinstance(value, bool):
         return {None: "none", True: "yes", False: "no"}[value]
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def distinct_machines(runs: Mapping[str, RunHistory]) -> set[tuple[str, str]]:
-    """The machines and versions of PyTorch that latencies were measured with."""
-    return {(run.history["machine"]["device"], run.history["machine"]["torch"]) for run in runs.values()}

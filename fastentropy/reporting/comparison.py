@@ -1,4 +1,4 @@
-"""Several runs of one recipe beside each other, as a page, a picture and a table: pure functions of their histories."""
+"""The comparison of several runs of one recipe as a page, a picture and a table, from their histories alone."""
 
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
@@ -21,16 +21,16 @@ from fastentropy.reporting.history import RunHistory
 from fastentropy.reporting.pages import draw_svg, write_page
 from fastentropy.reporting.plots import STYLE
 
-#: A space at which no line ends.
+#: A space at which no line breaks.
 UNBROKEN = "\N{NO-BREAK SPACE}"
-#: How many times as fast as the next run the fastest one must be to be called so: measured times vary by less.
+#: How many times as fast as the next run the fastest one must be to be called that. Measured times vary by less.
 LEAD = 1.02
 
 
 def write_comparison(histories: Mapping[str, Mapping[str, Any]], path: str | PathLike[str]) -> None:
-    """Write the histories of several runs, by their labels, as one HTML page that needs nothing but itself.
+    """Write the histories of several runs, by their labels, as one self-contained HTML page.
 
-    The same histories give the same bytes. Raises ValueError for runs of different recipes, and where no run has a step.
+    The same histories give the same bytes. Raises ValueError for runs of different recipes, and if no run has a step.
     """
     runs = Runs(histories)
     headline, best = _verdict(runs)
@@ -38,7 +38,7 @@ def write_comparison(histories: Mapping[str, Mapping[str, Any]], path: str | Pat
 
 
 def plot_comparison(histories: Mapping[str, Mapping[str, Any]], path: str | PathLike[str]) -> Figure:
-    """Write one PNG: test accuracy against the activations removed, and against the latency. Raises as the page does."""
+    """Draw test accuracy against activations removed, and against latency, to one PNG. Raises as `write_comparison` does."""
     runs = Runs(histories)
     panels = {"Accuracy against activations removed": draw_removed, "Accuracy against latency": draw_latency}
     with matplotlib.style.context(["default", STYLE]):
@@ -53,26 +53,26 @@ def plot_comparison(histories: Mapping[str, Mapping[str, Any]], path: str | Path
 
 
 def format_comparison(histories: Mapping[str, Mapping[str, Any]]) -> str:
-    """The runs as text for a terminal of 80 columns. Raises as the page does."""
+    """Return the comparison as text of 80 columns. Raises as `write_comparison` does."""
     runs = Runs(histories)
     common = {"recipe": runs.recipe, **runs.common}
     notes = [f"The same in all runs: {', '.join(f'{name}{UNBROKEN}{text}' for name, text in common.items())}."]
     if len(runs.finished) < len(runs.labels):
-        notes.append("* unfinished: shown as far as it has come.")
+        notes.append("* unfinished: shown up to its last step.")
     if runs.on_different_machines:
-        notes.append("Latencies are of different machines or versions of PyTorch: compare them within a run only.")
+        notes.append("Latencies are of different machines or versions of PyTorch: compare them only within a run.")
     headline, *others = (textwrap.fill(note, TERMINAL, break_on_hyphens=False) for note in [_verdict(runs)[0], *notes])
     return "\n\n".join([headline, *_text_tables(runs), "\n".join(others).replace(UNBROKEN, " ")])
 
 
 def _verdict(runs: Runs) -> tuple[str, str | None]:
-    """What the comparison comes to in a sentence, and the label of the best run where there is one."""
+    """Return the result of the comparison as a sentence, and the label of the best run if there is one."""
     finished = runs.finished
     if len(finished) < 2:
         which = f"Only {next(iter(finished))}" if finished else "None of the runs"
-        return f"{which} is finished; which one is best cannot be said yet.", None
+        return f"{which} is finished, so there is no best run yet.", None
     if len(distinct_machines(finished)) > 1:
-        return "The latencies are of different machines; which run is fastest cannot be said.", None
+        return "The latencies are of different machines, so they do not tell which run is fastest.", None
     fastest, second = sorted(finished, key=lambda label: finished[label].latency["fused"])[:2]
     if finished[second].latency["fused"] < LEAD * finished[fastest].latency["fused"]:
         return f"No run is clearly the fastest: {fastest} and {second} are less than {100 * (LEAD - 1):.0f} % apart.", None
@@ -85,11 +85,11 @@ def _verdict(runs: Runs) -> tuple[str, str | None]:
         ((_, drop),) = limits
         limit = f"within the same accuracy limit ({100 * drop:.2f} points of validation accuracy)"
         return f"{fastest} is the fastest{of} {limit}: {_figures_of(finished[fastest])}.", fastest
-    told = [
+    verdicts = [
         f"{label} is the {what}{of} ({_figures_of(finished[label])})"
         for label, what in ((fastest, "fastest"), (accurate, "most accurate"))
     ]
-    return f"{', '.join(told)}.", None
+    return f"{', '.join(verdicts)}.", None
 
 
 def _figures_of(run: RunHistory) -> str:
@@ -98,13 +98,13 @@ def _figures_of(run: RunHistory) -> str:
 
 
 def _text_tables(runs: Runs) -> list[str]:
-    """The results beside as many of the options that differ as there is room for, then tables of the other options."""
+    """Return a table of the results with as many differing options as fit, then tables of the other options."""
     results = _results(runs)
     whole = TERMINAL - min(max(map(len, runs.labels)), COLUMN_LENGTH)
     room = whole - sum(_width(head, texts) for head, texts in results.items())
     tables: list[dict[str, list[str]]] = [{}]
-    for name, told in runs.short.items():
-        texts = list(told.values())
+    for name, by_label in runs.short.items():
+        texts = list(by_label.values())
         if _width(name, texts) > room:
             tables.append({})
             room = whole
@@ -121,7 +121,7 @@ def _width(head: str, texts: Sequence[str]) -> int:
 
 
 def _results(runs: Runs) -> dict[str, list[str]]:
-    """The columns of the table of results, by their heads."""
+    """Return the columns of the table of results, by their heads."""
     columns: dict[str, list[str]] = {"removed": [], "test, %": [], "ms per call": [], "speed": []}
     for label in runs.labels:
         cells = ["-"] * len(columns)
@@ -141,7 +141,7 @@ def _results(runs: Runs) -> dict[str, list[str]]:
 
 
 def _figures(runs: Runs) -> dict[str, Markup]:
-    """The page's figures as inline SVG, by name."""
+    """Return the figures of the page as inline SVG, by name."""
     drawn = {
         "removed": (draw_removed, "Lines: test accuracy in percent against activations removed, for each run"),
         "latency": (draw_latency, "Lines: test accuracy in percent against milliseconds per call, for each run"),

@@ -1,4 +1,4 @@
-"""The plots of a comparison of runs."""
+"""The plots of a comparison: test accuracy of each step against activations removed, and against latency."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,36 +14,23 @@ from matplotlib.ticker import MaxNLocator
 from fastentropy.reporting.compared_runs import Runs
 from fastentropy.reporting.plots import BLUE, GREY, INK, ORANGE
 
-#: Okabe and Ito's colours without those that a light or a dark ground swallows, and filled marks: 42 runs look different.
+#: Okabe and Ito's colours, without those that are hard to see on a light or a dark ground, and filled markers. Together they
+#: tell 42 runs apart.
 COLORS = [BLUE, ORANGE, "#009e73", "#cc79a7", "#56b4e9", "#e69f00"]
-
-
 MARKERS = "osD^v<>"
-
-
-#: Marks of what is published have no filling, so that none is taken for that of a run.
+#: Markers of published results are not filled, so that none is mistaken for a run.
 PUBLISHED_MARKERS = "x+*1"
-
-
-#: Inches: the height of a plot, that of a line of its legend, and the width of a character there, of its mark and its margin.
+#: Inches: the height of a plot and of a line in its legend; the width of a character there, and of a marker with its margin.
 PLOT, LINE, CHARACTER, MARK = 3.2, 0.18, 0.07, 0.55
-
-
-#: How steps are drawn, the one that was kept, which stands out, those that were rejected after it, and what is published.
+#: Styles of the steps that were tried, of the kept one, which stands out, of those rejected after it, and of published results.
 TRIED: dict[str, Any] = {"markersize": 4, "linewidth": 1.3}
-
-
 KEPT: dict[str, Any] = {"linestyle": "none", "markersize": 9, "markeredgecolor": INK, "markeredgewidth": 1.2, "zorder": 3}
-
-
 REJECTED: dict[str, Any] = TRIED | {"linestyle": "--", "markerfacecolor": "none"}
-
-
 PUBLISHED_STYLE: dict[str, Any] = {"color": INK, "linestyle": ":", "linewidth": 1, "markersize": 8}
 
 
 def draw_removed(axes: Axes, runs: Runs) -> dict[str, Line2D]:
-    """Test accuracy of each step of each run against the activations removed, with what is published."""
+    """Draw test accuracy of each step against the activations removed, with published results. Return the legend's entries."""
     axes.set_xlabel("activations removed")
     entries = _draw_runs(axes, runs, {label: run.depths for label, run in runs.started.items()})
     for published, marker in zip(runs.published, PUBLISHED_MARKERS, strict=False):
@@ -56,7 +43,7 @@ def draw_removed(axes: Axes, runs: Runs) -> dict[str, Line2D]:
 
 
 def draw_latency(axes: Axes, runs: Runs) -> dict[str, Line2D]:
-    """Test accuracy of each step of each run against the time of one call of its fused network."""
+    """Draw test accuracy of each step against the time of one call of its fused network. Return the legend's entries."""
     axes.set_xlabel("latency, fused (ms per call)")
     times = {label: [step["latency_ms"]["fused"] for step in run.steps] for label, run in runs.started.items()}
     for label, run in runs.started.items():
@@ -67,9 +54,9 @@ def draw_latency(axes: Axes, runs: Runs) -> dict[str, Line2D]:
 
 
 def _draw_runs(axes: Axes, runs: Runs, positions: Mapping[str, Sequence[float]]) -> dict[str, Line2D]:
-    """For each run a line up to its kept step, which stands out, and a dashed one to those that were rejected.
+    """Draw each run as a line up to its kept step, which stands out, and a dashed one to the rejected steps.
 
-    Returns what a legend has to explain, by its texts.
+    Returns the lines that a legend explains, by its texts.
     """
     axes.set_ylabel("test accuracy (%)")
     axes.grid()
@@ -92,7 +79,7 @@ def _draw_runs(axes: Axes, runs: Runs, positions: Mapping[str, Sequence[float]])
 
 
 def draw_legend(figure: Figure, entries: Mapping[str, Line2D]) -> None:
-    """Make a figure higher by a legend below its plots: lines may be anywhere in them. As many columns as there is room for."""
+    """Add a legend below the plots, where it hides no line, with as many columns as fit. The figure grows by its height."""
     widths = [MARK + CHARACTER * len(text) for text in entries]
     shapes = ((columns, np.array_split(widths, columns)) for columns in range(len(widths), 0, -1))
     columns = next((columns for columns, parts in shapes if sum(map(max, parts)) <= figure.get_figwidth()), 1)

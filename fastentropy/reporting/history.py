@@ -1,4 +1,4 @@
-"""The history of a run (`history.json`) as its readers see it: checked, and with what the pages tell of it."""
+"""The history of a run (`history.json`): its check, and the figures that pages show of it."""
 
 import itertools
 import math
@@ -7,10 +7,22 @@ from typing import Any
 
 
 class RunHistory:
-    """The history of a run with a finished step, and what is read out of it. Step 0 is the dense network."""
+    """The history of a run with at least one finished step. Step 0 is the dense network.
+
+    Attributes:
+        history: the history as `history.json` holds it.
+        steps: its steps.
+        kept_step: the index of the kept step; of the last one while the run is unfinished.
+        fusion: the report of fusing the kept network; None while the run is unfinished.
+        dense: step 0.
+        kept: the kept step.
+        sites: the names of the activations of the dense network, in call order.
+        depths: the number of activations removed at each step.
+        tried_at: the step at which each activation was removed, by name.
+    """
 
     def __init__(self, history: Mapping[str, Any]) -> None:
-        """Read a history as `check_history` accepts it."""
+        """Read a history that `check_history` accepts."""
         self.history = history
         self.steps: Sequence[Mapping[str, Any]] = history["steps"]
         self.kept_step: int = len(self.steps) - 1 if history["kept_step"] is None else history["kept_step"]
@@ -22,49 +34,49 @@ class RunHistory:
 
     @property
     def options(self) -> dict[str, Any]:
-        """The options of the run that ask for something."""
+        """Return the options of the run that ask for something."""
         given = self.history["options"].items()
         return {name: value for name, value in given if value is not None and value is not False and value != []}
 
     @property
     def removed(self) -> int:
-        """How many sites are linearised in the kept network."""
+        """Return how many sites are linearised in the kept network."""
         return self.depths[self.kept_step]
 
     @property
     def rejected_step(self) -> int | None:
-        """The step that fell too far, if the run has come to one."""
+        """Return the index of the step whose score fell too far, or None if there is none."""
         return self.kept_step + 1 if self.kept_step + 1 < len(self.steps) else None
 
     @property
     def lowest_validation(self) -> float:
-        """The score that a step must reach to be kept."""
+        """Return the validation accuracy that a step must reach to be kept."""
         return float(self.dense["validation"] - self.history["options"]["max_drop"])
 
     @property
     def latency(self) -> Mapping[str, float]:
-        """Milliseconds per call, measured side by side at the end; of a run that has not come to it, those of its steps."""
+        """Return milliseconds per call, measured side by side at the end, or those of the steps if the run is unfinished."""
         dense, kept = self.dense["latency_ms"], self.kept["latency_ms"]
         steps = {"dense": dense["pruned"], "dense_fused": dense["fused"], "pruned": kept["pruned"], "fused": kept["fused"]}
         return self.history["latency_ms"] or steps
 
     @property
     def speedup(self) -> float:
-        """How many times as fast as the dense network, run as it is."""
+        """Return how many times as fast as the dense network the fused one is."""
         return self.latency["dense"] / self.latency["fused"]
 
     @property
     def collapsed(self) -> list[Mapping[str, Any]]:
-        """The stretches of the kept network that one convolution approximates."""
+        """Return the stretches of the kept network that are approximated by one convolution each."""
         return [projection for step in self.steps[: self.kept_step + 1] for projection in step["collapsed"]]
 
     def entropy_before(self, index: int) -> dict[str, float]:
-        """What a step removed, with the entropy in bits that each site had before."""
+        """Return the sites that a step removed, with their entropy in bits before."""
         return {name: self.steps[index - 1]["layer_entropy"][name] for name in self.steps[index]["removed"]}
 
 
 def check_history(history: Mapping[str, Any]) -> None:
-    """Raise ValueError for a history that lacks something that a page shows, or has it in another type or range."""
+    """Raise ValueError for a history that lacks a value that a page shows, or has it in a wrong type or range."""
     _check(history, _HISTORY, "the history")
     for name, form in _WHEN_FINISHED.items():
         if history["kept_step"] is not None or history[name] is not None:
@@ -75,13 +87,14 @@ def check_history(history: Mapping[str, Any]) -> None:
     for index, step in enumerate(steps):
         left = set(steps[0]["layer_entropy"]).intersection(steps[index - 1]["layer_entropy"]) if index else set()
         if unknown := set(step["removed"]) - left:
-            raise ValueError(f"step {index} removed {', '.join(sorted(unknown))}, of which the steps before have no entropy")
+            raise ValueError(f"step {index} removed {', '.join(sorted(unknown))}, for which the steps before have no entropy")
     latencies = [step["latency_ms"] for step in steps] + [history["latency_ms"], (history["fusion"] or {}).get("milliseconds")]
     if any(value <= 0 for times in latencies for value in (times or {}).values()):
         raise ValueError("a latency is 0 or less; expected milliseconds")
 
 
-#: What is to be there, with its type: [of each], {name: of the value}, {str: of every value}; a float may be an int.
+#: The expected form of a history: [form of each item], {name: form of its value}, {str: form of every value}, or a type. An int
+#: may stand for a float.
 _PROJECTION = {"modules": [str], "relative_error": float, "centre_error": float}
 _STEP = {
     "removed": [str],
@@ -116,7 +129,7 @@ _NAMES = {float: "a number", int: "an integer", str: "a text", list: "a list", d
 
 
 def _check(value: Any, form: Any, where: str) -> None:
-    """Hold a value that was read from JSON to a form."""
+    """Raise ValueError if a value that was read from JSON does not have the expected form."""
     if form is object:
         return
     kind: Any = form if isinstance(form, type) else type(form)

@@ -1,4 +1,4 @@
-"""What the pages share: how one is written, and figures that are part of it."""
+"""HTML pages: rendering a template, and figures as inline SVG."""
 
 import io
 import re
@@ -12,15 +12,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from fastentropy._utils.files import replace_file
-from fastentropy._utils.text import format_count, format_milliseconds, format_percent
+from fastentropy._utils.text import format_count, format_milliseconds, format_percent, plural
 from fastentropy.reporting.plots import INK, STYLE
 
-#: Inches: the width of a figure of a page.
+#: The width of a figure on a page in inches.
 WIDTH = 7.6
 
 
 def write_page(template: str, path: str | PathLike[str], **values: object) -> None:
-    """Write one HTML page that needs nothing but itself. Text among the values is never markup."""
+    """Render a template to a self-contained HTML page. Texts among the values are escaped."""
     environment = Environment(
         loader=PackageLoader("fastentropy.reporting"),
         autoescape=True,
@@ -28,18 +28,21 @@ def write_page(template: str, path: str | PathLike[str], **values: object) -> No
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(count=format_count, percent=format_percent, milliseconds=format_milliseconds)
+    environment.filters.update(count=format_count, percent=format_percent, milliseconds=format_milliseconds, plural=plural)
     page = environment.get_template(template).render(**values)
     replace_file(path, lambda temporary: temporary.write_text(page, encoding="utf-8"))
 
 
 def draw_svg(draw: Callable[[Axes], object], height: float, description: str) -> Markup:
-    """A figure as an SVG element that takes its ink from the page, so that it reads on a light and on a dark ground.
+    """Return a figure as an SVG element in the text colour of the page, so that it is readable on light and dark ground.
 
-    height is in inches; the description is what a screen reader says, and no other figure of the page has it.
+    Args:
+        draw: draws the figure on axes.
+        height: the height in inches.
+        description: the text for screen readers, which must be unique on the page.
     """
     buffer = io.StringIO()
-    # Identifiers must be unique in a page: the salt tells its figures apart, and those of groups are used by nothing.
+    # Identifiers must be unique on a page. The salt makes those of each figure differ; those of groups are unused.
     with matplotlib.style.context(["default", STYLE, {"svg.hashsalt": description}]):
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
         draw(figure.subplots())

@@ -1,4 +1,4 @@
-"""The style that all plots share, and the picture of entropies: names and numbers in, a figure out."""
+"""The style of all plots, and the plot of entropies."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fastentropy._utils.text import shorten_names
 
 INK = "#24292f"
 GREY = "#8c959f"
-#: Of Okabe and Ito's palette: apart for every kind of colour vision, and readable on a light and on a dark ground.
+#: Of Okabe and Ito's palette: distinct for every kind of colour vision, and readable on light and dark ground.
 BLUE, ORANGE = "#0072b2", "#d55e00"
 STYLE = {
     "axes.edgecolor": INK,
@@ -42,22 +42,22 @@ STYLE = {
     "xtick.color": INK,
     "ytick.color": INK,
 }
-#: Inches: the height of a site's row, and that of what is above and below the rows.
+#: Inches: the height of a site's row, and of the margins above and below the rows together.
 ROW, MARGIN = 0.2, 0.9
-#: How much of its row a bar fills.
+#: The share of its row that a bar fills.
 BAR = 0.72
-#: The characters of a site's name that a plot has room for.
+#: Characters of a site's name that a plot has room for.
 LABEL_LENGTH = 42
-#: Bins of a bit in the distribution of neuron entropies.
+#: Bins in the distribution of neuron entropies, from 0 to 1 bit.
 BINS = 20
-#: From no neuron to all: one hue, ever darker, so that it is read without telling colours apart.
+#: From no neuron to all: one hue that gets darker, so that it can be read without telling colours apart.
 _SHADES = LinearSegmentedColormap.from_list("shares", ["#eef2f5", BLUE, "#00253b"])
-#: What a figure can be saved as, with the metadata without which the same figure gives the same bytes.
+#: The formats of a figure, each with metadata to leave out, so that the same figure gives the same bytes.
 FORMATS: dict[str, dict[str, Any]] = {"png": {}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
 
 
 class EntropyFigure(Figure):
-    """A figure that a notebook displays, also where pyplot was never imported."""
+    """A figure that a notebook displays even if pyplot was never imported."""
 
     def _repr_png_(self) -> bytes:
         buffer = io.BytesIO()
@@ -66,10 +66,17 @@ class EntropyFigure(Figure):
 
 
 def plot_entropies(neuron_entropies: Mapping[str, Tensor], path: str | PathLike[str] | None = None) -> Figure:
-    """The entropy of each layer beside the distribution of its neurons' entropies (bits, [neurons]), by the site's name.
+    """Draw the entropy of each layer next to the distribution of its neurons' entropies.
 
-    Written to `path` too, where one is given; its suffix, one of `FORMATS`, says as what. Raises ValueError for another one,
-    and where there are no sites.
+    Args:
+        neuron_entropies: the entropies of a site's neurons in bits, [neurons], by the name of the site.
+        path: where to save the figure; the suffix, one of `FORMATS`, is its format. None to not save it.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ValueError: for another suffix, and if there are no sites.
     """
     form = "" if path is None else figure_format(path)
     if not neuron_entropies:
@@ -84,7 +91,7 @@ def plot_entropies(neuron_entropies: Mapping[str, Tensor], path: str | PathLike[
             axes.set_title(title, loc="left", fontweight="bold")
             axes.set_xticks([0, 0.2, 0.4, 0.6, 0.8, 1])
         figure.draw_without_rendering()  # some parts of a figure take their style when they are first drawn
-        figure.set_layout_engine("none")  # or each drawing would move them a little
+        figure.set_layout_engine("none")  # otherwise each drawing would move the axes a little
         if path is not None:
             replace_file(path, lambda file: figure.savefig(file, format=form, dpi=160, metadata=FORMATS[form]))
     return figure
@@ -96,7 +103,7 @@ def draw_layer_entropy(
     colors: Mapping[str, str] | None = None,
     notes: Mapping[str, str] | None = None,
 ) -> None:
-    """A bar for each site, in call order from the top, with its bits; `colors` and `notes` are for some sites by name."""
+    """Draw a bar with its bits for each site, in call order from the top. `colors` and `notes` apply to some sites by name."""
     for row, (name, bits) in enumerate(layer_entropy.items()):
         axes.barh(row, bits, height=BAR, color=(colors or {}).get(name, BLUE))
         text = f"{bits:.3f}{(notes or {}).get(name, '')}"
@@ -109,14 +116,14 @@ def draw_layer_entropy(
 
 
 def label_sites(axes: Axes, names: Sequence[str]) -> None:
-    """A row for each site, the first at the top."""
+    """Label a row for each site, the first at the top."""
     axes.set_yticks(range(len(names)), shorten_names(names, LABEL_LENGTH), fontsize=8)
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.tick_params(axis="y", length=0)
 
 
 def draw_distributions(axes: Axes, neuron_entropies: Mapping[str, Tensor], are_labelled: bool = True) -> None:
-    """A strip for each site: the darker, the more of its neurons lie there. A tick at their mean, the layer entropy."""
+    """Draw a strip for each site, darker where more of its neurons are, with a tick at their mean, the layer entropy."""
     edges = [edge / BINS for edge in range(BINS + 1)]
     for row, entropies in enumerate(neuron_entropies.values()):
         shares = torch.histc(entropies.clamp(0, 1), BINS, 0, 1) / len(entropies)  # rounding may leave a bit more than 1
@@ -137,8 +144,9 @@ def draw_distributions(axes: Axes, neuron_entropies: Mapping[str, Tensor], are_l
 
 
 def figure_format(path: str | PathLike[str]) -> str:
-    """The format that the suffix of a path names. Raises ValueError where it is none of `FORMATS`."""
+    """Return the format that the suffix of a path names. Raises ValueError if it is none of `FORMATS`."""
     form = Path(path).suffix.lower().removeprefix(".")
     if form not in FORMATS:
-        raise ValueError(f"{path}: a plot is saved as {', '.join(f'.{each}' for each in FORMATS)}; name a file that ends so")
+        suffixes = ", ".join(f".{each}" for each in FORMATS)
+        raise ValueError(f"{path}: a plot is saved as {suffixes}; name a file with one of these suffixes")
     return form

@@ -1,4 +1,4 @@
-"""One pruning run as a page that opens from disk, and as one picture: pure functions of the run's history."""
+"""One pruning run as a self-contained page and as a picture, from its history alone."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -20,16 +20,16 @@ from fastentropy.reporting.plots import BLUE, GREY, INK, MARGIN, ORANGE, ROW, ST
 
 
 def write_report(history: Mapping[str, Any], path: str | PathLike[str]) -> None:
-    """Write the history of one run (`history.json`) as one HTML page that needs nothing but itself.
+    """Write the history of one run (`history.json`) as one self-contained HTML page.
 
-    The same history gives the same bytes. A run that is not finished (`"kept_step": null`) gives the page of its steps.
+    The same history gives the same bytes. For an unfinished run (`"kept_step": null`) the page shows the steps so far.
     """
     run = RunHistory(history)
     write_page("report.html.j2", path, run=run, headline=_headline(run), figures=_figures(run))
 
 
 def plot_summary(history: Mapping[str, Any], path: str | PathLike[str]) -> None:
-    """Write one PNG: the dense network's entropies, then accuracy and latency against the activations removed."""
+    """Draw the entropies of the dense network, and accuracy and latency against activations removed, to one PNG."""
     run = RunHistory(history)
     panels = {"Entropy of each activation": _draw_entropy, "Accuracy": _draw_accuracy, "Latency": _draw_latency}
     with matplotlib.style.context(["default", STYLE]):
@@ -41,8 +41,9 @@ def plot_summary(history: Mapping[str, Any], path: str | PathLike[str]) -> None:
 
 
 def _headline(run: RunHistory) -> str:
-    exceptions = {0: "No activation is", len(run.sites): f"All {len(run.sites)} activations are"}
-    removed = exceptions.get(run.removed, f"{run.removed} of {len(run.sites)} activations are")
+    sites = len(run.sites)
+    exceptions = {0: "No activation is", sites: f"All {sites} activations are" if sites > 1 else "The only activation is"}
+    removed = exceptions.get(run.removed, f"{run.removed} of {sites} activations {'are' if run.removed > 1 else 'is'}")
     change = round(100 * (run.kept["test"] - run.dense["test"]), 2)
     points = f"{abs(change):.2f} points {'more' if change > 0 else 'less'}" if change else "the same"
     so_far = " so far" if run.fusion is None else ""
@@ -50,7 +51,7 @@ def _headline(run: RunHistory) -> str:
 
 
 def _figures(run: RunHistory) -> dict[str, Markup]:
-    """The page's figures as inline SVG, by name."""
+    """Return the figures of the page as inline SVG, by name."""
     rows = _rows_height(run)
     drawn = {
         "entropy": (_draw_entropy, rows, "Bars: the entropy of each activation in the dense network"),
@@ -66,14 +67,14 @@ def _rows_height(run: RunHistory) -> float:
 
 
 def _draw_entropy(axes: Axes, run: RunHistory) -> None:
-    """A bar for each site of the dense network, in call order; the removed ones in another colour, with their step."""
+    """Draw a bar for each site of the dense network, in call order; removed ones in another colour, with their step."""
     gone = {name for name, step in run.tried_at.items() if step <= run.kept_step}
     notes = {name: f", {'removed' if name in gone else 'tried'} at step {step}" for name, step in run.tried_at.items()}
     draw_layer_entropy(axes, run.dense["layer_entropy"], dict.fromkeys(gone, ORANGE), notes)
 
 
 def _draw_entropy_map(axes: Axes, run: RunHistory) -> None:
-    """Sites × steps; a cell's colour is the entropy of the site after the step, and hatching says that it is gone."""
+    """Draw sites × steps. The colour of a cell is the entropy of the site after the step; removed sites are hatched."""
     entropies = [[step["layer_entropy"].get(name, math.nan) for step in run.steps] for name in run.sites]
     edges = [[index - 0.5 for index in range(len(cells) + 1)] for cells in (run.steps, run.sites)]
     mesh = axes.pcolormesh(*edges, entropies, norm=_entropy_range(entropies))
@@ -91,14 +92,14 @@ def _draw_entropy_map(axes: Axes, run: RunHistory) -> None:
 
 
 def _entropy_range(entropies: Sequence[Sequence[float]]) -> Normalize:
-    """The tenths of a bit between which the entropies lie: networks differ more than the layers of one network."""
+    """Return the range of the entropies in tenths of a bit. Networks differ more than the layers of one network do."""
     bits = [value for row in entropies for value in row if not math.isnan(value)] or [0.0, 1.0]
     lowest, highest = math.floor(10 * min(bits)) / 10, math.ceil(10 * max(bits)) / 10
     return Normalize(min(lowest, highest - 0.1), highest)
 
 
 def _draw_accuracy(axes: Axes, run: RunHistory) -> None:
-    """Validation and test accuracy of each step, and the lowest validation accuracy that is kept."""
+    """Draw validation and test accuracy of each step, and the lowest validation accuracy that is kept."""
     for split, color, marker in (("validation", BLUE, "o"), ("test", ORANGE, "s")):
         axes.plot(run.depths, [100 * step[split] for step in run.steps], color=color, marker=marker, label=split)
     if run.lowest_validation > 0:
@@ -108,7 +109,7 @@ def _draw_accuracy(axes: Axes, run: RunHistory) -> None:
 
 
 def _draw_latency(axes: Axes, run: RunHistory) -> None:
-    """The time of one call of each step's network, as it is and fused."""
+    """Draw the time of one call of each step's network, as it is and fused."""
     for form, color, marker in (("pruned", BLUE, "o"), ("fused", ORANGE, "s")):
         axes.plot(run.depths, [step["latency_ms"][form] for step in run.steps], color=color, marker=marker, label=form)
     axes.set_ylim(0, 1.1 * max(max(step["latency_ms"].values()) for step in run.steps))
@@ -125,7 +126,7 @@ def _finish_lines(axes: Axes, run: RunHistory) -> None:
 
 
 def _label_steps(axes: Axes, run: RunHistory, positions: Sequence[int]) -> None:
-    """Limit the axis to the steps' positions, and write `kept` and `rejected` above those of these two."""
+    """Limit the axis to the positions of the steps, and mark the kept and the rejected one."""
     labels = [(run.kept_step, "kept", "center" if run.rejected_step is None else "right", INK)]
     if run.rejected_step is not None:
         labels.append((run.rejected_step, "rejected", "left", ORANGE))

@@ -80,10 +80,12 @@ def test_bytes_are_those_that_an_operation_has_to_move():
 
 def test_peers_are_measured_at_the_largest_size_only():
     cases = list(kernels.kernel_cases(CPU, [torch.float32], [2**20, 2**12]))
-    with_peers = [case.name for case in cases if case.peers]
-    assert with_peers == ["relu on rows, 1024 × 1024, float32", "relu on planes, 5 × 64 × 56 × 56, float32"]
+    with_baselines = [case.name for case in cases if case.baselines]
+    assert with_baselines == ["relu on rows, 1024 × 1024, float32", "relu on planes, 5 × 64 × 56 × 56, float32"]
     assert [case.name for case in cases if case.name.startswith("silu")] == ["silu on rows, 1024 × 1024, float32"]
-    assert all(set(case.operations) == set(kernels.OPERATIONS) - (set() if case.peers else kernels.PEERS) for case in cases)
+    assert all(
+        set(case.operations) == set(kernels.OPERATIONS) - (set() if case.baselines else kernels.BASELINES) for case in cases
+    )
 
 
 def test_sizes_that_are_rounded_to_the_same_shape_are_one_case():
@@ -102,7 +104,7 @@ def test_the_tensors_of_a_case_go_before_the_next(tensors):
 def test_what_waits_for_a_gpu_is_in_no_cuda_graph():
     case = kernels.kernel_case(CPU, torch.float32, kernels.LAYOUTS[0], 4096, "relu")
     graphs = kernels._as_graphs(case, torch.device("cuda"))
-    assert set(graphs.operations) == set(kernels.OPERATIONS) - kernels.PEERS
+    assert set(graphs.operations) == set(kernels.OPERATIONS) - kernels.BASELINES
     assert all(each["cuda_graph"] for each in graphs.facts.values())
     assert graphs.name != case.name
 
@@ -242,11 +244,11 @@ def linear():
     """A block whose activation is taken out."""
     torch.manual_seed(0)
     layers = [nn.Conv2d(3, 8, 1, bias=False), nn.BatchNorm2d(8), nn.Identity(), nn.Conv2d(8, 3, 1)]
-    model, inputs = networks.odd((nn.Sequential(*layers).eval(), (torch.randn(2, 3, 6, 6),)))
+    model, inputs = networks.randomize_batch_norm((nn.Sequential(*layers).eval(), (torch.randn(2, 3, 6, 6),)))
     return model, inputs, fusing.fuse_case("block", (model, inputs))
 
 
-@pytest.mark.parametrize("form", [name for name in fusing.FORMS if name not in fusing.PEERS])
+@pytest.mark.parametrize("form", [name for name in fusing.FORMS if name not in fusing.BASELINES])
 def test_forms_of_a_network_are_the_same_function(linear, form):
     model, inputs, case = linear
     torch.testing.assert_close(case.operations[form](), networks.infer(model, inputs), rtol=1e-4, atol=1e-4)
@@ -254,7 +256,7 @@ def test_forms_of_a_network_are_the_same_function(linear, form):
 
 def test_facts_of_a_fused_network(linear):
     _, _, case = linear
-    assert (case.name, case.baseline) == ("block, 2 × 3 × 6 × 6, float32", "folded")
+    assert (case.name, case.denominator) == ("block, 2 × 3 × 6 × 6, float32", "folded")
     assert case.facts["folded"]["memory_format"] in ("contiguous", "channels_last")
     fused = case.facts["fused"]
     assert fused["multiplications"] <= fused["multiplications_folded"] == 2 * 36 * (3 * 8 + 8 * 3)
@@ -282,7 +284,7 @@ def test_the_networks_that_are_fused_have_the_names_and_the_batch_that_are_said(
     monkeypatch.setattr(fusing, "mobilenet_blocks", lambda batch: {"block": batch})
     monkeypatch.setattr(fusing, "vit_mlp", lambda batch: batch)
     monkeypatch.setattr(fusing, "vision", lambda name, batch: batch)
-    monkeypatch.setattr(fusing, "odd", lambda network: network)
+    monkeypatch.setattr(fusing, "randomize_batch_norm", lambda network: network)
     monkeypatch.setattr(fusing, "linearised", lambda network, pick: network)
     monkeypatch.setattr(fusing, "moved", lambda network, device, dtype: (network, dtype))
     monkeypatch.setattr(fusing, "fuse_case", lambda name, network: (name, *network))

@@ -49,7 +49,7 @@ def test_quartiles_are_apart_where_the_middle_halves_share_nothing(other, apart)
 
 def test_ratios_are_of_the_same_round(clock):
     """The machine is slower in each round: the times spread, and the ratios do not."""
-    case = Case("a case", {"one": operation(clock, 10, 20, 40), "two": operation(clock, 15, 30, 60)}, baseline="one")
+    case = Case("a case", {"one": operation(clock, 10, 20, 40), "two": operation(clock, 15, 30, 60)}, denominator="one")
     one, two = measured(case).values()
     assert two.milliseconds == pytest.approx((22.5, 30, 45))
     assert two.ratio == pytest.approx((1.5, 1.5, 1.5))
@@ -58,7 +58,7 @@ def test_ratios_are_of_the_same_round(clock):
 
 def test_bandwidth_is_set_against_that_of_the_roof(clock):
     operations = {"copy": operation(clock, 2, 2, 2), "half": operation(clock, 4, 4, 4), "unbound": operation(clock, 1, 1, 1)}
-    case = Case("a case", operations, baseline="half", sizes={"copy": 10_000_000, "half": 10_000_000}, roof="copy")
+    case = Case("a case", operations, denominator="half", sizes={"copy": 10_000_000, "half": 10_000_000}, roof="copy")
     copy, half, unbound = measured(case).values()
     assert (copy.bytes, copy.gigabytes_per_second, copy.percent_of_roof) == (10_000_000, pytest.approx(5), pytest.approx(100))
     assert (half.gigabytes_per_second, half.percent_of_roof) == (pytest.approx(2.5), pytest.approx(50))
@@ -66,7 +66,7 @@ def test_bandwidth_is_set_against_that_of_the_roof(clock):
 
 
 def test_there_is_no_percentage_without_a_roof(clock):
-    (one,) = measured(Case("a case", {"one": operation(clock, 2, 2, 2)}, baseline="one", sizes={"one": 1000})).values()
+    (one,) = measured(Case("a case", {"one": operation(clock, 2, 2, 2)}, denominator="one", sizes={"one": 1000})).values()
     assert one.gigabytes_per_second == pytest.approx(0.0005)
     assert one.percent_of_roof is None
 
@@ -80,33 +80,38 @@ def test_there_is_no_percentage_without_a_roof(clock):
     ],
 )
 def test_a_peer_that_raises_is_skipped_with_its_reason(clock, error, reason):
-    operations = {"peer": raises(error), "ours": operation(clock, 1, 1, 1)}
-    case = Case("a case", operations, baseline="ours", facts={"peer": {"values": 3}}, peers=frozenset({"peer"}))
-    ours, peer = measure(case, rounds=3, budget_seconds=1)
+    operations = {"baseline": raises(error), "ours": operation(clock, 1, 1, 1)}
+    case = Case("a case", operations, denominator="ours", facts={"baseline": {"values": 3}}, baselines=frozenset({"baseline"}))
+    ours, baseline = measure(case, rounds=3, budget_seconds=1)
     assert ours.milliseconds == pytest.approx((1, 1, 1))
-    assert peer == Measurement("a case", "peer", facts={"values": 3}, skipped=reason)
+    assert baseline == Measurement("a case", "baseline", facts={"values": 3}, skipped=reason)
 
 
 def test_an_operation_of_ours_that_raises_is_not_skipped(clock):
-    case = Case("a case", {"ours": raises(RuntimeError("wrong")), "peer": operation(clock)}, "ours", peers=frozenset({"peer"}))
+    case = Case(
+        "a case",
+        {"ours": raises(RuntimeError("wrong")), "baseline": operation(clock)},
+        "ours",
+        baselines=frozenset({"baseline"}),
+    )
     with pytest.raises(RuntimeError, match="wrong"):
         measured(case)
 
 
 def test_an_interruption_of_a_peer_is_not_a_reason_to_skip_it(clock):
-    case = Case("a case", {"peer": raises(KeyboardInterrupt())}, "peer", peers=frozenset({"peer"}))
+    case = Case("a case", {"baseline": raises(KeyboardInterrupt())}, "baseline", baselines=frozenset({"baseline"}))
     with pytest.raises(KeyboardInterrupt):
         measured(case)
 
 
 def test_rounds_end_with_the_budget(clock):
-    case = Case("a case", {"ours": operation(clock, *[100.0] * 5, *[9e9] * 20)}, baseline="ours")
+    case = Case("a case", {"ours": operation(clock, *[100.0] * 5, *[9e9] * 20)}, denominator="ours")
     assert measured(case, rounds=25, budget_seconds=0.1)["ours"].milliseconds.upper == pytest.approx(100)
 
 
 def test_a_measurement_is_the_same_after_json():
     full = Measurement("a case", "ours", Quartiles(1, 2, 3), Quartiles(0.9, 1, 1.1), 8, 4.5, 91.0, {"values": 3})
     assert Measurement.from_dict(full.to_dict()) == full
-    skipped = Measurement("a case", "peer", skipped="no compiler")
-    assert skipped.to_dict() == {"case": "a case", "operation": "peer", "skipped": "no compiler"}
+    skipped = Measurement("a case", "baseline", skipped="no compiler")
+    assert skipped.to_dict() == {"case": "a case", "operation": "baseline", "skipped": "no compiler"}
     assert Measurement.from_dict(skipped.to_dict()) == skipped

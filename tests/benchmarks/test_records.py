@@ -9,7 +9,7 @@ import pytest
 
 from fastentropy.benchmarks import plots
 from fastentropy.benchmarks.changes import compare, format_changes
-from fastentropy.benchmarks.kernels import OPERATIONS, PEERS
+from fastentropy.benchmarks.kernels import BASELINES, OPERATIONS
 from fastentropy.benchmarks.measurements import Measurement, Quartiles
 from fastentropy.benchmarks.records import Record
 from fastentropy.benchmarks.runner import BENCHMARKS, files_to_write, parse_sizes
@@ -31,16 +31,16 @@ def timed(case="a case", operation="ours", milliseconds=1.0, spread=0.01, **fiel
 
 
 def kernels(slow=1.0, layouts=("rows", "planes"), dtypes=("float32", "bfloat16"), sizes=(2**20, 2**24), skipped=()):
-    """Made-up measurements of all operations, the peers at the largest size."""
+    """Made-up measurements of all operations, the baselines at the largest size."""
     for dtype in dtypes:
         for layout in layouts:
             for size in sizes:
                 facts = {"layout": layout, "dtype": dtype, "activation": "relu", "values": size, "cuda_graph": False}
                 for index, operation in enumerate(OPERATIONS, 1):
                     name = f"relu on {layout}, {size}, {dtype}"
-                    if operation in PEERS and (dtype, operation) in skipped:
+                    if operation in BASELINES and (dtype, operation) in skipped:
                         yield Measurement(name, operation, facts=facts, skipped="no")
-                    elif operation not in PEERS or size == max(sizes):
+                    elif operation not in BASELINES or size == max(sizes):
                         yield Measurement(
                             name, operation, around(index * slow), around(index), 8 * size, size / index, 100 / index, facts
                         )
@@ -50,7 +50,7 @@ def kernels(slow=1.0, layouts=("rows", "planes"), dtypes=("float32", "bfloat16")
 
 
 def test_a_record_is_the_same_after_saving(tmp_path):
-    written = record(*kernels(), Measurement("a case", "peer", skipped="no compiler"), complete=True)
+    written = record(*kernels(), Measurement("a case", "baseline", skipped="no compiler"), complete=True)
     written.save(tmp_path / "record.json")
     assert Record.load(tmp_path / "record.json") == written
 
@@ -128,14 +128,14 @@ def test_a_row_shows_what_an_operation_took_and_how_that_compares():
         [
             Measurement("a case", "plain", around(2.0), around(1.0), 8, 100.4, 100.0, facts[0]),
             Measurement("a case", "ours", around(3.0), Quartiles(1.4, 1.5, 1.61), 8, 66.9, 66.7, facts[1]),
-            Measurement("a case", "peer", skipped="no compiler"),
+            Measurement("a case", "baseline", skipped="no compiler"),
         ]
     )
     title, head, _, _, ours, skipped = table.splitlines()
     assert title == "a case"
     assert head.split() == ["ms", "times", "baseline", "quartiles", "GB/s", "of", "copy", "added", "MB"]
     assert ours.split() == ["ours", "3.00", "1.50", "1.40", "to", "1.61", "66.9", "67", "%", "0.50"]
-    assert skipped == "peer was skipped: no compiler"
+    assert skipped == "baseline was skipped: no compiler"
 
 
 LONG = {
@@ -156,7 +156,7 @@ LONG = {
 
 
 @pytest.mark.parametrize("name", LONG)
-@pytest.mark.parametrize("slow", [1, 1000], ids=["usual", "slow peers"])
+@pytest.mark.parametrize("slow", [1, 1000], ids=["usual", "slow baselines"])
 def test_tables_fit_80_columns(name, slow):
     why = "Failed: a reason of many words, such as that of a compiler which is not there, or is, and does not like the code"
     measurements = [dataclasses.replace(each, ratio=around(12.34 * slow, 0.4)) for each in LONG[name]]
@@ -190,8 +190,8 @@ def test_a_change_is_marked_where_the_middle_halves_are_apart(milliseconds, spre
 
 
 def test_only_what_both_records_measured_is_compared():
-    old = record(timed("a case"), timed("gone"), timed("a case", "peer"))
-    new = record(timed("new"), timed("a case"), Measurement("a case", "peer", skipped="no compiler"))
+    old = record(timed("a case"), timed("gone"), timed("a case", "baseline"))
+    new = record(timed("new"), timed("a case"), Measurement("a case", "baseline", skipped="no compiler"))
     assert [(change.case, change.operation) for change in compare(old, new)] == [("a case", "ours")]
     assert "Nothing was measured in both records" in format_changes(record(timed("gone")), new)
 
@@ -258,7 +258,7 @@ def test_on_a_gpu_our_lines_are_of_cuda_graphs_and_peers_of_eager_calls(monkeypa
             each, gigabytes_per_second=2.0 * each.gigabytes_per_second, facts={**each.facts, "cuda_graph": True}
         )
         for each in eager
-        if each.operation not in PEERS
+        if each.operation not in BASELINES
     ]
     (axes,) = figure_of(monkeypatch, record(*graphs, *eager), tmp_path / "plot.png").axes
     shown = {line.get_label(): list(line.get_ydata()) for line in axes.get_lines()}
@@ -272,7 +272,7 @@ def test_ratios_have_a_panel_for_each_case_and_a_bar_for_what_ran(monkeypatch, t
         timed("one", "plain"),
         timed("one", "ours", 2),
         timed("two", "plain"),
-        Measurement("two", "peer", skipped="no"),
+        Measurement("two", "baseline", skipped="no"),
     ]
     figure = figure_of(monkeypatch, record(*measurements, benchmark=name), tmp_path / "plot.pdf")
     assert [axes.get_title(loc="left") for axes in figure.axes] == ["one", "two"]

@@ -189,7 +189,7 @@ def test_runs_that_left_the_model_to_the_recipe_are_of_its_default():
 
 def test_published_points_are_in_a_table_with_their_source(page_of):
     assert "EASIER" not in page_of("two")
-    table = section(page_of("models"), "What is published")
+    table = section(page_of("models"), "Published results")
     assert "Source: EASIER, arXiv 2404.18949, Table 5" in table
     cells = [re.findall(r"<td>(.*?)</td>", row) for row in re.findall(r"<tr.*?</tr>", table)[1:]]
     assert cells == [
@@ -255,8 +255,11 @@ FASTER = {"fused": 1.0}
             "No run is clearly the fastest: a and b are less than 2 % apart",
         ),
         ({"a": make_run(**FASTER), "b": make_run(machine="another")}, "The latencies are of different machines"),
-        ({"a": make_run(), "b": make_run(finished=False)}, "Only a is finished"),
-        ({"a": make_run(finished=False), "b": make_run(finished=False)}, "None of the runs is finished"),
+        ({"a": make_run(), "b": make_run(finished=False)}, "Only a is finished, so there is no best run yet"),
+        (
+            {"a": make_run(finished=False), "b": make_run(finished=False)},
+            "None of the runs is finished, so there",
+        ),
         (
             {"a": make_run(), "b": make_run(**FASTER), "c": make_run(finished=False)},
             "b is the fastest of the finished runs, and none is more accurate",

@@ -71,7 +71,7 @@ def test_runs_as_they_are_written_pass(steps):
     ("path", "value", "message"),
     [
         (("kept_step",), 3, "kept_step is 3; expected one of its 3 steps"),
-        (("steps", 2, "removed"), ["other"], "step 2 removed other, of which the steps before have no entropy"),
+        (("steps", 2, "removed"), ["other"], "step 2 removed other, for which the steps before have no entropy"),
         (("steps", 1, "latency_ms", "fused"), 0, "a latency is 0 or less; expected milliseconds"),
         (("steps", 1, "test"), "high", r"steps\[1\]\.test is 'high'; expected a number"),
         (("latency_ms",), None, "latency_ms is None; expected an object"),

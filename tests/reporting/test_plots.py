@@ -79,7 +79,7 @@ def test_names_are_written_as_they_are(tmp_path):
 
 @pytest.mark.parametrize("name", ["entropies", "entropies.gif", "png"])
 def test_another_suffix_is_refused_in_one_line(tmp_path, name):
-    with pytest.raises(ValueError, match=r"a plot is saved as \.png, \.svg, \.pdf; name a file that ends so$"):
+    with pytest.raises(ValueError, match=r"a plot is saved as \.png, \.svg, \.pdf; name a file with one of these suffixes$"):
         plot_entropies(make(2), tmp_path / name)
     assert not list(tmp_path.iterdir())
 
@@ -107,7 +107,7 @@ def test_notebook_can_display_the_figure():
 
 def test_plotting_leaves_pyplot_alone():
     code = (
-        "import sys, torch, fastentropy.plots as plots; plots.plot_entropies({'relu': torch.rand(3)});"
+        "import sys, torch, fastentropy.reporting.plots as plots; plots.plot_entropies({'relu': torch.rand(3)});"
         "assert 'matplotlib.pyplot' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
