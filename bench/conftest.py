@@ -14,7 +14,7 @@ def measured(benchmark):
     """Return measured(case, operation), which runs the operation under pytest-benchmark and waits for the GPU.
 
     The extra information holds the facts of the case. If the case has a roof, it also holds the bytes that the operation moves,
-    its GB/s, and its percentage of the bandwidth that the roof reached just before. A baseline that does not run here is skipped.
+    its GB/s, and its percentage of the bandwidth that the roof reached just before. A baseline that does not run is skipped.
     """
 
     def run(case, operation):

@@ -120,7 +120,8 @@ def line(case: dict) -> str:
     """Write the figures of one number of processes."""
     speed, ratio = case["tokens_per_second"], case["collecting_over_plain"]
     return (
-        f"{plural(case['processes'], 'process', 'processes')}: {speed['plain']:.0f} tokens per second, collecting {speed['collecting']:.0f}; time "
+        f"{plural(case['processes'], 'process', 'processes')}: {speed['plain']:.0f} tokens per second, "
+        f"collecting {speed['collecting']:.0f}; time "
         f"{ratio['median']:.3f} ({ratio['lower']:.3f} to {ratio['upper']:.3f}); sum over ranks of "
         f"{case['counter_bytes'] / 1e6:.2f} MB {case['sync_milliseconds']:.1f} ms, of "
         f"{case['large_counter_bytes'] / 1e6:.2f} MB {case['large_sync_milliseconds']:.1f} ms"

@@ -247,8 +247,8 @@ def minilm(results: str) -> str:
     rows = [(name, f"{bits:.3f}") for name, bits in record["layer_entropy"].items()]
     return (
         f"{machine['device']}, {machine['date']}: {record['tokens']:,} tokens in {record['documents']:,} documents, "
-        f"{record['tokens_per_second']:.0f} tokens per second on {plural(record['ranks'], 'process', 'processes')}. Collecting "
-        f"takes {overhead['ratio']:.3f} of the time without it, median of {plural(overhead['samples'], 'batch', 'batches')}. "
+        f"{record['tokens_per_second']:.0f} tokens per second on {plural(record['ranks'], 'process', 'processes')}. Inference "
+        f"while collecting takes {overhead['ratio']:.3f} of the time without, median of {plural(overhead['samples'], 'batch', 'batches')}. "
         f"The record is [minilm.json]({results}/minilm.json).\n\n{table(('activation', 'entropy, bits'), rows)}"
     )
 
@@ -313,9 +313,8 @@ def cifar10(results: str) -> str:
     ]
     head = ("removed", "validation, %", "test, %", "fused, 64 images", "")
     line = origin("cifar10-resnet8", machine["device"], machine["date"], None, "fastentropy prune cifar10", results)
-    return (
-        f"The dense network takes {times['dense']:.2f} ms, the final one {times['fused']:.2f} ms. {line}\n\n{table(head, rows)}"
-    )
+    latency = f"The dense network takes {times['dense']:.2f} ms, the final one {times['fused']:.2f} ms."
+    return f"{latency} {line}\n\n{table(head, rows)}"
 
 
 SECTIONS: dict[str, Callable[[str], str]] = {

@@ -2,7 +2,7 @@
 
 pytest bench/test_bench_calibrate.py --benchmark-group-by=group
 
-The corpus consists of random words; the model is a Llama of 13 million random parameters. `record_calibrate.py` measures several
+The corpus is random words, and the model a Llama of 13 million random parameters. `record_calibrate.py` measures several
 processes.
 """
 
