@@ -248,7 +248,8 @@ def minilm(results: str) -> str:
     return (
         f"{machine['device']}, {machine['date']}: {record['tokens']:,} tokens in {record['documents']:,} documents, "
         f"{record['tokens_per_second']:.0f} tokens per second on {plural(record['ranks'], 'process', 'processes')}. Inference "
-        f"while collecting takes {overhead['ratio']:.3f} of the time without, median of {plural(overhead['samples'], 'batch', 'batches')}. "
+        f"while collecting takes {overhead['ratio']:.3f} of the time without, "
+        f"median of {plural(overhead['samples'], 'batch', 'batches')}. "
         f"The record is [minilm.json]({results}/minilm.json).\n\n{table(('activation', 'entropy, bits'), rows)}"
     )
 

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from fastentropy._utils.files import remove_leftovers, replace_file, save_json, save_tensors
 
 
-def test_a_file_is_replaced_whole(tmp_path):
+def test_file_is_replaced_atomically(tmp_path):
     save_json({"a": 1}, tmp_path / "f.json")
     save_json({"b": [2]}, tmp_path / "f.json")
     assert json.loads((tmp_path / "f.json").read_text()) == {"b": [2]}
@@ -15,7 +15,7 @@ def test_a_file_is_replaced_whole(tmp_path):
 
 
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
-def test_the_old_file_stays_when_writing_fails(tmp_path, error):
+def test_old_file_stays_when_writing_fails(tmp_path, error):
     (tmp_path / "f").write_text("old")
 
     def write(path):
@@ -28,7 +28,7 @@ def test_the_old_file_stays_when_writing_fails(tmp_path, error):
     assert [path.name for path in tmp_path.iterdir()] == ["f"]
 
 
-def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path):
+def test_only_leftovers_of_killed_processes_are_removed(tmp_path):
     """The folder of another process's temporary file, with what safetensors makes beside it."""
     (tmp_path / ".tmp-123-f.json").mkdir()
     (tmp_path / ".tmp-123-f.json" / ".tmpXyz").write_text("half")
@@ -38,7 +38,7 @@ def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"f.json", ".tmp", ".hidden"}
 
 
-def test_files_may_be_read_by_whom_the_umask_allows(tmp_path):
+def test_file_mode_follows_the_umask(tmp_path):
     save_json({}, tmp_path / "f.json")
     save_tensors({"x": torch.zeros(1)}, tmp_path / "t")
     assert (tmp_path / "t").stat().st_mode == (tmp_path / "f.json").stat().st_mode

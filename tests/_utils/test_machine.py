@@ -28,25 +28,25 @@ def git(folder, *arguments):
     return subprocess.run(["git", "-C", str(folder), *arguments], check=True, capture_output=True, text=True).stdout.strip()
 
 
-def test_the_commit_of_a_clone(clone):
+def test_commit_of_a_clone(clone):
     assert machine.source_commit() == git(clone, "rev-parse", "HEAD")[:12]
 
 
 @pytest.mark.parametrize(
     "name", ["fastentropy/_utils/machine.py", "fastentropy/new.py", "kernels/states.py", "bench/record.py"]
 )
-def test_a_source_that_differs_is_marked(clone, name):
+def test_changed_source_marks_the_commit(clone, name):
     (clone / name).write_text("changed")
     assert machine.source_commit() == git(clone, "rev-parse", "HEAD")[:12] + "+"
 
 
 @pytest.mark.parametrize("name", ["bench/results/a.json", "bench/results/new.json", "docs/page.md"])
-def test_a_record_or_a_page_that_differs_is_no_other_source(clone, name):
+def test_changed_record_or_page_does_not_mark_the_commit(clone, name):
     (clone / name).write_text("changed")
     assert machine.source_commit() == git(clone, "rev-parse", "HEAD")[:12]
 
 
-def test_there_is_no_commit_outside_of_a_clone(clone, monkeypatch):
+def test_no_commit_outside_a_clone(clone, monkeypatch):
     (clone / "site-packages" / "fastentropy" / "_utils").mkdir(parents=True)
     monkeypatch.setattr(machine, "__file__", str(clone / "site-packages" / "fastentropy" / "_utils" / "machine.py"))
     assert machine.source_commit() is None
@@ -54,7 +54,7 @@ def test_there_is_no_commit_outside_of_a_clone(clone, monkeypatch):
     assert machine.source_commit() is None
 
 
-def test_a_processor_is_named_with_its_threads(monkeypatch):
+def test_processor_is_named_with_its_threads(monkeypatch):
     monkeypatch.setattr(machine, "_processor", lambda: "A processor")
     for threads, text in ((1, "A processor, 1 thread"), (8, "A processor, 8 threads")):
         monkeypatch.setattr(machine.torch, "get_num_threads", lambda threads=threads: threads)

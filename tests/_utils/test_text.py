@@ -10,7 +10,7 @@ UNITS = {"k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15, "E": 1e18}
 
 
 @given(st.integers(0, 2**63 - 1))
-def test_count_is_true_to_its_digits_in_five_characters(count):
+def test_format_count_is_accurate_in_five_characters(count):
     text = format_count(count)
     assert len(text) <= 5
     number, _, unit = text.partition(" ")
@@ -24,12 +24,12 @@ def test_count_is_true_to_its_digits_in_five_characters(count):
     ("count", "text"),
     [(0, "0"), (999, "999"), (1000, "1.0 k"), (9949, "9.9 k"), (9950, "10 k"), (999_500, "1.0 M"), (1_234_567_890, "1.2 G")],
 )
-def test_count_goes_on_to_the_next_unit(count, text):
+def test_format_count_units(count, text):
     assert format_count(count) == text
 
 
 @given(st.integers(0, 10**6), st.integers(1, 10**6))
-def test_share_says_none_and_all_only_where_it_is_so(part, whole):
+def test_format_share_rounds_to_none_or_all_only_if_exact(part, whole):
     part = min(part, whole)
     text = format_share(part / whole)
     assert len(text) <= 5
@@ -39,14 +39,14 @@ def test_share_says_none_and_all_only_where_it_is_so(part, whole):
 
 
 @given(st.lists(st.text("abc.", max_size=30), max_size=6), st.integers(1, 30))
-def test_names_fit_and_short_ones_stay(names, length):
+def test_shortened_names_fit_and_short_ones_stay(names, length):
     shortened = shorten_names(names, length)
     for name, short in zip(names, shortened, strict=True):
         assert short == name if len(name) <= length else len(short) <= length and "…" in short
 
 
 @pytest.mark.parametrize("place", ["{}" + "x" * 50, "x" * 50 + "{}", "x" * 25 + "{}" + "x" * 25, "x" * 10 + "{}" + "x" * 40])
-def test_names_stay_apart_wherever_they_differ(place):
+def test_shortened_names_stay_distinct(place):
     shortened = shorten_names([place.format(f"<{number}>") for number in range(120)], 16)
     assert [number in short for number, short in zip(map(str, range(120)), shortened, strict=True)] == [True] * 120
     assert len(set(shortened)) == 120
@@ -57,7 +57,7 @@ def test_columns_are_aligned():
     assert table.splitlines() == ["name      count", "------  -------", "a             1", "longer  1000000"]
 
 
-def test_only_the_first_column_gives_way():
+def test_only_the_first_column_is_shortened():
     *_, row = format_table(["name", "kind"], [["n" * 50, "k" * 12]], left=2, width=30).splitlines()
     assert row == "nnnn…nnnnnnnnnnn  kkkkkkkkkkkk"
 

@@ -32,7 +32,7 @@ def test_times_are_medians_in_milliseconds(clock):
     assert times == {"a": pytest.approx(3.0), "b": pytest.approx(5.0)}
 
 
-def test_each_round_runs_every_function_once_in_an_order_of_its_own(clock):
+def test_each_round_runs_all_functions_in_its_own_order(clock):
     calls = []
     functions = {name: takes(clock, 0.01, calls, name) for name in "abc"}
     timing.measure_samples(functions, rounds=30, round_seconds=0.001)
@@ -41,7 +41,7 @@ def test_each_round_runs_every_function_once_in_an_order_of_its_own(clock):
     assert len(set(rounds)) == 6
 
 
-def test_a_short_function_is_repeated_to_fill_its_round(clock):
+def test_short_functions_are_repeated_to_fill_a_round(clock):
     calls = []
     times = timing.measure_times({"a": takes(clock, 1e-5, calls)}, rounds=3, round_seconds=1e-3)
     assert times["a"] == pytest.approx(0.01)
@@ -49,18 +49,18 @@ def test_a_short_function_is_repeated_to_fill_its_round(clock):
 
 
 @pytest.mark.parametrize(("budget", "rounds"), [(0, 5), (7.5, 8), (100, 20)])
-def test_no_round_but_the_first_begins_after_the_budget(clock, budget, rounds):
+def test_rounds_stop_after_the_budget(clock, budget, rounds):
     samples = timing.measure_samples({"a": takes(clock, 1.0)}, rounds=20, round_seconds=0.001, budget_seconds=budget)
     assert len(samples["a"]) == rounds
 
 
-def test_calls_before_the_first_round_are_not_in_the_samples(clock):
+def test_warmup_calls_are_not_sampled(clock):
     samples = timing.measure_samples({"a": takes(clock, [9.0, 5.0, 1.0, 2.0])}, rounds=2, round_seconds=0.001)
     assert samples == {"a": [pytest.approx(1000), pytest.approx(2000)]}
 
 
 @pytest.mark.gpu
-def test_a_cuda_graph_is_replayed_in_the_place_of_its_function():
+def test_cuda_graph_is_replayed_instead_of_its_function():
     if not torch.cuda.is_available():
         pytest.skip("needs a GPU")
     counts, calls = torch.zeros((), dtype=torch.int64, device="cuda"), []

@@ -44,9 +44,14 @@ def tensors(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     "operation",
-    ["activation_states", "count_states", "PyTorch counting", pytest.param("torch.compile", marks=needs_a_compiler)],
+    [
+        "activation_states",
+        "count_states",
+        "PyTorch counting",
+        pytest.param("torch.compile", marks=[needs_a_compiler, pytest.mark.slow]),
+    ],
 )
-def test_operations_of_a_kernel_case_count_the_same(tensors, layout, dtype, operation):
+def test_kernel_case_operations_count_the_same(tensors, layout, dtype, operation):
     case = kernels.kernel_case(CPU, dtype, layout, 3000, "relu")
     (x,), (counts, *_) = tensors["randn"], tensors["zeros"]
     case.operations[operation]()
@@ -57,7 +62,7 @@ def test_operations_of_a_kernel_case_count_the_same(tensors, layout, dtype, oper
 
 
 @pytest.mark.parametrize("activation", kernels.ACTIVATIONS)
-def test_every_operation_runs_the_activation_but_the_copy_and_the_counting_alone(tensors, monkeypatch, activation):
+def test_which_operations_run_the_activation(tensors, monkeypatch, activation):
     calls, function = [], kernels.ACTIVATIONS[activation]
     monkeypatch.setitem(kernels.ACTIVATIONS, activation, lambda x: calls.append(1) or function(x))
     case = kernels.kernel_case(CPU, torch.float32, kernels.LAYOUTS[0], 3000, activation)
@@ -72,13 +77,13 @@ def test_every_operation_runs_the_activation_but_the_copy_and_the_counting_alone
     assert len(calls) == 3
 
 
-def test_bytes_are_those_that_an_operation_has_to_move():
+def test_sizes_are_the_bytes_to_move():
     case = kernels.kernel_case(CPU, torch.bfloat16, kernels.LAYOUTS[0], 4096, "relu")
     assert case.sizes["copy"] == case.sizes["activation_states"] == 2 * 2 * 4096
     assert case.sizes["count_states"] == 2 * 4096
 
 
-def test_peers_are_measured_at_the_largest_size_only():
+def test_baselines_run_at_the_largest_size_only():
     cases = list(kernels.kernel_cases(CPU, [torch.float32], [2**20, 2**12]))
     with_baselines = [case.name for case in cases if case.baselines]
     assert with_baselines == ["relu on rows, 1024 × 1024, float32", "relu on planes, 5 × 64 × 56 × 56, float32"]
@@ -88,12 +93,12 @@ def test_peers_are_measured_at_the_largest_size_only():
     )
 
 
-def test_sizes_that_are_rounded_to_the_same_shape_are_one_case():
+def test_sizes_rounded_to_one_shape_are_one_case():
     names = [case.name for case in kernels.kernel_cases(CPU, [torch.float32], [1000, 2000, 4000])]
     assert len(set(names)) == len(names) == 4  # rows of 1 and 3, planes of 1, silu
 
 
-def test_the_tensors_of_a_case_go_before_the_next(tensors):
+def test_tensors_of_a_case_are_freed_before_the_next(tensors):
     cases = kernels.kernel_cases(CPU, [torch.float32], [2**12, 2**14])
     next(cases)
     x = weakref.ref(tensors["randn"].pop())
@@ -101,7 +106,7 @@ def test_the_tensors_of_a_case_go_before_the_next(tensors):
     assert x() is None
 
 
-def test_what_waits_for_a_gpu_is_in_no_cuda_graph():
+def test_cuda_graphs_leave_out_baselines():
     case = kernels.kernel_case(CPU, torch.float32, kernels.LAYOUTS[0], 4096, "relu")
     graphs = kernels._as_graphs(case, torch.device("cuda"))
     assert set(graphs.operations) == set(kernels.OPERATIONS) - kernels.BASELINES
@@ -109,7 +114,7 @@ def test_what_waits_for_a_gpu_is_in_no_cuda_graph():
     assert graphs.name != case.name
 
 
-def test_the_published_entropy_is_the_formula():
+def test_published_entropy_formula():
     """One position for each neuron: the mean of the neurons' entropies, zero counted as on."""
     x = torch.tensor([[1.0, -1.0, 0.0], [2.0, 3.0, -0.0], [-1.0, 1.0, 5.0], [-2.0, 2.0, 1.0]])
     p = torch.tensor([0.5, 0.75, 1.0], dtype=torch.float64)
@@ -117,7 +122,7 @@ def test_the_published_entropy_is_the_formula():
     assert published_entropy(x) == pytest.approx(float((entropy / torch.log(torch.tensor(2.0))).mean()), abs=1e-6)
 
 
-def test_the_published_entropy_takes_the_neurons_of_its_layer():
+def test_published_entropy_neuron_axis():
     images = torch.randn(5, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     assert published_entropy(images) == pytest.approx(published_entropy(images.permute(0, 2, 3, 1), neurons_last=True))
 
@@ -132,7 +137,7 @@ def residual():
 
 
 @pytest.mark.parametrize("procedure", [name for name in collecting.PROCEDURES if name != "compiled hooks"])
-def test_procedures_leave_the_output_as_it_is(residual, procedure):
+def test_procedures_keep_the_output(residual, procedure):
     model, inputs = residual
     with collecting.PROCEDURES[procedure](model) as run:
         assert torch.allclose(networks.infer(run, inputs), networks.infer(Residual.forward.__get__(model), inputs))
@@ -156,7 +161,7 @@ def test_hooks_count_what_the_collector_counts(residual):
     assert all(torch.equal(ours, 2 * theirs) for ours, theirs in zip(counts.values(), expected, strict=True))
 
 
-def test_the_published_procedure_takes_one_entropy_of_each_call_after_the_batch(residual, monkeypatch):
+def test_published_procedure_takes_entropies_after_the_batch(residual, monkeypatch):
     model, inputs = residual
     taken, order = [], []
 
@@ -175,14 +180,15 @@ def test_the_published_procedure_takes_one_entropy_of_each_call_after_the_batch(
     assert all(torch.equal(kept, given) for kept, given in zip(taken, seen, strict=True))
 
 
-def test_only_the_procedure_that_keeps_inputs_makes_activations_out_of_place(residual):
+def test_only_the_published_procedure_disables_inplace(residual):
     for name, enter in collecting.PROCEDURES.items():
         model = Residual().eval()
         with enter(model):
             assert model.relu1.inplace is (name != "published procedure")
 
 
-def test_procedures_do_not_meet_each_other(residual):
+@pytest.mark.slow
+def test_procedures_are_independent(residual):
     """Each has modules of its own: what one changes is not in the model that the others run."""
     model, inputs = residual
     (case,) = collecting.network_cases("residual", (model, inputs), CPU)
@@ -193,7 +199,8 @@ def test_procedures_do_not_meet_each_other(residual):
 
 
 @needs_a_compiler
-def test_compiled_hooks_are_compiled_beside_a_collector(residual):
+@pytest.mark.slow
+def test_compiled_hooks_compile_while_collecting(residual):
     counters = torch._dynamo.utils.counters["stats"]
     for case in collecting.network_cases("residual", residual, CPU):
         case.operations["collecting"]()
@@ -202,7 +209,8 @@ def test_compiled_hooks_are_compiled_beside_a_collector(residual):
         assert counters["unique_graphs"] > before
 
 
-def test_memory_is_that_of_the_activations_for_the_published_procedure_and_of_counters_for_ours(residual):
+@pytest.mark.slow
+def test_memory_of_procedures(residual):
     (case,) = collecting.network_cases("residual", residual, CPU)
     peaks = {name: each["peak_bytes"] for name, each in case.facts.items()}
     kept = sum(4 * 4 * neurons for neurons in (6 * 25, 6 * 25, 8))
@@ -211,7 +219,8 @@ def test_memory_is_that_of_the_activations_for_the_published_procedure_and_of_co
 
 
 @pytest.mark.parametrize("name", ["resnet18", "llama"])
-def test_cases_of_collecting_are_of_the_given_dtype_and_batch(monkeypatch, name):
+@pytest.mark.slow
+def test_collect_cases_dtypes_and_batch_sizes(monkeypatch, name):
     made = []
     monkeypatch.setitem(collecting.NETWORKS, "cpu", {name: 2})
     monkeypatch.setattr(collecting, "vision", lambda name, batch: _small(batch, made))
@@ -221,7 +230,8 @@ def test_cases_of_collecting_are_of_the_given_dtype_and_batch(monkeypatch, name)
     assert cases == [f"{name}, {shape}" for shape in shapes]
 
 
-def test_a_network_goes_before_the_next_is_made(monkeypatch):
+@pytest.mark.slow
+def test_network_is_freed_before_the_next(monkeypatch):
     made = []
     monkeypatch.setitem(collecting.NETWORKS, "cpu", {"resnet18": 2})
     monkeypatch.setattr(collecting, "vision", lambda name, batch: _small(batch, made))
@@ -249,7 +259,7 @@ def linear():
 
 
 @pytest.mark.parametrize("form", [name for name in fusing.FORMS if name not in fusing.BASELINES])
-def test_forms_of_a_network_are_the_same_function(linear, form):
+def test_forms_compute_the_same_function(linear, form):
     model, inputs, case = linear
     torch.testing.assert_close(case.operations[form](), networks.infer(model, inputs), rtol=1e-4, atol=1e-4)
 
@@ -264,7 +274,8 @@ def test_facts_of_a_fused_network(linear):
 
 
 @needs_a_compiler
-def test_the_frozen_peer_has_its_weights_as_constants(linear):
+@pytest.mark.slow
+def test_frozen_baseline_has_constant_weights(linear):
     """Its program is of the weights of the first call, and gives what the network gives."""
     model, inputs, _ = linear
     run, before = fusing._frozen(model), networks.infer(model, inputs)
@@ -280,7 +291,7 @@ def test_the_frozen_peer_has_its_weights_as_constants(linear):
         torch.compiler.reset()
 
 
-def test_the_networks_that_are_fused_have_the_names_and_the_batch_that_are_said(monkeypatch):
+def test_fuse_cases_names_and_batch_sizes(monkeypatch):
     monkeypatch.setattr(fusing, "mobilenet_blocks", lambda batch: {"block": batch})
     monkeypatch.setattr(fusing, "vit_mlp", lambda batch: batch)
     monkeypatch.setattr(fusing, "vision", lambda name, batch: batch)
@@ -297,19 +308,19 @@ def test_the_networks_that_are_fused_have_the_names_and_the_batch_that_are_said(
 # Networks and memory ----------------------------------------------------------------------------------------------------
 
 
-def test_half_of_the_names_is_the_same_half_each_time():
+def test_random_half_is_reproducible():
     names = [f"relu{index}" for index in range(9)]
     assert networks.random_half(names) == networks.random_half(names)
     assert len(set(networks.random_half(names))) == 4
 
 
-def test_a_linearised_network_lacks_the_picked_activations_and_the_given_one_keeps_them(residual):
+def test_linearised_network_is_a_copy_without_picked_sites(residual):
     model, inputs = networks.linearised(residual, lambda names: [name for name in names if "relu" in name])
     assert [site.name for site in fe.find_sites(model, inputs)] == ["gelu"]
     assert len(fe.find_sites(*residual)) == 3
 
 
-def test_the_peak_of_memory_is_of_what_is_held_at_the_same_time():
+def test_peak_bytes_counts_simultaneous_tensors():
     def call():
         a = torch.ones(1000)
         del a
@@ -319,7 +330,7 @@ def test_the_peak_of_memory_is_of_what_is_held_at_the_same_time():
     assert peak_bytes(call, CPU) == pytest.approx(4 * 2500, abs=200)
 
 
-def test_the_peak_of_memory_leaves_out_what_was_there_before():
+def test_peak_bytes_ignores_older_tensors():
     held = [torch.ones(10_000)]
     gc.collect()
     assert peak_bytes(lambda: held.append(torch.ones(100)) or held.pop(), CPU) < 4 * 1000

@@ -42,7 +42,7 @@ def test_quartiles_lie_between_the_samples():
 
 
 @pytest.mark.parametrize(("other", "apart"), [((4, 5, 6), True), ((3, 5, 6), False), ((2, 2, 2), False), ((0, 0.1, 0.9), True)])
-def test_quartiles_are_apart_where_the_middle_halves_share_nothing(other, apart):
+def test_quartiles_apart_from(other, apart):
     assert Quartiles(1, 2, 3).apart_from(Quartiles(*other)) is apart
     assert Quartiles(*other).apart_from(Quartiles(1, 2, 3)) is apart
 
@@ -56,7 +56,7 @@ def test_ratios_are_of_the_same_round(clock):
     assert one.ratio == pytest.approx((1, 1, 1))
 
 
-def test_bandwidth_is_set_against_that_of_the_roof(clock):
+def test_bandwidth_relative_to_the_roof(clock):
     operations = {"copy": operation(clock, 2, 2, 2), "half": operation(clock, 4, 4, 4), "unbound": operation(clock, 1, 1, 1)}
     case = Case("a case", operations, denominator="half", sizes={"copy": 10_000_000, "half": 10_000_000}, roof="copy")
     copy, half, unbound = measured(case).values()
@@ -65,7 +65,7 @@ def test_bandwidth_is_set_against_that_of_the_roof(clock):
     assert (unbound.bytes, unbound.gigabytes_per_second, unbound.percent_of_roof) == (None, None, None)
 
 
-def test_there_is_no_percentage_without_a_roof(clock):
+def test_no_percentage_without_a_roof(clock):
     (one,) = measured(Case("a case", {"one": operation(clock, 2, 2, 2)}, denominator="one", sizes={"one": 1000})).values()
     assert one.gigabytes_per_second == pytest.approx(0.0005)
     assert one.percent_of_roof is None
@@ -79,7 +79,7 @@ def test_there_is_no_percentage_without_a_roof(clock):
         (AssertionError(), "AssertionError"),
     ],
 )
-def test_a_peer_that_raises_is_skipped_with_its_reason(clock, error, reason):
+def test_failing_baseline_is_skipped_with_its_reason(clock, error, reason):
     operations = {"baseline": raises(error), "ours": operation(clock, 1, 1, 1)}
     case = Case("a case", operations, denominator="ours", facts={"baseline": {"values": 3}}, baselines=frozenset({"baseline"}))
     ours, baseline = measure(case, rounds=3, budget_seconds=1)
@@ -87,7 +87,7 @@ def test_a_peer_that_raises_is_skipped_with_its_reason(clock, error, reason):
     assert baseline == Measurement("a case", "baseline", facts={"values": 3}, skipped=reason)
 
 
-def test_an_operation_of_ours_that_raises_is_not_skipped(clock):
+def test_failing_operation_of_ours_is_not_skipped(clock):
     case = Case(
         "a case",
         {"ours": raises(RuntimeError("wrong")), "baseline": operation(clock)},
@@ -98,7 +98,7 @@ def test_an_operation_of_ours_that_raises_is_not_skipped(clock):
         measured(case)
 
 
-def test_an_interruption_of_a_peer_is_not_a_reason_to_skip_it(clock):
+def test_interrupted_baseline_is_not_skipped(clock):
     case = Case("a case", {"baseline": raises(KeyboardInterrupt())}, "baseline", baselines=frozenset({"baseline"}))
     with pytest.raises(KeyboardInterrupt):
         measured(case)
@@ -109,7 +109,7 @@ def test_rounds_end_with_the_budget(clock):
     assert measured(case, rounds=25, budget_seconds=0.1)["ours"].milliseconds.upper == pytest.approx(100)
 
 
-def test_a_measurement_is_the_same_after_json():
+def test_measurement_survives_json():
     full = Measurement("a case", "ours", Quartiles(1, 2, 3), Quartiles(0.9, 1, 1.1), 8, 4.5, 91.0, {"values": 3})
     assert Measurement.from_dict(full.to_dict()) == full
     skipped = Measurement("a case", "baseline", skipped="no compiler")

@@ -49,13 +49,13 @@ def kernels(slow=1.0, layouts=("rows", "planes"), dtypes=("float32", "bfloat16")
 # Records ----------------------------------------------------------------------------------------------------------------
 
 
-def test_a_record_is_the_same_after_saving(tmp_path):
+def test_record_survives_saving(tmp_path):
     written = record(*kernels(), Measurement("a case", "baseline", skipped="no compiler"), complete=True)
     written.save(tmp_path / "record.json")
     assert Record.load(tmp_path / "record.json") == written
 
 
-def test_a_new_record_says_on_what_it_is_measured():
+def test_new_record_describes_the_machine():
     begun = Record.begin("fuse", "cpu", "fastentropy bench fuse")
     assert (begun.benchmark, begun.command, begun.measurements, begun.complete) == ("fuse", "fastentropy bench fuse", (), False)
     assert "thread" in begun.machine
@@ -103,7 +103,7 @@ WHOLE = {
         damaged(lambda values: values["measurements"][0]["milliseconds"].update(upper=float("inf"))),
     ],
 )
-def test_a_damaged_or_foreign_file_is_refused_in_one_line(tmp_path, content):
+def test_damaged_or_foreign_file_is_refused_in_one_line(tmp_path, content):
     (tmp_path / "whole.json").write_text(json.dumps(WHOLE))
     assert Record.load(tmp_path / "whole.json").measurements[0].milliseconds == (1, 2, 3)
     path = tmp_path / "record.json"
@@ -113,7 +113,7 @@ def test_a_damaged_or_foreign_file_is_refused_in_one_line(tmp_path, content):
     assert "\n" not in str(error.value)
 
 
-def test_measurements_are_told_apart_by_case_in_their_order():
+def test_cases_group_measurements_in_order():
     cases = record(timed("two", "a"), timed("one", "a"), timed("two", "b")).cases()
     assert {name: [each.operation for each in case] for name, case in cases.items()} == {"two": ["a", "b"], "one": ["a"]}
     assert list(cases) == ["two", "one"]
@@ -122,7 +122,7 @@ def test_measurements_are_told_apart_by_case_in_their_order():
 # Tables -----------------------------------------------------------------------------------------------------------------
 
 
-def test_a_row_shows_what_an_operation_took_and_how_that_compares():
+def test_table_rows():
     facts = [{"peak_bytes": 3_000_000}, {"peak_bytes": 3_500_000}]
     table = format_case(
         [
@@ -171,7 +171,7 @@ def test_tables_fit_80_columns(name, slow):
 # Comparisons ------------------------------------------------------------------------------------------------------------
 
 
-def test_changes_are_shares_of_the_older_median_beside_the_noise():
+def test_changes_and_noise_are_shares_of_medians():
     (change,) = compare(record(timed(milliseconds=2.0, spread=0.02)), record(timed(milliseconds=3.0, spread=0.04)))
     assert (change.case, change.operation) == ("a case", "ours")
     assert change.change == pytest.approx(0.5)
@@ -182,14 +182,14 @@ def test_changes_are_shares_of_the_older_median_beside_the_noise():
     ("milliseconds", "spread", "mark"),
     [(1.1, 0.01, "slower"), (0.9, 0.01, "faster"), (1.1, 0.1, ""), (0.9, 0.1, ""), (1.0, 0.01, "")],
 )
-def test_a_change_is_marked_where_the_middle_halves_are_apart(milliseconds, spread, mark):
+def test_changes_beyond_noise_are_marked(milliseconds, spread, mark):
     text = format_changes(record(timed(spread=spread)), record(timed(milliseconds=milliseconds, spread=spread)))
     (row,) = (line for line in text.splitlines() if line.startswith("ours"))
     assert row.split()[5:] == ([mark] if mark else [])
     assert f"{int(bool(mark))} of 1 changed by more than the noise within the two runs" in text
 
 
-def test_only_what_both_records_measured_is_compared():
+def test_only_common_measurements_are_compared():
     old = record(timed("a case"), timed("gone"), timed("a case", "baseline"))
     new = record(timed("new"), timed("a case"), Measurement("a case", "baseline", skipped="no compiler"))
     assert [(change.case, change.operation) for change in compare(old, new)] == [("a case", "ours")]
@@ -197,7 +197,7 @@ def test_only_what_both_records_measured_is_compared():
 
 
 @pytest.mark.parametrize(("machine", "said"), [("A machine, 2 threads", False), ("A machine, 4 threads", True)])
-def test_another_machine_is_said(machine, said):
+def test_other_machine_is_mentioned(machine, said):
     text = format_changes(record(timed()), record(timed(), machine=machine))
     assert ("These are two machines" in text) is said
     assert "A machine, 2 threads, 2026-02-03, commit 0123456789ab, torch 2.11.0" in text
@@ -216,14 +216,14 @@ def figure_of(monkeypatch, drawn, path):
     return figures[0]
 
 
-def test_the_roofline_has_a_panel_for_each_layout_and_dtype(monkeypatch, tmp_path):
+def test_roofline_has_a_panel_per_layout_and_dtype(monkeypatch, tmp_path):
     figure = figure_of(monkeypatch, record(*kernels()), tmp_path / "plot.png")
     titles = [axes.get_title(loc="left") for axes in figure.axes]
     assert titles == ["rows, float32", "planes, float32", "rows, bfloat16", "planes, bfloat16"]
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_lines_of_the_roofline_are_achieved_bandwidths_and_all_are_in_sight(monkeypatch, tmp_path):
+def test_roofline_shows_all_bandwidths(monkeypatch, tmp_path):
     faster = [*kernels(layouts=["rows"]), *kernels(layouts=["planes"], sizes=(2**20, 2**26))]
     figure = figure_of(monkeypatch, record(*faster), tmp_path / "plot.png")
     for axes in figure.axes:
@@ -234,7 +234,7 @@ def test_lines_of_the_roofline_are_achieved_bandwidths_and_all_are_in_sight(monk
         assert axes.get_ylim()[1] >= max(max(line.get_ydata()) for line in lines.values())
 
 
-def test_a_peer_has_its_mark_in_every_panel_and_in_the_legend_wherever_it_ran(monkeypatch, tmp_path):
+def test_roofline_marks_every_baseline_that_ran(monkeypatch, tmp_path):
     gone = [("float32", "torch.compile"), ("bfloat16", "PyTorch counting")]
     figure = figure_of(monkeypatch, record(*kernels(skipped=gone)), tmp_path / "plot.png")
     marks = {(line.get_label(), line.get_marker()) for axes in figure.axes for line in axes.get_lines()}
@@ -244,14 +244,14 @@ def test_a_peer_has_its_mark_in_every_panel_and_in_the_legend_wherever_it_ran(mo
     assert {text.get_text() for text in legend.get_texts()} == {name for name, _ in marks}
 
 
-def test_sizes_are_written_as_they_are_given(tmp_path):
+def test_sizes_are_labelled_in_units_of_1024(tmp_path):
     plots.plot_record(record(*kernels()), tmp_path / "plot.svg")
     texts = [element.text for element in ElementTree.parse(tmp_path / "plot.svg").iter() if element.text]
     assert {"1 M", "16 M"} <= set(texts)
     assert "A machine, 2 threads, 2026-02-03, torch 2.11.0" in texts
 
 
-def test_on_a_gpu_our_lines_are_of_cuda_graphs_and_peers_of_eager_calls(monkeypatch, tmp_path):
+def test_roofline_of_a_gpu_prefers_cuda_graphs(monkeypatch, tmp_path):
     eager = list(kernels(sizes=[2**24], layouts=["rows"], dtypes=["float32"]))
     graphs = [
         dataclasses.replace(
@@ -267,7 +267,7 @@ def test_on_a_gpu_our_lines_are_of_cuda_graphs_and_peers_of_eager_calls(monkeypa
 
 
 @pytest.mark.parametrize("name", ["collect", "fuse"])
-def test_ratios_have_a_panel_for_each_case_and_a_bar_for_what_ran(monkeypatch, tmp_path, name):
+def test_ratio_plot_has_a_panel_per_case_and_a_bar_per_operation(monkeypatch, tmp_path, name):
     measurements = [
         timed("one", "plain"),
         timed("one", "ours", 2),
@@ -282,17 +282,17 @@ def test_ratios_have_a_panel_for_each_case_and_a_bar_for_what_ran(monkeypatch, t
 # Sizes and files --------------------------------------------------------------------------------------------------------
 
 
-def test_sizes_are_in_units_of_1024():
+def test_parse_sizes_in_units_of_1024():
     assert parse_sizes("16M, 64k,1M,7,64k") == [7, 64 * 2**10, 2**20, 16 * 2**20]
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "1.5M", "1T", "64K", "1M,,2M", ",", " ", "many"])
-def test_other_sizes_are_refused(text):
+def test_invalid_sizes_are_refused(text):
     with pytest.raises(ValueError, match="is no size; give numbers such as 16 or 64k,1M,16M"):
         parse_sizes(text)
 
 
-def test_a_record_goes_into_the_folder_runs_and_its_picture_beside_it(tmp_path, monkeypatch):
+def test_default_paths_of_record_and_plot(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path, picture = files_to_write("fuse", None, None)
     assert path.match("runs/bench-fuse-????????-??????.json")
@@ -300,12 +300,12 @@ def test_a_record_goes_into_the_folder_runs_and_its_picture_beside_it(tmp_path, 
     assert path.parent.is_dir()
 
 
-def test_a_picture_goes_beside_the_record_unless_it_is_named(tmp_path):
+def test_named_paths_of_record_and_plot(tmp_path):
     assert files_to_write("fuse", tmp_path / "a.json", None) == (tmp_path / "a.json", tmp_path / "a.png")
     assert files_to_write("fuse", tmp_path / "a.json", tmp_path / "b.svg") == (tmp_path / "a.json", tmp_path / "b.svg")
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
-def test_every_benchmark_has_dtypes_and_rounds_for_both_kinds_of_device(name):
+def test_benchmarks_have_dtypes_and_rounds_for_each_device(name):
     assert BENCHMARKS[name].dtypes.keys() == {"cpu", "cuda"}
     assert BENCHMARKS[name].rounds >= 5

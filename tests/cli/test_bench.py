@@ -65,7 +65,8 @@ def kernels(tmp_path_factory):
         return folder, invoke("kernels", *options, "--json", folder / "record.json")
 
 
-def test_kernels_are_measured_drawn_and_recorded(kernels):
+@pytest.mark.slow
+def test_kernels_are_measured_plotted_and_recorded(kernels):
     folder, result = kernels
     assert result.exit_code == 0, result.output
     assert (folder / "record.png").stat().st_size > 10_000
@@ -84,7 +85,8 @@ def test_kernels_are_measured_drawn_and_recorded(kernels):
     }
 
 
-def test_every_figure_that_is_shown_is_in_the_record(kernels):
+@pytest.mark.slow
+def test_shown_figures_are_in_the_record(kernels):
     folder, result = kernels
     for each in Record.load(folder / "record.json").measurements:
         if not each.skipped:
@@ -92,7 +94,7 @@ def test_every_figure_that_is_shown_is_in_the_record(kernels):
     assert max(map(len, result.stdout.split("\nrecord   ")[0].splitlines())) <= 80
 
 
-def test_files_go_into_the_folder_runs_by_default(asked, tmp_path):
+def test_files_go_to_the_folder_runs_by_default(asked, tmp_path):
     result = invoke("fuse", "--device", "cpu")
     assert result.exit_code == 0, result.output
     record, picture = sorted((tmp_path / "runs").iterdir())
@@ -101,14 +103,14 @@ def test_files_go_into_the_folder_runs_by_default(asked, tmp_path):
     assert result.output.endswith(f"record   runs/{record.name}\nplot     runs/{picture.name}\n")
 
 
-def test_files_go_where_they_are_named(asked, tmp_path):
+def test_files_go_to_the_named_paths(asked, tmp_path):
     result = invoke("collect", "--device", "cpu", "--json", "a.json", "--plot", "b.svg")
     assert result.exit_code == 0, result.output
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "b.svg"]
     assert Record.load("a.json").complete
 
 
-def test_cases_are_asked_for_by_device_dtype_and_size(asked):
+def test_options_select_device_dtype_and_sizes(asked):
     assert invoke("kernels", "--device", "cpu", "--dtype", "float16", "--sizes", "1k,2").exit_code == 0
     assert invoke("--device", "cpu").exit_code == 0
     shown = [(device.type, [str(dtype) for dtype in dtypes], list(sizes)) for device, dtypes, sizes in asked]
@@ -136,23 +138,23 @@ def test_cases_are_asked_for_by_device_dtype_and_size(asked):
         (["--sweep", "--dtype", "float32", "--json", "a.json"], "leave out --dtype, --json"),
     ],
 )
-def test_bad_input_is_one_line_and_nothing_is_measured_or_written(asked, tmp_path, arguments, text):
+def test_bad_input_is_one_line_and_has_no_effect(asked, tmp_path, arguments, text):
     device = [] if "--device" in arguments else ["--device", "cpu"]
     assert_refused(invoke(*arguments, *device), text, asked, tmp_path)
 
 
-def test_a_folder_in_the_place_of_the_record_is_refused(asked, tmp_path):
+def test_folder_at_the_path_of_the_record_is_refused(asked, tmp_path):
     (tmp_path / "a.json").mkdir()
     assert_refused(invoke("--json", "a.json"), r"a\.json cannot be written", asked, tmp_path, ["a.json"])
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"recipe": "digits"}'])
-def test_a_damaged_old_record_is_refused(asked, tmp_path, content):
+def test_damaged_old_record_is_refused(asked, tmp_path, content):
     (tmp_path / "old.json").write_text(content)
     assert_refused(invoke("--compare", "old.json"), r"old\.json is damaged or no record", asked, tmp_path, ["old.json"])
 
 
-def test_the_record_of_another_benchmark_is_refused(asked, tmp_path):
+def test_record_of_another_benchmark_is_refused(asked, tmp_path):
     Record.begin("fuse", "cpu", "").save("old.json")
     assert_refused(
         invoke("kernels", "--compare", "old.json"), "a record of 'fuse', not of 'kernels'", asked, tmp_path, ["old.json"]
@@ -167,6 +169,7 @@ def test_missing_packages_are_named(asked, tmp_path, monkeypatch, name, missing)
     assert_refused(invoke(name), text, asked, tmp_path)
 
 
+@pytest.mark.slow
 def test_changes_since_an_older_record_are_shown(asked):
     assert invoke("--device", "cpu", "--json", "old.json").exit_code == 0
     values = json.loads(Path("old.json").read_text(encoding="utf-8"))
@@ -179,13 +182,14 @@ def test_changes_since_an_older_record_are_shown(asked):
     assert "4 of 4 changed by more than the noise within the two runs" in result.output
 
 
-def test_an_old_record_may_be_replaced_by_the_new_one(asked):
+@pytest.mark.slow
+def test_compared_record_may_be_overwritten(asked):
     assert invoke("--device", "cpu", "--json", "a.json").exit_code == 0
     result = invoke("--device", "cpu", "--json", "a.json", "--compare", "a.json")
     assert "of 4 changed" in result.output
 
 
-def test_an_interruption_keeps_what_was_measured(asked, monkeypatch, tmp_path):
+def test_interruption_keeps_finished_cases(asked, monkeypatch, tmp_path):
     def interrupted(record, path, _save=Record.save):
         _save(record, path)
         raise KeyboardInterrupt
@@ -199,7 +203,7 @@ def test_an_interruption_keeps_what_was_measured(asked, monkeypatch, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
 
 
-def test_what_does_not_fit_into_memory_is_one_line(monkeypatch):
+def test_out_of_memory_is_one_line(monkeypatch):
     def cases(device, dtypes, sizes):
         yield Case("one", {"ours": nothing}, "ours")
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory: you tried 1 byte")

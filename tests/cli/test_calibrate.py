@@ -74,7 +74,7 @@ def finished(place, tmp_path_factory):
     return folder, result
 
 
-def test_the_table_and_what_came_of_the_run_are_printed(finished):
+def test_table_and_outcome_are_printed(finished):
     folder, result = finished
     summary = json.loads((folder / "summary.json").read_text())
     assert str(fe.Statistics.load(folder / "statistics.safetensors")) in result.stdout
@@ -83,7 +83,7 @@ def test_the_table_and_what_came_of_the_run_are_printed(finished):
     assert "tokens per second on 1 process" in result.stdout
 
 
-def test_what_is_printed_fits_80_columns(finished):
+def test_output_fits_80_columns(finished):
     lines = finished[1].stdout.splitlines()
     assert max(len(line) for line in lines if not line.startswith(("report", "left out"))) <= 80
     (bar,) = (line for line in finished[1].stderr.splitlines() if "calibrate" in line)
@@ -91,27 +91,27 @@ def test_what_is_printed_fits_80_columns(finished):
     assert len(bar) <= 80
 
 
-def test_json_is_all_that_standard_output_holds(place, output):
+def test_json_is_the_only_output(place, output):
     result = calibrate(place / "vit", place / "images", output, "--json")
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout) == json.loads((output / "summary.json").read_text())
     assert "3 images" in result.stderr
 
 
-def test_images_beside_a_length_of_tokens_have_none(place, output):
+def test_max_length_does_not_apply_to_images(place, output):
     result = calibrate(place / "vit", place / "images", output)
     assert json.loads((output / "summary.json").read_text())["unit"] == "images"
     assert "data     3 images in 3 documents" in result.stdout
 
 
-def test_the_notice_about_padding_with_eos_is_printed_and_kept(place, output):
+def test_notice_about_eos_padding_is_printed_and_stored(place, output):
     result = calibrate(place / "gpt2", place / "texts", output)
     assert result.exit_code == 0, result.output
     assert re.search("note     the tokenizer .* has no padding token; EOS is padded with, and masked", result.stdout)
     assert len(json.loads((output / "summary.json").read_text())["notices"]) == 1
 
 
-def test_without_a_name_the_folder_is_that_of_the_model_and_the_data(place, tmp_path, monkeypatch):
+def test_default_folder_is_named_by_model_and_data(place, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments = ["calibrate", f"{place}/llama/", "--data", f"{place}/texts/*.txt"]
     assert CliRunner().invoke(app, arguments).exit_code == 0
@@ -135,7 +135,7 @@ def test_names_of_folders(model, data, name, tmp_path, monkeypatch):
 # Models ------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_missing_model_is_one_line(place, tmp_path, output):
+def test_missing_model_is_one_line(place, tmp_path, output):
     assert_one_line(
         calibrate(tmp_path / "none", place / "texts", output), "none has no configuration that can be loaded", output
     )
@@ -167,7 +167,8 @@ def test_a_missing_model_is_one_line(place, tmp_path, output):
         ),
     ],
 )  # fmt: skip
-def test_a_damaged_model_is_one_line(server, model, place, output, damage, text):
+@pytest.mark.slow
+def test_damaged_model_is_one_line(server, model, place, output, damage, text):
     """In a process of its own, where nothing else of what libraries print is lost."""
     damage(model)
     (result,) = server.run([model, "--data", place / "texts", "--output", output])
@@ -198,7 +199,7 @@ def test_pickled_weights_are_refused_and_never_unpickled(model, place, output, t
     assert not (tmp_path / "executed").exists()
 
 
-def test_code_beside_a_model_is_not_run(model, place, output, tmp_path):
+def test_code_of_a_model_is_not_run(model, place, output, tmp_path):
     (model / "mine.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')")
     edit(model / "config.json", model_type="mine", auto_map={"AutoConfig": "mine.Config", "AutoModel": "mine.Model"})
     assert_one_line(calibrate(model, place / "texts", output), "has no configuration that can be loaded", output)
@@ -212,7 +213,7 @@ def test_code_beside_a_model_is_not_run(model, place, output, tmp_path):
         ("llama", "images", "reads text, and the data is images; name data of the model's kind"),
     ],
 )
-def test_data_of_another_kind_than_the_model_reads_is_one_line(place, output, name, data, text):
+def test_wrong_kind_of_data_is_one_line(place, output, name, data, text):
     assert_one_line(calibrate(place / name, place / data, output), text, output)
 
 
@@ -230,7 +231,7 @@ def test_data_of_another_kind_than_the_model_reads_is_one_line(place, output, na
         (["--column", "words"], "no document|holds nothing"),
     ],
 )
-def test_an_impossible_option_is_one_line(place, tmp_path, output, options, text):
+def test_impossible_option_is_one_line(place, tmp_path, output, options, text):
     data = tmp_path / "a.jsonl"
     data.write_text('{"text": "w1"}\n')
     result = calibrate(place / "llama", data, output, *options)
@@ -240,7 +241,7 @@ def test_an_impossible_option_is_one_line(place, tmp_path, output, options, text
     assert not output.exists()
 
 
-def test_a_length_that_the_special_tokens_fill_is_one_line(place, output):
+def test_max_length_filled_by_special_tokens_is_one_line(place, output):
     text = "max_length: got 2, expected more than the 2 special tokens of a document"
     assert_one_line(calibrate(place / "bert", place / "texts", output, "--max-length", 2), text, output)
 
@@ -248,7 +249,7 @@ def test_a_length_that_the_special_tokens_fill_is_one_line(place, output):
 # Data --------------------------------------------------------------------------------------------------------------------
 
 
-def test_bad_files_among_good_ones_are_told_and_the_others_count(place, tmp_path, output):
+def test_bad_files_are_reported_and_good_ones_counted(place, tmp_path, output):
     data = cases.save_texts(tmp_path / "data", 4)
     (data / "04.txt").write_bytes(b"")
     (data / "05.txt").write_bytes(bytes(range(128, 256)) * 8)
@@ -291,7 +292,7 @@ def test_missing_data_is_one_line(place, output, data):
 # The folder --------------------------------------------------------------------------------------------------------------
 
 
-def test_a_folder_that_holds_something_else_is_left_alone(place, finished, output):
+def test_foreign_folder_is_left_alone(place, finished, output):
     output.mkdir()
     (output / "notes.txt").write_text("mine")
     (output / ".tmp-1-model.pt").mkdir()
@@ -304,7 +305,7 @@ def test_a_folder_that_holds_something_else_is_left_alone(place, finished, outpu
     assert cases.leave_alone(finished[0]) == before
 
 
-def test_a_folder_that_cannot_be_made_is_one_line(place, tmp_path):
+def test_unmakeable_folder_is_one_line(place, tmp_path):
     (tmp_path / "file").write_text("")
     for folder in (tmp_path / "file", tmp_path / "file" / "run"):
         assert_one_line(calibrate(place / "llama", place / "texts", folder), r"file is a file; name a folder with --output")
@@ -313,7 +314,7 @@ def test_a_folder_that_cannot_be_made_is_one_line(place, tmp_path):
     assert "/proc/run" in result.stderr.splitlines()[-1]
 
 
-def test_an_empty_folder_and_the_leftovers_of_a_killed_run_are_taken(place, output):
+def test_empty_folder_with_leftovers_is_accepted(place, output):
     (output / ".tmp-1-checkpoint.safetensors").mkdir(parents=True)
     assert calibrate(place / "llama", place / "texts", output).exit_code == 0
     assert {path.name for path in output.iterdir()} == {"statistics.safetensors", "summary.json", "report.html"}
@@ -351,7 +352,7 @@ def interrupted(place, output, monkeypatch):
         ("vit", "images", ["--batch-size", 3], "another model, data, max length, packing, mask"),
     ],
 )
-def test_a_run_with_other_settings_is_left_alone(place, interrupted, name, data, options, text):
+def test_run_with_other_settings_is_left_alone(place, interrupted, name, data, options, text):
     before = cases.leave_alone(interrupted)
     result = calibrate(place / name, place / data, interrupted, *options)
     assert_last_line(result, f"run holds a run with {text}")
@@ -366,14 +367,14 @@ def assert_last_line(result, text):
     assert re.search(text, line), line
 
 
-def test_a_run_goes_on_with_other_checkpoints(place, interrupted):
+def test_resume_with_another_checkpoint_interval(place, interrupted):
     result = calibrate(place / "llama", place / "texts", interrupted, "--batch-size", 3, "--checkpoint-every", 5)
     assert result.exit_code == 0, result.output
     counts, tally = cases.outcome(interrupted)
     assert (counts, tally[1]) == cases.by_hand("llama", place / "texts")
 
 
-def test_a_damaged_checkpoint_is_one_line_and_left_alone(place, finished, interrupted):
+def test_damaged_checkpoint_is_one_line_and_left_alone(place, finished, interrupted):
     path = interrupted / "checkpoint.safetensors"
     whole = path.read_bytes()
     statistics = (finished[0] / "statistics.safetensors").read_bytes()
@@ -407,7 +408,8 @@ def assert_first_rank_says(results, text):
         ({"options": ["--device", "toaster"]}, "rank 1: --device toaster cannot be used here"),
     ],
 )
-def test_ranks_that_disagree_end_and_the_first_one_says_why(server, place, output, changed, text):
+@pytest.mark.slow
+def test_disagreeing_ranks_stop_with_one_message(server, place, output, changed, text):
     cases.save_texts(place / "others", 2) if not (place / "others").exists() else None
 
     def arguments(model="llama", data="texts", options=()):
@@ -424,13 +426,15 @@ def test_ranks_that_disagree_end_and_the_first_one_says_why(server, place, outpu
         (["--max-length", 65], "^Error: --max-length 65 is more than"),
     ],
 )
-def test_an_error_of_all_ranks_is_said_once(server, place, output, options, text):
+@pytest.mark.slow
+def test_error_of_all_ranks_is_reported_once(server, place, output, options, text):
     results = server.run([place / "llama", "--data", place / "texts", "--output", output, *options], ranks=2)
     assert_first_rank_says(results, text)
     assert not output.exists()
 
 
-def test_a_folder_of_other_files_is_said_once(server, place, output):
+@pytest.mark.slow
+def test_foreign_folder_is_reported_once(server, place, output):
     output.mkdir()
     (output / "notes.txt").write_text("mine")
     results = server.run([place / "llama", "--data", place / "texts", "--output", output], ranks=2)

@@ -45,7 +45,8 @@ def assert_one_line(result, text):
     assert re.search(text, line), line
 
 
-def test_the_run_folder_holds_what_it_promises(finished):
+@pytest.mark.slow
+def test_run_folder_contents(finished):
     folder, _ = finished
     history = json.loads((folder / "history.json").read_text())
     assert history["kept_step"] == 2
@@ -58,7 +59,8 @@ def test_the_run_folder_holds_what_it_promises(finished):
     assert not list(folder.rglob(".tmp-*"))
 
 
-def test_the_fused_network_equals_the_pruned_one(finished):
+@pytest.mark.slow
+def test_fused_network_equals_the_pruned_one(finished):
     folder, _ = finished
     history = json.loads((folder / "history.json").read_text())
     assert history["fusion"]["max_relative_error"] <= 1e-5
@@ -74,7 +76,8 @@ def test_the_fused_network_equals_the_pruned_one(finished):
     assert (fused - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
-def test_the_table_names_each_step_and_fits_80_columns(finished):
+@pytest.mark.slow
+def test_table_names_each_step_and_fits_80_columns(finished):
     _, output = finished
     history = json.loads((finished[0] / "history.json").read_text())
     for step in history["steps"]:
@@ -85,7 +88,8 @@ def test_the_table_names_each_step_and_fits_80_columns(finished):
     assert max(map(len, table)) <= 80
 
 
-def test_the_same_seed_gives_the_same_run_as_json(finished, tmp_path):
+@pytest.mark.slow
+def test_json_run_with_the_same_seed_is_the_same(finished, tmp_path):
     result = CliRunner().invoke(app, [*SHORT, "--output", str(tmp_path / "run"), "--json"])
     assert result.exit_code == 0
     again = json.loads(result.stdout)
@@ -93,7 +97,8 @@ def test_the_same_seed_gives_the_same_run_as_json(finished, tmp_path):
     assert outcome(again) == outcome(json.loads((finished[0] / "history.json").read_text()))
 
 
-def test_a_run_by_latency_tells_what_it_approximates_and_goes_on_with_its_options(tmp_path):
+@pytest.mark.slow
+def test_resume_of_a_run_by_latency_with_approximations(tmp_path):
     folder = tmp_path / "run"
     options = ["--criterion", "entropy-per-latency", "--collapse", "project", "--protect", "stem.relu", "--per-step", "2"]
     result = invoke("prune", "--epochs", "1", "--max-removed", "2", "--max-drop", "1", *options, "--output", folder)
@@ -110,7 +115,8 @@ def test_a_run_by_latency_tells_what_it_approximates_and_goes_on_with_its_option
 
 
 @pytest.mark.parametrize("when", ["dense training", "fine-tuning", "calibration"])
-def test_an_interrupted_run_goes_on_to_the_same_result(finished, tmp_path, monkeypatch, when):
+@pytest.mark.slow
+def test_resumed_run_has_the_same_result(finished, tmp_path, monkeypatch, when):
     method, call = {"dense training": ("train", 1), "fine-tuning": ("train", 3), "calibration": ("calibrate", 2)}[when]
     original, calls = getattr(Digits, method), []
 
@@ -170,7 +176,7 @@ def test_bad_input_is_one_line_and_status_2(arguments, text, tmp_path, monkeypat
     assert not list(tmp_path.iterdir())
 
 
-def test_an_output_that_cannot_be_written_is_one_line(tmp_path):
+def test_unwritable_output_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     assert_one_line(invoke("prune", "--output", tmp_path / "file" / "run"), r"cannot be written \(Not a directory\)")
     assert_one_line(invoke("prune", "--output", tmp_path / "file"), "not an empty folder")
@@ -184,17 +190,20 @@ def copied(finished, tmp_path):
     return Path(shutil.copytree(finished[0], tmp_path / "copy"))
 
 
-def test_a_run_of_another_recipe_is_refused(copied, monkeypatch):
+@pytest.mark.slow
+def test_run_of_another_recipe_is_refused(copied, monkeypatch):
     monkeypatch.setitem(__import__("fastentropy.recipes").recipes.RECIPES, "letters", "fastentropy.recipes.digits:Digits")
     assert_one_line(invoke("prune", "letters", "--resume", copied), "a run of the recipe 'digits', not of 'letters'")
 
 
-def test_resume_keeps_the_options_of_the_run(copied):
+@pytest.mark.slow
+def test_resume_refuses_other_options(copied):
     assert_one_line(invoke("prune", "--resume", copied, "--epochs", "5", "--max-drop", "0.2"), "leave out --max-drop, --epochs")
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b'{"recipe": "digits"}', b"\xff\xfe", pickle.dumps({"recipe": "digits"})])
-def test_a_damaged_history_is_one_line(copied, content):
+@pytest.mark.slow
+def test_damaged_history_is_one_line(copied, content):
     (copied / "history.json").write_bytes(content)
     assert_one_line(invoke("prune", "--resume", copied), r"history\.json is missing, damaged or not the history of a run")
 
@@ -215,14 +224,16 @@ def test_a_damaged_history_is_one_line(copied, content):
         ("collapse", 0),
     ],
 )
-def test_an_impossible_option_in_a_history_is_one_line(copied, option, value):
+@pytest.mark.slow
+def test_impossible_option_in_a_history_is_one_line(copied, option, value):
     history = json.loads((copied / "history.json").read_text())
     (history if option == "seed" else history["options"])[option] = value
     (copied / "history.json").write_text(json.dumps(history))
     assert_one_line(invoke("prune", "--resume", copied), option)
 
 
-def test_a_step_without_its_figures_is_one_line(copied):
+@pytest.mark.slow
+def test_step_without_metrics_is_one_line(copied):
     path = copied / "steps" / "01" / "step.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "metrics": {}}))
     assert_one_line(invoke("prune", "--resume", copied), "lacks fused_ms, pruned_ms, test")
@@ -231,11 +242,13 @@ def test_a_step_without_its_figures_is_one_line(copied):
 @pytest.mark.parametrize(
     "name", ["dense.safetensors", "steps/01/statistics.safetensors", "steps/02/model.safetensors", "steps/01/step.json"]
 )
-def test_a_damaged_file_of_a_run_is_one_line_that_names_it(copied, name):
+@pytest.mark.slow
+def test_damaged_file_of_a_run_is_named_in_one_line(copied, name):
     (copied / name).write_bytes((copied / name).read_bytes()[:-20])
     assert_one_line(invoke("prune", "--resume", copied), re.escape(name))
 
 
+@pytest.mark.slow
 def test_no_file_of_a_run_is_unpickled(copied, monkeypatch):
     """Each file in turn is a pickle that would leave a mark; resuming never executes it."""
 
@@ -257,14 +270,14 @@ def test_no_file_of_a_run_is_unpickled(copied, monkeypatch):
     assert not (copied / "executed").exists()
 
 
-def test_doctor_says_what_runs():
+def test_doctor_lists_what_runs():
     result = invoke("doctor")
     assert result.exit_code == 0, result.output
     for word in ("python", "torch", "triton", "numba", "cpu", "reference"):
         assert word in result.output
 
 
-def test_doctor_fails_where_the_main_job_could_not_run(monkeypatch):
+def test_doctor_fails_if_the_main_job_cannot_run(monkeypatch):
     def broken(*arguments, **options):
         raise RuntimeError("no compiler")
 
@@ -274,7 +287,8 @@ def test_doctor_fails_where_the_main_job_could_not_run(monkeypatch):
     assert "failed: no compiler" in result.output
 
 
-def test_the_module_runs_as_the_command_and_names_a_missing_library():
+@pytest.mark.slow
+def test_module_runs_as_command_and_names_missing_library():
     code = "import sys; sys.modules['typer'] = None; from fastentropy.__main__ import main; main()"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 2

@@ -106,7 +106,7 @@ def headline(histories):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_page_needs_nothing_but_itself_and_has_every_run(case, page_of):
+def test_page_is_self_contained_and_has_every_run(case, page_of):
     page = page_of(case)
     outside = re.sub(r'xmlns(:\w+)?="[^"]*"', "", page)
     assert not re.search(r"https?://|<script|<link|\bsrc=|@import|url\((?!#)|href=\"(?!#|data:)", outside)
@@ -117,7 +117,7 @@ def test_the_page_needs_nothing_but_itself_and_has_every_run(case, page_of):
         assert re.findall(r'<td class="run"><code>(.*?)</code>', section(page, title)) == list(CASES[case])
 
 
-def test_the_figures_of_a_run_are_those_of_its_kept_step_and_of_the_end(page_of):
+def test_figures_of_a_run_are_of_its_kept_step(page_of):
     (row, _) = re.findall(r"<tr.*?</tr>", section(page_of("two"), "The runs"), re.DOTALL)[1:]
     cells = re.findall(r"<td>(.*?)</td>", row)
     assert cells == ["2 of 6", "97.00 → 96.20", "4.00 → 1.60", "2.50\N{MULTIPLICATION SIGN}"]
@@ -127,7 +127,7 @@ def test_the_figures_of_a_run_are_those_of_its_kept_step_and_of_the_end(page_of)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_every_step_is_drawn_where_it_was_measured(case, draw):
+def test_steps_are_drawn_at_their_measurements(case, draw):
     runs = {label: history for label, history in CASES[case].items() if history["steps"]}
     removed, latency = draw(CASES[case]).axes
     for index, history in enumerate(runs.values()):
@@ -167,7 +167,7 @@ def test_kept_steps_stand_out_and_rejected_ones_are_hollow(draw):
         ("resnet34", []),
     ],
 )
-def test_published_points_are_marks_of_the_same_model_on_the_same_data(model, points, draw):
+def test_published_points_match_model_and_recipe(model, points, draw):
     for recipe in ("cifar10", "digits"):
         histories = {"one": make_run(recipe=recipe, model=model), "other": make_run(recipe=recipe, model=model, seed=1)}
         removed, latency = (
@@ -179,7 +179,7 @@ def test_published_points_are_marks_of_the_same_model_on_the_same_data(model, po
         assert latency == []
 
 
-def test_runs_that_left_the_model_to_the_recipe_are_of_its_default():
+def test_default_model_of_a_recipe():
     default = inspect.signature(Cifar10).parameters["model"].default
     for options in ({}, {"model": None}):
         histories = {"one": make_run(recipe="cifar10", **options), "other": cifar10(default, seed=1)}
@@ -187,7 +187,7 @@ def test_runs_that_left_the_model_to_the_recipe_are_of_its_default():
         assert f"model {default}" in format_comparison(histories)
 
 
-def test_published_points_are_in_a_table_with_their_source(page_of):
+def test_published_results_are_in_a_table_with_source(page_of):
     assert "EASIER" not in page_of("two")
     table = section(page_of("models"), "Published results")
     assert "Source: EASIER, arXiv 2404.18949, Table 5" in table
@@ -201,7 +201,7 @@ def test_published_points_are_in_a_table_with_their_source(page_of):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_no_texts_overlap_nor_leave_the_picture(case, draw):
+def test_texts_neither_overlap_nor_leave_the_picture(case, draw):
     figure = draw(CASES[case])
     figure.draw_without_rendering()
     unused = [  # tick labels beyond the ends of an axis are not drawn
@@ -266,15 +266,15 @@ FASTER = {"fused": 1.0}
         ),
     ],
 )
-def test_the_best_run_is_named_where_there_is_one(histories, expected):
+def test_headline_names_the_best_run(histories, expected):
     assert re.match(expected, headline(histories))
 
 
-def test_the_headline_of_the_page_is_that_of_the_terminal(page_of):
+def test_page_and_terminal_have_the_same_headline(page_of):
     assert all(f"<h1>{headline(histories)}</h1>" in page_of(case) for case, histories in CASES.items())
 
 
-def test_a_warning_says_where_latencies_are_of_different_machines(page_of):
+def test_warning_for_latencies_of_different_machines(page_of):
     other = make_run()
     other["machine"]["torch"] = "2.11.0"
     for runs, differ in ((CASES["two"], False), (CASES["models"], True), ({"a": make_run(), "b": other}, True)):
@@ -283,7 +283,7 @@ def test_a_warning_says_where_latencies_are_of_different_machines(page_of):
         assert ("Latencies were measured on different machines" in page_of(case)) == differ
 
 
-def test_only_options_that_differ_are_told_of_each_run(render, draw):
+def test_only_differing_options_are_shown_per_run(render, draw):
     newer = {"zeros_together": False, "target_speedup": None, "collapse": None, "protect": [], "model": None, "data": None}
     runs = {"old": make_run(), "new": make_run(criterion="random", epochs=3, **newer)}
     text = format_comparison(runs)
@@ -298,7 +298,7 @@ def test_only_options_that_differ_are_told_of_each_run(render, draw):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_table_fits_80_columns_and_has_every_run_and_its_options(case):
+def test_table_fits_80_columns_with_all_runs_and_options(case):
     lines = format_comparison(CASES[case]).splitlines()
     assert max(map(len, lines)) <= 80
     assert sum(" -> " in line or " - *" in line for line in lines) == len(CASES[case])
@@ -311,20 +311,20 @@ def test_the_table_fits_80_columns_and_has_every_run_and_its_options(case):
         )
 
 
-def test_labels_are_the_shortest_ends_that_differ():
+def test_labels_are_the_shortest_distinct_ends():
     paths = ["/runs/a/seed0", "/runs/b/seed0", "/runs/c", "/other/b/seed0", "/seed0", "/runs/x/c.json"]
     assert label_runs([Path(path) for path in paths]) == ["a/seed0", "runs/b/seed0", "c", "other/b/seed0", "/seed0", "c.json"]
 
 
 @pytest.mark.filterwarnings("ignore:Glyph")  # the font that text is measured with does not have every script
-def test_text_of_the_histories_is_never_markup(render):
+def test_texts_of_histories_are_escaped(render):
     history = make_run(machine="".join(HOSTILE), model="".join(HOSTILE), seed=1)
     page = render({"".join(HOSTILE): history, **CASES["two"]})
     assert "<script" not in page
     assert "<b>" not in page
 
 
-def test_the_same_histories_give_the_same_bytes_whatever_the_settings_of_matplotlib(render, page_of):
+def test_page_is_reproducible_under_any_matplotlib_settings(render, page_of):
     histories = CASES["models"]
     before, page = copy.deepcopy(histories), page_of("models")
     with matplotlib.rc_context({"font.size": 20, "axes.grid": True}):
@@ -351,7 +351,8 @@ def written(folder):
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.name != "history.json")
 
 
-def test_one_run_has_its_page_written_again(folders):
+@pytest.mark.slow
+def test_report_of_one_run_is_rewritten(folders):
     result = invoke("a/run")
     assert (result.exit_code, result.output) == (0, "report   a/run/report.html\n")
     assert "2 of 6 activations are removed" in (folders / "a/run/report.html").read_text(encoding="utf-8")

@@ -21,8 +21,8 @@ def make(sites, neurons=50, name="stage{}.relu"):
     return {name.format(index): torch.rand(neurons, generator=generator, dtype=torch.float64) for index in range(sites)}
 
 
-@pytest.mark.parametrize("sites", [1, 2, 17, 60])
-def test_every_site_has_a_bar_as_long_as_its_entropy_in_call_order_from_the_top(sites):
+@pytest.mark.parametrize("sites", [1, 2, 17, pytest.param(60, marks=pytest.mark.slow)])
+def test_bars_are_layer_entropies_in_call_order(sites):
     entropies = make(sites)
     layers = plot_entropies(entropies).axes[0]
     assert [bar.get_width() for bar in layers.patches] == pytest.approx([float(bits.mean()) for bits in entropies.values()])
@@ -31,7 +31,7 @@ def test_every_site_has_a_bar_as_long_as_its_entropy_in_call_order_from_the_top(
     assert [label.get_text() for label in layers.get_yticklabels()] == list(entropies)
 
 
-def test_every_strip_is_the_distribution_of_its_neurons():
+def test_strips_are_distributions_of_neurons():
     entropies = make(5) | {"edges": torch.tensor([0, 0, 1, 1 + 1e-15], dtype=torch.float64)}
     neurons = plot_entropies(entropies).axes[1]
     for mesh, bits in zip(neurons.collections, entropies.values(), strict=False):
@@ -41,9 +41,9 @@ def test_every_strip_is_the_distribution_of_its_neurons():
         assert mesh.get_array().ravel().tolist() == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("sites", [1, 2, 17, 60])
+@pytest.mark.parametrize("sites", [1, 2, 17, pytest.param(60, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["{}.relu", "model.language_model.layers.{}.block_sparse_moe.experts.act_fn"])
-def test_no_texts_overlap_nor_leave_the_figure(sites, name):
+def test_texts_neither_overlap_nor_leave_the_figure(sites, name):
     figure = plot_entropies(make(sites, name=name) | {"full": torch.ones(4, dtype=torch.float64)})
     figure.draw_without_rendering()
     texts = [text for text in figure.findobj(matplotlib.text.Text) if text.get_text() and text.get_visible()]
@@ -54,7 +54,7 @@ def test_no_texts_overlap_nor_leave_the_figure(sites, name):
 
 
 @pytest.mark.parametrize("suffix", [".png", ".svg", ".pdf", ".PNG"])
-def test_suffix_says_what_is_written_and_the_bytes_are_the_same_each_time(tmp_path, suffix):
+def test_suffix_selects_format_and_bytes_are_reproducible(tmp_path, suffix):
     path = tmp_path / f"entropies{suffix}"
     assert isinstance(plot_entropies(make(3), path), Figure)
     content = path.read_bytes()
@@ -64,13 +64,13 @@ def test_suffix_says_what_is_written_and_the_bytes_are_the_same_each_time(tmp_pa
     assert path.read_bytes() == content
 
 
-def test_saved_picture_is_the_figure_that_is_returned(tmp_path):
+def test_saved_picture_is_the_returned_figure(tmp_path):
     figure = plot_entropies(make(4), tmp_path / "saved.png")
     figure.savefig(tmp_path / "drawn.png", dpi=160)
     assert (imread(tmp_path / "saved.png") == imread(tmp_path / "drawn.png")).all()
 
 
-def test_names_are_written_as_they_are(tmp_path):
+def test_names_are_not_interpreted(tmp_path):
     names = ["$x_1$.relu", "<b>&amp;.relu", "a\\b.relu"]
     plot_entropies(dict.fromkeys(names, torch.rand(3)), tmp_path / "names.svg")
     texts = set(xml.etree.ElementTree.parse(tmp_path / "names.svg").getroot().itertext())
@@ -78,18 +78,19 @@ def test_names_are_written_as_they_are(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["entropies", "entropies.gif", "png"])
-def test_another_suffix_is_refused_in_one_line(tmp_path, name):
+def test_unknown_suffix_is_refused_in_one_line(tmp_path, name):
     with pytest.raises(ValueError, match=r"a plot is saved as \.png, \.svg, \.pdf; name a file with one of these suffixes$"):
         plot_entropies(make(2), tmp_path / name)
     assert not list(tmp_path.iterdir())
 
 
-def test_no_sites_are_refused():
+def test_plotting_without_sites_is_refused():
     with pytest.raises(ValueError, match="no sites to plot"):
         plot_entropies({})
 
 
-def test_settings_of_matplotlib_neither_change_nor_matter(tmp_path):
+@pytest.mark.slow
+def test_matplotlib_settings_are_unchanged_and_ignored(tmp_path):
     plot_entropies(make(2), tmp_path / "plain.png")
     with matplotlib.rc_context({"font.size": 20, "axes.grid": True, "xtick.color": "red"}):
         before = dict(matplotlib.rcParams)
@@ -105,6 +106,7 @@ def test_notebook_can_display_the_figure():
     assert plot_entropies(make(2))._repr_png_().startswith(PNG)
 
 
+@pytest.mark.slow
 def test_plotting_leaves_pyplot_alone():
     code = (
         "import sys, torch, fastentropy.reporting.plots as plots; plots.plot_entropies({'relu': torch.rand(3)});"

@@ -43,8 +43,10 @@ def page_of(render):
     return functools.cache(lambda case: render(EDGE_CASES[case]))
 
 
-@pytest.mark.parametrize("case", EDGE_CASES)
-def test_every_kind_of_run_has_a_page_that_needs_nothing_but_itself(case, page_of):
+@pytest.mark.parametrize(
+    "case", [pytest.param(name, marks=pytest.mark.slow) if name == "large" else name for name in EDGE_CASES]
+)
+def test_page_is_self_contained(case, page_of):
     page = page_of(case)
     outside = re.sub(r'xmlns(:\w+)?="[^"]*"', "", page)
     assert not re.search(r"https?://|<script|<link|\bsrc=|@import|url\((?!#)|href=\"(?!#|data:)", outside)
@@ -54,8 +56,8 @@ def test_every_kind_of_run_has_a_page_that_needs_nothing_but_itself(case, page_o
     assert "nan" not in re.sub(r"<[^>]*>", "", page).lower().split()
 
 
-@pytest.mark.parametrize("case", ["rejected", "two in a step", "large"])
-def test_every_step_and_every_removed_site_is_in_the_table(case, page_of):
+@pytest.mark.parametrize("case", ["rejected", "two in a step", pytest.param("large", marks=pytest.mark.slow)])
+def test_table_has_every_step_and_removed_site(case, page_of):
     history = EDGE_CASES[case]
     table = page_of(case).split("<h2>The steps</h2>")[1].split("<h2>")[0]
     rows = re.findall(r"<tr.*?</tr>", table, re.DOTALL)[1:]
@@ -65,7 +67,7 @@ def test_every_step_and_every_removed_site_is_in_the_table(case, page_of):
             assert f"<code>{name}</code> <span>{history['steps'][index - 1]['layer_entropy'][name]:.3f}</span>" in row
 
 
-def test_numbers_are_those_of_the_kept_step_and_of_the_fused_network(page_of):
+def test_numbers_are_of_the_kept_step_and_the_fused_network(page_of):
     page = page_of("rejected")
     assert "2 of 6 activations are removed: 2.50 times as fast as the dense network, 0.80 points less test acc" in page
     for text in (
@@ -82,7 +84,7 @@ def test_numbers_are_those_of_the_kept_step_and_of_the_fused_network(page_of):
     assert "a reason for &lt;this&gt;" in page
 
 
-def test_an_unfinished_run_says_so(page_of):
+def test_unfinished_run_says_so(page_of):
     assert "not finished" not in page_of("rejected")
     page = page_of("unfinished")
     assert "not finished" in page
@@ -90,7 +92,7 @@ def test_an_unfinished_run_says_so(page_of):
 
 
 @pytest.mark.filterwarnings("ignore:Glyph")  # the font that text is measured with does not have every script
-def test_text_of_the_history_is_never_markup(render):
+def test_texts_of_the_history_are_escaped(render):
     history = copy.deepcopy(make_history(HOSTILE, 6))
     history["recipe"] = history["options"]["device"] = history["machine"]["device"] = "".join(HOSTILE)
     history["fusion"]["chains"][0] |= {"names": HOSTILE, "note": "".join(HOSTILE)}
@@ -103,7 +105,8 @@ def test_text_of_the_history_is_never_markup(render):
         assert page.replace("&#34;", '"').count(escaped) == 9
 
 
-def test_the_same_history_gives_the_same_bytes_whatever_the_settings_of_matplotlib(render, page_of):
+@pytest.mark.slow
+def test_page_is_reproducible_under_any_matplotlib_settings(render, page_of):
     history = EDGE_CASES["rejected"]
     before, page = copy.deepcopy(history), page_of("rejected")
     with matplotlib.rc_context({"font.size": 20, "axes.grid": True}):
@@ -112,7 +115,7 @@ def test_the_same_history_gives_the_same_bytes_whatever_the_settings_of_matplotl
 
 
 @pytest.mark.parametrize("case", ["rejected", "one step", "unfinished", "all removed"])
-def test_the_summary_is_a_png(case, tmp_path):
+def test_summary_is_a_png(case, tmp_path):
     plot_summary(EDGE_CASES[case], tmp_path / "summary.png")
     assert (tmp_path / "summary.png").read_bytes().startswith(b"\x89PNG\r\n")
     assert [path.name for path in tmp_path.iterdir()] == ["summary.png"]
