@@ -53,7 +53,7 @@ class Conditions:
             return f"this model was fused for {plural(len(self._inputs), 'input')}, but is called with {len(leaves)}"
         for leaf, (constant, sizes) in zip(leaves, self._inputs, strict=True):
             if sizes is None and not _is_same(leaf, constant):
-                return f"an input is {_describe(leaf)}, but this model was fused for {_describe(constant)}; fuse it again"
+                return f"an input {_describe(leaf)}, but this model was fused for {constant!r}; fuse it again"
             if sizes is not None and not fits(leaf, sizes):
                 wanted = [low if high == low + 1 else "any" for low, high in sizes]
                 return f"an input {_describe(leaf)}, but this model was fused for {wanted}; fuse it again"
@@ -76,7 +76,7 @@ def _is_same(value: Any, constant: Any) -> bool:
 
 
 def _describe(value: Any) -> str:
-    return f"has shape {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
+    return f"has shape {list(value.shape)}" if isinstance(value, Tensor) else f"is {value!r}"
 
 
 def guards_of(program: ExportedProgram, model: nn.Module, inputs: Inputs) -> tuple[str, ...]:

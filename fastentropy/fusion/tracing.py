@@ -61,7 +61,7 @@ def _trace_single(model: nn.Module, inputs: Inputs, dynamic_sizes: bool) -> Expo
     """Trace for a batch of one, at a batch of two where the model takes it: torch.export treats a size of one as constant."""
     try:
         program = _trace(model, with_batch_size(inputs, 2), dynamic_sizes)
-        if _is_dynamic(program):
+        if free_axes(program):
             return program
     except Exception:  # whatever a model raises for another batch size
         pass
@@ -231,11 +231,3 @@ def _allowed(size: int | torch.SymInt, program: ExportedProgram) -> Sizes:
     limit = int(highest) + 1 if highest is not None and highest < sys.maxsize else None
     # A trace reports sizes from 2 on; its guards decide whether it also holds for 1.
     return 1 if lowest <= 2 else lowest, limit
-
-
-def _is_dynamic(program: ExportedProgram) -> bool:
-    return any(
-        fixed_size(size) is None
-        for node in program.graph.find_nodes(op="placeholder")
-        for size in getattr(node.meta.get("val"), "shape", ())
-    )

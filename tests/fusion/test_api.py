@@ -53,6 +53,7 @@ class Residual(nn.Module):
         return y
 
 
+@pytest.mark.slow
 @settings(max_examples=25)
 @given(networks(), st.sampled_from([1, 2, 3]))
 def test_network_at_every_batch_size(drawn, batch):
@@ -67,6 +68,7 @@ def test_network_at_every_batch_size(drawn, batch):
         assert_equal(fused, model, torch.randn(other, 4, *size))
 
 
+@pytest.mark.slow
 @pytest.mark.measured
 def test_linearised_network_is_merged_and_measured(network, images):
     linearize(network.eval(), ["relu1", "gelu"])
@@ -240,6 +242,7 @@ def test_other_dtypes(network, images, dtype, tolerance):
     assert_equal(fused, network, images.to(dtype), tolerance=tolerance)
 
 
+@pytest.mark.slow
 def test_branches_of_coincidentally_equal_size_are_kept():
     model = Reads(
         lambda m, x: m.c(m.b(m.a(x) + m.d(x))),
@@ -267,6 +270,7 @@ def test_kernels_are_candidates_on_a_gpu(dtype):
     assert_equal(fused, model, x, tolerance=1e-5 if dtype == torch.float32 else 5e-2)
 
 
+@pytest.mark.slow
 def test_nothing_is_timed_without_measure(monkeypatch):
     model, x = inverted_residual()
     for module in (planner, api):

@@ -7,6 +7,8 @@ import fastentropy as fe
 from fastentropy.benchmarks.networks import VISION, gpt2, hugging_face_vit, inside_blocks, linearised, odd, random_half, vision
 from tests._helpers.snapshots import assert_unchanged, snapshot
 
+pytestmark = pytest.mark.slow
+
 BUILDERS = {name: lambda name=name: vision(name, 2, 64) for name in VISION}
 BUILDERS |= {
     "vit_b_16": lambda: with_three_layers(vision("vit_b_16", 2, 64)),

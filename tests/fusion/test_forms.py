@@ -9,12 +9,15 @@ from torch import nn
 from fastentropy import fuse, linearize, load
 from fastentropy.fusion import api, verification
 from fastentropy.fusion.chains import finding
+from fastentropy.fusion.forms import make_forms
+from fastentropy.fusion.tracing import export, inference_module
 from tests._helpers.fusing import assert_equal
 from tests._helpers.networks import Reads
 
 pytestmark = pytest.mark.usefixtures("counted_times")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fastest", ["contiguous", "channels_last"])
 def test_every_form_gets_its_fastest_memory_format(network, images, monkeypatch, fastest, tmp_path):
     price = {"original": 3.0, "folded": 2.0, "fused": 1.0}
@@ -43,6 +46,7 @@ def doubled(chain):
     return tuple(replace(element, weight=2 * element.weight) if hasattr(element, "weight") else element for element in chain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrong", [["fc1"], ["conv1"], ["conv1", "fc1"]])
 def test_wrong_chains_are_left_and_reported(network, images, monkeypatch, wrong):
     linearize(network.eval(), ["relu1", "gelu"])
@@ -59,6 +63,7 @@ def test_wrong_chains_are_left_and_reported(network, images, monkeypatch, wrong)
     assert left == {name: name in wrong for name in ("conv1", "fc1")}
 
 
+@pytest.mark.slow
 def test_wrong_fold_is_not_kept(network, images, monkeypatch):
     linearize(network.eval(), ["gelu"])
     fold = finding.fold
@@ -66,6 +71,7 @@ def test_wrong_fold_is_not_kept(network, images, monkeypatch):
     assert_equal(fuse(network, (images,)), network, images)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [1.0, float("inf"), float("nan")])
 def test_unverified_forms_are_not_returned(network, images, monkeypatch, error):
     monkeypatch.setattr(verification, "relative_error", lambda actual, expected: error)
@@ -83,3 +89,16 @@ def test_overflowing_fold_is_not_kept():
     x = torch.randn(2, 2, 4, 4).half() * 1e-3
     fused = fuse(model, (x,))
     assert torch.isfinite(fused(x)).all()
+
+
+def test_forms_without_a_plan(network, images):
+    forms, reports = make_forms(network.eval(), inference_module(export(network, (images,))), (images,))
+    assert list(forms) == [
+        ("original", "contiguous"),
+        ("folded", "contiguous"),
+        ("original", "channels_last"),
+        ("folded", "channels_last"),
+    ]
+    assert reports == {}
+    for form in forms.values():
+        assert_equal(form, network, images)

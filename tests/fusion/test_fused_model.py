@@ -11,6 +11,7 @@ from tests._helpers.fusing import assert_equal, inverted_residual, ringed
 pytestmark = pytest.mark.usefixtures("counted_times")
 
 
+@pytest.mark.slow
 def test_copy_is_saved_like_the_model(network, images, tmp_path):
     fused = copy.deepcopy(fuse(network.eval(), (images,)))
     fused.save(tmp_path / "model.pt2")
@@ -34,6 +35,7 @@ def test_saving_and_loading(network, images, tmp_path):
     assert torch.equal(load(tmp_path / "again.pt2")(images), fused(images))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", [inverted_residual, ringed])
 def test_fused_model_exports_again(build, merged):
     model, x = build()
@@ -44,6 +46,7 @@ def test_fused_model_exports_again(build, merged):
     assert_equal(again, model, torch.randn(5, *x.shape[1:]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", [inverted_residual, ringed])
 def test_fused_model_compiles(build, merged):
     model, x = build()

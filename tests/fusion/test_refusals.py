@@ -113,6 +113,7 @@ def test_untraceable_model_is_left_alone(forward, text):
     assert_unchanged(model, before)
 
 
+@pytest.mark.slow
 def test_random_model():
     model = Reads(lambda m, x: m.b(m.a(x)) + torch.rand_like(x), a=nn.Linear(3, 3), b=nn.Linear(3, 3))
     with pytest.raises(RuntimeError, match="differs from the model by"):

@@ -13,6 +13,7 @@ from tests._helpers.fusing import assert_equal, inverted_residual, ringed
 pytestmark = pytest.mark.usefixtures("counted_times")
 
 
+@pytest.mark.slow
 def test_package_for_this_machine(tmp_path):
     model, x = inverted_residual()
     fuse(model, (x,)).save_package(tmp_path / "model.pt2")
@@ -21,6 +22,7 @@ def test_package_for_this_machine(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["model.pt2"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", [inverted_residual, ringed])
 def test_onnx(build, tmp_path, merged):
     onnxruntime = pytest.importorskip("onnxruntime")
@@ -33,6 +35,7 @@ def test_onnx(build, tmp_path, merged):
     assert_equal(run, model, torch.randn(5, *x.shape[1:]))
 
 
+@pytest.mark.slow
 def test_onnx_without_its_packages(tmp_path, monkeypatch):
     model, x = inverted_residual()
     fused = fuse(model, (x,))
@@ -41,11 +44,13 @@ def test_onnx_without_its_packages(tmp_path, monkeypatch):
         fused.save_onnx(tmp_path / "model.onnx")
 
 
+@pytest.mark.slow
 def test_name_without_the_suffix(network, images, tmp_path):
     with pytest.raises(ValueError, match=r"model\.pt: the name of a fused model must end in \.pt2"):
         fuse(network.eval(), (images,)).save(tmp_path / "model.pt")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("save", ["save", "save_onnx"])
 def test_file_with_other_outputs_is_not_kept(save, tmp_path, monkeypatch):
     if save == "save_onnx":
@@ -59,6 +64,7 @@ def test_file_with_other_outputs_is_not_kept(save, tmp_path, monkeypatch):
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"old"]
 
 
+@pytest.mark.slow
 def test_failed_save_leaves_the_old_file(network, images, tmp_path, monkeypatch):
     fused, path = fuse(network.eval(), (images,)), tmp_path / "model.pt2"
     path.write_bytes(b"old")
@@ -84,6 +90,7 @@ class Mark:
         return open, (self.path, "w")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "entry", ["model/data/weights/model.pt", "model/data/constants/model.pt", "model/data/weights/weight_0.pt"]
 )
@@ -108,6 +115,7 @@ def forge(path, change):
     return forged
 
 
+@pytest.mark.slow
 def test_weights_declared_as_pickles(network, images, tmp_path):
     path = tmp_path / "model.pt2"
     fuse(network.eval(), (images,)).save(path)
@@ -124,6 +132,7 @@ def test_archive_without_guards(network, images, tmp_path):
         load(forged)
 
 
+@pytest.mark.slow
 def test_archive_with_unreadable_guards(network, images, tmp_path):
     path = tmp_path / "model.pt2"
     fuse(network.eval(), (images,)).save(path)
@@ -144,6 +153,7 @@ def test_archive_in_an_older_layout(tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", [lambda b: b"text", lambda b: b"", lambda b: b[:-100], lambda b: b[: len(b) // 2]])
 def test_damaged_archive(network, images, tmp_path, damage):
     path = tmp_path / "model.pt2"

@@ -63,8 +63,10 @@ def test_other_constants_are_refused_after_loading_too(forward, example, other, 
     [
         (lambda m, x: m.b(m.a(x)) * (2 if x.shape[0] % 4 == 0 else 1), False, (4, 6, 8)),
         (lambda m, x: m.b(m.a(x)) * (2 if x.shape[0] > 1 else 1), False, (1, 6, 8)),
-        (lambda m, x: m.b(m.a(x)) * (2 if x.shape[0] == x.shape[1] else 1), True, (5, 5, 8)),
-        (lambda m, x: m.b(m.a(x)) * (2 if x.shape[1] > 1 else 1), True, (3, 1, 8)),
+        pytest.param(
+            lambda m, x: m.b(m.a(x)) * (2 if x.shape[0] == x.shape[1] else 1), True, (5, 5, 8), marks=pytest.mark.slow
+        ),
+        pytest.param(lambda m, x: m.b(m.a(x)) * (2 if x.shape[1] > 1 else 1), True, (3, 1, 8), marks=pytest.mark.slow),
         (lambda m, x: m.b(m.a(x)) if x.shape[0] > 1 else m.b(m.a(x))[0], False, (1, 6, 8)),
         (lambda m, x: m.b(m.a(x)).argmax(-1) * (-1 if x.shape[0] == 1 else 1), False, (1, 6, 8)),
     ],
@@ -87,6 +89,7 @@ def test_other_number_of_inputs_is_refused(network, images, count):
         fused(*[images] * count)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("layer", "forward", "shape"),
     [
@@ -103,6 +106,7 @@ def test_free_sizes_behind_a_scale(layer, forward, shape):
         assert_equal(fused, model, torch.randn([size if n > 6 else n for n in shape]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [9, 10, 11, 12, 15])
 def test_border_that_only_some_sizes_have(size):
     torch.manual_seed(0)
@@ -131,6 +135,7 @@ def test_inputs_that_are_not_tensors(others, tmp_path):
     assert_equal(load(tmp_path / "model.pt2"), model, torch.randn(5, 3), *others)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("height", "width"), [(9, 9), (2, 5), (30, 17)])
 def test_images_of_other_sizes(height, width):
     model, x = inverted_residual()
@@ -140,6 +145,7 @@ def test_images_of_other_sizes(height, width):
         assert_equal(fused, model, torch.randn(batch, 3, height, width))
 
 
+@pytest.mark.slow
 def test_sequences_of_other_lengths(tmp_path):
     model = nn.Sequential(nn.Linear(4, 16), nn.Identity(), nn.Linear(16, 4), nn.ReLU()).eval()
     fused = fuse(model, (torch.randn(2, 7, 4),), dynamic_sizes=True)
@@ -149,6 +155,7 @@ def test_sequences_of_other_lengths(tmp_path):
     assert_equal(load(tmp_path / "model.pt2"), model, torch.randn(3, 5, 4))
 
 
+@pytest.mark.slow
 def test_border_at_an_unknown_place_is_kept():
     model, x = ringed()
     fused = fuse(model, (x,), dynamic_sizes=True)

@@ -18,6 +18,7 @@ def test_gradients_after_fusing_in_inference_mode(network, images):
     assert x.grad is not None
 
 
+@pytest.mark.slow
 def test_trainable_borders_differ_and_the_rest_does_not(merged):
     model, x = ringed()
     fused = fuse(model, (x,), borders="train")
@@ -32,6 +33,7 @@ def test_trainable_borders_differ_and_the_rest_does_not(merged):
     torch.testing.assert_close(actual, moved, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_borders_are_trained_and_saved(merged, tmp_path):
     model, x = ringed()
     fused = fuse(model, (x,), borders="train")
