@@ -9,8 +9,8 @@ from fastentropy.fusion import FusedModel, FusionReport, fuse, load
 from fastentropy.pruning.api import PruningResult, prune
 from fastentropy.pruning.steps import Step
 from fastentropy.sites.activations import register_activation
+from fastentropy.sites.finding import find_sites
 from fastentropy.sites.site import Site
-from fastentropy.sites.watcher import find_sites
 from fastentropy.surgery.isolation import isolate
 from fastentropy.surgery.linearization import linearize
 

@@ -31,6 +31,7 @@ __all__ = [
     "buffers_of",
     "children_of",
     "compile_package",
+    "composite_kernel",
     "export_guards",
     "has_hooks",
     "in_backward",
@@ -44,6 +45,7 @@ __all__ = [
     "local_shape_and_offset",
     "operator_schema",
     "path_when_uncompiled",
+    "storage_id",
     "tree_flatten_with_path",
     "tree_leaves",
     "tree_map",
@@ -118,6 +120,12 @@ def add_to_each(tensors: Sequence[Tensor], values: Sequence[Tensor | int]) -> No
     torch._foreach_add_(list(tensors), list(values))  # type: ignore[arg-type]
 
 
+@_fails_closed
+def storage_id(x: Tensor) -> int:
+    """Return a number that is the same for all tensors in one storage: the address of its data is 0 on the meta device."""
+    return int(x.untyped_storage()._cdata)
+
+
 # Modules ------------------------------------------------------------------------------------------------------------------
 
 
@@ -157,6 +165,21 @@ def path_when_uncompiled(path: str) -> str:
 def operator_schema(target: object) -> torch._C.FunctionSchema | None:
     """Return the schema of an overload of an operator, such as `torch.ops.aten.relu.default`; None for anything else."""
     return target._schema if isinstance(target, torch._ops.OpOverload) else None
+
+
+@_fails_closed
+def composite_kernel(operator: object) -> Callable[..., Any] | None:
+    """Return the kernel that composes an overload of an operator of others; None where it is not composed.
+
+    The public `OpOverload.decompose` prefers decompositions in Python that parts of PyTorch register when they are imported.
+    Those round differently.
+    """
+    key = torch._C.DispatchKey.CompositeImplicitAutograd
+    if not isinstance(operator, torch._ops.OpOverload):
+        return None
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(operator.name(), key):  # type: ignore[no-untyped-call]
+        return None
+    return functools.partial(operator._op_dk, key)
 
 
 @_fails_closed

@@ -176,6 +176,24 @@ def test_original_class():
     assert type(constructor(*arguments)) is nn.ReLU
 
 
+def test_composite_kernel():
+    import torch._decomp  # registers decompositions in Python that round differently
+
+    operator, x = torch.ops.aten.upsample_bilinear2d.vec, torch.randn(1, 3, 7, 9)
+    arguments = (x, (11, 13), False, None)
+    assert torch.equal(_compat.composite_kernel(operator)(*arguments), operator(*arguments))
+    assert _compat.composite_kernel(torch.ops.aten.relu.default) is None
+    assert _compat.composite_kernel(torch.ops.higher_order.cond) is None
+    assert _compat.composite_kernel(torch.relu) is None
+
+
+def test_storage_id():
+    for device in ("cpu", "meta"):
+        x, other = torch.ones(6, device=device), torch.ones(6, device=device)
+        assert _compat.storage_id(x[2:].view(2, 2)) == _compat.storage_id(x)
+        assert _compat.storage_id(x) != _compat.storage_id(other)
+
+
 GONE = [
     (torch._C, "_get_tracing_state", lambda: kernels_compat.is_plain_eager(torch.ones(1))),
     (torch._C, "_len_torch_dispatch_stack", lambda: kernels_compat.is_plain_eager(torch.ones(1))),
@@ -188,6 +206,7 @@ GONE = [
     (torch._subclasses, "FakeTensor", lambda: _compat.is_fake(torch.ones(1))),
     (torch, "_foreach_add_", lambda: _compat.add_to_each([torch.ones(1)], [1])),
     (torch._ops, "OpOverload", lambda: _compat.operator_schema(torch.ops.aten.relu.default)),
+    (torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda: _compat.composite_kernel(torch.ops.aten.relu.default)),
 ]
 
 

@@ -25,7 +25,7 @@ from fastentropy.calibration.pretrained import Pretrained
 from fastentropy.calibration.ranks import Ranks, differing
 from fastentropy.collector.collector import EntropyCollector
 from fastentropy.collector.statistics import Statistics
-from fastentropy.sites.watcher import no_sites
+from fastentropy.sites.finding import no_sites
 
 T = TypeVar("T")
 

@@ -1,12 +1,15 @@
-"""Run one activation and count the states of its input."""
+"""Count forward passes: each into counters of its own, which are added to the total when the pass is complete."""
 
+import threading
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastentropy._compat import in_dispatch_mode, is_fake, wait_tensor, without_modes
-from fastentropy.collector.counters import Counters
+from fastentropy.collector.counters import Counters, Layout
+from fastentropy.collector.statistics import SiteStatistics, state_entropy
 from fastentropy.sites.activations import FusedActivation, fused_activation
 from fastentropy.sites.interception import original_class
 from fastentropy.sites.padding import positions_to_count
@@ -17,7 +20,93 @@ from fastentropy_kernels import activation_states, count_states, is_fused, plan_
 _COUNTABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def run_and_count(call: Call, counters: Counters) -> Any:
+class PassCounting:
+    """Counts the passes that a `SiteWatcher` shows to it, and owns the counters.
+
+    Attributes:
+        is_paused: count no pass that begins from now on.
+        has_counted: a pass has been counted.
+    """
+
+    def __init__(self, per_batch: bool, after_pass: Callable[[], None]) -> None:
+        """Begin with nothing counted.
+
+        Args:
+            per_batch: also add up the neuron entropies of each pass.
+            after_pass: is called after each pass that was counted.
+        """
+        self.is_paused = self.has_counted = False
+        self._per_batch, self._after_pass = per_batch, after_pass
+        self._layout, self._lock = Layout(), threading.Lock()
+        self._total = Counters(self._layout)
+        self._idle: list[Counters] = []
+        self._captured: list[Counters] = []
+        self._batch_entropies: dict[str, Tensor] = {}
+        self._batches: dict[str, int] = {}
+
+    def begin_pass(self) -> Counters | None:
+        """Return the counters of a new pass; None where it is not counted."""
+        if self.is_paused:
+            return None
+        with self._lock:
+            return self._idle.pop() if self._idle else Counters(self._layout)
+
+    def run_activation(self, counters: Counters | None, call: Call) -> Any:
+        """Run an activation and count it."""
+        return call.run() if counters is None else _run_and_count(call, counters)
+
+    def end_pass(self, counters: Counters | None, completed: bool) -> None:
+        """Add the counters of a pass to the total where it is complete, and keep them for another pass."""
+        if counters is None:
+            return
+        with self._lock:
+            if completed:
+                counters.flush()
+                self._total.add(counters)
+                self.has_counted = True
+                if self._per_batch:
+                    self._add_batch_entropies(counters)
+            counters.clear()
+            self._keep(counters)
+        if completed:
+            self._after_pass()
+
+    def reset(self) -> None:
+        """Forget what was counted; counters keep their addresses."""
+        with self._lock:
+            self._total.clear()
+            self._batch_entropies.clear()
+            self._batches.clear()
+
+    def statistics(self, sites: Mapping[str, Site]) -> dict[str, SiteStatistics]:
+        """Return what was counted of each site, by name, on the CPU."""
+        with self._lock:
+            return {name: self._site_statistics(site) for name, site in list(sites.items())}
+
+    def _site_statistics(self, site: Site) -> SiteStatistics:
+        counts, positions = self._total.total(site)
+        nan = positions * site.neurons - int(counts.sum())
+        entropies = self._batch_entropies.get(site.name)
+        if entropies is None:
+            return SiteStatistics(site.activation, counts, nan)
+        return SiteStatistics(site.activation, counts, nan, entropies.clone(), self._batches[site.name])
+
+    def _keep(self, counters: Counters) -> None:
+        """Keep counters for another pass; those that met their sites one by one are replaced by some with whole buffers."""
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            self._captured.append(counters)  # nobody else may use what a graph writes to
+        else:
+            self._idle.append(counters if counters.same_layout(self._total) else self._total.empty_like())
+
+    def _add_batch_entropies(self, counters: Counters) -> None:
+        for site in counters.sites.values():
+            counts, _ = counters.total(site)
+            entropies = torch.stack([state_entropy(counts, "discard"), state_entropy(counts, "on")], dim=1)
+            self._batch_entropies[site.name] = self._batch_entropies.get(site.name, 0) + entropies
+            self._batches[site.name] = self._batches.get(site.name, 0) + 1
+
+
+def _run_and_count(call: Call, counters: Counters) -> Any:
     """Run an activation and count the states of its input: in one pass where a kernel does both, else before it runs."""
     site, x = call.site, call.x
     local = local_tensor(x)
@@ -49,7 +138,7 @@ def run_and_count(call: Call, counters: Counters) -> Any:
 
 
 def _fused(call: Call) -> FusedActivation | None:
-    """What a kernel can compute in place of the activation, where nobody looks on and nothing is differentiated."""
+    """Return what a kernel can compute in place of the activation; None while gradients are recorded or a mode is active."""
     x = call.x
     if call.module is None or "forward" in vars(call.module) or type(x) is not Tensor:
         return None

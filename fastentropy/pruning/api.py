@@ -15,7 +15,7 @@ from fastentropy.pruning.loop import Functions, PruningLoop, latency_table
 from fastentropy.pruning.options import Options
 from fastentropy.pruning.steps import Step, StepFolder
 from fastentropy.sites.activations import activation_modules
-from fastentropy.sites.watcher import find_sites
+from fastentropy.sites.finding import find_sites
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from fastentropy.pruning.options import Options
 from fastentropy.pruning.steps import Step, StepFolder
 from fastentropy.recipes import RECIPES, Recipe, load_recipe
 from fastentropy.reporting.run_report import write_report
-from fastentropy.sites.watcher import find_sites
+from fastentropy.sites.finding import find_sites
 
 T = TypeVar("T")
 

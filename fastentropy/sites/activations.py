@@ -1,4 +1,4 @@
-"""The table of activations: which modules and which functions are rectifiers, whose state is the sign of their input."""
+"""The table of activations: the modules and functions that are rectifiers, whose state is the sign of their input."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-#: Module type, by its full name since not every library is installed -> the activation's name.
+#: Full name of a module type (not every library is installed) -> the activation's name.
 _MODULES: dict[str, str] = {
     **{
         f"torch.nn.modules.activation.{kind}": name
@@ -79,15 +79,15 @@ _FUNCTIONS: dict[Callable[..., Any], str] = {
 
 
 class FusedActivation(NamedTuple):
-    """An activation module as arguments of `fastentropy_kernels.activation_states`."""
+    """The arguments of `fastentropy_kernels.activation_states` that stand for an activation module."""
 
     activation: str
     parameters: dict[str, Any]
     inplace: bool
 
 
-#: Module type -> the activation that the kernels compute in place of its forward and the parameters it has, read off a module;
-#: None for a module that is set to another formula, whose steps round differently.
+#: Module type -> a function of a module that returns the activation that the kernels compute in place of its forward, with its
+#: parameters; None for a module that is set to another formula, which rounds differently.
 _FUSED: dict[str, Callable[[Any], tuple[str, dict[str, float]] | None]] = {
     **{
         f"torch.nn.modules.activation.{kind}": read
@@ -112,19 +112,30 @@ _FUSED: dict[str, Callable[[Any], tuple[str, dict[str, float]] | None]] = {
 
 
 def register_activation(activation: type[nn.Module] | Callable[..., Tensor], name: str) -> None:
-    """Let sites be found of one more activation: a module class (and its subclasses), or a function of a tensor.
+    """Add a module class (with its subclasses) or a function of a tensor to the activations that are found.
 
-    A function is seen where it is called by PyTorch's own dispatch: it must be one of PyTorch's, or call
-    `torch.overrides.handle_torch_function`. Any other function is better made a module, and so is one whose calls are to be
-    taken out: `isolate` has no module for it. The state that is counted is the sign of the input.
+    The state that is counted is the sign of the input. A function is seen only where PyTorch dispatches its call: it must be
+    one of PyTorch's, or call `torch.overrides.handle_torch_function`. Make a module of any other function, and of one whose
+    calls are to be removed: `isolate` cannot make a module for a registered function.
 
     Args:
         activation: the class, or the function.
-        name: what statistics call it.
+        name: the name of the activation in statistics, an identifier.
 
     Raises:
-        TypeError: activation is neither.
-        ValueError: name is not an identifier.
+        TypeError: `activation` is neither a module class nor a function.
+        ValueError: `name` is not an identifier.
+
+    Examples:
+        >>> import torch
+        >>> import fastentropy as fe
+        >>> class SquaredReLU(torch.nn.Module):
+        ...     def forward(self, x):
+        ...         return x.clamp(min=0).square()
+        >>> fe.register_activation(SquaredReLU, "squared_relu")
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), SquaredReLU())
+        >>> fe.find_sites(model, (torch.zeros(1, 3),))[0].activation
+        'squared_relu'
     """
     if not name.isidentifier():
         raise ValueError(f"name: got {name!r}, expected an identifier such as 'squared_relu'")
@@ -141,12 +152,12 @@ def register_activation(activation: type[nn.Module] | Callable[..., Tensor], nam
 
 
 def activation_name(module: nn.Module) -> str | None:
-    """The name of a module's activation, or None where it is not a known one. A subclass counts as its nearest ancestor."""
+    """Return the name of a module's activation, or None where it is not known. A subclass counts as its nearest ancestor."""
     return next((_MODULES[name] for kind in type(module).__mro__ if (name := _full_name(kind)) in _MODULES), None)
 
 
 def function_name(function: Callable[..., Any]) -> str | None:
-    """The name of a function's activation, or None where it is not a known one."""
+    """Return the name of a function's activation, or None where it is not known."""
     try:
         return _FUNCTIONS.get(function)
     except TypeError:  # not hashable
@@ -154,7 +165,7 @@ def function_name(function: Callable[..., Any]) -> str | None:
 
 
 def fused_activation(module: nn.Module, kind: type[nn.Module]) -> FusedActivation | None:
-    """What the kernels compute in place of a module of exactly this type; None where that is not known to be the same."""
+    """Return what the kernels compute in place of a module of exactly this type; None where they have no equal."""
     read = _FUSED.get(_full_name(kind))
     if read is None or (fused := read(module)) is None:
         return None
@@ -162,7 +173,7 @@ def fused_activation(module: nn.Module, kind: type[nn.Module]) -> FusedActivatio
 
 
 def activation_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """The model's activation modules by dotted path; a module with several paths has the first."""
+    """Return the model's activation modules by dotted path; a module with several paths has the first."""
     return {name: module for name, module in model.named_modules() if activation_name(module)}
 
 

@@ -1,4 +1,4 @@
-"""Which axis of a tensor holds the channels, and which part of it a rank has: followed from operator to operator."""
+"""Follow, from operator to operator, which axis of a tensor holds the channels and which part of it this rank has."""
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -10,24 +10,27 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from fastentropy._compat import TorchDispatchMode, operator_schema, tree_leaves
+from fastentropy._compat import TorchDispatchMode, composite_kernel, operator_schema, storage_id, tree_leaves
 from fastentropy.sites.sharding import Sharding, is_dtensor, joined, shown_local_tensors, stored
 
 Note = TypeVar("Note")
 
 
-# Of TorchDispatchMode nothing is annotated, its constructor below neither.
+# TorchDispatchMode and its constructor have no annotations.
 class AxisTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Follows, while active, which axis of every tensor holds the channels of the operator that produced it.
 
-    A convolution or a batch norm makes axis 1. A matrix product makes the axis that its weight brings, else the last one, and
-    a layer norm keeps the axis or makes the last one. Reshapes, permutations and reductions move it, and other operators keep
-    it where they keep the number of axes.
+    After a convolution or a batch norm the channels are axis 1. After a matrix product they are the axis that its weight
+    brings, else the last one. A layer norm keeps the axis, or makes it the last one where it is not known. Reshapes,
+    permutations and reductions move the axis. Other operators keep it where they keep the number of axes.
 
-    A DTensor knows how it is divided among ranks. Of a tensor that was taken out of one, this is followed in the same way.
+    A DTensor knows how it is divided among ranks. For a tensor that was taken out of one, this is followed in the same way.
+
+    Attributes:
+        meshes: the meshes of the DTensors that activations met.
     """
 
-    # Operators that exist only above the level that is watched (flex attention) are let through.
+    # Operators that exist only above the level that is watched (flex attention) pass through.
     supports_higher_order_operators = True
 
     # ATen operators by name: some exist only in some releases of PyTorch.
@@ -38,28 +41,28 @@ class AxisTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     _PRODUCTS = frozenset({"mm", "addmm", "bmm", "baddbmm", "linear"})
     _LAST_UNLESS_KNOWN = frozenset({"native_layer_norm", "_fused_rms_norm", "rms_norm"})
     _RESHAPES = frozenset({"view", "_unsafe_view", "reshape", "_reshape_alias", "unsqueeze", "squeeze"})
-    # After these all ranks have the same.
+    # After these all ranks hold the same.
     _COLLECTIVES = frozenset({"all_reduce", "all_reduce_", "allreduce_", "all_gather_into_tensor", "_allgather_base_"})
 
     def __init__(self, weights: Iterable[Tensor] = ()) -> None:
-        """Know the weights of the model, and nothing of its activations yet."""
+        """Begin with the weights of the model, and with nothing known of its activations."""
         super().__init__()  # type: ignore[no-untyped-call]
-        self.meshes: set[Any] = set()  # those of the DTensors that activations met
+        self.meshes: set[Any] = set()
         self._axes: dict[tuple[Any, ...], int] = {}
         self._shardings: dict[tuple[Any, ...], Sharding] = {}
         self._weights = {_storage(weight) for weight in weights}
 
     def axis_of(self, x: Tensor) -> int:
-        """The channel axis of x; where its origin is unknown, axis 1 of images (4 axes and more), else the last."""
+        """Return the channel axis of x; where its origin is unknown, axis 1 of images (4 axes and more), else the last."""
         return self._axes.get(_place(x), 1 if x.ndim >= 4 else x.ndim - 1)
 
     def sharding_of(self, x: Tensor) -> Sharding | None:
-        """How a tensor that is no DTensor is divided among ranks; None where it does not come from one either."""
+        """Return how a plain tensor that comes from a DTensor is divided among ranks; None where it comes from none."""
         return self._shardings.get(_place(x))
 
     @contextlib.contextmanager
     def following(self) -> Iterator[None]:
-        """Follow operators, and what is taken out of DTensors."""
+        """Follow operators, and the tensors that are taken out of DTensors."""
         with shown_local_tensors(self._take_out), self:
             yield
 
@@ -72,17 +75,15 @@ class AxisTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Run an operator and note the channel axis of its outputs."""
-        if hasattr(func, "decompose"):
-            # In inference mode operators arrive that elsewhere are broken down to those below before they come here.
+        if composed := composite_kernel(func):
+            # In inference mode composed operators arrive whole; in other modes only their parts arrive here.
             with self:
-                outputs = func.decompose(*args, **(kwargs or {}))
-            if outputs is not NotImplemented:
-                return outputs
+                return composed(*args, **(kwargs or {}))
         inputs = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
         known = [(x, self._axes[_place(x)]) for x in inputs if _place(x) in self._axes]
         divided = [(x, sharding) for x in inputs if not is_dtensor(x) and (sharding := self._shardings.get(_place(x)))]
         from_weights = bool(inputs) and all(self._is_weight(x) for x in inputs)
-        if not from_weights:  # else somebody only looks at the weights, which FSDP divides among data-parallel ranks
+        if not from_weights:  # what only looks at the weights tells nothing: FSDP divides them among data-parallel ranks
             self.meshes.update(x.device_mesh for x in inputs if is_dtensor(x))
         outputs = func(*args, **(kwargs or {}))
         for y in tree_leaves(outputs):
@@ -94,7 +95,7 @@ class AxisTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return outputs
 
     def _is_weight(self, x: Tensor) -> bool:
-        """Whether x is a weight of the model or made of some. FSDP puts parameters in the place of those that were known."""
+        """Return whether x is a weight of the model or made of weights. FSDP replaces the parameters by others."""
         storage = _storage(x)
         return storage is not None and (storage in self._weights or isinstance(x, nn.Parameter))
 
@@ -136,7 +137,7 @@ class AxisTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class _Operator(NamedTuple):
-    """One call of an operator, and one of its outputs."""
+    """One call of an operator with one of its outputs, `y`."""
 
     func: Any
     args: Sequence[Any]
@@ -145,17 +146,17 @@ class _Operator(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The operator's name without its overload."""
+        """Return the operator's name without its overload."""
         return getattr(getattr(self.func, "overloadpacket", self.func), "__name__", "")
 
     @property
     def factors(self) -> tuple[Tensor, Tensor]:
-        """The two tensors that a product multiplies."""
+        """Return the two tensors that a product multiplies."""
         left, right = self.args[1:3] if self.name in ("addmm", "baddbmm") else self.args[:2]
         return left, right
 
     def kept_axes(self) -> tuple[dict[int, int], dict[int, int]]:
-        """Where the axes of both factors of a product lie in the output: all that it does not sum over."""
+        """Return, for each factor of a product, where the axes that it does not sum over lie in the output."""
         left, right = self.factors
         if self.name == "convolution":
             return {0: 0}, {0: 1}
@@ -164,12 +165,12 @@ class _Operator(NamedTuple):
         return {axis: axis for axis in range(left.ndim - 1)}, {**batches, columns: self.y.ndim - 1}
 
     def moves(self, x: Tensor) -> bool:
-        """Whether the operator moves the axes of an input, other than a reshape does."""
+        """Return whether the operator moves the axes of an input; reshapes are treated apart."""
         reduces = self.y.ndim < x.ndim and self.argument("dim") is not None
         return reduces or self.name in ("permute", "transpose", "t", "stack")
 
     def moved_axis(self, x: Tensor, axis: int) -> int | None:
-        """Where an axis of an input lies in the output; None where it is taken away."""
+        """Return where an axis of an input lies in the output; None where the operator removes it."""
         if self.name == "permute":
             return next(place for place, dim in enumerate(self.args[1]) if dim % x.ndim == axis)
         if self.name in ("transpose", "t"):
@@ -180,7 +181,7 @@ class _Operator(NamedTuple):
         return _reduced_axis(x.ndim, axis, self.argument("dim")) if self.moves(x) else axis
 
     def argument(self, name: str) -> Any:
-        """What the operator was called with under a name of its schema, or the default; None where it has none."""
+        """Return the argument of that name in the operator's schema, or its default; None where there is no such argument."""
         schema = operator_schema(self.func)
         for place, argument in enumerate(schema.arguments if schema else ()):
             if argument.name == name:
@@ -189,10 +190,10 @@ class _Operator(NamedTuple):
 
 
 def reshaped_axis(shape: Sequence[int], axis: int, new_shape: Sequence[int]) -> int | None:
-    """The axis of new_shape that holds the entries of an axis of shape.
+    """Return the axis of new_shape that holds the entries of an axis of shape.
 
-    Where the axis is split, as into the heads of an attention, it is the last of its parts. Where it is merged with axes after
-    it, as by flatten, it is what it was merged to. None where it is mixed with axes before it.
+    Where the axis is split, as into the heads of an attention, this is the last of its parts. Where it is merged with axes
+    after it, as by flatten, this is the merged axis. None where it is mixed with axes before it.
     """
     size, outer = shape[axis], prod(shape[:axis])
     parts = [new for new in range(len(new_shape)) if prod(new_shape[:new]) >= outer and prod(new_shape[:new]) < outer * size]
@@ -207,7 +208,7 @@ def reshaped_axis(shape: Sequence[int], axis: int, new_shape: Sequence[int]) -> 
 
 
 def _note(notes: dict[tuple[Any, ...], Note], y: Tensor, note: Note | None) -> None:
-    """Note something about a tensor in the place of what was known of another one that lay there."""
+    """Note something about a tensor; it replaces what was known of an earlier tensor in the same memory."""
     if note is None:
         notes.pop(_place(y), None)
     else:
@@ -215,16 +216,16 @@ def _note(notes: dict[tuple[Any, ...], Note], y: Tensor, note: Note | None) -> N
 
 
 def _reduced_axis(ndim: int, axis: int, dims: int | Sequence[int]) -> int | None:
-    """Where an axis goes when others are taken away; None where it is taken away itself."""
+    """Return where an axis goes when `dims` are removed; None where it is removed itself."""
     gone = {dim % ndim for dim in ([dims] if isinstance(dims, int) else dims)}
     return None if axis in gone or not gone else axis - sum(dim < axis for dim in gone)
 
 
 def _place(x: Tensor) -> tuple[Any, ...]:
-    """Where a tensor lies in memory: views of one place are one value, whatever Python object holds them.
+    """Return where a tensor lies in memory: views of one place are one value, whatever Python object holds them.
 
-    Tensors without a place (sparse, nested, not yet initialised) have none in common with any other. A DTensor lies where its
-    local tensor does.
+    A tensor without a place (sparse, nested, not yet initialised) gets one that no other tensor has. A DTensor lies where its
+    local tensor lies.
     """
     x = stored(x)
     storage = _storage(x)
@@ -235,4 +236,4 @@ def _storage(x: Tensor) -> int | None:
     x = stored(x)
     if x.layout != torch.strided or is_lazy(x):
         return None
-    return int(x.untyped_storage()._cdata)
+    return storage_id(x)

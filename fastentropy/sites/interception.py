@@ -1,8 +1,8 @@
 """Stand between the modules of a model and their callers for a while, and leave no trace.
 
-A module gets a subclass of its own class for that time, as PyTorch's parametrizations and FSDP do. Unlike a hook this is in
-force however the module is called, is met by the replicas of `nn.DataParallel`, costs nothing on other modules, and is not
-in the copies that are made meanwhile: those are of the original class.
+For that time a module gets a subclass of its own class, as PyTorch's parametrizations and FSDP do. Unlike a hook, a class takes
+effect however the module is called, also on the replicas of `nn.DataParallel`. It costs nothing on other modules. Copies that
+are made meanwhile are of the original class.
 """
 
 import contextlib
@@ -17,14 +17,14 @@ from torch import nn
 
 from fastentropy._compat import as_original_class
 
-#: Runs in place of a method of a module: (name, module, the method of its class, args, kwargs) -> what the method returns.
+#: Runs in place of a method of a module: (name, module, method of the original class, args, kwargs) -> the method's result.
 Handler = Callable[[str, nn.Module, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 
 _KEY = "_fastentropy_interception"
 
 
 class _Intercepted(NamedTuple):
-    """What an intercepted module has in its __dict__. In copies and pickles of that it is None."""
+    """What an intercepted module has in its __dict__. Copies and pickles have None in its place."""
 
     name: str
     kind: type[nn.Module]
@@ -38,20 +38,25 @@ class _Intercepted(NamedTuple):
 
 
 class Interception:
-    """Modules of a model whose forwards, while attached, are run by a handler.
+    """Lets handlers run the forwards of modules of a model while attached.
 
-    It stands between the hooks of a module and its forward, also where that is called without them, as a compiled model does. A
-    module that has a forward of its own in its __dict__ is handled around its hooks, since no class can stand before that one.
+    A handler stands between the hooks of a module and its forward. So it also runs where the forward is called without hooks,
+    as a compiled model does. A module with a forward in its own __dict__ is handled around its hooks, since no class comes
+    before the __dict__.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        """Attach to nothing yet."""
+        """Prepare; nothing is attached yet."""
         self._model = model
         self._changed: list[tuple[nn.Module, type[nn.Module], type[nn.Module]]] = []
         self._undo = contextlib.ExitStack()
 
     def attach(self, handlers: Mapping[str, tuple[nn.Module, Handler]]) -> None:
-        """Begin to handle modules, by name. Raises RuntimeError where the model or a part of it is intercepted already."""
+        """Begin to handle modules, by name.
+
+        Raises:
+            RuntimeError: the model or a part of it is intercepted already.
+        """
         if any(_KEY in vars(module) for module in self._model.modules()):
             raise RuntimeError("a collector is attached to this model already; detach it first")
         try:
@@ -65,7 +70,7 @@ class Interception:
 
     @property
     def is_attached(self) -> bool:
-        """Whether modules are handled."""
+        """Return whether modules are handled."""
         return bool(self._changed)
 
     def detach(self) -> None:
@@ -87,13 +92,13 @@ class Interception:
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
-    """The class of a module as its user knows it."""
+    """Return the class of a module as its user knows it."""
     intercepted = vars(module).get(_KEY)
     return intercepted.kind if intercepted else type(module)
 
 
 def _subclass(kind: type[nn.Module], method: str) -> type[nn.Module]:
-    """A class with the same name whose method asks the handler of the module, if it has one."""
+    """Return a class of the same name whose method calls the handler of the module, if it has one."""
     original = getattr(kind, method)
 
     def handled(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -103,7 +108,7 @@ def _subclass(kind: type[nn.Module], method: str) -> type[nn.Module]:
         return intercepted.handler(intercepted.name, self, original, args, kwargs)
 
     def reduce_as_original(self: nn.Module, protocol: Any) -> Any:
-        """Copies and pickles are of the original class."""
+        """Make copies and pickles of the original class."""
         reduced = kind.__reduce_ex__(self, protocol)
         if not isinstance(reduced, tuple):
             return reduced
@@ -121,14 +126,14 @@ def _subclass(kind: type[nn.Module], method: str) -> type[nn.Module]:
         "__doc__": kind.__doc__,
     }
     subclass = types.new_class(kind.__name__, (nn.Module,), {"metaclass": type(kind)}, lambda space: space.update(body))
-    subclass.__bases__ = (kind,)  # afterwards: the class's __init_subclass__ would take it for one of the user's
+    subclass.__bases__ = (kind,)  # afterwards, so that the class's __init_subclass__ does not run
     return subclass
 
 
 class _Eager:
-    """While anyone is inside, what was compiled with torch.compile runs eagerly and nothing is compiled.
+    """While anyone is inside, compiled modules and functions run eagerly and nothing is compiled.
 
-    Compiled code knows nothing of an interception that came after it, and would keep one that was there when it was compiled.
+    Code that was compiled before an interception would run past it. Code that is compiled during one would keep it.
     """
 
     def __init__(self) -> None:
@@ -146,7 +151,7 @@ class _Eager:
         self._leave(id(who))
 
     def _leave(self, who: int) -> None:
-        """Leave, where one is inside still; who is forgotten without a detach leaves so, too."""
+        """Leave, where one is still inside. An interception that is deleted without `detach` leaves in this way, too."""
         with self._lock:
             self._inside.discard(who)
             if not self._inside:
@@ -157,9 +162,9 @@ _EAGER = _Eager()
 
 
 def fast_paths(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
-    """The attributes that let nn.TransformerEncoder run whole layers in one kernel, in which no activation can be seen.
+    """Return the attributes that let nn.TransformerEncoder run a whole layer in one kernel, where no activation can be seen.
 
-    Each with its module and the value that makes the layers run their activations as they are.
+    Each comes as (module, attribute, value), where the value makes the layers call their activations.
     """
     layers = [
         (module, "activation_relu_or_gelu", 0) for module in model.modules() if isinstance(module, nn.TransformerEncoderLayer)
@@ -169,7 +174,7 @@ def fast_paths(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
 
 
 def replace_activation(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put a module in the place of the activation of that name, in its mode; no kernel goes on computing the activation."""
+    """Replace the activation of that name by a module, in the same mode; no fused kernel goes on computing the activation."""
     model.set_submodule(name, module.train(model.get_submodule(name).training))
     for owner, attribute, value in fast_paths(model.get_submodule(name.rpartition(".")[0])):
         setattr(owner, attribute, value)

@@ -1,4 +1,4 @@
-"""Which positions of a batch of token sequences are tokens, and which are padding: from the arguments of a model's call."""
+"""Tell tokens from padding in a batch of token sequences, by the arguments of a model's call."""
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -7,18 +7,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-#: The name of the mask among the arguments of a forward, or a function of (args, kwargs) of the outermost call, or no mask.
+#: Name of the argument of a forward that holds the padding mask; or a function that returns the mask for the (args, kwargs) of
+#: the outermost call; or None for no mask.
 Mask = str | Callable[[tuple[Any, ...], Mapping[str, Any]], Tensor | None] | None
 
 
 class MaskArgument(NamedTuple):
-    """Where a forward takes the mask: by name, and in which place where it is given by position (None: by name only)."""
+    """How a forward takes the mask: its name, and its place among positional arguments (None: by name only)."""
 
     name: str
     place: int | None
 
     def given(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[bool, Any]:
-        """Whether a call gives the mask, and what it gives."""
+        """Return whether a call gives the mask, and its value."""
         if self.name in kwargs:
             return True, kwargs[self.name]
         if self.place is not None and len(args) > self.place:
@@ -27,7 +28,7 @@ class MaskArgument(NamedTuple):
 
 
 def mask_argument(module: nn.Module, name: str) -> MaskArgument | None:
-    """The argument of that name of a module's forward, or None where it has none."""
+    """Return the argument of that name of a module's forward, or None where it has none."""
     try:
         parameters = inspect.signature(module.forward).parameters
     except (TypeError, ValueError):  # a forward without a signature, written in C
@@ -40,11 +41,13 @@ def mask_argument(module: nn.Module, name: str) -> MaskArgument | None:
 
 
 def token_mask(mask: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
-    """Which positions of a call's token sequences are tokens, not padding: bool [batch, tokens].
+    """Return which positions of a call's token sequences are tokens, not padding: bool [batch, tokens].
 
-    mask is [batch, tokens], not 0 where there is a token. One that covers a key-value cache as well is longer than the tokens
-    of this call, and its end counts. None where all are tokens, and where the mask is of another kind: with more axes, or one
-    that is added to scores, it says who attends to whom.
+    `mask` is [batch, tokens] and not 0 where there is a token. Where it also covers a key-value cache, it is longer than the
+    sequences of this call, and its last positions apply.
+
+    None where all positions are tokens, and where the mask is of another kind: a mask with more axes, or one that is added to
+    scores, tells which token attends to which.
     """
     if not isinstance(mask, Tensor) or mask.ndim != 2 or (mask.is_floating_point() and bool((mask < 0).any())):
         return None
@@ -56,9 +59,9 @@ def token_mask(mask: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Ten
 
 
 def positions_to_count(is_token: Tensor | None, x: Tensor, channel_axis: int) -> Tensor | None:
-    """The mask of x for the kernels: bool, the shape of x without its channel axis; None where x is not made of those tokens.
+    """Return the mask of x for the kernels: bool, the shape of x without its channel axis; None where it does not fit x.
 
-    Tokens are [batch, tokens, neurons], or [batch * tokens, neurons].
+    It fits where x is [batch, tokens, neurons] or [batch * tokens, neurons].
     """
     if is_token is None or channel_axis != x.ndim - 1:
         return None
@@ -70,7 +73,7 @@ def positions_to_count(is_token: Tensor | None, x: Tensor, channel_axis: int) ->
 
 
 def _sequence_length(mask: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
-    """How many tokens each sequence of this call has: read from the first argument that holds tokens or their embeddings."""
+    """Return the length of this call's sequences, from the first argument that holds tokens or their embeddings."""
     for value in _tensors(args, kwargs):
         is_tokens = value.ndim == 3 if value.is_floating_point() else value.ndim == 2
         if value is not mask and is_tokens and value.dtype != torch.bool and value.shape[0] == mask.shape[0]:

@@ -1,4 +1,4 @@
-"""Which part of a tensor a rank has: as DTensors tell, and followed through the tensors that are taken out of them."""
+"""Know which part of a tensor this rank has: as DTensors tell, and followed through the tensors that are taken out of them."""
 
 from __future__ import annotations
 
@@ -20,33 +20,33 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor, Placement
 
 T = TypeVar("T", Tensor, Tensor | None)
-#: Is told of a DTensor and the tensor that was taken out of it.
+#: A function that is called with a DTensor and the plain tensor that was taken out of it.
 Show = Callable[["DTensor", Tensor], None]
-#: In `Sharding.axes`: the ranks hold different values, and how they make up the whole is not known.
+#: In `Sharding.axes`: the ranks hold different values, and it is not known how these make up the whole.
 UNKNOWN = -1
-_NOT_FOLLOWED = "how its input is divided among ranks could not be followed; make it a DTensor, as with use_local_output=False"
+_NOT_FOLLOWED = "its division among ranks could not be followed; make its input a DTensor, as with use_local_output=False"
 
 
 class RankShare(NamedTuple):
-    """What a rank's counts of a site are among those of all ranks."""
+    """Where this rank's counts of a site belong in the global counts."""
 
-    start: int  # of its neurons
+    start: int  # index of this rank's first neuron
     neurons: int  # of all ranks together
     is_counted: bool = True  # False where another rank counts the same values
-    is_first: bool = True  # False where another rank counts other neurons of the same batches
+    is_first: bool = True  # False where another rank counts the first neurons of the same batches
     has_whole_batches: bool = True  # False where other ranks count other tokens of the same batches
-    trouble: str = ""  # why it cannot be added to the others
+    trouble: str = ""  # why these counts cannot be added to the others
 
 
 class AxisShard(NamedTuple):
-    """The part of an axis that a rank has."""
+    """The part of an axis that a rank has: `size` entries from `start` on, of `total`."""
 
     start: int
     size: int
     total: int
 
     def resized(self, size: int) -> AxisShard | None:
-        """The part after a reshape that makes several entries of each, or one of several; None where it does neither."""
+        """Return the part after a reshape that splits each entry or joins several; None where it does neither."""
         if self.size == size:
             return self
         if not self.size or not size:
@@ -63,10 +63,13 @@ class AxisShard(NamedTuple):
 
 @dataclass(frozen=True)
 class Sharding:
-    """How a tensor of this rank lies in the one that the ranks of a mesh have together.
+    """Where a tensor of this rank lies in the whole tensor that the ranks of a mesh have together.
 
-    axes: for each axis of the mesh, the axis of the tensor that is divided among its ranks; None where they hold the same,
-        UNKNOWN where that is not known. shards: the parts of divided axes, where they are known.
+    Attributes:
+        mesh: the ranks.
+        axes: for each axis of the mesh, the axis of the tensor that is divided among its ranks. None where they hold the same,
+            UNKNOWN where the division is not known.
+        shards: this rank's part of divided axes, where it is known.
     """
 
     mesh: DeviceMesh
@@ -75,7 +78,7 @@ class Sharding:
 
     @classmethod
     def of(cls, x: DTensor) -> Sharding:
-        """The sharding of a DTensor."""
+        """Return the sharding of a DTensor."""
         sizes, starts = local_shape_and_offset(x)
         axes = tuple(_divided_axis(placement, x.ndim) for placement in x.placements)
         if tuple(sizes) != tuple(local_part(x).shape):  # from_local() was not told that parts are uneven
@@ -85,11 +88,14 @@ class Sharding:
 
     @property
     def is_divided(self) -> bool:
-        """Whether the ranks hold different values."""
+        """Return whether the ranks hold different values."""
         return any(axis is not None for axis in self.axes)
 
     def moved(self, where: Callable[[int], int | None], shape: Sequence[int]) -> Sharding:
-        """The sharding of what an operator made of the tensor, from where its axes went. Parts of another size are lost."""
+        """Return the sharding of an operator's output of this shape, from `where` its axes went.
+
+        A part of another size in the output is no longer known.
+        """
         moved: dict[int, tuple[int, AxisShard | None]] = {}
         for axis in filter(_is_divided, self.axes):
             new, part = where(axis), self.shards.get(axis)
@@ -98,7 +104,7 @@ class Sharding:
         return self._with(moved)
 
     def reshaped(self, shape: Sequence[int], new_shape: Sequence[int]) -> Sharding:
-        """The sharding of the tensor in a new shape. Parts of axes that are mixed with others before them are not known."""
+        """Return the sharding of the tensor in a new shape. Parts of axes that mix with axes before them are not known."""
         moved: dict[int, tuple[int, AxisShard | None]] = {}
         for axis in filter(_is_divided, self.axes):
             new, part = first_reshaped_axis(shape, axis, new_shape), self.shards.get(axis)
@@ -112,15 +118,15 @@ class Sharding:
         return Sharding(self.mesh, axes, {axis: part for axis, part in moved.values() if part is not None})
 
     def reduced(self) -> Sharding:
-        """The sharding of what ranks have added up or gathered: all hold the same."""
+        """Return the sharding after ranks have added up or gathered the tensor: all hold the same."""
         return Sharding(self.mesh, (None if len(self.axes) == 1 else UNKNOWN,) * len(self.axes), {})
 
     def divides(self, other_than: int) -> bool:
-        """Whether any axis but the given one is divided among ranks."""
+        """Return whether any axis but the given one is divided among ranks."""
         return any(axis not in (None, other_than) for axis in self.axes)
 
     def share(self, channel_axis: int, neurons: int) -> RankShare:
-        """What the counts of a site are that has an input of this sharding, and that many neurons on this rank."""
+        """Return the share of a site whose input has this sharding and this many neurons on this rank."""
         part = self.shards.get(channel_axis, AxisShard(0, neurons, neurons))
         is_known = channel_axis not in self.axes or (channel_axis in self.shards and part.size == neurons)
         if UNKNOWN in self.axes or not is_known:
@@ -135,9 +141,9 @@ class Sharding:
         )
 
     def tokens(self, is_token: Tensor, shape: Sequence[int]) -> Tensor | None:
-        """The part of a padding mask [batch, tokens] that a rank's input of this shape is about; None where it is not known.
+        """Return the part of a padding mask [batch, tokens] for a rank's input of this shape; None where it is not known.
 
-        The input is [batch, tokens, neurons] or [batch * tokens, neurons]. A mask of its own size is about all of it.
+        The input is [batch, tokens, neurons] or [batch * tokens, neurons]. A mask that has its size already is returned whole.
         """
         positions = is_token if len(shape) == 3 else is_token.flatten()
         for mesh_axis, axis in enumerate(self.axes):
@@ -151,14 +157,14 @@ class Sharding:
 
 
 def first_reshaped_axis(shape: Sequence[int], axis: int, new_shape: Sequence[int]) -> int | None:
-    """The axis of new_shape in which the entries of an axis of shape are furthest apart, also where it is mixed with others."""
+    """Return the axis of new_shape in which the entries of an axis of shape are furthest apart, also where it is mixed."""
     outer = prod(shape[:axis])
     same = (new for new, size in enumerate(new_shape) if size == shape[axis] and prod(new_shape[:new]) == outer)
     return next(same, next((new for new in range(len(new_shape)) if prod(new_shape[: new + 1]) > outer), None))
 
 
 def joined(shardings: Iterable[Sharding]) -> Sharding | None:
-    """The sharding of what an operator makes of several tensors that fit together; None of none."""
+    """Return the sharding of an operator's output from those of its inputs; None where there are none."""
     known = list(shardings)
     if len(known) < 2:
         return known[0] if known else None
@@ -172,23 +178,23 @@ def joined(shardings: Iterable[Sharding]) -> Sharding | None:
 
 
 def is_dtensor(x: object) -> TypeGuard[DTensor]:
-    """Whether x is a DTensor; their module takes long to import, and where nobody has there are none."""
+    """Return whether x is a DTensor. Their module is slow to import; until somebody has imported it, there are none."""
     return type(x) is not Tensor and (kind := _dtensor()) is not None and isinstance(x, kind)
 
 
 def local_tensor(x: T) -> T:
-    """The tensor that a rank has of a DTensor, without an operator that anyone would see; any other tensor as it is."""
+    """Return this rank's part of a DTensor, without an operator that a mode would see; any other tensor as it is."""
     return local_part(x) if is_dtensor(x) else x
 
 
 def stored(x: Tensor) -> Tensor:
-    """The tensor that has the memory of x, which is a DTensor or the result of a collective that may not have arrived, or x."""
+    """Return the plain tensor that has the memory of x: of a DTensor, or of the result of a collective that is pending."""
     return without_waiting(local_tensor(x))
 
 
 @contextlib.contextmanager
 def shown_local_tensors(show: Show) -> Iterator[None]:
-    """Show every tensor that `DTensor.to_local` takes out of a DTensor in this thread: there is no operator that does it."""
+    """Show every tensor that `DTensor.to_local` takes out of a DTensor in this thread, since no operator does it."""
     if _dtensor() is None:
         yield
         return
@@ -200,7 +206,7 @@ def shown_local_tensors(show: Show) -> Iterator[None]:
 
 
 class _ToLocal:
-    """While any thread is inside, `DTensor.to_local` tells it what it returned."""
+    """While any thread is inside, `DTensor.to_local` shows it what it returned."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -237,7 +243,7 @@ _TO_LOCAL = _ToLocal()
 
 
 def _dtensor() -> Any:
-    """The class of DTensors; None where nobody has imported it."""
+    """Return the class of DTensors; None where nobody has imported it."""
     return getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
 
 

@@ -1,4 +1,4 @@
-"""Sites: the calls of rectifiers in a forward pass, their names, and which axis of their input holds the neurons."""
+"""A site: one call of an activation in a forward pass, and the call itself while it is about to run."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,14 +9,21 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Site:
-    """One call of one activation in a forward pass.
+    """Describe a site: one call of one activation in a forward pass.
 
     Attributes:
-        name: the module's dotted path, with :1, :2, … for further calls of it in the same pass. A functional call is named
-            after the module whose forward makes it and the function.
-        activation: the name of the activation in the table of `activations`.
-        neurons: how many neurons the site has. Where ranks of torch.distributed divide them, these are those of this rank.
+        name: the module's dotted path, with :1, :2, … for further calls of it in the same pass. The call of a function is named
+            after the module whose forward makes it and after the function.
+        activation: the name of the activation, such as "relu"; `register_activation` adds names.
+        neurons: the number of neurons of the site. Where ranks of torch.distributed divide them, the number on this rank.
         channel_axis: the axis of the activation's input whose entries are the neurons.
+
+    Examples:
+        >>> import torch
+        >>> import fastentropy as fe
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU())
+        >>> fe.find_sites(model, (torch.zeros(1, 3),))
+        [Site(name='1', activation='relu', neurons=4, channel_axis=1)]
     """
 
     name: str

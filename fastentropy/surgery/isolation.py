@@ -20,14 +20,15 @@ from torch import Tensor, nn
 
 from fastentropy._compat import children_of, is_compiled, tree_leaves
 from fastentropy._utils.errors import one_line
-from fastentropy.sites import interception, watcher
+from fastentropy.sites import finding, interception, watcher
 from fastentropy.sites.activations import activation_name, function_name
+from fastentropy.sites.finding import call_once
 from fastentropy.sites.interception import fast_paths
 from fastentropy.sites.site import Call
-from fastentropy.sites.watcher import NoObserver, SiteWatcher, call_once
+from fastentropy.sites.watcher import NoObserver, SiteWatcher
 from fastentropy.surgery.rewriting import Arguments, CannotBeRewrittenError, MethodRewriter, Place
 
-#: Activation -> the module that is the function, and the names of the function's arguments behind the input, in order.
+#: Activation -> the module for the function, and the names of the function's arguments after the input, in order.
 _MODULES: dict[str, tuple[Callable[..., nn.Module], tuple[str, ...]]] = {
     "relu": (nn.ReLU, ("inplace",)),
     "relu6": (nn.ReLU6, ("inplace",)),
@@ -43,10 +44,10 @@ _MODULES: dict[str, tuple[Callable[..., nn.Module], tuple[str, ...]]] = {
     "hardtanh": (nn.Hardtanh, ("min_val", "max_val", "inplace")),
 }
 
-#: Files whose frames stand between the code that calls an activation and the observer of the call.
+#: Files whose frames come between the code that calls an activation and the observer of the call.
 _BETWEEN = (
     __file__,
-    *(str(module.__file__) for module in (interception, watcher)),
+    *(str(module.__file__) for module in (finding, interception, watcher)),
     *(
         str(Path(torch.__file__).parent / name)
         for name in ("nn/functional.py", "nn/modules/module.py", "nn/modules/activation.py", "overrides.py", "_tensor.py")
@@ -55,24 +56,40 @@ _BETWEEN = (
 
 
 def isolate(model: nn.Module, example_inputs: tuple[Any, ...] | Mapping[str, Any]) -> nn.Module:
-    """A model of the same function in which each activation call that the example makes has a module of its own.
+    """Return a model of the same function in which each call of an activation has a module of its own.
 
-    The given model is not changed. The new one has modules of its own and the same parameters and buffers: what trains one
-    trains both, an optimizer stays valid, and the state dict has the same keys. Modules whose methods call an activation
-    function, or one activation module several times, get a subclass of their class with that method rewritten: F.relu(x)
-    becomes self.relu(x), and further calls self.relu_1(x), …
+    The given model is not changed. The new one has modules of its own and shares parameters and buffers: training one trains
+    both, an optimizer stays valid, and the state dict has the same keys. A module whose methods call an activation function, or
+    one activation module several times, gets a subclass of its class with these methods rewritten: F.relu(x) becomes
+    self.relu(x), and further calls become self.relu_1(x), …
 
-    Warns, and names the calls, where some cannot be isolated: in a loop, in a module that is itself called several times,
-    outside of the methods of a module, in code without a source file (typed into a prompt), with arguments that are not
-    constants, or of a function that torch.nn has no module for, such as one that was registered.
+    Warns, and names the calls, where some cannot be isolated:
+
+    - in a loop, or in a module that is itself called several times;
+    - outside the methods of a module, or in code without a source file (typed into a prompt);
+    - with arguments that are not constants;
+    - of a function that has no module in torch.nn, such as one that was registered.
 
     Args:
         model: any module.
-        example_inputs: the positional inputs of one call, or a mapping of its keyword inputs. The calls that are isolated are
-            those of one forward pass in eval mode.
+        example_inputs: the positional inputs of one call, or a mapping of its keyword inputs. Calls are isolated that the model
+            makes for these in eval mode.
+
+    Returns:
+        The new model.
 
     Raises:
-        RuntimeError: the model is compiled.
+        RuntimeError: the model is compiled, or the new model computes something else on the example.
+
+    Examples:
+        >>> import torch
+        >>> import fastentropy as fe
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 3), relu := torch.nn.ReLU(), torch.nn.Linear(3, 3), relu)
+        >>> x = (torch.zeros(1, 3),)
+        >>> [site.name for site in fe.find_sites(model, x)]
+        ['1', '1:1']
+        >>> [site.name for site in fe.find_sites(fe.isolate(model, x), x)]
+        ['1', '3']
     """
     if compiled := [name for name, module in model.named_modules() if is_compiled(module)]:
         raise RuntimeError(
@@ -88,7 +105,7 @@ def isolate(model: nn.Module, example_inputs: tuple[Any, ...] | Mapping[str, Any
     _compare(model, isolated, example_inputs)
     if left := _not_isolated(isolated, example_inputs):
         warnings.warn(
-            f"{len(left)} activation calls of {type(model).__name__} keep no module of their own: {', '.join(left)} "
+            f"{len(left)} activation calls of {type(model).__name__} have no module of their own: {', '.join(left)} "
             "(in a loop, in a module that is called several times, with arguments that are not constants, or in code without "
             "a source file); write them as modules by hand",
             stacklevel=2,
@@ -97,7 +114,7 @@ def isolate(model: nn.Module, example_inputs: tuple[Any, ...] | Mapping[str, Any
 
 
 class _Traced(NamedTuple):
-    """One activation call of the example, and the code that makes it."""
+    """One activation call of the example, with the code that makes it."""
 
     name: str  # of the site
     activation: str
@@ -105,12 +122,12 @@ class _Traced(NamedTuple):
     function: str  # without underscores; empty for a module
     inplace: bool
     code: CodeType
-    place: Place
-    caller: nn.Module | None  # whose method the code is
+    place: Place | None  # None where the call cannot be identified in its code
+    caller: nn.Module | None  # the code is a method of this module
 
 
 class _Tracer(NoObserver):
-    """Notes who calls each activation."""
+    """Records who calls each activation."""
 
     def __init__(self) -> None:
         self.calls: list[_Traced] = []
@@ -135,12 +152,12 @@ class _Tracer(NoObserver):
 
 
 def copy_sharing_tensors(model: nn.Module) -> nn.Module:
-    """A copy with modules of its own and the same parameters and buffers."""
+    """Return a copy with modules of its own and the same parameters and buffers."""
     return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
 
 
 def _separate_places(model: nn.Module) -> None:
-    """Give an activation module that stands in several places of the model a copy for each; parameters stay shared."""
+    """Give each place of an activation module a copy of its own where the model holds it in several; share parameters."""
     seen: set[int] = set()
     for module in list(model.modules()):
         for name, child in children_of(module).items():
@@ -164,7 +181,7 @@ def _trace(model: nn.Module, example_inputs: tuple[Any, ...] | Mapping[str, Any]
 
 
 def _calling_frame() -> FrameType:
-    """The innermost frame that belongs neither to this package nor to what PyTorch puts around a call."""
+    """Return the innermost frame that is neither of this package nor of the functions that PyTorch puts around a call."""
     frame = inspect.currentframe()
     while frame is not None and frame.f_code.co_filename in _BETWEEN:
         frame = frame.f_back
@@ -173,7 +190,7 @@ def _calling_frame() -> FrameType:
 
 
 def _isolate_calls(caller: nn.Module, calls: Sequence[_Traced]) -> None:
-    """Give the calls that the methods of one module make modules of their own, as far as that can be done."""
+    """Give modules of their own to the calls that the methods of one module make, as far as possible."""
     if isinstance(caller, nn.Sequential | nn.ModuleList | nn.ModuleDict):
         return  # a new module would be one more in the sequence
     times = Counter((call.code, call.place) for call in calls)
@@ -189,7 +206,7 @@ def _isolate_calls(caller: nn.Module, calls: Sequence[_Traced]) -> None:
 
 
 def _isolate_in_method(caller: nn.Module, code: CodeType, calls: Sequence[_Traced]) -> dict[str, Any]:
-    """The method that has this code, by its names, with calls of new modules; these become attributes of the caller."""
+    """Return the method with this code, by its names, with calls of new modules, which become attributes of the caller."""
     rewriter = MethodRewriter(caller, code)
     added: dict[str, nn.Module] = {}
     for call in calls:
@@ -210,7 +227,7 @@ def _isolate_in_method(caller: nn.Module, code: CodeType, calls: Sequence[_Trace
 
 
 def _check_is_called(call: _Traced, value: Any, node: ast.Call) -> None:
-    """Raise where the code may call something else next time than the module, function or tensor method of the example."""
+    """Raise where the code may call something else than the example did: another module, function or tensor method."""
     if value is None and call.module is None and isinstance(node.func, ast.Attribute):
         value = getattr(Tensor, node.func.attr, None)
         if node.args:
@@ -230,7 +247,7 @@ def _module_for(call: _Traced, arguments: Arguments) -> nn.Module:
 
 
 def _as_module(call: _Traced, constants: tuple[Sequence[Any], Mapping[str, Any]]) -> nn.Module:
-    """The module that does what a call of a function does, from the function's constant arguments behind the input."""
+    """Return the module that computes the same as a call of a function, from its constant arguments after the input."""
     if call.activation not in _MODULES:
         raise CannotBeRewrittenError
     kind, names = _MODULES[call.activation]
@@ -248,7 +265,7 @@ def _unused_attribute(module: nn.Module, added: Mapping[str, nn.Module], name: s
 
 
 def _compare(model: nn.Module, isolated: nn.Module, example_inputs: tuple[Any, ...] | Mapping[str, Any]) -> None:
-    """Raise where the two are not the same function on the example."""
+    """Raise where the two models differ on the example."""
     expected, actual = (tree_leaves(call_once(each, example_inputs)) for each in (model, isolated))
     if len(expected) != len(actual):
         raise _different(model, f"{len(expected)} of them, then {len(actual)}")
@@ -262,7 +279,7 @@ def _compare(model: nn.Module, isolated: nn.Module, example_inputs: tuple[Any, .
 
 def _different(model: nn.Module, how: str) -> RuntimeError:
     return RuntimeError(
-        f"{type(model).__name__} cannot be isolated: outputs would differ ({how}); are they the same each time?"
+        f"{type(model).__name__} cannot be isolated: its outputs would differ ({how}); does it return the same each time?"
     )
 
 

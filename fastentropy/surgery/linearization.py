@@ -6,15 +6,30 @@ from torch import nn
 
 from fastentropy._utils.errors import nearest_names
 from fastentropy.sites.activations import activation_modules
+from fastentropy.sites.finding import no_sites
 from fastentropy.sites.interception import replace_activation
-from fastentropy.sites.watcher import no_sites
 
 
 def linearize(model: nn.Module, names: Sequence[str]) -> None:
-    """Replace the named activation modules by the identity, in place: all of them, or none where this raises.
+    """Replace the named activation modules by the identity, in place.
 
-    Raises ValueError for a name that is not an activation of the model, with the nearest ones that are, and for a module that
-    the model holds under several names.
+    All are replaced, or none where this raises.
+
+    Args:
+        model: the model, which is changed.
+        names: the names of sites that are modules, such as those of `find_sites`.
+
+    Raises:
+        ValueError: a name is not an activation module of the model (the error tells the nearest names), the model holds the
+            module under several names, or `names` is a string.
+
+    Examples:
+        >>> import torch
+        >>> import fastentropy as fe
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+        >>> fe.linearize(model, ["1"])
+        >>> model[1]
+        Identity()
     """
     if isinstance(names, str):
         raise ValueError(f"names must be a list of site names, not the string {names!r}: [{names!r}]")
@@ -29,6 +44,6 @@ def linearize(model: nn.Module, names: Sequence[str]) -> None:
             nearest = nearest_names(name, modules)
             raise ValueError(f"{name!r} is not an activation module of the model; the nearest are {nearest}")
         if paths.count(id(modules[name])) > 1:
-            raise ValueError(f"the module {name!r} stands in several places of the model; give each its own activation module")
+            raise ValueError(f"the model holds the module {name!r} in several places; give each its own activation module")
     for name in names:
         replace_activation(model, name, nn.Identity())

@@ -259,7 +259,7 @@ class Subject:
 def prepare(architecture: Architecture, mode: Mode) -> Subject:
     torch.manual_seed(0)
     model = architecture.build()
-    settle(model, architecture.inputs(4))
+    as_trained(model, architecture.inputs(4))
     batches = [architecture.inputs(batch) for batch in (2, 3)]
     with mode():
         outputs = [outputs_of(model, inputs) for inputs in batches]
@@ -270,7 +270,7 @@ def prepare(architecture: Architecture, mode: Mode) -> Subject:
 
 
 @torch.no_grad()
-def settle(model: nn.Module, inputs: Inputs) -> None:
+def as_trained(model: nn.Module, inputs: Inputs) -> None:
     """As after some training: neurons that differ from each other, batch norms that know their inputs; in eval mode."""
     for parameter in model.parameters():
         if parameter.ndim == 1:

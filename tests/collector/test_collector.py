@@ -702,7 +702,7 @@ def test_memory_is_the_counters():
     with collect(model) as collector:
         model(torch.randn(4, 8))
         model(torch.randn(4, 8))
-        buffers = collector._total._buffers[torch.device("cpu")]
+        buffers = collector._counting._total.buffers[torch.device("cpu")]
     assert [buffer.numel() for buffer in buffers.values()] == [3 * 96 + 2]
 
 
@@ -824,7 +824,7 @@ def test_reset_keeps_the_addresses_of_the_counters(network, images):
         network(images)
 
         def addresses():
-            return [buffer.data_ptr() for buffers in collector._total._buffers.values() for buffer in buffers.values()]
+            return [buffer.data_ptr() for buffers in collector._counting._total.buffers.values() for buffer in buffers.values()]
 
         before = addresses()
         collector.reset()

@@ -28,7 +28,7 @@ def test_the_views_of_a_layout_that_is_known_share_one_buffer(layout):
     counters = Counters(layout)
     storages = {counters.of(site, CPU).counts.untyped_storage().data_ptr() for site in SITES}
     assert len(storages) == 1
-    assert sum(buffer.numel() for buffer in counters._buffers[CPU].values()) == 3 * 9 + 3
+    assert sum(buffer.numel() for buffer in counters.buffers[CPU].values()) == 3 * 9 + 3
 
 
 def test_sites_that_come_later_do_not_move_the_others(layout):
@@ -106,7 +106,7 @@ def test_a_decoder_of_seven_billion_parameters_needs_24_bytes_for_a_neuron():
     sites = fe.find_sites(model, inputs)
     for site in sites:
         counters.of(site, CPU)
-    held = sum(buffer.nbytes for buffer in counters._buffers[CPU].values())
+    held = sum(buffer.nbytes for buffer in counters.buffers[CPU].values())
     assert [site.neurons for site in sites] == [11_008] * 32
     assert held == 24 * 32 * 11_008 + 8 * 32  # 8.5 MB; and one number of positions for each site
 

@@ -318,3 +318,17 @@ def test_a_view_is_known_by_its_place_in_memory():
         y = conv(torch.randn(2, 3, 4, 6)).permute(0, 2, 3, 1)
     assert tracker.axis_of(y) == 3
     assert tracker.axis_of(y.detach()) == 3
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_discovery_changes_no_bit_of_a_composed_operator(mode):
+    import torch._decomp  # registers decompositions in Python that round differently
+
+    model = Reads(lambda m, x: m.relu(F.interpolate(x, size=(11, 13), mode="bilinear")), relu=nn.ReLU())
+    x = torch.randn(1, 3, 7, 9)
+    with mode():
+        expected = model(x)
+        watcher = SiteWatcher(model, NoObserver())
+        watcher.attach()
+        assert torch.equal(model(x), expected)
+        watcher.detach()

@@ -160,7 +160,7 @@ def test_a_mask_of_another_form_is_told_once():
     model, ids = llama().eval(), tokens()
     mask = torch.ones(3, 1, 7, 7).tril().bool()
     with torch.inference_mode(), fe.collect(model) as collector:
-        with pytest.warns(UserWarning, match=r"attention_mask of shape \[3, 1, 7, 7\] does not say which tokens are padding"):
+        with pytest.warns(UserWarning, match=r"attention_mask of shape \[3, 1, 7, 7\] does not tell which tokens are padding"):
             model(ids, attention_mask=mask)
         model(ids, attention_mask=mask)
     assert [site.observations for site in collector.compute().values()] == [2 * 21 * 24] * 2

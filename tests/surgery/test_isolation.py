@@ -671,7 +671,7 @@ def test_what_cannot_be_isolated_is_named_and_right(name):
     torch.manual_seed(0)
     kind, expected = NOT_ISOLATED[name]
     model, x = kind().eval(), torch.randn(VECTOR)
-    with pytest.warns(UserWarning, match="keep no module of their own") as caught:
+    with pytest.warns(UserWarning, match="have no module of their own") as caught:
         isolated = isolate(model, (x,))
     (message,) = (str(warning.message) for warning in caught)
     assert message.startswith(f"{len(expected)} activation calls of ")
@@ -694,7 +694,7 @@ class TwoNames(Block):
 
 
 @pytest.mark.parametrize("kind", [Overridden, decorated_by_a_local_function, TwoNames])
-@pytest.mark.filterwarnings("ignore:.*keep no module of their own")
+@pytest.mark.filterwarnings("ignore:.*have no module of their own")
 def test_a_method_that_stays_as_it_is_brings_no_modules_that_nobody_calls(kind):
     model, x = kind().eval(), torch.randn(VECTOR)
     isolated = isolate(model, (x,))
@@ -706,7 +706,7 @@ def test_a_method_that_stays_as_it_is_brings_no_modules_that_nobody_calls(kind):
     assert called == set(new)
 
 
-@pytest.mark.filterwarnings("ignore:.*keep no module of their own")
+@pytest.mark.filterwarnings("ignore:.*have no module of their own")
 def test_what_can_be_isolated_beside_what_cannot_is():
     class Both(Block):
         def forward(self, x):

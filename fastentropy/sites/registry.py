@@ -1,0 +1,160 @@
+"""Remember the sites of a model, with how their inputs looked when they were discovered."""
+
+import threading
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastentropy.sites.channel_axis import AxisTracker
+from fastentropy.sites.sharding import RankShare, Sharding, is_dtensor, local_tensor
+from fastentropy.sites.site import Site
+
+
+class SiteRegistry:
+    """The sites of a model by name: discovered in the first call of each, checked in every later one.
+
+    Attributes:
+        sites: the sites in the order of their discovery.
+        functional: the names of those that are calls of functions.
+    """
+
+    def __init__(self, kinds: Mapping[str, type[nn.Module]], channel_axis: Mapping[str, int]) -> None:
+        """Begin without sites, from the class of each module by path, and the neuron axes that the user gave, by site."""
+        self.sites: dict[str, Site] = {}
+        self.functional: set[str] = set()
+        self._kinds, self._channel_axis = kinds, channel_axis
+        self._ranks: dict[str, int] = {}  # the number of axes of each site's input
+        self._shardings: dict[str, Sharding | None] = {}
+        self._meshes: set[Any] = set()  # of the DTensors that were met
+        # The same activation of another module of the same class, with as many axes: its channel axis and sharding.
+        self._siblings: dict[tuple[type[nn.Module], str, int], tuple[int, Sharding | None]] = {}
+        self._lock = threading.Lock()
+        self._has_recommended = False
+
+    def resolve(self, name: str, path: str, activation: str, x: Tensor, tracker: AxisTracker | None) -> tuple[Site, Tensor]:
+        """Return the site of a call, and this rank's part of its input.
+
+        Args:
+            name: the name of the site.
+            path: the name without the number of the call.
+            activation: the name of the activation.
+            x: the input, which may be a DTensor.
+            tracker: knows the axis and the sharding of `x` in passes that discover sites; else None.
+
+        Raises:
+            RuntimeError: the input does not fit the site that is known, or a new site cannot be understood.
+            ValueError: the channel axis that the user gave is not an axis of the input.
+        """
+        local = x if type(x) is Tensor else self._local_input(name, x)
+        site = self.sites.get(name)
+        if site is None:
+            with self._lock:
+                site = self.sites[name] = self._discover(name, path, activation, x, tracker)
+        elif local.ndim != self._ranks[name]:
+            site = self._with_other_rank(site, local)
+        if local.shape[site.channel_axis] != site.neurons:
+            raise _changed_shape(site, local)
+        return site, local
+
+    def share(self, site: Site) -> RankShare:
+        """Return where this rank's counts of a site belong in the counts of all ranks.
+
+        In a model that has DTensors, an activation whose input comes from none is the same on all ranks of their meshes.
+        """
+        sharding = self._shardings[site.name]
+        if sharding is not None:
+            return sharding.share(site.channel_axis, site.neurons)
+        return RankShare(0, site.neurons, is_counted=not any(any(mesh.get_coordinate() or ()) for mesh in self._meshes))
+
+    def tokens_here(self, is_token: Tensor, site: Site, x: Tensor) -> Tensor:
+        """Return the part of a padding mask [batch, tokens] that belongs to this rank's input of a site."""
+        sharding = self._shardings[site.name]
+        may_be_tokens = x.ndim in (2, 3) and site.channel_axis == x.ndim - 1
+        if sharding is None or not may_be_tokens or not sharding.divides(site.channel_axis):
+            return is_token
+        part = sharding.tokens(is_token, x.shape)
+        if part is None:
+            raise RuntimeError(
+                f"the tokens of site {site.name!r} are divided among ranks, and it is not known which part of a padding mask "
+                f"of shape {list(is_token.shape)} its input of shape {list(x.shape)} has; pass this rank's part of the mask"
+            )
+        return part
+
+    def add_meshes(self, meshes: set[Any]) -> None:
+        """Note the meshes of DTensors that a pass has met."""
+        with self._lock:
+            self._meshes |= meshes
+
+    def recommend_isolation(self, model: str) -> None:
+        """Warn, once, where activations of the model are called as functions."""
+        names = sorted(self.functional)
+        if not names or self._has_recommended:
+            return
+        self._has_recommended = True
+        shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+        warnings.warn(
+            f"{model} calls {len(names)} of its activations as functions ({shown}); they are counted by a slower route, and "
+            "fe.isolate(model, example_inputs) makes modules of them",
+            stacklevel=2,
+        )
+
+    def _local_input(self, name: str, x: Tensor) -> Tensor:
+        """Return this rank's part of the input of a site."""
+        if not is_dtensor(x):
+            return x
+        if any(placement.is_partial() for placement in x.placements):
+            raise RuntimeError(
+                f"the input of site {name!r} is a DTensor of partial sums {x.placements}, which the ranks have yet to add up; "
+                "redistribute it to Replicate() or Shard(…) before the activation"
+            )
+        known = self._shardings.get(name)
+        if known is not None and x.ndim == self._ranks[name] and known.axes != Sharding.of(x).axes:
+            raise RuntimeError(
+                f"the input of site {name!r} is divided among ranks in another way than in the first pass, now {x.placements}; "
+                "collect such passes apart, with a collector for each"
+            )
+        return local_tensor(x)
+
+    def _discover(self, name: str, path: str, activation: str, x: Tensor, tracker: AxisTracker | None) -> Site:
+        """Return a new site, whose axis the user, the tracker or a sibling knows."""
+        if x.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"site {name!r} is met for the first time while a CUDA graph is captured; "
+                "run one forward pass with the collector attached before the capture"
+            )
+        owner, _, attribute = path.rpartition(".")
+        kind = (self._kinds.get(owner, nn.Module), attribute, x.ndim)
+        axis, sharding = self._siblings.get(kind, (None, None))
+        if tracker is not None:
+            axis, sharding = tracker.axis_of(x), tracker.sharding_of(x)
+        axis, sharding = self._channel_axis.get(name, axis), Sharding.of(x) if is_dtensor(x) else sharding
+        if axis is None:
+            raise RuntimeError(
+                f"site {name!r} did not run in the first forward pass; name its neuron axis with channel_axis={{{name!r}: 1}}"
+            )
+        if not -x.ndim <= axis < x.ndim:
+            raise ValueError(f"channel_axis of site {name!r} is {axis}, but its input has shape {list(x.shape)}")
+        axis %= x.ndim
+        self._ranks[name], self._siblings[kind], self._shardings[name] = x.ndim, (axis, sharding), sharding
+        return Site(name, activation, local_tensor(x).shape[axis], axis)
+
+    def _with_other_rank(self, site: Site, x: Tensor) -> Site:
+        """Return the site for an input with more or fewer axes: the size tells where its axis is."""
+        named = self._channel_axis.get(site.name)
+        candidates = (
+            [site.channel_axis, x.ndim - self._ranks[site.name] + site.channel_axis] if named is None else [named % x.ndim]
+        )
+        fitting = {axis for axis in candidates if 0 <= axis < x.ndim and x.shape[axis] == site.neurons}
+        if len(fitting) != 1:
+            raise _changed_shape(site, x)
+        return Site(site.name, site.activation, site.neurons, fitting.pop())
+
+
+def _changed_shape(site: Site, x: Tensor) -> RuntimeError:
+    return RuntimeError(
+        f"site {site.name!r} had {site.neurons} neurons on axis {site.channel_axis} and now has an input of shape "
+        f"{list(x.shape)}; name its neuron axis with channel_axis={{{site.name!r}: …}}"
+    )
