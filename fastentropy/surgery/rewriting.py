@@ -1,15 +1,15 @@
-"""Rewrite a method of one module so that it calls other modules of it: on the method's syntax tree, from its source."""
+"""Rewrite a method of one module so that it calls other modules of it: its syntax tree is changed and compiled."""
 
 from __future__ import annotations
 
 import ast
 import inspect
-import sys
 import tokenize
 from collections.abc import Iterable, Mapping, Sequence
 from types import CodeType, FrameType, FunctionType
 from typing import Any, NamedTuple
 
+from executing import Source
 from torch import nn
 
 
@@ -18,30 +18,34 @@ class CannotBeRewrittenError(Exception):
 
 
 class Place(NamedTuple):
-    """Where in a file a call stands. The columns are known from Python 3.11 on."""
+    """Where in its file a call is written: lines count from 1, columns from 0 in bytes of UTF-8."""
 
     line: int
-    end_line: int | None = None
-    column: int | None = None
-    end_column: int | None = None
+    end_line: int | None
+    column: int
+    end_column: int | None
 
     @classmethod
-    def of(cls, frame: FrameType) -> Place:
-        """The place of the call that a frame is making."""
-        if sys.version_info < (3, 11):
-            return cls(frame.f_lineno)
-        return cls(*list(frame.f_code.co_positions())[frame.f_lasti // 2])
+    def of(cls, frame: FrameType) -> Place | None:
+        """Return the place of the call that a frame is making; None where that call cannot be identified."""
+        node = Source.executing(frame).node
+        return cls.at(node) if isinstance(node, ast.Call) else None
+
+    @classmethod
+    def at(cls, call: ast.Call) -> Place:
+        """Return the place of a call in a syntax tree of the file."""
+        return cls(call.lineno, call.end_lineno, call.col_offset, call.end_col_offset)
 
 
 class Arguments(NamedTuple):
-    """What a call gives to an activation."""
+    """The arguments of a call of an activation, as expressions."""
 
     input: ast.expr
     positional: Sequence[ast.expr]
     keywords: Sequence[ast.keyword]
 
     def constants(self) -> tuple[list[Any], dict[str, Any]]:
-        """The arguments behind the input as values."""
+        """Return the arguments after the input as values: the positional ones, and the others by name."""
         try:
             values = [ast.literal_eval(argument) for argument in self.positional]
             return values, {keyword.arg or "": ast.literal_eval(keyword.value) for keyword in self.keywords}
@@ -50,16 +54,25 @@ class Arguments(NamedTuple):
 
 
 class MethodRewriter:
-    """The method of a module's class that has some code."""
+    """Rewrites the method of a module's class that has some code.
+
+    Attributes:
+        names: the names of the method in the class.
+        changed: a call has been replaced.
+    """
 
     def __init__(self, module: nn.Module, code: CodeType) -> None:
-        """Raise CannotBeRewrittenError where the code is no method of the module's class, or has no source."""
+        """Read the source of the method.
+
+        Raises:
+            CannotBeRewrittenError: the code is not a method of the module's class, or it has no source.
+        """
         self._module = module
         self.names, self._function, self._decorated = _method(type(module), code)
         self.changed = False
         try:
             lines = inspect.getsource(self._function)
-            # Inside of a block the source keeps its indentation, so that columns are those of the file.
+            # Inside a block the source keeps its indentation, so that columns are those of the file.
             block = ast.parse("if True:\n" + lines if lines[0].isspace() else "\n" + lines)
         except (OSError, TypeError, SyntaxError, tokenize.TokenError):
             raise CannotBeRewrittenError from None
@@ -68,19 +81,15 @@ class MethodRewriter:
             raise CannotBeRewrittenError
         self._definition = ast.increment_lineno(definition, code.co_firstlineno - 2)
 
-    def find(self, place: Place) -> ast.Call:
-        """The call at a place; where columns are not known, the only one that the line has."""
-        calls = [node for node in ast.walk(self._definition) if isinstance(node, ast.Call)]
-        if place.column is None:
-            found = [node for node in calls if node.lineno == place.line]
-        else:
-            found = [node for node in calls if (node.lineno, node.end_lineno, node.col_offset, node.end_col_offset) == place]
-        if len(found) != 1:
+    def find(self, place: Place | None) -> ast.Call:
+        """Return the call at a place."""
+        calls = [node for node in ast.walk(self._definition) if isinstance(node, ast.Call) and Place.at(node) == place]
+        if len(calls) != 1:
             raise CannotBeRewrittenError
-        return found[0]
+        return calls[0]
 
     def arguments(self, call: ast.Call) -> Arguments:
-        """The input and the further arguments of a call of a function, a module or a method of a tensor."""
+        """Return the input and the further arguments of a call of a function, a module or a method of a tensor."""
         positional, keywords = list(call.args), list(call.keywords)
         if any(isinstance(argument, ast.Starred) for argument in positional) or any(
             keyword.arg is None for keyword in keywords
@@ -96,21 +105,21 @@ class MethodRewriter:
         return Arguments(given[0].value, [], [keyword for keyword in keywords if keyword is not given[0]])
 
     def own_function(self, call: ast.Call) -> str | None:
-        """The attribute of the module itself that holds the function which is called, where it does."""
+        """Return the attribute of the module itself that holds the called function; None where it is held elsewhere."""
         func = call.func
         if not isinstance(func, ast.Attribute) or not self._is_self(func.value):
             return None
         return func.attr if func.attr in vars(self._module) else None
 
     def replace(self, call: ast.Call, attribute: str, argument: ast.expr) -> None:
-        """Let a call be that of a module, an attribute of this one."""
+        """Turn a call into the call of a module that is an attribute of this one."""
         receiver = ast.Name(self._function.__code__.co_varnames[0], ast.Load())
         call.func = ast.copy_location(ast.Attribute(receiver, attribute, ast.Load()), call.func)
         call.args, call.keywords = [argument], []
         self.changed = True
 
     def compile(self) -> Any:
-        """The rewritten method, with the original's decorators, globals, closure and defaults."""
+        """Return the rewritten method, with the original's decorators, globals, closure and defaults."""
         function, definition = self._function, self._definition
         cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
         code = self._compiled_definition(cells)
@@ -130,7 +139,7 @@ class MethodRewriter:
         return method
 
     def _compiled_definition(self, cells: Iterable[str]) -> CodeType:
-        """The code of the definition alone, inside of a function that has the names of its closure."""
+        """Return the code of the definition alone, compiled inside a function that has the names of its closure."""
         definition = self._definition
         definition.returns = None
         for argument in (*definition.args.posonlyargs, *definition.args.args, *definition.args.kwonlyargs):
@@ -146,7 +155,7 @@ class MethodRewriter:
         return next(code for code in codes if code.co_name == definition.name)
 
     def value(self, expression: ast.expr) -> Any:
-        """What a name, an attribute or an item stands for where that is known before the method runs; else None."""
+        """Return the value of a name, an attribute or an item where it is known before the method runs; else None."""
         if isinstance(expression, ast.Name):
             return self._names().get(expression.id)
         if isinstance(expression, ast.Attribute):
@@ -163,7 +172,7 @@ class MethodRewriter:
         local = dict.fromkeys(function.__code__.co_varnames)
         try:
             closure = inspect.getclosurevars(function).nonlocals
-        except ValueError:  # a cell that is empty still
+        except ValueError:  # a cell that is still empty
             raise CannotBeRewrittenError from None
         return {**function.__globals__, **closure, **local, function.__code__.co_varnames[0]: self._module}
 
@@ -172,7 +181,7 @@ class MethodRewriter:
 
 
 def _method(kind: type, code: CodeType) -> tuple[list[str], FunctionType, bool]:
-    """The names of the method of a class that has this code, its function without decorators, and whether it has some."""
+    """Return the names of a class's method with this code, its function without decorators, and whether it is decorated."""
     methods = {name: inspect.getattr_static(kind, name) for ancestor in kind.__mro__ for name in vars(ancestor)}
     found = {name: value for name, value in methods.items() if getattr(_undecorated(value), "__code__", None) is code}
     if not found or len(set(found.values())) > 1:
@@ -189,7 +198,7 @@ def _undecorated(value: Any) -> Any:
 
 
 def _has_mangled_names(definition: ast.FunctionDef) -> bool:
-    """Whether a name means another one inside of a class than outside."""
+    """Return whether a name is mangled in a class: `__name` there means another name than outside."""
     nodes = list(ast.walk(definition))
     names = [node.attr for node in nodes if isinstance(node, ast.Attribute)]
     names += [node.id for node in nodes if isinstance(node, ast.Name)]
