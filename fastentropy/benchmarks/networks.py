@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from fastentropy.sites.watcher import find_sites
+from fastentropy.sites.finding import find_sites
 from fastentropy.surgery.isolation import isolate
 from fastentropy.surgery.linearization import linearize
 
