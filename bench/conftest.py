@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastentropy._utils.timing import measure_samples
-from fastentropy.benchmarks.measurements import why_not
+from fastentropy.benchmarks.measurements import skip_reason
 
 
 @pytest.fixture
@@ -19,7 +19,7 @@ def measured(benchmark):
 
     def run(case, operation):
         call = case.operations[operation]
-        if operation in case.baselines and (reason := why_not(call)):
+        if operation in case.baselines and (reason := skip_reason(call)):
             pytest.skip(f"{operation} does not run here: {reason}")
         synchronise = torch.accelerator.synchronize if torch.accelerator.is_available() else lambda: None
         benchmark.group = case.name

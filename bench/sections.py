@@ -9,6 +9,7 @@ from typing import Any
 from fastentropy._utils.text import format_percent, plural
 from fastentropy.benchmarks.measurements import Measurement, Quartiles
 from fastentropy.benchmarks.records import Record
+from fastentropy.benchmarks.tables import format_quartiles
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -36,7 +37,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def quartiles(values: Quartiles, digits: int = 2) -> str:
     """Write a median, and the quartiles in brackets."""
-    return f"{values.median:.{digits}f} ({values.lower:.{digits}f} to {values.upper:.{digits}f})"
+    return f"{values.median:.{digits}f} ({format_quartiles(values, digits)})"
 
 
 def inverse(values: Quartiles) -> Quartiles:

@@ -126,7 +126,7 @@ def measure(case: Case, *, rounds: int, budget_seconds: float) -> list[Measureme
     """
     operations, skipped = dict(case.operations), []
     for name in [name for name in operations if name in case.baselines]:
-        if reason := why_not(operations[name]):
+        if reason := skip_reason(operations[name]):
             del operations[name]
             skipped.append(Measurement(case.name, name, facts=case.facts.get(name, {}), skipped=reason))
     samples = measure_samples(
@@ -139,7 +139,7 @@ def measure(case: Case, *, rounds: int, budget_seconds: float) -> list[Measureme
     return [_measurement(case, name, samples) for name in operations] + skipped
 
 
-def why_not(baseline: Callable[[], object]) -> str | None:
+def skip_reason(baseline: Callable[[], object]) -> str | None:
     """Call a baseline. Return the message of what it raised in one line, or None."""
     try:
         baseline()

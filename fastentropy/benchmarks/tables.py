@@ -25,9 +25,9 @@ def format_case(measurements: Sequence[Measurement]) -> str:
     return "\n".join([measurements[0].case, format_table(head, rows), *skipped])
 
 
-def format_quartiles(quartiles: Quartiles) -> str:
+def format_quartiles(quartiles: Quartiles, digits: int = 2) -> str:
     """Write the quartiles around a median, such as "0.98 to 1.03"."""
-    return f"{quartiles.lower:.2f} to {quartiles.upper:.2f}"
+    return f"{quartiles.lower:.{digits}f} to {quartiles.upper:.{digits}f}"
 
 
 def _times(measurement: Measurement) -> list[str]:
