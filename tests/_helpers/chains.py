@@ -1,4 +1,4 @@
-"""Random chains of operators, and what plain PyTorch makes of them."""
+"""Random chains of operators, and what plain PyTorch computes from their numbers."""
 
 from dataclasses import replace
 
@@ -14,37 +14,38 @@ from tests._helpers.operators import (
     divisors,
     normal,
     partners,
-    plain,
+    pytorch_output,
     size_after,
 )
 
 
-def plain_chain(chain, x):
-    """A chain without any of our code but its numbers."""
+def pytorch_chain(chain, x):
+    """Return the output of a chain as plain PyTorch computes it from its numbers: the oracle."""
     for element in chain:
         if isinstance(element, Sum):
-            x = sum(plain_chain(branch, x) for branch in element.branches)
+            x = sum(pytorch_chain(branch, x) for branch in element.branches)
         else:
-            x = x.flatten(1) if isinstance(element, Flatten) else plain(element, x)
+            x = x.flatten(1) if isinstance(element, Flatten) else pytorch_output(element, x)
     return x
 
 
 @st.composite
 def batch_norms(draw, channels, axes):
-    """A scale and a shift of each channel: small and large variances, means far from zero, weights of both signs."""
+    """Draw a batch norm: small and large variances, means far from zero, weights of both signs."""
     seed = draw(SEEDS)
     mean, weight, bias = (normal(channels, seed=seed + index) * by for index, by in enumerate((3, 1, 1)))
     scale = weight / (normal(channels, seed=seed + 3).exp() + 1e-5).sqrt()
-    return AffineOperator(scale.reshape(-1, 1, *[1] * axes), bias - mean * scale, *_plain_geometry(axes), channels)
+    return AffineOperator(scale.reshape(-1, 1, *[1] * axes), bias - mean * scale, *_unit_geometry(axes), channels)
 
 
-def _plain_geometry(axes):
+def _unit_geometry(axes):
+    """Return stride, padding and dilation of an operator that has none."""
     return (1,) * axes, (0,) * axes, (1,) * axes
 
 
 @st.composite
 def same_convolutions(draw, in_channels, out_channels, axes):
-    """A convolution that keeps the size, its padding on any side."""
+    """Draw a convolution that keeps the spatial size, with its padding on any side."""
     kernel, dilation = (tuple(draw(st.integers(1, most)) for _ in range(axes)) for most in (3, 2))
     reach = [(k - 1) * d for k, d in zip(kernel, dilation, strict=True)]
     before = [draw(st.one_of(st.just(r // 2), st.integers(0, r))) for r in reach]
@@ -57,7 +58,7 @@ def same_convolutions(draw, in_channels, out_channels, axes):
 
 @st.composite
 def residuals(draw, channels, axes, depth=1):
-    """Two or three branches that keep the shape, one of them often the value itself; at a depth of 1 they may branch again."""
+    """Draw a sum of two or three branches that keep the shape; at a depth of 1 its branches may hold sums themselves."""
     paths = []
     for _ in range(draw(st.integers(1, 2))):
         path, width = [], channels
@@ -77,7 +78,7 @@ def residuals(draw, channels, axes, depth=1):
 
 @st.composite
 def average_pools(draw, channels, axes):
-    """Average pooling as PyTorch allows it: at most half of the kernel is padding."""
+    """Draw average pooling as PyTorch allows it: at most half of the kernel is padding."""
     kernel, stride = (tuple(draw(st.integers(1, 3)) for _ in range(axes)) for _ in range(2))
     pool = average(channels, *kernel, stride=stride)
     return replace(pool, padding=tuple(draw(st.integers(0, k // 2)) for k in kernel))
@@ -85,7 +86,7 @@ def average_pools(draw, channels, axes):
 
 @st.composite
 def elements(draw, channels, axes, kinds):
-    """One element of a chain."""
+    """Draw one element of a chain that takes a number of channels, of one of the given kinds."""
     kind = draw(st.sampled_from(kinds))
     if kind in ("strided", "pointwise", "transposed"):
         return draw(convolutions(axes, channels, kind, step=2))
@@ -101,15 +102,14 @@ def elements(draw, channels, axes, kinds):
     return draw(residuals(channels, axes))
 
 
+#: The kinds of elements of a chain: one with strides has no inserted zeros, unless both kinds are mixed.
 STRIDED = ("strided", "same", "pointwise", "batch norm", "residual", "pool", "downsample")
-
-
 TRANSPOSED = ("transposed", "same", "batch norm", "residual")
 
 
 @st.composite
 def chains(draw, shortest=2, longest=5, kinds=None, largest=(14, 14, 5), flatten=True, batch=2, most_axes=3):
-    """A chain, an input of any size from 1×1 on, and what plain PyTorch makes of it."""
+    """Draw a chain, an input with any spatial size from 1×1 on, and the output that plain PyTorch computes."""
     axes = draw(st.integers(1, most_axes))
     kinds = kinds or draw(st.sampled_from([STRIDED, STRIDED, STRIDED, TRANSPOSED, STRIDED + TRANSPOSED]))
     size = [draw(st.integers(1, largest[axes - 1])) for _ in range(axes)]
@@ -125,11 +125,11 @@ def chains(draw, shortest=2, longest=5, kinds=None, largest=(14, 14, 5), flatten
         if isinstance(element, Sum) and not all(size_after(operators((element,))[0], y.shape[2:])):
             element = draw(residuals(y.shape[1], axes))
         chain.append(element)
-        y = plain_chain((element,), y)
+        y = pytorch_chain((element,), y)
         assume(y.numel() < 2**15)
     if flatten and y[0].numel() < 512 and draw(st.sampled_from([False, False, True])):
         features = draw(st.integers(1, 3))
         weight = normal(features, *y.shape[1:], seed=draw(SEEDS)) / y[0].numel() ** 0.5
-        chain[-1:] += [AffineOperator(weight, normal(features, seed=draw(SEEDS)), *_plain_geometry(axes)), Flatten()]
-        y = plain_chain(chain[-2:], y)
+        chain[-1:] += [AffineOperator(weight, normal(features, seed=draw(SEEDS)), *_unit_geometry(axes)), Flatten()]
+        y = pytorch_chain(chain[-2:], y)
     return tuple(chain), x, y

@@ -1,4 +1,4 @@
-"""Random affine operators, and what plain PyTorch makes of them."""
+"""Affine operators for tests, fixed and random ones, and what plain PyTorch computes from their numbers."""
 
 import torch
 import torch.nn.functional as F
@@ -9,19 +9,19 @@ from fastentropy.fusion.chains.affine import AffineOperator
 
 SEEDS = st.integers(0, 2**16)
 
-
+#: PyTorch's functions for 1, 2 and 3 spatial axes.
 CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
-
-
 TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 
-
-#: The reasons for which a composition can be impossible.
+#: Matches the reasons for which two operators have no composition.
 NO_CONVOLUTION = "together they are no (transposed )?convolution"
 
+#: Matches all reasons for which a chain is not merged.
+REFUSALS = f"inner zero padding|{NO_CONVOLUTION}|different sizes"
 
-def plain(operator, x):
-    """An operator without any of our code but its numbers: PyTorch's padding and convolutions."""
+
+def pytorch_output(operator, x):
+    """Return the output of an operator as PyTorch's padding and convolutions compute it from its numbers: the oracle."""
     axes = len(operator.stride)
     bias = operator.bias if operator.bias.ndim > 1 else operator.bias.reshape(-1, *[1] * axes)
     if not axes:
@@ -36,22 +36,26 @@ def plain(operator, x):
 
 
 def close(actual, expected):
+    """Assert that two float64 tensors agree up to rounding."""
     torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
 
 
 def normal(*shape, seed):
+    """Return normally distributed float64 values."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def divisors(*numbers):
+    """Return the common divisors of some numbers."""
     return [d for d in range(1, min(numbers) + 1) if not any(n % d for n in numbers)]
 
 
 @st.composite
 def convolutions(draw, axes, in_channels, kind=None, step=3):
-    """Any operator from in_channels channels; `pointwise` ones have strides, but one tap and no padding.
+    """Draw an operator that takes in_channels channels.
 
-    `strided` ones step over values, `transposed` ones have zeros between them; None is either. `step` is the largest.
+    kind is "pointwise" (one tap, no padding, any stride), "strided", "transposed" (with zeros between the values), or None for
+    one of the latter two. step is the largest stride or upsampling.
     """
     kind = kind or draw(st.sampled_from(["strided", "strided", "transposed"]))
     groups = draw(st.sampled_from(divisors(in_channels)))
@@ -75,24 +79,15 @@ def convolutions(draw, axes, in_channels, kind=None, step=3):
 
 
 def size_after(operator, size):
-    """The sizes of the output, counted as PyTorch's documentation has them; 0 where there is none."""
-    sizes = []
-    for n, k, s, p, d, u in zip(
-        size,
-        operator.weight.shape[2:],
-        operator.stride,
-        operator.padding,
-        operator.dilation,
-        operator.upsampling,
-        strict=True,
-    ):
-        sizes.append(max(0, ((n - 1) * u + 1 + sum(p) - d * (k - 1) - 1) // s + 1))
-    return sizes
+    """Return the spatial size of the output by the formula of PyTorch's documentation, 0 where there is no position."""
+    kernel, geometry = operator.weight.shape[2:], (operator.stride, operator.padding, operator.dilation, operator.upsampling)
+    numbers = zip(size, kernel, *geometry, strict=True)
+    return [max(0, ((n - 1) * u + 1 + sum(p) - d * (k - 1) - 1) // s + 1) for n, k, s, p, d, u in numbers]
 
 
 @st.composite
 def pairs(draw, kind=None):
-    """Two operators, one behind the other, and an input on which the pair has an output."""
+    """Draw two operators of which the second takes the output of the first, and an input for which the pair has an output."""
     axes = draw(st.integers(0 if kind is None else 1, 3))
     like = draw(st.sampled_from(["strided", "strided", "transposed", None])) if kind is None else kind
     first = draw(convolutions(axes, draw(st.sampled_from([1, 2, 3, 4, 6])), like))
@@ -104,7 +99,7 @@ def pairs(draw, kind=None):
 
 
 def attempt(function, *arguments):
-    """What a function gives and an empty reason, or nothing and the reason why it refuses."""
+    """Return the result of a function and an empty reason, or None and the message of the ValueError that it raised."""
     try:
         return function(*arguments), ""
     except ValueError as error:
@@ -113,7 +108,7 @@ def attempt(function, *arguments):
 
 @st.composite
 def partners(draw, left):
-    """Another operator that gives outputs of the sizes that `left` gives."""
+    """Draw an operator whose outputs have the same sizes as those of `left`."""
     parts = []
     for axis in left.axes:
         kernel, dilation, before = draw(st.integers(1, 4)), draw(st.integers(1, 2)), draw(st.integers(0, 3))
@@ -132,7 +127,7 @@ def partners(draw, left):
 
 @st.composite
 def branches(draw):
-    """Two operators that give outputs of one size for every input, and an input."""
+    """Draw two operators whose outputs have the same size for every input, and an input."""
     axes = draw(st.integers(0, 2))
     left = draw(convolutions(axes, draw(st.sampled_from([2, 4]))))
     right = draw(partners(left))
@@ -143,6 +138,7 @@ def branches(draw):
 
 
 def convolution(out_channels, in_channels, kernel, padding=0, groups=1, stride=1, upsampling=1, seed=0):
+    """Return a 2-d convolution with a square kernel and random numbers."""
     weight = normal(out_channels, in_channels // groups, kernel, kernel, seed=seed)
     bias = normal(out_channels, seed=seed + 1)
     padding = (padding,) * 2 if isinstance(padding, int) else padding
@@ -150,6 +146,17 @@ def convolution(out_channels, in_channels, kernel, padding=0, groups=1, stride=1
 
 
 def average(channels, *kernel, stride=None, padding=0):
+    """Return average pooling over a kernel; by default its stride is the kernel."""
     axes = len(kernel)
     weight = torch.full((channels, 1, *kernel), 1 / torch.Size(kernel).numel(), dtype=torch.float64)
     return AffineOperator(weight, weight.new_zeros(channels), stride or kernel, (padding,) * axes, (1,) * axes, channels)
+
+
+def channelwise(channels, seed=0):
+    """Return an operator that scales and shifts each channel of an image, as batch norm does."""
+    return convolution(channels, channels, 1, groups=channels, seed=seed)
+
+
+def linear_layer(out_features, in_features):
+    """Return a linear layer with random numbers."""
+    return AffineOperator(normal(out_features, in_features, seed=0), normal(out_features, seed=1))

@@ -1,9 +1,9 @@
 """The algebra of linearised chains: affine operators that compose and add.
 
-An operator is a convolution written as numbers. A linear layer is one without spatial axes, a batch norm in eval mode and
-average pooling are depthwise ones, and a transposed convolution is one of an input between whose values zeros are inserted
-(Dumoulin and Visin, arXiv 1603.07285). Tap t of output position o reads position s·o + d·t − p of that input, from which
-composition in stride, dilation, padding and upsampling follows.
+Every operator is written as a convolution. A linear layer has no spatial axes. Batch norm in eval mode and average pooling
+are depthwise convolutions. A transposed convolution is a convolution of an input that has zeros inserted between its values
+(Dumoulin and Visin, arXiv 1603.07285). Tap t of output position o reads position s·o + d·t − p of that input, where s is the
+stride, d the dilation and p the padding. The rules of composition follow from this formula.
 """
 
 import itertools
@@ -18,7 +18,16 @@ from torch import Tensor
 
 
 class Axis(NamedTuple):
-    """What an operator does along one spatial axis; padding is how many zeros stand before and after, negative for a crop."""
+    """What an operator does along one spatial axis.
+
+    Attributes:
+        kernel: number of taps.
+        stride: distance between the input positions of two neighbouring outputs.
+        before: number of zeros before the input; a negative number cuts off positions.
+        after: number of zeros behind the input; a negative number cuts off positions.
+        dilation: distance between two neighbouring taps.
+        upsampling: distance between two input values once zeros are inserted between them.
+    """
 
     kernel: int
     stride: int = 1
@@ -29,11 +38,11 @@ class Axis(NamedTuple):
 
     @property
     def reach(self) -> int:
-        """From the first tap to the last."""
+        """Return the distance from the first tap to the last."""
         return (self.kernel - 1) * self.dilation
 
     def output_size(self, size: int) -> int:
-        """How many positions the output has for an input of that many."""
+        """Return the number of output positions for an input of that many positions."""
         stuffed = (size - 1) * self.upsampling + 1
         return (stuffed + self.before + self.after - self.reach - 1) // self.stride + 1
 
@@ -42,11 +51,18 @@ class Axis(NamedTuple):
 class AffineOperator:
     """A convolution over 0 (a linear layer), 1, 2 or 3 spatial axes of a zero-padded input.
 
-    weight is [out_channels, in_channels / groups, *kernel]; bias is [out_channels], or [out_channels, *output_size] where it
-    depends on the position. stride, padding, dilation and upsampling have one entry for each spatial axis; padding is the
-    number of zeros before and after, or one number for both. upsampling − 1 zeros are inserted between the input's values.
-    names are the paths of the modules that it was read from, in the order in which they are applied.
-    Channels are axis 1 of the input, or its last axis where there is no spatial axis.
+    Channels are axis 1 of the input, or its last axis if the operator has no spatial axes.
+
+    Attributes:
+        weight: [out_channels, in_channels / groups, *kernel].
+        bias: [out_channels], or [out_channels, *output_size] if it depends on the position.
+        stride: one number per spatial axis.
+        padding: one entry per spatial axis: the numbers of zeros before and after, or one number for both.
+        dilation: one number per spatial axis.
+        groups: number of groups of channels.
+        upsampling: one number per spatial axis; upsampling − 1 zeros are inserted between two values of the input.
+        names: paths of the modules that the operator was read from, in the order in which they are applied.
+        axes: the same geometry, one `Axis` per spatial axis.
     """
 
     weight: Tensor
@@ -60,7 +76,7 @@ class AffineOperator:
     axes: tuple[Axis, ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        """Raise ValueError where the parts do not belong to one operator."""
+        """Fill in the defaults, and raise ValueError if the parts do not belong to one operator."""
         kernel = self.weight.shape[2:]
         upsampling = self.upsampling or (1,) * len(kernel)
         if not len(self.stride) == len(self.padding) == len(self.dilation) == len(upsampling) == len(kernel):
@@ -75,38 +91,43 @@ class AffineOperator:
 
     @property
     def kernel(self) -> tuple[int, ...]:
-        """The number of taps along each spatial axis."""
+        """Return the number of taps along each spatial axis."""
         return tuple(self.weight.shape[2:])
 
     @property
     def in_channels(self) -> int:
-        """How many channels the input has."""
+        """Return the number of channels of the input."""
         return self.weight.shape[1] * self.groups
 
     @property
     def out_channels(self) -> int:
-        """How many channels the output has."""
+        """Return the number of channels of the output."""
         return self.weight.shape[0]
 
     @property
     def is_pointwise(self) -> bool:
-        """Whether each output position reads the input position that it has itself, and no other."""
+        """Return whether each output position reads only the input position with the same index."""
         return all(axis._replace(dilation=1) == Axis(1) for axis in self.axes)
 
     @property
     def is_channelwise(self) -> bool:
-        """Whether each output channel is one input channel, scaled and shifted."""
+        """Return whether each output channel is one input channel, scaled and shifted."""
         return self.is_pointwise and self.groups == self.in_channels == self.out_channels
 
     @property
     def is_average(self) -> bool:
-        """Whether this is average pooling: each output channel the mean of one input channel over the kernel."""
-        each = self.groups == self.in_channels == self.out_channels and self.bias.ndim == 1 and not self.is_pointwise
+        """Return whether this is average pooling: each output channel is the mean of one input channel over the kernel."""
+        depthwise = self.groups == self.in_channels == self.out_channels and self.bias.ndim == 1 and not self.is_pointwise
         dense = all(axis.upsampling == 1 and (axis.dilation == 1 or axis.kernel == 1) for axis in self.axes)
-        return each and dense and bool((self.weight == 1 / math.prod(self.kernel)).all()) and not self.bias.any()
+        return depthwise and dense and bool((self.weight == 1 / math.prod(self.kernel)).all()) and not self.bias.any()
+
+    @property
+    def reads_zeros(self) -> bool:
+        """Return whether the operator reads zeros that its input does not hold: from padding or from upsampling."""
+        return any(axis.before > 0 or axis.after > 0 or axis.upsampling > 1 for axis in self.axes)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Apply the operator to x: [batch, in_channels, *spatial], or [..., in_channels] without spatial axes."""
+        """Apply the operator to x: [batch, in_channels, *spatial], or [..., in_channels] if there are no spatial axes."""
         if not self.axes:
             return F.linear(x, self.dense_weight(), self.bias)
         convolution = (F.conv1d, F.conv2d, F.conv3d)[len(self.axes) - 1]
@@ -121,41 +142,43 @@ class AffineOperator:
             return x
         sizes = [(n - 1) * axis.upsampling + 1 for n, axis in zip(x.shape[-len(self.axes) :], self.axes, strict=True)]
         stuffed = x.new_zeros((*x.shape[: -len(self.axes)], *sizes))
-        places: Any = (..., *(slice(None, None, axis.upsampling) for axis in self.axes))
-        stuffed[places] = x
+        positions: Any = (..., *(slice(None, None, axis.upsampling) for axis in self.axes))
+        stuffed[positions] = x
         return stuffed
 
     def dense_weight(self) -> Tensor:
-        """The weight [out_channels, in_channels, *kernel] of the same operator with one group."""
+        """Return the weight [out_channels, in_channels, *kernel] of the same operator with one group."""
         return _blocks(self, 1)[0]
 
     def output_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """The shape of the output for an input of that shape."""
+        """Return the shape of the output for an input of that shape."""
         if not self.axes:
             return (*shape[:-1], self.out_channels)
         size = (axis.output_size(n) for n, axis in zip(shape[-len(self.axes) :], self.axes, strict=True))
         return (*shape[: -len(self.axes) - 1], self.out_channels, *size)
 
     def multiplications(self, shape: Sequence[int]) -> int:
-        """How many multiplications it costs for an input of that shape; those with inserted zeros do not count."""
+        """Count the multiplications for an input of that shape, except for those with inserted zeros."""
         inserted = math.prod(axis.upsampling for axis in self.axes)
         return math.prod(self.output_shape(shape)) * math.prod(self.weight.shape[1:]) // inserted
 
 
 def identity(channels: int, like: AffineOperator) -> AffineOperator:
-    """The operator that returns its input, with as many spatial axes as `like`, in its dtype and on its device."""
+    """Return the operator that returns its input, with the spatial axes, the dtype and the device of `like`."""
     axes = len(like.axes)
     weight = like.weight.new_ones((channels, 1) + (1,) * axes)
     return AffineOperator(weight, like.bias.new_zeros(channels), (1,) * axes, (0,) * axes, (1,) * axes, channels)
 
 
 def compose(first: AffineOperator, second: AffineOperator) -> AffineOperator:
-    """The operator x -> second(first(x)).
+    """Return the operator x -> second(first(x)).
 
-    Equal to the pair wherever no tap of `second` falls into its own padding. Elsewhere it adds the bias of `first` once too
-    often for each such tap, and that is all where what `first` would compute out there is zero (see `merging.right_positions`).
-    Groups are kept as far as both have them: the result has gcd(first.groups, second.groups).
-    Raises ValueError where one does not fit behind the other, or their composition is no convolution.
+    The result equals the pair wherever no tap of `second` reads a zero that `second` pads with or inserts. For each tap that
+    does, the result adds what `first` would compute at that position: its bias, and values of the input where it reaches
+    them from there (see `borders.valid_range`). The result has gcd(first.groups, second.groups) groups.
+
+    Raises:
+        ValueError: the shapes do not match, or the composition is not a convolution.
     """
     if first.out_channels != second.in_channels or len(first.axes) != len(second.axes):
         raise ValueError(f"{_describe(second)} cannot follow {_describe(first)}")
@@ -172,7 +195,7 @@ def compose(first: AffineOperator, second: AffineOperator) -> AffineOperator:
         weight[_window(first.kernel, offset, spread, dilation)] += _multiply(first, second.weight[at_tap], second.groups)
     summed = second.weight.reshape(second.groups, second.out_channels // second.groups, second.weight.shape[1], -1).sum(-1)
     through = torch.einsum("gom,gm->go", summed, first.bias.reshape(second.groups, -1))
-    return _along(weight, second.bias + through.flatten(), axes, groups, first.names + second.names)
+    return _from_axes(weight, second.bias + through.flatten(), axes, groups, first.names + second.names)
 
 
 def _compose_axes(first: Axis, second: Axis) -> Axis:
@@ -192,9 +215,10 @@ def _compose_axes(first: Axis, second: Axis) -> Axis:
 
 
 def add(left: AffineOperator, right: AffineOperator) -> AffineOperator:
-    """The operator x -> left(x) + right(x), exact at every position.
+    """Return the operator x -> left(x) + right(x), which is exact at every position.
 
-    Raises ValueError where the two do not give outputs of one size for every input size.
+    Raises:
+        ValueError: there are input sizes for which the outputs of the two differ in size.
     """
     channels_agree = left.in_channels == right.in_channels and left.out_channels == right.out_channels
     if not channels_agree or not all(_sizes_agree(*pair) for pair in zip(left.axes, right.axes, strict=True)):
@@ -207,7 +231,7 @@ def add(left: AffineOperator, right: AffineOperator) -> AffineOperator:
         offset = [(axis.before - own.before) // axis.dilation for axis, own in zip(axes, operator.axes, strict=True)]
         spread = [own.dilation for own in operator.axes]
         weight[_window(operator.kernel, offset, spread, [axis.dilation for axis in axes])] += block
-    return _along(weight.flatten(0, 1), left.bias + right.bias, axes, groups)
+    return _from_axes(weight.flatten(0, 1), left.bias + right.bias, axes, groups)
 
 
 def _sizes_agree(left: Axis, right: Axis) -> bool:
@@ -223,11 +247,8 @@ def _add_axes(left: Axis, right: Axis) -> Axis:
     return Axis(reach // dilation + 1, left.stride, before, after, dilation, left.upsampling)
 
 
-def _along(weight: Tensor, bias: Tensor, axes: Sequence[Axis], groups: int, names: tuple[str, ...] = ()) -> AffineOperator:
-    """The operator of a weight and a bias with the geometry of `axes`.
-
-    Raises ValueError for one that PyTorch has no operator for.
-    """
+def _from_axes(weight: Tensor, bias: Tensor, axes: Sequence[Axis], groups: int, names: tuple[str, ...] = ()) -> AffineOperator:
+    """Return the operator with that weight, bias and geometry; raise ValueError if PyTorch has no such operator."""
     if any(axis.upsampling > 1 for axis in axes):
         if any(axis.stride > 1 for axis in axes):
             raise ValueError("a strided and a transposed convolution: together they are no convolution")
@@ -245,9 +266,9 @@ def _is_transposed(axis: Axis) -> bool:
 
 
 def _multiply(first: AffineOperator, matrix: Tensor, matrix_groups: int) -> Tensor:
-    """The weight of `first` behind a grouped matrix [out, middle / matrix_groups]: [out, in / gcd of the groups, *kernel].
+    """Multiply the grouped matrix [out, middle / matrix_groups] by the weight of `first`: [out, in / gcd of groups, *kernel].
 
-    What is zero because of the groups is neither stored nor multiplied, so that depthwise convolutions stay small.
+    Entries that are zero because of the groups are neither stored nor multiplied, so that depthwise convolutions stay small.
     """
     groups = math.gcd(first.groups, matrix_groups)
     if first.groups == groups:
@@ -262,7 +283,7 @@ def _multiply(first: AffineOperator, matrix: Tensor, matrix_groups: int) -> Tens
 
 
 def _blocks(operator: AffineOperator, groups: int) -> Tensor:
-    """The weight as [groups, out / groups, in / groups, *kernel], for a number of groups that divides the operator's own."""
+    """Return the weight as [groups, out / groups, in / groups, *kernel]; groups must divide the groups of the operator."""
     ratio = operator.groups // groups
     out, in_ = operator.out_channels // operator.groups, operator.weight.shape[1]
     own = operator.weight.reshape(groups, ratio, out, in_, *operator.kernel)
@@ -271,12 +292,12 @@ def _blocks(operator: AffineOperator, groups: int) -> Tensor:
 
 
 def _common_step(k1: int, d1: int, k2: int, d2: int) -> int:
-    """The largest dilation on whose grid lie the taps of both kernels; 0 where both have one tap."""
+    """Return the largest dilation whose grid contains the taps of both kernels, or 0 if both have one tap."""
     return math.gcd(d1 if k1 > 1 else 0, d2 if k2 > 1 else 0)
 
 
 def _window(kernel: Sequence[int], offset: Sequence[int], spread: Sequence[int], dilation: Sequence[int]) -> tuple[Any, ...]:
-    """The index of a kernel's taps, `spread` apart, on the grid of a merged kernel, from an offset on."""
+    """Return the index of a kernel's taps in a merged kernel: `spread` positions apart, from `offset` on."""
     taps = (
         slice(start, start + (k - 1) * d // step + 1, d // step if k > 1 else 1)
         for start, k, d, step in zip(offset, kernel, spread, dilation, strict=True)

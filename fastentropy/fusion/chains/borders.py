@@ -1,4 +1,9 @@
-"""How far a merged operator differs from its chain near the border."""
+"""Where a merged operator differs from its chain near the border, and by how much.
+
+Zero padding inside a chain is not the zero padding of the merged operator. Where an operator reads its own padding, the chain
+reads zeros, and the merged operator reads what the operators before would compute there. If that is only their bias, the
+merged operator needs another bias at these positions (`zero_response`); otherwise they are recomputed (`border_strips`).
+"""
 
 import math
 from collections.abc import Sequence
@@ -11,34 +16,107 @@ from fastentropy.fusion.chains.affine import AffineOperator, Axis
 from fastentropy.fusion.chains.elements import BorderStrip, Chain, Sum, operators, run
 
 
-def has_border(chain: Chain, axis: int, of_zeros: bool) -> bool:
-    """Whether the merged operator differs at the borders of large inputs: in the bias alone, which zeros show, or in more."""
+class ValidRange(NamedTuple):
+    """The positions of a value, along one spatial axis, at which a merged operator is right.
+
+    Attributes:
+        start: the first of these positions.
+        stop: the first position behind them.
+        size: number of all positions of the value.
+        zero_before: whether the merged operator computes zeros before the first position, as padding has them.
+        zero_after: whether it computes zeros behind the last position.
+    """
+
+    start: int
+    stop: int
+    size: int
+    zero_before: bool = True
+    zero_after: bool = True
+
+    @property
+    def is_everything(self) -> bool:
+        """Return whether the merged operator is right at every position."""
+        return self.start <= 0 and self.stop >= self.size
+
+
+def valid_range(chain: Chain, axis: int, size: int, *, zero_input: bool = False) -> ValidRange:
+    """Return the output positions at which the merged operator equals the chain, for inputs of that size along an axis.
+
+    By default biases are ignored: at these positions the two may differ by a constant, which is the same for every input.
+    With `zero_input` only the biases count: at these positions the output for zeros is the same as far from the borders.
+    """
+    return _propagate(chain, axis, ValidRange(0, size, size), zero_input)
+
+
+def _propagate(chain: Chain, axis: int, valid: ValidRange, zero_input: bool) -> ValidRange:
+    for element in chain:
+        if isinstance(element, Sum):
+            ends = [_propagate(branch, axis, valid, zero_input) for branch in element.branches]
+            valid = ValidRange(
+                max(end.start for end in ends),
+                min(end.stop for end in ends),
+                ends[0].size,
+                all(end.zero_before for end in ends),
+                all(end.zero_after for end in ends),
+            )
+        elif isinstance(element, AffineOperator):
+            own = element.axes[axis]
+            if zero_input:  # for a zero input, all values are zero until a bias is added
+                stays_zero = [not element.bias.any()] * 2
+            else:
+                stays_zero = [margin >= own.reach for margin in (own.before, own.after)]
+            valid = _propagate_operator(own, valid, *stays_zero)
+    return valid
+
+
+def _propagate_operator(axis: Axis, valid: ValidRange, stays_zero_before: bool, stays_zero_after: bool) -> ValidRange:
+    """Return the range of the outputs that read valid positions only."""
+    stuffed = (valid.size - 1) * axis.upsampling + 1
+    first = (valid.start - 1) * axis.upsampling + 1 if valid.start else (None if valid.zero_before else 0)
+    last = valid.stop * axis.upsampling if valid.stop < valid.size else (None if valid.zero_after else stuffed)
+    size = axis.output_size(valid.size)
+    start = 0 if first is None else -(-(first + axis.before) // axis.stride)
+    stop = size if last is None else -(-(last + axis.before - axis.reach) // axis.stride)
+    return ValidRange(
+        min(max(start, 0), size),
+        min(max(stop, 0), size),
+        size,
+        valid.zero_before and stays_zero_before,
+        valid.zero_after and stays_zero_after,
+    )
+
+
+def differs_at_border(chain: Chain, axis: int, *, zero_input: bool) -> bool:
+    """Return whether the merged operator differs from the chain near the borders of large inputs.
+
+    `zero_input` is as in `valid_range`: with it the biases alone are compared, without it everything else.
+    """
     period = _stride(chain, axis)
-    readings = (_read(chain, axis, ValidRange(0, size, size), of_zeros) for size in range(1 << 20, (1 << 20) + period))
-    return any(reading.start > 0 or reading.stop < reading.size for reading in readings)
+    ranges = (valid_range(chain, axis, size, zero_input=zero_input) for size in range(1 << 20, (1 << 20) + period))
+    return not all(valid.is_everything for valid in ranges)
 
 
 def zero_response(chain: Chain, spatial_size: Sequence[int]) -> Tensor:
-    """What a chain with spatial axes answers to zeros of that size: [out_channels, *output_size].
+    """Return the output of a chain with spatial axes for zeros of that size: [out_channels, *output_size].
 
-    Away from the borders it is constant, so a smaller input is asked, and its answer stretched.
+    Away from the borders the output is constant. The chain therefore runs on a smaller input, and its output is stretched.
     """
     first = operators(chain)[0]
-    pairs = [_smaller(chain, axis, size) for axis, size in enumerate(spatial_size)]
+    pairs = [_smaller_size(chain, axis, size) for axis, size in enumerate(spatial_size)]
     response = run(chain, first.bias.new_zeros((1, first.in_channels, *(size for size, _ in pairs))))[0]
     for axis, (_, positions) in enumerate(pairs, 1):
         response = response.index_select(axis, positions.to(response.device))
     return response
 
 
-def _smaller(chain: Chain, axis: int, size: int) -> tuple[int, Tensor]:
-    """The smallest input with the same borders, and at which of its outputs each output of the given size is to be found."""
+def _smaller_size(chain: Chain, axis: int, size: int) -> tuple[int, Tensor]:
+    """Return the smallest size with the same borders, and for each output of `size` the equal output of the smaller size."""
     period = _stride(chain, axis)
-    output = _length(chain, axis, size)
+    output = _output_size(chain, axis, size)
     if all(operator.axes[axis].upsampling == 1 for operator in operators(chain)):
         for smaller in range(size % period or period, size, period):
-            start, stop, length = _read(chain, axis, ValidRange(0, smaller, smaller), of_zeros=True)[:3]
-            if _length(chain, axis, smaller) and start < stop:
+            start, stop, length = valid_range(chain, axis, smaller, zero_input=True)[:3]
+            if _output_size(chain, axis, smaller) and start < stop:
                 before, after = torch.arange(start), torch.arange(stop, length)
                 inside = torch.full((output - len(before) - len(after),), start)
                 return smaller, torch.cat([before, inside, after])
@@ -46,74 +124,19 @@ def _smaller(chain: Chain, axis: int, size: int) -> tuple[int, Tensor]:
 
 
 def _stride(chain: Chain, axis: int) -> int:
-    """The product of all strides along an axis: borders of inputs whose sizes differ by a multiple of it are alike."""
+    """Return the product of all strides along an axis: sizes that differ by a multiple of it have the same borders."""
     return math.prod(operator.axes[axis].stride for operator in operators(chain))
 
 
-class ValidRange(NamedTuple):
-    """Along one axis, the positions of a value at which a merged operator is right.
-
-    They are [start, stop) of size; before and after tell whether what it would compute beyond the ends is zero, as padding is.
-    Of an input of zeros, that is so until a bias is added.
-    """
-
-    start: int
-    stop: int
-    size: int
-    before: bool = True
-    after: bool = True
-
-
-def right_positions(chain: Chain, axis: int, size: int) -> tuple[int, int, int]:
-    """From where to where along a spatial axis the merged operator equals the chain but for its bias, and the output's size."""
-    reading = _read(chain, axis, ValidRange(0, size, size))
-    return reading.start, reading.stop, reading.size
-
-
-def _read(chain: Chain, axis: int, reading: ValidRange, of_zeros: bool = False) -> ValidRange:
-    for element in chain:
-        if isinstance(element, Sum):
-            ends = [_read(branch, axis, reading, of_zeros) for branch in element.branches]
-            reading = ValidRange(
-                max(end.start for end in ends),
-                min(end.stop for end in ends),
-                ends[0].size,
-                all(end.before for end in ends),
-                all(end.after for end in ends),
-            )
-        elif isinstance(element, AffineOperator):
-            own = element.axes[axis]
-            no_bias = of_zeros and not element.bias.any()
-            before, after = (no_bias if of_zeros else margin >= own.reach for margin in (own.before, own.after))
-            reading = _read_operator(own, reading, before, after)
-    return reading
-
-
-def _read_operator(axis: Axis, reading: ValidRange, before: bool, after: bool) -> ValidRange:
-    """The first output that reads no wrong position, and the first after it that does."""
-    stuffed = (reading.size - 1) * axis.upsampling + 1
-    first = (reading.start - 1) * axis.upsampling + 1 if reading.start else (None if reading.before else 0)
-    last = reading.stop * axis.upsampling if reading.stop < reading.size else (None if reading.after else stuffed)
-    size = axis.output_size(reading.size)
-    start = 0 if first is None else -(-(first + axis.before) // axis.stride)
-    stop = size if last is None else -(-(last + axis.before - axis.reach) // axis.stride)
-    return ValidRange(
-        min(max(start, 0), size),
-        min(max(stop, 0), size),
-        size,
-        reading.before and before,
-        reading.after and after,
-    )
-
-
 def border_strips(chain: Chain, spatial_size: Sequence[int]) -> tuple[BorderStrip, ...]:
-    """Where a merged operator differs from the chain by more than its bias: strips along the borders, empty if nowhere.
+    """Return the strips along the borders where a merged operator differs from the chain by more than its bias.
 
-    Raises ValueError where nothing is left between them.
+    Raises:
+        ValueError: no position is left between the strips.
     """
     strips = []
     for axis, size in enumerate(spatial_size):
-        start, stop, output = right_positions(chain, axis, size)
+        start, stop, output = valid_range(chain, axis, size)[:3]
         if (start or stop < output) and start >= stop:
             raise ValueError("inner zero padding: one operator would be wrong at every position of so small an input")
         if start:
@@ -124,35 +147,35 @@ def border_strips(chain: Chain, spatial_size: Sequence[int]) -> tuple[BorderStri
 
 
 def _leading_strip(chain: Chain, axis: int, size: int, stop: int) -> BorderStrip:
-    """The outputs [0, stop), from as little of the input as they read."""
+    """Return the strip of outputs [0, stop), with the least part of the input that they need."""
     needed = min(max(_last_read(chain, axis, stop - 1) + 1, 1), size)
-    while needed < size and _length(chain, axis, needed) < stop:
+    while needed < size and _output_size(chain, axis, needed) < stop:
         needed += 1
     return BorderStrip(axis, (0, stop), (0, needed), (0, stop))
 
 
 def _trailing_strip(chain: Chain, axis: int, size: int, start: int, output: int) -> BorderStrip:
-    """The outputs [start, output), from an input that begins at a multiple of the stride, so that positions correspond."""
+    """Return the strip of outputs [start, output); its input begins at a multiple of the stride, to keep positions aligned."""
     stride = _stride(chain, axis)
     begin = min(max(_first_read(chain, axis, start), 0), size - 1) // stride * stride
-    while begin and _length(chain, axis, size - begin) < output - start:
+    while begin and _output_size(chain, axis, size - begin) < output - start:
         begin -= stride
-    length = _length(chain, axis, size - begin)
+    length = _output_size(chain, axis, size - begin)
     return BorderStrip(axis, (start, output), (begin, size), (length - (output - start), length))
 
 
-def _length(chain: Chain, axis: int, size: int) -> int:
-    """How many outputs an input of that size has; 0 where something in between would have no position."""
+def _output_size(chain: Chain, axis: int, size: int) -> int:
+    """Return the number of outputs for an input of that size, or 0 if a value inside of the chain has no position."""
     for element in chain:
         if isinstance(element, Sum):
-            size = min(_length(branch, axis, size) for branch in element.branches)
+            size = min(_output_size(branch, axis, size) for branch in element.branches)
         elif isinstance(element, AffineOperator):
             size = max(element.axes[axis].output_size(size), 0) if size else 0
     return size
 
 
 def _last_read(chain: Chain, axis: int, position: int) -> int:
-    """The last input position without which an output position would not be there, or not be right."""
+    """Return the last input position that an output position needs to exist and to be right."""
     for element in reversed(chain):
         if isinstance(element, Sum):
             position = max(_last_read(branch, axis, position) for branch in element.branches)
@@ -163,7 +186,7 @@ def _last_read(chain: Chain, axis: int, position: int) -> int:
 
 
 def _first_read(chain: Chain, axis: int, position: int) -> int:
-    """The first input position without which an output position would not be there, or not be right."""
+    """Return the first input position that an output position needs to exist and to be right."""
     for element in reversed(chain):
         if isinstance(element, Sum):
             position = min(_first_read(branch, axis, position) for branch in element.branches)

@@ -1,4 +1,4 @@
-"""What chains are made of, besides affine operators: how each element runs, the shape that it gives, and what it costs."""
+"""What chains consist of besides affine operators: how each element runs, its output shape and its cost."""
 
 import itertools
 import math
@@ -11,21 +11,30 @@ from torch import Tensor, nn
 
 from fastentropy.fusion.chains.affine import AffineOperator
 
+#: One step of a chain.
 Element: TypeAlias = "AffineOperator | Sum | BorderCorrected | TapBiased | FusedPair | Flatten | Activation"
+
+#: Elements that are applied one after the other.
 Chain: TypeAlias = "tuple[Element, ...]"
 
 
 @dataclass(frozen=True, eq=False)
 class Sum:
-    """Branches that start at the same value and are added; an empty branch is the value itself."""
+    """The sum of branches that start at the same value; an empty branch is the value itself."""
 
     branches: tuple[Chain, ...]
 
 
 class BorderStrip(NamedTuple):
-    """Positions of an output along one spatial axis, and of the input that they are recomputed from; ends are exclusive.
+    """Output positions along one spatial axis that are recomputed from a part of the input.
 
-    `kept` are the same positions in the output for just that input.
+    All ranges are (start, stop).
+
+    Attributes:
+        axis: index of the spatial axis.
+        output: the positions in the whole output.
+        input: the positions of the input that they are computed from.
+        kept: the same positions in the output for that part of the input.
     """
 
     axis: int
@@ -36,7 +45,7 @@ class BorderStrip(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class BorderCorrected:
-    """A merged operator whose outputs near the border are recomputed by the chain that it stands for."""
+    """A merged operator whose outputs near the border are recomputed by the chain that it replaces."""
 
     interior: AffineOperator
     chain: Chain
@@ -45,10 +54,13 @@ class BorderCorrected:
 
 @dataclass(frozen=True, eq=False)
 class TapBiased:
-    """A merged operator each of whose taps adds a bias of its own, but for the taps that fall into the padding.
+    """A merged operator with a bias per tap, which is left out where the tap falls into the padding.
 
-    tap_bias is [out_channels, *kernel]: what the bias of an operator that was merged into this one adds through each tap.
     It is exact for inputs of every size.
+
+    Attributes:
+        operator: the merged operator without these biases.
+        tap_bias: [out_channels, *kernel]: what the bias of an operator that was merged into this one adds through each tap.
     """
 
     operator: AffineOperator
@@ -56,16 +68,20 @@ class TapBiased:
 
     @property
     def mask(self) -> AffineOperator:
-        """The operator that gives, of an image of ones, what the taps add at each position."""
+        """Return the operator that maps an image of ones, with one channel, to what the taps add at each position."""
         weight, bias = self.tap_bias.unsqueeze(1), torch.zeros_like(self.operator.bias)
         return replace(self.operator, weight=weight, bias=bias, groups=1)
 
 
 @dataclass(frozen=True, eq=False)
 class FusedPair:
-    """Two operators that run in one kernel, named in `fastentropy_kernels`: what is between them never leaves the chip.
+    """Two operators that run in one kernel, so that the values between them never leave the chip.
 
-    With `adds_input`, the kernel adds its input to what it gives.
+    Attributes:
+        name: name of the kernel in `fastentropy_kernels`.
+        first: the operator that is applied first.
+        second: the operator that is applied to the output of the first.
+        adds_input: whether the kernel adds its input to its output.
     """
 
     name: str
@@ -76,19 +92,19 @@ class FusedPair:
 
 @dataclass(frozen=True)
 class Flatten:
-    """Channels and positions become features; the last element of a chain, if any."""
+    """Flattens channels and positions into features; only ever the last element of a chain."""
 
 
 @dataclass(frozen=True, eq=False)
 class Activation:
-    """An activation that may be removed, by the name of its site; chains have it only where `find_chains` was told of it."""
+    """An activation that may be removed, with the name of its site; only if `find_chains` was given activations."""
 
     name: str
     module: nn.Module
 
 
 class Cost(NamedTuple):
-    """What a form of a chain asks of a machine, for one call: multiplications, and bytes read and written."""
+    """Multiplications of one call, and bytes that it reads and writes."""
 
     multiplications: int
     bytes: int
@@ -138,7 +154,7 @@ def _cut(x: Tensor, axis: int, positions: tuple[int, int]) -> Tensor:
 
 
 def output_shape(chain: Chain, shape: Sequence[int]) -> tuple[int, ...]:
-    """The shape of a chain's output for an input of that shape."""
+    """Return the shape of a chain's output for an input of that shape."""
     for element in chain:
         match element:
             case Sum(branches):
@@ -157,12 +173,15 @@ def output_shape(chain: Chain, shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def cost(chain: Chain, shape: Sequence[int], itemsize: int) -> Cost:
-    """What a chain costs for an input of that shape, each operator reading its input and weights and writing its output."""
+    """Count what a chain costs for an input of that shape and a number of bytes per value.
+
+    Each operator reads its input and its weights, and writes its output.
+    """
     costs = []
     for element in chain:
         costs += list(_costs(element, shape, itemsize))
         shape = output_shape((element,), shape)
-    return Cost(*(sum(each) for each in zip(*costs, strict=True))) if costs else Cost(0, 0)
+    return Cost(*map(sum, zip(*costs, strict=True))) if costs else Cost(0, 0)
 
 
 def _costs(element: Element, shape: Sequence[int], itemsize: int) -> Iterator[Cost]:
@@ -200,7 +219,7 @@ def _operator_cost(operator: AffineOperator, shape: Sequence[int], itemsize: int
 
 
 def operators(chain: Chain) -> list[AffineOperator]:
-    """All operators of a chain, those of its branches and borders included."""
+    """Return all operators of a chain, including those of its branches and of its borders."""
     return list(itertools.chain.from_iterable(map(_operators, chain)))
 
 
@@ -221,5 +240,5 @@ def _operators(element: Element) -> list[AffineOperator]:
 
 
 def spatial_size(chain: Chain, x: Tensor) -> torch.Size:
-    """The sizes of the spatial axes of a chain's input."""
+    """Return the sizes of the spatial axes of x, the input of a chain."""
     return x.shape[x.ndim - len(operators(chain)[0].axes) :]

@@ -1,7 +1,7 @@
-"""Chains rewritten with the same function: batch norm folded, several operators merged into one, pools moved forward.
+"""Merge a chain into one operator that computes the same at every position.
 
-Zero padding inside of a chain is not the zero padding of the merged operator. Where what comes before it is pointwise,
-only the bias differs near the border, and it becomes a map of the positions; elsewhere the border is recomputed.
+Only near the border does composing the operators not suffice. If the operators before an inner padding are pointwise, only
+the bias differs there, and it becomes a map of the positions. Otherwise the chain recomputes its border (see `borders`).
 """
 
 from collections.abc import Callable, Sequence
@@ -11,17 +11,11 @@ from typing import Any, Literal, TypeAlias
 import torch
 
 from fastentropy.fusion.chains.affine import AffineOperator, add, compose, identity
-from fastentropy.fusion.chains.borders import border_strips, has_border, zero_response
-from fastentropy.fusion.chains.elements import (
-    BorderCorrected,
-    Chain,
-    Element,
-    Flatten,
-    Sum,
-    TapBiased,
-)
-from fastentropy.fusion.chains.passes import pads, without_residual
+from fastentropy.fusion.chains.borders import border_strips, differs_at_border, zero_response
+from fastentropy.fusion.chains.elements import BorderCorrected, Chain, Element, Flatten, Sum, TapBiased
+from fastentropy.fusion.chains.passes import split_residual
 
+#: "exact": equal at every position. "train": another function near the border, for those who train the result.
 Borders: TypeAlias = Literal["exact", "train"]
 
 
@@ -31,14 +25,21 @@ def merge(
     borders: Borders = "exact",
     composed: Callable[[Chain], AffineOperator] | None = None,
 ) -> Chain:
-    """One operator for the whole chain, equal to it at every position for inputs of that spatial size, or of any if None.
+    """Merge a chain into one operator that equals it at every position; a `Flatten` at the end stays.
 
-    Its bias is what the chain answers to zeros; near a border that can differ from place to place. Where more than the bias
-    differs there, the border is recomputed by the chain. A `Flatten` at the end stays.
-    With `borders="train"` all zero padding moves to where the chain begins, as in the literature (Fu et al., ICML 2022; Kim
-    et al., ICML 2023 and 2024): another function near the border, for those who train it afterwards.
-    composed gives the operator of a chain; with `placeholder_weights` the result is for timing only.
-    Raises ValueError, with the reason, where that cannot be.
+    The bias is the output of the chain for zeros, and becomes a map where it differs near the border. Where more than the
+    bias differs, the chain recomputes its border.
+
+    Args:
+        chain: what to merge.
+        spatial_size: the spatial size of the inputs, or None if they may have any size.
+        borders: with "train", all zero padding moves to the front of the chain, as in the literature (Fu et al., ICML 2022;
+            Kim et al., ICML 2023 and 2024). This is another function near the border.
+        composed: makes the operator of a chain; the default is `compose_chain`. With `placeholder_weights` the result is good
+            for timing only.
+
+    Raises:
+        ValueError: the chain cannot be merged; the message is the reason.
     """
     body = chain[:-1] if isinstance(chain[-1], Flatten) else chain
     merged, tail = (composed or compose_chain)(body), chain[len(body) :]
@@ -60,43 +61,44 @@ def merge(
 
 def _for_every_size(chain: Chain, merged: AffineOperator) -> Element:
     axes = range(len(merged.axes))
-    if any(has_border(chain, axis, of_zeros=False) for axis in axes):
+    if any(differs_at_border(chain, axis, zero_input=False) for axis in axes):
         raise ValueError("inner zero padding: where the border is depends on the size, which is free")
-    return with_tap_bias(chain) if any(has_border(chain, axis, of_zeros=True) for axis in axes) else merged
+    return with_tap_bias(chain) if any(differs_at_border(chain, axis, zero_input=True) for axis in axes) else merged
 
 
 def crop_kernel(operator: AffineOperator, spatial_size: Sequence[int]) -> AffineOperator:
-    """The operator without the taps that only ever read padding, where its output has a single position."""
+    """Drop the taps that read nothing but padding, if the output for that spatial size has a single position."""
     single = all(axis.output_size(size) == 1 for axis, size in zip(operator.axes, spatial_size, strict=True))
     if not operator.axes or not single or any(axis.upsampling > 1 for axis in operator.axes):
         return operator
     weight = operator.weight.new_zeros((*operator.weight.shape[:2], *spatial_size))
-    read = [
+    inside = [
         [tap for tap in range(axis.kernel) if 0 <= tap * axis.dilation - axis.before < size]
         for axis, size in zip(operator.axes, spatial_size, strict=True)
     ]
-    if all(read):
-        taps: Any = (..., *(slice(each[0], each[-1] + 1) for each in read))
-        starts = [each[0] * axis.dilation - axis.before for each, axis in zip(read, operator.axes, strict=True)]
-        places: Any = (..., *(slice(n, None, a.dilation) for n, a in zip(starts, operator.axes, strict=True)))
-        weight[places][tuple(slice(0, n) for n in operator.weight[taps].shape)] = operator.weight[taps]
+    if all(inside):
+        taps: Any = (..., *(slice(each[0], each[-1] + 1) for each in inside))
+        starts = [each[0] * axis.dilation - axis.before for each, axis in zip(inside, operator.axes, strict=True)]
+        positions: Any = (..., *(slice(n, None, a.dilation) for n, a in zip(starts, operator.axes, strict=True)))
+        weight[positions][tuple(slice(0, n) for n in operator.weight[taps].shape)] = operator.weight[taps]
     ones = (1,) * len(operator.axes)
     bias = operator.bias.flatten(1)[:, 0] if operator.bias.ndim > 1 else operator.bias
     return AffineOperator(weight, bias, ones, (0,) * len(ones), ones, operator.groups)
 
 
 def compose_chain(chain: Chain) -> AffineOperator:
-    """The composition of all elements of a chain, exact but for the borders.
+    """Compose all elements of a chain into one operator, which is exact except at the borders.
 
-    Raises ValueError where it is no operator.
+    Raises:
+        ValueError: the composition is not an operator.
     """
-    merged, *others = (_add_all(element) for element in chain)
+    merged, *others = (_add_branches(element) for element in chain)
     for operator in others:
         merged = compose(merged, operator)
     return merged
 
 
-def _add_all(element: Element) -> AffineOperator:
+def _add_branches(element: Element) -> AffineOperator:
     if not isinstance(element, Sum):
         assert isinstance(element, AffineOperator)
         return element
@@ -109,22 +111,23 @@ def _add_all(element: Element) -> AffineOperator:
 
 
 def composed_shape(chain: Chain) -> AffineOperator:
-    """The composition of a chain without memory, on the meta device: its sizes are known before it is paid for.
+    """Return `compose_chain` of a chain on the meta device: its sizes, without memory or arithmetic.
 
-    Raises ValueError where it is no operator.
+    Raises:
+        ValueError: the composition is not an operator.
     """
     return compose_chain(_with_each(chain, _on_meta))
 
 
 def placeholder_weights(chain: Chain) -> AffineOperator:
-    """The composition of a chain with zeros in place of its weight, which would cost more to compose than to time."""
+    """Return `compose_chain` of a chain with zeros as its weight: composing the weight would take longer than timing it."""
     shape, bias = composed_shape(chain), compose_chain(_with_each(chain, _without_extent)).bias
     weight = torch.zeros(shape.weight.shape, dtype=torch.float32, device=bias.device)
     return replace(shape, weight=weight, bias=bias)
 
 
 def _with_each(chain: Chain, change: Callable[[AffineOperator], AffineOperator]) -> Chain:
-    """A chain with each of its operators changed, those of branches too."""
+    """Change each operator of a chain, those in branches too."""
 
     def changed(element: Element) -> Element:
         if isinstance(element, Sum):
@@ -140,31 +143,34 @@ def _on_meta(operator: AffineOperator) -> AffineOperator:
 
 
 def _without_extent(operator: AffineOperator) -> AffineOperator:
-    """An operator with a single tap, the sum of the taps of another: of what is constant, it gives the same."""
+    """Sum the taps of an operator into one: for a constant input, the output is the same."""
     weight = operator.weight.flatten(2).sum(2) if operator.axes else operator.weight
     return AffineOperator(weight, operator.bias, groups=operator.groups)
 
 
 def with_tap_bias(chain: Chain) -> TapBiased:
-    """One operator for pointwise operators and what follows them, or for these and the value itself: exact at every size.
+    """Merge pointwise operators and the operators behind them into one that is exact at every size.
 
-    Raises ValueError for another chain, or where what follows has zero padding inside.
+    The chain may also be a residual block whose branch is such a chain.
+
+    Raises:
+        ValueError: the chain is not of that kind, or an operator behind the first padded one reads zeros.
     """
-    body, adds_value = without_residual(chain)
+    body, adds_input = split_residual(chain)
     count = next((index for index, element in enumerate(body) if not _is_pointwise(element)), len(body))
     if not 0 < count < len(body):
         raise ValueError("no pointwise operators with others behind them")
     head, (padded, *others) = compose_chain(body[:count]), body[count:]
-    if isinstance(padded, Sum) or not all(isinstance(each, AffineOperator) and not pads(each) for each in others):
+    if isinstance(padded, Sum) or not all(isinstance(each, AffineOperator) and not each.reads_zeros for each in others):
         raise ValueError("inner zero padding: more than a bias differs at the border")
     rest = compose_chain((padded, *others))
     grouped = rest.weight.reshape(rest.groups, -1, *rest.weight.shape[1:])
     tap_bias = torch.einsum("goi...,gi->go...", grouped, head.bias.reshape(rest.groups, -1)).flatten(0, 1)
     merged = replace(compose(head, rest), bias=rest.bias)
-    if adds_value:
+    if adds_input:
         whole = add(merged, identity(merged.in_channels, merged))
         if whole.axes != merged.axes:
-            raise ValueError("the value itself reads beyond the taps of the merged operator")
+            raise ValueError("the added input is read beyond the taps of the merged operator")
         merged = whole
     return TapBiased(merged, tap_bias)
 

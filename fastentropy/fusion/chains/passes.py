@@ -1,6 +1,5 @@
-"""Rewrites of a chain that keep it a chain: folding, moving pools, choosing fused kernels."""
+"""Rewrites of a chain that keep its function: fold batch norm, move pools forward, run pairs of operators in one kernel."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 from fastentropy.fusion.chains.affine import AffineOperator, compose
@@ -15,52 +14,52 @@ def fold(chain: Chain) -> Chain:
         previous = folded[-1] if folded else None
         if isinstance(element, Sum):
             folded.append(Sum(tuple(fold(branch) for branch in element.branches)))
-        elif isinstance(previous, AffineOperator) and isinstance(element, AffineOperator) and _folds(previous, element):
+        elif isinstance(previous, AffineOperator) and isinstance(element, AffineOperator) and _can_fold(previous, element):
             folded[-1] = compose(previous, element)
         else:
             folded.append(element)
     return tuple(folded)
 
 
-def _folds(first: AffineOperator, second: AffineOperator) -> bool:
-    """Whether one of two operators is a scale that the other can take, at the border too; an average stays one."""
+def _can_fold(first: AffineOperator, second: AffineOperator) -> bool:
+    """Return whether one operator is a scale that the other can take, at the border too; average pooling takes none."""
     if first.is_average or second.is_average:
         return False
-    return second.is_channelwise or (first.is_channelwise and not pads(second))
+    return second.is_channelwise or (first.is_channelwise and not second.reads_zeros)
 
 
 def move_pools_forward(chain: Chain) -> Chain:
-    """The chain with every unpadded average pooling moved before the pointwise operators that it follows.
+    """Move every unpadded average pooling before the pointwise operators that it follows.
 
-    A mean of affine values is the affine value of the mean.
+    This keeps the function, because the mean of affine values is the affine value of the mean.
     """
     moved: list[Element] = []
     for element in chain:
-        place = len(moved)
+        position = len(moved)
         if isinstance(element, AffineOperator) and element.is_average and not _is_padded(element):
-            while place and (pointwise := _pointwise_before(moved, place)):
-                element, place = _average_of(element, pointwise.in_channels), place - 1
-        moved.insert(place, element)
+            while position and (pointwise := _as_pointwise(moved[position - 1])):
+                element, position = _with_channels(element, pointwise.in_channels), position - 1
+        moved.insert(position, element)
     return tuple(moved)
-
-
-def _pointwise_before(moved: Sequence[Element], place: int) -> AffineOperator | None:
-    before = moved[place - 1]
-    return before if isinstance(before, AffineOperator) and before.is_pointwise and before.bias.ndim == 1 else None
-
-
-def _average_of(pool: AffineOperator, channels: int) -> AffineOperator:
-    """The same pooling for another number of channels."""
-    weight = pool.weight[:1].expand(channels, *pool.weight.shape[1:]).contiguous()
-    return replace(pool, weight=weight, bias=pool.bias.new_zeros(channels), groups=channels)
 
 
 def _is_padded(operator: AffineOperator) -> bool:
     return any(axis.before or axis.after for axis in operator.axes)
 
 
-def without_residual(chain: Chain) -> tuple[Chain, bool]:
-    """A chain, or the branch of a chain that only adds a branch to the value itself."""
+def _as_pointwise(element: Element) -> AffineOperator | None:
+    """Return the element if it is a pointwise operator without a bias map."""
+    return element if isinstance(element, AffineOperator) and element.is_pointwise and element.bias.ndim == 1 else None
+
+
+def _with_channels(pool: AffineOperator, channels: int) -> AffineOperator:
+    """Return the same pooling for another number of channels."""
+    weight = pool.weight[:1].expand(channels, *pool.weight.shape[1:]).contiguous()
+    return replace(pool, weight=weight, bias=pool.bias.new_zeros(channels), groups=channels)
+
+
+def split_residual(chain: Chain) -> tuple[Chain, bool]:
+    """Return the branch of a chain that only adds one branch to its input, and True; any other chain as it is, and False."""
     if len(chain) == 1 and isinstance(chain[0], Sum):
         branches = [branch for branch in chain[0].branches if branch]
         if len(branches) == 1 and len(chain[0].branches) == 2:
@@ -68,38 +67,35 @@ def without_residual(chain: Chain) -> tuple[Chain, bool]:
     return chain, False
 
 
-def pads(operator: AffineOperator) -> bool:
-    """Return whether an operator reads zeros that its input does not hold: padding, or those that upsampling inserts."""
-    return any(axis.before > 0 or axis.after > 0 or axis.upsampling > 1 for axis in operator.axes)
-
-
 def fuse_pairs(chain: Chain) -> Chain:
-    """The chain with each pair of neighbours that a fused kernel computes in one, and the input that is added to it."""
+    """Replace neighbouring operators by a `FusedPair` wherever a kernel computes both, with the input that is added to it."""
     paired: list[Element] = []
     for element in chain:
         previous = paired[-1] if paired else None
-        if isinstance(previous, AffineOperator) and (kernel := _kernel(previous, element)):
-            paired[-1] = kernel
+        if isinstance(previous, AffineOperator) and (pair := _fused_pair(previous, element)):
+            paired[-1] = pair
         else:
-            paired.append(_kernels_of_branches(element) if isinstance(element, Sum) else element)
+            paired.append(_fuse_in_branches(element) if isinstance(element, Sum) else element)
     return tuple(paired)
 
 
-def _kernels_of_branches(element: Sum) -> Element:
+def _fuse_in_branches(element: Sum) -> Element:
     branches = tuple(fuse_pairs(branch) for branch in element.branches)
-    body, adds_value = without_residual((Sum(branches),))
-    if adds_value and len(body) == 1 and isinstance(body[0], FusedPair):
+    body, adds_input = split_residual((Sum(branches),))
+    if adds_input and len(body) == 1 and isinstance(body[0], FusedPair):
         return replace(body[0], adds_input=True)
     return element if branches == element.branches else Sum(branches)
 
 
-def _kernel(first: AffineOperator, second: Element) -> FusedPair | None:
-    """The kernel of `fastentropy_kernels` that computes one operator after the other, if there is one."""
+def _fused_pair(first: AffineOperator, second: Element) -> FusedPair | None:
+    """Return both operators as one kernel of `fastentropy_kernels`, or None if there is no kernel for them."""
     if not isinstance(second, AffineOperator) or first.bias.ndim > 1 or second.bias.ndim > 1:
         return None
     if not first.axes:
         return FusedPair("linear_pair", first, second) if first.out_channels <= MOST_MIDDLES else None
-    plain = all(axis.upsampling == 1 and axis.before == axis.after >= 0 for axis in first.axes)
-    spread = first.groups in (1, first.in_channels) and (first.groups == 1 or first.in_channels == first.out_channels)
+    symmetric = all(axis.upsampling == 1 and axis.before == axis.after >= 0 for axis in first.axes)
+    dense_or_depthwise = first.groups == 1 or first.groups == first.in_channels == first.out_channels
     pointwise = second.is_pointwise and second.groups == 1
-    return FusedPair("conv_pointwise", first, second) if len(first.axes) == 2 and plain and spread and pointwise else None
+    if len(first.axes) == 2 and symmetric and dense_or_depthwise and pointwise:
+        return FusedPair("conv_pointwise", first, second)
+    return None

@@ -20,7 +20,7 @@ from tests._helpers.operators import (
     convolutions,
     normal,
     pairs,
-    plain,
+    pytorch_output,
     size_after,
 )
 
@@ -49,7 +49,7 @@ def test_an_operator_runs_as_its_numbers_say(data, axes):
     size = [data.draw(st.integers(1, 7)) for _ in range(axes)]
     assume(all(size_after(operator, size)))
     x = normal(2, operator.in_channels, *size, seed=data.draw(SEEDS))
-    close(operator(x), plain(operator, x))
+    close(operator(x), pytorch_output(operator, x))
 
 
 @settings(max_examples=60)
@@ -83,7 +83,7 @@ def test_a_convolution_may_have_no_batch(data, axes):
     size = [data.draw(st.integers(1, 6)) for _ in range(axes)]
     assume(all(size_after(operator, size)))
     x = normal(2, *size, seed=data.draw(SEEDS))
-    close(operator(x), plain(operator, x[None])[0])
+    close(operator(x), pytorch_output(operator, x[None])[0])
     assert operator.output_shape(x.shape) == operator(x).shape
 
 
@@ -94,7 +94,7 @@ def test_the_output_shape_is_that_of_the_output(data, axes):
     size = [data.draw(st.integers(1, 9)) for _ in range(axes)]
     assume(all(size_after(operator, size)))
     shape = (3, 2, *size) if axes else (3, 5, 2)
-    assert operator.output_shape(shape) == plain(operator, torch.zeros(shape).double()).shape
+    assert operator.output_shape(shape) == pytorch_output(operator, torch.zeros(shape).double()).shape
 
 
 @settings(max_examples=100)
@@ -103,7 +103,7 @@ def test_composition_equals_the_pair_wherever_no_padding_lies_between(pair):
     first, second, x = pair
     if max(second.upsampling, default=1) > 1:  # nor an inserted zero
         first = replace(first, bias=torch.zeros_like(first.bias))
-    actual, expected = plain(composed(first, second), x), plain(second, plain(first, x))
+    actual, expected = pytorch_output(composed(first, second), x), pytorch_output(second, pytorch_output(first, x))
     assert actual.shape == expected.shape == compose(first, second).output_shape(x.shape)
     for axis, positions in enumerate(interior(first, second, x), 2):
         actual, expected = (y.index_select(axis, torch.tensor(positions, dtype=torch.int64)) for y in (actual, expected))
@@ -118,7 +118,7 @@ def test_without_padding_between_the_linear_parts_compose_everywhere(pair):
     second = replace(second, padding=(0,) * len(second.stride))
     middle = size_after(first, x.shape[2:])
     assume(all(middle) and all(size_after(second, middle)))
-    close(plain(composed(first, second), x), plain(second, plain(first, x)))
+    close(pytorch_output(composed(first, second), x), pytorch_output(second, pytorch_output(first, x)))
 
 
 @settings(max_examples=60)
@@ -166,7 +166,7 @@ def test_a_sum_equals_both_outputs_added_everywhere(drawn):
         assert max(left.upsampling) > 1
         assert re.search(NO_CONVOLUTION, reason)
     else:
-        close(plain(total, x), plain(left, x) + plain(right, x))
+        close(pytorch_output(total, x), pytorch_output(left, x) + pytorch_output(right, x))
 
 
 @settings(max_examples=60)
@@ -187,7 +187,7 @@ def test_two_operators_are_added_exactly_where_their_outputs_have_one_size_for_e
 def test_the_identity_returns_its_input(axes, channels):
     like = AffineOperator(torch.zeros(2, channels, *[3] * axes).double(), torch.zeros(2).double(), *[(1,) * axes] * 3)
     x = normal(2, channels, *[4] * axes, seed=axes)
-    assert torch.equal(plain(identity(channels, like), x), x)
+    assert torch.equal(pytorch_output(identity(channels, like), x), x)
 
 
 @settings(max_examples=25)
@@ -197,7 +197,7 @@ def test_the_dense_weight_is_that_of_one_group(data, axes):
     dense = replace(operator, weight=operator.dense_weight(), groups=1)
     x = normal(2, 4, *[7] * axes, seed=data.draw(SEEDS))
     assume(all(size_after(operator, x.shape[2:])))
-    close(plain(dense, x), plain(operator, x))
+    close(pytorch_output(dense, x), pytorch_output(operator, x))
 
 
 @pytest.mark.parametrize(

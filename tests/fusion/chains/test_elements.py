@@ -21,14 +21,16 @@ from fastentropy.fusion.chains.elements import (
     operators,
     output_shape,
     run,
+    spatial_size,
 )
 from tests._helpers.chains import average_pools, chains
 from tests._helpers.operators import (
     SEEDS,
     close,
     convolution,
+    linear_layer,
     normal,
-    plain,
+    pytorch_output,
 )
 
 
@@ -101,7 +103,7 @@ def test_a_border_is_recomputed_from_a_cut_of_the_input(batch):
 def test_a_kernel_computes_one_operator_after_the_other():
     kernel = FusedPair("conv_pointwise", convolution(6, 4, 3, 1, stride=2), convolution(3, 6, 1, seed=5))
     x = normal(2, 4, 7, 8, seed=0)
-    close(run((kernel,), x), plain(kernel.second, plain(kernel.first, x)))
+    close(run((kernel,), x), pytorch_output(kernel.second, pytorch_output(kernel.first, x)))
     assert output_shape((kernel,), x.shape) == (2, 3, 4, 4)
 
 
@@ -200,3 +202,9 @@ def test_drawn_chains_are_of_every_kind():
     look()
     kinds = "AffineOperator Sum Flatten 1-d 2-d 3-d is_average is_channelwise is_pointwise stride dilation upsampling groups"
     assert seen >= {*kinds.split(), "AffineOperator in a branch", "Sum in a branch", "rectangular", "one-sided"}
+
+
+@pytest.mark.parametrize(("shape", "size"), [((2, 4, 5, 6), (5, 6)), ((4, 5, 6), (5, 6))])
+def test_spatial_size_is_that_of_the_last_axes(shape, size):
+    assert spatial_size((Sum(((), (convolution(4, 4, 3, 1),))),), torch.zeros(shape)) == size
+    assert spatial_size((linear_layer(3, 6),), torch.zeros(shape)) == ()

@@ -14,7 +14,7 @@ from fastentropy.fusion.chains.lowering import compile_chain
 from fastentropy.fusion.chains.merging import merge
 from fastentropy.fusion.memory_format import is_channels_last, like_format
 from tests._helpers.chains import chains
-from tests._helpers.operators import attempt, average, branches, convolutions, normal, pairs, plain, size_after
+from tests._helpers.operators import attempt, average, branches, convolutions, normal, pairs, pytorch_output, size_after
 
 
 def operator(*shape, stride=1, padding=0, groups=1, upsampling=1):
@@ -112,7 +112,7 @@ def test_an_operator_of_any_geometry_runs_in_pytorch(data, axes):
     size = [data.draw(st.integers(1, 6)) for _ in range(axes)]
     assume(all(size_after(drawn, size)))
     x = normal(2, 4, *size, seed=1)
-    close(compile_chain((drawn,), x)(x), plain(drawn, x))
+    close(compile_chain((drawn,), x)(x), pytorch_output(drawn, x))
 
 
 @settings(max_examples=60)
@@ -121,7 +121,7 @@ def test_whatever_composes_runs_in_pytorch(pair):
     first, second, x = pair
     composed, _ = attempt(compose, first, second)
     assume(composed is not None)
-    torch.testing.assert_close(compile_chain((composed,), x)(x), plain(composed, x), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(compile_chain((composed,), x)(x), pytorch_output(composed, x), rtol=1e-9, atol=1e-9)
 
 
 @settings(max_examples=40)
@@ -130,7 +130,7 @@ def test_whatever_is_added_runs_in_pytorch(drawn):
     left, right, x = drawn
     total, _ = attempt(add, left, right)
     assume(total is not None)
-    torch.testing.assert_close(compile_chain((total,), x)(x), plain(total, x), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(compile_chain((total,), x)(x), pytorch_output(total, x), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
