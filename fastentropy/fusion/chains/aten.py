@@ -1,8 +1,8 @@
-"""Read a node of a traced graph as an affine operator: which ATen operators are affine in one operand, and their numbers."""
+"""Read a node of a traced graph as an affine operator: which ATen operators are affine in one operand, with which numbers."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any
 
@@ -14,34 +14,56 @@ from fastentropy._compat import operator_schema
 from fastentropy.fusion.chains.affine import AffineOperator
 
 _aten = torch.ops.aten
-_CONVOLUTIONS: dict[Any, int] = {
-    getattr(getattr(_aten, f"conv{axes}d"), overload): axes for axes in (1, 2, 3) for overload in ("default", "padding")
+
+#: Convolutions for 1, 2 and 3 spatial axes, transposed convolutions and average pools likewise.
+CONVOLUTIONS = (_aten.conv1d.default, _aten.conv2d.default, _aten.conv3d.default)
+TRANSPOSED_CONVOLUTIONS = (_aten.conv_transpose1d.default, _aten.conv_transpose2d.input, _aten.conv_transpose3d.input)
+AVERAGE_POOLS = (_aten.avg_pool1d.default, _aten.avg_pool2d.default, _aten.avg_pool3d.default)
+
+#: Convolutions with padding="same" or "valid", and average pools whose output size is given.
+_CONVOLUTIONS_PADDED_BY_NAME = (_aten.conv1d.padding, _aten.conv2d.padding, _aten.conv3d.padding)
+_ADAPTIVE_POOLS = (
+    _aten.adaptive_avg_pool1d.default,
+    _aten.adaptive_avg_pool2d.default,
+    _aten.adaptive_avg_pool3d.default,
+)
+
+#: The number of spatial axes of each of these operators.
+_AXES: dict[Any, int] = {
+    target: axes
+    for targets in (
+        CONVOLUTIONS,
+        _CONVOLUTIONS_PADDED_BY_NAME,
+        TRANSPOSED_CONVOLUTIONS,
+        AVERAGE_POOLS,
+        _ADAPTIVE_POOLS,
+    )
+    for axes, target in enumerate(targets, 1)
 }
-_TRANSPOSED: dict[Any, int] = {
-    _aten.conv_transpose1d.default: 1,
-    _aten.conv_transpose2d.input: 2,
-    _aten.conv_transpose3d.input: 3,
-}
-_POOLS: dict[Any, int] = {_aten.avg_pool1d.default: 1, _aten.avg_pool2d.default: 2, _aten.avg_pool3d.default: 3}
-_ADAPTIVE_POOLS: dict[Any, int] = {
-    _aten.adaptive_avg_pool1d.default: 1,
-    _aten.adaptive_avg_pool2d.default: 2,
-    _aten.adaptive_avg_pool3d.default: 3,
-}
-_DROPOUTS = {_aten.dropout.default, _aten.dropout_.default, _aten.feature_dropout.default, _aten.feature_dropout_.default}
+
+#: Operators that return their first argument; dropouts do so unless they are in training mode.
 _IDENTITIES = {_aten.alias.default, _aten.clone.default, _aten.contiguous.default, _aten.detach.default}
+_DROPOUTS = {_aten.dropout.default, _aten.dropout_.default, _aten.feature_dropout.default, _aten.feature_dropout_.default}
+
+#: Products with a matrix on the right.
 _MATRIX_PRODUCTS = {_aten.mm.default, _aten.matmul.default}
+
+#: Products and quotients, sums and differences, element by element; the commutative ones may have the constant on the left.
 _SCALES = {_aten.mul.Tensor, _aten.mul_.Tensor, _aten.div.Tensor, _aten.div_.Tensor}
-_COMMUTATIVE = {_aten.mul.Tensor, _aten.mul_.Tensor, _aten.add.Tensor, _aten.add_.Tensor}
 _SHIFTS = {_aten.add.Tensor, _aten.add_.Tensor, _aten.sub.Tensor, _aten.sub_.Tensor}
+_COMMUTATIVE = {_aten.mul.Tensor, _aten.mul_.Tensor, _aten.add.Tensor, _aten.add_.Tensor}
 
 
 @dataclass(frozen=True, eq=False)
 class AffineNode:
-    """A node that is affine in `operand`.
+    """A node that is affine in one operand.
 
-    axes is the number of spatial axes, None where the node takes values of any shape. build gives the operator in float64
-    for a number of axes; None for a node that does nothing. name is the path of the module that has the weights.
+    Attributes:
+        operand: the node that it is affine in.
+        axes: number of spatial axes, or None if the node takes values of any shape.
+        build: makes the float64 operator for a number of spatial axes; None for a node that returns its operand.
+        name: path of the module that holds the weights, empty if there are none.
+        flattens: whether the node also flattens channels and positions into features.
     """
 
     operand: Node
@@ -52,29 +74,28 @@ class AffineNode:
 
 
 def read_node(node: Node, module: GraphModule) -> AffineNode | None:
-    """A node as an affine operator with constant numbers; None where it is none."""
+    """Return a node as an affine operator with constant numbers, or None if it is not one."""
     if node.op != "call_function" or operator_schema(node.target) is None:
         return None
     if node.target in _IDENTITIES or (node.target in _DROPOUTS and not node.args[2]):
-        return _over(node.args[0], None)
-    if node.target in _SCALES or node.target in _SHIFTS:
-        return _scale_or_shift(node, module)
+        return _affine_in(node.args[0], None)
     readers: list[tuple[Any, Callable[[Node, GraphModule], AffineNode | None]]] = [
-        (_CONVOLUTIONS, _convolution),
-        (_TRANSPOSED, _transposed),
-        ({_aten.linear.default}, _linear),
-        ({_aten.addmm.default}, _addmm),
-        (_MATRIX_PRODUCTS, _matrix_product),
-        ({_aten.batch_norm.default}, _batch_norm),
-        (_POOLS, _pool),
-        (_ADAPTIVE_POOLS, _adaptive_pool),
-        ({_aten.mean.dim}, _mean),
+        (_SCALES | _SHIFTS, _read_scale_or_shift),
+        (CONVOLUTIONS + _CONVOLUTIONS_PADDED_BY_NAME, _read_convolution),
+        (TRANSPOSED_CONVOLUTIONS, _read_transposed_convolution),
+        ({_aten.linear.default}, _read_linear),
+        ({_aten.addmm.default}, _read_addmm),
+        (_MATRIX_PRODUCTS, _read_matrix_product),
+        ({_aten.batch_norm.default}, _read_batch_norm),
+        (AVERAGE_POOLS, _read_pool),
+        (_ADAPTIVE_POOLS, _read_adaptive_pool),
+        ({_aten.mean.dim}, _read_mean),
     ]
     return next((reader(node, module) for targets, reader in readers if node.target in targets), None)
 
 
 def shape_of(node: Any) -> tuple[int | torch.SymInt, ...] | None:
-    """The shape of a node's tensor, with numbers for what the trace fixed; None for anything else."""
+    """Return the shape of a node's tensor, with an int for every size that the trace fixed; None for anything else."""
     value = node.meta.get("val") if isinstance(node, Node) else None
     if not isinstance(value, Tensor):
         return None
@@ -82,12 +103,12 @@ def shape_of(node: Any) -> tuple[int | torch.SymInt, ...] | None:
 
 
 def fixed_size(size: int | torch.SymInt) -> int | None:
-    """A size that a trace fixed, though it may still be written as a symbol; None for a free one."""
+    """Return a size that the trace fixed, though it may still be written as a symbol, or None if it is free."""
     return size if isinstance(size, int) else size.node.maybe_as_int()
 
 
 def constant(argument: Any, module: GraphModule) -> Tensor | None:
-    """The value of a node that is a constant of the model: a dense tensor of real floating numbers; None for anything else."""
+    """Return the value of an argument if it is a constant of the model, dense and real floating point; None otherwise."""
     if not (isinstance(argument, Node) and argument.op == "get_attr"):
         return None
     value = attrgetter(str(argument.target))(module)
@@ -95,12 +116,12 @@ def constant(argument: Any, module: GraphModule) -> Tensor | None:
     return value.detach() if is_dense else None
 
 
-def _over(operand: Any, axes: int | None, *further: Any, **options: Any) -> AffineNode | None:
+def _affine_in(operand: Any, axes: int | None, *further: Any, **options: Any) -> AffineNode | None:
     return AffineNode(operand, axes, *further, **options) if isinstance(operand, Node) else None
 
 
-def _named(node: Node, *tensors: str, module: GraphModule) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-    """The arguments of a node by name, and those among them that must be constants, in float64; None where one is not."""
+def _arguments(node: Node, *tensors: str, module: GraphModule) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+    """Return a node's arguments by name, and the named tensors in float64; None if one of these is not a constant."""
     arguments = node.normalized_arguments(module, normalize_to_only_use_kwargs=True)
     assert arguments is not None
     values = dict(arguments.kwargs)
@@ -118,42 +139,42 @@ def _bias(tensors: Mapping[str, Tensor], weight: Tensor, channels: int) -> Tenso
     return tensors["bias"] if "bias" in tensors else weight.new_zeros(channels)
 
 
-def _repeated(values: Any, axes: int) -> tuple[int, ...]:
-    """A number for each axis, of which there may be one for all."""
+def _per_axis(values: Any, axes: int) -> tuple[int, ...]:
+    """Return one number per axis; the argument may be one number for all axes."""
     entries = tuple(values) if isinstance(values, Sequence) else (values,)
     return entries * (axes // len(entries))
 
 
-def _convolution(node: Node, module: GraphModule) -> AffineNode | None:
-    if (named := _named(node, "weight", "bias", module=module)) is None:
+def _read_convolution(node: Node, module: GraphModule) -> AffineNode | None:
+    if (named := _arguments(node, "weight", "bias", module=module)) is None:
         return None
-    (values, tensors), axes = named, _CONVOLUTIONS[node.target]
-    stride, dilation = (_repeated(values[name], axes) for name in ("stride", "dilation"))
+    (values, tensors), axes = named, _AXES[node.target]
+    stride, dilation = (_per_axis(values[name], axes) for name in ("stride", "dilation"))
 
     def build(_: int) -> AffineOperator:
         weight = tensors["weight"]
         padding = _padding(values["padding"], weight.shape[2:], dilation)
         return AffineOperator(weight, _bias(tensors, weight, len(weight)), stride, padding, dilation, values["groups"])
 
-    return _over(values["input"], axes, build, _path(values["weight"]))
+    return _affine_in(values["input"], axes, build, _path(values["weight"]))
 
 
 def _padding(padding: Any, kernel: Sequence[int], dilation: Sequence[int]) -> tuple[Any, ...]:
-    """Padding as numbers: what "same" lacks of an even number stands after."""
+    """Return padding as numbers; with "same", an odd number of zeros has the larger half behind the input."""
     if padding == "valid":
         return (0,) * len(kernel)
     if padding == "same":
         reach = [(k - 1) * d for k, d in zip(kernel, dilation, strict=True)]
         return tuple((each // 2, each - each // 2) for each in reach)
-    return _repeated(padding, len(kernel))
+    return _per_axis(padding, len(kernel))
 
 
-def _transposed(node: Node, module: GraphModule) -> AffineNode | None:
-    if (named := _named(node, "weight", "bias", module=module)) is None:
+def _read_transposed_convolution(node: Node, module: GraphModule) -> AffineNode | None:
+    if (named := _arguments(node, "weight", "bias", module=module)) is None:
         return None
-    (values, tensors), axes = named, _TRANSPOSED[node.target]
+    (values, tensors), axes = named, _AXES[node.target]
     stride, padding, output_padding, dilation = (
-        _repeated(values[name], axes) for name in ("stride", "padding", "output_padding", "dilation")
+        _per_axis(values[name], axes) for name in ("stride", "padding", "output_padding", "dilation")
     )
 
     def build(_: int) -> AffineOperator:
@@ -165,42 +186,42 @@ def _transposed(node: Node, module: GraphModule) -> AffineNode | None:
         bias = _bias(tensors, weight, len(flipped))
         return AffineOperator(flipped, bias, (1,) * axes, both, dilation, groups, stride)
 
-    return _over(values["input"], axes, build, _path(values["weight"]))
+    return _affine_in(values["input"], axes, build, _path(values["weight"]))
 
 
-def _linear(node: Node, module: GraphModule) -> AffineNode | None:
-    if (named := _named(node, "weight", "bias", module=module)) is None or named[1]["weight"].ndim != 2:
+def _read_linear(node: Node, module: GraphModule) -> AffineNode | None:
+    if (named := _arguments(node, "weight", "bias", module=module)) is None or named[1]["weight"].ndim != 2:
         return None
     values, tensors = named
     weight = tensors["weight"]
-    return _over(
+    return _affine_in(
         values["input"], 0, lambda _: AffineOperator(weight, _bias(tensors, weight, len(weight))), _path(values["weight"])
     )
 
 
-def _addmm(node: Node, module: GraphModule) -> AffineNode | None:
-    """bias + x · matrix, as transformers' Conv1D is traced."""
+def _read_addmm(node: Node, module: GraphModule) -> AffineNode | None:
+    """Read bias + x · matrix, as transformers' Conv1D is traced."""
     bias, operand, matrix = node.args[:3]
     values = constant(bias, module), constant(matrix, module)
     if values[0] is None or values[1] is None or node.kwargs or values[0].ndim != 1:
         return None
     weight = values[1].double().T
     shift = values[0].double().expand(len(weight))
-    return _over(operand, 0, lambda _: AffineOperator(weight, shift), _path(matrix))
+    return _affine_in(operand, 0, lambda _: AffineOperator(weight, shift), _path(matrix))
 
 
-def _matrix_product(node: Node, module: GraphModule) -> AffineNode | None:
+def _read_matrix_product(node: Node, module: GraphModule) -> AffineNode | None:
     operand, matrix = node.args[:2]
     value = constant(matrix, module)
     if value is None or value.ndim != 2 or len(shape_of(operand) or ()) < 2:
         return None
     weight = value.double().T
-    return _over(operand, 0, lambda _: AffineOperator(weight, weight.new_zeros(len(weight))), _path(matrix))
+    return _affine_in(operand, 0, lambda _: AffineOperator(weight, weight.new_zeros(len(weight))), _path(matrix))
 
 
-def _batch_norm(node: Node, module: GraphModule) -> AffineNode | None:
-    """Batch norm in eval mode, y = (x − mean) / sqrt(var + eps) · weight + bias (Ioffe and Szegedy, arXiv 1502.03167)."""
-    named = _named(node, "weight", "bias", "running_mean", "running_var", module=module)
+def _read_batch_norm(node: Node, module: GraphModule) -> AffineNode | None:
+    """Read batch norm in eval mode, y = (x − mean) / sqrt(var + eps) · weight + bias (Ioffe and Szegedy, arXiv 1502.03167)."""
+    named = _arguments(node, "weight", "bias", "running_mean", "running_var", module=module)
     if named is None or named[0]["training"] or not {"running_mean", "running_var"} <= set(named[1]):
         return None
     values, tensors = named
@@ -211,7 +232,7 @@ def _batch_norm(node: Node, module: GraphModule) -> AffineNode | None:
         shift = -tensors["running_mean"] * scale
         return _channelwise(scale, shift + tensors["bias"] if "bias" in tensors else shift, axes)
 
-    return _over(values["input"], len(shape_of(values["input"]) or ()) - 2, build)
+    return _affine_in(values["input"], len(shape_of(values["input"]) or ()) - 2, build)
 
 
 def _channelwise(scale: Tensor, shift: Tensor, axes: int) -> AffineOperator:
@@ -219,30 +240,30 @@ def _channelwise(scale: Tensor, shift: Tensor, axes: int) -> AffineOperator:
     return AffineOperator(scale.reshape(-1, 1, *ones), shift, ones, (0,) * axes, ones, groups=len(scale))
 
 
-def _pool(node: Node, module: GraphModule) -> AffineNode | None:
-    named = _named(node, module=module)
+def _read_pool(node: Node, module: GraphModule) -> AffineNode | None:
+    named = _arguments(node, module=module)
     assert named is not None
-    values, axes = named[0], _POOLS[node.target]
-    kernel, padding = _repeated(values["kernel_size"], axes), _repeated(values["padding"], axes)
+    values, axes = named[0], _AXES[node.target]
+    kernel, padding = _per_axis(values["kernel_size"], axes), _per_axis(values["padding"], axes)
     counts_padding = values["count_include_pad"] or not any(padding)
     if values["ceil_mode"] or not counts_padding or values.get("divisor_override") is not None:
         return None
-    return _average(node.args[0], kernel, _repeated(values["stride"] or kernel, axes), padding)
+    return _average(node.args[0], kernel, _per_axis(values["stride"] or kernel, axes), padding)
 
 
-def _adaptive_pool(node: Node, module: GraphModule) -> AffineNode | None:
-    operand, axes = node.args[0], _ADAPTIVE_POOLS[node.target]
+def _read_adaptive_pool(node: Node, module: GraphModule) -> AffineNode | None:
+    operand, axes = node.args[0], _AXES[node.target]
     shape = shape_of(operand)
     assert shape is not None
-    sizes, outputs = [size for size in shape[-axes:] if isinstance(size, int)], _repeated(node.args[1], axes)
+    sizes, outputs = [size for size in shape[-axes:] if isinstance(size, int)], _per_axis(node.args[1], axes)
     if len(sizes) < axes or any(size % output for size, output in zip(sizes, outputs, strict=True)):
         return None
     kernel = tuple(size // output for size, output in zip(sizes, outputs, strict=True))
     return _average(operand, kernel, kernel, (0,) * axes)
 
 
-def _mean(node: Node, module: GraphModule) -> AffineNode | None:
-    """The mean over all spatial axes: average pooling, and a flattening where these axes are not kept."""
+def _read_mean(node: Node, module: GraphModule) -> AffineNode | None:
+    """Read the mean over all spatial axes as average pooling, with a flattening if these axes are not kept."""
     operand, dims = node.args[:2]
     shape, keep = shape_of(operand) or (), len(node.args) > 2 and bool(node.args[2])
     if node.kwargs or len(shape) < 3 or not isinstance(dims, Sequence):
@@ -253,12 +274,12 @@ def _mean(node: Node, module: GraphModule) -> AffineNode | None:
     if len(spatial) < len(shape) - 2:
         return None
     average = _average(operand, spatial, spatial, (0,) * len(spatial))
-    return average and AffineNode(average.operand, average.axes, average.build, flattens=not keep)
+    return average and replace(average, flattens=not keep)
 
 
 def _average(operand: Any, kernel: tuple[int, ...], stride: tuple[int, ...], padding: tuple[int, ...]) -> AffineNode | None:
     if all(k == s == 1 for k, s in zip(kernel, stride, strict=True)) and not any(padding):
-        return _over(operand, len(kernel))
+        return _affine_in(operand, len(kernel))
     channels = (shape_of(operand) or ())[-len(kernel) - 1]
     if not isinstance(channels, int):
         return None
@@ -267,11 +288,11 @@ def _average(operand: Any, kernel: tuple[int, ...], stride: tuple[int, ...], pad
         weight = torch.full((channels, 1, *kernel), 1 / math.prod(kernel), dtype=torch.float64, device=_device(operand))
         return AffineOperator(weight, weight.new_zeros(channels), stride, padding, (1,) * axes, groups=channels)
 
-    return _over(operand, len(kernel), build)
+    return _affine_in(operand, len(kernel), build)
 
 
-def _scale_or_shift(node: Node, module: GraphModule) -> AffineNode | None:
-    """x · c, c · x, x / c, x + c, c + x or x − c with a number, or a constant that has one value for each channel."""
+def _read_scale_or_shift(node: Node, module: GraphModule) -> AffineNode | None:
+    """Read x · c, c · x, x / c, x + c, c + x or x − c, where c is a number or a constant with one value per channel."""
     operand, other = node.args[:2]
     if node.target in _COMMUTATIVE and constant(operand, module) is not None:
         operand, other = other, operand
@@ -280,7 +301,8 @@ def _scale_or_shift(node: Node, module: GraphModule) -> AffineNode | None:
     shape = shape_of(operand)
     if value is None or node.kwargs or shape is None or shape_of(node) != shape or not _same_dtype(node, operand):
         return None
-    if (axes := _axes_of_constant(value, len(shape))) is NotImplemented:
+    axes = _axes_behind_channels(value)
+    if value.numel() != 1 and axes not in (0, len(shape) - 2):
         return None
     is_scale, is_inverse = node.target in _SCALES, node.target not in _COMMUTATIVE
     value = value.double().flatten()
@@ -293,7 +315,13 @@ def _scale_or_shift(node: Node, module: GraphModule) -> AffineNode | None:
             return _channelwise(1 / each if is_inverse else each, torch.zeros_like(each), axes)
         return _channelwise(torch.ones_like(each), -each if is_inverse else each, axes)
 
-    return _over(operand, axes, build)
+    return _affine_in(operand, axes, build)
+
+
+def _axes_behind_channels(value: Tensor) -> int | None:
+    """Return how many axes follow the only one that is longer than 1, or None if there is no such axis or more than one."""
+    behind = [value.ndim - 1 - axis for axis, size in enumerate(value.shape) if size != 1]
+    return behind[0] if len(behind) == 1 else None
 
 
 def _device(operand: Any) -> torch.device:
@@ -303,13 +331,3 @@ def _device(operand: Any) -> torch.device:
 
 def _same_dtype(node: Node, operand: Any) -> bool:
     return bool(node.meta["val"].dtype == operand.meta["val"].dtype)
-
-
-def _axes_of_constant(value: Tensor, dimensions: int) -> Any:
-    """How many spatial axes a value has whose channels the constant runs over; None for a number, NotImplemented for more."""
-    long = [value.ndim - 1 - index for index, size in enumerate(value.shape) if size != 1]  # counted from the last axis
-    if value.numel() == 1:
-        return None
-    if len(long) == 1 and long[0] in (0, dimensions - 2):
-        return long[0]
-    return NotImplemented

@@ -1,4 +1,4 @@
-"""Find the chains of a traced model: maximal stretches of linear operators with one input and one output."""
+"""Find the chains of a traced model: the longest stretches of linear operators with one input and one output."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -18,17 +18,26 @@ from fastentropy.fusion.chains.elements import Activation, Chain, Element, Flatt
 from fastentropy.fusion.chains.passes import fold
 
 _aten = torch.ops.aten
+
+#: Additions, of which those of two branches may belong to a chain.
 _ADDITIONS = {_aten.add.Tensor, _aten.add_.Tensor}
+
+#: Views, of which those that keep the channels together may belong to a chain.
 _VIEWS = {_aten.view.default, _aten.reshape.default, _aten.flatten.using_ints, _aten.permute.default}
 
 
 @dataclass(frozen=True, eq=False)
 class FoundChain:
-    """A chain in a graph: `elements` take the value of `source` to the value of `end`, and nothing else reads between.
+    """A chain in a graph, whose inner values nothing else reads.
 
-    The weights are float64. `members` are the nodes from after the source to the end, and `names` the paths of the
-    operators' modules in the model, in call order. `views` are nodes that are still to be applied to what the elements give:
-    a reshape of all axes but the last, whose last size is to be replaced, and a permutation of the axes.
+    Attributes:
+        source: the node whose value the chain takes.
+        end: the node whose value the chain computes.
+        members: all nodes behind the source, up to and including the end, in call order.
+        elements: what the chain computes, with float64 weights.
+        names: paths of the modules of its convolutions, linear layers and activations, in call order.
+        views: nodes that are still to be applied to the output of the elements: a reshape of all axes but the last, whose
+            last size is to be replaced, and a permutation of the axes.
     """
 
     source: Node
@@ -40,12 +49,12 @@ class FoundChain:
 
     @cached_property
     def folded(self) -> Chain:
-        """The elements with batch norm folded."""
+        """Return the elements with batch norm folded."""
         return fold(self.elements)
 
     @property
     def has_fixed_size(self) -> bool:
-        """Whether the spatial sizes of the source are numbers, not free."""
+        """Return whether the trace fixed the spatial sizes of the source."""
         axes = len(operators(self.elements)[0].axes)
         shape = shape_of(self.source) or ()
         return all(isinstance(size, int) for size in shape[len(shape) - axes :])
@@ -53,9 +62,9 @@ class FoundChain:
 
 @dataclass(frozen=True, eq=False)
 class _Step:
-    """An element of a chain in the making, to be built once the number of its spatial axes is known.
+    """An element that is built once the number of spatial axes is known.
 
-    name is the path of a convolution or linear layer, or of a site; it is empty for what is never a chain by itself.
+    name is the path of a convolution, a linear layer or an activation; steps without a name are no chain by themselves.
     """
 
     build: Callable[[int], Element]
@@ -67,10 +76,10 @@ _Steps = tuple["_Step | tuple[_Steps, ...]", ...]
 
 @dataclass(frozen=True, eq=False)
 class _Segment:
-    """A chain in the making. `axes` is None as long as no operator fixed it.
+    """A chain that may still grow.
 
-    `flat` holds the spatial sizes that the value had before it was flattened; the layers after that are convolutions that
-    cover the whole of it.
+    `axes` is the number of spatial axes, None until an operator fixes it. `flat` is the spatial size that the value had before
+    it was flattened, None if it was not; the layers behind a flattening are convolutions that cover this whole size.
     """
 
     source: Node
@@ -86,9 +95,24 @@ class _Segment:
 
 
 def find_chains(module: GraphModule, activations: Mapping[str, nn.Module] | None = None) -> list[FoundChain]:
-    """The maximal chains of a graph of ATen operators as `torch.export` gives it, in call order.
+    """Find the longest chains of a graph of ATen operators as `torch.export` makes it.
 
-    Given activations by the path of their module, in whose place the graph has an `alias`, chains run on through them.
+    Args:
+        module: the graph of a model in eval mode.
+        activations: activations by the path of their module, where the graph has `aten.alias` in their place. Chains
+            continue through these activations.
+
+    Returns:
+        The chains in call order. No chain is a part of another one.
+
+    Examples:
+        >>> import torch
+        >>> from fastentropy.fusion.chains import find_chains
+        >>> layers = [torch.nn.Conv2d(3, 8, 1), torch.nn.Conv2d(8, 4, 3), torch.nn.ReLU(), torch.nn.Conv2d(4, 2, 1)]
+        >>> model = torch.nn.Sequential(*layers).eval()
+        >>> program = torch.export.export(model, (torch.randn(1, 3, 6, 6),))
+        >>> [chain.names for chain in find_chains(program.module())]
+        [('0', '1'), ('3',)]
     """
     segments: dict[Node, _Segment] = {}
     for node in module.graph.nodes:
@@ -100,7 +124,7 @@ def find_chains(module: GraphModule, activations: Mapping[str, nn.Module] | None
 
 
 def overwritten_constants(module: GraphModule) -> list[str]:
-    """The names of the buffers that a graph writes over."""
+    """Return the names of the buffers that a graph overwrites."""
     constants = module.graph.find_nodes(op="get_attr")
     return [str(node.target) for node in constants if any(_writes(user, node) for user in node.users)]
 
@@ -119,7 +143,7 @@ def _segment_to(
     module: GraphModule,
     activations: Mapping[str, nn.Module],
 ) -> _Segment | None:
-    """The segment that ends with a node."""
+    """Return the segment that ends with a node, if there is one."""
     if node.target in _VIEWS:
         return _view(node, segments)
     linear = read_node(node, module)
@@ -139,7 +163,7 @@ def _segment_to(
 
 
 def _extend(before: _Segment, node: Node, linear: AffineNode) -> _Segment | None:
-    """A segment with one more operator; None where that does not act on its channels."""
+    """Return a segment with one more operator, or None if the operator does not act on the channels of the segment."""
     members, shape = before.members | {node}, shape_of(linear.operand) or ()
     if linear.build is None and linear.axes is None:
         return replace(before, members=members)
@@ -161,13 +185,13 @@ def _with_path(build: Callable[[int], AffineOperator], node: Node) -> Callable[[
 
 
 def module_path(node: Node) -> str:
-    """The path of the module whose forward calls the operator of a node, in the model that was traced."""
+    """Return the path of the module, in the traced model, whose forward calls the operator of a node."""
     stack = node.meta.get("nn_module_stack") or {"": ("", None)}
     return str(list(stack.values())[-1][0])
 
 
 def _extend_channelwise(before: _Segment, linear: AffineNode, dimensions: int, members: frozenset[Node]) -> _Segment | None:
-    """A scale of the channels, which were the last axis before they were permuted to be the second."""
+    """Append a scale of the channels, which a permutation moved from the last axis to the second."""
     build, spatial = linear.build, dimensions - 2
     if linear.name or build is None or linear.axes not in (None, spatial) or not build(spatial).is_channelwise:
         return None
@@ -180,7 +204,7 @@ def _extend_channelwise(before: _Segment, linear: AffineNode, dimensions: int, m
 
 
 def _extend_flat(before: _Segment, linear: AffineNode, members: frozenset[Node]) -> _Segment | None:
-    """A layer of flattened features: a convolution whose kernel is as large as its input."""
+    """Append a layer of flattened features, as a convolution whose kernel covers its input."""
     sizes, build = before.flat or (), linear.build
     is_dense = bool(linear.name)
     if linear.axes not in (None, 0) or build is None or not (is_dense or math.prod(sizes) == 1):
@@ -196,7 +220,7 @@ def _extend_flat(before: _Segment, linear: AffineNode, members: frozenset[Node])
 
 
 def _view(node: Node, segments: Mapping[Node, _Segment]) -> _Segment | None:
-    """The segment that ends with a reshape of all axes but the last, a flattening, or channels permuted to the front."""
+    """Return the segment that ends with a reshape of all axes but the last, a flattening, or a move of channels to axis 1."""
     operand = node.args[0]
     assert isinstance(operand, Node)
     shape, result = shape_of(operand) or (), shape_of(node) or ()
@@ -226,7 +250,7 @@ def _flatten(before: _Segment, node: Node, shape: tuple[Any, ...], result: tuple
 
 
 def _add_branches(node: Node, segments: Mapping[Node, _Segment]) -> _Segment | None:
-    """The segment that ends with the addition of two branches of one value, continued backwards where nothing else reads it."""
+    """Return the segment that ends with the sum of two branches of one value, with the segment before unless others read it."""
     left, right = node.args[:2]
     if not (isinstance(left, Node) and isinstance(right, Node)) or node.kwargs or shape_of(left) != shape_of(right):
         return None
@@ -236,7 +260,7 @@ def _add_branches(node: Node, segments: Mapping[Node, _Segment]) -> _Segment | N
     overwrites_source = node.target == _aten.add_.Tensor and left is source
     if branches[1].source is not source or len(axes) != 1 or overwrites_source or _is_overwritten(source):
         return None
-    if not all(_ends_as_it_began(branch, operand) for branch, operand in zip(branches, (left, right), strict=True)):
+    if not all(_keeps_shape(branch, operand) for branch, operand in zip(branches, (left, right), strict=True)):
         return None
     steps: _Steps = (tuple(branch.steps for branch in branches),)
     before = segments.get(source)
@@ -252,28 +276,28 @@ def _branch(operand: Node, segments: Mapping[Node, _Segment]) -> _Segment:
     return _Segment(operand, (), None, frozenset())
 
 
-def _ends_as_it_began(branch: _Segment, operand: Node) -> bool:
-    """Whether a branch's views, if it has any, leave its value in the shape of its source, but for the channels."""
+def _keeps_shape(branch: _Segment, operand: Node) -> bool:
+    """Return whether the views of a branch leave its value in the shape of its source, except for the channels."""
     if branch.flat is not None or branch.is_permuted:
         return False
     return not branch.views or (shape_of(operand) or ())[:-1] == (shape_of(branch.source) or ())[:-1]
 
 
 def _is_overwritten(node: Node) -> bool:
-    """Whether an in-place operator writes over a value that others read: when they read it would then matter."""
+    """Return whether an in-place operator overwrites a value that others read, so that the order of the two matters."""
     base = _base(node)
     return len(base.users) > 1 and any(_writes(user, base) for user in base.users)
 
 
 def _base(node: Node) -> Node:
-    """The value that a node is a view of, or the node itself."""
+    """Return the value that a node is a view of, or the node itself."""
     while node.args and isinstance(node.args[0], Node) and _is_view(node):
         node = node.args[0]
     return node
 
 
 def _writes(user: Node, node: Node) -> bool:
-    """Whether a reader of a node writes over it, itself or through a view."""
+    """Return whether a user of a node overwrites it, directly or through a view."""
     schema = operator_schema(user.target)
     if schema is not None and schema.is_mutable:
         return user.args[0] is node
@@ -281,15 +305,15 @@ def _writes(user: Node, node: Node) -> bool:
 
 
 def _is_view(node: Node) -> bool:
-    """Whether what a node gives may share memory with its first argument."""
+    """Return whether the output of a node may share memory with its first argument."""
     schema = operator_schema(node.target)
     if schema is not None:
         return not schema.is_mutable and any(returned.alias_info for returned in schema.returns)
-    return node.target is getitem  # one of the views that split or chunk gives
+    return node.target is getitem  # one of the views that split or chunk returns
 
 
 def _names(steps: _Steps) -> tuple[str, ...]:
-    """The paths of the convolutions and linear layers among the steps."""
+    """Return the paths of the convolutions, linear layers and activations among the steps."""
     names: list[str] = []
     for step in steps:
         if isinstance(step, _Step):

@@ -1,4 +1,4 @@
-"""Write chains of affine operators back into a graph of ATen operators."""
+"""Write chains back into a graph of ATen operators."""
 
 from collections.abc import Sequence
 from operator import getitem
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
 from fastentropy.fusion.chains.affine import AffineOperator, Axis
+from fastentropy.fusion.chains.aten import AVERAGE_POOLS, CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
 from fastentropy.fusion.chains.elements import (
     Activation,
     BorderCorrected,
@@ -23,32 +24,36 @@ from fastentropy.fusion.chains.elements import (
 from fastentropy.fusion.memory_format import like_format
 
 _aten = torch.ops.aten
-_CONVOLUTIONS = (_aten.conv1d.default, _aten.conv2d.default, _aten.conv3d.default)
-_TRANSPOSED = (_aten.conv_transpose1d.default, _aten.conv_transpose2d.input, _aten.conv_transpose3d.input)
-_POOLS = (_aten.avg_pool1d.default, _aten.avg_pool2d.default, _aten.avg_pool3d.default)
 
 
 class Lowering:
-    """Appends operators to a graph at its insertion point.
+    """Appends chains to a graph at its insertion point.
 
-    Their weights are added to `tensors` under names that begin with `prefix`, in the dtype, on the device and in the memory
-    format of `like`, a value of the chain's source; activations are added to `modules`. Without `fixed_size`, the spatial
-    sizes of `like` are only an example.
+    Attributes:
+        tensors: the constants of the operators that were appended, by the names under which the graph reads them.
+        modules: the activations that were appended, by the names under which the graph calls them.
     """
 
     def __init__(self, graph: Graph, like: Tensor, prefix: str, fixed_size: bool = True) -> None:
-        """Begin with no tensors and no modules."""
+        """Begin with no tensors and no modules.
+
+        Args:
+            graph: where operators are appended.
+            like: a value of the chain's source; constants take its dtype, device and memory format.
+            prefix: how the names of the constants begin.
+            fixed_size: whether all values of the source have the spatial size of `like`.
+        """
         self.tensors: dict[str, Tensor] = {}
         self.modules: dict[str, nn.Module] = {}
         self._graph, self._like, self._prefix, self._fixed_size = graph, like, prefix, fixed_size
 
     def lower(self, chain: Chain, value: Node, shape: Sequence[int]) -> Node:
-        """Append a chain that is applied to a value of that shape, and return the node of the result."""
+        """Append a chain that is applied to a value of that shape, and return the node of its output."""
         elements = list(chain)
         while elements:
             element = elements.pop(0)
             if self._fixed_size and isinstance(element, AffineOperator) and _covers(element, shape):
-                value = self._covering_layer(element, value, flattened=elements == [Flatten()])
+                value = self._covering_layer(element, value, flattens=elements == [Flatten()])
                 elements = [] if elements == [Flatten()] else elements
             else:
                 value = self._element(element, value, shape)
@@ -63,11 +68,11 @@ class Lowering:
                     total = self._graph.call_function(_aten.add.Tensor, (total, other))
                 return total
             case BorderCorrected():
-                return self._bordered(element, value, shape)
+                return self._border_corrected(element, value, shape)
             case TapBiased():
-                return self._masked(element, value)
+                return self._tap_biased(element, value)
             case FusedPair():
-                return self._kernel(element, value)
+                return self._fused_pair(element, value)
             case Flatten():
                 return self._graph.call_function(_aten.flatten.using_ints, (value, 1))
             case Activation(name, module):
@@ -85,28 +90,28 @@ class Lowering:
         if operator.is_average and all(0 <= axis.before == axis.after <= axis.kernel // 2 for axis in operator.axes):
             padding = [axis.before for axis in operator.axes]
             arguments = (value, list(operator.kernel), list(operator.stride), padding)
-            return self._graph.call_function(_POOLS[len(padding) - 1], arguments)
+            return self._graph.call_function(AVERAGE_POOLS[len(padding) - 1], arguments)
         if any(axis.upsampling > 1 for axis in operator.axes):
             return self._transposed_convolution(operator, value)
         return self._convolution(operator, value)
 
     def _scale(self, operator: AffineOperator, value: Node) -> Node:
-        """A batch norm with nothing to fold into: one pass over the values."""
+        """Append a batch norm that was not folded, as one pass over the values."""
         scale, shift = (t.reshape(-1, *(1,) * len(operator.axes)) for t in (operator.weight, operator.bias))
         return self._graph.call_function(_aten.addcmul.default, (self._constant(shift), value, self._constant(scale)))
 
     def _convolution(self, operator: AffineOperator, value: Node) -> Node:
         padding = [max(min(axis.before, axis.after), 0) for axis in operator.axes]
         more = [margin - own for axis, own in zip(operator.axes, padding, strict=True) for margin in (axis.before, axis.after)]
-        for part in ([max(n, 0) for n in more], [min(n, 0) for n in more]):  # zeros on one side only, then what is cut off
+        for part in ([max(n, 0) for n in more], [min(n, 0) for n in more]):  # zeros on one side only, then cropping
             if any(part):
                 pairs = [part[index : index + 2] for index in range(0, len(part), 2)]
                 arguments = (value, [n for pair in reversed(pairs) for n in pair])
                 value = self._graph.call_function(_aten.constant_pad_nd.default, arguments)
         geometry: list[Any] = [list(operator.stride), padding, list(operator.dilation), operator.groups]
         operands = (value, self._constant(operator.weight), self._bias(operator), *geometry)
-        output = self._graph.call_function(_CONVOLUTIONS[len(padding) - 1], operands)
-        return self._with_map(operator, output)
+        output = self._graph.call_function(CONVOLUTIONS[len(padding) - 1], operands)
+        return self._with_bias_map(operator, output)
 
     def _transposed_convolution(self, operator: AffineOperator, value: Node) -> Node:
         axes, groups = operator.axes, operator.groups
@@ -117,25 +122,25 @@ class Lowering:
         more = [axis.after - axis.before for axis in axes]
         geometry: list[Any] = [list(operator.upsampling), padding, more, groups, list(operator.dilation)]
         arguments = (value, weight, self._bias(operator), *geometry)
-        return self._with_map(operator, self._graph.call_function(_TRANSPOSED[len(axes) - 1], arguments))
+        return self._with_bias_map(operator, self._graph.call_function(TRANSPOSED_CONVOLUTIONS[len(axes) - 1], arguments))
 
-    def _with_map(self, operator: AffineOperator, output: Node) -> Node:
-        """Add a bias that depends on the position, in place: the convolution's output is this graph's own."""
+    def _with_bias_map(self, operator: AffineOperator, output: Node) -> Node:
+        """Add a bias that depends on the position; in place, since nothing else reads the output of the convolution."""
         if operator.bias.ndim == 1:
             return output
         return self._graph.call_function(_aten.add_.Tensor, (output, self._constant(operator.bias)))
 
-    def _covering_layer(self, operator: AffineOperator, value: Node, flattened: bool) -> Node:
-        """A convolution with as many taps as its input has positions: a linear layer of the flattened input."""
+    def _covering_layer(self, operator: AffineOperator, value: Node, flattens: bool) -> Node:
+        """Append a convolution whose kernel covers its input, as a linear layer of the flattened input."""
         features = self._graph.call_function(_aten.flatten.using_ints, (value, 1))
         arguments = (features, self._constant(operator.weight.flatten(1)), self._bias(operator))
         output = self._graph.call_function(_aten.linear.default, arguments)
-        if flattened:
+        if flattens:
             return output
         sizes = [operator.out_channels, *(1,) * len(operator.axes)]
         return self._graph.call_function(_aten.unflatten.int, (output, 1, sizes))
 
-    def _bordered(self, element: BorderCorrected, value: Node, shape: Sequence[int]) -> Node:
+    def _border_corrected(self, element: BorderCorrected, value: Node, shape: Sequence[int]) -> Node:
         output = self._operator(element.interior, value)
         first = len(shape) - len(element.interior.axes)
         for strip in element.strips:
@@ -150,7 +155,7 @@ class Lowering:
     def _slice(self, value: Node, axis: int, positions: tuple[int, int]) -> Node:
         return self._graph.call_function(_aten.slice.Tensor, (value, axis, *positions))
 
-    def _masked(self, element: TapBiased, value: Node) -> Node:
+    def _tap_biased(self, element: TapBiased, value: Node) -> Node:
         operator = element.operator
         if self._like.is_cuda and len(operator.axes) == 2 and operator.groups == 1 and _is_symmetric(operator):
             tensors = (self._constant(operator.weight), self._constant(operator.bias), self._constant(element.tap_bias))
@@ -164,7 +169,7 @@ class Lowering:
         ones = self._graph.call_function(_aten.ones_like.default, (image,))
         return self._graph.call_function(_aten.add_.Tensor, (output, self._operator(element.mask, ones)))
 
-    def _kernel(self, element: FusedPair, value: Node) -> Node:
+    def _fused_pair(self, element: FusedPair, value: Node) -> Node:
         first, second = element.first, element.second
         residual = value if element.adds_input else None
         weights = [second.dense_weight().flatten(1), second.bias]
@@ -187,7 +192,26 @@ class Lowering:
 
 
 def compile_chain(chain: Chain, like: Tensor) -> GraphModule:
-    """A chain as a module of its own that runs just as it will inside a fused model."""
+    """Compile a chain into a module that runs exactly as the chain will inside a fused model.
+
+    Args:
+        chain: affine operators and the other elements of a chain.
+        like: an input of the chain. The module's constants take its dtype, device and memory format, and some chains are
+            compiled for its spatial size.
+
+    Returns:
+        A graph of ATen operators with one input.
+
+    Examples:
+        >>> import torch
+        >>> from fastentropy.fusion.chains import compile_chain, find_chains
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2)).eval()
+        >>> x = torch.randn(3, 4)
+        >>> (found,) = find_chains(torch.export.export(model, (x,)).module())
+        >>> compiled = compile_chain(found.elements, x)
+        >>> torch.allclose(compiled(x), model(x), atol=1e-6)
+        True
+    """
     graph = Graph()
     lowering = Lowering(graph, like, "operator")
     graph.output(lowering.lower(chain, graph.placeholder("x"), like.shape))
@@ -199,13 +223,13 @@ def _is_symmetric(operator: AffineOperator) -> bool:
 
 
 def _geometry(operator: AffineOperator) -> list[Any]:
-    """Stride, padding, dilation and groups, as operators take them."""
+    """Return stride, padding, dilation and groups, as operators take them."""
     padding = [axis.before for axis in operator.axes]
     return [list(operator.stride), padding, list(operator.dilation), operator.groups]
 
 
 def _covers(operator: AffineOperator, shape: Sequence[int]) -> bool:
-    """Whether an operator reads its whole input once, each value with a weight of its own."""
+    """Return whether an operator reads its whole input once, each value with its own weight."""
     if not operator.axes or len(shape) != len(operator.axes) + 2 or operator.groups > 1 or operator.bias.ndim > 1:
         return False
     plain = all(axis == Axis(axis.kernel, axis.stride) for axis in operator.axes)
