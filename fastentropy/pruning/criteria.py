@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fastentropy.collector.statistics import Statistics
-from fastentropy.fusion.latency.table import LatencyTable
+from fastentropy.fusion.latency import LatencyTable
 
 NamedCriterion = Literal["entropy", "entropy-per-latency", "random", "uniform"]
 

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from fastentropy.collector.collector import EntropyCollector, collect
 from fastentropy.collector.statistics import Statistics
-from fastentropy.fusion.latency.profiler import measure_latency
-from fastentropy.fusion.latency.table import LatencyTable
+from fastentropy.fusion.latency import LatencyTable, measure_latency
 from fastentropy.fusion.projection import Projection, install, project
 from fastentropy.pruning.criteria import best_trade, check_budget, lowest, scores
 from fastentropy.pruning.options import Options

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any
 
-from fastentropy.fusion.latency.table import LatencyTable
+from fastentropy.fusion.latency import LatencyTable
 from fastentropy.pruning.criteria import CRITERIA, Criterion
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fastentropy._utils.errors import one_line
 from fastentropy._utils.files import remove_leftovers, save_json, save_tensors
 from fastentropy.collector.statistics import Statistics
-from fastentropy.fusion.latency.table import LatencyTable
+from fastentropy.fusion.latency import LatencyTable
 from fastentropy.fusion.projection import Projection
 
 

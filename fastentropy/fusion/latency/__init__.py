@@ -1,4 +1,4 @@
-"""The time of each part of a network, and of what its parts become without activations."""
+"""How long each part of a network takes, and how long it would take without its activations."""
 
 from fastentropy.fusion.latency.profiler import measure_latency
 from fastentropy.fusion.latency.table import LatencyTable

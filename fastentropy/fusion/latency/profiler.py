@@ -1,4 +1,4 @@
-"""Measure what the parts of a network take, and what each stretch would take without its activations."""
+"""Measure how long the parts of a network take, and how long each stretch would take without its activations."""
 
 import contextlib
 import copy
@@ -23,15 +23,15 @@ from fastentropy.fusion.projection import central_kernel, replaceable_modules
 from fastentropy.fusion.tracing import export, in_channels_last, inference_module, values_of
 from fastentropy.sites.interception import replace_activation
 
-#: Activations that may be run in place again and again: they do not change what they gave. Others would end in zeros.
+#: Activations that may be timed in place: run again, they leave their output as it is. Others would drive it towards zero.
 _IDEMPOTENT = (nn.ReLU, nn.Hardtanh)
 
 
-class _Marker(nn.Module):
-    """Stands for an activation in a trace."""
+class _ActivationMarker(nn.Module):
+    """Takes the place of an activation in a trace."""
 
     def forward(self, x: Tensor) -> Tensor:
-        # What torch.ops has is not annotated.
+        # The operators of torch.ops are not annotated.
         return torch.ops.aten.alias.default(x)  # type: ignore[no-any-return]
 
 
@@ -40,50 +40,70 @@ class _Marker(nn.Module):
 def measure_latency(
     model: nn.Module, example_inputs: Inputs, sites: Sequence[str], *, approximate: bool = False
 ) -> LatencyTable:
-    """Time a model in eval mode, its parts, and the stretches that become one operator without the activations of sites.
+    """Time a model, its parts, and the stretches that become one operator without the activations of some sites.
 
-    Everything is in the memory format in which the dense model runs fastest. With `approximate`, also what `projection` would
-    make of a stretch, where that is faster than what is exact.
-    Raises ValueError where `fuse` does, and for a site that the trace does not show.
+    Everything is timed in the memory format in which the dense model runs fastest.
+
+    Args:
+        model: a model in eval mode; it is not changed.
+        example_inputs: inputs of the size and on the device to measure for.
+        sites: names of the sites whose activations may be removed.
+        approximate: also time the convolution by which `projection` would approximate a stretch, and keep it where it is
+            faster than the exact operator.
+
+    Returns:
+        The table of times, in milliseconds.
+
+    Raises:
+        ValueError: `fuse` cannot trace the model, or the trace does not show one of the sites.
+
+    Examples:
+        >>> import torch
+        >>> from fastentropy.fusion.latency import measure_latency
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2)).eval()
+        >>> table = measure_latency(model, (torch.randn(2, 4),), ["1"])
+        >>> table.sites
+        {'1'}
     """
     report = fuse(model, example_inputs).report
     fastest = report.milliseconds[report.choice]
     marked = copy.deepcopy(model)
     activations = {name: _repeatable(marked.get_submodule(name)) for name in sites}
     for name in sites:
-        replace_activation(marked, name, _Marker())
+        replace_activation(marked, name, _ActivationMarker())
     traced = inference_module(export(marked, example_inputs))
     if report.memory_formats[report.choice] == "channels_last":
         traced = in_channels_last(traced) or traced
     chains = find_chains(traced, activations)
     sources = values_of(traced, [chain.source for chain in chains], clone(example_inputs))
-    profile = _Profile(replaceable_modules(model, traced) if approximate else set())
-    sections = [profile.section(chain.folded, sources[chain.source])[0] for chain in chains]
+    profiler = _Profiler(replaceable_modules(model, traced) if approximate else set())
+    sections = [profiler.section(chain.folded, sources[chain.source])[0] for chain in chains]
     table = LatencyTable.from_parts(report.milliseconds["original"], fastest, sections)
     if hidden := [name for name in sites if name not in table.sites]:
         raise ValueError(
             f"{', '.join(hidden)}: activations that torch.export does not show as calls of their modules, as with "
-            "module.forward(x); call the modules themselves, or judge by another criterion than latency"
+            "module.forward(x); call the modules themselves, or use a criterion other than latency"
         )
     return table
 
 
 def _repeatable(module: nn.Module) -> nn.Module:
+    """Copy an activation so that it can be called again and again on the same tensor."""
     copied = copy.deepcopy(module)
     if getattr(copied, "inplace", False) and not isinstance(copied, _IDEMPOTENT):
-        # Attributes of a Module are annotated as tensors and modules.
+        # Attributes of a Module are annotated as tensors or modules.
         copied.inplace = False  # type: ignore[assignment]
     return copied
 
 
-class _Profile:
-    """Makes the sections of a model, with approximations of series of modules that may be replaced."""
+class _Profiler:
+    """Times the sections of a model, and the approximations of those modules that may be replaced."""
 
     def __init__(self, replaceable: set[str]) -> None:
         self._replaceable = replaceable
 
     def section(self, chain: Chain, x: Tensor) -> tuple[Section, Tensor]:
-        """The section of a chain that is applied to x, and its output."""
+        """Return the section of a chain that is applied to x, and the output of the chain."""
         inputs, branches = [x], {}
         for index, element in enumerate(chain):
             if isinstance(element, Sum):
@@ -92,7 +112,7 @@ class _Profile:
                 inputs.append(sum(outputs[1:], outputs[0]))
             else:
                 inputs.append(compile_chain((element,), inputs[-1])(inputs[-1].clone()))
-        forms = {index: (_itself(element),) for index, element in enumerate(chain)}
+        forms = {index: (_alone(element),) for index, element in enumerate(chain)}
         times = _times(forms, {index: inputs[index + (index in branches)] for index in forms})
         parts = tuple(
             Part(times[index], element.name if isinstance(element, Activation) else "", branches.get(index, ()))
@@ -101,30 +121,30 @@ class _Profile:
         return without_slow_approximations(Section(parts, tuple(self._stretches(chain, inputs))), TIE), inputs[-1]
 
     def _stretches(self, chain: Chain, inputs: Sequence[Tensor]) -> Iterator[Stretch]:
-        """Each stretch that may stand as one operator, timed against those that begin at the same place.
+        """Time each stretch that may run as one operator, side by side with those that begin at the same position.
 
-        All at once would need memory for every merged weight of a network.
+        Timing all of them at once would need memory for every merged weight of the network.
         """
-        places = [index for index, element in enumerate(chain) if not isinstance(element, Activation | Flatten)]
-        linear = tuple(_linearized(chain[index]) for index in places)
+        positions = [index for index, element in enumerate(chain) if not isinstance(element, Activation | Flatten)]
+        linear = tuple(_linearized(chain[index]) for index in positions)
         sketches = [sketch(element) for element in linear]
-        for first, start in enumerate(places):
-            x, ends = inputs[start], [place + 1 for place in places[first:]]
+        for first, start in enumerate(positions):
+            x, ends = inputs[start], [position + 1 for position in positions[first:]]
             forms = {
                 (ends[count - 1], kind): form
                 for count in promising_stops(linear[first:], sketches[first:], x)
                 if count > 1 or isinstance(linear[first], Sum)
-                for kind, form in _merged(fold(linear[first : first + count]), x)
+                for kind, form in _merged_forms(fold(linear[first : first + count]), x)
             }
             for count, stop in enumerate(ends[1:] if self._replaceable else (), 2):
                 if form := self._projected(chain[start:stop], linear[first : first + count]):
                     forms[stop, "projected"] = form
-            for (stop, kind), time in _times(forms, dict.fromkeys(forms, x)).items():
+            for (stop, kind), milliseconds in _times(forms, dict.fromkeys(forms, x)).items():
                 modules = _modules(chain[start:stop]) if kind == "projected" else ()
-                yield Stretch(start, stop, time, _sites(chain[start:stop]), modules)
+                yield Stretch(start, stop, milliseconds, _sites(chain[start:stop]), modules)
 
     def _projected(self, chain: Chain, linear: Chain) -> "Chain | None":
-        """The convolution that would approximate a series of modules; None where there is none."""
+        """Return the convolution that would approximate a series of modules, or None if there is none."""
         names = set(_modules(chain))
         if not names or not names - _sites(chain) <= self._replaceable:
             return None
@@ -135,8 +155,8 @@ class _Profile:
         return None if smaller.kernel == composed_shape(linear).kernel else (smaller,)
 
 
-def _merged(chain: Chain, x: Tensor) -> Iterator[tuple[str, Chain]]:
-    """The forms in which a linearised stretch may run as one, by kind; their weights are only good for timing."""
+def _merged_forms(chain: Chain, x: Tensor) -> Iterator[tuple[str, Chain]]:
+    """Yield the forms in which a linearised stretch may run as one, by kind; their weights are for timing only."""
     with contextlib.suppress(ValueError):
         yield "merged", merge(chain, spatial_size(chain, x), composed=placeholder_weights)
     if x.is_cuda:
@@ -146,17 +166,18 @@ def _merged(chain: Chain, x: Tensor) -> Iterator[tuple[str, Chain]]:
 
 
 def _times(forms: Mapping[Any, Chain], inputs: Mapping[Any, Tensor]) -> dict[Any, float]:
+    """Return the milliseconds of each form on its input, measured side by side."""
     gpu = next((x.device for x in inputs.values() if x.is_cuda), None)
     return measure_times(calls(forms, inputs), rounds=11, round_seconds=0.001, graphs_on=gpu)
 
 
-def _itself(element: Element) -> Element:
-    """What stands for an element as it is; of branches, their addition."""
+def _alone(element: Element) -> Element:
+    """Return what to time for an element: of branches their addition only, since their elements are timed apart."""
     return Sum(((),) * len(element.branches)) if isinstance(element, Sum) else element
 
 
 def _linearized(element: Element) -> Element:
-    """An element without the activations in its branches."""
+    """Return an element without the activations in its branches."""
     if not isinstance(element, Sum):
         return element
     branches = (tuple(_linearized(each) for each in branch if not isinstance(each, Activation)) for branch in element.branches)
@@ -164,6 +185,7 @@ def _linearized(element: Element) -> Element:
 
 
 def _sites(chain: Chain) -> frozenset[str]:
+    """Return the sites in a chain and in its branches."""
     names: set[str] = set()
     for element in chain:
         if isinstance(element, Activation):
@@ -174,7 +196,7 @@ def _sites(chain: Chain) -> frozenset[str]:
 
 
 def _modules(chain: Chain) -> tuple[str, ...]:
-    """The paths of the modules that a series of elements stands for; empty where one of them is more than modules."""
+    """Return the paths of the modules that the elements were read from; empty unless each comes from modules of its own."""
     names: list[str] = []
     for element in chain:
         if isinstance(element, Activation):

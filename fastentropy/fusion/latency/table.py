@@ -1,7 +1,7 @@
-"""What a network's latency would be without some of its activations: a table of measured stretches, and sums over it.
+"""Predict the latency of a network without some of its activations, from a table of measured stretches.
 
-The optimum under a budget is that of depth compression (Kim et al., arXiv 2301.12187): dynamic programming over the places
-where an activation may stay. Here it runs over all exchange rates of loss and time at once, through branches too.
+The optimum under a budget is that of depth compression (Kim et al., arXiv 2301.12187): dynamic programming over the positions
+at which an activation may stay. Here it covers all exchange rates of loss and time at once, and branches too.
 """
 
 import functools
@@ -12,9 +12,14 @@ from typing import Any, NamedTuple
 
 
 class Stretch(NamedTuple):
-    """Parts [start, stop) of a section as one operator, for which the activations of all of them must be gone.
+    """Parts of a section that run as one operator once the activations among them are removed.
 
-    modules are empty where the operator is equal to the parts; otherwise it approximates these modules.
+    Attributes:
+        start: index of the first part.
+        stop: index behind the last part.
+        milliseconds: time of the one operator.
+        sites: the activations among the parts.
+        modules: the modules that the operator approximates; empty if it is exact.
     """
 
     start: int
@@ -25,9 +30,12 @@ class Stretch(NamedTuple):
 
 
 class Part(NamedTuple):
-    """What stands in a section, as it is: an operator, the activation of a site, or branches that are added.
+    """One part of a section: an operator, the activation of a site, or branches that are added.
 
-    milliseconds are those of the operator, the activation or the addition.
+    Attributes:
+        milliseconds: time of the operator, of the activation or of the addition.
+        site: name of the site of an activation, otherwise empty.
+        branches: what is added, otherwise empty.
     """
 
     milliseconds: float
@@ -36,18 +44,25 @@ class Part(NamedTuple):
 
 
 class Section(NamedTuple):
-    """Parts that run one after the other, and which stretches of them can stand as one operator."""
+    """Parts that run one after the other, and the stretches of them that can run as one operator."""
 
     parts: tuple[Part, ...]
     stretches: tuple[Stretch, ...]
 
 
-#: Of more choices than this that no other beats, every nth is kept: where loss is proportional to time, each site doubles them.
+#: The most choices that are kept; of more, every nth is kept. Where loss is proportional to time, each site doubles them.
 MAX_CHOICES = 500
 
 
 class Choice(NamedTuple):
-    """Sites removed, what that loses, how long one call then takes, and which modules are approximated by one of them."""
+    """A set of sites to remove.
+
+    Attributes:
+        loss: sum of the losses of these sites.
+        milliseconds: predicted time of one call without them.
+        removed: names of the sites.
+        projected: for each operator that is an approximation, the modules that it approximates.
+    """
 
     loss: float
     milliseconds: float
@@ -59,8 +74,19 @@ class Choice(NamedTuple):
 class LatencyTable:
     """Milliseconds of one call of a network and of its parts, measured on one device for inputs of one size.
 
-    original is the time of the dense network as given. sections are the chains that it would have without any activation, and
-    rest is the time of what is in no chain.
+    Attributes:
+        original: time of the dense network as given, in milliseconds.
+        rest: time of everything that is in no section, in milliseconds.
+        sections: the chains that the network would have without any activation.
+
+    Examples:
+        >>> from fastentropy.fusion.latency import LatencyTable
+        >>> from fastentropy.fusion.latency.table import Part, Section, Stretch
+        >>> parts = (Part(3.0), Part(1.0, site="relu"), Part(3.0))
+        >>> merged = Stretch(0, 3, 2.0, frozenset({"relu"}))
+        >>> table = LatencyTable(8.0, 1.0, (Section(parts, (merged,)),))
+        >>> table.fastest([]).milliseconds, table.fastest(["relu"]).milliseconds
+        (8.0, 3.0)
     """
 
     original: float
@@ -69,77 +95,115 @@ class LatencyTable:
 
     @classmethod
     def from_parts(cls, original: float, fused: float, sections: Sequence[Section]) -> "LatencyTable":
-        """The table of a dense network whose fastest form takes `fused`: what its parts take less is the rest.
+        """Make the table of a dense network from the times of its parts.
 
-        Where parts that are timed by themselves take more than all together, they are scaled to it.
+        Parts that take longer one by one than all of them together are scaled down to the time of the whole.
+
+        Args:
+            original: time of the network as given, in milliseconds.
+            fused: time of its fastest form, in milliseconds.
+            sections: the measured sections.
+
+        Returns:
+            The table, whose `rest` is the difference between `fused` and the time of the sections.
         """
-        parts = sum(_front(section, {})[0].milliseconds for section in sections)
+        parts = sum(_choices_of_section(section, {})[0].milliseconds for section in sections)
         if parts <= fused:
             return cls(original, fused - parts, tuple(sections))
         return cls(original, 0.0, tuple(_scaled(section, fused / parts) for section in sections))
 
     def choices(self, losses: Mapping[str, float]) -> list[Choice]:
-        """Every way to remove some of the sites in `losses` that no other beats in both loss and time, by rising loss.
+        """Return the sets of sites that no other set beats in both loss and time.
 
-        losses: what the removal of a site loses, 0 or more, added up over the sites. Thinned beyond `MAX_CHOICES`.
+        Args:
+            losses: for each site that may be removed, what its removal loses, 0 or more. Losses add up.
+
+        Returns:
+            The choices by rising loss; of more than `MAX_CHOICES` some are left out.
         """
-        fronts = (_front(section, losses) for section in self.sections)
-        return functools.reduce(_both, fronts, [Choice(0.0, self.rest)])
+        fronts = (_choices_of_section(section, losses) for section in self.sections)
+        return functools.reduce(_combine, fronts, [Choice(0.0, self.rest)])
 
     def fastest(self, removed: Iterable[str]) -> Choice:
-        """How the network without these sites runs fastest."""
+        """Return the fastest way to run the network without some sites.
+
+        Args:
+            removed: names of the sites whose activations are removed.
+
+        Returns:
+            The choice with the least time; its loss is 0.
+        """
         return self.choices(dict.fromkeys(removed, 0.0))[0]
 
     def candidates(self) -> list[frozenset[str]]:
-        """The sets of sites whose removal may save time: those of each stretch, and each by itself."""
+        """Return the sets of sites whose removal may save time: those of each stretch, and each site alone."""
         sets = itertools.chain.from_iterable(map(_candidates, self.sections))
         return list(dict.fromkeys(sets))
 
     @property
     def sites(self) -> set[str]:
-        """The sites of all sections."""
+        """Return the sites of all sections."""
         return set().union(*self.candidates())
 
     def collapsed(self, modules: tuple[str, ...]) -> "LatencyTable":
-        """The table of the network in which one operator approximates these modules for good."""
+        """Return the table of the network in which one operator permanently replaces some modules.
+
+        Args:
+            modules: the `modules` of one of the stretches.
+
+        Returns:
+            A table without the stretches that would cut through these modules.
+        """
         return LatencyTable(self.original, self.rest, tuple(_collapsed(section, modules) for section in self.sections))
 
     def to_dict(self) -> dict[str, Any]:
-        """The table in the types of JSON."""
-        return {"original": self.original, "rest": self.rest, "sections": [_section_dict(each) for each in self.sections]}
+        """Return the table in the types of JSON."""
+        return {"original": self.original, "rest": self.rest, "sections": [_section_to_dict(each) for each in self.sections]}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "LatencyTable":
-        """The table that `to_dict` gave. Raises KeyError, TypeError or ValueError for anything else."""
-        sections = tuple(map(_section, values["sections"]))
+        """Return the table that `to_dict` wrote.
+
+        Args:
+            values: what `to_dict` returned, possibly written to JSON and read back.
+
+        Returns:
+            A table equal to the one that was written.
+
+        Raises:
+            KeyError: an entry is missing.
+            TypeError: an entry has another type.
+            ValueError: a number cannot be read.
+        """
+        sections = tuple(map(_section_from_dict, values["sections"]))
         return cls(float(values["original"]), float(values["rest"]), sections)
 
 
-def _front(section: Section, losses: Mapping[str, float]) -> list[Choice]:
-    """The choices for a section that no other beats: dynamic programming over the places between its parts."""
+def _choices_of_section(section: Section, losses: Mapping[str, float]) -> list[Choice]:
+    """Return the choices for a section that no other beats, by dynamic programming over the positions between its parts."""
     best = [[Choice(0.0, 0.0)]]
     for stop, part in enumerate(section.parts, 1):
-        ways = _both(best[-1], _part_front(part, losses))
+        choices = _combine(best[-1], _choices_of_part(part, losses))
         for stretch in section.stretches:
             if stretch.stop == stop and stretch.sites <= losses.keys():
                 loss, projected = sum(losses[site] for site in stretch.sites), (stretch.modules,) if stretch.modules else ()
-                ways += _sums(best[stretch.start], [Choice(loss, stretch.milliseconds, stretch.sites, projected)])
-        best.append(_unbeaten(ways))
+                choices += _pairwise_sums(best[stretch.start], [Choice(loss, stretch.milliseconds, stretch.sites, projected)])
+        best.append(_pareto_front(choices))
     return best[-1]
 
 
-def _part_front(part: Part, losses: Mapping[str, float]) -> list[Choice]:
+def _choices_of_part(part: Part, losses: Mapping[str, float]) -> list[Choice]:
     kept = [Choice(0.0, part.milliseconds)]
     if part.site in losses:
-        return _unbeaten([*kept, Choice(losses[part.site], 0.0, frozenset([part.site]))])
-    return functools.reduce(_both, (_front(branch, losses) for branch in part.branches), kept)
+        return _pareto_front([*kept, Choice(losses[part.site], 0.0, frozenset([part.site]))])
+    return functools.reduce(_combine, (_choices_of_section(branch, losses) for branch in part.branches), kept)
 
 
-def _both(first: list[Choice], second: list[Choice]) -> list[Choice]:
-    return _unbeaten(_sums(first, second))
+def _combine(first: list[Choice], second: list[Choice]) -> list[Choice]:
+    return _pareto_front(_pairwise_sums(first, second))
 
 
-def _sums(first: list[Choice], second: list[Choice]) -> list[Choice]:
+def _pairwise_sums(first: list[Choice], second: list[Choice]) -> list[Choice]:
     return [
         Choice(a.loss + b.loss, a.milliseconds + b.milliseconds, a.removed | b.removed, a.projected + b.projected)
         for a in first
@@ -147,15 +211,16 @@ def _sums(first: list[Choice], second: list[Choice]) -> list[Choice]:
     ]
 
 
-def _unbeaten(choices: list[Choice]) -> list[Choice]:
-    """Those that no other is as good as in both loss and time."""
-    unbeaten: list[Choice] = []
+def _pareto_front(choices: list[Choice]) -> list[Choice]:
+    """Return the choices that no other equals or beats in both loss and time."""
+    front: list[Choice] = []
     for choice in sorted(choices, key=lambda each: each[:2]):
-        if not unbeaten or choice.milliseconds < unbeaten[-1].milliseconds:
-            unbeaten.append(choice)
-    if len(unbeaten) <= MAX_CHOICES:
-        return unbeaten
-    return unbeaten[: -1 : -(-len(unbeaten) // MAX_CHOICES)] + unbeaten[-1:]
+        if not front or choice.milliseconds < front[-1].milliseconds:
+            front.append(choice)
+    if len(front) <= MAX_CHOICES:
+        return front
+    every = -(-len(front) // MAX_CHOICES)
+    return front[:-1:every] + front[-1:]
 
 
 def _scaled(section: Section, factor: float) -> Section:
@@ -168,19 +233,21 @@ def _scaled(section: Section, factor: float) -> Section:
 
 
 def _collapsed(section: Section, modules: tuple[str, ...]) -> Section:
-    """A section with one part in the place of a stretch, and without the stretches that would cut through it."""
+    """Return a section with one part in the place of a stretch, without the stretches that would cut through this part."""
     branched = (
         part._replace(branches=tuple(_collapsed(branch, modules) for branch in part.branches)) for part in section.parts
     )
     section = section._replace(parts=tuple(branched))
-    done = next((stretch for stretch in section.stretches if stretch.modules == modules), None)
-    if done is None:
+    replaced = next((stretch for stretch in section.stretches if stretch.modules == modules), None)
+    if replaced is None:
         return section
-    shorter = done.stop - done.start - 1
-    parts = (*section.parts[: done.start], Part(done.milliseconds), *section.parts[done.stop :])
-    before = [s for s in section.stretches if s.stop <= done.start]
-    around = [s._replace(stop=s.stop - shorter) for s in section.stretches if s.start <= done.start and done.stop <= s.stop]
-    after = [s._replace(start=s.start - shorter, stop=s.stop - shorter) for s in section.stretches if done.stop <= s.start]
+    shorter = replaced.stop - replaced.start - 1
+    parts = (*section.parts[: replaced.start], Part(replaced.milliseconds), *section.parts[replaced.stop :])
+    before = [s for s in section.stretches if s.stop <= replaced.start]
+    around = [
+        s._replace(stop=s.stop - shorter) for s in section.stretches if s.start <= replaced.start and replaced.stop <= s.stop
+    ]
+    after = [s._replace(start=s.start - shorter, stop=s.stop - shorter) for s in section.stretches if replaced.stop <= s.start]
     return Section(parts, tuple(s for s in (*before, *around, *after) if s.modules != modules))
 
 
@@ -194,27 +261,27 @@ def _candidates(section: Section) -> Iterator[frozenset[str]]:
 
 
 def without_slow_approximations(section: Section, gain: float) -> Section:
-    """The section without approximations that are not faster, by a share, than the fastest exact form of the same parts."""
+    """Drop the approximations of a section that save less than a share `gain` of the time of the fastest exact form."""
     exact = [stretch for stretch in section.stretches if not stretch.modules]
 
     def fastest_exact(start: int, stop: int, sites: frozenset[str]) -> float:
         inner = [s._replace(start=s.start - start, stop=s.stop - start) for s in exact if start <= s.start and s.stop <= stop]
-        return _front(Section(section.parts[start:stop], tuple(inner)), dict.fromkeys(sites, 0.0))[0].milliseconds
+        return _choices_of_section(Section(section.parts[start:stop], tuple(inner)), dict.fromkeys(sites, 0.0))[0].milliseconds
 
-    good = [
+    fast = [
         s for s in section.stretches if s.modules and s.milliseconds <= (1 - gain) * fastest_exact(s.start, s.stop, s.sites)
     ]
-    return section._replace(stretches=(*exact, *good))
+    return section._replace(stretches=(*exact, *fast))
 
 
-def _section_dict(section: Section) -> dict[str, Any]:
-    parts = [part._asdict() | {"branches": [_section_dict(branch) for branch in part.branches]} for part in section.parts]
+def _section_to_dict(section: Section) -> dict[str, Any]:
+    parts = [part._asdict() | {"branches": [_section_to_dict(branch) for branch in part.branches]} for part in section.parts]
     stretches = [stretch._asdict() | {"sites": sorted(stretch.sites)} for stretch in section.stretches]
     return {"parts": parts, "stretches": stretches}
 
 
-def _section(values: Mapping[str, Any]) -> Section:
-    parts = (Part(**part | {"branches": tuple(map(_section, part["branches"]))}) for part in values["parts"])
+def _section_from_dict(values: Mapping[str, Any]) -> Section:
+    parts = (Part(**part | {"branches": tuple(map(_section_from_dict, part["branches"]))}) for part in values["parts"])
     stretches = (
         Stretch(**stretch | {"sites": frozenset(stretch["sites"]), "modules": tuple(stretch["modules"])})
         for stretch in values["stretches"]
