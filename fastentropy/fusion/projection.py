@@ -1,11 +1,13 @@
-"""Approximate a linearised stretch of convolutions by one of them, where the exact operator would be larger and slower.
+"""Approximate a linearised stretch of convolutions by one convolution that is smaller and faster than the exact operator.
 
-Two 3×3 convolutions are a 5×5 one, which multiplies more than both. Its centre is a 3×3 convolution, and the 3×3 convolution
-nearest to the stretch on the data that the network sees is found by least squares: a regression from patches to outputs.
+Two 3×3 convolutions merge into a 5×5 one, which takes more multiplications than both. Its centre is a 3×3 convolution. The
+3×3 convolution that is nearest to the stretch on the network's data is found by least squares: a regression from patches to
+outputs.
 """
 
 import collections
 import copy
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -27,34 +29,50 @@ from fastentropy.fusion.tracing import export, inference_module
 _CONVOLUTIONS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _BATCH_NORMS: tuple[type[nn.Module], ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
-#: The first batch gives so many observations for each number of an output that is fitted, the second half as many, the third
-#: a third, and none fewer than the least.
-OBSERVATIONS, LEAST = 8, 64
-#: Every so many-th observation is for the error, not for the fit.
-HELD_OUT = 4
+#: Observations that the first batch gives per fitted number of an output. The second batch gives half as many, the third a
+#: third, and so on.
+OBSERVATIONS_PER_NUMBER = 8
 
-#: Pulls towards the centre of the exact kernel what the data leave open, relative to the mean square of the inputs.
+#: Each batch gives at least this many observations, if it has them.
+MIN_OBSERVATIONS = 64
+
+#: One of this many observations is held out: it serves to measure the error, not for the fit.
+HELD_OUT_EVERY = 4
+
+#: Ridge penalty, relative to the mean square of the inputs. It pulls what the data leave open towards the centre of the exact
+#: kernel.
 RIDGE = 1e-6
 
 
 @dataclass(frozen=True)
 class Projection:
-    """A stretch of modules that one convolution stands for.
+    """A stretch of modules that one convolution approximates.
 
-    It takes the place of the first convolution among them; a batch norm behind it, if there is one, is replaced by a new one,
-    and the others become the identity.
+    The convolution takes the place of the first convolution among the modules. If a batch norm follows this first one, a new
+    batch norm takes its place. All other modules become the identity.
 
     Attributes:
-        modules: the paths of the modules.
-        in_channels: of the convolution.
-        out_channels: of the convolution.
-        kernel: of the convolution, along each spatial axis.
-        stride: along each spatial axis.
-        padding: with zeros, along each spatial axis.
-        groups: of the convolution.
-        relative_error: the root mean square of what the stretch gave and it does not, over that of what the stretch gave,
-            before any training, at positions of the calibration data that were not fitted.
-        centre_error: that of the centre of the exact kernel.
+        modules: paths of the modules.
+        in_channels: number of input channels of the convolution.
+        out_channels: number of output channels of the convolution.
+        kernel: size of its kernel along each spatial axis.
+        stride: its stride along each spatial axis.
+        padding: number of zeros on each side, along each spatial axis.
+        groups: its number of groups.
+        relative_error: root mean square of the difference to the output of the stretch, relative to the root mean square of
+            that output. It is measured before any training, at positions of the calibration data that were not fitted.
+        centre_error: the same error of the centre of the exact kernel.
+
+    Examples:
+        >>> import torch
+        >>> from fastentropy.fusion.projection import project
+        >>> convolutions = [torch.nn.Conv2d(3, 4, 3, padding=1), torch.nn.Conv2d(4, 2, 3, padding=1)]
+        >>> model = torch.nn.Sequential(*convolutions).eval()
+        >>> projection = project(model, ["0", "1"], lambda model: model(torch.randn(8, 3, 8, 8)))
+        >>> projection.kernel, projection.relative_error < projection.centre_error
+        ((3, 3), True)
+        >>> type(model[1]).__name__
+        'Identity'
     """
 
     modules: tuple[str, ...]
@@ -69,18 +87,36 @@ class Projection:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Projection":
-        """The projection whose fields JSON gave back. Raises TypeError where it has others."""
+        """Make a projection from its fields.
+
+        Args:
+            values: the fields by name; JSON's lists stand for tuples.
+
+        Returns:
+            The projection.
+
+        Raises:
+            TypeError: a field is missing or unknown.
+        """
         fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
         return cls(**fields)
 
 
 def central_kernel(chain: Chain, composed: Callable[[Chain], AffineOperator] = compose_chain) -> AffineOperator:
-    """The middle of the merged kernel of a chain of convolutions, as large as the largest kernel among them.
+    """Return the centre of the merged kernel of a chain of convolutions, as large as the largest kernel among them.
 
-    composed is as in `merging.merge`. Raises ValueError where the chain is not of that kind.
+    Args:
+        chain: operators with spatial axes.
+        composed: makes the operator of a chain, as in `merging.merge`.
+
+    Returns:
+        A convolution with the output size of the chain.
+
+    Raises:
+        ValueError: the chain holds something else, or no smaller convolution has its output size.
     """
     if not all(isinstance(element, AffineOperator) and element.axes for element in chain):
-        raise ValueError("only a series of convolutions is approximated by one of them")
+        raise ValueError("only a series of convolutions can be approximated by one convolution")
     merged = composed(chain)
     # Each element is an operator, as checked above.
     kernel = [max(sizes) for sizes in zip(*(element.kernel for element in chain), strict=True)]  # type: ignore[union-attr]
@@ -94,14 +130,14 @@ def central_kernel(chain: Chain, composed: Callable[[Chain], AffineOperator] = c
 
 
 def replaceable_modules(model: nn.Module, traced: GraphModule) -> set[str]:
-    """The paths of the modules that may be replaced: plain convolutions and batch norms, called once, whom nobody watches."""
+    """Return the paths of the modules that may be replaced: plain convolutions and batch norms, called once, without hooks."""
     calls = collections.Counter(module_path(node) for node in traced.graph.nodes if node.op == "call_function")
-    places = collections.Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
+    paths = collections.Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
     return {
         name
         for name, module in model.named_modules()
         if type(module) in (*_CONVOLUTIONS, *_BATCH_NORMS)
-        and calls[name] == places[id(module)] == 1
+        and calls[name] == paths[id(module)] == 1
         and getattr(module, "padding_mode", "zeros") == "zeros"
         and not has_hooks(module)
     }
@@ -109,10 +145,18 @@ def replaceable_modules(model: nn.Module, traced: GraphModule) -> set[str]:
 
 @torch.no_grad()
 def project(model: nn.Module, names: Sequence[str], calibrate: Callable[[nn.Module], object]) -> Projection:
-    """Replace a series of modules by the one convolution that is nearest to it on the calibration data, in place.
+    """Replace a series of modules, in place, by the one convolution that is nearest to it on the calibration data.
 
-    names: modules of which each gives its output to the next and to nothing else, linearised but for what is affine.
-    calibrate(model) makes forward passes. Raises ValueError, and leaves the model as it was, where that cannot be.
+    Args:
+        model: the model, in eval mode. An error leaves it as it was.
+        names: paths of the modules. Each gives its output to the next one and to nothing else, and all of them are affine.
+        calibrate: calibrate(model) makes forward passes on the training data.
+
+    Returns:
+        The new convolution and its errors.
+
+    Raises:
+        ValueError: no convolution can replace the modules, or calibrate made no forward pass.
     """
     regression: _Regression | None = None
     stretch = copy.deepcopy(nn.Sequential(*(model.get_submodule(name) for name in names)))
@@ -157,7 +201,7 @@ def project(model: nn.Module, names: Sequence[str], calibrate: Callable[[nn.Modu
 
 
 def _set_moments(norm: Any, mean: Tensor, variance: Tensor, bias: Tensor) -> None:
-    """Let a batch norm in eval mode add a bias and do nothing else, and in training mode normalise as usual."""
+    """Set a batch norm so that it only adds a bias in eval mode; in training mode it normalises as usual."""
     norm.running_mean.copy_(mean)
     norm.running_var.copy_(variance)
     norm.weight.copy_((norm.running_var + norm.eps).sqrt())
@@ -165,11 +209,11 @@ def _set_moments(norm: Any, mean: Tensor, variance: Tensor, bias: Tensor) -> Non
 
 
 def install(model: nn.Module, projection: Projection) -> tuple[Any, Any]:
-    """Put a new convolution, and a new batch norm or None, into the place of a stretch of modules; returns these two."""
+    """Put the convolution of a projection in the place of its modules; return it and the new batch norm, or None."""
     modules = {name: model.get_submodule(name) for name in projection.modules}
     first = next(name for name, module in modules.items() if isinstance(module, _CONVOLUTIONS))
-    behind = list(modules)[list(modules).index(first) :]
-    norm = next((name for name in behind if isinstance(modules[name], _BATCH_NORMS)), None)
+    from_first = itertools.dropwhile(lambda name: name != first, modules)
+    norm = next((name for name in from_first if isinstance(modules[name], _BATCH_NORMS)), None)
     old: Any = modules[first]
     new: dict[str, Any] = {name: nn.Identity() for name in modules}
     new[first] = type(old)(
@@ -191,8 +235,11 @@ def install(model: nn.Module, projection: Projection) -> tuple[Any, Any]:
     return new[first], new[norm] if norm else None
 
 
-class _Sums:
-    """Weighted sums over observations: of u uᵀ, u rᵀ, r² and y², with u a patch and a one, r what a first guess leaves of y."""
+class _WeightedSums:
+    """Weighted sums over observations of u uᵀ, u rᵀ, r² and y².
+
+    u is a patch with a one behind it, y the wanted output, and r the part of y that a first guess leaves.
+    """
 
     def __init__(self, groups: int, unknowns: int, outputs: int, like: Tensor) -> None:
         self.products = like.new_zeros(groups, unknowns, unknowns)
@@ -200,7 +247,7 @@ class _Sums:
         self.square_residual = self.square_output = self.observations = 0.0
 
     def add(self, u: Tensor, left: Tensor, wanted: Tensor, weight: float) -> None:
-        """Observations of each group: patches [groups, n, unknowns], what is left and what is wanted [groups, n, outputs]."""
+        """Add n observations of each group: u [groups, n, unknowns], r and y [groups, n, outputs]."""
         self.products += weight * torch.bmm(u.mT, u)
         self.residuals += weight * torch.bmm(u.mT, left)
         self.square_residual += weight * float(left.square().sum())
@@ -209,33 +256,33 @@ class _Sums:
 
 
 class _Regression:
-    """Least squares for the weight of a convolution, given inputs and wanted outputs, in float64.
+    """Fits the weight of a convolution to inputs and wanted outputs by least squares, in float64.
 
-    Solved for the difference to a first guess, each group by itself, from sums alone. The error is that of observations that
-    were not fitted.
+    It solves for the difference to a first guess, for each group separately, and keeps sums only. The error is measured on
+    observations that were not fitted.
     """
 
     def __init__(self, guess: AffineOperator) -> None:
         self.centre = guess
         self._groups, self._unknowns = guess.groups, guess.weight[0].numel() + 1
         sizes = (self._groups, self._unknowns, guess.out_channels // self._groups)
-        self._fitted, self._held_out = _Sums(*sizes, guess.weight), _Sums(*sizes, guess.weight)
+        self._fitted, self._held_out = _WeightedSums(*sizes, guess.weight), _WeightedSums(*sizes, guess.weight)
         self._generator = torch.Generator().manual_seed(0)
         self._batches = 0
 
     def add(self, x: Tensor, y: Tensor) -> None:
-        """Take some positions of a batch, each with the weight of those that it stands for."""
+        """Sample positions of a batch; each gets the weight of the positions that it represents."""
         self._batches += 1
-        patches, wanted = self._sample(x, y, max(OBSERVATIONS * self._unknowns // self._batches, LEAST))
+        patches, wanted = self._sample(x, y, max(OBSERVATIONS_PER_NUMBER * self._unknowns // self._batches, MIN_OBSERVATIONS))
         weight = y.numel() / wanted.numel()
         u = torch.cat([patches, torch.ones_like(patches[..., :1])], -1)
         left = wanted - torch.bmm(u, self._coefficients(self.centre))
-        held_out = torch.arange(u.shape[1], device=u.device) % HELD_OUT == 0
+        held_out = torch.arange(u.shape[1], device=u.device) % HELD_OUT_EVERY == 0
         for sums, part in ((self._held_out, held_out), (self._fitted, ~held_out)):
             sums.add(u[:, part], left[:, part], wanted[:, part], weight)
 
     def solve(self) -> AffineOperator:
-        """The operator that leaves the least."""
+        """Return the operator with the least squared error."""
         products = self._fitted.products
         ridge = RIDGE * products.diagonal(dim1=1, dim2=2).mean() * torch.eye(self._unknowns).to(products)
         difference = torch.linalg.solve(products + ridge, self._fitted.residuals)
@@ -244,13 +291,13 @@ class _Regression:
         return replace(self.centre, weight=weight, bias=coefficients[:, -1].flatten())
 
     def error(self, operator: AffineOperator) -> float:
-        """The root mean square of what an operator leaves, over that of the output."""
+        """Return the root mean square error of an operator, relative to the root mean square of the output."""
         sums, step = self._held_out, self._coefficients(operator) - self._coefficients(self.centre)
         explained = 2 * (step * sums.residuals).sum() - (step * torch.bmm(sums.products, step)).sum()
         return float((max(sums.square_residual - float(explained), 0.0) / max(sums.square_output, 1e-300)) ** 0.5)
 
     def moments(self, operator: AffineOperator) -> tuple[Tensor, Tensor]:
-        """The mean and the variance of each output channel without its bias, over what was observed."""
+        """Return the mean and the variance of each output channel without its bias, over the fitted observations."""
         products, observations = self._fitted.products, self._fitted.observations
         weight = self._coefficients(operator)
         weight[:, -1] = 0
@@ -259,12 +306,12 @@ class _Regression:
         return mean, (square - mean.square()).clamp_min(0)
 
     def _coefficients(self, operator: AffineOperator) -> Tensor:
-        """The numbers of an operator as [groups, inputs of a patch and the one, outputs]."""
+        """Return weight and bias of an operator as [groups, unknowns, outputs], where the bias is the last unknown."""
         both = torch.cat([operator.weight.flatten(1), operator.bias.unsqueeze(1)], 1)
         return both.reshape(self._groups, -1, both.shape[1]).mT
 
     def _sample(self, x: Tensor, y: Tensor, most: int) -> tuple[Tensor, Tensor]:
-        """Patches [groups, positions, inputs] and outputs [groups, positions, outputs] at random positions of a batch."""
+        """Return patches [groups, positions, inputs] and outputs [groups, positions, outputs] at random positions."""
         operator = self.centre
         windows = F.pad(x, [zeros for axis in reversed(operator.axes) for zeros in (axis.before, axis.after)])
         for index, axis in enumerate(operator.axes):
@@ -275,7 +322,7 @@ class _Regression:
         total = math.prod(shape)
         count = min(total, most)
         chosen = torch.randperm(total, generator=self._generator)[:count].to(x.device)
-        batch, *place = torch.unravel_index(chosen, shape)
-        at: Any = (batch, slice(None), *place)
+        batch, *position = torch.unravel_index(chosen, shape)
+        at: Any = (batch, slice(None), *position)
         patches, wanted = (values[at].double().reshape(count, self._groups, -1) for values in (windows, y))
         return patches.transpose(0, 1), wanted.transpose(0, 1)

@@ -53,7 +53,7 @@ def _seeded():
 )
 def test_the_fit_is_the_least_squares_solution(axes, stride, groups, kernel, norm, monkeypatch):
     """The oracle: lstsq over the unfolded patches of the data; three quarters of all positions are fitted."""
-    monkeypatch.setattr(projection, "OBSERVATIONS", 10**6)
+    monkeypatch.setattr(projection, "OBSERVATIONS_PER_NUMBER", 10**6)
     model = series(axes, stride, groups, norm, kernel)
     x = smooth(96, 4, *(9,) * axes)
     wanted = model(x).detach()
