@@ -70,7 +70,7 @@ def test_the_fit_is_the_least_squares_solution(axes, stride, groups, kernel, nor
     assert fitted.conv1.kernel_size == (kernel,) * axes
 
 
-def test_a_sample_of_the_positions_is_enough():
+def test_a_sample_of_the_positions_suffices():
     """Six observations for each number that is fitted: an error larger by a factor of (1 + 1/6)^1/2 is to be expected."""
     model = series()
     x = smooth(96, 4, 9, 9)
@@ -96,7 +96,7 @@ def best_fit(x, wanted, noted):
     return torch.cat(outputs, 1).reshape(*positions, -1).movedim(-1, 1)
 
 
-def test_what_a_smaller_kernel_can_be_is_found_exactly():
+def test_an_exact_smaller_kernel_is_found():
     """Taps beyond the centre that are zero: nothing is lost but at the border."""
     model = series(norm=False)
     with torch.no_grad():
@@ -110,7 +110,7 @@ def test_what_a_smaller_kernel_can_be_is_found_exactly():
     torch.testing.assert_close(model(x), wanted)
 
 
-def test_in_training_mode_the_new_batch_norm_normalises_to_the_same_outputs():
+def test_the_new_batch_norm_gives_the_same_outputs_in_training():
     model = series()
     x = smooth(64, 4, 9, 9)
     project(model, NAMES, lambda m: m(x))
@@ -119,7 +119,7 @@ def test_in_training_mode_the_new_batch_norm_normalises_to_the_same_outputs():
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_without_data_in_some_direction_the_centre_of_the_exact_kernel_stays():
+def test_the_centre_stays_where_the_data_say_nothing():
     """Constant images say nothing of how a kernel's taps share its sum."""
     model = series(norm=False)
     exact = centre_of(model)
@@ -132,7 +132,7 @@ def centre_of(model):
     return central_kernel(chain.elements)
 
 
-def test_the_structure_comes_back_from_what_was_noted():
+def test_a_projection_restores_the_structure():
     model = series(stride=2)
     other = copy.deepcopy(model)
     x = smooth(8, 4, 9, 9)
@@ -143,13 +143,13 @@ def test_the_structure_comes_back_from_what_was_noted():
 
 
 @pytest.mark.parametrize("second", [nn.Conv2d(4, 4, 2), nn.Conv2d(4, 4, 3, dilation=2)])
-def test_a_chain_without_a_convolution_in_its_middle_has_no_centre(second):
+def test_some_convolutions_have_no_centre(second):
     model = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), second).eval()
     with pytest.raises(ValueError, match="no smaller convolution"):
         centre_of(model)
 
 
-def test_a_stretch_of_linear_layers_has_no_centre():
+def test_linear_layers_have_no_centre():
     model = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 4)).eval()
     (chain,) = find_chains(inference_module(export(model, (torch.randn(2, 4),))))
     with pytest.raises(ValueError, match="only a series of convolutions"):
@@ -177,12 +177,12 @@ class Mixed(nn.Module):
         return self.again(self.watched(self.twice(self.twice(self.reflecting(x)))))
 
 
-def test_only_plain_modules_that_are_called_once_are_replaced():
+def test_only_plain_modules_called_once_are_replaceable():
     model = Mixed().eval()
     assert replaceable_modules(model, inference_module(export(model, (torch.randn(2, 1, 6, 6),)))) == {"conv", "norm"}
 
 
-def test_a_stretch_whose_operator_is_no_larger_any_more_becomes_that_operator():
+def test_a_stretch_that_is_no_larger_becomes_exact():
     """What is left of three convolutions once two of them are one: a 3×3 and a 1×1 convolution are a 3×3 one."""
     identities = (nn.Identity() for _ in range(3))
     model = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), *identities, nn.Conv2d(8, 5, 1)).eval()
@@ -193,7 +193,7 @@ def test_a_stretch_whose_operator_is_no_larger_any_more_becomes_that_operator():
     torch.testing.assert_close(model(x), wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_what_a_module_was_made_with_is_kept():
+def test_options_of_modules_are_kept():
     model = series()
     model.bn1.eps, model.bn1.momentum = 0.01, 0.3
     model.requires_grad_(False)
@@ -203,7 +203,7 @@ def test_what_a_module_was_made_with_is_kept():
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_the_error_is_that_of_all_the_data_not_of_the_first_batches():
+def test_the_error_covers_all_batches():
     """The first of many batches is of another kind: the fit and its error must know the others."""
     model = series(norm=False)
     batches = [torch.zeros(8, 4, 9, 9), *(torch.randn(8, 4, 9, 9) for _ in range(30))]
@@ -213,7 +213,7 @@ def test_the_error_is_that_of_all_the_data_not_of_the_first_batches():
     assert noted.relative_error == pytest.approx((left / sum(rms(y) ** 2 for y in wanted)) ** 0.5, rel=0.15)
 
 
-def test_a_calibration_without_a_pass_leaves_the_model_as_it_was():
+def test_a_calibration_without_a_pass_changes_nothing():
     model = series()
     before = snapshot(model)
     with pytest.raises(ValueError, match="calibrate made no forward pass"):
@@ -221,7 +221,7 @@ def test_a_calibration_without_a_pass_leaves_the_model_as_it_was():
     assert_unchanged(model, before)
 
 
-def test_a_calibration_that_raises_leaves_the_model_as_it_was():
+def test_a_calibration_that_raises_changes_nothing():
     model = series()
     before = snapshot(model)
 
@@ -234,7 +234,7 @@ def test_a_calibration_that_raises_leaves_the_model_as_it_was():
     assert_unchanged(model, before)
 
 
-def test_a_projection_comes_back_from_json():
+def test_a_projection_survives_json():
     projection = Projection(("a", "b"), 4, 6, (3, 3), (1, 1), (1, 1), 1, 0.25, 0.5)
     values = {**vars(projection), "modules": ["a", "b"], "kernel": [3, 3], "stride": [1, 1], "padding": [1, 1]}
     assert Projection.from_dict(values) == projection

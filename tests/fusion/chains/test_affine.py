@@ -44,7 +44,7 @@ def interior(first, second, x):
 
 @settings(max_examples=60)
 @given(st.data(), st.integers(0, 3))
-def test_an_operator_runs_as_its_numbers_say(data, axes):
+def test_an_operator_equals_the_pytorch_convolution(data, axes):
     operator = data.draw(convolutions(axes, data.draw(st.sampled_from([1, 2, 4]))))
     size = [data.draw(st.integers(1, 7)) for _ in range(axes)]
     assume(all(size_after(operator, size)))
@@ -54,7 +54,7 @@ def test_an_operator_runs_as_its_numbers_say(data, axes):
 
 @settings(max_examples=60)
 @given(st.data())
-def test_a_tap_reads_the_position_that_the_definition_names(data):
+def test_a_tap_reads_the_position_of_its_definition(data):
     """Tap t of output position o reads position s·o + d·t − p of the input with upsampling − 1 zeros between its values."""
     numbers = [data.draw(st.integers(1, most)) for most in (4, 3, 3, 3)]
     kernel, stride, dilation, upsampling = numbers
@@ -89,7 +89,7 @@ def test_a_convolution_may_have_no_batch(data, axes):
 
 @settings(max_examples=40)
 @given(st.data(), st.integers(0, 3))
-def test_the_output_shape_is_that_of_the_output(data, axes):
+def test_output_shape(data, axes):
     operator = data.draw(convolutions(axes, 2))
     size = [data.draw(st.integers(1, 9)) for _ in range(axes)]
     assume(all(size_after(operator, size)))
@@ -99,7 +99,7 @@ def test_the_output_shape_is_that_of_the_output(data, axes):
 
 @settings(max_examples=100)
 @given(pairs())
-def test_composition_equals_the_pair_wherever_no_padding_lies_between(pair):
+def test_composition_equals_the_pair_away_from_padding(pair):
     first, second, x = pair
     if max(second.upsampling, default=1) > 1:  # nor an inserted zero
         first = replace(first, bias=torch.zeros_like(first.bias))
@@ -112,7 +112,7 @@ def test_composition_equals_the_pair_wherever_no_padding_lies_between(pair):
 
 @settings(max_examples=60)
 @given(pairs())
-def test_without_padding_between_the_linear_parts_compose_everywhere(pair):
+def test_linear_parts_compose_everywhere_without_padding(pair):
     first, second, x = pair
     first = replace(first, bias=torch.zeros_like(first.bias))
     second = replace(second, padding=(0,) * len(second.stride))
@@ -123,7 +123,7 @@ def test_without_padding_between_the_linear_parts_compose_everywhere(pair):
 
 @settings(max_examples=60)
 @given(pairs())
-def test_composition_is_refused_only_between_strides_and_inserted_zeros(pair):
+def test_composition_is_refused_only_with_inserted_zeros(pair):
     first, second, _ = pair
     strided, upsampled = (
         any(max(getattr(operator, name), default=1) > 1 for operator in (first, second)) for name in ("stride", "upsampling")
@@ -137,7 +137,7 @@ def test_composition_is_refused_only_between_strides_and_inserted_zeros(pair):
 
 @settings(max_examples=25)
 @given(pairs())
-def test_groups_are_kept_as_far_as_both_have_them(pair):
+def test_composition_keeps_common_groups(pair):
     first, second, _ = pair
     operator = composed(first, second)
     assert operator.groups == torch.tensor(first.groups).gcd(torch.tensor(second.groups)).item()
@@ -159,7 +159,7 @@ def test_composition_is_associative(data, axes):
 
 @settings(max_examples=60)
 @given(branches())
-def test_a_sum_equals_both_outputs_added_everywhere(drawn):
+def test_a_sum_equals_both_outputs_added(drawn):
     left, right, x = drawn
     total, reason = attempt(add, left, right)
     if total is None:  # their paddings together are those of no transposed convolution
@@ -171,7 +171,7 @@ def test_a_sum_equals_both_outputs_added_everywhere(drawn):
 
 @settings(max_examples=60)
 @given(pairs("strided"))
-def test_two_operators_are_added_exactly_where_their_outputs_have_one_size_for_every_input(pair):
+def test_operators_add_only_if_output_sizes_always_agree(pair):
     left, right = (replace(o, weight=torch.zeros(6, 2, *o.kernel), bias=torch.zeros(6), groups=2) for o in pair[:2])
     margins = [axis.reach + 2 for operator in (left, right) for axis in operator.axes]
     sizes = range(max(margins), max(margins) + 12)  # where both have an output
@@ -184,7 +184,7 @@ def test_two_operators_are_added_exactly_where_their_outputs_have_one_size_for_e
 
 
 @given(st.integers(0, 3), st.sampled_from([1, 3, 4]))
-def test_the_identity_returns_its_input(axes, channels):
+def test_identity_returns_its_input(axes, channels):
     like = AffineOperator(torch.zeros(2, channels, *[3] * axes).double(), torch.zeros(2).double(), *[(1,) * axes] * 3)
     x = normal(2, channels, *[4] * axes, seed=axes)
     assert torch.equal(pytorch_output(identity(channels, like), x), x)
@@ -192,7 +192,7 @@ def test_the_identity_returns_its_input(axes, channels):
 
 @settings(max_examples=25)
 @given(st.data(), st.integers(0, 2))
-def test_the_dense_weight_is_that_of_one_group(data, axes):
+def test_dense_weight_has_one_group(data, axes):
     operator = data.draw(convolutions(axes, 4))
     dense = replace(operator, weight=operator.dense_weight(), groups=1)
     x = normal(2, 4, *[7] * axes, seed=data.draw(SEEDS))
@@ -225,18 +225,18 @@ def test_the_dense_weight_is_that_of_one_group(data, axes):
         (AffineOperator(torch.zeros(3, 1), torch.zeros(3), groups=3), {"pointwise", "channelwise"}),
     ],
 )
-def test_an_operator_knows_its_kind(operator, kinds):
+def test_kinds_of_operators(operator, kinds):
     assert {name for name in ("pointwise", "channelwise", "average") if getattr(operator, f"is_{name}")} == kinds
 
 
-def test_one_number_of_padding_stands_on_both_sides():
+def test_one_number_of_padding_is_for_both_sides():
     operator = AffineOperator(torch.zeros(1, 1, 3, 2), torch.zeros(1), (2, 1), (1, (0, 2)), (1, 3))
     assert operator.padding == ((1, 1), (0, 2))
     assert operator.axes == (Axis(3, 2, 1, 1), Axis(2, 1, 0, 2, 3))
     assert operator.upsampling == (1, 1)
 
 
-def test_multiplications_are_those_counted_by_hand():
+def test_multiplications_counted_by_hand():
     assert convolution(12, 4, 1).multiplications((2, 4, 5, 7)) == 2 * 5 * 7 * 4 * 12
     assert convolution(12, 12, 3, 1, groups=12).multiplications((2, 12, 5, 7)) == 2 * 5 * 7 * 9 * 12
     assert convolution(4, 4, 3, 1, stride=2).multiplications((1, 4, 6, 6)) == 9 * 4 * 4 * 9

@@ -1,4 +1,4 @@
-"""ATen operators as torch.export traces them, against the affine operators read from them, on values in float64."""
+"""The affine operator that is read from an ATen operator computes the same, in float64, as torch.export traces it."""
 
 import itertools
 
@@ -15,7 +15,7 @@ from tests._helpers.operators import CONVOLUTIONS, SEEDS, TRANSPOSED, close, nor
 
 
 class Holder(nn.Module):
-    """A function of an input and of constants."""
+    """A network that is a function of itself and an input, with constants as buffers."""
 
     def __init__(self, function, **constants):
         super().__init__()
@@ -32,7 +32,7 @@ def traced(model, x):
 
 
 def last_read(model, x):
-    """What the last operator of a model is read as."""
+    """Read the last operator of a model; return the result and its node."""
     module = traced(model, x)
     (output,) = module.graph.find_nodes(op="output")
     (node,) = output.args[0] if isinstance(output.args[0], tuple | list) else output.args
@@ -40,7 +40,7 @@ def last_read(model, x):
 
 
 def assert_reads(model, x):
-    """The last operator of a model is read, and what is read computes what the model computes."""
+    """Assert that the last operator of a model is read, and that the result computes what the model computes."""
     linear, node = last_read(model, x)
     assert linear is not None, node.target
     expected = model(x)
@@ -54,7 +54,7 @@ def assert_reads(model, x):
 
 @st.composite
 def geometries(draw):
-    """The numbers of a convolution, each for all axes or one for each, weight, bias or none, and an input."""
+    """Draw an input, and of a convolution: kernel, bias or None, groups, output channels, and a source of numbers per axis."""
     axes = draw(st.integers(1, 3))
     groups = draw(st.integers(1, 3))
     in_channels, out_channels = (groups * draw(st.integers(1, 2)) for _ in range(2))
@@ -86,7 +86,7 @@ def test_a_convolution_is_read(drawn):
 @pytest.mark.filterwarnings("ignore:Using padding='same'")
 @settings(max_examples=25)
 @given(geometries(), st.sampled_from(["same", "valid"]))
-def test_padding_that_is_named_is_read(drawn, padding):
+def test_padding_by_name_is_read(drawn, padding):
     x, kernel, bias, groups, out_channels, numbers = drawn
     axes, dilation = len(kernel), numbers(1, 3)
     assume(padding == "same" or all(n > (k - 1) * d for n, k, d in zip(x.shape[2:], kernel, dilation, strict=True)))
@@ -144,7 +144,7 @@ def test_average_pooling_is_read(drawn, padded):
         (lambda m, x: x.mean((2, 3, 4)), (2, 3, 4, 5, 2)),
     ],
 )
-def test_pools_and_means_of_whole_values_are_read(function, shape):
+def test_pools_and_means_are_read(function, shape):
     x = normal(*shape, seed=0)
     model = Holder(function)
     linear = assert_reads(model, x)
@@ -176,7 +176,7 @@ def test_a_product_with_a_constant_matrix_is_read(function, shape):
 @given(st.integers(0, 3), st.sampled_from(list(itertools.product([False, True], repeat=2))), st.integers(0, 9))
 @settings(max_examples=25)
 def test_batch_norm_in_eval_mode_is_read(axes, has, seed):
-    """Statistics as odd as they can be: means far from zero, small and large variances, weights of both signs and zero."""
+    """Extreme statistics: means far from zero, small and large variances, weights of both signs and zero."""
     mean, variance = normal(4, seed=seed) * 10, torch.tensor([1e-8, 1e-2, 1.0, 1e4]).double()
     weight = torch.tensor([1.0, -2.0, 0.0, 3.0]).double() if has[0] else None
     bias = normal(4, seed=seed + 1) if has[1] else None
@@ -212,7 +212,7 @@ SCALES = {
 @pytest.mark.parametrize("axes", [1, 2, 3])
 def test_scales_and_shifts_of_channels_are_read(name, axes):
     model = Holder(SCALES[name], channels=normal(1, 4, *[1] * axes, seed=1), one=normal(1, seed=2))
-    if name.endswith("_"):  # the node in the middle
+    if name.endswith("_"):  # the node in the middle of three
         x = normal(2, 4, *[3] * axes, seed=0)
         module = traced(model, x)
         (node,) = (n for n in module.graph.nodes if "_." in f"{n.target}.")
@@ -231,7 +231,7 @@ def test_scales_and_shifts_of_features_are_read(function, constant, shape):
     close(linear.build(0)(x), model(x))
 
 
-def test_a_channelwise_constant_of_one_channel_is_a_number():
+def test_a_constant_for_a_single_channel_is_a_number():
     model = Holder(lambda m, x: x * m.v, v=normal(1, 1, 1, seed=1))
     linear, _ = last_read(model, normal(2, 1, 3, 3, seed=0))
     assert linear.axes is None
@@ -248,7 +248,7 @@ def test_a_channelwise_constant_of_one_channel_is_a_number():
         lambda m, x: F.adaptive_avg_pool2d(x, (4, 5)),
     ],
 )
-def test_what_does_nothing_is_read_as_nothing(function):
+def test_identities_are_read_as_nothing(function):
     linear, node = last_read(Holder(function), normal(2, 3, 4, 5, seed=0))
     assert linear.build is None
     assert linear.operand is node.args[0]
@@ -304,7 +304,7 @@ def test_what_does_nothing_is_read_as_nothing(function):
     }.items(),
     ids=lambda pair: pair[0],
 )
-def test_what_is_not_affine_with_constant_numbers_is_not_read(function):
+def test_other_operators_are_not_read(function):
     model = Holder(
         function[1],
         mean=normal(3, seed=1),
@@ -327,12 +327,12 @@ def test_what_is_not_affine_with_constant_numbers_is_not_read(function):
 
 
 def test_a_scale_in_another_precision_is_not_read():
-    """What is multiplied in float64 is not rounded to float32 before."""
+    """A product in float64 must not be computed with a factor that was rounded to float32."""
     model = Holder(lambda m, x: x * m.v, v=normal(3, 1, 1, seed=1))
     assert last_read(model, torch.randn(2, 3, 4, 4))[0] is None
 
 
-def test_circular_padding_is_no_padding_with_zeros():
+def test_circular_padding_is_not_zero_padding():
     conv = nn.Conv2d(3, 3, 3, padding=1, padding_mode="circular").double()
     linear, node = last_read(conv, normal(2, 3, 4, 5, seed=0))
     assert linear.operand.target != "placeholder"
@@ -367,7 +367,7 @@ def test_a_value_is_not_a_constant():
     assert constant(None, module) is None
 
 
-def test_the_shape_of_what_is_no_tensor_is_none():
+def test_only_tensors_have_a_shape():
     module = traced(Holder(lambda m, x: x.relu()), normal(2, 4, seed=0))
     shapes = {node.op: shape_of(node) for node in module.graph.nodes}
     assert shapes["placeholder"] == shapes["call_function"] == (2, 4)
@@ -375,14 +375,14 @@ def test_the_shape_of_what_is_no_tensor_is_none():
     assert shape_of(3) is None
 
 
-def test_the_name_is_the_path_of_the_module():
+def test_name_is_the_path_of_the_module():
     model = Reads(lambda m, x: m.body[1](m.body[0](x)), body=nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1)))
     linear, _ = last_read(model, torch.randn(2, 3, 4, 4))
     assert linear.name == "body.1"
 
 
-def test_a_shared_operand_of_a_scale_is_the_value():
-    """c · x and x · c are read alike: the operand is what is not a constant."""
+def test_the_operand_of_a_scale_is_not_the_constant():
+    """c · x and x · c are read alike: the operand is the factor that is not a constant."""
     for function in (lambda m, x: m.v * x.relu(), lambda m, x: x.relu() * m.v):
         linear, _ = last_read(Holder(function, v=normal(3, 1, 1, seed=1)), normal(2, 3, 4, 4, seed=0))
         assert linear.operand.target is torch.ops.aten.relu.default
@@ -399,7 +399,7 @@ def test_a_shared_operand_of_a_scale_is_the_value():
     ],
     ids=["pool", "adaptive pool", "mean", "scale", "shift"],
 )
-def test_an_operator_without_weights_of_the_model_is_on_the_device_of_its_input(function):
+def test_operators_without_weights_are_on_the_device_of_the_input(function):
     linear, _ = last_read(Holder(lambda self, x: function(x)), torch.ones(1, 3, 4, 4, device="meta"))
     operator = linear.build(2)
     assert operator.weight.device.type == operator.bias.device.type == "meta"

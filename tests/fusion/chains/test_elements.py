@@ -1,4 +1,4 @@
-"""What chains are made of: how each element runs, the shape that it gives and what it costs, in float64."""
+"""How each element of a chain runs, its output shape and its cost, in float64."""
 
 import itertools
 from dataclasses import replace
@@ -36,14 +36,14 @@ from tests._helpers.operators import (
 
 @settings(max_examples=60)
 @given(chains(shortest=1))
-def test_a_chain_runs_as_its_numbers_say(drawn):
+def test_a_chain_equals_plain_pytorch(drawn):
     chain, x, y = drawn
     close(run(chain, x), y)
 
 
 @settings(max_examples=40)
 @given(chains(shortest=1))
-def test_the_output_shape_of_a_chain_is_that_of_its_output(drawn):
+def test_output_shape_of_a_chain(drawn):
     chain, x, y = drawn
     assert output_shape(chain, x.shape) == y.shape
 
@@ -58,7 +58,7 @@ def test_a_chain_may_have_no_batch(drawn):
 
 @settings(max_examples=25)
 @given(st.data(), st.integers(1, 3))
-def test_a_drawn_pool_is_the_average_pool_of_pytorch(data, axes):
+def test_drawn_pools_are_average_pools_of_pytorch(data, axes):
     pool = data.draw(average_pools(3, axes))
     x = normal(2, 3, *[5] * axes, seed=data.draw(SEEDS))
     padding = [before for before, _ in pool.padding]
@@ -66,7 +66,7 @@ def test_a_drawn_pool_is_the_average_pool_of_pytorch(data, axes):
     close(run((pool,), x), expected)
 
 
-def test_layers_act_on_the_last_axis_of_values_of_any_shape():
+def test_linear_layers_act_on_the_last_axis():
     chain = (AffineOperator(normal(6, 4, seed=0), normal(6, seed=1)), AffineOperator(normal(3, 6, seed=2), normal(3, seed=3)))
     for shape in [(4,), (2, 4), (2, 5, 4), (2, 3, 5, 4)]:
         x = normal(*shape, seed=4)
@@ -74,7 +74,7 @@ def test_layers_act_on_the_last_axis_of_values_of_any_shape():
         assert output_shape(chain, shape) == (*shape[:-1], 3)
 
 
-def test_an_empty_chain_is_the_value_itself():
+def test_an_empty_chain_returns_its_input():
     x = normal(2, 3, seed=0)
     assert run((), x) is x
     assert output_shape((), (2, 3)) == (2, 3)
@@ -82,12 +82,12 @@ def test_an_empty_chain_is_the_value_itself():
 
 
 BORDER = (convolution(6, 4, 3, 1, seed=2), convolution(3, 6, 3, 1, seed=4))
-#: The first row, from two rows of the input, and the last two columns, from the last five.
+#: The first row, from three rows of the input, and the last two columns, from the last five.
 STRIPS = (BorderStrip(0, (0, 1), (0, 3), (0, 1)), BorderStrip(1, (5, 7), (2, 7), (3, 5)))
 
 
 @pytest.mark.parametrize("batch", [(), (2,)])
-def test_a_border_is_recomputed_from_a_cut_of_the_input(batch):
+def test_border_strips_are_recomputed_from_a_part_of_the_input(batch):
     interior = convolution(3, 4, 5, 2, seed=8)
     x = normal(*batch, 4, 6, 7, seed=0)
     given = x.clone()
@@ -100,14 +100,14 @@ def test_a_border_is_recomputed_from_a_cut_of_the_input(batch):
     assert output_shape((bordered,), x.shape) == expected.shape
 
 
-def test_a_kernel_computes_one_operator_after_the_other():
+def test_a_fused_pair_applies_both_operators():
     kernel = FusedPair("conv_pointwise", convolution(6, 4, 3, 1, stride=2), convolution(3, 6, 1, seed=5))
     x = normal(2, 4, 7, 8, seed=0)
     close(run((kernel,), x), pytorch_output(kernel.second, pytorch_output(kernel.first, x)))
     assert output_shape((kernel,), x.shape) == (2, 3, 4, 4)
 
 
-def test_the_operators_of_a_chain_are_all_that_it_holds_in_call_order():
+def test_operators_of_a_chain_in_call_order():
     a, b, c, d, e, f = (convolution(4, 4, 1, seed=seed) for seed in range(6))
     chain = (
         a,
@@ -119,7 +119,7 @@ def test_the_operators_of_a_chain_are_all_that_it_holds_in_call_order():
     assert operators(chain) == [a, b, c, d, e, f, a, b, c]
 
 
-def test_multiplications_are_those_counted_by_hand():
+def test_multiplications_counted_by_hand():
     chain = (convolution(12, 4, 1), convolution(12, 12, 3, 1, groups=12), convolution(4, 12, 1))
     assert cost(chain, (2, 4, 5, 7), 4).multiplications == 2 * 5 * 7 * (4 * 12 + 9 * 12 + 12 * 4)
     dense = AffineOperator(torch.zeros(3, 8), torch.zeros(3))
@@ -128,7 +128,7 @@ def test_multiplications_are_those_counted_by_hand():
     assert cost(strided, (1, 4, 6, 6), 4).multiplications == 9 * (4 * 4 * 9 + 4 * 4) + 4 * 8 * 4 * 4
 
 
-def test_bytes_are_those_counted_by_hand():
+def test_bytes_counted_by_hand():
     operator = convolution(6, 4, 3, 1)
     read, weights, written = 2 * 4 * 5 * 7, 6 * 4 * 9 + 6, 2 * 6 * 5 * 7
     assert cost((operator,), (2, 4, 5, 7), 1).bytes == read + weights + written
@@ -140,14 +140,14 @@ def test_bytes_are_those_counted_by_hand():
 
 @settings(max_examples=25)
 @given(chains(), st.sampled_from([2, 4, 8]))
-def test_bytes_are_in_proportion_to_those_of_a_value(drawn, itemsize):
+def test_bytes_are_proportional_to_the_itemsize(drawn, itemsize):
     chain, x, _ = drawn
     assert cost(chain, x.shape, itemsize).bytes == itemsize * cost(chain, x.shape, 1).bytes
 
 
 @settings(max_examples=25)
 @given(chains())
-def test_what_a_chain_costs_is_what_its_elements_cost(drawn):
+def test_cost_of_a_chain_is_the_sum_over_its_elements(drawn):
     chain, x, _ = drawn
     costs = [cost((e,), output_shape(chain[:index], x.shape), 4) for index, e in enumerate(chain)]
     assert cost(chain, x.shape, 4) == tuple(map(sum, zip(*costs, strict=True)))
@@ -155,7 +155,7 @@ def test_what_a_chain_costs_is_what_its_elements_cost(drawn):
 
 @settings(max_examples=20)
 @given(chains(longest=3))
-def test_what_branches_cost_is_added(drawn):
+def test_cost_of_branches_is_added(drawn):
     chain, x, _ = drawn
     assume(not isinstance(chain[-1], Flatten))
     branched = cost((Sum((chain, chain)),), x.shape, 1)
@@ -164,14 +164,14 @@ def test_what_branches_cost_is_added(drawn):
     assert branched == (2 * one.multiplications, 2 * one.bytes + 3 * values)
 
 
-def test_a_border_costs_what_its_strips_cost():
+def test_cost_of_a_border_is_that_of_its_strips():
     interior = convolution(3, 4, 5, 2, seed=8)
     whole = cost((BorderCorrected(interior, BORDER, STRIPS),), (2, 4, 6, 7), 4)
     parts = [cost((interior,), (2, 4, 6, 7), 4), cost(BORDER, (2, 4, 3, 7), 4), cost(BORDER, (2, 4, 6, 5), 4)]
     assert whole == tuple(map(sum, zip(*parts, strict=True)))
 
 
-def test_a_kernel_neither_writes_nor_reads_what_is_between():
+def test_a_fused_pair_moves_no_values_in_between():
     first, second = convolution(6, 4, 3, 1), convolution(3, 6, 1)
     pair, kernel = (cost(chain, (2, 4, 5, 7), 4) for chain in ((first, second), (FusedPair("conv_pointwise", first, second),)))
     assert kernel == (pair.multiplications, pair.bytes - 2 * 4 * (2 * 6 * 5 * 7))
@@ -181,8 +181,8 @@ def test_flattening_costs_nothing():
     assert cost((Flatten(),), (2, 4, 5, 7), 4) == Cost(0, 0)
 
 
-def test_drawn_chains_are_of_every_kind():
-    """The strategy that other tests rely on: it reaches what they are to be tested on."""
+def test_drawn_chains_cover_every_kind():
+    """Other tests rely on this strategy: it must reach every kind of element and geometry."""
     seen = set()
 
     @settings(max_examples=80, derandomize=True, database=None)

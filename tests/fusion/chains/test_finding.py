@@ -1,4 +1,4 @@
-"""What is a chain, and where it ends, on traced networks."""
+"""Which stretches of traced networks are chains, and what the chains compute."""
 
 import math
 
@@ -12,7 +12,7 @@ from fastentropy.fusion.chains.affine import AffineOperator
 from fastentropy.fusion.chains.elements import Flatten, Sum, operators, run
 from fastentropy.fusion.chains.finding import find_chains, overwritten_constants
 from fastentropy.fusion.tracing import export, inference_module
-from tests._helpers.linear_networks import NETWORKS, X, conv, rows, two
+from tests._helpers.linear_networks import IMAGES, NETWORKS, conv2d, image_network, row_network
 
 
 def traced(model, *inputs):
@@ -24,7 +24,7 @@ def names(model, *inputs):
 
 
 def values_of(module, *inputs):
-    """The value of each node as it is made: in-place operators may write over it later."""
+    """Return a copy of the value of each node as it is made, since in-place operators may overwrite it later."""
     values = {}
 
     class Record(torch.fx.Interpreter):
@@ -39,7 +39,7 @@ def values_of(module, *inputs):
 
 
 def assert_computes(module, *inputs):
-    """Each chain takes the value of its source to that of its end, in float64 and reshaped at last."""
+    """Assert that the elements and views of each chain compute the value of its end from that of its source."""
     values, chains = values_of(module, *inputs), find_chains(module)
     for chain in chains:
         assert {operator.weight.dtype for operator in operators(chain.elements)} == {torch.float64}
@@ -94,8 +94,8 @@ def assert_computes(module, *inputs):
         (lambda m, x: F.conv2d(m.a(x), m.b.weight), [("a", "b")]),
     ],
 )
-def test_a_chain_is_a_maximal_linear_stretch(forward, expected):
-    assert names(two(forward), X) == expected
+def test_a_chain_is_a_longest_linear_stretch(forward, expected):
+    assert names(image_network(forward), IMAGES) == expected
 
 
 def test_an_in_place_addition_closes_a_residual_block():
@@ -105,53 +105,53 @@ def test_an_in_place_addition_closes_a_residual_block():
         y += x
         return m.relu_(y)
 
-    (chain,) = find_chains(traced(two(forward), X))
+    (chain,) = find_chains(traced(image_network(forward), IMAGES))
     assert [type(element) for element in chain.elements] == [Sum]
     assert [len(branch) for branch in chain.elements[0].branches] == [2, 0]
 
 
-def test_a_value_that_is_overwritten_while_others_read_it_starts_no_chain():
+def test_an_overwritten_value_with_other_readers_starts_no_chain():
     def forward(m, x):
         y = m.relu(x)
         z = m.a(y)
         return m.b(m.relu_(y)) + z
 
-    assert all("a" not in each for each in names(two(forward), X))
+    assert all("a" not in each for each in names(image_network(forward), IMAGES))
 
 
-def test_a_residual_block_behind_a_linear_stretch_continues_it():
-    (chain,) = find_chains(traced(two(lambda m, x: m.relu(m.b(y := m.a(x)) + y)), X))
+def test_a_residual_block_continues_the_stretch_before_it():
+    (chain,) = find_chains(traced(image_network(lambda m, x: m.relu(m.b(y := m.a(x)) + y)), IMAGES))
     first, block = chain.elements
     assert (chain.source.op, chain.end.target) == ("placeholder", torch.ops.aten.add.Tensor)
     assert isinstance(first, AffineOperator)
     assert [len(branch) for branch in block.branches] == [1, 0]
 
 
-def test_a_residual_block_does_not_continue_a_value_that_others_read_too():
-    chains = find_chains(traced(two(lambda m, x: (m.b(y := m.a(x)) + y, y)), X))
+def test_a_residual_block_starts_anew_at_a_shared_value():
+    chains = find_chains(traced(image_network(lambda m, x: (m.b(y := m.a(x)) + y, y)), IMAGES))
     assert [chain.names for chain in chains] == [("a",), ("b",)]
     assert isinstance(chains[1].elements[0], Sum)
 
 
-def test_blocks_nest():
+def test_residual_blocks_nest():
     def forward(m, x):
         y = m.a(x) + x
         return m.b(y) + m.a(y) + x
 
-    (chain,) = find_chains(traced(two(forward), X))
+    (chain,) = find_chains(traced(image_network(forward), IMAGES))
     assert chain.names == ("a", "b", "a")
     ((outer,),) = (chain.elements,)
     assert [[type(element) for element in branch] for branch in outer.branches] == [[Sum, Sum], []]
 
 
-def test_a_downsampling_branch_is_part_of_its_block():
-    block = two(lambda m, x: m.b(m.long(x)) + m.short(x), long=conv(stride=2), short=nn.Conv2d(4, 4, 1, stride=2))
-    (chain,) = find_chains(traced(block, X))
+def test_a_downsampling_branch_belongs_to_its_block():
+    block = image_network(lambda m, x: m.b(m.long(x)) + m.short(x), long=conv2d(stride=2), short=nn.Conv2d(4, 4, 1, stride=2))
+    (chain,) = find_chains(traced(block, IMAGES))
     assert chain.names == ("long", "b", "short")
     assert [operator.stride for operator in operators(chain.elements)] == [(2, 2), (1, 1), (2, 2)]
 
 
-def test_a_value_that_is_overwritten_through_a_view_closes_no_block():
+def test_a_value_overwritten_through_a_view_closes_no_block():
     def forward(m, x):
         y = m.relu(x)
         z = m.b(m.a(y))
@@ -159,7 +159,7 @@ def test_a_value_that_is_overwritten_through_a_view_closes_no_block():
         return z + y
 
     # Nor does it start the chain of `a`, which would read it later than `a` does.
-    assert names(two(forward), X) == [("b",)]
+    assert names(image_network(forward), IMAGES) == [("b",)]
 
 
 @pytest.mark.parametrize(
@@ -175,10 +175,10 @@ def test_a_value_that_is_overwritten_through_a_view_closes_no_block():
     ],
 )
 def test_a_chain_computes_what_its_nodes_compute(forward):
-    model = two(forward).eval()
+    model = image_network(forward).eval()
     model.norm.running_mean.normal_()
     model.norm.running_var.uniform_(0.5, 2)
-    assert assert_computes(traced(model, X), X)
+    assert assert_computes(traced(model, IMAGES), IMAGES)
 
 
 @pytest.mark.parametrize(
@@ -189,20 +189,20 @@ def test_a_chain_computes_what_its_nodes_compute(forward):
         (nn.Sequential(nn.Conv1d(4, 5, 3), nn.BatchNorm1d(5), nn.Conv1d(5, 6, 2)), torch.randn(2, 4, 9), [("0", "2")]),
         (nn.Sequential(nn.Conv3d(1, 2, 2), nn.Conv3d(2, 3, 1)), torch.randn(2, 1, 3, 3, 3), [("0", "1")]),
         (nn.Sequential(nn.Conv1d(4, 5, 3), nn.Linear(7, 6)), torch.randn(2, 4, 9), [("0",), ("1",)]),
-        (nn.Sequential(nn.BatchNorm2d(4), nn.ReLU()), X, []),
-        (nn.Sequential(conv(), nn.BatchNorm2d(4, track_running_stats=False), conv()), X, [("0",), ("2",)]),
-        (nn.Sequential(conv(), nn.MaxPool2d(2), conv()), X, [("0",), ("2",)]),
-        (nn.Sequential(conv(), nn.ConvTranspose2d(4, 4, 2), conv()), X, [("0", "1", "2")]),
-        (nn.Sequential(conv(), nn.Sequential(nn.BatchNorm2d(4), conv(), nn.Dropout2d())), X, [("0", "1.1")]),
-        (nn.Sequential(conv(groups=2), nn.BatchNorm2d(4, affine=False), conv(bias=False)), X, [("0", "2")]),
-        (nn.Sequential(conv(padding_mode="circular"), nn.Conv2d(4, 4, 1)), X, [("0", "1")]),
+        (nn.Sequential(nn.BatchNorm2d(4), nn.ReLU()), IMAGES, []),
+        (nn.Sequential(conv2d(), nn.BatchNorm2d(4, track_running_stats=False), conv2d()), IMAGES, [("0",), ("2",)]),
+        (nn.Sequential(conv2d(), nn.MaxPool2d(2), conv2d()), IMAGES, [("0",), ("2",)]),
+        (nn.Sequential(conv2d(), nn.ConvTranspose2d(4, 4, 2), conv2d()), IMAGES, [("0", "1", "2")]),
+        (nn.Sequential(conv2d(), nn.Sequential(nn.BatchNorm2d(4), conv2d(), nn.Dropout2d())), IMAGES, [("0", "1.1")]),
+        (nn.Sequential(conv2d(groups=2), nn.BatchNorm2d(4, affine=False), conv2d(bias=False)), IMAGES, [("0", "2")]),
+        (nn.Sequential(conv2d(padding_mode="circular"), nn.Conv2d(4, 4, 1)), IMAGES, [("0", "1")]),
     ],
 )
-def test_linear_layers_and_batch_norm_are_operators_of_their_own_kind(model, x, expected):
+def test_chains_of_common_modules(model, x, expected):
     assert names(model, x) == expected
 
 
-def test_the_elements_compute_what_the_graph_computes(network, images):
+def test_chains_of_a_whole_network(network, images):
     network.relu1 = network.gelu = nn.Identity()
     chains = assert_computes(traced(network, images), images)
     assert [chain.names for chain in chains] == [("conv1", "conv2"), ("fc1", "fc2")]
@@ -210,14 +210,14 @@ def test_the_elements_compute_what_the_graph_computes(network, images):
 
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.filterwarnings("ignore:Using padding='same'")
-def test_a_chain_reaches_as_far_as_the_network_is_affine(name):
+def test_chains_of_every_network(name):
     model, x, expected = NETWORKS[name]
     assert names(model, x) == expected
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.filterwarnings("ignore:Using padding='same'")
-def test_a_chain_with_views_computes_what_its_nodes_compute(name):
+def test_chains_with_views_compute_what_their_nodes_compute(name):
     model, x, _ = NETWORKS[name]
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -226,7 +226,7 @@ def test_a_chain_with_views_computes_what_its_nodes_compute(name):
     assert_computes(traced(model, x), x)
 
 
-def test_a_flattened_chain_ends_with_a_flattening_and_layers_that_cover_their_input():
+def test_layers_behind_a_flattening_cover_their_input():
     model, x, _ = NETWORKS["a classifier of positions"]
     (chain,) = find_chains(traced(model, x))
     *_, first, second, last = chain.elements
@@ -238,7 +238,7 @@ def test_a_flattened_chain_ends_with_a_flattening_and_layers_that_cover_their_in
     ("name", "view"),
     [("GPT-2's MLP", "view"), ("LayerScale", "permute"), ("rows that stay flattened", "reshape"), ("normalised images", None)],
 )
-def test_what_is_still_to_be_reshaped_stands_with_the_chain(name, view):
+def test_views_hold_the_reshapes_that_are_left(name, view):
     model, x, _ = NETWORKS[name]
     (chain,) = find_chains(traced(model, x))
     targets = [node.target for node in chain.views]
@@ -247,8 +247,8 @@ def test_what_is_still_to_be_reshaped_stands_with_the_chain(name, view):
     assert view != "permute" or targets == [torch.ops.aten.permute.default]
 
 
-def test_members_are_the_nodes_between_source_and_end():
-    (chain,) = find_chains(traced(two(lambda m, x: m.relu(m.b(m.norm(m.a(x))))), X))
+def test_members_are_the_nodes_from_source_to_end():
+    (chain,) = find_chains(traced(image_network(lambda m, x: m.relu(m.b(m.norm(m.a(x))))), IMAGES))
     assert [node.target for node in chain.members] == [
         torch.ops.aten.conv2d.default,
         torch.ops.aten.batch_norm.default,
@@ -271,16 +271,16 @@ def test_members_are_the_nodes_between_source_and_end():
         lambda m, x: [x.mul_(2), m.b(m.a(x))][-1],
     ],
 )
-def test_a_scale_that_writes_over_a_value_that_others_read_is_in_no_chain_that_would_move_it(forward):
-    """Each chain computes, from what its source is when the chain's end is reached, what the network computes."""
-    model = two(forward).eval()
-    module = traced(model, X)
+def test_scales_in_place_are_not_moved_past_other_readers(forward):
+    """The network computes the same when each chain runs where it ends, on the value that its source has by then."""
+    model = image_network(forward).eval()
+    module = traced(model, IMAGES)
     chains = {chain.end: chain for chain in find_chains(module)}
     moved = set().union(*(chain.members for chain in chains.values())) - set(chains)
     live = {}
 
     class Late(torch.fx.Interpreter):
-        """Runs each chain where it ends, on what its source is by then, and nothing in between."""
+        """Runs each chain where it ends, and nothing in between."""
 
         def run_node(self, n):
             if n in moved:
@@ -293,51 +293,51 @@ def test_a_scale_that_writes_over_a_value_that_others_read_is_in_no_chain_that_w
             return live[n]
 
     with torch.no_grad():
-        expected = model(X.clone())
-        actual = Late(module).run(X.clone())
+        expected = model(IMAGES.clone())
+        actual = Late(module).run(IMAGES.clone())
     for one, other in zip(pytree.tree_leaves(actual), pytree.tree_leaves(expected), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
-def test_an_input_is_not_scaled_in_place_within_a_chain():
-    (chain,) = find_chains(traced(two(lambda m, x: m.b(m.a(x.mul_(2)))), X))
+def test_scaling_an_input_in_place_stays_outside_of_chains():
+    (chain,) = find_chains(traced(image_network(lambda m, x: m.b(m.a(x.mul_(2)))), IMAGES))
     assert "mul_" in str(chain.source.target)
 
 
-def test_buffers_that_a_model_writes_over_are_named():
+def test_overwritten_constants_are_named():
     class Counts(nn.Module):
         def __init__(self):
             super().__init__()
-            self.a = conv()
+            self.a = conv2d()
             self.register_buffer("calls", torch.zeros(1))
 
         def forward(self, x):
             self.calls += 1
             return self.a(x)
 
-    assert overwritten_constants(traced(Counts(), X)) == ["calls"]
-    assert overwritten_constants(traced(two(lambda m, x: m.b(m.a(x)).mul_(2)), X)) == []
+    assert overwritten_constants(traced(Counts(), IMAGES)) == ["calls"]
+    assert overwritten_constants(traced(image_network(lambda m, x: m.b(m.a(x)).mul_(2)), IMAGES)) == []
 
 
-def test_the_sizes_of_a_chain_are_numbers_or_free():
-    model = nn.Sequential(conv(), conv()).eval()
+def test_has_fixed_size():
+    model = nn.Sequential(conv2d(), conv2d()).eval()
     for dynamic_sizes in (False, True):
-        (chain,) = find_chains(inference_module(export(model, (X,), dynamic_sizes)))
+        (chain,) = find_chains(inference_module(export(model, (IMAGES,), dynamic_sizes)))
         assert chain.has_fixed_size != dynamic_sizes
 
 
-def test_a_free_batch_size_hides_no_chain():
+def test_chains_with_a_free_batch_size():
     for name in ("GPT-2's MLP", "a classifier", "LayerScale", "flattened by reshape", "rows with a new axis"):
         model, x, expected = NETWORKS[name]
         if name == "rows with a new axis":
-            model = rows(lambda m, x: m.b(m.a(x).view(x.shape[0], 1, 3, 5)))
+            model = row_network(lambda m, x: m.b(m.a(x).view(x.shape[0], 1, 3, 5)))
         module = inference_module(export(model.eval(), (x,)))
         assert [chain.names for chain in find_chains(module)] == expected
         assert_computes(module, torch.cat([x, x[:1]]))
 
 
-def test_a_convolution_without_a_batch_is_a_chain_too():
-    module = traced(two(lambda m, x: m.b(m.a(x))), X[0])
-    (chain,) = assert_computes(module, X[0])
+def test_chains_without_a_batch():
+    module = traced(image_network(lambda m, x: m.b(m.a(x))), IMAGES[0])
+    (chain,) = assert_computes(module, IMAGES[0])
     assert chain.names == ("a", "b")
     assert math.prod(chain.elements[0].kernel) == 9

@@ -77,6 +77,7 @@ CHAINS = {
 
 
 def close(actual, expected):
+    """Assert that two float64 tensors agree; closer than after a composition, since only the order of sums may differ."""
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
 
 
@@ -89,7 +90,7 @@ def test_a_compiled_chain_equals_the_chain(name):
 
 @pytest.mark.parametrize("name", [name for name, (_, shape) in CHAINS.items() if len(shape) > 3])
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_a_chain_compiled_for_one_memory_format_runs_in_both(name, channels_last):
+def test_a_compiled_chain_runs_in_both_memory_formats(name, channels_last):
     chain, shape = CHAINS[name]
     formats = [torch.contiguous_format, torch.channels_last if len(shape) == 4 else torch.channels_last_3d]
     x = normal(*shape, seed=0)
@@ -100,14 +101,14 @@ def test_a_chain_compiled_for_one_memory_format_runs_in_both(name, channels_last
 
 @settings(max_examples=40)
 @given(chains(shortest=1, longest=4))
-def test_drawn_chains_are_written_as_they_are(drawn):
+def test_drawn_chains_compile(drawn):
     chain, x, y = drawn
     torch.testing.assert_close(compile_chain(chain, x)(x), y, rtol=1e-9, atol=1e-9)
 
 
 @settings(max_examples=40)
 @given(st.data(), st.integers(0, 3))
-def test_an_operator_of_any_geometry_runs_in_pytorch(data, axes):
+def test_operators_of_any_geometry_compile(data, axes):
     drawn = data.draw(convolutions(axes, 4))
     size = [data.draw(st.integers(1, 6)) for _ in range(axes)]
     assume(all(size_after(drawn, size)))
@@ -117,7 +118,7 @@ def test_an_operator_of_any_geometry_runs_in_pytorch(data, axes):
 
 @settings(max_examples=60)
 @given(pairs())
-def test_whatever_composes_runs_in_pytorch(pair):
+def test_every_composition_compiles(pair):
     first, second, x = pair
     composed, _ = attempt(compose, first, second)
     assume(composed is not None)
@@ -126,7 +127,7 @@ def test_whatever_composes_runs_in_pytorch(pair):
 
 @settings(max_examples=40)
 @given(branches())
-def test_whatever_is_added_runs_in_pytorch(drawn):
+def test_every_sum_compiles(drawn):
     left, right, x = drawn
     total, _ = attempt(add, left, right)
     assume(total is not None)
@@ -155,30 +156,18 @@ def test_weights_follow_the_memory_format_of_the_value(name):
         assert is_channels_last(compiled(value)) == is_channels_last(value)
 
 
-def test_a_channels_last_value_is_one_whose_channels_lie_side_by_side():
-    last, last_3d = torch.channels_last, torch.channels_last_3d
-    x, deep = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4, 5, 6)
-    assert is_channels_last(x.contiguous(memory_format=last))
-    assert is_channels_last(deep.contiguous(memory_format=last_3d))
-    both = torch.randn(2, 1, 4, 5)  # with one channel, it is either
-    assert not any(map(is_channels_last, (x, deep, x[0], both, torch.randn(2, 3), torch.randn(2, 3, 4))))
-    assert like_format(x, x.contiguous(memory_format=last)).is_contiguous(memory_format=last)
-    assert like_format(x.contiguous(memory_format=last), x).is_contiguous()
-    assert like_format(x[0], x.contiguous(memory_format=last)).is_contiguous()
-
-
 @pytest.mark.parametrize("name", CHAINS)
-def test_the_input_is_not_written_over(name):
+def test_the_input_is_not_overwritten(name):
     chain, shape = CHAINS[name]
     x = normal(*shape, seed=0)
     before = x.clone()
     compiled = compile_chain(chain, x)
     compiled(x)
     assert torch.equal(x, before)
-    close(compiled(x), run(chain, before))  # nor are the weights
+    close(compiled(x), run(chain, before))  # and the weights are not either
 
 
-def test_the_input_is_not_written_over_by_a_form_that_does_nothing_but_add_a_map():
+def test_a_bias_map_alone_does_not_overwrite_the_input():
     chain = (replace(identity(4, BLOCK[0]), bias=normal(4, 5, 6, seed=0)),)
     x = normal(2, 4, 5, 6, seed=1)
     before = x.clone()
@@ -212,7 +201,7 @@ def count(compiled, *targets):
         ("zeros on one side", [torch.ops.aten.constant_pad_nd.default, torch.ops.aten.conv2d.default]),
     ],
 )
-def test_each_kind_of_operator_has_the_operator_of_pytorch_that_is_made_for_it(name, targets):
+def test_each_kind_becomes_the_best_operator_of_pytorch(name, targets):
     chain, shape = CHAINS[name]
     nodes = compile_chain(chain, normal(*shape, seed=0)).graph.nodes
     assert [node.target for node in nodes if node.op == "call_function"] == targets

@@ -41,7 +41,7 @@ def names(model, x):
 
 
 @pytest.mark.usefixtures("counted_costs")
-def test_every_site_is_one_part_and_the_model_is_left_alone(network):
+def test_every_site_is_one_part_and_the_model_stays(network):
     network.eval()
     x = torch.randn(4, 1, 5, 5)
     before = snapshot(network)
@@ -68,7 +68,7 @@ def counted_cost(model, x, removed):
 
 
 @pytest.mark.usefixtures("counted_costs")
-def test_what_a_removal_saves_is_what_the_fused_networks_differ_by():
+def test_predicted_savings_are_those_of_the_fused_networks():
     torch.manual_seed(0)
     model, x = DigitsNet(channels=8, blocks=2).eval(), torch.randn(8, 1, 8, 8)
     table, dense = measure_latency(model, (x,), names(model, x)), counted_cost(model, x, [])
@@ -80,7 +80,7 @@ def test_what_a_removal_saves_is_what_the_fused_networks_differ_by():
 
 
 @pytest.mark.usefixtures("counted_costs")
-def test_a_block_whose_activation_is_gone_can_be_one_operator():
+def test_a_block_without_its_activation_is_one_stretch():
     torch.manual_seed(0)
     model, x = DigitsNet(channels=8, blocks=1).eval(), torch.randn(8, 1, 8, 8)
     sets = [stretch.sites for stretch in stretches_of(measure_latency(model, (x,), names(model, x)))]
@@ -102,7 +102,7 @@ class TwoConvolutions(nn.Module):
 
 @pytest.mark.usefixtures("counted_costs")
 @pytest.mark.parametrize("approximate", [True, False])
-def test_two_convolutions_in_a_branch_are_approximated_by_one_where_that_is_asked_for(approximate):
+def test_convolutions_are_approximated_only_on_request(approximate):
     model, x = TwoConvolutions().eval(), torch.randn(2, 8, 12, 12)
     table = measure_latency(model, (x,), ["relu1", "relu2"], approximate=approximate)
     projected = [stretch for stretch in stretches_of(table) if stretch.modules]
@@ -112,7 +112,7 @@ def test_two_convolutions_in_a_branch_are_approximated_by_one_where_that_is_aske
 
 
 @pytest.mark.usefixtures("counted_costs")
-def test_a_module_that_is_called_twice_is_not_approximated():
+def test_a_module_called_twice_is_not_approximated():
     class Twice(TwoConvolutions):
         def forward(self, x):
             return self.conv1(self.relu1(self.conv1(x)))
@@ -131,7 +131,7 @@ def test_times_are_measured():
     assert table.fastest(["relu1", "relu2", "gelu"]).milliseconds < table.fastest(()).milliseconds
 
 
-def test_a_site_that_the_trace_does_not_show_is_named():
+def test_a_site_outside_of_the_trace_is_named():
     class Direct(nn.Module):
         def __init__(self):
             super().__init__()
@@ -145,7 +145,7 @@ def test_a_site_that_the_trace_does_not_show_is_named():
 
 
 @pytest.mark.parametrize("activation", [nn.SiLU, nn.ReLU, functools.partial(nn.LeakyReLU, 0.01)])
-def test_an_activation_that_runs_in_place_is_timed_on_values_that_stay(activation):
+def test_activations_in_place_are_timed_on_constant_values(activation):
     """SiLU again and again in place would end in denormal numbers, which take many times as long."""
     module, x = profiler._repeatable(activation(inplace=True)), torch.randn(1000)
     for _ in range(200):

@@ -69,7 +69,7 @@ def total(table, removed):
 
 
 @given(tables(), st.randoms(use_true_random=False))
-def test_choices_are_all_that_nothing_beats(table, random):
+def test_choices_are_the_pareto_front(table, random):
     sites = sorted(frozenset().union(*(sites_of(section.parts) for section in table.sections)))[:8]
     losses = {site: float(random.randrange(8)) for site in sites}
     subsets = [frozenset(each) for n in range(len(sites) + 1) for each in itertools.combinations(sites, n)]
@@ -84,7 +84,7 @@ def test_choices_are_all_that_nothing_beats(table, random):
 
 
 @given(tables(), st.randoms(use_true_random=False))
-def test_the_fastest_form_without_some_sites_is_that_of_the_best_division(table, random):
+def test_fastest_is_the_best_division(table, random):
     sites = frozenset().union(*(sites_of(section.parts) for section in table.sections))
     removed = frozenset(site for site in sites if random.random() < 0.5)
     assert table.fastest(removed).milliseconds == total(table, removed)
@@ -92,12 +92,12 @@ def test_the_fastest_form_without_some_sites_is_that_of_the_best_division(table,
 
 
 @given(tables())
-def test_a_table_comes_back_from_json(table):
+def test_a_table_survives_json(table):
     assert LatencyTable.from_dict(json.loads(json.dumps(table.to_dict()))) == table
 
 
 @given(tables())
-def test_candidates_are_the_sites_of_each_stretch_and_each_site(table):
+def test_candidates_are_stretches_and_single_sites(table):
     candidates = table.candidates()
     assert len(set(candidates)) == len(candidates)
     sites = frozenset().union(*(sites_of(section.parts) for section in table.sections))
@@ -109,14 +109,14 @@ CHAIN = (Part(3.0), Part(1.0, "a"), Part(3.0), Part(1.0, "b"), Part(3.0))
 
 
 @pytest.mark.parametrize(("milliseconds", "kept"), [(3.0, True), (3.9, True), (3.95, False), (4.0, False), (9.0, False)])
-def test_an_approximation_is_kept_where_it_is_clearly_faster_than_what_is_exact(milliseconds, kept):
+def test_only_clearly_faster_approximations_are_kept(milliseconds, kept):
     exact = Stretch(0, 3, 4.0, frozenset("a"))
     approximate = Stretch(0, 3, milliseconds, frozenset("a"), ("conv1", "conv2"))
     expected = (exact, approximate) if kept else (exact,)
     assert without_slow_approximations(Section(CHAIN, (approximate, exact)), 0.02).stretches == expected
 
 
-def test_what_an_approximation_stands_for_is_named():
+def test_a_choice_names_the_approximated_modules():
     projected = Stretch(2, 5, 1.0, frozenset("b"), ("conv2", "conv3"))
     table = LatencyTable(11.0, 0.0, (Section(CHAIN, (projected,)),))
     assert table.fastest("a") == Choice(0.0, 10.0, frozenset("a"))
@@ -124,7 +124,7 @@ def test_what_an_approximation_stands_for_is_named():
     assert table.fastest("ab").milliseconds == 4.0
 
 
-def test_what_is_measured_apart_adds_up_to_what_is_measured_together():
+def test_parts_add_up_to_the_measured_whole():
     section = Section((*CHAIN, Part(2.0, "", (Section(CHAIN, ()),))), (Stretch(0, 3, 4.0, frozenset("a")),))
     loose = LatencyTable.from_parts(50.0, 40.0, [section])
     assert (loose.rest, loose.fastest(()).milliseconds) == (16.0, 40.0)
@@ -135,7 +135,7 @@ def test_what_is_measured_apart_adds_up_to_what_is_measured_together():
     )  # the stretch, and a's own time in the branch
 
 
-def test_what_is_approximated_stays_one_part():
+def test_a_collapsed_stretch_is_one_part():
     """The second stretch would cut through the first, the third holds it, and the last ones lie beside it."""
     stretches = (
         Stretch(0, 3, 2.0, frozenset("a"), ("conv1", "conv2")),
@@ -153,7 +153,7 @@ def test_what_is_approximated_stays_one_part():
     assert inside.collapsed(("conv1", "conv2")).fastest("a").milliseconds == 1.0 + 5.5
 
 
-def test_choices_stay_few_where_every_one_is_as_good_as_another():
+def test_choices_are_thinned_if_none_beats_another():
     """Loss proportional to time: none of the 2^40 subsets beats another."""
     parts = tuple(Part(float(2**index), f"s{index}") for index in range(40))
     table = LatencyTable(1.0, 0.0, (Section(parts, ()),))
