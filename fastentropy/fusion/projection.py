@@ -69,7 +69,7 @@ class Projection:
         >>> convolutions = [torch.nn.Conv2d(3, 4, 3, padding=1), torch.nn.Conv2d(4, 2, 3, padding=1)]
         >>> model = torch.nn.Sequential(*convolutions).eval()
         >>> projection = project(model, ["0", "1"], lambda model: model(torch.randn(8, 3, 8, 8)))
-        >>> projection.kernel, projection.relative_error < projection.centre_error
+        >>> projection.kernel, 0 < projection.relative_error < 1
         ((3, 3), True)
         >>> type(model[1]).__name__
         'Identity'

@@ -49,7 +49,8 @@ def _seeded():
 
 @pytest.mark.parametrize("norm", [True, False])
 @pytest.mark.parametrize(
-    ("axes", "stride", "groups", "kernel"), [(1, 1, 1, 3), (2, 1, 1, 3), (2, 2, 1, 3), (2, 1, 2, 5), (3, 1, 1, 3)]
+    ("axes", "stride", "groups", "kernel"),
+    [(1, 1, 1, 3), (2, 1, 1, 3), (2, 2, 1, 3), (2, 1, 2, 5), pytest.param(3, 1, 1, 3, marks=pytest.mark.slow)],
 )
 def test_the_fit_is_the_least_squares_solution(axes, stride, groups, kernel, norm, monkeypatch):
     """The oracle: lstsq over the unfolded patches of the data; three quarters of all positions are fitted."""

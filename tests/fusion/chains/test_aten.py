@@ -70,6 +70,7 @@ def geometries(draw):
     return x, kernel, bias, groups, out_channels, numbers
 
 
+@pytest.mark.slow
 @settings(max_examples=25)
 @given(geometries())
 def test_a_convolution_is_read(drawn):
@@ -83,6 +84,7 @@ def test_a_convolution_is_read(drawn):
     assert assert_reads(model, x).name == "weight"
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Using padding='same'")
 @settings(max_examples=25)
 @given(geometries(), st.sampled_from(["same", "valid"]))
@@ -96,6 +98,7 @@ def test_padding_by_name_is_read(drawn, padding):
     assert_reads(model, x)
 
 
+@pytest.mark.slow
 @settings(max_examples=25)
 @given(geometries(), st.data())
 def test_a_transposed_convolution_is_read(drawn, data):
@@ -112,6 +115,7 @@ def test_a_transposed_convolution_is_read(drawn, data):
     assert assert_reads(model, x).name == "weight"
 
 
+@pytest.mark.slow
 @settings(max_examples=20)
 @given(geometries(), st.booleans())
 def test_average_pooling_is_read(drawn, padded):
@@ -173,6 +177,7 @@ def test_a_product_with_a_constant_matrix_is_read(function, shape):
     assert linear.name in ("weight", "matrix") or linear.name == ""
 
 
+@pytest.mark.slow
 @given(st.integers(0, 3), st.sampled_from(list(itertools.product([False, True], repeat=2))), st.integers(0, 9))
 @settings(max_examples=25)
 def test_batch_norm_in_eval_mode_is_read(axes, has, seed):

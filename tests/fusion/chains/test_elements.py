@@ -181,6 +181,7 @@ def test_flattening_costs_nothing():
     assert cost((Flatten(),), (2, 4, 5, 7), 4) == Cost(0, 0)
 
 
+@pytest.mark.slow
 def test_drawn_chains_cover_every_kind():
     """Other tests rely on this strategy: it must reach every kind of element and geometry."""
     seen = set()

@@ -326,6 +326,7 @@ def test_has_fixed_size():
         assert chain.has_fixed_size != dynamic_sizes
 
 
+@pytest.mark.slow
 def test_chains_with_a_free_batch_size():
     for name in ("GPT-2's MLP", "a classifier", "LayerScale", "flattened by reshape", "rows with a new axis"):
         model, x, expected = NETWORKS[name]

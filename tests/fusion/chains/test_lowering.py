@@ -116,6 +116,7 @@ def test_operators_of_any_geometry_compile(data, axes):
     close(compile_chain((drawn,), x)(x), pytorch_output(drawn, x))
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(pairs())
 def test_every_composition_compiles(pair):

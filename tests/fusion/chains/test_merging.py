@@ -127,7 +127,6 @@ def test_an_inverted_residual_block_merges_into_one_operator(size):
     assert merged.bias.shape == (4, *size) or size == (1, 1)
 
 
-@pytest.mark.slow
 @settings(max_examples=40)
 @given(st.data())
 def test_an_expanded_convolution_merges_at_every_size(data):
@@ -186,7 +185,6 @@ def test_a_classifier_behind_a_pool_merges_and_is_flattened():
     close(run(merged, x), pytorch_chain(head, x))
 
 
-@pytest.mark.slow
 @settings(max_examples=25)
 @given(chains(flatten=False, most_axes=2))
 def test_composed_shape_agrees_with_the_composition(drawn):

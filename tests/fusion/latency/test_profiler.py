@@ -67,6 +67,7 @@ def counted_cost(model, x, removed):
     return sum(in_chains.values()) + MULTIPLICATIONS_PER_BYTE * moved
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("counted_costs")
 def test_predicted_savings_are_those_of_the_fused_networks():
     torch.manual_seed(0)
@@ -79,6 +80,7 @@ def test_predicted_savings_are_those_of_the_fused_networks():
         assert actual > 0
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("counted_costs")
 def test_a_block_without_its_activation_is_one_stretch():
     torch.manual_seed(0)
@@ -122,6 +124,7 @@ def test_a_module_called_twice_is_not_approximated():
     assert not [stretch for stretch in stretches_of(table) if stretch.modules]
 
 
+@pytest.mark.slow
 def test_times_are_measured():
     torch.manual_seed(0)
     model, x = Residual().eval(), torch.randn(16, 1, 5, 5)

@@ -68,6 +68,7 @@ def total(table, removed):
     return table.rest + sum(milliseconds(section, removed) for section in table.sections)
 
 
+@pytest.mark.slow
 @given(tables(), st.randoms(use_true_random=False))
 def test_choices_are_the_pareto_front(table, random):
     sites = sorted(frozenset().union(*(sites_of(section.parts) for section in table.sections)))[:8]
@@ -96,6 +97,7 @@ def test_a_table_survives_json(table):
     assert LatencyTable.from_dict(json.loads(json.dumps(table.to_dict()))) == table
 
 
+@pytest.mark.slow
 @given(tables())
 def test_candidates_are_stretches_and_single_sites(table):
     candidates = table.candidates()
