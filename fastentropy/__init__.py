@@ -4,7 +4,8 @@ collect -> Statistics -> prune -> fuse. See README.md for an example of each.
 """
 
 from fastentropy.collector.collector import EntropyCollector, collect
-from fastentropy.collector.statistics import SiteStatistics, Statistics
+from fastentropy.collector.site_statistics import SiteStatistics
+from fastentropy.collector.statistics import Statistics
 from fastentropy.fusion import FusedModel, FusionReport, fuse, load
 from fastentropy.pruning.api import PruningResult, prune
 from fastentropy.pruning.steps import Step

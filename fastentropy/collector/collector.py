@@ -10,7 +10,8 @@ from torch import nn
 
 from fastentropy.collector.counting import PassCounting
 from fastentropy.collector.distributed import sum_over_ranks
-from fastentropy.collector.statistics import Average, Statistics
+from fastentropy.collector.site_statistics import Average
+from fastentropy.collector.statistics import Statistics
 from fastentropy.sites.finding import no_sites
 from fastentropy.sites.interception import original_class
 from fastentropy.sites.padding import Mask

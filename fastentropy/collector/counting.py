@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastentropy._compat import in_dispatch_mode, is_fake, wait_tensor, without_modes
 from fastentropy.collector.counters import Counters, Layout
-from fastentropy.collector.statistics import SiteStatistics, state_entropy
+from fastentropy.collector.site_statistics import SiteStatistics, state_entropy
 from fastentropy.sites.activations import FusedActivation, fused_activation
 from fastentropy.sites.interception import original_class
 from fastentropy.sites.padding import positions_to_count

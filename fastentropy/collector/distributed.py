@@ -8,12 +8,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastentropy.collector.statistics import SiteStatistics, Statistics
+from fastentropy.collector.site_statistics import SiteStatistics
+from fastentropy.collector.statistics import Statistics
 from fastentropy.sites.sharding import RankShare
 
 
 class _Entry(NamedTuple):
-    """What a rank tells the others about a site that it has counted."""
+    """What a rank sends to the others about a site that it has counted."""
 
     activation: str
     share: RankShare
@@ -21,20 +22,25 @@ class _Entry(NamedTuple):
 
 
 class _Rank(NamedTuple):
-    """What a rank tells the others: the activation modules of its model by path, and its sites."""
+    """What a rank sends to the others: the activation modules of its model by path, and its sites."""
 
     modules: Mapping[str, str]
     sites: dict[str, _Entry]
 
 
 def sum_over_ranks(statistics: Statistics, shares: Mapping[str, RankShare], modules: Mapping[str, str]) -> Statistics:
-    """The statistics of all ranks together, on every rank; the given ones without torch.distributed.
+    """Return the statistics of all ranks together, on every rank; the given ones without torch.distributed.
 
-    shares: by site, what these counts are among those of all ranks. modules: the activation modules of this rank's model, by
-    path. Ranks with the same modules may each lack sites that others have; ranks with different ones are the stages of a
-    pipeline and have none in common.
+    Ranks with the same modules may each lack sites that others have. Ranks with different modules are the stages of a pipeline
+    and have no site in common.
 
-    Raises ValueError, on all ranks, where that is not so, and where a rank's share of a site is not known.
+    Args:
+        statistics: what this rank has counted.
+        shares: where these counts belong in the counts of all ranks, by site.
+        modules: the activation modules of this rank's model, by path.
+
+    Raises:
+        ValueError: on all ranks, where the sites of the ranks do not fit together, or where a rank's share is unknown.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return statistics
@@ -60,7 +66,7 @@ def _all_ranks(statistics: Statistics, shares: Mapping[str, RankShare], modules:
 
 
 def _check(ranks: Sequence[_Rank]) -> None:
-    """Raise ValueError where the ranks' sites do not fit together; each is compared with the first rank that has its sites."""
+    """Raise ValueError where the ranks' sites do not fit together; compare each with the first rank that has its sites."""
     first_ranks: dict[str, int] = {}
     for number, rank in enumerate(ranks):
         for name, entry in rank.sites.items():
@@ -78,7 +84,7 @@ def _check(ranks: Sequence[_Rank]) -> None:
 
 
 def _check_copies(ranks: Sequence[_Rank], statistics: Statistics) -> None:
-    """Raise ValueError where a rank that is left out, since another one counts the same, counted something else."""
+    """Raise ValueError where a rank is left out as a copy of another one, but counted something else."""
     left_out = {name for rank in ranks for name, entry in rank.sites.items() if not entry.share.is_counted}
     if not left_out:
         return
@@ -92,12 +98,12 @@ def _check_copies(ranks: Sequence[_Rank], statistics: Statistics) -> None:
             if not rank.sites[name].share.is_counted and (name, digest) not in counted:
                 raise ValueError(
                     f"site {name!r} of rank {number} is taken for a copy of another rank's, since the model has DTensors, but "
-                    "no rank that is counted has the same counts; make its input a DTensor that tells how it is divided"
+                    "no rank that is counted has the same counts; make its input a DTensor that knows how it is divided"
                 )
 
 
 def _differences(first: _Rank, other: _Rank) -> list[str]:
-    """What differs between two ranks that have sites in common."""
+    """Return the modules and sites that differ between two ranks with sites in common."""
     modules = {name for name, _ in first.modules.items() ^ other.modules.items()}
     sites = {
         name
@@ -109,7 +115,7 @@ def _differences(first: _Rank, other: _Rank) -> list[str]:
 
 
 def _part(site: SiteStatistics | None, share: RankShare | None, entry: _Entry, keeps_batches: bool) -> SiteStatistics:
-    """What a rank adds to the statistics of a site of all ranks: its own in their place, and 0 where others count."""
+    """Return what a rank adds to the global statistics of a site: its own counts in their place, and 0 elsewhere."""
     neurons = entry.share.neurons
     counts = torch.zeros(neurons, 3, dtype=torch.int64)
     entropies = torch.zeros(neurons, 2, dtype=torch.float64) if keeps_batches else None
@@ -125,7 +131,7 @@ def _part(site: SiteStatistics | None, share: RankShare | None, entry: _Entry, k
 
 
 def _summed(parts: Mapping[str, SiteStatistics]) -> Statistics:
-    """The sums of the parts of all ranks: one operation for all integers, and one for entropies of batches if there are any."""
+    """Return the sums over all ranks: one operation for all integers, and one for the entropies of batches if there are any."""
     numbers = torch.tensor([[part.nan, part.batches] for part in parts.values()], dtype=torch.int64)
     numbers, *counts = _all_reduce([numbers, *(part.counts for part in parts.values())])
     entropies = iter(_all_reduce([part.batch_entropies for part in parts.values() if part.batch_entropies is not None]))
@@ -144,7 +150,7 @@ def _summed(parts: Mapping[str, SiteStatistics]) -> Statistics:
 
 
 def _all_reduce(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The sums of tensors over all ranks: one operation on one buffer, on the device that the backend works on."""
+    """Return the sums of tensors over all ranks: one operation on one buffer, on the device of the backend."""
     flat = torch.cat([tensor.flatten() for tensor in tensors]) if tensors else torch.empty(0)
     if not flat.numel():
         return list(tensors)

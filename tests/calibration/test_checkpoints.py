@@ -9,7 +9,7 @@ from fastentropy.calibration.checkpoints import Checkpoint, Tally
 from fastentropy.calibration.data.batching import Batch
 from fastentropy.calibration.data.documents import Problem
 from fastentropy.calibration.ranks import differing
-from fastentropy.collector.statistics import SiteStatistics
+from fastentropy.collector.site_statistics import SiteStatistics
 
 PROBLEM = Problem("a.txt", "a line is not UTF-8", "byte", 7, 2)
 

@@ -5,7 +5,7 @@ import torch
 
 import fastentropy as fe
 from fastentropy.calibration.report import format_overhead, write_report
-from fastentropy.collector.statistics import SiteStatistics
+from fastentropy.collector.site_statistics import SiteStatistics
 
 
 def statistics(sites=3, nan=0):

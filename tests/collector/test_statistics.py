@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastentropy import SiteStatistics, Statistics
-from fastentropy.collector.statistics import state_entropy
+from fastentropy.collector.site_statistics import state_entropy
 
 COUNTS = st.lists(st.tuples(*[st.integers(0, 2**40)] * 3), min_size=1, max_size=8)
 

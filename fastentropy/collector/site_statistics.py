@@ -1,0 +1,126 @@
+"""Hold what was counted of one site, and compute the entropies of its neurons (EASIER, arXiv 2404.18949)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Zero = Literal["discard", "on"]
+Average = Literal["dataset", "batch"]
+_ZERO = ("discard", "on")
+_LN2 = math.log(2)
+
+
+@dataclass(frozen=True, eq=False)
+class SiteStatistics:
+    """Hold the counts of one site.
+
+    Attributes:
+        activation: the name of the activation.
+        counts: int64 [neurons, 3], how often each neuron's input was off (below 0), zero and on (above 0).
+        nan: the number of values that were NaN, in none of the three states.
+        batch_entropies: float64 [neurons, 2], the sums over batches of the neuron entropies, in bits: with zero discarded, and
+            with zero as on. None where batches were not told apart.
+        batches: the number of these batches.
+
+    Examples:
+        >>> import torch
+        >>> import fastentropy as fe
+        >>> site = fe.SiteStatistics("relu", torch.tensor([[2, 0, 2], [4, 0, 0], [0, 0, 4]]))
+        >>> site.neurons, site.observations
+        (3, 12)
+        >>> site.dead, site.always_on
+        (tensor([False,  True, False]), tensor([False, False,  True]))
+    """
+
+    activation: str
+    counts: Tensor
+    nan: int = 0
+    batch_entropies: Tensor | None = None
+    batches: int = 0
+
+    @property
+    def neurons(self) -> int:
+        """Return the number of neurons of the site."""
+        return self.counts.shape[0]
+
+    @property
+    def observations(self) -> int:
+        """Return the number of values that were off, zero or on, over all neurons."""
+        return int(self.counts.sum())
+
+    @property
+    def observed(self) -> Tensor:
+        """Return which neurons had a value in any of the three states, bool [neurons]. The others are neither dead nor on."""
+        return (self.counts > 0).any(1)
+
+    @property
+    def dead(self) -> Tensor:
+        """Return which neurons were observed and never on, bool [neurons]. Zero counts as off: relu returns 0 for both."""
+        return self.observed & (self.counts[:, 2] == 0)
+
+    @property
+    def always_on(self) -> Tensor:
+        """Return which neurons were observed and never off or zero, bool [neurons]. For these relu is the identity."""
+        return self.observed & (self.counts[:, :2] == 0).all(1)
+
+    def entropy(self, zero: Zero = "discard", average: Average = "dataset") -> Tensor:
+        """Return the entropy of each neuron: the binary entropy of its on state (EASIER, arXiv 2404.18949).
+
+        H = −p log2 p − (1 − p) log2 (1 − p) with p = on / (on + off); 0 where on + off is 0.
+
+        Args:
+            zero: "discard" leaves out values that are exactly 0, as the paper says; "on" counts them as on, as its code does.
+            average: "dataset" computes one entropy from all counts; "batch" takes the mean over batches with equal weight, as
+                the paper's code does.
+
+        Returns:
+            float64 [neurons], in bits.
+
+        Raises:
+            ValueError: an option is something else, or `average` is "batch" and batches were not told apart.
+
+        Examples:
+            >>> import torch
+            >>> import fastentropy as fe
+            >>> site = fe.SiteStatistics("relu", torch.tensor([[1, 2, 1], [3, 0, 1]]))
+            >>> site.entropy()
+            tensor([1.0000, 0.8113], dtype=torch.float64)
+            >>> site.entropy(zero="on")
+            tensor([0.8113, 0.8113], dtype=torch.float64)
+        """
+        if zero not in _ZERO or average not in ("dataset", "batch"):
+            raise ValueError(f"zero={zero!r}, average={average!r}: expected 'discard' or 'on', and 'dataset' or 'batch'")
+        if average == "dataset":
+            return state_entropy(self.counts, zero)
+        if self.batch_entropies is None:
+            raise ValueError("these statistics do not tell batches apart; collect with fe.collect(model, average='batch')")
+        return self.batch_entropies[:, _ZERO.index(zero)] / max(self.batches, 1)
+
+    def __add__(self, other: SiteStatistics) -> SiteStatistics:
+        """Return the statistics of both data sets together; batches stay apart only where both kept them apart."""
+        if (self.activation, self.counts.shape) != (other.activation, other.counts.shape):
+            raise ValueError(
+                f"{self.activation} with {self.neurons} neurons and {other.activation} with {other.neurons} are not one site"
+            )
+        counts, nan = self.counts + other.counts, self.nan + other.nan
+        if self.batch_entropies is None or other.batch_entropies is None:
+            return SiteStatistics(self.activation, counts, nan)
+        batch_entropies, batches = self.batch_entropies + other.batch_entropies, self.batches + other.batches
+        return SiteStatistics(self.activation, counts, nan, batch_entropies, batches)
+
+
+def state_entropy(counts: Tensor, zero: Zero = "discard") -> Tensor:
+    """Return the binary entropy of the on state in bits, float64 [neurons], for counts [neurons, 3].
+
+    H = −p log2 p − (1 − p) log2 (1 − p) with p = on / (on + off); 0 where on + off is 0 (EASIER, arXiv 2404.18949).
+    """
+    off, zeros, on = counts.double().unbind(1)
+    if zero == "on":
+        on = on + zeros
+    p = on / (on + off).clamp_min(1)
+    return torch.where(on + off > 0, -(torch.special.xlogy(p, p) + torch.special.xlogy(1 - p, 1 - p)), 0) / _LN2
