@@ -20,13 +20,34 @@ from fastentropy.sites.finding import find_sites
 
 @dataclass(frozen=True)
 class PruningResult:
-    """The last network whose score held, and all steps.
+    """The last network whose score was within `max_drop`, and every step of the run.
 
     Attributes:
-        model: that network, in eval mode.
-        removed: the names of the sites that are linearised in it, in the order of their removal.
-        steps: all of them, the dense network first.
-        kept_step: the index of the step that the model is of. A step after it fell too far.
+        model: the network that was kept, in eval mode.
+        removed: the names of the sites that are linearised in `model`, in the order of their removal.
+        steps: every step that was run; step 0 is the dense network.
+        kept_step: the index in `steps` of the step that `model` comes from. If a later step exists, its score fell too far.
+
+    Examples:
+        >>> import torch
+        >>> import fastentropy as fe
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> x = torch.randn(16, 4)
+        >>> result = fe.prune(
+        ...     model,
+        ...     train=lambda model: None,
+        ...     evaluate=lambda model: 1.0,
+        ...     calibrate=lambda model: model(x),
+        ...     example_inputs=(x,),
+        ... )
+        >>> result.removed, result.kept_step, len(result.steps)
+        (('1',), 1, 2)
+        >>> result.model
+        Sequential(
+          (0): Linear(in_features=4, out_features=8, bias=True)
+          (1): Identity()
+          (2): Linear(in_features=8, out_features=2, bias=True)
+        )
     """
 
     model: nn.Module
@@ -56,46 +77,85 @@ def prune(
     measure: Callable[[nn.Module], Mapping[str, float]] | None = None,
     on_step: Callable[[Sequence[Step]], object] | None = None,
 ) -> PruningResult:
-    """Linearise the activations of lowest entropy, step after step, as long as the score holds.
+    """Linearise the activations of lowest entropy, step by step, until the score falls by more than `max_drop`.
 
-    The trained model is not changed: the loop works on a copy, and evaluates it before it removes anything.
+    This is the loop of EASIER (arXiv 2404.18949): linearise the activation of lowest entropy (equation 4), fine-tune,
+    validate, repeat. `prune` works on a copy of the trained model, and evaluates the copy before it removes anything.
 
     Args:
-        model: the trained model.
-        train: train(model) is one fine-tuning schedule, in place, after each removal; called in training mode.
-        evaluate: evaluate(model) -> float: higher is better; called once per step, in eval mode and without gradients.
-        calibrate: calibrate(model) makes forward passes over the training data, in eval mode and without gradients; they are
-            what is measured. None measures the passes of train itself: it is called as train(model, collector), and the
-            collector (`collect`) has reset() to begin anew, as with the last epoch, and paused(). That needs the `statistics`
-            of the dense model.
-        example_inputs: the positional inputs of one call, of the size and on the device that latency is measured for.
-        max_drop: stop where the score is more than this below the dense model's, in the units of `evaluate`.
-        max_removed: remove at most so many sites.
-        per_step: how many of them in one step; equal to max_removed, one step does all.
-        criterion: "entropy" removes the lowest layer entropy first, and of equal ones the first in call order.
-            "entropy-per-latency" removes the set of sites that loses least entropy for each millisecond that is saved without
-            it, by the activations themselves and by what `fuse` makes of the rest, measured on the device; per_step counts
-            such sets. "random" and "uniform" are controls. A function (model, statistics) -> {site: score} has the lowest
-            scores removed first; with checkpoint_dir it is known by its name.
-        zeros_together: remove all sites with an entropy of exactly 0 together, in addition, as the published code does.
-        protect: names of sites that stay.
-        target_speedup: with "entropy-per-latency", stop where one call is predicted to be so many times as fast as that of the
-            given model, and on the way there remove only what belongs to the sites of least entropy that reach it: the optimum
-            for the entropies of each step. max_drop and max_removed may end the run before.
-        max_latency_ms: the same for the milliseconds that one call may take; one of the two.
-        collapse: "project" approximates a linearised series of convolutions by a single one, fitted to it by least squares on
-            the calibration data, where the exact operator would be slower; the fine-tuning follows.
-        statistics: of the dense model, where they were gathered already, so that no calibration is needed for them.
-        checkpoint_dir: write every finished step there, and go on from the steps that are there already, if they are of a run
-            with the same options. The end is the same as without the interruption where `train` draws from torch's default
-            generators.
-        measure: measure(model) -> dict: further figures to keep with each step.
-        on_step: on_step(steps so far) is called after each step.
+        model: the trained model. It is not changed.
+        train: a function `train(model)` that fine-tunes the model in place for one schedule. It is called after each removal,
+            in training mode.
+        evaluate: a function `evaluate(model) -> float`; a higher score is better. It is called once per step, in eval mode
+            and without gradients.
+        calibrate: a function `calibrate(model)` that runs the training data forward through the model; the entropies are
+            measured in these passes. It is called in eval mode and without gradients. With None, the entropies are measured
+            in the passes of `train`, which is then called as `train(model, collector)`: `collector.reset()` starts the
+            counts again, for example at the last epoch, and `collector.paused()` leaves passes out. None requires
+            `statistics`.
+        example_inputs: the positional inputs of one call of the model. Latency is measured for their shapes and device.
+        max_drop: stop when the score is more than this below the score of the dense model. In the units of `evaluate`.
+        max_removed: the largest number of sites to remove. None sets no limit.
+        per_step: how many sites to remove in each step. With `per_step` equal to `max_removed`, there is one step.
+        criterion: which sites are removed first.
+            "entropy": those of lowest layer entropy; among equals, the first in call order.
+            "entropy-per-latency": the set of sites that loses the least entropy per millisecond saved. The saving includes the
+            activations themselves and what `fuse` makes of the rest, measured on the device. `per_step` counts such sets.
+            "random" and "uniform": controls, which ignore the entropies.
+            A function `(model, statistics) -> {site: score}`: those with the lowest scores. `checkpoint_dir` identifies it by
+            its name.
+        zeros_together: also remove, in each step, all sites whose entropy is exactly 0, as the code of the paper does.
+        protect: the names of sites that are never removed.
+        target_speedup: stop when a call is predicted to be this many times as fast as a call of the given model. Only sites of
+            the set that reaches this speed-up at the least loss of entropy are removed; the set is chosen anew in each step,
+            and is optimal for the entropies of that step. `max_drop` and `max_removed` may stop the run earlier. Requires the
+            criterion "entropy-per-latency". None sets no target.
+        max_latency_ms: the same, as a limit in milliseconds for one call. Give at most one of the two.
+        collapse: "project" replaces a linearised series of convolutions by one convolution where the exact merged operator
+            would be slower. The convolution is fitted by least squares on the calibration data, before the fine-tuning. None
+            approximates nothing.
+        statistics: the statistics of the dense model, if they are known already. Step 0 then needs no calibration.
+        checkpoint_dir: a folder to which every finished step is written. If it already holds steps of a run with the same
+            options, the run continues after them. The result is the same as without the interruption if `train` draws its
+            random numbers from torch's default generators. None writes nothing.
+        measure: a function `measure(model) -> dict` of further figures, which are stored with each step.
+        on_step: a function `on_step(steps)` that is called after each step with the steps so far.
+
+    Returns:
+        The kept network and all steps.
 
     Raises:
-        ValueError: the model has no known activation, or one that is no module of its own (see `isolate`); an option is out of
-            range; a latency cannot be reached; calibrate makes no forward pass; train exchanges modules; a score is not a
-            finite number; checkpoint_dir is damaged, of another model or of a run with other options.
+        ValueError: the model calls no known activation, or an activation that is not a module of its own (see `isolate`); an
+            option is out of range; a latency cannot be reached; `calibrate` makes no forward pass; `train` replaces modules; a
+            score is not a finite number; `checkpoint_dir` is damaged, or holds a run of another model or with other options.
+
+    Examples:
+        >>> import torch
+        >>> import fastentropy as fe
+        >>> model = torch.nn.Sequential(
+        ...     torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2)
+        ... )
+        >>> _ = torch.nn.init.constant_(model[0].bias, 100.0)  # the first ReLU is always on: its entropy is 0
+        >>> x, labels = torch.randn(64, 4), torch.arange(64) % 2
+        >>> def train(model):
+        ...     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
+        ...     torch.nn.functional.cross_entropy(model(x), labels).backward()
+        ...     optimizer.step()
+        >>> def accuracy(model):
+        ...     return (model(x).argmax(1) == labels).float().mean()
+        >>> result = fe.prune(
+        ...     model,
+        ...     train=train,
+        ...     evaluate=accuracy,
+        ...     calibrate=lambda model: model(x),
+        ...     example_inputs=(x,),
+        ...     max_drop=1.0,
+        ...     max_removed=1,
+        ... )
+        >>> result.removed
+        ('1',)
+        >>> result.steps[0].layer_entropy["1"]
+        0.0
     """
     if isinstance(protect, str):
         raise ValueError(f"protect must be a list of site names, not the string {protect!r}: [{protect!r}]")
@@ -127,11 +187,11 @@ def prune(
 
 
 def check_names(names: Sequence[str], sites: Sequence[str], option: str) -> None:
-    """Raise ValueError where an option names what is no site of the model."""
+    """Raise ValueError if an option names something that is not a site of the model."""
     for name in names:
         if name not in sites:
             nearest = nearest_names(name, sites)
-            raise ValueError(f"{option} names {name!r}, which is no site of the model; the nearest are {nearest}")
+            raise ValueError(f"{option} names {name!r}, which is not a site of the model; the nearest are {nearest}")
 
 
 def _check_statistics(calibrate: object, statistics: Statistics | None, sites: Sequence[str], collapse: object) -> None:
@@ -140,13 +200,13 @@ def _check_statistics(calibrate: object, statistics: Statistics | None, sites: S
         raise ValueError(f"{lacking}; collect them in its last epoch with fe.collect, or give a function calibrate(model)")
     if statistics is not None and set(statistics) != set(sites):
         named = ", ".join(sorted(set(statistics) ^ set(sites)))
-        raise ValueError(f"statistics are of another model than the given one: they differ in the sites {named}")
+        raise ValueError(f"statistics belong to another model: they differ from the given one in the sites {named}")
 
 
 def _check_own_modules(model: nn.Module, sites: Sequence[str]) -> None:
     modules = activation_modules(model)
     if others := [name for name in sites if name not in modules]:
         raise ValueError(
-            f"{', '.join(others)}: activations that are called as functions, or by one module several times in a forward pass, "
-            "cannot be linearised one by one; prune the model that fe.isolate(model, example_inputs) returns"
+            f"{', '.join(others)}: an activation that is called as a function, or several times in one forward pass, cannot be "
+            "linearised on its own; prune the model that fe.isolate(model, example_inputs) returns"
         )

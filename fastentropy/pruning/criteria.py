@@ -1,4 +1,4 @@
-"""Which activations go next: the published criterion, one that counts milliseconds, two controls, or one's own."""
+"""Which activations are removed next: the criterion of the paper, one by latency, two controls, or a function."""
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -12,7 +12,7 @@ from fastentropy.fusion.latency import LatencyTable
 
 NamedCriterion = Literal["entropy", "entropy-per-latency", "random", "uniform"]
 
-#: A function of the model as it is now and its statistics, that gives a score to each site that may go: the lowest go first.
+#: A function of the current model and its statistics that scores the sites that may be removed; the lowest are removed first.
 Score: TypeAlias = Callable[[nn.Module, Statistics], Mapping[str, float]]
 Criterion: TypeAlias = NamedCriterion | Score
 
@@ -20,12 +20,21 @@ CRITERIA: tuple[str, ...] = get_args(NamedCriterion)
 
 
 def scores(criterion: Criterion, model: nn.Module, statistics: Statistics, sites: Sequence[str]) -> dict[str, float]:
-    """The score of each site that is left, by a criterion that judges sites one by one.
+    """Score the sites that are left, by a criterion that judges each site on its own.
 
-    sites: those of the dense model in call order; statistics has those that are left.
-    "entropy" is the layer entropy (arXiv 2404.18949, equation 4), "random" is drawn from torch's default generator, and
-    "uniform" prefers what is farthest from all sites that are removed, and from both ends of the network.
-    Raises ValueError where a function gives something else than numbers for sites of the model.
+    Args:
+        criterion: "entropy" is the layer entropy (arXiv 2404.18949, equation 4); "random" draws from torch's default
+            generator; "uniform" prefers the site farthest from all removed sites and from both ends of the network; a
+            function is called with the model and the statistics.
+        model: the current model.
+        statistics: the statistics of the sites that are left.
+        sites: all sites of the dense model in call order.
+
+    Returns:
+        Scores by site, in call order; the lowest are removed first. A function may leave sites out.
+
+    Raises:
+        ValueError: a function returns something other than numbers for sites of the model.
     """
     names = list(statistics)
     if criterion == "entropy":
@@ -42,22 +51,27 @@ def scores(criterion: Criterion, model: nn.Module, statistics: Statistics, sites
     if unknown := [name for name in given if name not in statistics]:
         raise ValueError(f"criterion scored {', '.join(unknown)}; expected some of the sites {', '.join(names)}")
     if wrong := [f"{name}: {score}" for name, score in given.items() if math.isnan(score)]:
-        raise ValueError(f"criterion scored {', '.join(wrong)}; expected numbers, the lowest for what goes first")
+        raise ValueError(f"criterion scored {', '.join(wrong)}; expected numbers, the lowest for the first to remove")
     return {name: given[name] for name in names if name in given}
 
 
 def lowest(scored: Mapping[str, float], count: int) -> tuple[str, ...]:
-    """The names of the `count` sites with the lowest score; of equal ones, those that come first."""
+    """Return the names of the `count` sites with the lowest scores; among equals, those that come first."""
     return tuple(sorted(scored, key=lambda name: scored[name])[: max(count, 0)])
 
 
 def best_trade(
     table: LatencyTable, losses: Mapping[str, float], removed: Collection[str], limit: int, budget: float | None
 ) -> frozenset[str]:
-    """The set of at most `limit` sites that loses least entropy for each millisecond that it saves; empty if none saves any.
+    """Return the set of sites that loses the least entropy per millisecond saved; an empty set if none saves any time.
 
-    losses: bits that each site which may go would lose. budget: milliseconds; only what belongs to the set of least loss that
-    keeps to it is taken then, of those with at most `limit` sites if there are any.
+    Args:
+        table: the measured latencies.
+        losses: the entropy, in bits, of each site that may be removed.
+        removed: the sites that are removed already.
+        limit: the largest number of sites in the set.
+        budget: how many milliseconds one call may take, or None. With a budget, only sites of the set of least loss that
+            meets it are considered; sets of at most `limit` sites are preferred.
     """
     now = table.fastest(removed).milliseconds
     wanted = losses.keys() if budget is None else _optimum(table, losses, removed, limit, budget)
@@ -73,19 +87,19 @@ def best_trade(
 
 
 def check_budget(table: LatencyTable, sites: Collection[str], budget: float) -> None:
-    """Raise ValueError where not even the removal of all these sites is predicted to meet a budget in milliseconds."""
+    """Raise ValueError if even the removal of all these sites is predicted to miss a budget in milliseconds."""
     least = max(table.fastest(sites).milliseconds, 1e-9)
     if least > budget:
         raise ValueError(
-            f"a latency of {budget:.3f} ms cannot be reached: without any activation that may go, one call is predicted to "
-            f"take {least:.3f} ms, {table.original / least:.2f} times as fast as the dense model; ask for less"
+            f"a latency of {budget:.3f} ms cannot be reached: without all removable activations, one call is predicted to "
+            f"take {least:.3f} ms, {table.original / least:.2f} times as fast as the dense model; set a larger budget"
         )
 
 
 def _optimum(
     table: LatencyTable, losses: Mapping[str, float], removed: Collection[str], limit: int, budget: float
 ) -> frozenset[str]:
-    """The sites of least loss without which the network keeps to a budget."""
+    """Return the sites of least loss without which the network meets a budget."""
     choices = table.choices({**losses, **dict.fromkeys(removed, 0.0)})
     enough = [choice.removed for choice in choices if choice.milliseconds <= budget]
     small = [sites for sites in enough if len(sites - set(removed)) <= limit]
@@ -93,6 +107,6 @@ def _optimum(
 
 
 def _nearness(sites: Sequence[str], left: Collection[str]) -> dict[str, float]:
-    """Minus the distance of each site that is left to the nearest one that is not, or end of the network, in sites."""
-    taken = [-1, *(place for place, name in enumerate(sites) if name not in left), len(sites)]
-    return {name: -min(abs(place - other) for other in taken) for place, name in enumerate(sites) if name in left}
+    """Return minus the distance, in sites, of each remaining site to the nearest removed site or end of the network."""
+    taken = [-1, *(index for index, name in enumerate(sites) if name not in left), len(sites)]
+    return {name: -min(abs(index - other) for other in taken) for index, name in enumerate(sites) if name in left}

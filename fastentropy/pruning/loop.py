@@ -1,4 +1,4 @@
-"""The loop of `prune`: its options, its state, and what happens in one step."""
+"""The loop of `prune`: its state, and what happens in one step."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +19,7 @@ from fastentropy.surgery.linearization import linearize
 
 
 class Functions(NamedTuple):
-    """What the user gives to `prune`."""
+    """The functions that the user gives to `prune`."""
 
     train: Callable[..., object]
     evaluate: Callable[[nn.Module], Any]
@@ -31,9 +31,10 @@ class Functions(NamedTuple):
 def latency_table(
     model: nn.Module, example_inputs: tuple[Any, ...], sites: Sequence[str], options: Options, folder: StepFolder | None
 ) -> LatencyTable | None:
-    """Time a dense model in eval mode, or read the times that a run has begun with; None where the options need none.
+    """Time a dense model in eval mode, or read the times that the run began with; return None if the options need none.
 
-    Raises ValueError where a budget cannot be met, and where the folder holds the times of another model.
+    Raises:
+        ValueError: a budget cannot be met, or the folder holds the times of another model.
     """
     if not options.needs_latency:
         return None
@@ -49,7 +50,7 @@ def latency_table(
 
 
 class PruningLoop:
-    """The state of a run: the network in work, the finished steps, and the random state that the next step starts from."""
+    """The state of a run: the current network, the finished steps, and the random state that the next step starts from."""
 
     def __init__(
         self,
@@ -60,7 +61,16 @@ class PruningLoop:
         folder: StepFolder | None,
         table: LatencyTable | None,
     ) -> None:
-        """Begin with a dense model, which the loop changes, its sites in call order, and its times where they are needed."""
+        """Begin with a dense model, which the loop changes.
+
+        Args:
+            model: the dense model.
+            sites: its sites in call order.
+            functions: the user's functions.
+            options: the options of the run.
+            folder: where the steps are stored, or None.
+            table: the latency of the dense model, or None if the options do not need it.
+        """
         self.model, self.steps = model, list[Step]()
         self._sites, self._functions, self._options = sites, functions, options
         self._folder, self._table = folder, table
@@ -69,11 +79,11 @@ class PruningLoop:
 
     @property
     def removed(self) -> list[str]:
-        """What is linearised so far."""
+        """The sites that are linearised so far."""
         return [name for step in self.steps for name in step.removed]
 
     def resume(self) -> None:
-        """Take up the steps that are on disk."""
+        """Continue from the steps that are on disk."""
         if self._folder is None:
             return
         self.steps = self._folder.load()
@@ -82,12 +92,12 @@ class PruningLoop:
                 raise ValueError(f"checkpoint_dir {self._folder.path} holds a run of another model; name another folder")
             last = len(self.steps) - 1
             self.restore(self.model, last).eval()
-            self._note([projection for step in self.steps for projection in step.collapsed])
+            self._update_table([projection for step in self.steps for projection in step.collapsed])
             self._statistics = self._folder.load_statistics(last)
             self._random_state = self._folder.restore_random_state(last)
 
     def restore(self, model: nn.Module, index: int) -> nn.Module:
-        """Bring a copy of the dense model to where it was at the end of a step."""
+        """Change a copy of the dense model, in place, into the network at the end of a step, and return it."""
         assert self._folder is not None
         for step in self.steps[: index + 1]:
             linearize(model, step.removed)
@@ -95,17 +105,17 @@ class PruningLoop:
                 try:
                     install(model, projection)
                 except (AttributeError, RuntimeError, StopIteration, TypeError, ValueError) as error:
-                    text = f"{self._folder.path} holds a step that approximates what the model does not have: {error!r}"
+                    text = f"{self._folder.path} holds a step that approximates modules the model does not have: {error!r}"
                     raise ValueError(text) from error
         self._folder.load_weights(index, model)
         return model
 
     def within_max_drop(self) -> bool:
-        """Whether the last score is at most max_drop below the dense model's, but for rounding."""
+        """Return whether the last score is at most max_drop below the dense model's, apart from rounding."""
         return self.steps[0].score - self.steps[-1].score <= self._options.max_drop + 1e-9
 
     def next_sites(self) -> tuple[str, ...]:
-        """What to remove next; empty at the end."""
+        """Return the sites to remove next; none at the end."""
         options = self._options
         losses = {name: bits for name, bits in self.steps[-1].layer_entropy.items() if name not in options.protect}
         left = len(losses) if options.max_removed is None else options.max_removed - len(self.removed)
@@ -122,12 +132,15 @@ class PruningLoop:
         return names
 
     def run_step(self, names: tuple[str, ...], statistics: Statistics | None = None) -> None:
-        """Linearise, fine-tune, validate and measure; with no names, only the last two, of which statistics spare one."""
+        """Linearise, fine-tune, evaluate and calibrate; then store the step.
+
+        Without names, only evaluate and calibrate; `statistics` replaces the calibration.
+        """
         collapsed: tuple[Projection, ...] = ()
         if names:
             linearize(self.model, names)
             collapsed = self._collapse([*self.removed, *names])
-            self._note(collapsed)
+            self._update_table(collapsed)
             set_random_state(self._random_state)
             statistics = self._train()
         self.model.eval()
@@ -142,7 +155,7 @@ class PruningLoop:
             self._functions.on_step(tuple(self.steps))
 
     def _best_trades(self, losses: Mapping[str, float], left: int) -> tuple[str, ...]:
-        """The sites of the best sets, in call order."""
+        """Return the sites of the best sets, in call order."""
         assert self._table is not None
         budget, chosen = self._options.budget(self._table), set[str]()
         for _ in range(self._options.per_step):
@@ -153,7 +166,7 @@ class PruningLoop:
         return tuple(name for name in self._sites if name in chosen)
 
     def _collapse(self, removed: Sequence[str]) -> tuple[Projection, ...]:
-        """Approximate the stretches that are fastest so."""
+        """Replace each stretch of modules that is fastest as one fitted convolution."""
         if self._options.collapse is None:
             return ()
         assert self._table is not None
@@ -163,14 +176,14 @@ class PruningLoop:
         stretches = self._table.fastest(removed).projected
         return tuple(project(self.model, modules, self._functions.calibrate) for modules in stretches)
 
-    def _note(self, collapsed: Sequence[Projection]) -> None:
-        """From now on, times are those of the network with these approximations."""
+    def _update_table(self, collapsed: Sequence[Projection]) -> None:
+        """Predict latencies with these approximations from now on."""
         for projection in collapsed:
             assert self._table is not None
             self._table = self._table.collapsed(projection.modules)
 
     def _train(self) -> Statistics | None:
-        """Fine-tune, and return the statistics of the passes where there is no calibration."""
+        """Fine-tune. Return the statistics of the passes if there is no calibration function."""
         before = {name: type(module) for name, module in self.model.named_modules()}
         statistics = None
         self.model.train()
@@ -182,12 +195,12 @@ class PruningLoop:
         else:
             with collect(self.model) as collector:
                 self._functions.train(self.model, collector)
-            statistics = _computed(collector, "train")
+            statistics = _compute(collector, "train")
         after = {name: type(module) for name, module in self.model.named_modules()}
         changed = [name for name in before | after if not issubclass(after.get(name, object), before.get(name, nn.Module))]
         if changed or before.keys() != after.keys():
             named = ", ".join(changed or sorted(before.keys() ^ after.keys()))
-            raise ValueError(f"train changed the modules of the model ({named}); it must train the model it is given, in place")
+            raise ValueError(f"train changed the modules of the model ({named}); it must train the given model in place")
         return statistics
 
     @torch.no_grad()
@@ -197,7 +210,7 @@ class PruningLoop:
         try:
             score = float(value)
         except (TypeError, ValueError, RuntimeError) as error:
-            message = f"evaluate returned a {type(value).__name__} that is no number {when}; it must return one finite number"
+            message = f"evaluate returned a {type(value).__name__}, not a number, {when}; it must return a finite number"
             raise ValueError(message) from error
         if not math.isfinite(score):
             raise ValueError(f"evaluate returned {score} {when}; it must return a finite number, higher for a better model")
@@ -207,19 +220,19 @@ class PruningLoop:
     def _calibrate(self) -> Statistics:
         assert self._functions.calibrate is not None
         if not activation_modules(self.model):
-            return Statistics({})  # every activation is linearised
+            return Statistics({})  # no activation is left
         with collect(self.model) as collector:
             self._functions.calibrate(self.model)
-        return _computed(collector, "calibrate")
+        return _compute(collector, "calibrate")
 
     def _metrics(self, names: tuple[str, ...]) -> dict[str, float]:
         predicted = {"predicted_ms": self._table.fastest([*self.removed, *names]).milliseconds} if self._table else {}
         return predicted | (dict(self._functions.measure(self.model)) if self._functions.measure else {})
 
 
-def _computed(collector: EntropyCollector, function: str) -> Statistics:
+def _compute(collector: EntropyCollector, function: str) -> Statistics:
     try:
         return collector.compute()
     except RuntimeError as error:
-        message = f"{function} made no forward pass of the model it was given; call model(batch) on the training data in it"
+        message = f"{function} made no forward pass of the given model; it must call model(batch) on the training data"
         raise ValueError(message) from error

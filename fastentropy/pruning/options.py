@@ -10,7 +10,7 @@ from fastentropy.pruning.criteria import CRITERIA, Criterion
 
 @dataclass(frozen=True)
 class Options:
-    """What decides the outcome of a run, besides the model and the user's functions."""
+    """The options that determine the outcome of a run, together with the model and the user's functions."""
 
     max_drop: float
     max_removed: int | None
@@ -23,7 +23,7 @@ class Options:
     collapse: str | None
 
     def __post_init__(self) -> None:
-        """Raise ValueError for a value that makes no sense."""
+        """Raise ValueError if a value is out of range."""
         if not self.max_drop >= 0:
             raise ValueError(f"max_drop is {self.max_drop}; expected 0 or more, in the units of evaluate")
         if self.max_removed is not None and self.max_removed < 0:
@@ -44,15 +44,15 @@ class Options:
 
     @property
     def needs_latency(self) -> bool:
-        """Whether the network is to be timed before the first step."""
+        """Whether the network must be timed before the first step."""
         return self.criterion == "entropy-per-latency" or self.collapse is not None
 
     def budget(self, table: LatencyTable) -> float | None:
-        """The milliseconds that one call may take, if there is a limit."""
+        """Return how many milliseconds one call may take, or None if there is no limit."""
         return self.max_latency_ms if self.target_speedup is None else table.original / self.target_speedup
 
     def to_dict(self) -> dict[str, Any]:
-        """The options in the types of JSON; of a function as criterion, its name."""
+        """Return the options as JSON types. A function as the criterion is represented by its name."""
         name = getattr(self.criterion, "__qualname__", type(self.criterion).__qualname__)
         criterion = self.criterion if isinstance(self.criterion, str) else name
         values = {field.name: getattr(self, field.name) for field in fields(self)}

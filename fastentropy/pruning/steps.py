@@ -1,4 +1,4 @@
-"""The steps of a pruning run, and how they lie on disk: a folder each, `step.json` written last."""
+"""The steps of a pruning run, and how they are stored: one folder each, in which `step.json` is written last."""
 
 import json
 import math
@@ -22,14 +22,21 @@ from fastentropy.fusion.projection import Projection
 
 @dataclass(frozen=True)
 class Step:
-    """One turn of the loop: what it linearised, and the network after its fine-tuning. Step 0 is the dense network.
+    """One step of `prune`: what it linearised, and the network after its fine-tuning. Step 0 is the dense network.
 
     Attributes:
-        removed: the names of the sites that were linearised.
-        layer_entropy: bits by site, of the sites that are left, in call order.
-        score: what `evaluate` returned.
-        metrics: what `measure` returned.
-        collapsed: the stretches that were approximated by one convolution before the fine-tuning.
+        removed: the names of the sites that this step linearised.
+        layer_entropy: the layer entropy (arXiv 2404.18949, equation 4), in bits, of each remaining site, in call order.
+        score: the value that `evaluate` returned.
+        metrics: the figures that `measure` returned, and `predicted_ms`, the predicted latency in milliseconds, if the run
+            measured the latency of the network.
+        collapsed: the series of modules that were replaced by one fitted convolution before the fine-tuning.
+
+    Examples:
+        >>> import fastentropy as fe
+        >>> step = fe.Step(removed=("layer1.relu",), layer_entropy={"layer2.relu": 0.75}, score=0.91)
+        >>> min(step.layer_entropy, key=step.layer_entropy.get)
+        'layer2.relu'
     """
 
     removed: tuple[str, ...]
@@ -42,13 +49,14 @@ class Step:
 class StepFolder:
     """The options of a run, and in subfolders 00, 01, … the model, statistics and random state of each finished step.
 
-    Everything is read with safetensors or as JSON; a damaged file raises ValueError and names itself.
+    All files are safetensors or JSON. Reading a damaged file raises a ValueError that names it.
     """
 
     def __init__(self, path: str | PathLike[str], options: Mapping[str, Any]) -> None:
-        """Use a folder, which is made with the first step if it does not exist.
+        """Use a folder. If it does not exist, the first step creates it.
 
-        Raises ValueError where it holds the steps of a run with other options: they might not be what these would give.
+        Raises:
+            ValueError: the folder holds a run with other options, whose steps these options might not give.
         """
         self.path, self._options = Path(path), dict(options)
         if (self.path / "options.json").exists():
@@ -57,41 +65,45 @@ class StepFolder:
                 raise ValueError(f"{self.path} holds a run with the options {options}, not {self._options}; name another")
 
     def save(self, index: int, step: Step, model: nn.Module, statistics: Statistics, random_state: dict[str, Tensor]) -> None:
-        """Write a step. It counts as there once it is complete. Raises ValueError for a state that is not of tensors."""
+        """Write a step, which counts as finished once it is complete.
+
+        Raises:
+            ValueError: the model's state_dict holds something other than tensors.
+        """
         folder, state = self._folder(index), model.state_dict()
         if others := [name for name, value in state.items() if not isinstance(value, Tensor)]:
-            raise ValueError(f"the model's state_dict holds {', '.join(others)}, which are no tensors and cannot be kept")
+            raise ValueError(f"the model's state_dict holds {', '.join(others)}, which are not tensors and cannot be stored")
         folder.mkdir(parents=True, exist_ok=True)
         save_json(self._options, self.path / "options.json")
         save_tensors(state, folder / "model.safetensors")
         save_tensors(random_state, folder / "random_state.safetensors")
         statistics.save(folder / "statistics.safetensors")
         values = asdict(step)
-        del values["layer_entropy"]  # it follows from the statistics
+        del values["layer_entropy"]  # computed from the statistics when the step is read
         save_json(values, folder / "step.json")
 
     def save_latency(self, table: LatencyTable) -> None:
-        """Write what was measured before the first step, so that a resumed run decides by the same times."""
+        """Write the latencies that were measured before the first step, so that a resumed run decides by the same ones."""
         self.path.mkdir(parents=True, exist_ok=True)
         save_json(self._options, self.path / "options.json")
         save_json(table.to_dict(), self.path / "latency.json")
 
     def load_latency(self) -> LatencyTable | None:
-        """The latency table of the run, if it has been written."""
+        """Return the latency table of the run, or None if it was not written yet."""
         path = self.path / "latency.json"
         if not path.exists():
             return None
         try:
             return LatencyTable.from_dict(_load_json(path))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is damaged: {error!r}; without {self.path} the run begins anew") from error
+            raise ValueError(f"{path} is damaged: {error!r}; delete {self.path} to start the run again") from error
 
     def load_statistics(self, index: int) -> Statistics:
-        """The statistics of a step."""
+        """Read the statistics of a step."""
         return Statistics.load(self._folder(index) / "statistics.safetensors")
 
     def load(self) -> list[Step]:
-        """The finished steps. Removes what a run that was killed left of its temporary files."""
+        """Read the finished steps. Temporary files that a killed run left behind are removed."""
         for folder in (self.path, *self.path.glob("[0-9][0-9]*")):
             remove_leftovers(folder)
         steps: list[Step] = []
@@ -100,7 +112,7 @@ class StepFolder:
         return steps
 
     def load_weights(self, index: int, model: nn.Module) -> None:
-        """Put the weights of a step into a model that has its activations linearised already."""
+        """Load the weights of a step into a model whose activations are linearised already."""
         path = self._folder(index) / "model.safetensors"
         try:
             model.load_state_dict(_load_tensors(path))
@@ -108,7 +120,7 @@ class StepFolder:
             raise ValueError(f"{path} does not fit the model: {one_line(error)}") from error
 
     def restore_random_state(self, index: int) -> dict[str, Tensor]:
-        """Put torch's random generators into their state at the end of a step, and return it, by device."""
+        """Set torch's random generators to their states at the end of a step, and return these states by device."""
         path = self._folder(index) / "random_state.safetensors"
         states = _load_tensors(path)
         try:
@@ -127,9 +139,9 @@ class StepFolder:
             collapsed = tuple(map(Projection.from_dict, values["collapsed"]))
             step = Step(tuple(map(str, values["removed"])), entropies, float(values["score"]), metrics, collapsed)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is damaged: {error!r}; without {folder} the run goes on before it") from error
+            raise ValueError(f"{path} is damaged: {error!r}; delete {folder} to continue before this step") from error
         if not math.isfinite(step.score):
-            raise ValueError(f"{path} is damaged: its score is {step.score}; without {folder} the run goes on before it")
+            raise ValueError(f"{path} is damaged: its score is {step.score}; delete {folder} to continue before this step")
         return step
 
     def _folder(self, index: int) -> Path:
@@ -137,7 +149,7 @@ class StepFolder:
 
 
 def random_state() -> dict[str, Tensor]:
-    """The state of torch's default random generators, by device."""
+    """Return the states of torch's default random generators, by device."""
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         states |= {f"cuda:{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())}
@@ -145,7 +157,7 @@ def random_state() -> dict[str, Tensor]:
 
 
 def set_random_state(states: dict[str, Tensor]) -> None:
-    """Put torch's default random generators, of those devices that are here, into a state that `random_state` returned."""
+    """Set torch's default random generators to states that `random_state` returned. Absent devices are skipped."""
     for device, state in states.items():
         if device == "cpu":
             torch.set_rng_state(state)
@@ -157,7 +169,7 @@ def _load_json(path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{path} is damaged: {error}; without its folder the run begins before it") from error
+        raise ValueError(f"{path} is damaged: {error}; delete its folder to continue before it") from error
 
 
 def _load_tensors(path: Path) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Recipes: a model, its data, and how to train, evaluate and calibrate it, ready for the command line."""
+"""Recipes: a model, its data, and functions to train, evaluate and calibrate it, for the command line."""
 
 import importlib
 import inspect
@@ -8,50 +8,56 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-#: Recipe name -> where it is: "module:class", imported when asked for.
+#: Recipe name -> "module:class", imported when the recipe is loaded.
 RECIPES = {"digits": "fastentropy.recipes.digits:Digits", "cifar10": "fastentropy.recipes.cifar10:Cifar10"}
-#: Recipe name -> the extra of the package that it needs.
+#: Recipe name -> the extra of this package that it needs.
 _EXTRAS = {"digits": "cli", "cifar10": "cifar10"}
 
 Split = Literal["validation", "test"]
 
 
 class Recipe(Protocol):
-    """What the command line needs of a recipe. Work that takes long yields after each unit, so that progress can be shown."""
+    """What the command line needs of a recipe. Long operations yield after each unit of work, so that progress can be shown."""
 
     epochs: int
-    """The default length of a schedule."""
+    """The default number of epochs of a schedule."""
     threads: int | None
-    """How many CPU threads its network has work for; None for as many as PyTorch takes."""
+    """How many CPU threads to use; None for PyTorch's default."""
     calibration_batches: int
-    """How often `calibrate` yields."""
+    """How many times `calibrate` yields."""
 
     def build_model(self) -> nn.Module:
-        """A new network on the recipe's device, initialised from torch's default random generator."""
+        """Return a new network on the recipe's device, initialised from torch's default random generator."""
         ...
 
     def train(self, model: nn.Module, epochs: int) -> Iterator[float]:
-        """Train in place for one schedule; yields the mean training loss of each epoch."""
+        """Train in place for one schedule; yield the mean training loss of each epoch."""
         ...
 
     def evaluate(self, model: nn.Module, split: Split) -> float:
-        """The accuracy on a split, from 0 to 1."""
+        """Return the accuracy on a split, from 0 to 1."""
         ...
 
     def calibrate(self, model: nn.Module) -> Iterator[None]:
-        """Run the training set through the model; yields after each batch."""
+        """Run the training set through the model; yield after each batch."""
         ...
 
     def example_inputs(self) -> tuple[Tensor, ...]:
-        """The inputs of one call, of the batch size that latency is measured at."""
+        """Return the inputs of one call, at the batch size for which latency is measured."""
         ...
 
 
 def load_recipe(name: str, device: torch.device, **options: Any) -> Recipe:
-    """The recipe of that name with its data on a device. Options that are None are left out.
+    """Load a recipe, and its data onto a device.
 
-    Raises ValueError for a name that is not in `RECIPES`, an option that the recipe does not take or with a value that it
-    cannot use, and where a package that the recipe needs is not installed.
+    Args:
+        name: a name in `RECIPES`.
+        device: where the data and the networks are placed.
+        **options: the options of the recipe; those that are None are left out.
+
+    Raises:
+        ValueError: the name is unknown; the recipe does not take an option, or cannot use its value; a package that the recipe
+            needs is not installed.
     """
     if name not in RECIPES:
         raise ValueError(f"unknown recipe {name!r}; the recipes are {', '.join(RECIPES)}")

@@ -1,4 +1,4 @@
-"""CIFAR-10 and the networks of EASIER (arXiv 2404.18949), trained by its schedule."""
+"""The recipe `cifar10`: CIFAR-10 and the networks of EASIER (arXiv 2404.18949), trained by the schedule of the paper."""
 
 from collections.abc import Callable, Iterator
 
@@ -11,19 +11,19 @@ from fastentropy.recipes.cifar10_data import PADDING, augment, data_folder, hold
 from fastentropy.recipes.cifar10_models import MODELS
 
 BATCH_SIZE = 128
-#: The first learning rate of a schedule, where it is not 0.1.
+#: The initial learning rate of each network for which it is not 0.1.
 LEARNING_RATES = {"vgg16_bn": 0.01, "swin_t": 0.001}
-#: Of the pixels of CIFAR-10's training images, from 0 to 255, for red, green and blue.
+#: Mean and standard deviation of the training pixels, from 0 to 255, for red, green and blue.
 MEAN = (125.3, 123.0, 113.9)
 STD = (63.0, 62.1, 66.7)
 
 
 class Cifar10:
-    """The recipe `cifar10`: 10 % of the training images are held out for validation, the test images are the test.
+    """The recipe `cifar10`: 10 % of the training images are held out for validation, and the test images are the test set.
 
-    Images and weights are in channels-last, which is faster for most of the networks, on a CPU too. On a GPU the
-    images lie in its memory as bytes, the networks run under autocast to bfloat16, and training waits for the GPU once an
-    epoch. On a CPU everything is float32.
+    Images and weights are in channels-last, which is faster for most of the networks, also on a CPU. On a GPU the images stay
+    in its memory as bytes, the networks run under autocast to bfloat16, and training waits for the GPU once per epoch. On a
+    CPU everything is float32.
     """
 
     epochs = 160
@@ -32,12 +32,16 @@ class Cifar10:
     def __init__(
         self, device: torch.device, *, model: str = "resnet18", data: str | None = None, compile: bool = False
     ) -> None:
-        """Read the images and put them on a device.
+        """Read the images and place them on a device.
 
-        model: a name of `MODELS`. data: a folder with the parquet files of the Hub's cifar10, or the name cifar10 to download
-        them. compile: train through torch.compile.
+        Args:
+            device: where the images and the networks are placed.
+            model: a name in `MODELS`.
+            data: a folder with the parquet files of the Hub's cifar10, or "cifar10" to download them.
+            compile: train with torch.compile.
 
-        Raises ValueError for an unknown model, and for data that are missing or damaged.
+        Raises:
+            ValueError: the model is unknown, or the data are missing or damaged.
         """
         if model not in MODELS:
             raise ValueError(f"unknown model {model!r}; the models of the recipe cifar10 are {', '.join(MODELS)}")
@@ -52,11 +56,11 @@ class Cifar10:
         self.calibration_batches = len(training.split(BATCH_SIZE))
 
     def build_model(self) -> nn.Module:
-        """A new network, initialised from torch's default random generator."""
+        """Return a new network, initialised from torch's default random generator."""
         return MODELS[self._model]().to(self._device).to(memory_format=torch.channels_last)
 
     def train(self, model: nn.Module, epochs: int) -> Iterator[float]:
-        """SGD with momentum 0.9 and weight decay 1e-4 in batches of 128, see `learning_rate`; yields mean losses."""
+        """Train by SGD with momentum 0.9 and weight decay 1e-4 in batches of 128 (see `learning_rate`); yield mean losses."""
         run = _compiled(model) if self._compile else model
         optimizer = torch.optim.SGD(model.parameters(), momentum=0.9, weight_decay=1e-4)
         for epoch in range(epochs):
@@ -65,7 +69,7 @@ class Cifar10:
             yield self._train_epoch(run, optimizer)
 
     def evaluate(self, model: nn.Module, split: Split) -> float:
-        """The share of the split's images that the model names right."""
+        """Return the share of the split's images that the model classifies correctly."""
         images, labels = self._data[split]
         correct = torch.zeros((), dtype=torch.int64, device=self._device)
         for batch, target in zip(images.split(BATCH_SIZE), labels.split(BATCH_SIZE), strict=True):
@@ -73,19 +77,19 @@ class Cifar10:
         return int(correct) / len(labels)
 
     def calibrate(self, model: nn.Module) -> Iterator[None]:
-        """Run the training images through the model as they are, batch by batch."""
+        """Run the training images, without augmentation, through the model batch by batch."""
         for batch in self._data["train"][0].split(BATCH_SIZE):
             self._run(model, batch)
             yield
 
     def example_inputs(self) -> tuple[Tensor, ...]:
-        """The first 64 test images."""
-        return (self._normalized(self._data["test"][0][:64]),)
+        """Return the first 64 test images."""
+        return (self._normalize(self._data["test"][0][:64]),)
 
     def _train_epoch(self, run: Callable[[Tensor], Tensor], optimizer: torch.optim.Optimizer) -> float:
-        """The mean loss of one pass over the training images, in random order, each shifted and flipped at random."""
+        """Train on all images once, in random order, each randomly shifted and flipped; return the mean loss."""
         images, labels = self._data["train"]
-        # Drawn on the CPU, whose generator gives the same numbers on every machine, and moved once.
+        # Drawn on the CPU, whose generator gives the same numbers on every machine, then moved once.
         order = torch.randperm(len(labels)).to(self._device).split(BATCH_SIZE)
         shifts = torch.randint(2 * PADDING + 1, (len(labels), 2)).to(self._device).split(BATCH_SIZE)
         flips = (torch.rand(len(labels)) < 0.5).to(self._device).split(BATCH_SIZE)
@@ -100,24 +104,24 @@ class Cifar10:
         return float(total / len(labels))
 
     def _run(self, model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-        """The outputs for images of bytes."""
+        """Run the model on images of bytes."""
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._device.type == "cuda"):
-            return model(self._normalized(images))
+            return model(self._normalize(images))
 
-    def _normalized(self, images: Tensor) -> Tensor:
-        """Images of bytes as float32, of mean 0 and deviation 1 over the training images."""
+    def _normalize(self, images: Tensor) -> Tensor:
+        """Normalise images of bytes to float32, with mean 0 and standard deviation 1 over the training images."""
         return ((images - self._mean) / self._std).contiguous(memory_format=torch.channels_last)
 
 
 def learning_rate(model: str, epoch: int, epochs: int) -> float:
-    """The learning rate of an epoch, counted from 0: divided by 10 at a half, and again at three quarters of the schedule."""
+    """Return the learning rate of an epoch, counted from 0. It is divided by 10 after 1/2 and after 3/4 of the schedule."""
     drops = (2 * epoch >= epochs) + (4 * epoch >= 3 * epochs)
     return LEARNING_RATES.get(model, 0.1) / 10**drops
 
 
 def _compiled(model: nn.Module) -> Callable[[Tensor], Tensor]:
-    """The model's function, compiled for the batch size and for the smaller last batch of an epoch."""
-    # A network that lost an activation is compiled anew, and after eight times torch.compile would give it up for good.
+    """Compile a call of the model, for the batch size and for the smaller last batch of an epoch."""
+    # Every removal of an activation causes a recompilation, and after eight of them torch.compile would give up.
     torch.compiler.reset()
-    # Given the model itself, torch.compile would leave a mark on it.
+    # torch.compile(model) would leave attributes on the model.
     return torch.compile(lambda images: model(images), dynamic=False)

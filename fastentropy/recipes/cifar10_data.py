@@ -1,4 +1,4 @@
-"""The images of CIFAR-10: found, read from parquet files, held out and augmented. Nothing is unpickled."""
+"""Find the images of CIFAR-10, read them from parquet files, split and augment them. Nothing is unpickled."""
 
 import io
 from pathlib import Path
@@ -18,14 +18,15 @@ from fastentropy._utils.errors import one_line
 
 SIZE = 32
 PADDING = 4
-#: The images held out do not depend on the seed of a run, so that runs can be compared.
+#: Splits do not depend on the seed of the run, so that runs can be compared.
 SPLIT_SEED = 0
 
 
 def data_folder(data: str | None) -> Path:
-    """The folder that --data names; the name cifar10 stands for the Hub's `uoft-cs/cifar10`, which is downloaded.
+    """Return the folder that --data names. The name cifar10 downloads the Hub's `uoft-cs/cifar10`.
 
-    Raises ValueError where nothing is named, and where the download fails.
+    Raises:
+        ValueError: `data` is None, or the download fails.
     """
     if data is None:
         raise ValueError(
@@ -34,20 +35,26 @@ def data_folder(data: str | None) -> Path:
         )
     if data != "cifar10":
         return Path(data)
-    from huggingface_hub import snapshot_download  # a folder is read without it
+    from huggingface_hub import snapshot_download  # not needed to read a folder
 
     try:
         return Path(snapshot_download("uoft-cs/cifar10", repo_type="dataset", allow_patterns="*.parquet"))
-    except Exception as error:  # those of the HTTP client, which differ between versions, come through, too
-        reason = one_line(error)
-        raise ValueError(f"cifar10 could not be downloaded ({reason}); name a folder that holds it with --data") from error
+    except Exception as error:  # includes errors of the HTTP client, which differ between versions
+        message = f"cifar10 could not be downloaded ({one_line(error)}); name a folder that holds it with --data"
+        raise ValueError(message) from error
 
 
 def read_images(folder: Path, split: str) -> tuple[Tensor, Tensor]:
-    """The images, uint8 [n, 3, 32, 32], and labels, int64 [n], of the parquet files whose names begin with `split`.
+    """Read all parquet files in and below a folder whose names begin with `split`.
 
-    The files lie in the folder or below it. They have the columns of the Hub's cifar10: `img` (or `image`), a struct with the
-    `bytes` of a PNG or JPEG file, and `label`, from 0 to 9. Raises ValueError, which names the file, where this is not so.
+    They have the columns of the Hub's cifar10: `img` (or `image`), a struct with the `bytes` of a PNG or JPEG file, and
+    `label`, from 0 to 9.
+
+    Returns:
+        The images, uint8 [n, 3, 32, 32], and the labels, int64 [n].
+
+    Raises:
+        ValueError: there is no such file, or the file that the message names has other contents.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder; --data FOLDER must hold the parquet files of the Hub's cifar10")
@@ -59,9 +66,12 @@ def read_images(folder: Path, split: str) -> tuple[Tensor, Tensor]:
 
 
 def hold_out(labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The indices to train on, and those of 10 % of each class to validate on; the same for the same labels.
+    """Return the indices of the training images, and of the 10 % of each class held out for validation.
 
-    Raises ValueError where a class has too few images for both.
+    The same labels give the same split.
+
+    Raises:
+        ValueError: a class has too few images for both.
     """
     generator = torch.Generator().manual_seed(SPLIT_SEED)
     training, validation = [], []
@@ -77,10 +87,12 @@ def hold_out(labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def augment(images: Tensor, shifts: Tensor, flips: Tensor) -> Tensor:
-    """Cut a 32×32 window out of each image with 4 black pixels around it, and mirror it from left to right where told.
+    """Pad each image with 4 black pixels on each side, cut out a 32×32 window, and optionally mirror it from left to right.
 
-    images: uint8 [batch, 3, 32, 32]. shifts: int64 [batch, 2], the first row and column of the window, from 0 to 8.
-    flips: bool [batch].
+    Args:
+        images: uint8 [batch, 3, 32, 32].
+        shifts: int64 [batch, 2], the first row and column of each window, from 0 to 8.
+        flips: bool [batch], which images to mirror.
     """
     positions = torch.arange(SIZE, device=images.device)
     columns = torch.where(flips[:, None], positions.flip(0), positions)
@@ -91,13 +103,12 @@ def augment(images: Tensor, shifts: Tensor, flips: Tensor) -> Tensor:
 
 
 def _read_file(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """The images [n, 32, 32, 3] and labels [n] of one file."""
+    """Read the images [n, 32, 32, 3] and labels [n] of one file."""
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             table = file.read()
     except (pyarrow.ArrowException, OSError) as error:
-        reason = one_line(error)
-        raise ValueError(f"{path} cannot be read as parquet: {reason}") from error
+        raise ValueError(f"{path} cannot be read as parquet: {one_line(error)}") from error
     name = "image" if "image" in table.column_names else "img"
     if not {name, "label"} <= set(table.column_names):
         raise ValueError(f"{path} has the columns {', '.join(table.column_names)}; expected img or image, and label")
@@ -118,14 +129,14 @@ def _image_files(path: Path, column: Any) -> list[bytes | None]:
 def _labels(path: Path, column: Any) -> NDArray[np.int64]:
     if not pyarrow.types.is_integer(column.type):
         raise ValueError(f"the labels of {path} are of type {column.type}; expected integers from 0 to 9")
-    labels = column.to_numpy()  # where some are missing, floating, with NaN
+    labels = column.to_numpy()  # floating, with NaN, if some are missing
     if len(wrong := np.flatnonzero(~((labels >= 0) & (labels <= 9)))):
         raise ValueError(f"{path}, row {wrong[0]}: the label is {labels[wrong[0]]}; expected an integer from 0 to 9")
     return np.asarray(labels, np.int64)
 
 
 def _decode(data: bytes | None, place: str) -> NDArray[np.uint8]:
-    """The pixels [32, 32, 3] of a PNG or JPEG file."""
+    """Decode a PNG or JPEG file into pixels [32, 32, 3]."""
     pixels = None
     try:
         with Image.open(io.BytesIO(data or b""), formats=("PNG", "JPEG")) as image:

@@ -1,4 +1,4 @@
-"""Handwritten digits: 1,797 real 8×8 images that ship with scikit-learn, and a small residual network for them."""
+"""The recipe `digits`: the 1,797 handwritten 8×8 digits of scikit-learn, and a small residual network for them."""
 
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -11,19 +11,19 @@ from torch import Tensor, nn
 
 from fastentropy.recipes import Split
 
-#: The split of the data does not depend on the seed of a run, so that runs can be compared.
+#: Splits do not depend on the seed of the run, so that runs can be compared.
 SPLIT_SEED = 0
 BATCH_SIZE = 64
 
 
 class Block(nn.Module):
-    """A depthwise 3×3 convolution, then two 1×1 convolutions with a wider activation between them; the input is added.
+    """The block of ConvNeXt (arXiv 2201.03545) with batch norm and ReLU.
 
-    The block of ConvNeXt (arXiv 2201.03545) with batch norm and ReLU.
+    A depthwise 3×3 convolution, then two 1×1 convolutions with a wider activation between them, and the input added.
     """
 
     def __init__(self, channels: int, expansion: int) -> None:
-        """A block of `channels` channels, `expansion` times as many at its activation."""
+        """Build a block of `channels` channels, with `expansion` times as many at its activation."""
         super().__init__()
         width = channels * expansion
         self.spatial = nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False)
@@ -36,16 +36,16 @@ class Block(nn.Module):
         nn.init.zeros_(self.bn3.weight)  # the block starts as the identity (arXiv 1706.02677, section 5.1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images in, images of the same shape out."""
+        """Map images [batch, channels, height, width] to images of the same shape."""
         y = self.relu(self.bn2(self.expand(self.bn1(self.spatial(x)))))
         return x + self.bn3(self.project(y))
 
 
 class DigitsNet(nn.Module):
-    """A residual network for 8×8 images: two stages of blocks, each behind a convolution with an activation."""
+    """A residual network for 8×8 images with 2 + 2 × blocks activations: two stages, each a convolution and blocks."""
 
     def __init__(self, channels: int = 24, blocks: int = 3, expansion: int = 4) -> None:
-        """Two stages of `blocks` blocks, the second at half the size with twice the channels: 2 + 2 × blocks activations."""
+        """Build two stages of `blocks` blocks, the second at half the size and twice the channels."""
         super().__init__()
         self.stem = _convolution(1, channels, stride=1)
         self.stage1 = nn.Sequential(*(Block(channels, expansion) for _ in range(blocks)))
@@ -55,7 +55,7 @@ class DigitsNet(nn.Module):
         self.classifier = nn.Linear(8 * channels, 10)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images [batch, 1, 8, 8] in, logits [batch, 10] out."""
+        """Map images [batch, 1, 8, 8] to logits [batch, 10]."""
         x = self.stage2(self.down(self.stage1(self.stem(x))))
         return self.classifier(self.pool(x).flatten(1))
 
@@ -66,15 +66,15 @@ def _convolution(in_channels: int, out_channels: int, stride: int) -> nn.Sequent
 
 
 class Digits:
-    """The recipe `digits`: 50 % of the images to train on, 25 % each for validation and test, classes in equal shares."""
+    """The recipe `digits`: 50 % of the images for training, 25 % each for validation and test, stratified by class."""
 
     epochs = 15
-    # Operators this small gain nothing from a second thread, and lose much to waiting for it where the cores are shared.
-    # With one, the same seed also gives the same removals whatever the number of cores.
+    # Operators this small gain nothing from a second thread, and lose much time waiting for it on shared cores.
+    # With one thread, the same seed gives the same removals on any number of cores.
     threads = 1
 
     def __init__(self, device: torch.device) -> None:
-        """Load and split the images, and put them on a device."""
+        """Load and split the images, and place them on a device."""
         digits = load_digits()
         images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16
         labels = torch.tensor(digits.target)
@@ -86,11 +86,11 @@ class Digits:
         self.calibration_batches = len(training.split(BATCH_SIZE))
 
     def build_model(self) -> nn.Module:
-        """A new `DigitsNet`, initialised from torch's default random generator."""
+        """Return a new `DigitsNet`, initialised from torch's default random generator."""
         return DigitsNet().to(self._device)
 
     def train(self, model: nn.Module, epochs: int) -> Iterator[float]:
-        """AdamW with a one-cycle learning rate (arXiv 1708.07120) and label smoothing (arXiv 1512.00567)."""
+        """Train with AdamW, a one-cycle learning rate (arXiv 1708.07120) and label smoothing (arXiv 1512.00567)."""
         images, labels = self._data["train"]
         optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
         steps = epochs * -(-len(labels) // BATCH_SIZE)
@@ -107,7 +107,7 @@ class Digits:
             yield float(torch.stack(losses).mean())
 
     def evaluate(self, model: nn.Module, split: Split) -> float:
-        """The share of the split's images that the model names right."""
+        """Return the share of the split's images that the model classifies correctly."""
         images, labels = self._data[split]
         return float((model(images).argmax(1) == labels).double().mean())
 
@@ -118,7 +118,7 @@ class Digits:
             yield
 
     def example_inputs(self) -> tuple[Tensor, ...]:
-        """The first 64 test images."""
+        """Return the first 64 test images."""
         return (self._data["test"][0][:64],)
 
 

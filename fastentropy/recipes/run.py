@@ -1,4 +1,4 @@
-"""A pruning run of a recipe in a folder: train, prune, fuse, report. Whatever is finished is on disk at every moment."""
+"""A pruning run of a recipe in a folder: train, prune, fuse, report. Finished work is on disk at all times."""
 
 import functools
 import json
@@ -33,7 +33,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides the outcome of a run."""
+    """The options that determine the outcome of a run; see `fastentropy prune --help`."""
 
     recipe: str
     seed: int
@@ -53,7 +53,7 @@ class Settings:
     compile: bool = False
 
     def __post_init__(self) -> None:
-        """Raise ValueError for a value that makes no sense."""
+        """Raise ValueError if a value is out of range or of another type."""
         limits: dict[str, tuple[type, float, float]] = {
             "seed": (int, 0, 2**63 - 1),
             "max_drop": (float, 0, 1),
@@ -86,25 +86,25 @@ class Settings:
 
     @property
     def pruning_options(self) -> dict[str, Any]:
-        """What `prune` is called with."""
+        """The options for `prune`."""
         names = [field.name for field in fields(Options)]
         return {name: getattr(self, name) for name in names} | {"protect": tuple(self.protect)}
 
     @property
     def recipe_options(self) -> dict[str, Any]:
-        """What the recipe is made with; None for what is left to it."""
+        """The options for the recipe; None leaves the choice to it."""
         return {"model": self.model, "data": self.data, "compile": self.compile or None}
 
 
 class Display(Protocol):
-    """Shows what goes on."""
+    """Shows the progress of a run."""
 
     def track(self, values: Iterable[T], total: int, title: str) -> Iterator[T]:
-        """Pass the values on, and show how far they are and, where they are numbers, the last one."""
+        """Yield the values, and show the progress and, if they are numbers, the last value."""
         ...
 
     def finish_step(self, steps: Sequence[Step]) -> None:
-        """Show the score of the step that was finished."""
+        """Show the score of the step that has just finished."""
         ...
 
 
@@ -112,11 +112,11 @@ class Run:
     """A run folder: history.json, the steps, the dense, pruned and fused network and report.html."""
 
     def __init__(self, folder: Path, settings: Settings, recipe: Recipe | None = None) -> None:
-        """See `create_run` and `open_run`."""
+        """Use `create_run` or `open_run` instead."""
         self.folder, self.settings, self._recipe = folder, settings, recipe
 
     def execute(self, display: Display) -> dict[str, Any]:
-        """Do the work that is not done yet; returns the history. The same settings give the same removals."""
+        """Do the work that is not done yet, and return the history. The same settings give the same removals."""
         remove_leftovers(self.folder)
         device, options = torch.device(self.settings.device), self.settings.recipe_options
         recipe = self._recipe or load_recipe(self.settings.recipe, device, **options)
@@ -146,7 +146,7 @@ class Run:
         return history
 
     def save_settings(self) -> None:
-        """Write a history without steps, from which the run can be resumed."""
+        """Write a history without steps, so that the run can be resumed."""
         save_json(self._history(()), self.folder / "history.json")
 
     def _train_dense(self, recipe: Recipe, display: Display) -> nn.Module:
@@ -155,17 +155,17 @@ class Run:
         if path.exists():
             _load_weights(model, path)
         else:
-            self._time(model, recipe, display)
+            self._measure_latencies(model, recipe, display)
             epochs = self.settings.epochs
             for _ in display.track(recipe.train(model.train(), epochs), epochs, "train the dense network"):
                 pass
             save_tensors(model.state_dict(), path)
-        # From here on a resumed run draws the same random numbers as one that has just trained.
+        # A resumed run, which has not trained, must draw the same random numbers from here on.
         torch.manual_seed(self.settings.seed)
         return model
 
-    def _time(self, model: nn.Module, recipe: Recipe, display: Display) -> None:
-        """Measure what the criterion needs, which does not depend on the weights, before time goes into training."""
+    def _measure_latencies(self, model: nn.Module, recipe: Recipe, display: Display) -> None:
+        """Measure the latencies that the criterion needs before training: they do not depend on the weights."""
         options, inputs = Options(**self.settings.pruning_options), recipe.example_inputs()
         if not options.needs_latency:
             return
@@ -202,7 +202,7 @@ class Run:
         )
 
     def _history(self, steps: Sequence[Step]) -> dict[str, Any]:
-        """The history of a run that is not finished."""
+        """Return the history of an unfinished run."""
         options = {name: value for name, value in asdict(self.settings).items() if name not in ("recipe", "seed")}
         return {
             "recipe": self.settings.recipe,
@@ -219,7 +219,8 @@ class Run:
 def create_run(folder: Path, settings: Settings, recipe: Recipe) -> Run:
     """Begin a run in a new or empty folder.
 
-    Raises ValueError where it holds something or cannot be written, and for a protected site that the network does not have.
+    Raises:
+        ValueError: the folder is not empty or cannot be written, or the network lacks a protected site.
     """
     run = Run(folder, settings, recipe)
     if settings.protect:
@@ -236,13 +237,21 @@ def create_run(folder: Path, settings: Settings, recipe: Recipe) -> Run:
 
 
 def open_run(folder: Path) -> Run:
-    """Take up the run in a folder. Raises ValueError where its history.json is missing or damaged."""
+    """Open the run in a folder to resume it.
+
+    Raises:
+        ValueError: its history.json is missing or damaged.
+    """
     history = read_history(folder / "history.json")
     return Run(folder, Settings(recipe=history["recipe"], seed=history["seed"], **history["options"]))
 
 
 def read_history(path: Path) -> dict[str, Any]:
-    """The history of a run. Raises ValueError where the file is missing, damaged or of another kind."""
+    """Read the history of a run.
+
+    Raises:
+        ValueError: the file is missing, damaged or not the history of a run.
+    """
     try:
         history = json.loads(path.read_text(encoding="utf-8"))
         settings = Settings(recipe=history["recipe"], seed=history["seed"], **history["options"])
@@ -265,9 +274,10 @@ def _measure(model: nn.Module, recipe: Recipe) -> dict[str, float]:
 
 @torch.no_grad()
 def _latency(dense: nn.Module, pruned: nn.Module, fused: FusedModel, recipe: Recipe) -> dict[str, float]:
-    """The time of one call of each network in milliseconds, measured side by side; the dense one may be fused as well.
+    """Return the time of one call of each network in milliseconds, measured side by side.
 
-    Those that are not fused are given in the memory format in which they are faster.
+    The networks are the dense and the pruned one, and both fused. Those that are not fused count in the memory format in
+    which they are faster.
     """
     inputs = recipe.example_inputs()
     models = {"dense": dense, "dense_fused": fuse(dense.eval(), inputs), "pruned": pruned, "fused": fused}

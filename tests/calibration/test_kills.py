@@ -10,7 +10,7 @@ import pytest
 from fastentropy.calibration.checkpoints import Checkpoint
 from tests.calibration import cases
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")]
 
 FILES = {"statistics.safetensors", "summary.json", "report.html"}
 KILLS = 12

@@ -166,7 +166,7 @@ def test_resumed_run_has_the_same_result(finished, tmp_path, monkeypatch, when):
         (["prune", "cifar10"], "needs its data: --data FOLDER"),
         (["prune", "cifar10", "--data", "nowhere"], "nowhere is not a folder"),
         (["prune", "cifar10", "--model", "resnet9"], "unknown model 'resnet9'"),
-        (["prune", "--protect", "relu"], "protect names 'relu', which is no site of the model; the nearest are"),
+        (["prune", "--protect", "relu"], "protect names 'relu', which is not a site of the model; the nearest are"),
         (["prune", "--frobnicate"], "(?i)no such option"),
     ],
 )

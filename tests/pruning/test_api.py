@@ -57,7 +57,7 @@ class Saturated(nn.Module):
         return sum(relu(x + offset) for relu, offset in zip(self.relus, self.OFFSETS, strict=True))
 
 
-def test_removals_follow_the_order_of_entropies():
+def test_removals_in_order_of_entropy():
     torch.manual_seed(0)
     result = run(Saturated(), train=lambda model: None, evaluate=lambda model: 1.0)
     assert result.removed == ("relus.1", "relus.3", "relus.0", "relus.2")
@@ -65,7 +65,8 @@ def test_removals_follow_the_order_of_entropies():
     assert result.steps[-1].layer_entropy == {}
 
 
-def test_each_step_has_the_function_of_the_linearised_network(network):
+@pytest.mark.slow
+def test_each_step_evaluates_the_linearised_network(network):
     """What the loop trains and evaluates is the dense architecture with identities, and nothing else."""
     seen = []
 
@@ -83,13 +84,13 @@ def test_each_step_has_the_function_of_the_linearised_network(network):
         assert torch.equal(model.eval()(DATA), expected(DATA))
 
 
-def test_the_dense_model_is_evaluated_before_anything_is_trained(network):
+def test_evaluates_the_dense_model_before_training(network):
     calls = []
     run(network, train=lambda m: calls.append("train"), evaluate=lambda m: calls.append("evaluate") or 1.0, max_removed=1)
     assert calls == ["evaluate", "train", "evaluate"]
 
 
-def test_callables_see_the_right_mode_and_gradients(network):
+def test_modes_and_gradients_of_the_functions(network):
     seen = []
 
     def note(name):
@@ -107,7 +108,7 @@ def test_callables_see_the_right_mode_and_gradients(network):
     assert seen[2:] == [("train", True, True), ("evaluate", False, False), ("calibrate", False, False)]
 
 
-def test_the_loop_stops_where_the_score_falls_too_far_and_keeps_the_last_that_held(network):
+def test_stops_at_max_drop_and_keeps_the_step_before(network):
     scores = iter([0.90, 0.91, 0.85, 0.99])
     result = run(network, evaluate=lambda model: next(scores), max_drop=0.04)
     assert [step.score for step in result.steps] == [0.90, 0.91, 0.85]
@@ -117,12 +118,12 @@ def test_the_loop_stops_where_the_score_falls_too_far_and_keeps_the_last_that_he
     assert kinds[result.steps[2].removed[0]] is not nn.Identity
 
 
-def test_a_score_that_falls_by_just_max_drop_holds(network):
+def test_a_drop_of_exactly_max_drop_is_allowed(network):
     scores = iter([0.3, 0.2, 0.0])
     assert run(network, evaluate=lambda model: next(scores), max_drop=0.1).kept_step == 1
 
 
-def test_the_kept_model_is_the_one_that_was_evaluated(network):
+def test_kept_model_has_the_evaluated_weights(network):
     scores = {}
 
     def record(model):
@@ -136,13 +137,13 @@ def test_the_kept_model_is_the_one_that_was_evaluated(network):
     assert not result.model.training
 
 
-def test_the_given_model_is_not_changed(network):
+def test_given_model_unchanged(network):
     before = snapshot(network)
     run(network)
     assert_unchanged(network, before)
 
 
-def test_one_step_may_do_all(network):
+def test_all_removals_in_one_step(network):
     result = run(network, max_removed=3, per_step=3, evaluate=lambda model: 1.0)
     assert [len(step.removed) for step in result.steps] == [0, 3]
 
@@ -163,13 +164,13 @@ class Constant(Saturated):
     ("options", "sizes"),
     [({}, [1, 1, 1, 1, 1]), ({"zeros_together": True}, [2, 1, 1, 1]), ({"zeros_together": True, "max_removed": 1}, [1])],
 )
-def test_sites_with_an_entropy_of_zero_go_together_where_that_is_asked_for(options, sizes):
+def test_zeros_together(options, sizes):
     result = run(Constant(), train=lambda model: None, evaluate=lambda model: 1.0, **options)
     assert [len(step.removed) for step in result.steps[1:]] == sizes
     assert set(result.removed[:2]) <= {"relus.1", "relus.3"} or sizes == [1]
 
 
-def test_a_criterion_of_ones_own_is_given_the_model_and_its_statistics(network):
+def test_function_as_criterion(network):
     def last_first(model, statistics):
         assert list(statistics) == list(activation_modules(model))
         return {name: -place for place, name in enumerate(statistics)}
@@ -177,7 +178,7 @@ def test_a_criterion_of_ones_own_is_given_the_model_and_its_statistics(network):
     assert run(network, criterion=last_first, evaluate=lambda model: 1.0).removed == ("gelu", "relu2", "relu1")
 
 
-def test_controls_remove_every_site_once_and_repeat(network):
+def test_controls_remove_each_site_once_and_repeat(network):
     for criterion in ("random", "uniform"):
         torch.manual_seed(1)
         first = run(network, criterion=criterion, evaluate=lambda model: 1.0)
@@ -187,7 +188,7 @@ def test_controls_remove_every_site_once_and_repeat(network):
         assert sorted(first.removed) == ["gelu", "relu1", "relu2"]
 
 
-def test_the_passes_of_training_can_be_what_is_measured():
+def test_entropies_of_training_passes():
     """train gets a collector, and says with reset where the last epoch begins."""
     torch.manual_seed(0)
     model = Saturated()
@@ -207,7 +208,7 @@ def test_the_passes_of_training_can_be_what_is_measured():
     assert len(counted.steps) == 5
 
 
-def test_statistics_of_the_dense_model_spare_its_calibration(network):
+def test_given_statistics_replace_the_first_calibration(network):
     with collect(network.eval()) as collector:
         calibrate(network)
     calls = []
@@ -216,7 +217,7 @@ def test_statistics_of_the_dense_model_spare_its_calibration(network):
     assert result.steps[0].layer_entropy == collector.compute().layer_entropy()
 
 
-def test_without_calibration_there_must_be_statistics(network):
+def test_calibrate_none_requires_statistics(network):
     with pytest.raises(ValueError, match=r"statistics= are needed; .*fe\.collect"):
         run(network, calibrate=None)
     with collect(network) as collector:
@@ -224,11 +225,11 @@ def test_without_calibration_there_must_be_statistics(network):
     statistics = collector.compute()
     with pytest.raises(ValueError, match="collapse needs calibrate"):
         run(network, calibrate=None, statistics=statistics, collapse="project")
-    with pytest.raises(ValueError, match=r"statistics are of another model .* sites gelu, relu1"):
+    with pytest.raises(ValueError, match=r"statistics belong to another model: .* sites gelu, relu1"):
         run(Saturated(), statistics=statistics)
 
 
-def test_a_training_without_a_pass_cannot_be_what_is_measured(network):
+def test_training_without_a_pass_is_refused(network):
     with collect(network) as collector:
         calibrate(network)
     with pytest.raises(ValueError, match="train made no forward pass"):
@@ -241,7 +242,7 @@ def test_max_removed_and_per_step(network, max_removed, per_step, sizes):
     assert [len(step.removed) for step in result.steps[1:]] == sizes
 
 
-def test_further_figures_are_kept_with_each_step(network):
+def test_measure_and_on_step(network):
     seen = []
     result = run(network, measure=lambda model: {"parameters": 7.0}, on_step=seen.append)
     assert all(step.metrics == {"parameters": 7.0} for step in result.steps)
@@ -253,8 +254,9 @@ class InterruptedRun(Exception):  # noqa: N818
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("interrupted_call", range(1, 11))
-def test_a_run_that_was_interrupted_anywhere_ends_as_one_that_was_not(tmp_path, interrupted_call):
+def test_resumed_after_any_interruption(tmp_path, interrupted_call):
     """Every call of the user's functions of a run with three removals raises once; then the run is taken up."""
 
     def start():
@@ -286,7 +288,7 @@ def test_a_run_that_was_interrupted_anywhere_ends_as_one_that_was_not(tmp_path, 
     assert all(torch.equal(value, weights[name]) for name, value in actual.model.state_dict().items())
 
 
-def test_a_finished_run_is_read_back_without_work(tmp_path):
+def test_finished_run_is_read_back(tmp_path):
     torch.manual_seed(0)
     model = Residual()
     scores = iter([0.9, 0.9, 0.1])
@@ -300,7 +302,7 @@ def test_a_finished_run_is_read_back_without_work(tmp_path):
     assert torch.equal(again.model(DATA), first.model(DATA))
 
 
-def test_checkpoints_of_another_model_are_refused(tmp_path, network):
+def test_checkpoints_of_another_model(tmp_path, network):
     run(network, max_removed=1, checkpoint_dir=tmp_path)
     other = Saturated()
     before = snapshot(other)
@@ -309,31 +311,31 @@ def test_checkpoints_of_another_model_are_refused(tmp_path, network):
     assert_unchanged(other, before)
 
 
-def test_checkpoints_of_a_run_with_other_options_are_refused(tmp_path, network):
+def test_checkpoints_with_other_options(tmp_path, network):
     run(network, max_removed=1, checkpoint_dir=tmp_path)
     with pytest.raises(ValueError, match=r"'max_removed': 1.*'max_removed': 2"):
         run(network, max_removed=2, checkpoint_dir=tmp_path)
 
 
 @pytest.mark.parametrize("score", [math.nan, math.inf, torch.tensor(math.nan)])
-def test_a_score_that_is_no_number_is_refused_and_the_model_left_alone(network, score):
+def test_score_not_finite(network, score):
     before = snapshot(network)
     with pytest.raises(ValueError, match=r"evaluate returned (nan|inf) after the removal of nothing; it must return a finite"):
         run(network, evaluate=lambda model: score)
     assert_unchanged(network, before)
 
 
-def test_a_tensor_is_a_score(network):
+def test_score_as_tensor(network):
     assert run(network, evaluate=lambda model: torch.tensor(0.5), max_removed=1).steps[1].score == 0.5
 
 
 @pytest.mark.parametrize("score", [None, "good", torch.zeros(2), [1.0]])
-def test_a_score_that_is_no_single_number_is_refused(network, score):
-    with pytest.raises(ValueError, match=f"evaluate returned a {type(score).__name__} that is no number after the removal of"):
+def test_score_not_a_number(network, score):
+    with pytest.raises(ValueError, match=f"evaluate returned a {type(score).__name__}, not a number, after the removal of"):
         run(network, evaluate=lambda model: score)
 
 
-def test_a_score_of_nan_later_on_leaves_the_steps_before_on_disk(network, tmp_path):
+def test_steps_before_a_score_of_nan_stay(network, tmp_path):
     scores = iter([0.9, 0.9, math.nan])
     with pytest.raises(ValueError, match="evaluate returned nan after the removal of"):
         run(network, evaluate=lambda model: next(scores), checkpoint_dir=tmp_path)
@@ -341,39 +343,39 @@ def test_a_score_of_nan_later_on_leaves_the_steps_before_on_disk(network, tmp_pa
 
 
 @pytest.mark.parametrize("replacement", [nn.LeakyReLU(), nn.Sequential(nn.ReLU())])
-def test_a_training_that_exchanges_modules_is_refused_and_the_model_left_alone(network, replacement):
+def test_training_that_replaces_modules(network, replacement):
     before = snapshot(network)
     with pytest.raises(ValueError, match=r"train changed the modules of the model \(.*relu.*\); it must train"):
         run(network, train=lambda model: model.set_submodule("relu1" if type(model.relu1) is nn.ReLU else "relu2", replacement))
     assert_unchanged(network, before)
 
 
-def test_a_training_that_adds_a_module_is_refused(network):
+def test_training_that_adds_a_module(network):
     with pytest.raises(ValueError, match=r"train changed the modules of the model \(head\)"):
         run(network, train=lambda model: model.add_module("head", nn.Linear(1, 1)))
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_tensor_on_a_gpu_is_a_score(network):
+def test_score_as_tensor_on_gpu(network):
     assert run(network, evaluate=lambda model: torch.tensor(0.5, device="cuda"), max_removed=1).steps[1].score == 0.5
 
 
-def test_an_empty_calibration_is_refused_and_the_model_left_alone(network):
+def test_calibration_without_a_pass(network):
     before = snapshot(network)
     with pytest.raises(ValueError, match="calibrate made no forward pass"):
         run(network, calibrate=lambda model: None)
     assert_unchanged(network, before)
 
 
-def test_a_model_without_activations_is_refused():
+def test_model_without_activations():
     with pytest.raises(ValueError, match="Flatten calls no known activation"):
         run(nn.Flatten())
 
 
-def test_a_module_called_twice_is_refused_by_name():
+def test_module_called_twice():
     relu = nn.ReLU()
-    with pytest.raises(ValueError, match=r"1:1: activations that .* fe\.isolate\(model, example_inputs\)"):
+    with pytest.raises(ValueError, match=r"1:1: an activation that .* fe\.isolate\(model, example_inputs\)"):
         run(nn.Sequential(nn.Flatten(), relu, nn.Linear(25, 25), relu))
 
 
@@ -389,7 +391,7 @@ def test_a_module_called_twice_is_refused_by_name():
         {"collapse": "x"},
     ],
 )
-def test_an_option_out_of_range_is_refused_by_name(network, options):
+def test_option_out_of_range(network, options):
     ((name, value),) = options.items()
     with pytest.raises(ValueError, match=f"{name} is {value!r}; expected"):
         run(network, **options)
@@ -427,8 +429,9 @@ def blocks():
     return Blocks()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("counted_costs")
-def test_sets_of_sites_go_by_entropy_per_millisecond_and_only_while_they_pay(blocks):
+def test_entropy_per_latency(blocks):
     result = run(blocks, criterion="entropy-per-latency", evaluate=lambda model: 1.0)
     assert result.removed[0] == "gelu"  # it saves most by far, and all entropies are near 1
     predicted = [step.metrics["predicted_ms"] for step in result.steps]
@@ -436,8 +439,9 @@ def test_sets_of_sites_go_by_entropy_per_millisecond_and_only_while_they_pay(blo
     assert len(set(predicted)) == len(predicted)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("counted_costs")
-def test_a_budget_ends_the_run_as_soon_as_it_is_met(blocks):
+def test_budget_ends_the_run(blocks):
     all_of_it = run(blocks, criterion="entropy-per-latency", evaluate=lambda model: 1.0)
     after_one = all_of_it.steps[1].metrics["predicted_ms"]
     options = {"criterion": "entropy-per-latency", "evaluate": lambda model: 1.0}
@@ -446,19 +450,20 @@ def test_a_budget_ends_the_run_as_soon_as_it_is_met(blocks):
 
 @pytest.mark.usefixtures("counted_costs")
 @pytest.mark.parametrize("budget", [{"max_latency_ms": 1e12}, {"target_speedup": 0.5}])
-def test_a_budget_that_the_dense_model_meets_removes_nothing(blocks, budget):
+def test_budget_met_by_the_dense_model(blocks, budget):
     result = run(blocks, criterion="entropy-per-latency", evaluate=lambda model: 1.0, **budget)
     assert (result.removed, result.kept_step) == ((), 0)
 
 
-def test_where_the_first_removal_costs_too_much_the_dense_model_is_kept(network):
+def test_dense_model_kept_if_the_first_removal_fails(network):
     scores = iter([0.9, 0.1])
     result = run(network, evaluate=lambda model: next(scores), max_drop=0.0)
     assert (result.removed, result.kept_step, len(result.steps)) == ((), 0, 2)
     torch.testing.assert_close(result.model(DATA), network.eval()(DATA))
 
 
-def test_a_budget_out_of_reach_is_refused_before_anything_is_trained(blocks):
+@pytest.mark.slow
+def test_budget_out_of_reach_before_training(blocks):
     calls = []
     with pytest.raises(ValueError, match="cannot be reached"):
         run(blocks, criterion="entropy-per-latency", target_speedup=1e6, train=calls.append, evaluate=calls.append)
@@ -469,13 +474,14 @@ def test_a_budget_out_of_reach_is_refused_before_anything_is_trained(blocks):
     "options",
     [{"target_speedup": 2.0}, {"criterion": "entropy-per-latency", "target_speedup": 2.0, "max_latency_ms": 1.0}],
 )
-def test_a_budget_stands_alone_and_with_the_criterion_that_knows_it(network, options):
+def test_budget_requires_its_criterion(network, options):
     with pytest.raises(ValueError, match="give one of them, with criterion='entropy-per-latency'"):
         run(network, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("counted_costs")
-def test_collapsing_replaces_the_convolutions_of_a_branch_before_the_training(blocks):
+def test_collapse_precedes_training(blocks):
     seen = []
 
     def note(model):
@@ -496,9 +502,10 @@ def test_collapsing_replaces_the_convolutions_of_a_branch_before_the_training(bl
     torch.testing.assert_close(fused(DATA), result.model(DATA), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("counted_costs")
 @pytest.mark.parametrize("interrupted_call", [2, 3, 5])
-def test_a_collapsed_run_that_was_interrupted_ends_as_one_that_was_not(tmp_path, interrupted_call):
+def test_collapsed_run_resumed_after_interruption(tmp_path, interrupted_call):
     def start():
         torch.manual_seed(0)
         return Blocks()
@@ -524,8 +531,9 @@ def test_a_collapsed_run_that_was_interrupted_ends_as_one_that_was_not(tmp_path,
     assert all(torch.equal(value, weights[name]) for name, value in actual.model.state_dict().items())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("counted_costs")
-def test_a_resumed_run_decides_by_the_times_it_began_with(tmp_path, blocks, monkeypatch):
+def test_resumed_run_keeps_its_latencies(tmp_path, blocks, monkeypatch):
     options = {"criterion": "entropy-per-latency", "evaluate": lambda model: 1.0, "checkpoint_dir": tmp_path}
     first = run(blocks, **options)
 
@@ -536,8 +544,9 @@ def test_a_resumed_run_decides_by_the_times_it_began_with(tmp_path, blocks, monk
     assert run(blocks, **options).steps == first.steps
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("counted_costs")
-def test_a_damaged_latency_table_is_named(tmp_path, blocks):
+def test_damaged_latency_table(tmp_path, blocks):
     options = {"criterion": "entropy-per-latency", "evaluate": lambda model: 1.0, "checkpoint_dir": tmp_path}
     run(blocks, **options)
     for content in (
@@ -566,9 +575,10 @@ class Series(nn.Module):
         return self.fc(self.conv4(self.relu3(self.conv3(x))).flatten(1))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("counted_costs")
 @pytest.mark.parametrize("order", list(itertools.permutations(["relu1", "relu2", "relu3"])))
-def test_collapsing_goes_on_over_what_is_collapsed_already(order, tmp_path):
+def test_collapse_over_collapsed_convolutions(order, tmp_path):
     """In whatever order activations go, each step fits what is there, and a resumed run has the same network."""
     torch.manual_seed(0)
     model, scores = Series(), {name: place for place, name in enumerate(order)}
@@ -584,21 +594,22 @@ def test_collapsing_goes_on_over_what_is_collapsed_already(order, tmp_path):
     assert torch.equal(again.model(DATA), result.model(DATA))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("counted_costs")
 @pytest.mark.parametrize(("name", "value"), [("modules", ["nowhere"]), ("modules", []), ("kernel", ["3"]), ("groups", 7)])
-def test_an_approximation_that_does_not_fit_the_model_is_one_line(blocks, tmp_path, name, value):
+def test_stored_projection_that_does_not_fit(blocks, tmp_path, name, value):
     options = {"collapse": "project", "protect": ["gelu"], "max_removed": 1, "checkpoint_dir": tmp_path}
     run(blocks, **options)
     path = tmp_path / "01" / "step.json"
     values = json.loads(path.read_text())
     values["collapsed"][0][name] = value
     path.write_text(json.dumps(values))
-    with pytest.raises(ValueError, match="holds a step that approximates what the model does not have"):
+    with pytest.raises(ValueError, match="holds a step that approximates modules the model does not have"):
         run(blocks, **options)
 
 
 @pytest.mark.usefixtures("counted_costs")
-def test_times_of_a_run_that_was_killed_before_its_first_step_are_of_its_options_and_model(tmp_path, blocks):
+def test_latencies_belong_to_options_and_model(tmp_path, blocks):
     def killed(model):
         raise InterruptedRun
 
@@ -610,14 +621,14 @@ def test_times_of_a_run_that_was_killed_before_its_first_step_are_of_its_options
         run(Series(), criterion="entropy-per-latency", checkpoint_dir=tmp_path)
 
 
-def test_protect_is_a_list_and_its_order_does_not_matter(network, tmp_path):
+def test_protect_is_a_list_in_any_order(network, tmp_path):
     with pytest.raises(ValueError, match=r"protect must be a list of site names, not the string 'relu1': \['relu1'\]"):
         run(network, protect="relu1")
     first = run(network, protect=["relu1", "gelu"], checkpoint_dir=tmp_path)
     assert run(network, protect=["gelu", "relu1"], checkpoint_dir=tmp_path).steps == first.steps
 
 
-def test_a_criterion_need_not_be_copied(network, tmp_path):
+def test_criterion_that_cannot_be_copied(network, tmp_path):
     class Judge:
         def __init__(self):
             self.lock = threading.Lock()

@@ -18,15 +18,15 @@ FOUR = statistics(a=50, b=1, c=30, d=100)
 SITES = ("a", "b", "c", "d")
 
 
-def test_ties_go_in_call_order():
+def test_lowest_breaks_ties_by_call_order():
     assert lowest({"b": 0.5, "c": 0.1, "a": 0.1, "d": 0.1}, 2) == ("c", "a")
 
 
-def test_entropy_is_that_of_the_statistics():
+def test_entropy_scores():
     assert scores("entropy", None, FOUR, SITES) == FOUR.layer_entropy()
 
 
-def test_random_draws_from_the_default_generator_and_knows_nothing_of_the_entropies():
+def test_random_scores_ignore_entropies():
     firsts = set()
     for seed in range(40):
         torch.manual_seed(seed)
@@ -54,7 +54,7 @@ def test_uniform_removals_halve_the_longest_gaps(count):
     assert sorted(order) == list(range(count))
 
 
-def test_a_function_scores_the_sites_that_may_go():
+def test_scores_of_a_function():
     seen = []
 
     def depth(model, given):
@@ -69,7 +69,7 @@ def test_a_function_scores_the_sites_that_may_go():
     ("given", "message"),
     [({"e": 1.0}, "criterion scored e; expected some"), ({"a": math.nan}, "a: nan"), (None, "criterion returned a NoneType")],
 )
-def test_a_score_of_something_else_is_refused(given, message):
+def test_invalid_scores_of_a_function(given, message):
     with pytest.raises(ValueError, match=message):
         scores(lambda model, statistics: given, None, FOUR, SITES)
 
@@ -97,7 +97,7 @@ TABLE = LatencyTable(
 )
 
 
-def test_the_best_trade_is_the_set_that_loses_least_for_what_it_saves():
+def test_best_trade_loses_least_per_millisecond():
     losses = {"a": 0.5, "b": 0.9, "c": 0.8, "d": 0.8}
     assert best_trade(TABLE, losses, [], 4, None) == {"c", "d"}
     assert best_trade(TABLE, losses, [], 1, None) == {"a"}  # a set of two would be one too many
@@ -106,26 +106,26 @@ def test_the_best_trade_is_the_set_that_loses_least_for_what_it_saves():
     assert best_trade(TABLE, {"a": 0.5}, [], 4, None) == {"a"}  # the others are protected
 
 
-def test_nothing_is_removed_that_saves_nothing():
+def test_best_trade_without_a_saving():
     section = Section((Part(1.0), Part(0.0, "a"), Part(1.0)), (Stretch(0, 3, 2.5, frozenset("a")),))
     assert best_trade(LatencyTable(2.0, 0.0, (section,)), {"a": 0.0}, [], 1, None) == frozenset()
 
 
-def test_under_a_budget_only_the_optimum_is_removed():
+def test_best_trade_under_a_budget():
     """The greedy way would begin with c and d, which are not needed for 9.6 ms."""
     losses = {"a": 0.5, "b": 0.9, "c": 0.8, "d": 0.8}
     assert best_trade(TABLE, losses, [], 4, 9.7) == {"a"}
     assert best_trade(TABLE, losses, [], 4, 5.0) == {"c", "d"}
 
 
-def test_of_the_sets_that_keep_to_a_budget_one_within_the_limit_is_taken():
+def test_best_trade_under_a_budget_and_limit():
     """b and c are cheapest for 9.85 ms, but two; a alone reaches it, too."""
     losses = {"a": 0.5, "b": 0.01, "c": 0.02, "d": 0.9}
     assert best_trade(TABLE, losses, [], 2, 9.85) <= {"b", "c"}
     assert best_trade(TABLE, losses, [], 1, 9.85) == {"a"}
 
 
-def test_a_budget_out_of_reach_is_refused_with_what_can_be_reached():
+def test_budget_out_of_reach():
     check_budget(TABLE, SITES, 4.5)
     with pytest.raises(
         ValueError, match=r"a latency of 2\.000 ms cannot be reached: .* to take 4\.4\d\d ms, 2\.\d\d times as fast"

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from tests._helpers.paths import PYTHONPATH
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")]
 
 STEPS = 4
 KILLS = 12
@@ -89,7 +89,7 @@ def assert_every_file_is_whole(folder):
         json.loads(path.read_text()) if path.suffix == ".json" else load_file(path)
 
 
-def test_a_run_may_be_killed_before_and_after_each_file_is_put_in_its_place(server, expected, tmp_path):
+def test_killed_around_each_file_replacement(server, expected, tmp_path):
     """Each step is cut short at every one of its moments in turn; the last of them is when the step is finished."""
     fatal_moment = kills = finished = 0
     server.start(tmp_path, fatal_moment)
@@ -104,7 +104,7 @@ def test_a_run_may_be_killed_before_and_after_each_file_is_put_in_its_place(serv
     assert kills >= 2 * len(list(tmp_path.glob("*/*"))) >= 20
 
 
-def test_a_run_may_be_killed_at_any_time(server, expected, tmp_path, drawn):
+def test_killed_at_any_time(server, expected, tmp_path, drawn):
     began = time.monotonic()
     server.start(tmp_path / "measured")
     server.finish()
@@ -118,7 +118,7 @@ def test_a_run_may_be_killed_at_any_time(server, expected, tmp_path, drawn):
     assert_runs_end_as_expected(server, expected, tmp_path, wait)
 
 
-def test_a_run_may_be_killed_while_it_writes_weights(server, expected, tmp_path, drawn):
+def test_killed_while_writing_weights(server, expected, tmp_path, drawn):
     def wait(folder):
         """Until the weights of a step begin to be written: the next one, or the one after it."""
         step = folder / f"{finished_steps(folder) + drawn.randrange(2):02d}"

@@ -220,7 +220,7 @@ def test_the_loss_of_an_epoch_weighs_every_image_alike(recipe, monkeypatch):
     monkeypatch.setitem(cifar10.LEARNING_RATES, "resnet8", 0.0)
     model = linear()
     images, labels = recipe._data["train"]
-    expected = F.cross_entropy(model(recipe._normalized(images)), labels).item()
+    expected = F.cross_entropy(model(recipe._normalize(images)), labels).item()
     assert list(recipe.train(model, 1)) == pytest.approx([expected], rel=1e-5)
 
 
