@@ -1,1 +1,1 @@
-"""Activation statistics of a model over a corpus, on any number of ranks."""
+"""Measure the activation statistics of a model over a corpus, on any number of ranks."""

@@ -1,4 +1,4 @@
-"""What was counted and how far the data was read, in one file, so that a run that is killed goes on from there."""
+"""Checkpoints: one file with the counts and the position in the data, from which a killed run continues."""
 
 import json
 from dataclasses import asdict, dataclass, field, replace
@@ -17,7 +17,7 @@ _KEY = "fastentropy_calibration"
 
 @dataclass
 class Tally:
-    """What was run: numbers of batches, tokens (images for images), documents, and what was cut off or met as a problem."""
+    """The totals of a run: batches, tokens (or images), documents, truncated documents, tokens cut off, and problems."""
 
     batches: int = 0
     tokens: int = 0
@@ -27,28 +27,33 @@ class Tally:
     problems: list[Problem] = field(default_factory=list)
 
     def add(self, batch: Batch) -> None:
-        """Count a batch."""
+        """Add a batch."""
         self.batches += 1
         self.tokens += batch.tokens
         self.documents += batch.documents
         self.truncated += batch.truncated
         self.tokens_cut += batch.tokens_cut
 
-    def met(self, problems: Problems) -> None:
-        """Add what was met in a chunk."""
+    def add_problems(self, problems: Problems) -> None:
+        """Add the problems of a chunk."""
         self.problems = list(Problems([*self.problems, *problems]))
 
     def __add__(self, other: "Tally") -> "Tally":
-        """Both together. Problems are in the order of paths: that in which they were met depends on the number of ranks."""
+        """Return the sum. Problems are sorted by path, because the order in which they occur depends on the number of ranks."""
         numbers = {name: value + getattr(other, name) for name, value in vars(self).items() if name != "problems"}
         return Tally(**numbers, problems=sorted(Problems([*self.problems, *other.problems])))
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The state of a run: chunks before `chunk` are counted, and no others.
+    """The state of a run.
 
-    settings: what decides the counts; a run with others is another run. seconds: spent on it so far.
+    Attributes:
+        settings: the settings that determine the counts. A run with other settings is another run.
+        statistics: the counts of all chunks before `chunk`, and of no others.
+        tally: the totals of these chunks.
+        chunk: the number of the next chunk to read.
+        seconds: the time spent on the run so far.
     """
 
     settings: dict[str, Any]
@@ -58,7 +63,7 @@ class Checkpoint:
     seconds: float = 0.0
 
     def save(self, path: Path) -> None:
-        """Write a safetensors file, which `Statistics.load` reads as well; complete or not at all."""
+        """Write a safetensors file, either completely or not at all. `Statistics.load` can read it too."""
         tensors = self.statistics.state_dict()
         sites = json.dumps(tensors.pop("sites"))
         rest = {"settings": self.settings, "tally": asdict(self.tally), "chunk": self.chunk, "seconds": self.seconds}
@@ -66,7 +71,11 @@ class Checkpoint:
 
     @classmethod
     def load(cls, path: Path) -> "Checkpoint":
-        """Read a file that `save` wrote. Raises ValueError where it is damaged or something else."""
+        """Read a file that `save` wrote.
+
+        Raises:
+            ValueError: the file is damaged or something else.
+        """
         try:
             statistics = Statistics.load(path)
             with safe_open(path, framework="pt") as file:
@@ -76,5 +85,5 @@ class Checkpoint:
             return cls(rest["settings"], statistics, tally, int(rest["chunk"]), float(rest["seconds"]))
         except (SafetensorError, AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
-                f"{path} is damaged or not a checkpoint of fastentropy calibrate; begin anew with another --output"
+                f"{path} is damaged or not a checkpoint of fastentropy calibrate; start again with another --output"
             ) from error

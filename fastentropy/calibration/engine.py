@@ -1,7 +1,7 @@
-"""Run a model over a corpus while its activations are counted, on all ranks, with a checkpoint every so many chunks.
+"""Run a model over a corpus while its activations are counted, on all ranks, with regular checkpoints.
 
-Chunk u is of rank u % ranks. Ranks do not wait for each other but at checkpoints, where one all-reduce sums their counts, and
-where a number of tokens ends the run, after each chunk.
+Rank r reads the chunks r, r + world size, r + 2 × world size and so on. Ranks wait for each other only at checkpoints, where
+one all-reduce sums their counts; and after each chunk if the run ends at a number of tokens.
 """
 
 import functools
@@ -31,15 +31,25 @@ T = TypeVar("T")
 
 
 class Display(Protocol):
-    """Shows how far a run is."""
+    """Shows the progress of a run."""
 
     def show(self, read: int, tokens: int, tokens_per_second: float, overhead: float | None) -> None:
-        """read: bytes of the corpus so far, and tokens: those counted so far, both estimated between checkpoints."""
+        """Show the progress.
+
+        Args:
+            read: bytes of the corpus so far. Like `tokens`, an estimate between checkpoints.
+            tokens: tokens counted so far.
+            tokens_per_second: the rate of all ranks.
+            overhead: time while collecting relative to the time without, or None.
+        """
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a run. seconds: of all its parts; the rates, and what was measured, are of the last part."""
+    """The result of a run.
+
+    `seconds` covers all parts of a run that was interrupted; rates and measurements cover the last part.
+    """
 
     statistics: Statistics
     tally: Tally
@@ -67,7 +77,20 @@ class Calibration:
         max_tokens: int | None,
         display: Display,
     ) -> None:
-        """settings: what decides the counts. path: of the checkpoint. every: chunks of a rank between two of them."""
+        """Prepare a run.
+
+        Args:
+            pretrained: the model.
+            corpus: the data.
+            batches: makes the batches of a chunk.
+            collector: counts the activations of the model.
+            ranks: this process among all of them.
+            settings: the settings that determine the counts.
+            path: the file of the checkpoint.
+            every: how many chunks a rank runs between two checkpoints.
+            max_tokens: end at the batch that reaches this number of tokens; None for no limit.
+            display: shows the progress.
+        """
         self._pretrained, self._corpus, self._batches, self._collector = pretrained, corpus, batches, collector
         self._ranks, self._settings, self._path, self._every = ranks, settings, path, every
         self._max_tokens, self._display = max_tokens, display
@@ -75,9 +98,10 @@ class Calibration:
         self._before, self._read, self._start, self._sync_seconds = Tally(), 0, 0.0, list[float]()
 
     def run(self) -> Outcome:
-        """Count what is not counted yet.
+        """Count the chunks that are not counted yet.
 
-        Raises ValueError where there was nothing to count, the checkpoint is damaged or of another run, or data breaks off.
+        Raises:
+            ValueError: there is nothing to count, the checkpoint is damaged or belongs to another run, or reading fails.
         """
         state = before = self._ranks.run_on_first(self._resume)
         self._before, self._read = before.tally, self._size_before(before.chunk)
@@ -94,38 +118,41 @@ class Calibration:
         )
         if not state.tally.tokens:
             reason = next(map(str, state.tally.problems), f"it has no {self._corpus.kind}")
-            self._ranks.fail(f"{self._corpus.source} holds nothing that the model reads: {reason}")
+            self._ranks.fail(f"{self._corpus.source} holds nothing that the model can read: {reason}")
         return self._outcome(state)
 
     def _resume(self) -> Checkpoint:
-        """What an earlier part of the run left; the collector of the rank that calls this goes on from there."""
+        """Load the checkpoint, if there is one, also into the collector of the rank that calls this."""
         if not self._path.exists():
             return Checkpoint(self._settings, Statistics({}), Tally(problems=list(self._corpus.problems)))
         checkpoint = Checkpoint.load(self._path)
         if names := differing(checkpoint.settings, self._settings):
             raise ValueError(
-                f"{self._path.parent} holds a run with another {', '.join(names)}; name another folder with --output"
+                f"{self._path.parent} holds a run that differs in {', '.join(names)}; name another folder with --output"
             )
         if checkpoint.statistics:
             self._collector.load_state_dict(checkpoint.statistics.state_dict())
         return checkpoint
 
     def _rounds(self, reader: Iterator[Chunk], thread: ThreadPoolExecutor) -> Callable[[int], bool]:
-        """What runs the chunks up to a checkpoint, after so many tokens; it returns whether these were the last."""
+        """Return a function that runs the chunks up to the next checkpoint.
+
+        It takes the number of tokens so far, and returns whether these chunks were the last.
+        """
         if self._max_tokens is None:
-            work = _made_ahead(self._batches_and_chunks(reader), thread)
+            work = _prefetch(self._batches_and_chunks(reader), thread)
             return lambda tokens: self._run_chunks(work)
-        whole = _made_ahead(self._whole_chunks(reader, self._max_tokens), thread)
-        return functools.partial(self._run_up_to, self._max_tokens, whole)
+        whole = _prefetch(self._whole_chunks(reader, self._max_tokens), thread)
+        return functools.partial(self._run_until, self._max_tokens, whole)
 
     def _batches_and_chunks(self, chunks: Iterable[Chunk]) -> Iterator[Batch | Chunk]:
-        """The batches of each chunk, and behind them the chunk."""
+        """Yield the batches of each chunk, followed by the chunk."""
         for chunk in chunks:
             yield from self._batches.batches(chunk)
             yield chunk
 
     def _run_chunks(self, work: Iterator[Batch | Chunk]) -> bool:
-        """Run chunks, each rank its own."""
+        """Run chunks, each rank its own; return whether they were the last."""
 
         def run() -> int:
             number = 0
@@ -141,14 +168,14 @@ class Calibration:
         return all(self._ranks.gather(number < self._every))
 
     def _whole_chunks(self, chunks: Iterable[Chunk], tokens: int) -> Iterator[tuple[Chunk, list[Batch]]]:
-        """Each chunk with its batches, but no more of them than hold so many tokens."""
+        """Yield each chunk with its batches, up to the one that reaches a number of tokens."""
         for chunk in chunks:
-            yield chunk, list(_up_to(tokens, self._batches.batches(chunk)))
+            yield chunk, list(_take_until(tokens, self._batches.batches(chunk)))
 
-    def _run_up_to(self, max_tokens: int, whole: Iterator[tuple[Chunk, list[Batch]]], tokens: int) -> bool:
-        """Run chunks, those of all ranks together, up to the batch that reaches max_tokens.
+    def _run_until(self, max_tokens: int, whole: Iterator[tuple[Chunk, list[Batch]]], tokens: int) -> bool:
+        """Run chunks, on all ranks in step, up to the batch that reaches max_tokens; return whether they were the last.
 
-        Batches count in the order of their chunks, so that they are the same on any number of ranks.
+        Batches count in the order of their chunks, so that the same batches are run on any number of ranks.
         """
         for _ in range(self._every):
             if tokens >= max_tokens:
@@ -156,7 +183,7 @@ class Calibration:
             mine = self._ranks.run_on_all(lambda: next(whole, None))
             counts = self._ranks.gather(mine and sum(batch.tokens for batch in mine[1]))
             room = max_tokens - tokens - sum(count or 0 for count in counts[: self._ranks.rank])
-            # The types of a lambda's defaults are not inferred.
+            # mypy does not infer the types of a lambda's defaults.
             self._ranks.run_on_all(lambda mine=mine, room=room: self._run_within(room, *mine) if mine else None)  # type: ignore[misc]
             tokens += sum(count or 0 for count in counts)
             if all(count is None for count in counts):
@@ -164,9 +191,9 @@ class Calibration:
         return tokens >= max_tokens
 
     def _run_within(self, tokens: int, chunk: Chunk, batches: Iterable[Batch]) -> None:
-        """Run the batches of a chunk up to the one that reaches so many tokens; none where there is no room for any."""
+        """Run the batches of a chunk up to the one that reaches a number of tokens; none if that number is not positive."""
         if tokens > 0:
-            for batch in _up_to(tokens, iter(batches)):
+            for batch in _take_until(tokens, iter(batches)):
                 self._run_batch(batch)
             self._end_chunk(chunk)
 
@@ -175,12 +202,12 @@ class Calibration:
         try:
             self._overhead.run(lambda: self._pretrained.forward(inputs))
         except RuntimeError as error:  # out of memory, or an activation that cannot be followed
-            raise ValueError(f"{self._pretrained.name} cannot run a batch: {one_line(error)}") from error
+            raise ValueError(f"{self._pretrained.name} failed on a batch: {one_line(error)}") from error
         self._tally.add(batch)
         self._show()
 
     def _end_chunk(self, chunk: Chunk) -> None:
-        self._tally.met(chunk.problems)
+        self._tally.add_problems(chunk.problems)
         self._read += chunk.size * self._ranks.world_size
         self._show()
 
@@ -192,7 +219,7 @@ class Calibration:
         }
 
     def _checkpoint(self, before: Checkpoint, chunk: int) -> Checkpoint:
-        """Sum what all ranks counted since `before`, and write it down together with the next chunk, if it is anything."""
+        """Sum the counts of all ranks since `before`. If there are any, write them with the number of the next chunk."""
         start = time.perf_counter()
         counted = self._ranks.run_on_all(self._collector.sync)
         self._sync_seconds.append(time.perf_counter() - start)
@@ -215,11 +242,11 @@ class Calibration:
         self._display.show(self._read, tokens, self._rate() * ranks, self._overhead.ratio)
 
     def _size_before(self, chunk: int) -> int:
-        """About how many bytes lie before a chunk."""
+        """Estimate how many bytes of the corpus precede a chunk."""
         return (self._corpus.size or 0) * chunk // (self._corpus.chunks or 1)
 
     def _rate(self) -> float:
-        """Tokens of this rank per second, without the batches that were run a second time."""
+        """Return the tokens per second of this rank, without the time of batches that were run a second time."""
         return self._tally.tokens / (time.perf_counter() - self._start - self._overhead.plain_seconds)
 
     def _outcome(self, after: Checkpoint) -> Outcome:
@@ -234,16 +261,16 @@ class Calibration:
         )
 
 
-def _made_ahead(items: Iterator[T], thread: ThreadPoolExecutor) -> Iterator[T]:
-    """The items, each of which is made in a thread while the one before it is used."""
+def _prefetch(items: Iterator[T], thread: ThreadPoolExecutor) -> Iterator[T]:
+    """Yield the items. A thread makes each of them while the previous one is used."""
     upcoming = thread.submit(next, items, None)
     while (item := upcoming.result()) is not None:
         upcoming = thread.submit(next, items, None)
         yield item
 
 
-def _up_to(tokens: int, batches: Iterator[Batch]) -> Iterator[Batch]:
-    """The batches up to the one with which they reach so many tokens; what follows is not made."""
+def _take_until(tokens: int, batches: Iterator[Batch]) -> Iterator[Batch]:
+    """Yield batches up to the one that reaches a number of tokens; the following ones are not made."""
     while tokens > 0 and (batch := next(batches, None)) is not None:
         yield batch
         tokens -= batch.tokens

@@ -1,4 +1,4 @@
-"""The processes of a run under torchrun: which one this is, where it computes, and what all of them say."""
+"""The processes of a run under torchrun: collective calls whose errors end all ranks with one message."""
 
 import contextlib
 import datetime
@@ -14,30 +14,30 @@ from fastentropy._utils.errors import one_line
 
 T = TypeVar("T")
 
-#: How long a rank waits at a checkpoint for another, whose chunks may be longer. One that dies is noticed at once.
+#: How long a rank waits at a checkpoint for another, whose chunks may take longer. A rank that dies is noticed at once.
 SYNC_TIMEOUT = datetime.timedelta(days=7)
-#: What a rank tells the others of an error that no user can mend.
+#: Stands for an error that the user cannot fix, in what a rank tells the others.
 _UNEXPECTED = ""
 
 
 class RemoteRankError(Exception):
-    """Ends a rank quietly: another one raises the error."""
+    """Ends this rank without a message, because another rank raises the error."""
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all of them; one that runs alone is rank 0 of 1."""
+    """The rank of this process and the number of ranks; a process without torchrun is rank 0 of 1."""
 
     rank: int
     world_size: int
 
     @property
     def is_first(self) -> bool:
-        """Whether this one writes and speaks for all."""
+        """Whether this rank writes files and messages for all."""
         return self.rank == 0
 
     def gather(self, value: T) -> list[T]:
-        """The values of all ranks, on every rank."""
+        """Return the values of all ranks, on every rank."""
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
@@ -45,7 +45,7 @@ class Ranks:
         return values
 
     def broadcast(self, value: T) -> T:
-        """The first rank's value, on every rank."""
+        """Return the value of rank 0, on every rank."""
         if self.world_size == 1:
             return value
         values = [value]
@@ -53,9 +53,14 @@ class Ranks:
         return values[0]
 
     def run_on_all(self, function: Callable[[], T]) -> T:
-        """Call a function on every rank. Where it raises on any of them, all of them end.
+        """Call a function on every rank. If it raises on any rank, all ranks end.
 
-        What a user can mend is raised by the first rank, as one line, and anything else where it came up.
+        Returns:
+            What the function returned on this rank.
+
+        Raises:
+            ValueError: on rank 0, with one line, if any rank raised ValueError or OSError: errors that the user can fix.
+            RemoteRankError: on the other ranks then, and if another rank raised any other exception.
         """
         try:
             result, error = function(), None
@@ -70,23 +75,23 @@ class Ranks:
         for rank, said in enumerate(errors):
             if said is not None:
                 self.fail(f"rank {rank}: {said}" if rank else said)
-        # It is None only where the function failed, which has raised by now.
+        # If the function failed, one of the lines above has raised.
         return result  # type: ignore[return-value]
 
     def run_on_first(self, function: Callable[[], T]) -> T:
-        """Call a function on the first rank alone: it gives what it returns to all, and errors are those of `run_on_all`."""
-        # What the first rank has is not None.
+        """Run on rank 0 and broadcast the result. Raises what `run_on_all` raises."""
+        # The value of rank 0 is the function's, not None.
         return self.broadcast(self.run_on_all(lambda: function() if self.is_first else None))  # type: ignore[return-value]
 
     def require_equal(self, settings: Mapping[str, Any]) -> None:
-        """Raise ValueError, on the first rank alone, where the ranks have different settings."""
+        """End all ranks, with a ValueError on rank 0, if they have different settings."""
         first, *others = self.gather(settings)
         for rank, other in enumerate(others, 1):
             if names := differing(first, other):
-                self.fail(f"ranks 0 and {rank} have another {', '.join(names)}; give all ranks the same files and arguments")
+                self.fail(f"ranks 0 and {rank} differ in {', '.join(names)}; give all ranks the same files and arguments")
 
     def fail(self, message: str) -> NoReturn:
-        """End all ranks with an error that one of them raises; to be called by all."""
+        """End all ranks: rank 0 raises ValueError, the others RemoteRankError. All ranks must call it."""
         if self.is_first:
             raise ValueError(message)
         raise RemoteRankError
@@ -94,7 +99,7 @@ class Ranks:
 
 @contextlib.contextmanager
 def init_ranks() -> Iterator[Ranks]:
-    """The ranks that torchrun started, joined for the time of the block; this process alone where it did not."""
+    """Join the ranks that torchrun started, for the duration of the block; without torchrun, this process alone."""
     if "TORCHELASTIC_RUN_ID" not in os.environ and "WORLD_SIZE" not in os.environ:
         yield Ranks(0, 1)
         return
@@ -108,5 +113,5 @@ def init_ranks() -> Iterator[Ranks]:
 
 
 def differing(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
-    """The names of the settings in which two runs differ."""
+    """Return the names of the settings in which two runs differ."""
     return [name for name in {**first, **second} if first.get(name) != second.get(name)]

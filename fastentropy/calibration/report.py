@@ -1,4 +1,4 @@
-"""A calibration as a page that opens from disk: pure functions of its statistics and its summary."""
+"""The report of a calibration: one HTML page, made from the statistics and the summary alone."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -10,12 +10,12 @@ from fastentropy.collector.statistics import Statistics
 from fastentropy.reporting.pages import draw_svg, write_page
 from fastentropy.reporting.plots import MARGIN, ROW, draw_distributions, draw_layer_entropy
 
-#: Activations that a notice names.
-SHOWN = 3
+#: How many activations a notice names.
+MAX_NAMED = 3
 
 
 def write_report(statistics: Statistics, summary: Mapping[str, Any], path: str | PathLike[str]) -> None:
-    """Write one HTML page that needs nothing but itself. summary: what `summary.json` holds."""
+    """Write one self-contained HTML page. `summary` is the content of `summary.json`."""
     entropies = {name: site.entropy() for name, site in statistics.items()}
     bits = statistics.layer_entropy()
     height = MARGIN + ROW * max(len(entropies), 5)
@@ -42,11 +42,11 @@ def write_report(statistics: Statistics, summary: Mapping[str, Any], path: str |
 
 
 def format_overhead(summary: Mapping[str, Any]) -> str:
-    """What collecting cost, in one phrase."""
+    """Describe the overhead of collecting in one phrase."""
     overhead = summary["overhead"]
     if overhead["ratio"] is None:
         return "not measured: too few batches"
-    return f"{overhead['ratio']:.3f} of the time without, median of {plural(overhead['samples'], 'batch', 'batches')}"
+    return f"{overhead['ratio']:.3f} of the time without it, median of {plural(overhead['samples'], 'batch', 'batches')}"
 
 
 def _headline(bits: Mapping[str, float]) -> str:
@@ -69,27 +69,25 @@ def _numbers(statistics: Statistics, bits: Mapping[str, float], summary: Mapping
         ),
         "Time while collecting": (
             "–" if overhead is None else f"{overhead:.3f}×",
-            "of that of the same batches without" if overhead else "too few batches to measure it",
+            "relative to the same batches without" if overhead else "too few batches to measure it",
         ),
     }
 
 
 def _notices(statistics: Statistics, summary: Mapping[str, Any]) -> list[str]:
-    """What a reader should know before believing the figures."""
+    """Return what a reader should know before relying on the figures."""
     found = [f"{notice[:1].upper()}{notice[1:]}." for notice in summary["notices"]]
     if nan := [name for name, site in statistics.items() if site.nan]:
-        others = f" and {len(nan) - SHOWN} more" if len(nan) > SHOWN else ""
-        found.append(f"NaN was met in {', '.join(nan[:SHOWN])}{others}: such values are in no state.")
+        others = f" and {len(nan) - MAX_NAMED} more" if len(nan) > MAX_NAMED else ""
+        found.append(f"NaN occurred in {', '.join(nan[:MAX_NAMED])}{others}: such values count in no state.")
     if summary["truncated"]:
         found.append(
             f"{plural(summary['truncated'], 'document')} did not fit into a row: {format_count(summary['tokens_cut'])} tokens "
-            "were cut off. With --packing none are."
+            "were cut off. With --packing, none are."
         )
     if summary["problems"]:
         times = sum(problem["times"] for problem in summary["problems"])
-        found.append(
-            f"{plural(times, 'document or file', 'documents or files')} could not be used; the last table tells which."
-        )
+        found.append(f"{plural(times, 'document or file', 'documents or files')} could not be used; the last table lists them.")
     return found
 
 
@@ -98,9 +96,9 @@ def _words(summary: Mapping[str, Any]) -> dict[str, str]:
     machine = summary["machine"]
     return {
         "Settings": settings,
-        "Time": f"{summary['seconds']:.0f} seconds, all parts of the run together",
+        "Time": f"{summary['seconds']:.0f} seconds, all parts of the run included",
         "Sum over ranks": f"{1e3 * summary['sync_seconds']:.1f} ms for each checkpoint",
-        "Counters": f"{format_integer(summary['counter_bytes'])} bytes of counts, 24 for each neuron, held twice while it runs",
+        "Counters": f"{format_integer(summary['counter_bytes'])} bytes of counts: 24 per neuron, held twice during the run",
         "Collecting": format_overhead(summary),
         "Machine": f"{machine['device']}, PyTorch {machine['torch']}",
     }

@@ -1,4 +1,4 @@
-"""A calibration in its folder: the checkpoint while it runs, then statistics, a summary and a page."""
+"""A calibration in its folder: a checkpoint during the run; at the end statistics, a summary and a report."""
 
 import contextlib
 import os
@@ -26,7 +26,7 @@ CHECKPOINT, STATISTICS, SUMMARY, PAGE = "checkpoint.safetensors", "statistics.sa
 
 @dataclass(frozen=True)
 class Options:
-    """What a calibration is asked for; see `fastentropy calibrate --help`. max_length None: what suits the model."""
+    """The options of `fastentropy calibrate`; see its --help. `max_length` None is the default for the model."""
 
     model: str
     data: str
@@ -42,7 +42,7 @@ class Options:
     checkpoint_every: int = 8
 
     def __post_init__(self) -> None:
-        """Raise ValueError for a value that makes no sense."""
+        """Raise ValueError if a value is out of range."""
         for name in ("batch_size", "max_length", "max_tokens", "checkpoint_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -52,22 +52,27 @@ class Options:
 
     @property
     def default_folder(self) -> Path:
-        """The same for the same model and data, so that the same command goes on with a run that was interrupted."""
+        """The folder, named after the model and the data, so that the same command continues an interrupted run."""
         names = [os.path.basename(os.path.abspath(source)).partition(":")[0] for source in (self.model, self.data)]
         return Path("runs") / re.sub(r"[^\w.-]+", "_", "-".join(["calibrate", *names]))
 
 
-#: Makes the display of a run from how much there is to do, in bytes of the corpus or in units, None where it is unknown; and
-#: from the unit, tokens or images.
+#: Makes the display of a run from two arguments: how much there is to do, in bytes of the corpus or in units, or None if it is
+#: unknown; and the unit, tokens or images.
 OpenDisplay = Callable[[int | None, str], contextlib.AbstractContextManager[Display]]
 
 
 def run_calibration(
     options: Options, folder: Path, ranks: Ranks, open_display: OpenDisplay
 ) -> tuple[Statistics, dict[str, Any]]:
-    """Begin a run in a new or empty folder, or go on with the one that is there; returns what the folder holds at the end.
+    """Begin a run in a new or empty folder, or continue the run that the folder holds. All ranks must call it.
 
-    Called by all ranks. Raises ValueError, on the first of them, for what a user can mend.
+    Returns:
+        The statistics and the summary, which the folder holds at the end.
+
+    Raises:
+        ValueError: on rank 0, for an error that the user can fix.
+        RemoteRankError: on the other ranks.
     """
     ranks.run_on_first(lambda: _check_folder(folder))
     corpus = ranks.run_on_all(lambda: open_corpus(options.data, column=options.column))
@@ -95,13 +100,13 @@ def run_calibration(
 
 
 def _check_folder(folder: Path) -> None:
-    """Raise ValueError where the folder holds something else than a run that was interrupted, or cannot be made."""
-    place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not place.is_dir():
-        raise ValueError(f"{place} is a file; name a folder with --output")
-    if not os.access(place, os.W_OK):
-        raise ValueError(f"{place} cannot be written to; name another folder with --output")
-    if place != folder:
+    """Raise ValueError if the folder holds something other than an interrupted run, or cannot be created."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise ValueError(f"{existing} is a file; name a folder with --output")
+    if not os.access(existing, os.W_OK):
+        raise ValueError(f"{existing} cannot be written to; name another folder with --output")
+    if existing != folder:
         return
     if not (folder / CHECKPOINT).exists() and any(not path.name.startswith(".tmp-") for path in folder.iterdir()):
         what = "a finished calibration" if (folder / SUMMARY).exists() else "other files"
@@ -111,15 +116,15 @@ def _check_folder(folder: Path) -> None:
 
 def _load(options: Options, kind: str, ranks: Ranks) -> Pretrained:
     if options.device_map is not None and ranks.world_size > 1:
-        raise ValueError("--device-map spreads a model over all devices from one process; leave it out under torchrun")
+        raise ValueError("--device-map spreads the model of one process over all devices; leave it out under torchrun")
     pretrained = load_pretrained(
         options.model, kind=kind, dtype=options.dtype, device=torch.device(options.device), device_map=options.device_map
     )
     limit = pretrained.max_length
     if options.max_length is not None and limit is not None and options.max_length > limit:
-        raise ValueError(f"--max-length {options.max_length} is more than {options.model} takes; name {limit} or less")
-    if kind == "text" and options.mask is not None and not pretrained.takes(options.mask):
-        raise ValueError(f"--mask {options.mask}: no part of {options.model} takes an argument of that name")
+        raise ValueError(f"--max-length {options.max_length} is more than {options.model} takes; set {limit} or less")
+    if kind == "text" and options.mask is not None and not pretrained.takes_argument(options.mask):
+        raise ValueError(f"--mask {options.mask}: no module of {options.model} takes an argument of that name")
     return pretrained
 
 
@@ -139,7 +144,7 @@ def _max_length(options: Options, pretrained: Pretrained) -> int:
 
 
 def _settings(options: Options, pretrained: Pretrained, corpus: Corpus) -> dict[str, Any]:
-    """What decides the counts: a run that is continued has the same."""
+    """Return the settings that determine the counts; they must be the same when a run is continued."""
     of_text = {"max length": _max_length(options, pretrained), "packing": options.packing, "mask": options.mask}
     return {
         "model": pretrained.fingerprint(),
@@ -176,18 +181,18 @@ def _summary(
 
 
 def _notices(pretrained: Pretrained, mask: str | None, notice: str | None) -> list[str]:
-    """What a reader should know before believing the figures."""
+    """Return what a reader should know before relying on the figures."""
     notices = [] if notice is None else [notice]
     if pretrained.has_experts and pretrained.unit == "tokens" and mask is not None:
         notices.append(
-            "The model is a mixture of experts, which get tokens in an order of their own: padding may be counted there, and "
-            "tokens left out. With --batch-size 1 there is no padding."
+            "The model is a mixture of experts, whose experts receive tokens in another order: padding may be counted there, "
+            "and tokens left out. With --batch-size 1 there is no padding."
         )
     return notices
 
 
 def _finish(folder: Path, statistics: Statistics, summary: dict[str, Any]) -> None:
-    """Write what a run is for, and take the checkpoint away last."""
+    """Write the results, and remove the checkpoint last."""
     statistics.save(folder / STATISTICS)
     write_report(statistics, summary, folder / PAGE)
     save_json(summary, folder / SUMMARY)

@@ -386,7 +386,7 @@ def lose_stream(chunk):
 
     def breaking(self, number, problems):
         if self.path.endswith(f"{chunk:02d}.txt"):
-            raise OSError("data.txt cannot be read on: connection lost")
+            raise OSError("data.txt cannot be read any further: connection lost")
         return read(self, number, problems)
 
     TextFile.read = breaking

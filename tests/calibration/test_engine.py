@@ -138,7 +138,7 @@ def test_data_that_breaks_off_is_told_by_the_first_rank_and_the_run_goes_on_late
     results = run_on(server, place, tmp_path / "run", ranks, dict.fromkeys(range(ranks), ("lose_stream", 8)))
     assert [result.status for result in results] == [2] * ranks
     teller = f"rank {8 % ranks}: " if 8 % ranks else ""
-    assert results[0].errors.splitlines()[-1] == f"Error: {teller}data.txt cannot be read on: connection lost"
+    assert results[0].errors.splitlines()[-1] == f"Error: {teller}data.txt cannot be read any further: connection lost"
     assert not any(result.errors or result.output for result in results[1:])
     assert [result.status for result in run_on(server, place, tmp_path / "run", 2)] == [0, 0]
     assert cases.outcome(tmp_path / "run") == calibrated("llama")
@@ -158,7 +158,7 @@ def test_an_error_of_one_rank_ends_the_others(server, place, tmp_path, rank, lim
 def test_a_batch_that_does_not_run_is_one_line(server, place, tmp_path):
     results = run_on(server, place, tmp_path / "run", 2, {1: ("raise_at", 0, "RuntimeError")})
     assert [result.status for result in results] == [2, 2]
-    assert results[0].errors.splitlines()[-1] == f"Error: rank 1: {place / 'llama'} cannot run a batch: boom"
+    assert results[0].errors.splitlines()[-1] == f"Error: rank 1: {place / 'llama'} failed on a batch: boom"
 
 
 def test_what_the_model_refuses_is_one_line(server, place, tmp_path):
@@ -243,7 +243,7 @@ def test_what_the_first_rank_does_is_told_to_all():
 
 def test_different_settings_are_named():
     differing = on_ranks(3, lambda ranks: ranks.require_equal({"a": 1, "b": ranks.rank, **({"c": 1} if ranks.rank else {})}))
-    assert differing[0][1].startswith("ranks 0 and 1 have another b, c; give all ranks the same")
+    assert differing[0][1].startswith("ranks 0 and 1 differ in b, c; give all ranks the same")
     assert differing[1:] == [QUIET, QUIET]
     assert on_ranks(3, lambda ranks: ranks.require_equal({"a": 1})) == [None] * 3
 
@@ -354,7 +354,7 @@ def test_a_model_without_rectifiers_is_refused_after_the_first_chunks(tmp_path):
 
 
 def test_data_without_a_token_leaves_no_file(tmp_path):
-    with pytest.raises(ValueError, match="memory holds nothing that the model reads: it has no text"):
+    with pytest.raises(ValueError, match="memory holds nothing that the model can read: it has no text"):
         calibration_of(cases.llama(), Pieces([" "], []), tmp_path / "run").run()
     assert not (tmp_path / "run").exists()
 

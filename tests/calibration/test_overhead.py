@@ -66,7 +66,7 @@ def test_the_collector_is_attached_again_where_the_forward_raises(model, batch):
 
 def test_the_ratio_is_the_median_of_the_last_ratios(model, monkeypatch):
     monkeypatch.setattr(overhead, "RUN_TWICE", (1,))
-    monkeypatch.setattr(overhead, "MOST_RATIOS", 5)
+    monkeypatch.setattr(overhead, "MAX_RATIOS", 5)
     with fe.collect(model) as collector:
         times = {False: iter([1.0] * 7), True: iter([9.0, 9.0, 1.0, 2.0, 3.0, 4.0, 5.0])}
         monkeypatch.setattr(overhead, "measure_seconds", lambda forward: next(times[collector._watcher.is_attached]))

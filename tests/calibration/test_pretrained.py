@@ -142,9 +142,9 @@ def test_tokens_are_padded_on_the_right(place, tmp_path):
 
 def test_arguments_of_parts_are_known():
     pretrained = Pretrained("llama", cases.llama(), "text", None, {})
-    assert pretrained.takes("attention_mask")
-    assert pretrained.takes("position_embeddings")
-    assert not pretrained.takes("padding")
+    assert pretrained.takes_argument("attention_mask")
+    assert pretrained.takes_argument("position_embeddings")
+    assert not pretrained.takes_argument("padding")
 
 
 def test_a_model_with_a_decoder_behind_an_encoder_is_refused(tmp_path):

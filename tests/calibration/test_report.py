@@ -81,7 +81,7 @@ def test_a_notice_is_there_only_where_it_is_needed(page):
     html = page(statistics(nan=5), notices=["the tokenizer pads", "EOS is padded with"], truncated=3, tokens_cut=1234)
     for notice in (
         "EOS is padded with",
-        "NaN was met in model.layers.0.mlp.act_fn, ",
+        "NaN occurred in model.layers.0.mlp.act_fn, ",
         "3 documents did not fit",
         "1.2 k tokens",
     ):
@@ -90,7 +90,7 @@ def test_a_notice_is_there_only_where_it_is_needed(page):
 
 def test_nan_in_many_activations_is_one_short_notice(page):
     notice = re.search(r'class="notice">(.*?)</p>', page(statistics(40, nan=5)))[1]
-    assert notice.startswith("NaN was met in model.layers.0.mlp.act_fn, ")
+    assert notice.startswith("NaN occurred in model.layers.0.mlp.act_fn, ")
     assert "37 more" in notice
 
 

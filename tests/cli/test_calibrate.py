@@ -107,7 +107,7 @@ def test_max_length_does_not_apply_to_images(place, output):
 def test_notice_about_eos_padding_is_printed_and_stored(place, output):
     result = calibrate(place / "gpt2", place / "texts", output)
     assert result.exit_code == 0, result.output
-    assert re.search("note     the tokenizer .* has no padding token; EOS is padded with, and masked", result.stdout)
+    assert re.search("note     the tokenizer .* has no padding token; EOS is used instead, and masked", result.stdout)
     assert len(json.loads((output / "summary.json").read_text())["notices"]) == 1
 
 
@@ -149,7 +149,7 @@ def test_missing_model_is_one_line(place, tmp_path, output):
         (lambda model: (model / "config.json").write_text("{"), "has no configuration that can be loaded: .*valid JSON"),
         (lambda model: edit(model / "config.json", model_type="nonsense"), "has no configuration that can be loaded: .*nonse"),
         (lambda model: edit(model / "config.json", hidden_size="many"), "has no configuration that can be loaded: .*hidden"),
-        (lambda model: edit(model / "config.json", hidden_size=32), "has 21 weights of other shapes than its"),
+        (lambda model: edit(model / "config.json", hidden_size=32), "has 21 weights whose shapes differ from its"),
         (lambda model: edit(model / "config.json", num_hidden_layers=3), "lacks 9 of the weights of LlamaForCausalLM, such as"),
         (lambda model: os.truncate(model / "model.safetensors", 3000), "has no weights that can be loaded"),
         (lambda model: (model / "model.safetensors").write_bytes(b"\xff" * 500), "has no weights that can be loaded"),
@@ -159,7 +159,7 @@ def test_missing_model_is_one_line(place, tmp_path, output):
         (lambda model: (model / "tokenizer.json").write_text("{}"), "has no tokenizer that can be loaded"),
         (
             lambda model: cases.tokenizer(words=map(str, range(90))).save_pretrained(model),
-            "its tokenizer knows 95 tokens and its model 55; they are not of one model",
+            "the tokenizer has 95 tokens, but the model 55; they do not belong together",
         ),
         (
             lambda model: cases.tokenizer(without=["pad_token", "eos_token"]).save_pretrained(model),
@@ -209,8 +209,8 @@ def test_code_of_a_model_is_not_run(model, place, output, tmp_path):
 @pytest.mark.parametrize(
     ("name", "data", "text"),
     [
-        ("vit", "texts", "reads images, and the data is text; name data of the model's kind"),
-        ("llama", "images", "reads text, and the data is images; name data of the model's kind"),
+        ("vit", "texts", "reads images, but the data is text; name data of the model's kind"),
+        ("llama", "images", "reads text, but the data is images; name data of the model's kind"),
     ],
 )
 def test_wrong_kind_of_data_is_one_line(place, output, name, data, text):
@@ -220,14 +220,14 @@ def test_wrong_kind_of_data_is_one_line(place, output, name, data, text):
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        (["--max-length", "65"], "--max-length 65 is more than .*llama takes; name 16 or less"),
+        (["--max-length", "65"], "--max-length 65 is more than .*llama takes; set 16 or less"),
         (["--max-length", "0"], "--max-length"),
         (["--batch-size", "-1"], "--batch-size"),
         (["--max-tokens", "many"], "--max-tokens"),
         (["--checkpoint-every", "0"], "--checkpoint-every"),
         (["--dtype", "int4"], "dtype: got 'int4', expected one of auto, float32"),
         (["--device", "toaster"], "--device toaster cannot be used here"),
-        (["--mask", "padding"], "--mask padding: no part of .*llama takes an argument of that name"),
+        (["--mask", "padding"], "--mask padding: no module of .*llama takes an argument of that name"),
         (["--column", "words"], "no document|holds nothing"),
     ],
 )
@@ -271,8 +271,8 @@ def test_bad_files_are_reported_and_good_ones_counted(place, tmp_path, output):
     ("content", "text"),
     [
         (b"", "holds no file that can be used; .*a.txt is empty"),
-        (b"\n \n", "holds nothing that the model reads: it has no text"),
-        (b"\xff\xfe\n", "holds nothing that the model reads: .*a.txt: a line is not UTF-8"),
+        (b"\n \n", "holds nothing that the model can read: it has no text"),
+        (b"\xff\xfe\n", "holds nothing that the model can read: .*a.txt: a line is not UTF-8"),
     ],
 )
 def test_only_bad_files_are_one_line(place, tmp_path, output, content, text):
@@ -343,19 +343,19 @@ def interrupted(place, output, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "data", "options", "text"),
     [
-        ("llama", "texts", ["--batch-size", 4], "another batch size; name"),
-        ("llama", "texts", ["--batch-size", 3, "--packing"], "another packing"),
-        ("llama", "texts", ["--batch-size", 3, "--max-length", 8, "--max-tokens", 5], "another max length, max tokens"),
-        ("llama", "texts", ["--batch-size", 3, "--mask", "none"], "another mask"),
-        ("llama", "texts", ["--batch-size", 3, "--dtype", "float32"], "another model, dtype"),
-        ("gpt2", "texts", ["--batch-size", 3], "another model"),
-        ("vit", "images", ["--batch-size", 3], "another model, data, max length, packing, mask"),
+        ("llama", "texts", ["--batch-size", 4], "differs in batch size; name"),
+        ("llama", "texts", ["--batch-size", 3, "--packing"], "differs in packing"),
+        ("llama", "texts", ["--batch-size", 3, "--max-length", 8, "--max-tokens", 5], "differs in max length, max tokens"),
+        ("llama", "texts", ["--batch-size", 3, "--mask", "none"], "differs in mask"),
+        ("llama", "texts", ["--batch-size", 3, "--dtype", "float32"], "differs in model, dtype"),
+        ("gpt2", "texts", ["--batch-size", 3], "differs in model"),
+        ("vit", "images", ["--batch-size", 3], "differs in model, data, max length, packing, mask"),
     ],
 )
 def test_run_with_other_settings_is_left_alone(place, interrupted, name, data, options, text):
     before = cases.leave_alone(interrupted)
     result = calibrate(place / name, place / data, interrupted, *options)
-    assert_last_line(result, f"run holds a run with {text}")
+    assert_last_line(result, f"run holds a run that {text}")
     assert cases.leave_alone(interrupted) == before
 
 
@@ -397,11 +397,11 @@ def assert_first_rank_says(results, text):
 @pytest.mark.parametrize(
     ("changed", "text"),
     [
-        ({"model": "gpt2"}, "ranks 0 and 1 have another model; give all ranks the same files and arguments"),
-        ({"data": "others"}, "ranks 0 and 1 have another data;"),
-        ({"model": "vit", "data": "images"}, "ranks 0 and 1 have another model, data, max length, packing, mask"),
-        ({"options": ["--batch-size", 2, "--packing"]}, "another batch size, packing;"),
-        ({"options": ["--checkpoint-every", 2]}, "another checkpoint every;"),
+        ({"model": "gpt2"}, "ranks 0 and 1 differ in model; give all ranks the same files and arguments"),
+        ({"data": "others"}, "ranks 0 and 1 differ in data;"),
+        ({"model": "vit", "data": "images"}, "ranks 0 and 1 differ in model, data, max length, packing, mask"),
+        ({"options": ["--batch-size", 2, "--packing"]}, "differ in batch size, packing;"),
+        ({"options": ["--checkpoint-every", 2]}, "differ in checkpoint every;"),
         ({"model": "none"}, "rank 1: .*none has no configuration that can be loaded"),
         ({"data": "none.txt"}, "rank 1: .*none.txt does not exist"),
         ({"options": ["--dtype", "int4"]}, "rank 1: dtype: got 'int4'"),

@@ -1,1 +1,1 @@
-"""Corpora as batches."""
+"""Read a corpus, and make batches of it."""

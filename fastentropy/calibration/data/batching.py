@@ -1,6 +1,6 @@
-"""Batches for a model, made of the documents of one chunk: token sequences that are padded or packed, and images.
+"""Make batches of the documents of a chunk: token sequences, padded or packed, or images.
 
-The batches of a chunk depend on nothing but the chunk, so that they are the same on any rank.
+The batches depend on the chunk alone, so that they are the same on any rank.
 """
 
 import io
@@ -14,19 +14,23 @@ from torch import Tensor
 from fastentropy._utils.optional import require
 from fastentropy.calibration.data.documents import Chunk, Document, Problems
 
-#: Documents that are given to a tokenizer at a time.
-TOKENIZED_TOGETHER = 64
-#: Fewer where they are long: a tokenizer needs some hundred bytes for each token.
-CHARACTERS_TOGETHER = 1 << 20
-#: Decoders of pillow that may be used: some others start programs.
+#: How many documents are passed to the tokenizer at a time.
+MAX_TOKENIZED = 64
+#: How many characters are passed to it at a time: a tokenizer needs some hundred bytes per token.
+MAX_CHARACTERS = 1 << 20
+#: The decoders of pillow that may be used; some others start programs.
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 
 
 class Batch(NamedTuple):
-    """The arguments of a model, on the CPU, and what they hold.
+    """The arguments of a model, on the CPU, and what they contain.
 
-    tokens: tokens that are not padding, special ones included; images where it is a batch of these. documents: how many begin
-    in it. truncated: how many of them were cut off, and tokens_cut: what that cost.
+    Attributes:
+        inputs: keyword arguments of the model.
+        tokens: tokens without padding, special tokens included; in a batch of images, the images.
+        documents: documents that begin in the batch.
+        truncated: how many of them were truncated.
+        tokens_cut: tokens lost by that.
     """
 
     inputs: dict[str, Tensor]
@@ -37,7 +41,7 @@ class Batch(NamedTuple):
 
 
 class Row(NamedTuple):
-    """Tokens of one row of a batch, with the documents that begin in it, and the tokens that were cut off."""
+    """The tokens of one row of a batch, the number of documents that begin in it, and of tokens that were cut off."""
 
     tokens: list[int]
     documents: int
@@ -47,13 +51,26 @@ class Row(NamedTuple):
 class TextBatches:
     """Makes batches of texts: input_ids and attention_mask, int64 [rows, tokens].
 
-    Padded: a document in each row, truncated to max_length and padded to the longest of the batch, on the tokenizer's side.
-    Packed: the documents of a chunk in one sequence, with EOS between them, which is cut into rows of max_length, so that no
-    token is lost; only the last row is padded. notice says what else a user should know, or is None.
+    Padded: each row is a document, truncated to max_length, and padded to the longest of the batch on the tokenizer's side.
+    Packed: the documents of a chunk form one sequence, with EOS between them, which is cut into rows of max_length. No token
+    is lost, and only the last row is padded.
+
+    Attributes:
+        notice: what the user should know about the padding, or None.
     """
 
     def __init__(self, tokenizer: Any, *, batch_size: int, max_length: int, packing: bool = False) -> None:
-        """tokenizer: of transformers. Raises ValueError where it has not the special tokens that this needs."""
+        """Make batches with a tokenizer of transformers.
+
+        Args:
+            tokenizer: the tokenizer.
+            batch_size: rows of a batch.
+            max_length: the largest number of tokens in a row.
+            packing: fill rows with several documents, instead of padding them.
+
+        Raises:
+            ValueError: the tokenizer lacks the special tokens that this needs, or max_length leaves no room for text.
+        """
         self._tokenizer, self._batch_size, self._max_length, self._packing = tokenizer, batch_size, max_length, packing
         self._special = tokenizer.num_special_tokens_to_add()
         if max_length <= self._special:
@@ -65,14 +82,14 @@ class TextBatches:
         self._padding, self.notice = _padding(tokenizer, is_needed=batch_size > 1 and not packing)
 
     def batches(self, chunk: Chunk) -> Iterator[Batch]:
-        """The batches of a chunk. Documents without tokens are passed over."""
+        """Yield the batches of a chunk, without documents that have no tokens."""
         sequences = self._tokenized(chunk.documents)
         rows = self._packed(sequences) if self._packing else self._truncated(sequences)
         while group := list(itertools.islice(rows, self._batch_size)):
             yield self._stack(group)
 
     def _tokenized(self, documents: Iterable[Document]) -> Iterator[tuple[str, list[int]]]:
-        """Each text with all of its tokens."""
+        """Yield each text with all its tokens."""
         for texts in _groups(documents):
             for text, tokens in zip(texts, self._encode(texts), strict=True):
                 if len(tokens) > self._special:
@@ -81,7 +98,7 @@ class TextBatches:
     def _truncated(self, sequences: Iterable[tuple[str, list[int]]]) -> Iterator[Row]:
         for text, tokens in sequences:
             cut = max(len(tokens) - self._max_length, 0)
-            if cut:  # the tokenizer knows on which side, and which special tokens stay
+            if cut:  # the tokenizer knows the side to cut, and which special tokens stay
                 tokens = self._encode([text], truncation=True, max_length=self._max_length)[0]
             yield Row(tokens, 1, cut)
 
@@ -108,9 +125,9 @@ class TextBatches:
         input_ids = torch.full((len(rows), width), self._padding)
         attention_mask = torch.zeros_like(input_ids)
         for index, (tokens, *_) in enumerate(rows):
-            place = slice(width - len(tokens), None) if self._side == "left" else slice(len(tokens))
-            input_ids[index, place] = torch.tensor(tokens)
-            attention_mask[index, place] = 1
+            columns = slice(width - len(tokens), None) if self._side == "left" else slice(len(tokens))
+            input_ids[index, columns] = torch.tensor(tokens)
+            attention_mask[index, columns] = 1
         return Batch(
             {"input_ids": input_ids, "attention_mask": attention_mask},
             tokens=sum(len(row.tokens) for row in rows),
@@ -121,44 +138,48 @@ class TextBatches:
 
 
 class ImageBatches:
-    """Makes batches of images: pixel_values, of the dtype and shape that the image processor gives."""
+    """Makes batches of images: pixel_values, in the dtype and shape that the image processor returns."""
 
-    #: What a user should know: nothing.
+    #: Images need no notice.
     notice = None
 
     def __init__(self, image_processor: Any, *, batch_size: int) -> None:
-        """image_processor: of transformers. Raises ValueError where pillow is missing."""
+        """Make batches with an image processor of transformers.
+
+        Raises:
+            ValueError: pillow is not installed.
+        """
         self._processor, self._batch_size = image_processor, batch_size
         self._pillow = require("PIL.Image", "reading images"), require("PIL.ImageOps", "reading images")
 
     def batches(self, chunk: Chunk) -> Iterator[Batch]:
-        """The batches of a chunk. An image that cannot be decoded is added to the chunk's problems, and passed over."""
+        """Yield the batches of a chunk. An image that cannot be decoded is skipped, and added to the chunk's problems."""
         images = self._decoded(chunk.documents, chunk.problems)
         while group := list(itertools.islice(images, self._batch_size)):
             pixels = self._processor(images=group, return_tensors="pt")["pixel_values"]
             yield Batch({"pixel_values": pixels}, tokens=len(group), documents=len(group))
 
     def _decoded(self, documents: Iterable[Document], problems: Problems) -> Iterator[Any]:
-        """The images, RGB and upright."""
+        """Yield the images, RGB and upright."""
         image_module, operations = self._pillow
         for content, place in documents:
             try:
                 with image_module.open(io.BytesIO(cast(bytes, content)), formats=IMAGE_FORMATS) as image:
                     decoded = operations.exif_transpose(image).convert("RGB")
-            except Exception:  # what decoders raise for broken files is of many types
+            except Exception:  # decoders raise many types of errors for broken files
                 problems.add(place, "an image cannot be decoded")
             else:
                 yield decoded
 
 
 def _groups(documents: Iterable[Document]) -> Iterator[list[str]]:
-    """Texts that are tokenised in one call."""
+    """Yield lists of texts that are tokenised in one call."""
     group: list[str] = []
     characters = 0
     for content, _ in documents:
         group.append(cast(str, content))
         characters += len(content)
-        if len(group) == TOKENIZED_TOGETHER or characters >= CHARACTERS_TOGETHER:
+        if len(group) == MAX_TOKENIZED or characters >= MAX_CHARACTERS:
             yield group
             group, characters = [], 0
     if group:
@@ -166,9 +187,10 @@ def _groups(documents: Iterable[Document]) -> Iterator[list[str]]:
 
 
 def _separator(tokenizer: Any) -> list[int]:
-    """What stands between documents: EOS, or nothing where the tokenizer itself ends each with a special token.
+    """Return the tokens between documents: EOS, or none if the tokenizer ends each document with a special token.
 
-    Raises ValueError where there is neither.
+    Raises:
+        ValueError: the tokenizer has neither.
     """
     mask = tokenizer("a", return_special_tokens_mask=True)["special_tokens_mask"]
     if mask and mask[-1]:
@@ -182,18 +204,21 @@ def _separator(tokenizer: Any) -> list[int]:
 
 
 def _padding(tokenizer: Any, is_needed: bool) -> tuple[int, str | None]:
-    """The token to pad with, and a notice where it is not the tokenizer's own. Raises ValueError where there is none.
+    """Return the token to pad with, and a notice if it is not the tokenizer's padding token.
 
-    Any token would do, since padding is masked, but one that the model knows.
+    Since padding is masked, any token that the model knows would do.
+
+    Raises:
+        ValueError: padding is needed, but the tokenizer has neither a padding token nor EOS.
     """
     if tokenizer.pad_token_id is not None:
         return tokenizer.pad_token_id, None
     if tokenizer.eos_token_id is not None:
-        return tokenizer.eos_token_id, f"the tokenizer {_name(tokenizer)} has no padding token; EOS is padded with, and masked"
+        return tokenizer.eos_token_id, f"the tokenizer {_name(tokenizer)} has no padding token; EOS is used instead, and masked"
     if is_needed:
         raise ValueError(
             f"the tokenizer {_name(tokenizer)} has neither a padding token nor EOS; set pad_token in its "
-            "tokenizer_config.json, or take --batch-size 1, which needs no padding"
+            "tokenizer_config.json, or use --batch-size 1, which needs no padding"
         )
     return 0, None
 

@@ -1,42 +1,53 @@
-"""Which column of a table holds the documents, and what a cell of it is."""
+"""Choose the column of a table that holds the documents, and read its cells."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from fastentropy.calibration.data.documents import MAX_TEXT, Document, DocumentError, Place, Problems
 
-#: The columns that are read where none is named.
+#: The columns that are read if none is named.
 TEXT_COLUMN = "text"
 COLUMNS = (TEXT_COLUMN, "image", "img")
 
 
 def choose_column(names: Sequence[str], column: str | None) -> str:
-    """The column that was named, or the first of COLUMNS. Raises ValueError where the table has none of them."""
+    """Return the named column, or the first of COLUMNS that the table has.
+
+    Raises:
+        ValueError: the table does not have it. The message is a phrase without the name of the file.
+    """
     wanted = COLUMNS if column is None else (column,)
     for name in wanted:
         if name in names:
             return name
-    mend = "name one with --column" if column is None else "name one of these with --column"
-    raise ValueError(f"has the columns {', '.join(names)}; expected {' or '.join(wanted)}; {mend}")
+    hint = "name one with --column" if column is None else "name one of these with --column"
+    raise ValueError(f"has the columns {', '.join(names)}; expected {' or '.join(wanted)}; {hint}")
 
 
 def text_of(value: Any, column: str) -> str:
-    """A cell as a text, an empty one where it is blank. Raises DocumentError where it is none."""
+    """Read a cell as text; return an empty string if it is blank.
+
+    Raises:
+        DocumentError: the cell is not text, is too long, or is not valid Unicode.
+    """
     if not isinstance(value, str):
         raise DocumentError(f"no text under {column!r}; name another column with --column")
     if len(value) > MAX_TEXT:
         raise DocumentError(f"a text is longer than {MAX_TEXT >> 20} MB")
     try:
-        value.encode()  # JSON can hold one half of a surrogate pair, which no tokenizer takes
+        value.encode()  # JSON can hold half of a surrogate pair, which no tokenizer accepts
     except UnicodeEncodeError as error:
         raise DocumentError("a text is not Unicode") from error
     return value if value.strip() else ""
 
 
 def image_of(value: Any, column: str) -> bytes:
-    """A cell as an encoded image: bytes, or a mapping that holds them under `bytes`, as the Hub stores images.
+    """Read a cell as an encoded image: bytes, or a mapping with the key `bytes`, as the Hub stores images.
 
-    Raises DocumentError where there are none. A path beside them is not followed: nobody named that file.
+    A path in the mapping is not followed, because the user did not name that file.
+
+    Raises:
+        DocumentError: the cell holds no bytes.
     """
     data = value.get("bytes") if isinstance(value, dict) else value
     if not isinstance(data, bytes) or not data:
@@ -45,7 +56,7 @@ def image_of(value: Any, column: str) -> bytes:
 
 
 def documents_of(rows: Iterable[tuple[int, Any]], path: str, column: str, kind: str, problems: Problems) -> Iterator[Document]:
-    """The documents in numbered cells of one column; blank texts are none. kind: text or images."""
+    """Yield the documents in the numbered cells of a column, without blank texts. `kind` is "text" or "images"."""
     for row, value in rows:
         place = Place(path, "row", row)
         try:

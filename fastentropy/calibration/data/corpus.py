@@ -1,7 +1,7 @@
-"""A corpus: what a user named, in chunks that any number of ranks read without overlap, from any chunk on.
+"""A corpus: the data that the user named, in chunks that any number of ranks read without overlap, starting at any chunk.
 
-Chunk u is read by rank u % ranks. Which chunks there are depends on the files alone, so that a run can be continued with
-another number of ranks, and gives the same batches with any.
+Rank r reads the chunks r, r + world size, r + 2 × world size and so on. The chunks depend on the files alone, so that a run can
+be continued with another number of ranks, and any number gives the same batches.
 """
 
 import bisect
@@ -24,7 +24,7 @@ from fastentropy.calibration.data.parquet import ParquetFile, RowGroup, open_par
 from fastentropy.calibration.data.streaming import is_dataset_name, open_stream
 from fastentropy.calibration.data.text import TEXT_CHUNK, TextFile, parse_json, parse_line
 
-#: How files are read, by the suffixes of their names.
+#: The suffix of a file's name -> how the file is read.
 FORMATS = {
     **dict.fromkeys((".txt", ".text", ".md"), "lines"),
     **dict.fromkeys((".jsonl", ".ndjson", ".json-lines"), "json"),
@@ -32,16 +32,20 @@ FORMATS = {
     **dict.fromkeys((".png", ".jpg", ".jpeg", ".webp", ".bmp"), "image"),
 }
 
-
 FilePart = TextFile | ParquetFile | ImageFiles
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Texts or images, as `kind` says (text or images), in numbered chunks.
+    """Texts or images in numbered chunks.
 
-    size: bytes of all files, None where it is unknown. fingerprint: 16 hexadecimal digits that are others for other files,
-    sizes or columns. problems: of files that are left out; the same on every rank, so only one may report them.
+    Attributes:
+        source: what the user named.
+        kind: "text" or "images".
+        size: bytes of all files, or None if it is unknown.
+        fingerprint: 16 hexadecimal digits, which differ for other files, sizes or columns.
+        parts: the files, or the stream, in order.
+        problems: of files that are left out. They are the same on every rank, so only one rank may report them.
     """
 
     source: str
@@ -53,13 +57,16 @@ class Corpus:
 
     @property
     def chunks(self) -> int | None:
-        """How many chunks there are, None where only reading tells."""
+        """The number of chunks, or None if only reading to the end shows it."""
         return None if self._ends is None else self._ends[-1]
 
     def read(self, first: int = 0, step: int = 1) -> Iterator[Chunk]:
-        """The chunks first, first + step, first + 2 step and so on, to the end. Nothing is read of those before.
+        """Yield the chunks first, first + step, first + 2 × step and so on, to the end; earlier chunks are not read.
 
-        Documents are read while they are iterated. Raises OSError where a streamed data set breaks off.
+        Documents are read while they are iterated.
+
+        Raises:
+            OSError: a streamed data set breaks off.
         """
         for number in itertools.count(first, step):
             located = self._locate(number)
@@ -73,7 +80,7 @@ class Corpus:
             yield Chunk(number, part.size_of(chunk), documents, problems)
 
     def _locate(self, number: int) -> tuple[Part, int] | None:
-        """The part that holds a chunk, and its number there."""
+        """Return the part that holds a chunk, and the number of the chunk in the part."""
         if self._ends is None:
             return self.parts[0], number
         if number >= self._ends[-1]:
@@ -83,19 +90,24 @@ class Corpus:
 
     @functools.cached_property
     def _ends(self) -> list[int] | None:
-        """The chunks before each part, and the number of all."""
+        """How many chunks precede each part, and the number of all chunks; None if it is unknown."""
         counts = [part.chunks for part in self.parts]
         known = [count for count in counts if count is not None]
         return list(itertools.accumulate(known, initial=0)) if len(known) == len(counts) else None
 
 
 def open_corpus(source: str, *, column: str | None = None) -> Corpus:
-    """Open a file, a folder (all files in and below it of the kinds in FORMATS), the files of a glob pattern, or a data set.
+    """Open a corpus. Files that cannot be used become problems of the corpus.
 
-    What is none of these is the name of a data set for the `datasets` library (org/name, org/name:config or
-    org/name:config:split), which is streamed. Names that begin with a dot are not looked at in folders. column: where documents
-    lie in JSON lines (else under `text`) and tables (else in the first of `text`, `image` and `img`). Files that cannot be used
-    are problems of the corpus. Raises ValueError where there is nothing to be used, and where texts and images are mixed.
+    Args:
+        source: a file; a folder, which stands for all files in and below it of the kinds in FORMATS, without names that begin
+            with a dot; a glob pattern; or the name of a data set (org/name, org/name:config or org/name:config:split), which
+            the `datasets` library streams.
+        column: the key of JSON lines (`text` by default), or the column of tables (by default the first of `text`, `image` and
+            `img`), that holds the documents.
+
+    Raises:
+        ValueError: nothing can be used, or texts and images are mixed.
     """
     problems = Problems()
     paths = _find(source, problems)
@@ -109,12 +121,12 @@ def open_corpus(source: str, *, column: str | None = None) -> Corpus:
 
 
 def _find(source: str, problems: Problems) -> list[str] | None:
-    """The paths that a source stands for, sorted; None where it is neither a path nor a pattern."""
+    """Return the sorted paths that a source stands for, or None if it is neither a path nor a pattern."""
     if os.path.isdir(source):
         return sorted(_files_below(source, problems))
     if os.path.exists(source):
         if _format(source) is None:
-            raise ValueError(f"{source} is of no kind that can be read; expected {', '.join(FORMATS)}")
+            raise ValueError(f"{source} is not of a kind that can be read; expected {', '.join(FORMATS)}")
         return [source]
     if not glob.has_magic(source):
         return None
@@ -126,7 +138,7 @@ def _find(source: str, problems: Problems) -> list[str] | None:
 
 
 def _files_below(folder: str, problems: Problems) -> Iterator[str]:
-    """The files of known kinds in and below a folder. Links to files are followed, as the Hub's cache has them, others not."""
+    """Yield the files of known kinds in and below a folder. Links to files, as in the Hub's cache, are followed; others not."""
 
     def note(error: OSError) -> None:
         problems.add(Place(str(error.filename), "byte", 0), f"cannot be read: {error.strerror}")
@@ -139,7 +151,7 @@ def _files_below(folder: str, problems: Problems) -> Iterator[str]:
 
 
 def _open_files(source: str, paths: Sequence[str], column: str | None, problems: Problems) -> Corpus:
-    """A corpus of files. What is wrong with a file is added to `problems`."""
+    """Open the files of a corpus, and add what is wrong with any of them to `problems`."""
     files = list(_usable(paths, problems))
     parts = list(_parts(files, column, problems))
     if not parts:
@@ -151,11 +163,11 @@ def _open_files(source: str, paths: Sequence[str], column: str | None, problems:
 
 
 def _usable(paths: Iterable[str], problems: Problems) -> Iterator[tuple[str, int]]:
-    """The files that are not empty and may be read, with their sizes in bytes."""
+    """Yield the files that are not empty and may be read, with their sizes in bytes."""
     for path in paths:
         try:
             status = os.stat(path)
-            if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for
+            if not stat.S_ISREG(status.st_mode):  # reading a pipe would block
                 problem = "is not a file"
             elif not os.access(path, os.R_OK):
                 problem = "cannot be read: Permission denied"
@@ -170,7 +182,7 @@ def _usable(paths: Iterable[str], problems: Problems) -> Iterator[tuple[str, int
 
 
 def _parts(files: Iterable[tuple[str, int]], column: str | None, problems: Problems) -> Iterator[FilePart]:
-    """The parts of a corpus, in the order of its files; image files that follow each other are one part."""
+    """Yield the parts of a corpus, in the order of its files. Consecutive image files form one part."""
     cursor = row_group_cursor()
     for are_images, group in itertools.groupby(files, key=lambda file: _format(file[0]) == "image"):
         if are_images:
@@ -194,18 +206,18 @@ def _open_file(path: str, size: int, column: str | None, cursor: Cursor[RowGroup
 
 
 def _common_kind(source: str, parts: Iterable[FilePart]) -> str:
-    """text or images. Raises ValueError where there are both."""
+    """Return "text" or "images"; raise ValueError if there are both."""
     examples = {part.kind: part.path for part in parts}
     if len(examples) > 1:
         raise ValueError(
-            f"{source} holds text ({examples['text']}) and images ({examples['images']}); expected one of them: name a "
+            f"{source} holds text ({examples['text']}) and images ({examples['images']}); expected only one kind: name a "
             f"pattern, such as {os.path.join(source, '**', '*.parquet')!r}"
         )
     return next(iter(examples))
 
 
 def _fingerprint(files: Sequence[tuple[str, int]], column: str | None) -> str:
-    """A digest of all that decides which chunks there are, with names relative to the folder that holds all files."""
+    """Return a digest of all that determines the chunks, with names relative to the common folder of all files."""
     folder = os.path.commonpath([os.path.dirname(path) for path, _ in files])
     names = [[os.path.relpath(path, folder or os.curdir), size] for path, size in files]
     return _digest([names, column, TEXT_CHUNK, ROWS_PER_CHUNK])

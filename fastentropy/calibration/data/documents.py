@@ -1,18 +1,18 @@
-"""What a corpus is read as: chunks of documents, and the problems that were met on the way."""
+"""What reading a corpus gives: chunks of documents, and the problems that occurred."""
 
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple, Protocol
 
-#: Rows of a table, or image files, in a chunk: about as much work as a chunk of text, and enough chunks for many ranks.
+#: Rows of a table, or image files, per chunk: about as much work as a chunk of text, and enough chunks for many ranks.
 ROWS_PER_CHUNK = 256
-#: Longer texts, in bytes or characters, are skipped: one that long is rather a broken file, and its tokens would fill memory.
+#: Longer texts, in bytes or characters, are skipped: they are probably broken files, and their tokens would fill memory.
 MAX_TEXT = 16 << 20
-#: Paths with problems of one kind that are told apart; those of further paths are counted together.
+#: How many problems are listed separately; problems of the same kind in further files are counted together.
 MAX_PROBLEMS = 1000
 
 
 class Place(NamedTuple):
-    """Where in a file: at the byte, or in the row, of that number from 0."""
+    """A position in a file: the byte or the row of that number, from 0."""
 
     path: str
     unit: str
@@ -20,14 +20,14 @@ class Place(NamedTuple):
 
 
 class Document(NamedTuple):
-    """A text, or the bytes of an encoded image, and where it was found."""
+    """A text or the bytes of an encoded image, and the place where it was found."""
 
     content: str | bytes
     place: Place
 
 
 class Problem(NamedTuple):
-    """What is wrong with a file or with documents in it: how often, and where first, in the byte or row of that number."""
+    """What is wrong with a file or its documents, how many times, and the byte or row where it first occurred."""
 
     path: str
     what: str
@@ -36,15 +36,15 @@ class Problem(NamedTuple):
     times: int
 
     def __str__(self) -> str:
-        """One line."""
+        """Return the problem in one line."""
         return f"{self.path}: {self.what} ({self.times} ×, first at {self.unit} {self.position})"
 
 
 class Problems:
-    """Problems by path and kind, which add up over chunks, ranks and restarts; iterated, in the order in which they came."""
+    """Problems by path and kind, which add up over chunks, ranks and restarts. Iterated in the order of their occurrence."""
 
     def __init__(self, problems: Iterable[Problem] = ()) -> None:
-        """Begin with some, as they were read back from a file, for example."""
+        """Begin with some problems, for example those read from a checkpoint."""
         self._problems: dict[tuple[str, str, str], Problem] = {}
         self.update(problems)
 
@@ -53,7 +53,7 @@ class Problems:
         self.update([Problem(place.path, what, place.unit, place.position, times)])
 
     def update(self, problems: Iterable[Problem]) -> None:
-        """Add others: equal ones become one, with the first of their positions."""
+        """Add problems. Those of one path and kind become one, at the smallest position."""
         for problem in problems:
             if problem[:3] not in self._problems and len(self._problems) >= MAX_PROBLEMS:
                 problem = problem._replace(path="further files", position=0)
@@ -62,18 +62,22 @@ class Problems:
             self._problems[problem[:3]] = problem._replace(position=position, times=times)
 
     def __iter__(self) -> Iterator[Problem]:
-        """One for each path and kind."""
+        """Iterate over the problems, one for each path and kind."""
         return iter(self._problems.values())
 
     def __len__(self) -> int:
-        """How many there are to list."""
+        """Return the number of paths and kinds."""
         return len(self._problems)
 
 
 class Chunk(NamedTuple):
     """A piece of a corpus: what one rank reads at a time.
 
-    documents can be iterated once; problems are complete when they end. size is in bytes of the files, 0 where it is unknown.
+    Attributes:
+        number: the number of the chunk, from 0.
+        size: its size in bytes of the files; 0 if it is unknown.
+        documents: its documents, which can be iterated once.
+        problems: its problems, complete once the documents are exhausted.
     """
 
     number: int
@@ -83,17 +87,17 @@ class Chunk(NamedTuple):
 
 
 class Part(Protocol):
-    """A file, or whatever else is divided into chunks. chunks is None where only reading tells how many there are."""
+    """A file, or another source that is divided into chunks."""
 
     @property
     def chunks(self) -> int | None:
-        """How many."""
+        """The number of chunks, or None if only reading to the end shows it."""
 
     def size_of(self, chunk: int) -> int:
-        """The size of a chunk in bytes of the file."""
+        """Return the size of a chunk in bytes of the file."""
 
     def read(self, chunk: int, problems: Problems) -> Iterator[Document] | None:
-        """The documents of a chunk; what is met on the way is added to `problems`. None where there is no such chunk."""
+        """Read the documents of a chunk, and add problems to `problems`; return None if there is no such chunk."""
 
 
 class DocumentError(ValueError):

@@ -1,43 +1,43 @@
-"""Image files: chunks are runs of them."""
+"""Image files: a chunk is a sequence of files."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from fastentropy.calibration.data.documents import ROWS_PER_CHUNK, Document, Place, Problems
 
-#: Larger files, in bytes, are skipped.
+#: Larger files are skipped; in bytes.
 MAX_IMAGE = 256 << 20
 
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """Files, each with its size in bytes."""
+    """Image files: their paths with their sizes in bytes."""
 
     files: tuple[tuple[str, int], ...]
     kind = "images"
 
     @property
     def path(self) -> str:
-        """The first."""
+        """The path of the first file."""
         return self.files[0][0]
 
     @property
     def size(self) -> int:
-        """The size of all in bytes."""
+        """The size of all files in bytes."""
         return sum(size for _, size in self.files)
 
     @property
     def chunks(self) -> int:
-        """How many."""
+        """The number of chunks."""
         return -(-len(self.files) // ROWS_PER_CHUNK)
 
     def size_of(self, chunk: int) -> int:
-        """The size of a chunk in bytes."""
-        return sum(size for _, size in self._run(chunk))
+        """Return the size of a chunk in bytes."""
+        return sum(size for _, size in self._files(chunk))
 
     def read(self, chunk: int, problems: Problems) -> Iterator[Document]:
-        """The images of a chunk, encoded as they are."""
-        for path, size in self._run(chunk):
+        """Yield the images of a chunk, still encoded."""
+        for path, size in self._files(chunk):
             place = Place(path, "byte", 0)
             if size > MAX_IMAGE:
                 problems.add(place, f"is larger than {MAX_IMAGE >> 20} MB")
@@ -50,6 +50,6 @@ class ImageFiles:
             else:
                 yield Document(data, place)
 
-    def _run(self, chunk: int) -> tuple[tuple[str, int], ...]:
+    def _files(self, chunk: int) -> tuple[tuple[str, int], ...]:
         start = chunk * ROWS_PER_CHUNK
         return self.files[start : start + ROWS_PER_CHUNK]

@@ -1,4 +1,4 @@
-"""Parquet files: chunks are ranges of rows within a row group, and only one column of these is read."""
+"""Parquet files: a chunk is a range of rows within a row group, of which only one column is read."""
 
 import bisect
 import itertools
@@ -13,14 +13,14 @@ from fastentropy.calibration.data.columns import choose_column, documents_of
 from fastentropy.calibration.data.cursor import Cursor
 from fastentropy.calibration.data.documents import ROWS_PER_CHUNK, Document, Place, Problems
 
-#: Rows that are decoded at a time: what is in memory of a row group, which may hold a million.
+#: Rows decoded at a time. Only these are in memory; a row group may have a million.
 ROWS_DECODED = 64
-#: Bytes of a file that are read at a time; without it pyarrow reads the column of a whole row group.
+#: Bytes of a file read at a time. Without a buffer, pyarrow reads the column of a whole row group.
 BUFFER = 1 << 20
 
 
 class RowGroup(NamedTuple):
-    """A column in a row group of a file; inner is the field that holds the images, where it is a struct."""
+    """A column in a row group of a file. If the column is a struct, `inner` is the field with the images."""
 
     path: str
     number: int
@@ -30,7 +30,7 @@ class RowGroup(NamedTuple):
 
 @dataclass(frozen=True)
 class ParquetFile:
-    """A file of `size` bytes whose row groups have `rows` rows; kind is text or images."""
+    """A file of `size` bytes whose row groups have `rows` rows; `kind` is "text" or "images"."""
 
     path: str
     size: int
@@ -42,23 +42,23 @@ class ParquetFile:
 
     @property
     def chunks(self) -> int:
-        """How many."""
+        """The number of chunks."""
         return self._ends[-1]
 
     def size_of(self, chunk: int) -> int:
-        """The size of a chunk in bytes: its share of the rows, rounded so that the sum over all is the size of the file."""
+        """Return the size of a chunk in bytes: its share of the rows, rounded so that all chunks add up to the file."""
         total = sum(self.rows)
         before, rows = self._rows_of(chunk)[1:]
         first, last = before + rows.start, before + rows.stop
         return self.size * last // total - self.size * first // total
 
     def read(self, chunk: int, problems: Problems) -> Iterator[Document]:
-        """The documents of a chunk."""
+        """Yield the documents of a chunk."""
         group, before, rows = self._rows_of(chunk)
         yield from documents_of(self._cells(group, before, rows, problems), self.path, self.column, self.kind, problems)
 
     def _cells(self, group: int, before: int, rows: range, problems: Problems) -> Iterator[tuple[int, Any]]:
-        """The cells of some rows of a row group, `before` rows into the file, with their numbers in the file."""
+        """Yield the cells of rows of a row group, with their row numbers in the file; the group starts at row `before`."""
         arrow = require("pyarrow", "reading parquet")
         wanted = rows.start
         try:
@@ -75,19 +75,23 @@ class ParquetFile:
             problems.add(Place(self.path, "row", before + wanted), f"cannot be read: {one_line(error)}", rows.stop - wanted)
 
     def _rows_of(self, chunk: int) -> tuple[int, int, range]:
-        """The row group that a chunk lies in, the rows of the file before that group, and the rows of the group."""
+        """Return the row group of a chunk, how many rows of the file precede the group, and the rows within the group."""
         group = bisect.bisect_right(self._ends, chunk) - 1
         start = (chunk - self._ends[group]) * ROWS_PER_CHUNK
         return group, sum(self.rows[:group]), range(start, min(start + ROWS_PER_CHUNK, self.rows[group]))
 
     @cached_property
     def _ends(self) -> list[int]:
-        """The chunks before each row group, and the number of all."""
+        """How many chunks precede each row group, and the number of all chunks."""
         return list(itertools.accumulate((-(-rows // ROWS_PER_CHUNK) for rows in self.rows), initial=0))
 
 
 def open_parquet(path: str, size: int, column: str | None, cursor: Cursor[RowGroup, Any]) -> ParquetFile:
-    """Read what a file says of itself. Raises ValueError, a phrase without the path, where it cannot be used."""
+    """Open a file by its metadata.
+
+    Raises:
+        ValueError: the file cannot be used. The message is a phrase without the path.
+    """
     arrow, parquet = require("pyarrow", "reading parquet"), require("pyarrow.parquet", "reading parquet")
     try:
         with parquet.ParquetFile(path) as file:
@@ -103,12 +107,12 @@ def open_parquet(path: str, size: int, column: str | None, cursor: Cursor[RowGro
 
 
 def row_group_cursor() -> Cursor[RowGroup, Any]:
-    """A cursor for the row groups of any number of files, of which one is open at a time."""
+    """Return a cursor for the row groups of any number of files; one file is open at a time."""
     return Cursor(_open_row_group)
 
 
 def _open_row_group(source: RowGroup, start: int) -> Generator[Any, None, None]:
-    """The cells, scalars of pyarrow, from a row on. Those before it are decoded, but nothing is made of them."""
+    """Yield the cells, as pyarrow scalars, from a row on. Earlier rows are decoded, but not converted."""
     parquet = require("pyarrow.parquet", "reading parquet")
     leaf = source.column if source.inner is None else f"{source.column}.{source.inner}"
     with parquet.ParquetFile(source.path, buffer_size=BUFFER) as file:
@@ -118,7 +122,7 @@ def _open_row_group(source: RowGroup, start: int) -> Generator[Any, None, None]:
 
 
 def _kind(types: Any, column: Any) -> tuple[str, str | None]:
-    """text or images, and the field of a struct that holds the images. Raises ValueError where a column is neither."""
+    """Return "text" or "images", and the field of a struct with the images; raise ValueError if the column is neither."""
     inner = "bytes" if types.is_struct(column.type) and column.type.get_field_index("bytes") >= 0 else None
     cells = column.type if inner is None else column.type.field(inner).type
     cells = cells.value_type if types.is_dictionary(cells) else cells

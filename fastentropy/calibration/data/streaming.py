@@ -1,7 +1,7 @@
-"""Data sets of the `datasets` library, streamed: a chunk is a shard of one that has many, or else a run of rows.
+"""Streamed data sets of the `datasets` library: a chunk is a shard if there are many, and otherwise a range of rows.
 
-A rank that reads a shard reads nothing else. Runs of rows let any number of ranks share a single file, of which there is no
-index, so that each of them reads the rows of the others and passes over them.
+A rank reads only its own shards. Ranges of rows let any number of ranks share a single file; since it has no index, each rank
+also reads the rows of the others, and skips them.
 """
 
 import itertools
@@ -16,7 +16,7 @@ from fastentropy.calibration.data.columns import choose_column, documents_of
 from fastentropy.calibration.data.cursor import Cursor
 from fastentropy.calibration.data.documents import ROWS_PER_CHUNK, Document, Problems
 
-#: From so many shards on, a shard is a chunk; with fewer, too many ranks would have nothing to do.
+#: With at least this many shards, a shard is a chunk; with fewer, too many ranks would have nothing to do.
 MANY_SHARDS = 64
 
 _NAME = re.compile(r"(?P<path>\w[\w.-]*(/\w[\w.-]*)?)(:(?P<config>[\w.-]*))?(:(?P<split>[\w.-]+))?")
@@ -33,15 +33,15 @@ class Shards:
 
     @property
     def chunks(self) -> int:
-        """How many."""
+        """The number of chunks."""
         return int(self.stream.num_shards)
 
     def size_of(self, chunk: int) -> int:
-        """Unknown, which is 0."""
+        """Return 0: the size is unknown."""
         return 0
 
     def read(self, chunk: int, problems: Problems) -> Iterator[Document]:
-        """The documents of a shard."""
+        """Yield the documents of a shard."""
         shard = self.stream.shard(num_shards=self.chunks, index=chunk)
         cells = enumerate(_cells(shard, self.name, self.column))
         return documents_of(cells, f"{self.name}, shard {chunk}", self.column, self.kind, problems)
@@ -49,7 +49,7 @@ class Shards:
 
 @dataclass(frozen=True)
 class Rows:
-    """A data set of a few shards in runs of rows; only reading tells how many."""
+    """A data set of few shards, of which a range of rows is a chunk."""
 
     name: str
     column: str
@@ -58,15 +58,15 @@ class Rows:
 
     @property
     def chunks(self) -> None:
-        """Unknown."""
+        """None: only reading to the end shows how many there are."""
         return
 
     def size_of(self, chunk: int) -> int:
-        """Unknown, which is 0."""
+        """Return 0: the size is unknown."""
         return 0
 
     def read(self, chunk: int, problems: Problems) -> Iterator[Document] | None:
-        """The documents of a run of rows, or None where the data set ends before it."""
+        """Return the documents of a range of rows, or None if the data set ends before it."""
         start = chunk * ROWS_PER_CHUNK
         rows = self.cursor.rows(None, start, start + ROWS_PER_CHUNK)
         first = next(rows, None)
@@ -76,14 +76,15 @@ class Rows:
 
 
 def is_dataset_name(source: str) -> bool:
-    """Whether a text is a name as `datasets` knows them: name or org/name, then :config, and then :split."""
+    """Return whether a string is a name for `datasets`: name or org/name, optionally followed by :config and :split."""
     return _NAME.fullmatch(source) is not None
 
 
 def open_stream(source: str, column: str | None) -> Shards | Rows:
-    """Open the data set of that name; its split is train where none is named. Nothing is downloaded but what is read.
+    """Open the data set of that name. The default split is train. Only the rows that are read are downloaded.
 
-    Raises ValueError where `datasets` is missing, where it cannot open the data set, and where that holds no documents.
+    Raises:
+        ValueError: `datasets` is not installed, cannot open the data set, or the data set holds no documents.
     """
     library = require("datasets", f"the data set {source}")
     parts = _NAME.fullmatch(source)
@@ -92,8 +93,8 @@ def open_stream(source: str, column: str | None) -> Shards | Rows:
         stream = library.load_dataset(parts["path"], parts["config"] or None, split=parts["split"] or "train", streaming=True)
         stream = _with_many_shards(stream.decode(False))  # images stay bytes
         names = stream.column_names or list(next(iter(stream), {}))
-    except Exception as error:  # of the HTTP client, of the formats of files, and so on
-        raise ValueError(f"{source} is no path, and no data set that can be opened: {one_line(error)}") from error
+    except Exception as error:  # of the HTTP client, of file formats, and so on
+        raise ValueError(f"{source} is neither a path nor a data set that can be opened: {one_line(error)}") from error
     try:
         name = choose_column(names, column)
     except ValueError as error:
@@ -110,12 +111,12 @@ def open_stream(source: str, column: str | None) -> Shards | Rows:
 
 
 def _with_many_shards(stream: Any) -> Any:
-    """The row groups of parquet files as shards, where there are few files: finding them reads the end of each."""
+    """Make the row groups of parquet files shards if there are few files, whose footers are read for that."""
     return stream if stream.num_shards >= MANY_SHARDS else stream.reshard()
 
 
 def _kind(cells: Iterable[Any], source: str, column: str) -> str:
-    """text or images, as the first of the cells is that is either."""
+    """Return "text" or "images", by the first cell that is either."""
     for value in cells:
         if isinstance(value, str):
             return "text"
@@ -125,9 +126,9 @@ def _kind(cells: Iterable[Any], source: str, column: str) -> str:
 
 
 def _cells(stream: Iterable[Any], name: str, column: str) -> Generator[Any, None, None]:
-    """The cells of a column. Raises OSError, whatever went wrong, where the stream breaks: what follows would be lost."""
+    """Yield the cells of a column. If the stream breaks for any reason, raise OSError: the rest would be lost."""
     try:
         for row in stream:
             yield row[column]
     except Exception as error:
-        raise OSError(f"{name} cannot be read on: {one_line(error)}") from error
+        raise OSError(f"{name} cannot be read any further: {one_line(error)}") from error

@@ -1,4 +1,4 @@
-"""Text and JSON lines, read by ranges of bytes: a line is in the chunk in which its first byte lies."""
+"""Text and JSON lines, read by ranges of bytes: a line belongs to the chunk that contains its first byte."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -8,8 +8,8 @@ from typing import BinaryIO
 from fastentropy.calibration.data.columns import text_of
 from fastentropy.calibration.data.documents import MAX_TEXT, Document, DocumentError, Place, Problems
 
-#: Bytes in a chunk: some 60 thousand tokens, so that several batches share the loss of a last one that is not full, while
-#: a corpus of some megabytes still has a chunk for each of some GPUs.
+#: Bytes per chunk: some 60 thousand tokens. A chunk has several batches, of which only the last is not full, and a corpus of a
+#: few megabytes still has a chunk for each of several GPUs.
 TEXT_CHUNK = 256 << 10
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -17,7 +17,7 @@ _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 @dataclass(frozen=True)
 class TextFile:
-    """A file of `size` bytes with a document in each line; `parse` makes its text of the line."""
+    """A file of `size` bytes with one document per line; `parse` turns a line into the text."""
 
     path: str
     size: int
@@ -27,15 +27,15 @@ class TextFile:
 
     @property
     def chunks(self) -> int:
-        """How many."""
+        """The number of chunks."""
         return -(-self.size // self.chunk_size)
 
     def size_of(self, chunk: int) -> int:
-        """The size of a chunk in bytes."""
+        """Return the size of a chunk in bytes."""
         return min(self.chunk_size, self.size - chunk * self.chunk_size)
 
     def read(self, chunk: int, problems: Problems) -> Iterator[Document]:
-        """The documents of a chunk; lines that are blank are none."""
+        """Yield the documents of a chunk, without blank lines."""
         start = chunk * self.chunk_size
         try:
             with open(self.path, "rb") as file:
@@ -52,7 +52,7 @@ class TextFile:
             problems.add(Place(self.path, "byte", start), f"cannot be read: {error.strerror}")
 
     def _text(self, line: bytes, position: int) -> str:
-        """The text of a line, or an empty one."""
+        """Return the text of a line, or an empty string if it is blank."""
         if position == 0:
             line = line.removeprefix(_BYTE_ORDER_MARK)
         line = line.removesuffix(b"\n").removesuffix(b"\r")
@@ -66,13 +66,13 @@ class TextFile:
 
 
 def lines(file: BinaryIO, start: int, stop: int, limit: int) -> Iterator[tuple[int, bytes]]:
-    r"""The lines whose first byte lies from `start` to before `stop`, each with that byte's position and its \n.
+    r"""Yield the lines whose first byte lies between `start` and `stop`, exclusive, with the position of that byte.
 
-    Of a line that is longer than `limit` bytes, only a part is read that is longer, too. Bytes behind `stop` are read only for
-    the line that reaches there, and bytes before `start` not at all but for one.
+    A line includes its \n. Of a line longer than `limit` bytes, only a prefix is read, which is longer than `limit` too. Bytes
+    after `stop` are read only for a line that extends there; before `start`, only one byte is read.
     """
     position = start
-    if start:  # the byte before tells whether a line begins here
+    if start:  # the byte before shows whether a line begins here
         file.seek(start - 1)
         position += len(file.readline(stop - start + 1)) - 1
     while position < stop and (line := file.readline(limit + 2)):
@@ -83,12 +83,16 @@ def lines(file: BinaryIO, start: int, stop: int, limit: int) -> Iterator[tuple[i
 
 
 def parse_line(line: str) -> str:
-    """The document in a line of a text file: the line."""
+    """Return a line of a text file, which is the document."""
     return line
 
 
 def parse_json(line: str, column: str) -> str:
-    """The text under the key `column` of a line that is a JSON object. Raises DocumentError where there is none."""
+    """Return the text under the key `column` of a line that is a JSON object.
+
+    Raises:
+        DocumentError: the line is not a JSON object, or holds no text under that key.
+    """
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:

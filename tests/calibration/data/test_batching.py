@@ -72,7 +72,7 @@ DRAWN = {
 def test_padded_rows_are_documents(texts, template, side, batch_size, max_length, together):
     tokenizer = make_tokenizer(template, side)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(batching, "TOKENIZED_TOGETHER", together)
+        patch.setattr(batching, "MAX_TOKENIZED", together)
         batches = list(TextBatches(tokenizer, batch_size=batch_size, max_length=max_length).batches(chunk_of(texts)))
     texts = [text for text in texts if text]
     whole = [encoded(text, template) for text in texts]
@@ -97,7 +97,7 @@ def test_padded_rows_are_documents(texts, template, side, batch_size, max_length
 def test_packed_rows_are_the_joined_documents(texts, template, side, batch_size, max_length, characters):
     tokenizer = make_tokenizer(template, side)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(batching, "CHARACTERS_TOGETHER", characters)
+        patch.setattr(batching, "MAX_CHARACTERS", characters)
         maker = TextBatches(tokenizer, batch_size=batch_size, max_length=max_length, packing=True)
         batches = list(maker.batches(chunk_of(texts)))
     joined = []
@@ -120,13 +120,13 @@ def test_a_chunk_is_not_read_before_its_batches_are_asked_for():
     batches = TextBatches(make_tokenizer(), batch_size=2, max_length=8).batches(Chunk(0, 0, documents, Problems()))
     assert not read
     next(batches)
-    assert len(read) == batching.TOKENIZED_TOGETHER
+    assert len(read) == batching.MAX_TOKENIZED
 
 
 @pytest.mark.parametrize("packing", [False, True])
 def test_without_a_padding_token_eos_pads_and_is_said(packing):
     maker = TextBatches(make_tokenizer(without=["pad_token"]), batch_size=2, max_length=4, packing=packing)
-    assert "has no padding token; EOS is padded with" in maker.notice
+    assert "has no padding token; EOS is used instead" in maker.notice
     (batch,) = maker.batches(chunk_of(["w1 w2 w3", "w4 w5"]))
     expected = [["w1", "w2", "w3", "<eos>"], ["w4", "w5"]] if packing else [["w1", "w2", "w3"], ["w4", "w5"]]
     assert rows_of(batch) == [[IDS[token] for token in row] for row in expected]

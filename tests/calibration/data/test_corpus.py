@@ -337,10 +337,10 @@ def test_a_file_that_went_is_a_problem_of_each_chunk(tmp_path):
         ({}, "", "holds no file that can be used; expected .txt"),
         ({"a.txt": ""}, "", r"holds no file that can be used; .*a\.txt is empty"),
         ({"a.txt": ""}, "*.md", "holds no file that can be used; expected .txt"),
-        ({"a.bin": "1"}, "a.bin", "is of no kind that can be read; expected .txt"),
+        ({"a.bin": "1"}, "a.bin", "is not of a kind that can be read; expected .txt"),
         ({}, "missing.txt", "does not exist; expected a file, a folder, a glob pattern or the name"),
         ({}, "a/b/c/d", "does not exist"),
-        ({"a.txt": "1", "b.png": "1"}, "", r"holds text \(.*a\.txt\) and images \(.*b\.png\); expected one of them"),
+        ({"a.txt": "1", "b.png": "1"}, "", r"holds text \(.*a\.txt\) and images \(.*b\.png\); expected only one kind"),
     ],
 )
 def test_what_cannot_be_a_corpus_is_one_line(tmp_path, files, source, message):
@@ -489,7 +489,7 @@ def test_images_of_a_stream(library):
 def test_a_stream_that_breaks_is_an_error_not_an_end(library):
     library.shards, library.breaks_at = [[{"text": f"{row}"} for row in range(2000)]], 1000
     corpus = open_corpus("name")
-    with pytest.raises(OSError, match=r"^name cannot be read on: connection lost and much more$"):
+    with pytest.raises(OSError, match=r"^name cannot be read any further: connection lost and much more$"):
         contents(corpus)
 
 
@@ -509,7 +509,7 @@ def test_a_stream_without_documents(library, rows, column, message):
 
 def test_a_data_set_that_cannot_be_opened(library):
     library.breaks_at = 0
-    message = "org/none is no path, and no data set that can be opened: connection lost and much more"
+    message = "org/none is neither a path nor a data set that can be opened: connection lost and much more"
     with pytest.raises(ValueError, match=f"^{message}$"):
         open_corpus("org/none")
 
