@@ -1,4 +1,4 @@
-"""How a process is killed at a moment that is not left to chance."""
+"""Kill a process at an exactly known moment."""
 
 import itertools
 import os
@@ -7,16 +7,16 @@ from pathlib import Path
 
 
 def die_at(fatal_moment):
-    """Die at moment 0 or 1, before or after a file is put in its place, at 2 or 3 with the second file, and so on."""
+    """Kill this process at moment 0 or 1, before or after the first file replacement; 2 or 3 are the second one, and so on."""
     replace, moments = Path.replace, itertools.count()
 
-    def die_if_it_is_time():
+    def die_if_fatal():
         if next(moments) == fatal_moment:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def replace_between_moments(path, target):
-        die_if_it_is_time()
+    def replace_and_count(path, target):
+        die_if_fatal()
         replace(path, target)
-        die_if_it_is_time()
+        die_if_fatal()
 
-    Path.replace = replace_between_moments
+    Path.replace = replace_and_count

@@ -1,6 +1,6 @@
-"""Tiny models and corpora, and `python -m tests.calibration.cases`, which forks the ranks of calibrations.
+"""Tiny models and corpora, and `python -m tests.calibration.cases`, a process that forks the ranks of calibrations.
 
-So PyTorch and transformers are imported, and the counting kernels compiled, only once.
+Forking imports PyTorch and transformers, and compiles the counting kernels, only once.
 """
 
 import builtins
@@ -47,8 +47,8 @@ from tests._helpers.kill_points import die_at
 from tests._helpers.paths import PYTHONPATH
 
 logging.disable_progress_bar()
-#: Seconds that a rank may take, and that it may still take when another was killed.
-SECONDS, PATIENCE = 60, 1
+#: Seconds after which a rank is killed, and after which it is killed once another rank has been killed.
+SECONDS, GRACE_SECONDS = 60, 1
 SPECIAL = {"unk_token": "<unk>", "pad_token": "<pad>", "cls_token": "<cls>", "sep_token": "<sep>", "eos_token": "<eos>"}
 WORDS = [f"w{number}" for number in range(50)]
 IDS = {token: number for number, token in enumerate([*SPECIAL.values(), *WORDS])}
@@ -89,7 +89,7 @@ def vit():
 
 
 def seeded(model_class, config):
-    """Of float64: batches may sum in another order than single documents do, but no sign depends on the last bits."""
+    """Build a float64 model: batches may sum in another order than single documents, but no sign depends on the last bits."""
     torch.manual_seed(3)
     return model_class(config).double().eval()
 
@@ -103,7 +103,7 @@ MODELS = {
 
 
 def save_model(name, folder):
-    """Save a model with what makes its inputs."""
+    """Save a model with its tokenizer or image processor."""
     make, make_processor = MODELS[name]
     make().save_pretrained(folder)
     make_processor().save_pretrained(folder)
@@ -111,13 +111,13 @@ def save_model(name, folder):
 
 
 def texts(number, seed=5):
-    """Documents of 1 to 30 words, some of which are cut off at MAX_LENGTH."""
+    """Return documents of 1 to 30 words, some of which are truncated at MAX_LENGTH."""
     drawn = random.Random(seed)
     return [" ".join(drawn.choices(WORDS, k=drawn.randrange(1, 31))) for _ in range(number)]
 
 
 def save_all(folder, *numbers):
-    """All models, and both corpora with so many files or images."""
+    """Save all models, and both corpora with the given number of files or images."""
     for name in MODELS:
         save_model(name, folder / name)
     save_texts(folder / "texts", *numbers)
@@ -126,7 +126,7 @@ def save_all(folder, *numbers):
 
 
 def save_texts(folder, files=11):
-    """Files of 0 to 12 documents, a chunk each; the first has none, and one of them a line that cannot be read."""
+    """Save files of 0 to 12 documents, one chunk each. The first has none; every fifth has a line that cannot be read."""
     folder.mkdir()
     drawn, documents = random.Random(7), iter(texts(1000))
     for number in range(files):
@@ -137,7 +137,7 @@ def save_texts(folder, files=11):
 
 
 def save_images(folder, number=23, rows_per_group=3):
-    """A table of images, with a chunk for each row group; one of them cannot be decoded."""
+    """Save a table of images, with a chunk for each row group. One image cannot be decoded."""
     folder.mkdir()
     cells = [png(seed) for seed in range(number)]
     cells[1] = b"no image"
@@ -153,13 +153,13 @@ def png(seed):
 
 
 def documents_of(path):
-    """The documents of a text file, in order."""
+    """Return the documents of a text file, in order."""
     lines = path.read_bytes().split(b"\n")
     return [line.decode() for line in lines if line.strip() and line.isascii()]
 
 
 def by_hand(name, data, max_length=MAX_LENGTH):
-    """The statistics of a model run over a corpus, one document after the other, and how many tokens these have."""
+    """Run a model over a corpus, one document after the other; return the statistics and the number of tokens."""
     make, make_processor = MODELS[name]
     model, processor = make(), make_processor()
     tokens = 0
@@ -172,7 +172,7 @@ def by_hand(name, data, max_length=MAX_LENGTH):
 
 
 def packed_by_hand(name, data, max_length=MAX_LENGTH):
-    """The same where the documents of a file stand in one sequence, which is cut into rows."""
+    """The same, with the documents of a file in one sequence that is cut into rows."""
     make, make_processor = MODELS[name]
     model, processor = make(), make_processor()
     separator = [] if name == "bert" else [IDS["<eos>"]]
@@ -200,12 +200,12 @@ def images_by_hand(number=23):
 
 
 def figures(statistics):
-    """All integers of statistics, as plain values."""
+    """Return all integers of statistics as plain values."""
     return {name: (site.activation, site.counts.tolist(), site.nan) for name, site in statistics.items()}
 
 
 def outcome(folder):
-    """What a finished run says that is to be the same on any number of ranks."""
+    """Return what must be the same on any number of ranks of a finished run."""
     summary = json.loads((folder / "summary.json").read_text())
     tally = [summary[name] for name in ("batches", "tokens", "documents", "truncated", "tokens_cut", "problems")]
     return figures(fe.Statistics.load(folder / "statistics.safetensors")), tally
@@ -216,7 +216,7 @@ def outcome(folder):
 
 @dataclass(frozen=True)
 class Result:
-    """What came of a rank: its exit status, minus a signal's number, and what it printed."""
+    """The result of a rank: its exit status, or minus the number of the signal, and what it printed."""
 
     status: int
     output: str
@@ -224,7 +224,7 @@ class Result:
 
 
 class Server:
-    """Runs `fastentropy calibrate` on any number of ranks, in children of a process that has everything imported."""
+    """Runs `fastentropy calibrate` on any number of ranks, in children of a process that has imported everything."""
 
     def __init__(self):
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "80", "PYTHONPATH": PYTHONPATH}
@@ -233,16 +233,19 @@ class Server:
         )
 
     def start(self, arguments, *, ranks=1, injected=None):
-        """Start the ranks; returns their process numbers, which are no other processes' until `finish`.
+        """Start the ranks; return their process numbers, which are not reused before `finish`.
 
-        arguments: of the command, or a list of them for each rank. injected: by rank, what of `INJECTED` befalls it.
+        Args:
+            arguments: the arguments of the command, or a list of them for each rank.
+            ranks: how many ranks to start.
+            injected: rank -> the name and the arguments of a function in `INJECTED`.
         """
         alike = not isinstance(arguments[0], list)
         each = [[str(argument) for argument in (arguments if alike else arguments[rank])] for rank in range(ranks)]
         return self._ask([each, {str(rank): what for rank, what in (injected or {}).items()}])
 
     def finish(self):
-        """Wait for the ranks; returns the result of each. Those that hang are killed, and have the status -SIGKILL."""
+        """Wait for the ranks; return the result of each. Ranks that hang are killed, with the status -SIGKILL."""
         return [Result(*values) for values in self._ask("finish")]
 
     def run(self, arguments, **options):
@@ -260,7 +263,7 @@ class Server:
 
 
 def serve():
-    """A line with the ranks' arguments is answered by their process numbers; the next line, by what came of them."""
+    """Answer a line with the arguments of the ranks by their process numbers, and the next line by their results."""
     torch.set_num_threads(1)  # threads would not survive the fork
     warm_up()
     for line in sys.stdin:
@@ -279,7 +282,7 @@ def serve():
 
 
 def warm_up():
-    """Import what is imported late, and compile what counts: by calibrations that leave no thread behind."""
+    """Run calibrations, which leave no thread behind, to import every module and compile the counting kernels."""
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         corpora = {"llama": save_texts(Path(folder, "texts"), 2), "vit": save_images(Path(folder, "images"))}
         for name, data in corpora.items():
@@ -327,25 +330,25 @@ def start_rank(rank, number, port, arguments, injected, folder):
 
 
 def wait_for(children):
-    """The exit statuses. As torchrun does, kill the ranks that are left some time after one was killed."""
+    """Return the exit statuses. Like torchrun, kill the remaining ranks some time after one was killed."""
     statuses, deadline = {}, time.monotonic() + SECONDS
     while len(statuses) < len(children):
         for child in children:
             if child not in statuses and (ended := os.waitpid(child, os.WNOHANG))[0]:
                 statuses[child] = os.waitstatus_to_exitcode(ended[1])
                 if statuses[child] < 0:
-                    deadline = min(deadline, time.monotonic() + PATIENCE)
+                    deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
             elif child not in statuses and time.monotonic() > deadline:
                 os.kill(child, signal.SIGKILL)
         time.sleep(0.005)
     return [statuses[child] for child in children]
 
 
-# What befalls a rank ---------------------------------------------------------------------------------------------------
+# Faults of a rank ------------------------------------------------------------------------------------------------------
 
 
 def in_forward(batch, act):
-    """Act in the forward pass of a batch, by its number among those that are run, of this rank."""
+    """Call `act` in the forward pass of the batch of that number, counted on this rank."""
     from fastentropy.calibration.pretrained import Pretrained
 
     forward, batches = Pretrained.forward, itertools.count()
@@ -366,7 +369,7 @@ def raise_at(batch, kind):
 
 
 def slow_down(seconds):
-    """Let each forward pass take so long, so that a kill can come between."""
+    """Make each forward pass take this long, so that a kill can happen during the run."""
     from fastentropy.calibration.pretrained import Pretrained
 
     forward = Pretrained.forward
@@ -379,7 +382,7 @@ def slow_down(seconds):
 
 
 def lose_stream(chunk):
-    """Let the data break off in a chunk."""
+    """Make the data break off in a chunk."""
     from fastentropy.calibration.data.text import TextFile
 
     read = TextFile.read
@@ -393,7 +396,7 @@ def lose_stream(chunk):
 
 
 def refuse_folder():
-    """Fail where this rank touches the output folder."""
+    """Make this rank fail when it touches the output folder."""
     from fastentropy.calibration import run
 
     def touched(*arguments, **options):
@@ -407,8 +410,8 @@ def refuse_folder():
 INJECTED = {function.__name__: function for function in (die_at, raise_at, slow_down, lose_stream, refuse_folder)}
 
 
-def leave_alone(folder):
-    """A folder's files with their contents, to be compared with what it holds later."""
+def contents_of(folder):
+    """Return a folder's files with their contents, to compare them later."""
     with contextlib.suppress(FileNotFoundError):
         return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 

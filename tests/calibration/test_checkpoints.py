@@ -29,7 +29,7 @@ def checkpoint():
     return Checkpoint(settings, statistics(), Tally(1, 2, 3, 4, 5, [PROBLEM]), 17, 2.5)
 
 
-def test_what_is_saved_is_loaded(checkpoint, tmp_path):
+def test_round_trip(checkpoint, tmp_path):
     path = tmp_path / "checkpoint.safetensors"
     checkpoint.save(path)
     loaded = Checkpoint.load(path)
@@ -38,18 +38,18 @@ def test_what_is_saved_is_loaded(checkpoint, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.safetensors"]
 
 
-def test_a_checkpoint_is_a_file_of_statistics_too(checkpoint, tmp_path):
+def test_checkpoint_loads_as_statistics(checkpoint, tmp_path):
     checkpoint.save(tmp_path / "checkpoint.safetensors")
     assert figures(fe.Statistics.load(tmp_path / "checkpoint.safetensors")) == figures(statistics())
 
 
-def test_a_checkpoint_before_the_first_count(tmp_path):
+def test_checkpoint_without_counts(tmp_path):
     Checkpoint({}, fe.Statistics({}), Tally()).save(tmp_path / "checkpoint.safetensors")
     assert Checkpoint.load(tmp_path / "checkpoint.safetensors").tally == Tally()
 
 
 @pytest.mark.parametrize("kept", [0, 7, 100, -1])
-def test_a_damaged_file_is_refused(checkpoint, tmp_path, kept):
+def test_damaged_file(checkpoint, tmp_path, kept):
     path = tmp_path / "checkpoint.safetensors"
     checkpoint.save(path)
     path.write_bytes(path.read_bytes()[:kept])
@@ -61,7 +61,7 @@ def test_a_damaged_file_is_refused(checkpoint, tmp_path, kept):
     "rest",
     ["", "[]", "3", "{}", {"tally": {"words": 3}}, {"tally": {"problems": [[1]]}}, {"chunk": None}, {"seconds": "many"}],
 )
-def test_another_file_is_refused(checkpoint, tmp_path, rest):
+def test_other_file(checkpoint, tmp_path, rest):
     path = tmp_path / "checkpoint.safetensors"
     statistics().save(path)
     with pytest.raises(ValueError, match="is damaged or not a checkpoint"):
@@ -73,19 +73,19 @@ def test_another_file_is_refused(checkpoint, tmp_path, rest):
         Checkpoint.load(path)
 
 
-def test_a_tally_counts_batches():
+def test_tally_adds_batches():
     tally = Tally()
     tally.add(Batch({}, tokens=5, documents=2, truncated=1, tokens_cut=7))
     tally.add(Batch({}, tokens=3, documents=1))
     assert tally == Tally(batches=2, tokens=8, documents=3, truncated=1, tokens_cut=7)
 
 
-def test_tallies_of_ranks_add_up_in_any_order():
+def test_tallies_add_up_in_any_order():
     first, second = Tally(1, 2, 3, 4, 5, [PROBLEM._replace(path="b.txt"), PROBLEM]), Tally(10, 20, 30, 40, 50, [PROBLEM])
     together = Tally(11, 22, 33, 44, 55, [PROBLEM._replace(times=4), PROBLEM._replace(path="b.txt")])
     assert first + second == second + first == together
 
 
-def test_settings_that_differ_are_named():
+def test_differing():
     assert differing({"a": 1, "b": 2}, {"a": 1, "b": 2}) == []
     assert differing({"a": 1, "b": 2}, {"a": 3, "c": 4}) == ["a", "b", "c"]

@@ -1,4 +1,4 @@
-"""A calibration counts every token once, on any number of ranks: what one process counts, a document after the other."""
+"""On any number of ranks, a calibration gives the counts of one process that runs one document after the other."""
 
 import contextlib
 import functools
@@ -33,7 +33,7 @@ def place(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def calibrated(server, place):
-    """What a run of a model gives, with further options of the command."""
+    """A function that calibrates a model with further options of the command, and returns the outcome."""
 
     @functools.cache
     def run(name, *options, ranks=1, injected=()):
@@ -64,24 +64,24 @@ def expected(name, packing, data):
     [("llama", False), ("llama", True), ("bert", False), ("bert", True), ("gpt2", False), ("vit", False)],
     ids=str,
 )
-def test_counts_are_those_of_a_model_that_is_run_by_hand(calibrated, place, name, packing, ranks):
+def test_counts_equal_a_plain_loop(calibrated, place, name, packing, ranks):
     options = ["--packing"] * packing
     counts, tally = calibrated(name, *options, ranks=ranks)
     assert (counts, tally[1]) == expected(name, packing, place / "texts")
     assert tally == calibrated(name, *options)[1]
 
 
-def test_ranks_without_a_chunk_add_nothing(calibrated, place):
+def test_ranks_without_a_chunk(calibrated, place):
     assert calibrated("llama", ranks=13) == calibrated("llama")
 
 
 @pytest.mark.parametrize("every", [1, 100])
-def test_counts_do_not_depend_on_checkpoints(calibrated, every):
+def test_counts_independent_of_checkpoints(calibrated, every):
     assert calibrated("llama", "--checkpoint-every", every, ranks=2) == calibrated("llama")
 
 
 @pytest.mark.parametrize(("limit", "packing"), [(1, False), (300, False), (300, True), (10**6, False)])
-def test_the_batches_up_to_a_number_of_tokens_are_the_same_on_any_number_of_ranks(calibrated, place, limit, packing):
+def test_max_tokens_on_any_number_of_ranks(calibrated, place, limit, packing):
     options = ["--max-tokens", limit, *["--packing"] * packing]
     counts, tally = calibrated("llama", *options)
     batches = TextBatches(cases.tokenizer(), batch_size=3, max_length=cases.MAX_LENGTH, packing=packing)
@@ -96,24 +96,24 @@ def test_the_batches_up_to_a_number_of_tokens_are_the_same_on_any_number_of_rank
         assert calibrated("llama", *options, ranks=ranks) == (counts, tally)
 
 
-def test_the_images_up_to_a_number_are_the_same_on_any_number_of_ranks(calibrated):
+def test_max_images_on_any_number_of_ranks(calibrated):
     assert calibrated("vit", "--max-tokens", 8, ranks=3) == calibrated("vit", "--max-tokens", 8)
     assert calibrated("vit", "--max-tokens", 8)[1][1] == 8
 
 
-def test_padding_is_counted_where_no_mask_is_wanted(calibrated):
+def test_padding_counts_without_a_mask(calibrated):
     counts, tally = calibrated("llama", "--mask", "none", ranks=2)
     values = sum(map(sum, counts["model.layers.0.mlp.act_fn"][1]))
     assert values > 24 * tally[1]
     assert calibrated("llama", "--mask", "none") == (counts, tally)
 
 
-def test_only_the_first_rank_touches_the_output_folder(calibrated):
+def test_only_rank_0_touches_the_output_folder(calibrated):
     injected = tuple((rank, ("refuse_folder",)) for rank in (1, 2))
     assert calibrated("llama", ranks=3, injected=injected) == calibrated("llama")
 
 
-def test_torchrun_starts_the_ranks(place, tmp_path):
+def test_torchrun(place, tmp_path):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "fastentropy"]
     options = ["--data", place / "texts", "--output", tmp_path / "run", "--batch-size", "3", "--json"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -134,7 +134,7 @@ def run_on(server, place, output, ranks, injected=None):
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_data_that_breaks_off_is_told_by_the_first_rank_and_the_run_goes_on_later(server, calibrated, place, tmp_path, ranks):
+def test_broken_stream_is_reported_and_continued(server, calibrated, place, tmp_path, ranks):
     results = run_on(server, place, tmp_path / "run", ranks, dict.fromkeys(range(ranks), ("lose_stream", 8)))
     assert [result.status for result in results] == [2] * ranks
     teller = f"rank {8 % ranks}: " if 8 % ranks else ""
@@ -146,7 +146,7 @@ def test_data_that_breaks_off_is_told_by_the_first_rank_and_the_run_goes_on_late
 
 @pytest.mark.parametrize("limited", [False, True])
 @pytest.mark.parametrize("rank", [0, 1])
-def test_an_error_of_one_rank_ends_the_others(server, place, tmp_path, rank, limited):
+def test_error_of_one_rank_ends_all(server, place, tmp_path, rank, limited):
     options = ["--max-tokens", "500"] if limited else []
     arguments = [place / "llama", "--data", place / "texts", "--output", tmp_path / "run", *options]
     results = server.run(arguments, ranks=3, injected={rank: ("raise_at", 1, "AssertionError")})
@@ -155,19 +155,19 @@ def test_an_error_of_one_rank_ends_the_others(server, place, tmp_path, rank, lim
     assert not any("Traceback" in result.errors for other, result in enumerate(results) if other != rank)
 
 
-def test_a_batch_that_does_not_run_is_one_line(server, place, tmp_path):
+def test_batch_that_fails_is_one_line(server, place, tmp_path):
     results = run_on(server, place, tmp_path / "run", 2, {1: ("raise_at", 0, "RuntimeError")})
     assert [result.status for result in results] == [2, 2]
     assert results[0].errors.splitlines()[-1] == f"Error: rank 1: {place / 'llama'} failed on a batch: boom"
 
 
-def test_what_the_model_refuses_is_one_line(server, place, tmp_path):
+def test_input_that_the_model_refuses_is_one_line(server, place, tmp_path):
     results = run_on(server, place, tmp_path / "run", 2, {1: ("raise_at", 0, "ValueError")})
     assert [result.status for result in results] == [2, 2]
     assert results[0].errors.splitlines()[-1] == "Error: rank 1: boom"
 
 
-def test_an_interrupt_says_how_to_go_on(server, calibrated, place, tmp_path):
+def test_interrupt(server, calibrated, place, tmp_path):
     (result,) = run_on(server, place, tmp_path / "run", 1, {0: ("raise_at", 8, "KeyboardInterrupt")})
     assert result.status == 130
     assert result.errors.splitlines()[-1] == "Interrupted. Repeat the command to continue from the last checkpoint."
@@ -195,7 +195,7 @@ class Exchange(Ranks):
 
 
 def on_ranks(number, function):
-    """What a function of Ranks returned or raised on each of a number of ranks."""
+    """Call a function of Ranks on each of a number of ranks; return what it returned or raised there."""
     barrier, values, found = threading.Barrier(number), [None] * number, [None] * number
 
     def work(rank):
@@ -232,23 +232,23 @@ def refuse(ranks, *refusing, kind=ValueError):
         ([0], KeyError, [(KeyError, repr("no 0\nbut")), QUIET, QUIET]),
     ],
 )
-def test_what_is_done_together_fails_together(refusing, kind, outcomes):
+def test_run_on_all(refusing, kind, outcomes):
     assert on_ranks(3, lambda ranks: ranks.run_on_all(lambda: refuse(ranks, *refusing, kind=kind))) == outcomes
 
 
-def test_what_the_first_rank_does_is_told_to_all():
+def test_run_on_first():
     assert on_ranks(3, lambda ranks: ranks.run_on_first(lambda: ranks.rank + 5)) == [5, 5, 5]
     assert on_ranks(2, lambda ranks: ranks.run_on_first(lambda: refuse(ranks, 0))) == [(ValueError, "no 0 but"), QUIET]
 
 
-def test_different_settings_are_named():
+def test_require_equal():
     differing = on_ranks(3, lambda ranks: ranks.require_equal({"a": 1, "b": ranks.rank, **({"c": 1} if ranks.rank else {})}))
     assert differing[0][1].startswith("ranks 0 and 1 differ in b, c; give all ranks the same")
     assert differing[1:] == [QUIET, QUIET]
     assert on_ranks(3, lambda ranks: ranks.require_equal({"a": 1})) == [None] * 3
 
 
-def test_a_rank_that_is_alone_speaks_for_itself():
+def test_single_rank():
     ranks = Ranks(0, 1)
     assert ranks.run_on_all(lambda: 3) == ranks.run_on_first(lambda: 3) == 3
     assert ranks.gather(3) == [3]
@@ -263,7 +263,7 @@ def test_a_rank_that_is_alone_speaks_for_itself():
 
 
 class Pieces:
-    """A part of a corpus that is made in memory, of which nobody knows how many chunks there are."""
+    """A part of a corpus in memory, with an unknown number of chunks."""
 
     chunks = None
 
@@ -293,7 +293,7 @@ def calibration_of(model, parts, path, max_tokens=None, ranks=None, every=2):
 
 
 def counted(model, *chunks):
-    """The same by hand."""
+    """Count the chunks in a plain loop."""
     with torch.no_grad(), fe.collect(model) as collector:
         for text in filter(str.strip, itertools.chain(*chunks)):
             ids = cases.tokenizer()(text, truncation=True, max_length=cases.MAX_LENGTH, return_tensors="pt")
@@ -302,21 +302,21 @@ def counted(model, *chunks):
 
 
 @pytest.mark.parametrize("chunks", [1, 2, 3, 4, 5])
-def test_a_stream_is_read_to_its_end(tmp_path, chunks):
+def test_stream_is_read_to_its_end(tmp_path, chunks):
     parts = [cases.texts(3, seed=number) for number in range(chunks)]
     outcome = calibration_of(cases.llama(), Pieces(*parts), tmp_path).run()
     assert cases.figures(outcome.statistics) == counted(cases.llama(), *parts)
     assert outcome.tally.documents == 3 * chunks
 
 
-def test_a_chunk_without_documents_ends_nothing(tmp_path):
+def test_chunks_without_documents(tmp_path):
     parts = [[], [], [], cases.texts(3), [], [" "], cases.texts(2, seed=1), []]
     outcome = calibration_of(cases.llama(), Pieces(*parts), tmp_path).run()
     assert cases.figures(outcome.statistics) == counted(cases.llama(), *parts)
 
 
 @pytest.mark.parametrize("max_tokens", [None, 1000])
-def test_an_error_while_batches_are_made_is_raised(tmp_path, max_tokens):
+def test_error_while_making_batches(tmp_path, max_tokens):
     class Broken(Pieces):
         def read(self, chunk, problems):
             if chunk == 3:
@@ -327,7 +327,7 @@ def test_an_error_while_batches_are_made_is_raised(tmp_path, max_tokens):
     calibration = calibration_of(model := cases.llama(), Broken(*parts), tmp_path, max_tokens)
     with pytest.raises(ValueError, match="the stream breaks off"):
         calibration.run()
-    assert not fe.collect(model).attach()  # the first collector is off
+    assert not fe.collect(model).attach()  # the first collector was detached
 
 
 def test_nan_is_counted_apart(tmp_path):
@@ -339,7 +339,7 @@ def test_nan_is_counted_apart(tmp_path):
     assert outcome.statistics["model.layers.1.mlp.act_fn"].nan == 24 * outcome.tally.tokens
 
 
-def test_a_model_without_rectifiers_is_refused_after_the_first_chunks(tmp_path):
+def test_model_without_activations(tmp_path):
     class Plain(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -353,15 +353,15 @@ def test_a_model_without_rectifiers_is_refused_after_the_first_chunks(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_data_without_a_token_leaves_no_file(tmp_path):
+def test_data_without_tokens_leaves_no_file(tmp_path):
     with pytest.raises(ValueError, match="memory holds nothing that the model can read: it has no text"):
         calibration_of(cases.llama(), Pieces([" "], []), tmp_path / "run").run()
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("max_tokens", [None, 10**6])
-def test_batches_are_made_one_ahead(tmp_path, monkeypatch, max_tokens):
-    """So that memory does not grow with the data: of a chunk, in a run to a number of tokens, and else of a batch."""
+def test_prefetches_one_item(tmp_path, monkeypatch, max_tokens):
+    """Memory must not grow with the data: one batch is made ahead, or one chunk in a run with max_tokens."""
     made, ran = [], []
     stack, forward = TextBatches._stack, Pretrained.forward
     monkeypatch.setattr(TextBatches, "_stack", lambda *arguments: made.append(len(ran)) or stack(*arguments))
@@ -375,7 +375,7 @@ def test_batches_are_made_one_ahead(tmp_path, monkeypatch, max_tokens):
     assert len(made) == 80
 
 
-def test_of_a_chunk_no_more_batches_are_made_than_may_count(tmp_path, monkeypatch):
+def test_max_tokens_limits_the_batches_made(tmp_path, monkeypatch):
     made, stack = [], TextBatches._stack
     monkeypatch.setattr(TextBatches, "_stack", lambda *arguments: made.append(1) or stack(*arguments))
     endless = (text for _ in itertools.count() for text in cases.texts(10))
@@ -384,7 +384,7 @@ def test_of_a_chunk_no_more_batches_are_made_than_may_count(tmp_path, monkeypatc
     assert len(made) < 20
 
 
-def test_a_run_that_counts_all_but_was_not_finished_counts_nothing_again(tmp_path):
+def test_complete_checkpoint_counts_nothing_again(tmp_path):
     parts = [cases.texts(3, seed=number) for number in range(3)]
     for max_tokens in (None, 60):
         folder = tmp_path / str(max_tokens)

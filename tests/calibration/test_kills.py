@@ -1,4 +1,4 @@
-"""A calibration whose ranks are killed, at whatever moment, and started again, of any number, counts each batch once."""
+"""A calibration whose ranks are killed at any moment, and which is continued on any number of ranks, counts each batch once."""
 
 import itertools
 import os
@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, "fork"), reas
 
 FILES = {"statistics.safetensors", "summary.json", "report.html"}
 KILLS = 12
-#: What a forward pass takes at least, so that kills come between.
+#: The shortest time of a forward pass in seconds, so that a kill can happen during the run.
 SECONDS = 0.004
 
 
@@ -34,7 +34,7 @@ def arguments(place):
 
 @pytest.fixture(scope="module")
 def expected(server, place, arguments):
-    """What a run gives that nobody disturbs."""
+    """The outcome of an undisturbed run."""
     assert server.run(arguments(place / "whole"))[0].status == 0
     counts, tally = cases.outcome(place / "whole")
     assert (counts, tally[1]) == cases.by_hand("llama", place / "texts")
@@ -42,7 +42,7 @@ def expected(server, place, arguments):
 
 
 def assert_every_file_is_whole(folder):
-    """What has its final name was written completely; what has not lies in a temporary folder."""
+    """Files under their final names are complete; others lie in a temporary folder."""
     for path in folder.iterdir() if folder.exists() else ():
         assert path.name in FILES | {"checkpoint.safetensors"} or path.name.startswith(".tmp-")
     if (folder / "checkpoint.safetensors").exists():
@@ -54,8 +54,8 @@ def assert_finished(folder, expected):
     assert cases.outcome(folder) == expected
 
 
-def test_a_run_may_be_killed_before_and_after_each_file_is_put_in_its_place(server, arguments, expected, tmp_path):
-    """The first of two ranks dies at one moment after the other, and then 1 to 3 ranks go on."""
+def test_killed_around_each_file_replacement(server, arguments, expected, tmp_path):
+    """Rank 0 of two dies at each moment in turn, and then 1 to 3 ranks continue."""
     for moment in itertools.count():
         folder = tmp_path / str(moment)
         command = arguments(folder, "--checkpoint-every", 4)
@@ -71,7 +71,7 @@ def test_a_run_may_be_killed_before_and_after_each_file_is_put_in_its_place(serv
 
 
 @pytest.mark.parametrize("limit", [[], ["--max-tokens", 700]], ids=["all", "limited"])
-def test_ranks_may_be_killed_at_any_time(server, arguments, expected, tmp_path, drawn, limit):
+def test_killed_at_any_time(server, arguments, expected, tmp_path, drawn, limit):
     if limit:
         assert server.run(arguments(tmp_path / "whole", *limit))[0].status == 0
         expected = cases.outcome(tmp_path / "whole")
@@ -80,7 +80,7 @@ def test_ranks_may_be_killed_at_any_time(server, arguments, expected, tmp_path, 
         folder, longest = tmp_path / f"run{run}", 0.6
         while not is_finished(folder):
             kills += was_killed(server, arguments(folder, *limit), drawn, longest)
-            longest *= 1.1  # so that a run ends at last, also where the machine has become slow
+            longest *= 1.1  # so that a run also ends if the machine becomes slow
             assert_every_file_is_whole(folder)
         assert_finished(folder, expected)
         if kills >= KILLS:
@@ -92,7 +92,7 @@ def is_finished(folder):
 
 
 def was_killed(server, arguments, drawn, longest):
-    """Start 1 to 3 ranks, and kill one or all of them after a wait; returns whether any was not done by then."""
+    """Start 1 to 3 ranks, and kill one or all of them after a wait; return whether any of them was still running."""
     ranks = drawn.randint(1, 3)
     children = server.start(arguments, ranks=ranks, injected=dict.fromkeys(range(ranks), ("slow_down", SECONDS)))
     time.sleep(drawn.uniform(0.1, longest))

@@ -18,7 +18,7 @@ def batches(number):
 
 
 @pytest.mark.parametrize("number", [1, 3, 4, 9, 200])
-def test_batches_that_are_run_twice_are_counted_once(model, number):
+def test_batches_run_twice_count_once(model, number):
     runs = []
     with torch.no_grad(), fe.collect(model) as collector:
         measured = Overhead(collector)
@@ -34,7 +34,7 @@ def test_batches_that_are_run_twice_are_counted_once(model, number):
     assert (measured.plain_seconds > 0) == (number >= RUN_TWICE[0])
 
 
-def test_each_of_the_two_goes_first_in_turn(model, monkeypatch):
+def test_order_alternates(model, monkeypatch):
     monkeypatch.setattr(overhead, "RUN_TWICE", (1, 2, 3, 4))
     order = []
     with fe.collect(model) as collector:
@@ -45,7 +45,7 @@ def test_each_of_the_two_goes_first_in_turn(model, monkeypatch):
 
 
 @pytest.mark.parametrize("batch", [1, 4])
-def test_the_collector_is_attached_again_where_the_forward_raises(model, batch):
+def test_collector_is_attached_again_after_an_error(model, batch):
     runs = []
 
     def forward():
@@ -64,7 +64,7 @@ def test_the_collector_is_attached_again_where_the_forward_raises(model, batch):
     assert "forward" not in vars(model)
 
 
-def test_the_ratio_is_the_median_of_the_last_ratios(model, monkeypatch):
+def test_ratio_is_the_median_of_the_last(model, monkeypatch):
     monkeypatch.setattr(overhead, "RUN_TWICE", (1,))
     monkeypatch.setattr(overhead, "MAX_RATIOS", 5)
     with fe.collect(model) as collector:

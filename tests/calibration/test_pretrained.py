@@ -1,4 +1,4 @@
-"""Models are loaded as they were saved, with all of their weights, and run without what only serves their outputs."""
+"""Models are loaded with all their saved weights, and run without work that only serves outputs nobody reads."""
 
 import dataclasses
 import json
@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 from torch import nn
-from transformers import BertConfig, BertModel, LlamaModel, T5Config, T5ForConditionalGeneration
+from transformers import BertConfig, BertModel, LlamaModel, MixtralConfig, T5Config, T5ForConditionalGeneration
 
 from fastentropy.calibration.pretrained import Pretrained, load_pretrained
 from tests.calibration import cases
@@ -28,7 +28,7 @@ def load(folder, kind="text", dtype="auto"):
 
 
 @pytest.mark.parametrize("name", cases.MODELS)
-def test_a_model_has_the_weights_that_were_saved(place, name):
+def test_weights_are_those_saved(place, name):
     pretrained = load(place / name, "images" if name == "vit" else "text")
     saved = cases.MODELS[name][0]()
     assert type(pretrained.model) is type(saved)
@@ -39,7 +39,7 @@ def test_a_model_has_the_weights_that_were_saved(place, name):
 
 
 @pytest.mark.parametrize(("name", "options"), [("llama", ["logits_to_keep", "use_cache"]), ("vit", []), ("bert", [])])
-def test_only_options_that_a_model_has_are_given(place, name, options):
+def test_forward_options_the_model_takes(place, name, options):
     pretrained = load(place / name, "images" if name == "vit" else "text")
     assert set(options) <= pretrained.options.keys()
     inputs = {"pixel_values": torch.zeros(1, 3, 8, 8)} if name == "vit" else {"input_ids": torch.ones(1, 4, dtype=torch.int64)}
@@ -50,7 +50,7 @@ def test_only_options_that_a_model_has_are_given(place, name, options):
         assert output.logits.shape == (1, 1, len(cases.IDS))
 
 
-def test_a_bare_model_and_an_unknown_architecture_are_run_without_a_head(place, tmp_path):
+def test_bare_model_and_unknown_architecture(place, tmp_path):
     for name, architectures in (("bare", ["BertModel"]), ("unknown", ["pipeline"]), ("none", None)):
         torch.manual_seed(3)
         model = BertModel(BertConfig(vocab_size=len(cases.IDS), hidden_size=16, intermediate_size=24, num_attention_heads=2,
@@ -67,19 +67,19 @@ def test_a_bare_model_and_an_unknown_architecture_are_run_without_a_head(place, 
 
 
 @pytest.mark.parametrize(("dtype", "expected"), [("auto", torch.float64), ("bfloat16", torch.bfloat16)])
-def test_weights_have_the_dtype_that_is_asked_for(place, dtype, expected):
+def test_dtype(place, dtype, expected):
     assert load(place / "llama", dtype=dtype).dtype == expected
 
 
 @pytest.mark.parametrize(("changed", "length"), [({}, 16), ({"model_max_length": 40}, 40), ({"model_max_length": 10**30}, 64)])
-def test_the_longest_row_is_the_least_limit(place, tmp_path, changed, length):
+def test_max_length_is_the_lowest_limit(place, tmp_path, changed, length):
     folder = shutil.copytree(place / "llama", tmp_path / "model")
     path = folder / "tokenizer_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changed}))
     assert load(folder).max_length == length
 
 
-def test_a_fingerprint_is_of_names_dtypes_and_values(place):
+def test_fingerprint_of_names_dtypes_and_values(place):
     first = load(place / "llama")
     assert first.fingerprint() == load(place / "llama").fingerprint()
     others = [load(place / "llama", dtype="float32"), load(place / "gpt2"), load(place / "llama")]
@@ -102,16 +102,16 @@ def swap_words(tokenizer):
         ("tokenizer.json", swap_words),
     ],
 )
-def test_a_fingerprint_is_of_what_decides_the_counts(place, tmp_path, file, change):
+def test_fingerprint_of_configuration_and_tokenizer(place, tmp_path, file, change):
     folder = shutil.copytree(place / "llama", tmp_path / "model")
-    assert load(folder).fingerprint() == load(place / "llama").fingerprint()  # not of the folder's name
+    assert load(folder).fingerprint() == load(place / "llama").fingerprint()  # the folder's name does not matter
     content = json.loads((folder / file).read_text(encoding="utf-8"))
     change(content)
     (folder / file).write_text(json.dumps(content), encoding="utf-8")
     assert load(folder).fingerprint() != load(place / "llama").fingerprint()
 
 
-def test_a_fingerprint_is_of_buffers_and_of_values_far_behind(place):
+def test_fingerprint_of_buffers_and_last_values(place):
     first, behind = load(place / "llama"), load(place / "llama")
     with torch.no_grad():
         behind.model.model.embed_tokens.weight[-1] -= 1.0
@@ -123,31 +123,30 @@ def test_a_fingerprint_is_of_buffers_and_of_values_far_behind(place):
     assert first.fingerprint() != before
 
 
-def test_a_mixture_of_experts_is_told_from_other_models(place):
-    library = pytest.importorskip("transformers")
+def test_has_experts(place):
     dense = load(place / "llama")
     assert not dense.has_experts
-    config = library.MixtralConfig(num_local_experts=4)
+    config = MixtralConfig(num_local_experts=4)
     model = nn.Module()
     model.config = config
     assert dataclasses.replace(dense, model=model).has_experts
 
 
-def test_tokens_are_padded_on_the_right(place, tmp_path):
+def test_padding_on_the_right(place, tmp_path):
     folder = shutil.copytree(place / "llama", tmp_path / "model")
     path = folder / "tokenizer_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "padding_side": "left"}))
     assert load(folder).processor.padding_side == "right"
 
 
-def test_arguments_of_parts_are_known():
+def test_takes_argument_of_a_submodule():
     pretrained = Pretrained("llama", cases.llama(), "text", None, {})
     assert pretrained.takes_argument("attention_mask")
     assert pretrained.takes_argument("position_embeddings")
     assert not pretrained.takes_argument("padding")
 
 
-def test_a_model_with_a_decoder_behind_an_encoder_is_refused(tmp_path):
+def test_encoder_decoder_is_refused(tmp_path):
     config = T5Config(vocab_size=len(cases.IDS), d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, decoder_start_token_id=1)
     T5ForConditionalGeneration(config).save_pretrained(tmp_path)
     cases.tokenizer().save_pretrained(tmp_path)

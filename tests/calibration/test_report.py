@@ -56,7 +56,7 @@ def words(page):
     return " ".join(re.sub(r"<[^>]*>", " ", page).split())
 
 
-def test_the_page_holds_the_figures_and_needs_nothing_else(page):
+def test_page_is_complete_and_self_contained(page):
     html = page()
     assert not re.search(r'(src|href)="(?!#|data:)|@import|url\((?!#)', html)
     for figure in (
@@ -76,7 +76,7 @@ def test_the_page_holds_the_figures_and_needs_nothing_else(page):
     assert "<tiny>" not in html
 
 
-def test_a_notice_is_there_only_where_it_is_needed(page):
+def test_notices_only_if_needed(page):
     assert 'class="notice"' not in page()
     html = page(statistics(nan=5), notices=["the tokenizer pads", "EOS is padded with"], truncated=3, tokens_cut=1234)
     for notice in (
@@ -88,25 +88,25 @@ def test_a_notice_is_there_only_where_it_is_needed(page):
         assert notice in html
 
 
-def test_nan_in_many_activations_is_one_short_notice(page):
+def test_nan_in_many_activations(page):
     notice = re.search(r'class="notice">(.*?)</p>', page(statistics(40, nan=5)))[1]
     assert notice.startswith("NaN occurred in model.layers.0.mlp.act_fn, ")
     assert "37 more" in notice
 
 
-def test_what_was_left_out_is_listed(page):
+def test_problems_are_listed(page):
     problem = {"path": "data/<a>.txt", "what": "a line is not UTF-8", "unit": "byte", "position": 17, "times": 12000}
     text = words(page(problems=[problem]))
     assert "12 000 documents or files could not be used" in text
     assert "data/&lt;a&gt;.txt a line is not UTF-8 12 k byte 17" in text
 
 
-def test_without_a_measurement_the_page_says_so(page):
+def test_overhead_not_measured(page):
     text = words(page(overhead={"ratio": None, "samples": 0}, tokens_per_second=0.4, unit="images"))
     assert "too few batches to measure it" in text
     assert "Images per second" in text
     assert format_overhead({"overhead": {"ratio": None, "samples": 0}}) == "not measured: too few batches"
 
 
-def test_a_run_over_one_image_says_so_in_the_singular(page):
+def test_one_document_in_the_singular(page):
     assert "in 1 document" in words(page(tokens=1, documents=1, unit="images", ranks=1))

@@ -296,13 +296,13 @@ def test_foreign_folder_is_left_alone(place, finished, output):
     output.mkdir()
     (output / "notes.txt").write_text("mine")
     (output / ".tmp-1-model.pt").mkdir()
-    before = cases.leave_alone(output)
+    before = cases.contents_of(output)
     assert_one_line(calibrate(place / "llama", place / "texts", output), "holds other files; name another folder")
-    assert cases.leave_alone(output) == before
+    assert cases.contents_of(output) == before
     assert (output / ".tmp-1-model.pt").exists()
-    before = cases.leave_alone(finished[0])
+    before = cases.contents_of(finished[0])
     assert_one_line(calibrate(place / "llama", place / "texts", finished[0]), "holds a finished calibration; name another")
-    assert cases.leave_alone(finished[0]) == before
+    assert cases.contents_of(finished[0]) == before
 
 
 def test_unmakeable_folder_is_one_line(place, tmp_path):
@@ -353,10 +353,10 @@ def interrupted(place, output, monkeypatch):
     ],
 )
 def test_run_with_other_settings_is_left_alone(place, interrupted, name, data, options, text):
-    before = cases.leave_alone(interrupted)
+    before = cases.contents_of(interrupted)
     result = calibrate(place / name, place / data, interrupted, *options)
     assert_last_line(result, f"run holds a run that {text}")
-    assert cases.leave_alone(interrupted) == before
+    assert cases.contents_of(interrupted) == before
 
 
 def assert_last_line(result, text):

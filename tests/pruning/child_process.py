@@ -1,6 +1,6 @@
-"""What test_kills.py runs in processes of its own: `python -m tests.pruning.child_process` forks a child for each pruning run.
+"""`python -m tests.pruning.child_process`, which forks a child for each pruning run of test_kills.py.
 
-So PyTorch is imported, and the counting kernels are compiled, only once.
+Forking imports PyTorch, and compiles the counting kernels, only once.
 """
 
 import json
@@ -21,7 +21,7 @@ LABELS = torch.arange(64) % 3
 
 
 def build():
-    """A network whose weights are 6 MB, so that a kill can come while they are written."""
+    """Build a network whose weights take 6 MB, so that a kill can happen while they are written."""
     torch.manual_seed(0)
     return nn.Sequential(
         nn.Sequential(nn.Linear(16, 512), nn.BatchNorm1d(512), nn.ReLU()),
@@ -32,7 +32,7 @@ def build():
 
 
 def train(model):
-    """The order of the data and the dropout are drawn from torch's default generator."""
+    """Train with data order and dropout drawn from torch's default generator."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     for batch in torch.randperm(len(DATA)).split(16):
         optimizer.zero_grad()
@@ -41,7 +41,7 @@ def train(model):
 
 
 def evaluate(model):
-    """The score falls with the last activation, so that the run ends with a step that is not kept."""
+    """Return a score that falls with the last activation, so that the run ends with a step that is not kept."""
     is_linear = not any(isinstance(module, nn.ReLU | nn.GELU) for module in model.modules())
     return -float(nn.functional.cross_entropy(model(DATA), LABELS)) - 10 * is_linear
 
@@ -51,7 +51,7 @@ def calibrate(model):
 
 
 def prune(folder):
-    """A whole run: its history, and the bytes of the weights of the network that it keeps."""
+    """Run `prune`; return the history, and the bytes of the weights of the kept network."""
     functions = {"train": train, "evaluate": evaluate, "calibrate": calibrate}
     result = fe.prune(build(), **functions, example_inputs=(DATA[:2],), max_drop=5.0, checkpoint_dir=folder)
     weights = {name: value.numpy().tobytes() for name, value in result.model.state_dict().items()}
@@ -59,7 +59,7 @@ def prune(folder):
 
 
 def work(folder, outcome, fatal_moment):
-    """Leave what came out, or how it failed, in the file `outcome`."""
+    """Write the result, or the traceback, to the file `outcome`."""
     try:
         if fatal_moment is not None:
             die_at(fatal_moment)
@@ -71,9 +71,9 @@ def work(folder, outcome, fatal_moment):
 
 
 def serve():
-    """A line with the arguments of `work` is answered by the child's number; the next line, by its exit code.
+    """Answer a line with the arguments of `work` by the child's process number, and the next line by its exit code.
 
-    Until that line the number stays the child's, even if it has ended: who sends the lines may kill it.
+    Until that line the number is not reused, even if the child has ended, so that the sender may kill it.
     """
     torch.set_num_threads(1)  # threads would not survive the fork
     model = build().eval()

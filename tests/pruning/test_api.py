@@ -43,7 +43,7 @@ def run(model, **options):
 
 
 class Saturated(nn.Module):
-    """Four activations whose entropies have a known order: `offset` moves the share of on inputs from 1/2 to 1."""
+    """Four activations whose entropies have a known order: the larger the offset, the larger the share of `on` inputs."""
 
     OFFSETS = (0.5, 3.0, 0.0, 1.0)
 
@@ -67,7 +67,7 @@ def test_removals_in_order_of_entropy():
 
 @pytest.mark.slow
 def test_each_step_evaluates_the_linearised_network(network):
-    """What the loop trains and evaluates is the dense architecture with identities, and nothing else."""
+    """The loop trains and evaluates the dense architecture with identities, and nothing else."""
     seen = []
 
     def record(model):
@@ -155,7 +155,7 @@ def test_protected_sites_stay():
 
 
 class Constant(Saturated):
-    """The second and fourth activation are always on: their entropy is exactly 0."""
+    """The second and fourth activation are always on, so that their entropy is exactly 0."""
 
     OFFSETS = (0.5, 90.0, 0.0, 80.0, 1.0)
 
@@ -189,7 +189,7 @@ def test_controls_remove_each_site_once_and_repeat(network):
 
 
 def test_entropies_of_training_passes():
-    """train gets a collector, and says with reset where the last epoch begins."""
+    """train receives a collector, which it resets where the last epoch begins."""
     torch.manual_seed(0)
     model = Saturated()
     with collect(model) as collector:
@@ -197,7 +197,7 @@ def test_entropies_of_training_passes():
     statistics = collector.compute()
 
     def counting_train(model, collector):
-        model(torch.full_like(DATA, 50.0))  # an epoch that does not count
+        model(torch.full_like(DATA, 50.0))  # an epoch that must not be counted
         collector.reset()
         calibrate(model)
 
@@ -257,7 +257,7 @@ class InterruptedRun(Exception):  # noqa: N818
 @pytest.mark.slow
 @pytest.mark.parametrize("interrupted_call", range(1, 11))
 def test_resumed_after_any_interruption(tmp_path, interrupted_call):
-    """Every call of the user's functions of a run with three removals raises once; then the run is taken up."""
+    """In a run with three removals, each call of the user's functions raises once; then the run is resumed."""
 
     def start():
         torch.manual_seed(0)
@@ -433,7 +433,7 @@ def blocks():
 @pytest.mark.usefixtures("counted_costs")
 def test_entropy_per_latency(blocks):
     result = run(blocks, criterion="entropy-per-latency", evaluate=lambda model: 1.0)
-    assert result.removed[0] == "gelu"  # it saves most by far, and all entropies are near 1
+    assert result.removed[0] == "gelu"  # it saves by far the most, and all entropies are near 1
     predicted = [step.metrics["predicted_ms"] for step in result.steps]
     assert predicted == sorted(predicted, reverse=True)
     assert len(set(predicted)) == len(predicted)
@@ -561,7 +561,7 @@ def test_damaged_latency_table(tmp_path, blocks):
 
 
 class Series(nn.Module):
-    """Convolutions in a row, the last one pointwise: once two of them are one, all three are no larger than that."""
+    """Consecutive convolutions, the last one pointwise: once two are merged, merging all three costs no more."""
 
     def __init__(self):
         super().__init__()
@@ -579,7 +579,7 @@ class Series(nn.Module):
 @pytest.mark.usefixtures("counted_costs")
 @pytest.mark.parametrize("order", list(itertools.permutations(["relu1", "relu2", "relu3"])))
 def test_collapse_over_collapsed_convolutions(order, tmp_path):
-    """In whatever order activations go, each step fits what is there, and a resumed run has the same network."""
+    """In any order of removal, each step fits the current network, and a resumed run has the same network."""
     torch.manual_seed(0)
     model, scores = Series(), {name: place for place, name in enumerate(order)}
     options = {"collapse": "project", "criterion": lambda model, statistics: {name: scores[name] for name in statistics}}

@@ -10,7 +10,7 @@ from fastentropy.pruning.criteria import best_trade, check_budget, lowest, score
 
 
 def statistics(**shares):
-    """Sites of one neuron that is on so many times of a hundred."""
+    """Return sites with one neuron each, which is on in the given percentage of its inputs."""
     return Statistics({name: SiteStatistics("relu", torch.tensor([[100 - on, 0, on]])) for name, on in shares.items()})
 
 
@@ -39,7 +39,7 @@ def test_random_scores_ignore_entropies():
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 17])
 def test_uniform_removals_halve_the_longest_gaps(count):
-    """After 2^n − 1 removals no gap is more than twice as long as another, but for what does not divide."""
+    """After 2^n − 1 removals, no gap is more than twice as long as another, apart from rounding."""
     names = [f"s{index:02}" for index in range(count)]
     left, order = list(names), []
     while left:
@@ -74,7 +74,7 @@ def test_invalid_scores_of_a_function(given, message):
         scores(lambda model, statistics: given, None, FOUR, SITES)
 
 
-#: Two operators around each of four activations. Removing c with d lets all after b become one; a alone saves little.
+#: Four activations between operators. Without c and d, all operators after b merge into one; removing a alone saves little.
 TABLE = LatencyTable(
     12.0,
     1.5,
@@ -100,9 +100,9 @@ TABLE = LatencyTable(
 def test_best_trade_loses_least_per_millisecond():
     losses = {"a": 0.5, "b": 0.9, "c": 0.8, "d": 0.8}
     assert best_trade(TABLE, losses, [], 4, None) == {"c", "d"}
-    assert best_trade(TABLE, losses, [], 1, None) == {"a"}  # a set of two would be one too many
+    assert best_trade(TABLE, losses, [], 1, None) == {"a"}  # a set of two is too large
     assert best_trade(TABLE, losses, ["c", "d"], 4, None) == {"a"}
-    assert best_trade(TABLE, losses, ["c"], 4, None) == {"d"}  # what is gone costs nothing any more
+    assert best_trade(TABLE, losses, ["c"], 4, None) == {"d"}  # a removed site costs nothing
     assert best_trade(TABLE, {"a": 0.5}, [], 4, None) == {"a"}  # the others are protected
 
 
@@ -112,14 +112,14 @@ def test_best_trade_without_a_saving():
 
 
 def test_best_trade_under_a_budget():
-    """The greedy way would begin with c and d, which are not needed for 9.6 ms."""
+    """A greedy choice would begin with c and d, which are not needed for 9.7 ms."""
     losses = {"a": 0.5, "b": 0.9, "c": 0.8, "d": 0.8}
     assert best_trade(TABLE, losses, [], 4, 9.7) == {"a"}
     assert best_trade(TABLE, losses, [], 4, 5.0) == {"c", "d"}
 
 
 def test_best_trade_under_a_budget_and_limit():
-    """b and c are cheapest for 9.85 ms, but two; a alone reaches it, too."""
+    """b and c lose least for 9.85 ms, but are two sites; a alone meets it, too."""
     losses = {"a": 0.5, "b": 0.01, "c": 0.02, "d": 0.9}
     assert best_trade(TABLE, losses, [], 2, 9.85) <= {"b", "c"}
     assert best_trade(TABLE, losses, [], 1, 9.85) == {"a"}

@@ -1,4 +1,4 @@
-"""A pruning run that is killed, at whatever moment, and taken up again ends as one that was left alone."""
+"""A pruning run that is killed at any moment and resumed ends like an undisturbed one."""
 
 import itertools
 import json
@@ -21,7 +21,7 @@ KILLS = 12
 
 
 class Server:
-    """Runs `child_process.prune` in children of a process that has PyTorch imported."""
+    """Runs `child_process.prune` in children of a process that has imported PyTorch."""
 
     def __init__(self, outcome):
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": PYTHONPATH}
@@ -35,7 +35,7 @@ class Server:
         )
 
     def start(self, folder, fatal_moment=None):
-        """Start a child; returns its number, which is no other process's until `finish`."""
+        """Start a child; return its process number, which is not reused before `finish`."""
         self._outcome.unlink(missing_ok=True)
         return int(self._ask(json.dumps([str(folder), str(self._outcome), fatal_moment])))
 
@@ -43,7 +43,7 @@ class Server:
         return self._outcome.exists()
 
     def finish(self):
-        """Wait for the child. Returns what its run gave, or None if it was killed."""
+        """Wait for the child; return the result of its run, or None if it was killed."""
         code = int(self._ask("finish"))
         assert code in (0, -signal.SIGKILL)
         outcome = None if code else pickle.loads(self._outcome.read_bytes())
@@ -68,7 +68,7 @@ def server(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def expected(server, tmp_path_factory):
-    """What a run gives that nobody disturbs."""
+    """The outcome of an undisturbed run."""
     server.start(tmp_path_factory.mktemp("whole"))
     (removed, steps, kept_step), weights = server.finish()
     assert (len(removed), len(steps), kept_step) == (STEPS - 2, STEPS, STEPS - 2)
@@ -80,7 +80,7 @@ def finished_steps(folder):
 
 
 def temporary_files(folder):
-    """All below a folder that has no final name: ours begin with .tmp-, those of safetensors with .tmp."""
+    """Return the temporary files below a folder: ours begin with .tmp-, those of safetensors with .tmp."""
     return {path for path in folder.rglob("*") if any(part.startswith(".tmp") for part in path.relative_to(folder).parts)}
 
 
@@ -90,7 +90,7 @@ def assert_every_file_is_whole(folder):
 
 
 def test_killed_around_each_file_replacement(server, expected, tmp_path):
-    """Each step is cut short at every one of its moments in turn; the last of them is when the step is finished."""
+    """Each step is killed at each of its moments in turn, the last of which is when the step is finished."""
     fatal_moment = kills = finished = 0
     server.start(tmp_path, fatal_moment)
     while not (outcome := server.finish()):
@@ -113,14 +113,14 @@ def test_killed_at_any_time(server, expected, tmp_path, drawn):
     def wait(folder):
         nonlocal longest
         time.sleep(drawn.uniform(0, longest))
-        longest *= 1.1  # so that steps are finished at last, also where the machine has become slow
+        longest *= 1.1  # so that steps are also finished if the machine becomes slow
 
     assert_runs_end_as_expected(server, expected, tmp_path, wait)
 
 
 def test_killed_while_writing_weights(server, expected, tmp_path, drawn):
     def wait(folder):
-        """Until the weights of a step begin to be written: the next one, or the one after it."""
+        """Wait until the weights of the next step, or of the one after it, begin to be written."""
         step = folder / f"{finished_steps(folder) + drawn.randrange(2):02d}"
         before = set(step.glob(".tmp*"))
         while not (server.has_ended() or set(step.glob(".tmp*")) - before):
@@ -131,7 +131,7 @@ def test_killed_while_writing_weights(server, expected, tmp_path, drawn):
 
 
 def assert_runs_end_as_expected(server, expected, tmp_path, wait):
-    """Kill runs, each after a wait, and take them up again until they end, as many as it takes for so many kills."""
+    """Kill runs after a wait, and resume them until they end; repeat until there were KILLS kills."""
     kills = 0
     for run in itertools.count():
         folder = tmp_path / f"run{run}"
@@ -145,7 +145,7 @@ def assert_runs_end_as_expected(server, expected, tmp_path, wait):
 
 
 def killed(server, folder, wait):
-    """Start a child and kill it after a wait. Returns what its run gave if it was done by then, and None otherwise."""
+    """Start a child and kill it after a wait; return the result of its run, or None if it was killed."""
     child = server.start(folder)
     wait(folder)
     if not server.has_ended():

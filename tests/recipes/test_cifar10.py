@@ -33,7 +33,7 @@ def image_file(pixels, kind="PNG"):
 
 
 def random_pixels(labels, seed=0):
-    """Noise around a brightness that tells the class, so that something can be learned."""
+    """Return noise around a brightness that depends on the class, so that there is something to learn."""
     rng = np.random.default_rng(seed)
     return (20 * labels[:, None, None, None] + rng.integers(0, 60, (len(labels), 32, 32, 3))).astype(np.uint8)
 
@@ -56,7 +56,7 @@ def arrays():
 
 @pytest.fixture(scope="module")
 def folder(arrays, tmp_path_factory):
-    """A folder as the Hub has it, the training images in two files."""
+    """A folder like the Hub's, with the training images in two files."""
     folder = tmp_path_factory.mktemp("data")
     pixels, labels = arrays["train"]
     write(folder / "plain_text" / "train-00000-of-00002.parquet", pixels[:40], labels[:40])
@@ -67,7 +67,7 @@ def folder(arrays, tmp_path_factory):
 
 @pytest.fixture
 def recipe(folder, monkeypatch):
-    """A recipe with several batches and a smaller last one: 50 images to train on, 10 to validate, 20 to test."""
+    """A recipe with a smaller last batch: 50 images for training, 10 for validation, 20 for the test."""
     monkeypatch.setattr(cifar10, "BATCH_SIZE", 16)
     return Cifar10(CPU, model="resnet8", data=str(folder))
 
@@ -77,7 +77,7 @@ def linear():
 
 
 def as_images(arrays):
-    """The images as a network is given them."""
+    """Return the images as the input of a network."""
     pixels = torch.tensor(arrays).permute(0, 3, 1, 2)
     return (pixels - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
 
@@ -86,23 +86,23 @@ def as_images(arrays):
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_images_and_labels_are_read_as_they_were_written(split, arrays, folder):
+def test_read_images_round_trip(split, arrays, folder):
     images, labels = read_images(folder, split)
     assert (images.dtype, labels.dtype) == (torch.uint8, torch.int64)
     assert np.array_equal(images.permute(0, 2, 3, 1), arrays[split][0])
     assert np.array_equal(labels, arrays[split][1])
 
 
-def test_the_column_image_and_jpeg_are_read_too(arrays, tmp_path):
+def test_read_images_from_column_image_and_jpeg(arrays, tmp_path):
     pixels, labels = arrays["test"]
     write(tmp_path / "test.parquet", pixels, labels, column="image")
     assert np.array_equal(read_images(tmp_path, "test")[0].permute(0, 2, 3, 1), pixels)
-    flat = np.full((1, 32, 32, 3), 77, np.uint8)  # what JPEG gives back exactly
+    flat = np.full((1, 32, 32, 3), 77, np.uint8)  # which JPEG preserves exactly
     pq.write_table(table([image_file(flat[0], "JPEG")], [0]), tmp_path / "train.parquet")
     assert np.array_equal(read_images(tmp_path, "train")[0].permute(0, 2, 3, 1), flat)
 
 
-def test_a_tenth_of_each_class_is_held_out_whatever_the_seed_of_the_run():
+def test_hold_out_a_tenth_of_each_class():
     labels = torch.randperm(1000, generator=torch.Generator().manual_seed(0)) % 10
     state = torch.get_rng_state()
     training, validation = hold_out(labels)
@@ -113,7 +113,7 @@ def test_a_tenth_of_each_class_is_held_out_whatever_the_seed_of_the_run():
     assert all(torch.equal(*pair) for pair in zip(hold_out(labels), (training, validation), strict=True))
 
 
-def test_held_out_images_are_neither_trained_on_nor_calibrated_on(recipe, arrays):
+def test_held_out_images_are_not_used_for_training(recipe, arrays):
     pixels, labels = arrays["train"]
     _, validation = hold_out(torch.tensor(labels))
     seen = []
@@ -123,7 +123,7 @@ def test_held_out_images_are_neither_trained_on_nor_calibrated_on(recipe, arrays
     assert torch.equal(recipe._data["train"][1], torch.tensor(labels[training]))
 
 
-def test_the_example_is_the_first_test_images_in_channels_last(recipe, arrays):
+def test_example_inputs(recipe, arrays):
     (images,) = recipe.example_inputs()
     torch.testing.assert_close(images, as_images(arrays["test"][0]))
     assert images.is_contiguous(memory_format=torch.channels_last)
@@ -134,7 +134,7 @@ def test_the_example_is_the_first_test_images_in_channels_last(recipe, arrays):
 # Augmentation
 
 
-def test_an_augmented_image_is_a_window_of_the_image_with_a_black_border_mirrored_where_told():
+def test_augment_shifts_and_flips():
     generator = torch.Generator().manual_seed(0)
     cases = list(itertools.product(range(9), range(9), (False, True)))
     images = torch.randint(1, 256, (len(cases), 3, 32, 32), generator=generator, dtype=torch.uint8)
@@ -149,7 +149,7 @@ def test_an_augmented_image_is_a_window_of_the_image_with_a_black_border_mirrore
         assert np.array_equal(result, window[:, :, ::-1] if flip else window)
 
 
-def test_training_draws_every_shift_and_both_flips_and_each_image_once_an_epoch(recipe, monkeypatch):
+def test_training_augments_each_image_once_per_epoch(recipe, monkeypatch):
     drawn = []
 
     def record(images, shifts, flips):
@@ -177,13 +177,13 @@ def test_training_draws_every_shift_and_both_flips_and_each_image_once_an_epoch(
 @pytest.mark.parametrize(
     ("model", "first"), [("resnet18", 0.1), ("mobilenet_v2", 0.1), ("vgg16_bn", 0.01), ("swin_t", 0.001), ("resnet8", 0.1)]
 )
-def test_the_learning_rate_is_the_published_one(model, first):
+def test_published_learning_rates(model, first):
     expected = [first] * 80 + [first / 10] * 40 + [first / 100] * 40
     assert [learning_rate(model, epoch, Cifar10.epochs) for epoch in range(160)] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("rates", [[0.1], [0.1, 0.01], [0.1, 0.1, 0.01], [0.1, 0.1, 0.01, 0.001]])
-def test_a_short_schedule_begins_at_the_first_rate_and_every_call_of_train_begins_again(rates, recipe):
+def test_short_schedules_start_at_the_first_rate(rates, recipe):
     used = []
 
     def record(optimizer, args, kwargs):
@@ -200,7 +200,7 @@ def test_a_short_schedule_begins_at_the_first_rate_and_every_call_of_train_begin
     assert used == expected * 2
 
 
-def test_training_lowers_the_loss_and_depends_on_the_seed_alone(folder):
+def test_training_is_reproducible(folder):
     recipe = Cifar10(CPU, model="resnet8", data=str(folder))
 
     def train(seed):
@@ -215,7 +215,7 @@ def test_training_lowers_the_loss_and_depends_on_the_seed_alone(folder):
     assert losses[-1] < losses[0] - 0.2
 
 
-def test_the_loss_of_an_epoch_weighs_every_image_alike(recipe, monkeypatch):
+def test_epoch_loss_is_the_mean_over_images(recipe, monkeypatch):
     monkeypatch.setattr(cifar10, "augment", lambda images, shifts, flips: images)
     monkeypatch.setitem(cifar10.LEARNING_RATES, "resnet8", 0.0)
     model = linear()
@@ -225,7 +225,7 @@ def test_the_loss_of_an_epoch_weighs_every_image_alike(recipe, monkeypatch):
 
 
 @pytest.mark.parametrize("split", ["validation", "test"])
-def test_accuracy_is_the_share_of_images_that_are_named_right(split, recipe, arrays):
+def test_accuracy(split, recipe, arrays):
     pixels, labels = arrays["test" if split == "test" else "train"]
     if split == "validation":
         indices = hold_out(torch.tensor(labels))[1]
@@ -242,7 +242,7 @@ def test_accuracy_is_the_share_of_images_that_are_named_right(split, recipe, arr
 
 
 class _ValuesRead(TorchDispatchMode):
-    """Counts how often Python reads a value of a tensor, for which it would have to wait for a GPU."""
+    """Counts how often Python reads the value of a tensor, which would wait for a GPU."""
 
     count = 0
 
@@ -251,7 +251,7 @@ class _ValuesRead(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_no_value_is_read_within_an_epoch_but_its_loss_and_within_an_evaluation_but_its_accuracy(recipe):
+def test_one_synchronization_per_epoch_and_evaluation(recipe):
     model = linear()
     with _ValuesRead() as read:
         for losses in range(1, 4):
@@ -262,7 +262,7 @@ def test_no_value_is_read_within_an_epoch_but_its_loss_and_within_an_evaluation_
         assert read.count == 4
 
 
-def test_compiled_training_is_the_same_training_and_leaves_no_trace_on_the_model(folder, monkeypatch):
+def test_compiled_training(folder, monkeypatch):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=(counter := CompileCounter())))
     torch.manual_seed(0)
     model = MODELS["resnet8"]().train()
@@ -279,7 +279,7 @@ def test_compiled_training_is_the_same_training_and_leaves_no_trace_on_the_model
     assert counter.frame_count == 1
 
 
-def test_a_network_is_compiled_again_however_many_activations_it_has_lost(folder, monkeypatch):
+def test_recompiles_after_each_removal(folder, monkeypatch):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=(counter := CompileCounter())))
     recipe = Cifar10(CPU, model="resnet8", data=str(folder), compile=True)
     removals = torch._dynamo.config.recompile_limit + 2
@@ -292,7 +292,7 @@ def test_a_network_is_compiled_again_however_many_activations_it_has_lost(folder
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_on_a_gpu_training_runs_in_bfloat16_and_channels_last(folder):
+def test_gpu_training_in_bfloat16_and_channels_last(folder):
     recipe = Cifar10(torch.device("cuda"), model="resnet8", data=str(folder))
     model, seen = recipe.build_model().train(), []
     model.blocks.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
@@ -303,11 +303,11 @@ def test_on_a_gpu_training_runs_in_bfloat16_and_channels_last(folder):
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
 
 
-# What a user can get wrong
+# Errors of the user
 
 
 def broken(files=None, labels=None, column="img"):
-    """A table of two images with something wrong."""
+    """Return a table of two images in which something is wrong."""
     good = image_file(np.zeros((32, 32, 3), np.uint8))
     return table([good, good] if files is None else [good, files], [0, 1] if labels is None else labels, column)
 
@@ -343,7 +343,7 @@ def pixels(*shape):
         (broken(pixels(32, 32, 4)), "FILE, row 1: the image is 32×32 RGBA; expected 32×32 RGB"),
     ],
 )
-def test_a_damaged_file_is_refused_in_one_line_that_names_it(damaged, message, tmp_path):
+def test_damaged_file(damaged, message, tmp_path):
     path = tmp_path / "train-00000-of-00001.parquet"
     if isinstance(damaged, bytes):
         path.write_bytes(damaged)
@@ -354,13 +354,13 @@ def test_a_damaged_file_is_refused_in_one_line_that_names_it(damaged, message, t
     assert "\n" not in str(caught.value)
 
 
-def test_a_missing_image_is_refused(tmp_path):
+def test_missing_image(tmp_path):
     pq.write_table(pa.table({"img": [None, {"bytes": b""}], "label": [0, 0]}), tmp_path / "train.parquet")
     with pytest.raises(ValueError, match=r"train.parquet, row 0: the image cannot be decoded"):
         read_images(tmp_path, "train")
 
 
-def test_a_folder_without_what_is_needed_is_refused(tmp_path, arrays):
+def test_incomplete_folder(tmp_path, arrays):
     missing = tmp_path / "missing"
     with pytest.raises(ValueError, match=re.escape(f"{missing} is not a folder; --data FOLDER must hold the parquet files")):
         Cifar10(CPU, data=str(missing))
@@ -375,7 +375,7 @@ def test_a_folder_without_what_is_needed_is_refused(tmp_path, arrays):
         Cifar10(CPU, data=str(tmp_path))
 
 
-def test_no_data_and_an_unknown_model_are_refused_with_what_there_is():
+def test_no_data_and_unknown_model():
     message = (
         "the recipe cifar10 needs its data: --data FOLDER with the parquet files of the Hub's cifar10, "
         "or --data cifar10 to download them"
@@ -387,7 +387,7 @@ def test_no_data_and_an_unknown_model_are_refused_with_what_there_is():
         load_recipe("cifar10", CPU, model="resnet9")
 
 
-def test_only_the_name_cifar10_downloads_and_then_only_parquet_files(folder, monkeypatch):
+def test_download_of_parquet_files_only(folder, monkeypatch):
     calls = []
 
     def download(*args, **kwargs):
@@ -401,7 +401,7 @@ def test_only_the_name_cifar10_downloads_and_then_only_parquet_files(folder, mon
     assert calls == [(("uoft-cs/cifar10",), {"repo_type": "dataset", "allow_patterns": "*.parquet"})]
 
 
-def test_a_failed_download_is_one_line(monkeypatch):
+def test_failed_download_is_one_line(monkeypatch):
     def download(*args, **kwargs):
         raise RuntimeError("no connection\nand a long story")
 

@@ -29,7 +29,7 @@ def images():
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_network_gives_ten_logits_through_the_published_number_of_activations_each_its_own_module(name, images):
+def test_logits_and_number_of_activations(name, images):
     model = MODELS[name]()
     assert all(module.training for module in model.modules())
     sizes = []
@@ -46,7 +46,7 @@ def test_a_network_gives_ten_logits_through_the_published_number_of_activations_
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_network_is_decided_by_the_seed(name):
+def test_weights_depend_on_the_seed_alone(name):
     def build(seed):
         torch.manual_seed(seed)
         return MODELS[name]().state_dict()
@@ -56,14 +56,14 @@ def test_a_network_is_decided_by_the_seed(name):
     assert any(not torch.equal(first[key], other[key]) for key in first)
 
 
-def test_resnet8_has_eight_layers_of_the_published_widths_besides_two_projections():
+def test_resnet8_widths():
     layers = {name: module for name, module in resnet8().named_modules() if isinstance(module, nn.Conv2d | nn.Linear)}
     widths = [module.weight.shape[0] for name, module in layers.items() if "shortcut" not in name]
     assert widths == [16, 16, 16, 32, 32, 64, 64, 10]
     assert len(layers) == 10
 
 
-def test_no_window_of_swin_is_larger_than_its_map(images):
+def test_swin_windows_fit_their_maps(images):
     maps = []
     model = swin_t().eval()
     for module in model.modules():

@@ -15,25 +15,25 @@ def recipe():
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_every_recipe_of_the_table_is_there(name):
+def test_every_recipe_loads(name):
     with pytest.raises(ValueError, match=f"^the recipe {name} takes no --colour; leave it out$"):
         load_recipe(name, torch.device("cpu"), colour="red")
 
 
-def test_unknown_recipe_is_refused_with_the_known_ones():
+def test_unknown_recipe():
     with pytest.raises(ValueError, match="unknown recipe 'digit'; the recipes are digits, cifar10"):
         load_recipe("digit", torch.device("cpu"))
 
 
 @pytest.mark.parametrize("option", ["model", "data", "compile"])
-def test_an_option_that_the_recipe_does_not_take_is_refused_unless_it_is_none(option):
+def test_option_that_the_recipe_does_not_take(option):
     assert load_recipe("digits", torch.device("cpu"), **{option: None}).epochs == Digits.epochs
     with pytest.raises(ValueError, match=f"^the recipe digits takes no --{option}; leave it out$"):
         load_recipe("digits", torch.device("cpu"), **{option: "x"})
 
 
 @pytest.mark.parametrize(("recipe", "package", "extra"), [("digits", "sklearn", "cli"), ("cifar10", "pyarrow", "cifar10")])
-def test_a_package_that_is_not_installed_is_named_with_the_command_that_installs_it(recipe, package, extra, monkeypatch):
+def test_missing_package(recipe, package, extra, monkeypatch):
     for module in [name for name in sys.modules if name.startswith((f"{package}.", f"fastentropy.recipes.{recipe}"))]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, package, None)
@@ -42,7 +42,7 @@ def test_a_package_that_is_not_installed_is_named_with_the_command_that_installs
         load_recipe(recipe, torch.device("cpu"))
 
 
-def test_splits_hold_every_image_once_and_do_not_overlap(recipe):
+def test_splits_hold_every_image_once(recipe):
     images = torch.cat([images for images, _ in recipe._data.values()])
     assert images.shape == (1797, 1, 8, 8)
     assert images.max() == 1
@@ -51,18 +51,18 @@ def test_splits_hold_every_image_once_and_do_not_overlap(recipe):
     assert len({image.numpy().tobytes() for image in images}) == 1797
 
 
-def test_splits_are_the_same_every_time(recipe):
+def test_splits_are_reproducible(recipe):
     again = Digits(torch.device("cpu"))
     assert all(torch.equal(recipe._data[name][0], again._data[name][0]) for name in recipe._data)
 
 
-def test_the_network_has_at_least_eight_activations_each_called_once(recipe):
+def test_activations_of_the_network(recipe):
     sites = find_sites(recipe.build_model(), recipe.example_inputs())
     assert len(sites) >= 8
     assert not any(":" in site.name for site in sites)
 
 
-def test_calibration_visits_every_training_image_once(recipe):
+def test_calibration_visits_each_training_image_once(recipe):
     seen = []
 
     def model(batch):
@@ -72,7 +72,7 @@ def test_calibration_visits_every_training_image_once(recipe):
     assert (sum(seen), max(seen)) == (898, BATCH_SIZE)
 
 
-def test_training_yields_a_falling_loss_for_each_epoch_and_depends_on_the_seed_alone(recipe):
+def test_training_is_reproducible(recipe):
     def train():
         torch.manual_seed(4)
         model = recipe.build_model().train()

@@ -1,4 +1,4 @@
-"""Batches hold each token of a chunk's documents once, in order, whatever their size."""
+"""Batches of any size contain each token of a chunk's documents once, in order."""
 
 import io
 import itertools
@@ -19,7 +19,7 @@ from fastentropy.calibration.data.documents import Chunk, Document, Place, Probl
 WORDS = [f"w{number}" for number in range(20)]
 SPECIAL = {"unk_token": "<unk>", "bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "cls_token": "<cls>"}
 IDS = {token: number for number, token in enumerate([*SPECIAL.values(), "<sep>", "a", *WORDS])}
-# What a tokenizer puts around a document.
+# The special tokens that a tokenizer adds to a document.
 TEMPLATES = {"nothing": "$A", "bos": "<bos> $A", "both ends": "<cls> $A <sep>", "eos": "$A <eos>"}
 
 
@@ -38,13 +38,13 @@ def chunk_of(contents):
 
 
 def encoded(text, template):
-    """The tokens of a text, special ones included, by hand."""
+    """Return the tokens of a text, special tokens included."""
     before, after = TEMPLATES[template].split("$A")
     return [IDS[token] for token in [*before.split(), *text.split(), *after.split()]]
 
 
 def rows_of(batch):
-    """The tokens that are not masked, for each row, after a look at the batch's form."""
+    """Check the form of a batch; return the tokens of each row that are not masked."""
     ids, mask = batch.inputs["input_ids"], batch.inputs["attention_mask"]
     assert list(batch.inputs) == ["input_ids", "attention_mask"]
     assert ids.dtype == mask.dtype == torch.int64
@@ -114,7 +114,7 @@ def test_packed_rows_are_the_joined_documents(texts, template, side, batch_size,
     assert not any(batch.truncated or batch.tokens_cut for batch in batches)
 
 
-def test_a_chunk_is_not_read_before_its_batches_are_asked_for():
+def test_batches_are_lazy():
     read = []
     documents = (read.append(text) or Document(text, Place("", "row", 0)) for text in ["w1 w2"] * 1000)
     batches = TextBatches(make_tokenizer(), batch_size=2, max_length=8).batches(Chunk(0, 0, documents, Problems()))
@@ -124,7 +124,7 @@ def test_a_chunk_is_not_read_before_its_batches_are_asked_for():
 
 
 @pytest.mark.parametrize("packing", [False, True])
-def test_without_a_padding_token_eos_pads_and_is_said(packing):
+def test_eos_pads_without_a_padding_token(packing):
     maker = TextBatches(make_tokenizer(without=["pad_token"]), batch_size=2, max_length=4, packing=packing)
     assert "has no padding token; EOS is used instead" in maker.notice
     (batch,) = maker.batches(chunk_of(["w1 w2 w3", "w4 w5"]))
@@ -134,7 +134,7 @@ def test_without_a_padding_token_eos_pads_and_is_said(packing):
     assert TextBatches(make_tokenizer(), batch_size=2, max_length=4, packing=packing).notice is None
 
 
-def test_without_padding_token_and_eos_padding_is_refused_where_it_is_needed():
+def test_padding_without_token_or_eos():
     tokenizer = make_tokenizer(without=["pad_token", "eos_token"])
     with pytest.raises(ValueError, match=r"has neither a padding token nor EOS; set pad_token in .*--batch-size 1") as error:
         TextBatches(tokenizer, batch_size=2, max_length=4)
@@ -143,7 +143,7 @@ def test_without_padding_token_and_eos_padding_is_refused_where_it_is_needed():
     assert [rows_of(batch) for batch in batches] == [[[IDS["w1"], IDS["w2"]]], [[IDS["w3"]]]]
 
 
-def test_packing_needs_something_between_documents():
+def test_packing_requires_a_separator():
     with pytest.raises(ValueError, match="has no EOS token to pack documents with; leave --packing out"):
         TextBatches(make_tokenizer(without=["eos_token"]), batch_size=2, max_length=4, packing=True)
     TextBatches(make_tokenizer("both ends", without=["eos_token", "pad_token"]), batch_size=2, max_length=4, packing=True)
@@ -168,7 +168,7 @@ def processor():
     return ViTImageProcessor(size={"height": 8, "width": 8})
 
 
-def test_batches_of_images(processor):
+def test_image_batches(processor):
     good = [image_file((10, 12)), image_file((5, 5), "L"), image_file((8, 8), "RGBA", value=(1, 2, 3, 4))]
     good += [image_file((9, 9), kind=kind) for kind in ("JPEG", "WEBP", "BMP")] + [image_file((9, 9), "P")]
     chunk = chunk_of([good[0], b"no image", *good[1:], image_file((64, 64), kind="JPEG")[:300], b""])

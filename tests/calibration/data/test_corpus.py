@@ -1,4 +1,4 @@
-"""Whatever files a corpus is made of, its chunks hold each document once, in order, on any number of ranks."""
+"""On any number of ranks, the chunks of a corpus contain each document once, in order, for every kind of file."""
 
 import io
 import itertools
@@ -26,7 +26,7 @@ def contents(corpus, first=0, step=1):
 
 
 def by_chunk(corpus, ranks, first=0):
-    """What each chunk holds, read by some ranks in turn, a chunk each."""
+    """Read a corpus with some ranks, which take turns; return the documents and problems of each chunk."""
     readers = [corpus.read(first + rank, ranks) for rank in range(ranks)]
     found = {}
     for chunk in filter(None, itertools.chain.from_iterable(itertools.zip_longest(*readers))):
@@ -36,7 +36,7 @@ def by_chunk(corpus, ranks, first=0):
 
 
 def problems_of(corpus):
-    """The problems of a corpus and of all its chunks."""
+    """Return the problems of a corpus and of all its chunks."""
     problems = Problems(corpus.problems)
     for chunk in corpus.read():
         list(chunk.documents)
@@ -56,7 +56,7 @@ FILES = st.lists(st.tuples(TEXTS, ENDS), max_size=30).map(lambda pieces: b"".joi
 
 
 def expected_lines(data):
-    """The documents of a text file, by reading all of it."""
+    """Return the documents of a text file, by reading it as a whole."""
     found = [line.removesuffix(b"\r").decode() for line in data.removeprefix(b"\xef\xbb\xbf").split(b"\n")]
     return [line for line in found if line.strip()]
 
@@ -75,7 +75,7 @@ def test_each_line_is_in_the_chunk_of_its_first_byte(data, chunk_size, limit):
 
 
 class Counting(io.BytesIO):
-    """A file that counts the bytes that are read."""
+    """A file that counts the bytes read from it."""
 
     read_bytes = 0
 
@@ -85,13 +85,13 @@ class Counting(io.BytesIO):
         return line
 
 
-def test_a_chunk_inside_of_a_long_line_reads_no_more_than_itself():
+def test_chunk_within_a_long_line_reads_itself_only():
     file = Counting(b"x" * 10_000)
     assert list(lines(file, 1000, 1100, limit=50)) == []
     assert file.read_bytes == 101
 
 
-def test_of_a_line_that_is_too_long_a_limited_part_is_read():
+def test_too_long_line_is_read_in_part():
     file = Counting(b"x" * 10_000 + b"\nend")
     assert [(position, len(line)) for position, line in lines(file, 0, 100, limit=50)] == [(0, 52)]
     assert file.read_bytes == 100
@@ -114,7 +114,7 @@ def test_ranks_cover_a_text_file_once(tmp_path_factory, data, chunk_size, ranks)
 
 
 @pytest.mark.parametrize("length", [0, 1, 9, 10, 11, 19, 20, 21])
-def test_lines_around_the_size_of_a_chunk(tmp_path, length):
+def test_lines_near_the_chunk_size(tmp_path, length):
     data = b"\n".join([b"a" * length] * 7)
     (tmp_path / "a.txt").write_bytes(data)
     part = TextFile(str(tmp_path / "a.txt"), len(data), parse_line, 10)
@@ -123,12 +123,12 @@ def test_lines_around_the_size_of_a_chunk(tmp_path, length):
     assert [document.place.position for document in found] == [i * (length + 1) for i in range(7) if length]
 
 
-def test_a_byte_order_mark_is_no_text(tmp_path):
+def test_byte_order_mark_is_skipped(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfa\nb")
     assert contents(open_corpus(str(tmp_path / "a.txt"))) == ["a", "b"]
 
 
-def test_bad_lines_are_counted_and_the_others_read(tmp_path, monkeypatch):
+def test_bad_lines_are_problems(tmp_path, monkeypatch):
     monkeypatch.setattr(text, "MAX_TEXT", 1 << 20)
     (tmp_path / "a.txt").write_bytes(b"one\n\xff\xfe\ntwo\n" + b"x" * (2 << 20) + b"\n\xffbad\nthree")
     corpus = open_corpus(str(tmp_path))
@@ -161,7 +161,7 @@ def test_json_lines(tmp_path):
     }
 
 
-def test_a_named_column_of_json_lines(tmp_path):
+def test_json_lines_with_a_column(tmp_path):
     (tmp_path / "a.ndjson").write_text('{"text": "no", "story": "yes"}')
     assert contents(open_corpus(str(tmp_path), column="story")) == ["yes"]
 
@@ -190,7 +190,7 @@ def test_ranks_cover_parquet_files_once(tmp_path_factory, rows, per_group, ranks
     assert sum(chunk.size for chunk in corpus.read()) == corpus.size
 
 
-def test_a_chunk_reads_only_its_row_group(tmp_path, monkeypatch):
+def test_chunk_reads_only_its_row_group(tmp_path, monkeypatch):
     write_parquet(tmp_path / "a.parquet", [str(row) for row in range(2000)], 500)
     opened = []
     original = parquet._open_row_group
@@ -219,7 +219,7 @@ STORED = {
 
 @pytest.mark.parametrize("column", ["image", "img", "photo"])
 @pytest.mark.parametrize("stored", STORED)
-def test_images_of_parquet_files(tmp_path, column, stored):
+def test_parquet_images(tmp_path, column, stored):
     secret = tmp_path / "secret"
     secret.write_bytes(b"not named by anybody")
     cells = [{"bytes": b"1", "path": "a"}, {"bytes": None, "path": str(secret)}, None, {"bytes": b"2", "path": None}]
@@ -233,14 +233,14 @@ def test_images_of_parquet_files(tmp_path, column, stored):
 
 
 @pytest.mark.parametrize("type", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())], ids=str)
-def test_texts_of_parquet_files(tmp_path, type):
+def test_parquet_texts(tmp_path, type):
     write_parquet(tmp_path / "a.parquet", ["one", None, "", "two"], type=type)
     corpus = open_corpus(str(tmp_path))
     assert contents(corpus) == ["one", "two"]
     assert list(problems_of(corpus).values()) == [(1, 1)]
 
 
-def test_a_text_that_is_not_utf8_is_a_problem_and_the_next_is_read(tmp_path):
+def test_parquet_text_that_is_not_utf8(tmp_path):
     bad = pa.Array.from_buffers(
         pa.string(), 3, [None, pa.py_buffer(b"\0\0\0\0\1\0\0\0\2\0\0\0\3\0\0\0"), pa.py_buffer(b"a\xffb")]
     )
@@ -250,7 +250,7 @@ def test_a_text_that_is_not_utf8_is_a_problem_and_the_next_is_read(tmp_path):
     assert problems_of(corpus) == {("a.parquet", "a text is not UTF-8"): (1, 1)}
 
 
-def test_a_file_that_is_corrupt_in_the_middle_loses_the_rows_there(tmp_path):
+def test_corrupt_row_group_loses_its_rows(tmp_path):
     path = tmp_path / "a.parquet"
     texts = [f"{row:0200}" for row in range(1200)]
     table = pa.table({"text": texts})
@@ -267,7 +267,7 @@ def test_a_file_that_is_corrupt_in_the_middle_loses_the_rows_there(tmp_path):
 # Image files, and what files there are ---------------------------------------------------------------------------------
 
 
-def test_image_files_are_chunks_of_their_bytes(tmp_path, monkeypatch):
+def test_image_files(tmp_path, monkeypatch):
     monkeypatch.setattr(images, "ROWS_PER_CHUNK", 3)
     monkeypatch.setattr(images, "MAX_IMAGE", 100)
     for name in range(8):
@@ -280,7 +280,7 @@ def test_image_files_are_chunks_of_their_bytes(tmp_path, monkeypatch):
     assert contents(corpus, 1, 2) == [b"x" * 4, b"x" * 6]
 
 
-def test_a_folder_is_all_its_files_in_order(tmp_path):
+def test_folder_in_order(tmp_path):
     for name in ("b/2.md", "b/1.txt", "a.jsonl", "c.parquet", ".git/x.txt", ".hidden.txt", "notes.pdf"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(json.dumps({"text": name}) if name.endswith("jsonl") else name)
@@ -292,7 +292,7 @@ def test_a_folder_is_all_its_files_in_order(tmp_path):
     assert contents(open_corpus(str(tmp_path / "**" / "*.md"))) == ["b/2.md"]
 
 
-def test_bad_files_are_problems_and_the_others_count(tmp_path, monkeypatch):
+def test_bad_files_are_problems(tmp_path, monkeypatch):
     (tmp_path / "good.txt").write_text("good")
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "bad.parquet").write_text("no parquet")
@@ -322,7 +322,7 @@ def test_bad_files_are_problems_and_the_others_count(tmp_path, monkeypatch):
         assert found[name, what] == (0, 1)
 
 
-def test_a_file_that_went_is_a_problem_of_each_chunk(tmp_path):
+def test_deleted_file_is_a_problem_of_each_chunk(tmp_path):
     (tmp_path / "a.txt").write_text("a")
     (tmp_path / "b.txt").write_text("b")
     corpus = open_corpus(str(tmp_path))
@@ -343,7 +343,7 @@ def test_a_file_that_went_is_a_problem_of_each_chunk(tmp_path):
         ({"a.txt": "1", "b.png": "1"}, "", r"holds text \(.*a\.txt\) and images \(.*b\.png\); expected only one kind"),
     ],
 )
-def test_what_cannot_be_a_corpus_is_one_line(tmp_path, files, source, message):
+def test_invalid_source_is_one_line(tmp_path, files, source, message):
     for name, content in files.items():
         (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=message) as error:
@@ -351,7 +351,7 @@ def test_what_cannot_be_a_corpus_is_one_line(tmp_path, files, source, message):
     assert "\n" not in str(error.value)
 
 
-def test_the_fingerprint_tells_corpora_apart(tmp_path):
+def test_fingerprint_of_files(tmp_path):
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "a.jsonl").write_text('{"text": 1}')
     before = open_corpus(str(tmp_path / "x"))
@@ -378,7 +378,7 @@ def test_relative_paths(tmp_path, monkeypatch):
 
 
 class Stream:
-    """Stands for an IterableDataset: shards of rows, which split in two where they are resharded."""
+    """Stands for an IterableDataset: shards of rows, each of which resharding splits in two."""
 
     def __init__(self, shards, log, breaks_at=None):
         self.shards, self.log, self.breaks_at = shards, log, breaks_at
@@ -416,7 +416,7 @@ class Stream:
 
 @pytest.fixture
 def library(monkeypatch):
-    """Stands for `datasets`, with what was asked of it and the rows that were read."""
+    """Stands for `datasets`; records the calls and the rows that were read."""
     asked = SimpleNamespace(calls=[], rows=[], shards=[[{"id": 1, "text": "a"}]], breaks_at=None)
 
     def load_dataset(path, config, *, split, streaming):
@@ -438,7 +438,7 @@ def library(monkeypatch):
         ("org/name::test", ("org/name", None, "test")),
     ],
 )
-def test_the_name_of_a_data_set(library, source, call):
+def test_data_set_name_is_parsed(library, source, call):
     corpus = open_corpus(source)
     assert library.calls == [call]
     assert (corpus.kind, corpus.size, contents(corpus)) == ("text", None, ["a"])
@@ -448,7 +448,7 @@ def test_the_name_of_a_data_set(library, source, call):
 @pytest.mark.parametrize("rows", [0, 1, 256, 257, 5000])
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_ranks_cover_a_stream_once(library, shards, rows, ranks):
-    """40 shards are many when they are resharded, and one is not."""
+    """Resharding turns 40 shards into many, but not a single shard."""
     texts = [f"{row}" for row in range(rows)]
     library.shards = [[{"text": text} for text in texts[start::shards]] for start in range(shards)]
     ordered = [row["text"] for shard in library.shards for row in shard]
@@ -464,7 +464,7 @@ def test_ranks_cover_a_stream_once(library, shards, rows, ranks):
         assert by_chunk(corpus, ranks, first) == {chunk: found for chunk, found in whole.items() if chunk >= first}
 
 
-def test_a_stream_is_read_once_by_a_rank(library):
+def test_rank_reads_a_stream_once(library):
     library.shards = [[{"text": f"{row}"} for row in range(2000)]]
     corpus = open_corpus("name")
     library.rows.clear()
@@ -472,21 +472,21 @@ def test_a_stream_is_read_once_by_a_rank(library):
     assert len(library.rows) == 2000 - 256
 
 
-def test_a_chunk_of_bad_rows_is_not_the_end(library):
+def test_chunk_of_bad_rows_is_not_the_end(library):
     library.shards = [[{"text": ""}, *[{"text": None}] * 600, {"text": "end"}]]
     corpus = open_corpus("name")
     assert contents(corpus) == ["end"]
     assert list(problems_of(corpus).values()) == [(1, 600)]
 
 
-def test_images_of_a_stream(library):
+def test_stream_images(library):
     library.shards = [[{"image": {"bytes": b"1", "path": None}}, {"image": {"bytes": None, "path": "/etc/passwd"}}]]
     corpus = open_corpus("name")
     assert (corpus.kind, contents(corpus)) == ("images", [b"1"])
     assert list(problems_of(corpus).values()) == [(1, 1)]
 
 
-def test_a_stream_that_breaks_is_an_error_not_an_end(library):
+def test_broken_stream_is_an_error(library):
     library.shards, library.breaks_at = [[{"text": f"{row}"} for row in range(2000)]], 1000
     corpus = open_corpus("name")
     with pytest.raises(OSError, match=r"^name cannot be read any further: connection lost and much more$"):
@@ -501,13 +501,13 @@ def test_a_stream_that_breaks_is_an_error_not_an_end(library):
         ([{"text": "a"}], "story", "^name has the columns text; expected story; name one of these with --column$"),
     ],
 )
-def test_a_stream_without_documents(library, rows, column, message):
+def test_stream_without_documents(library, rows, column, message):
     library.shards = [rows]
     with pytest.raises(ValueError, match=message):
         open_corpus("name", column=column)
 
 
-def test_a_data_set_that_cannot_be_opened(library):
+def test_data_set_that_cannot_be_opened(library):
     library.breaks_at = 0
     message = "org/none is neither a path nor a data set that can be opened: connection lost and much more"
     with pytest.raises(ValueError, match=f"^{message}$"):
@@ -515,14 +515,14 @@ def test_a_data_set_that_cannot_be_opened(library):
 
 
 @pytest.mark.parametrize("name", ["datasets", "pyarrow"])
-def test_a_missing_package_is_named(tmp_path, monkeypatch, name):
+def test_missing_package_is_named(tmp_path, monkeypatch, name):
     monkeypatch.setitem(sys.modules, name, None)
     write_parquet(tmp_path / "a.parquet", ["a"])
     with pytest.raises(ValueError, match=rf'needs {name}: pip install "fastentropy\[calibrate\]"$'):
         open_corpus("org/name" if name == "datasets" else str(tmp_path))
 
 
-def test_the_fingerprint_of_a_stream(library):
+def test_fingerprint_of_a_stream(library):
     library.shards = [[{"text": "a", "story": "b"}]]
     assert len({open_corpus(*asked).fingerprint for asked in [("a",), ("b",), ("a:x",)]}) == 3
     assert open_corpus("a").fingerprint == open_corpus("a", column="text").fingerprint
@@ -534,7 +534,7 @@ def test_the_fingerprint_of_a_stream(library):
 
 @settings(max_examples=200)
 @given(data=st.data(), sizes=st.lists(st.integers(0, 12), min_size=1, max_size=3))
-def test_a_cursor_reads_any_ranges_in_turn(data, sizes):
+def test_cursor_reads_any_ranges_in_turn(data, sizes):
     def open_source(source, start):
         yield from range(start, sizes[source])
 
@@ -552,7 +552,7 @@ def test_a_cursor_reads_any_ranges_in_turn(data, sizes):
         assert [*found, *reader] == expected
 
 
-def test_problems_add_up_and_stay_few(monkeypatch):
+def test_problems_add_up_to_a_limit(monkeypatch):
     monkeypatch.setattr(documents, "MAX_PROBLEMS", 2)
     problems = Problems([Problem("a", "bad", "byte", 7, 2)])
     for path, position in [("a", 9), ("b", 3), ("c", 4), ("d", 5), ("a", 1)]:
@@ -565,12 +565,12 @@ def test_problems_add_up_and_stay_few(monkeypatch):
     assert str(next(iter(again))) == "a: bad (4 ×, first at byte 1)"
 
 
-def test_what_is_missing_is_named(monkeypatch):
+def test_require_names_the_package(monkeypatch):
     assert optional.require("json", "this") is json
     with pytest.raises(ValueError, match=r'^this needs no_such: pip install "fastentropy'):
         optional.require("no_such.module", "this")
 
 
-def test_names_of_data_sets():
+def test_is_dataset_name():
     assert all(map(streaming.is_dataset_name, ["a", "a/b", "a-b/c.d", "a/b:c", "a/b:c:d", "a::d"]))
     assert not any(map(streaming.is_dataset_name, ["", "/a", "a/b/c", "../a", "a b", "a:b:c:d", "~/a", "a/"]))
