@@ -35,3 +35,17 @@ class Reads(nn.Module):
 
     def forward(self, *inputs):
         return self._function(self, *inputs)
+
+
+def plain_inputs(model, images):
+    """What `Residual` feeds its activations, computed step by step."""
+    x1 = model.bn1(model.conv1(images))
+    y1 = x1.clone().relu()
+    x2 = model.bn2(model.conv2(y1)) + y1
+    x3 = model.fc1(x2.clone().relu().flatten(1))
+    return {"relu1": x1, "relu2": x2, "gelu": x3}
+
+
+def make_part():
+    """A small network with an activation in it and one in a part of it."""
+    return nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Sequential(nn.Linear(4, 5), nn.GELU()))

@@ -15,6 +15,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from tests._helpers.counts import plain_counts
+
 try:
     from timm.layers import activations as timm_activations
 except ImportError:  # timm is optional
@@ -154,12 +156,6 @@ def neuron_axis(x: Tensor, channels: int) -> int:
             assert len(axes) == 1, f"{size} channels fit several axes of {list(x.shape)}: choose another input size"
             return axes[0]
     raise AssertionError(f"{channels} channels fit no axis of {list(x.shape)}: name the call's width")
-
-
-def plain_counts(x: Tensor, axis: int) -> Tensor:
-    """How many values are off, zero and on, per neuron: int64 [neurons, 3]."""
-    values = x.movedim(axis, 0).flatten(1)
-    return torch.stack([(values < 0).sum(1), (values == 0).sum(1), (values > 0).sum(1)], 1)
 
 
 @contextlib.contextmanager

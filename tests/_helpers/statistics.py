@@ -1,12 +1,17 @@
 """Comparisons of statistics."""
 
+from __future__ import annotations
+
 import itertools
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
 import fastentropy as fe
-from tests._helpers.oracle import Call
+
+if TYPE_CHECKING:  # it takes seconds to import
+    from tests._helpers.oracle import Call
 
 
 def assert_same_counts(statistics: fe.Statistics, calls: Sequence[Call]) -> None:
@@ -21,3 +26,8 @@ def assert_names(names: Sequence[str], calls: Sequence[Call]) -> None:
     """The names that calls should have, in their order; any name is right where no rule gives one."""
     expected = [call.name or name for name, call in itertools.zip_longest(names, calls) if call]
     assert list(names) == expected
+
+
+def counted(collector: fe.EntropyCollector) -> dict[str, int]:
+    """How many values each site saw."""
+    return {name: site.observations for name, site in collector.compute().items()}

@@ -9,8 +9,9 @@ from torch import nn
 from transformers.activations import ACT2FN, gelu
 
 from fastentropy import SiteStatistics, Statistics
+from tests._helpers.counts import plain_counts
 from tests._helpers.networks import Reads
-from tests._helpers.oracle import PATCHED, neuron_axis, plain_counts, recorded_calls
+from tests._helpers.oracle import PATCHED, neuron_axis, recorded_calls
 from tests._helpers.statistics import assert_same_counts
 
 
