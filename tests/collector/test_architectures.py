@@ -315,13 +315,13 @@ def subject(request: pytest.FixtureRequest) -> Subject:
     return prepare(request.param, torch.inference_mode)
 
 
-def test_oracle_sees_the_published_calls_with_neurons_in_both_states(subject):
+def test_oracle_sees_the_published_calls_in_both_states(subject):
     assert len(subject.calls) == subject.architecture.calls
     both = [((call.counts[:, 0] > 0) & (call.counts[:, 2] > 0)).double().mean() for call in subject.calls]
     assert torch.stack(both).mean() > 0.3
 
 
-def test_counts_are_those_of_the_oracle_and_outputs_those_of_the_model(subject):
+def test_counts_equal_the_oracle_and_outputs_the_model(subject):
     assert_collects(subject, torch.inference_mode)
 
 

@@ -48,7 +48,7 @@ def test_model_is_unchanged_afterwards(network, images):
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_model_is_unchanged_after_an_exception_in_the_middle_of_the_first_pass(network, images, error):
+def test_model_is_unchanged_after_an_exception_in_a_pass(network, images, error):
     network.eval()
     before = snapshot(network)
 
@@ -140,7 +140,7 @@ def test_nothing_is_counted_while_paused_or_after_detaching(network, images):
     assert collector.compute()["gelu"].counts.sum() == 8
 
 
-def test_pausing_in_the_first_batch_does_not_shift_the_batch_average(network, images):
+def test_pausing_in_the_first_batch_keeps_the_batch_average(network, images):
     network.eval()
     with collect(network, average="batch") as collector:
         with collector.paused():
@@ -198,7 +198,7 @@ def test_attaching_again_goes_on_counting(network, images):
     assert counted(collector)["gelu"] == 3 * 4 * 8
 
 
-def test_a_part_of_a_watched_model_is_refused_and_the_model_goes_on(network, images):
+def test_a_part_of_a_watched_model_is_refused(network, images):
     model = nn.Sequential(network.eval())
     with collect(model) as collector:
         with pytest.raises(RuntimeError, match="detach it first"):

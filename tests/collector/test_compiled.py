@@ -32,7 +32,7 @@ def test_a_model_compiled_before_is_counted(which):
     assert counted(collector) == {"1": 2 * 28, "2.1": 2 * 35}
 
 
-def test_a_model_compiled_while_collecting_is_counted_then_and_not_afterwards():
+def test_a_model_compiled_meanwhile_is_not_counted_afterwards():
     model, x = make_part(), torch.randn(7, 3)
     with collect(model) as collector:
         compiled = torch.compile(model, backend="eager")
@@ -89,7 +89,7 @@ def test_a_compiled_model_is_told_to_run_eagerly_meanwhile():
         pass
 
 
-def test_what_was_compiled_runs_compiled_again_after_two_collectors():
+def test_compiled_code_runs_again_after_two_collectors():
     runs = []
 
     def backend(graph, inputs):

@@ -95,7 +95,7 @@ def test_counters_made_in_inference_mode_can_be_added_to_outside(layout):
     assert counters.total(SITES[0])[0].sum() == 18
 
 
-def test_a_decoder_of_seven_billion_parameters_needs_24_bytes_for_a_neuron():
+def test_counters_of_a_7b_decoder_take_24_bytes_per_neuron():
     transformers = pytest.importorskip("transformers")
     with torch.device("meta"):  # 32 layers of 11,008 neurons: the shape of Llama 7B
         config = transformers.LlamaConfig(use_cache=False, attn_implementation="eager")

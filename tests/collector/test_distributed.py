@@ -63,9 +63,7 @@ def test_counts_do_not_depend_on_the_mode(outcomes, parallel, mode):
 @pytest.mark.parametrize("use_local_output", [True, False])
 @pytest.mark.parametrize("world_size", [3, 4])
 @pytest.mark.parametrize("neurons", [10, 2])
-def test_neurons_are_put_together_in_order_where_they_are_divided_unevenly(
-    outcomes, neurons, world_size, use_local_output, grad
-):
+def test_unevenly_divided_neurons_are_put_together_in_order(outcomes, neurons, world_size, use_local_output, grad):
     sizes = [len(chunk) for chunk in torch.arange(neurons).chunk(world_size)]
     sizes += [0] * (world_size - len(sizes))
     assert outcomes(f"uneven {neurons} {use_local_output} {grad}", world_size) == [(True, size) for size in sizes]
@@ -98,7 +96,7 @@ def test_weights_that_somebody_looks_at_make_no_rank_a_copy(outcomes):
     assert outcomes("weights_that_are_looked_at") == [True, True]
 
 
-def test_what_is_no_copy_of_another_ranks_counts_is_not_left_out_in_silence(outcomes):
+def test_different_counts_are_not_left_out_as_a_copy(outcomes):
     assert all("site 'relu' of rank 1 is taken for a copy" in said for said in outcomes("no_copies"))
 
 
@@ -141,7 +139,7 @@ def test_all_ranks_are_told_of_different_models(outcomes, case, site):
     assert first.startswith(f"ranks 0 and 1 counted different sites ({site}); run the same model on both")
 
 
-def test_all_ranks_are_told_of_neurons_that_could_not_be_followed(outcomes):
+def test_unfollowed_neurons_are_an_error_on_all_ranks(outcomes):
     first, second = outcomes("not_followed")
     assert first == second
     assert "site 'relu' of rank 0 cannot be added to those of other ranks" in first
@@ -154,7 +152,7 @@ def test_sums_that_ranks_have_yet_to_add_up_are_refused(outcomes):
     )
 
 
-def test_an_input_that_is_divided_otherwise_than_before_is_refused(outcomes):
+def test_an_input_that_is_divided_in_another_way_is_refused(outcomes):
     assert all("collect such passes apart" in error for error in outcomes("divided_otherwise"))
 
 

@@ -159,7 +159,7 @@ def test_a_checkpointed_forward_is_counted_once(use_reentrant):
 
 
 @pytest.mark.parametrize("activation", ["relu", "gelu", F.gelu])
-def test_the_fast_path_of_transformer_layers_is_off_only_meanwhile(activation):
+def test_fast_path_of_transformers_is_off_only_meanwhile(activation):
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, activation=activation)
     model = nn.TransformerEncoder(layer, 2).eval()
     x, padding = torch.randn(2, 5, 8), torch.tensor([[0, 0, 0, 0, 1], [0, 0, 0, 0, 0]]).bool()

@@ -75,7 +75,7 @@ def test_a_state_of_another_model_changes_nothing(network, images):
     assert counted(collector) == before
 
 
-def test_a_pass_is_added_in_one_operation_whatever_the_number_of_sites():
+def test_a_pass_of_many_sites_is_added_in_one_operation():
     model = nn.Sequential(*(layer for _ in range(20) for layer in (nn.Linear(4, 4), nn.ReLU()))).eval()
     x = torch.randn(2, 4)
     with torch.inference_mode(), collect(model) as collector:
@@ -88,7 +88,7 @@ def test_a_pass_is_added_in_one_operation_whatever_the_number_of_sites():
     assert counted(collector) == {f"{2 * index + 1}": 5 * 8 for index in range(20)}
 
 
-def test_a_site_that_is_met_late_is_added_with_the_others_from_then_on():
+def test_a_site_that_is_met_late_is_added_with_the_others():
     class Sometimes(nn.Module):
         def __init__(self):
             super().__init__()

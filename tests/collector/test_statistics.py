@@ -97,7 +97,7 @@ def test_sum_of_different_sites_is_refused_by_name():
         make()["features.relu"] + make()["head/relu:1"]
 
 
-def test_batch_average_of_statistics_without_batches_says_how_to_get_it():
+def test_batch_average_without_batches_tells_how_to_get_it():
     with pytest.raises(ValueError, match=r"fe\.collect\(model, average='batch'\)"):
         make().layer_entropy(average="batch")
 
@@ -249,7 +249,7 @@ def test_plot_draws_the_layer_entropies():
         ("matplotlib", "plot", 'stats.plot() needs matplotlib: pip install "fastentropy[cli]"'),
     ],
 )
-def test_missing_library_is_named_with_the_command_that_installs_it(monkeypatch, missing, method, message):
+def test_a_missing_library_is_named_with_its_installation(monkeypatch, missing, method, message):
     monkeypatch.delitem(sys.modules, "fastentropy.reporting.plots", raising=False)
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(ImportError) as raised:

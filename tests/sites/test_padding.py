@@ -89,7 +89,7 @@ def test_a_mask_of_ones_changes_nothing():
     assert all(torch.equal(with_mask[name].counts, without[name].counts) for name in without)
 
 
-def test_generation_with_a_cache_counts_the_prompt_and_each_new_token():
+def test_generation_with_a_cache_counts_each_token_once():
     model, new = llama().eval(), 5
     with torch.inference_mode(), fe.collect(model) as collector:
         model.generate(
@@ -110,7 +110,7 @@ def test_encoder_and_decoder_have_masks_of_their_own():
         assert (encoder, decoder) == (int(RIGHT.sum()) * 24, count * 24)
 
 
-def test_an_activation_of_pooled_sequences_is_counted_for_each_sequence():
+def test_an_activation_of_pooled_sequences_ignores_the_mask():
     config = transformers.DistilBertConfig(vocab_size=97, dim=16, hidden_dim=24, n_layers=1, n_heads=2)
     model = transformers.DistilBertForSequenceClassification(config).eval()
     if not any("activation" in name or "relu" in name for name, _ in model.named_modules()):
@@ -188,7 +188,7 @@ def test_a_mask_that_is_added_to_scores_is_no_padding():
     assert token_mask(torch.full((3, 7), -1e9), (), {}) is None
 
 
-def test_a_mask_that_covers_a_cache_is_cut_to_the_tokens_of_the_call():
+def test_a_mask_that_covers_a_cache_is_cut_to_this_call():
     mask = torch.tensor([[0, 1, 1, 0], [1, 1, 0, 1]])
     assert token_mask(mask, (), {"input_ids": torch.zeros(2, 2, dtype=torch.int64)}).tolist() == [[True, False], [False, True]]
     assert token_mask(mask[:, :1], (torch.zeros(2, 3, 8),), {}) is None

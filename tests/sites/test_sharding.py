@@ -71,7 +71,7 @@ def test_a_padding_mask_of_this_ranks_tokens_is_left_as_it_is():
     assert torch.equal(Sharding(Mesh((4,), [1]), (1,), {1: AxisShard(2, 2, 8)}).tokens(is_token, (3, 2, 5)), is_token)
 
 
-def test_which_tokens_a_rank_has_is_not_known_where_sequences_were_divided_and_flattened():
+def test_tokens_of_divided_and_flattened_sequences_are_unknown():
     sharding = Sharding(Mesh((2,), [0]), (1,), {1: AxisShard(0, 4, 8)})
     assert sharding.reshaped((3, 4, 5), (12, 5)).tokens(torch.ones(3, 8) > 0, (12, 5)) is None
 
@@ -89,7 +89,7 @@ def test_a_tensor_that_is_made_of_a_lost_one_is_lost():
     assert joined([Sharding(mesh, (None,), {}), divided]) == divided
 
 
-def test_which_neurons_a_rank_has_is_not_known_where_they_are_mixed_with_tokens():
+def test_neurons_that_are_mixed_with_tokens_are_unknown():
     sharding = Sharding(Mesh((2,), [0]), (2,), {2: AxisShard(0, 5, 10)})
     assert sharding.reshaped((3, 4, 5), (3, 20)).share(1, 20).trouble
     assert not sharding.reshaped((3, 4, 5), (12, 5)).share(1, 5).trouble

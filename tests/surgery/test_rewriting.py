@@ -121,7 +121,7 @@ def test_a_call_in_code_without_source_has_no_place():
     assert observed_places(module, torch.ones(3)) == [None]
 
 
-def test_a_call_in_an_assertion_that_pytest_rewrites_is_exact_or_has_no_place():
+def test_a_call_in_a_rewritten_assertion_is_exact_or_unknown():
     class Asserting(Base):
         def forward(self, x):
             assert F.relu(x + 1).sum() >= 0
@@ -643,7 +643,7 @@ class Mangled(Base):
 
 
 @pytest.mark.parametrize("name", ["attribute", "local", "read", "argument", "called"])
-def test_names_that_mean_another_inside_of_a_class_are_refused_or_right(name):
+def test_mangled_names_are_refused_or_right(name):
     module, x = Mangled(), torch.randn(7, 3)
     try:
         method = rewritten(module, name=name)
