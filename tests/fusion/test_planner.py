@@ -98,6 +98,7 @@ def divisions(chain):
         yield from ((*head, *tail) for head in heads for tail in divisions(chain[stop:]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 def test_split_reaches_into_sums(priced, seed):
     torch.manual_seed(seed)
@@ -117,6 +118,7 @@ def test_split_reaches_into_sums(priced, seed):
     equal(form, chain)
 
 
+@pytest.mark.slow
 @settings(max_examples=12)
 @given(chains(largest=(8, 8, 3), batch=1))
 def test_form_chosen_by_counting_equals_the_chain(drawn):

@@ -1,4 +1,4 @@
-"""A rewritten network is held against the network: which inputs, which outputs, and by what measure."""
+"""How a rewritten network is compared with the network: on which inputs, on which outputs, by which error."""
 
 import math
 
@@ -15,7 +15,7 @@ X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
 
 
 def everything(inputs):
-    """Every size is taken."""
+    """Accept every size."""
     return True
 
 
