@@ -1,3 +1,5 @@
+"""Projection against least squares by `torch.linalg.lstsq`, and what it leaves of a model."""
+
 import copy
 
 import pytest
@@ -14,7 +16,7 @@ NAMES = ("conv1", "bn1", "relu", "conv2", "bn2")
 
 
 def series(axes=2, stride=1, groups=1, norm=True, kernel=3):
-    """Two convolutions and what is between them, linearised; statistics are odd."""
+    """Return two convolutions and what is between them, linearised; the statistics of batch norm are random."""
     convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[axes - 1]
     batch_norm = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[axes - 1]
     model = nn.Sequential()
@@ -31,7 +33,7 @@ def series(axes=2, stride=1, groups=1, norm=True, kernel=3):
 
 
 def smooth(*shape):
-    """Images whose neighbours resemble each other, so that a small kernel can stand for a large one."""
+    """Return random images with similar neighbours, so that a small kernel can approximate a large one."""
     x = torch.randn(shape)
     for axis in range(2, len(shape)):
         x = x + x.roll(1, axis) + x.roll(-1, axis)
@@ -53,7 +55,7 @@ def _seeded():
     [(1, 1, 1, 3), (2, 1, 1, 3), (2, 2, 1, 3), (2, 1, 2, 5), pytest.param(3, 1, 1, 3, marks=pytest.mark.slow)],
 )
 def test_the_fit_is_the_least_squares_solution(axes, stride, groups, kernel, norm, monkeypatch):
-    """The oracle: lstsq over the unfolded patches of the data; three quarters of all positions are fitted."""
+    """The oracle is lstsq over all unfolded patches of the data; the projection fits three quarters of them."""
     monkeypatch.setattr(projection, "OBSERVATIONS_PER_NUMBER", 10**6)
     model = series(axes, stride, groups, norm, kernel)
     x = smooth(96, 4, *(9,) * axes)
@@ -72,7 +74,7 @@ def test_the_fit_is_the_least_squares_solution(axes, stride, groups, kernel, nor
 
 
 def test_a_sample_of_the_positions_suffices():
-    """Six observations for each number that is fitted: an error larger by a factor of (1 + 1/6)^1/2 is to be expected."""
+    """With six observations per fitted number, the expected error is larger by a factor of (1 + 1/6)^1/2."""
     model = series()
     x = smooth(96, 4, 9, 9)
     wanted = model(x).detach()
@@ -81,7 +83,7 @@ def test_a_sample_of_the_positions_suffices():
 
 
 def best_fit(x, wanted, noted):
-    """The outputs of the best convolution of a projection's geometry."""
+    """Return the outputs of the best convolution with the geometry of a projection."""
     padded = nn.functional.pad(x, [p for size in reversed(noted.padding) for p in (size, size)])
     windows = padded.double()
     for axis, (kernel, stride) in enumerate(zip(noted.kernel, noted.stride, strict=True)):
@@ -98,7 +100,7 @@ def best_fit(x, wanted, noted):
 
 
 def test_an_exact_smaller_kernel_is_found():
-    """Taps beyond the centre that are zero: nothing is lost but at the border."""
+    """If the taps beyond the centre are zero, the smaller kernel is exact."""
     model = series(norm=False)
     with torch.no_grad():
         model.conv2.weight[..., [0, 2], :] = 0
@@ -121,7 +123,7 @@ def test_the_new_batch_norm_gives_the_same_outputs_in_training():
 
 
 def test_the_centre_stays_where_the_data_say_nothing():
-    """Constant images say nothing of how a kernel's taps share its sum."""
+    """Images of zeros say nothing about the weight."""
     model = series(norm=False)
     exact = centre_of(model)
     project(model, NAMES, lambda m: m(torch.zeros(4, 4, 8, 8)))
@@ -157,17 +159,17 @@ def test_linear_layers_have_no_centre():
         central_kernel(chain.elements)
 
 
-class Own(nn.Conv2d):
-    pass
+class OwnConvolution(nn.Conv2d):
+    """A subclass, whose forward might be another."""
 
 
 class Mixed(nn.Module):
-    """Modules that may be replaced, and ones that may not."""
+    """`conv` and `norm` may be replaced, the other modules may not."""
 
     def __init__(self):
         super().__init__()
         self.conv, self.norm = nn.Conv2d(1, 1, 3, padding=1), nn.BatchNorm2d(1)
-        self.own, self.transposed = Own(1, 1, 3, padding=1), nn.ConvTranspose2d(1, 1, 3, padding=1)
+        self.own, self.transposed = OwnConvolution(1, 1, 3, padding=1), nn.ConvTranspose2d(1, 1, 3, padding=1)
         self.reflecting = nn.Conv2d(1, 1, 3, padding=1, padding_mode="reflect")
         self.twice, self.watched = nn.Conv2d(1, 1, 3, padding=1), nn.Conv2d(1, 1, 3, padding=1)
         self.shared = self.again = nn.Conv2d(1, 1, 3, padding=1)
@@ -184,7 +186,7 @@ def test_only_plain_modules_called_once_are_replaceable():
 
 
 def test_a_stretch_that_is_no_larger_becomes_exact():
-    """What is left of three convolutions once two of them are one: a 3×3 and a 1×1 convolution are a 3×3 one."""
+    """Once two of three convolutions are one, a 3×3 and a 1×1 convolution can be left, which are a 3×3 one."""
     identities = (nn.Identity() for _ in range(3))
     model = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), *identities, nn.Conv2d(8, 5, 1)).eval()
     x = torch.randn(8, 4, 7, 7)
@@ -205,7 +207,7 @@ def test_options_of_modules_are_kept():
 
 
 def test_the_error_covers_all_batches():
-    """The first of many batches is of another kind: the fit and its error must know the others."""
+    """The first of many batches is of another kind; the fit and its error must cover the others."""
     model = series(norm=False)
     batches = [torch.zeros(8, 4, 9, 9), *(torch.randn(8, 4, 9, 9) for _ in range(30))]
     wanted = [model(batch).detach() for batch in batches[1:]]

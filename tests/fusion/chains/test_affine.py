@@ -1,4 +1,4 @@
-"""The algebra against running the operators one after the other, in float64."""
+"""Composed and added operators compute what the operators compute one after the other, in float64."""
 
 import re
 from dataclasses import replace
@@ -26,14 +26,14 @@ from tests._helpers.operators import (
 
 
 def composed(first, second):
-    """The composition of a drawn pair; one that has none is another pair."""
+    """Return the composition of a drawn pair; discard pairs that have none."""
     operator, _ = attempt(compose, first, second)
     assume(operator is not None)
     return operator
 
 
 def interior(first, second, x):
-    """The output positions at which no tap of the second operator falls into its padding, along each axis."""
+    """Return the output positions along each axis at which no tap of the second operator falls into its padding."""
     middle = size_after(first, x.shape[2:])
     axes = []
     for n, m, axis in zip(size_after(second, middle), middle, second.axes, strict=True):
@@ -55,7 +55,7 @@ def test_an_operator_equals_the_pytorch_convolution(data, axes):
 @settings(max_examples=60)
 @given(st.data())
 def test_a_tap_reads_the_position_of_its_definition(data):
-    """Tap t of output position o reads position s·o + d·t − p of the input with upsampling − 1 zeros between its values."""
+    """Tap t of output o reads position s·o + d·t − p of the input, which has upsampling − 1 zeros between its values."""
     numbers = [data.draw(st.integers(1, most)) for most in (4, 3, 3, 3)]
     kernel, stride, dilation, upsampling = numbers
     before, after = data.draw(st.tuples(st.integers(-2, 4), st.integers(-2, 4)))
@@ -101,7 +101,7 @@ def test_output_shape(data, axes):
 @given(pairs())
 def test_composition_equals_the_pair_away_from_padding(pair):
     first, second, x = pair
-    if max(second.upsampling, default=1) > 1:  # nor an inserted zero
+    if max(second.upsampling, default=1) > 1:  # its taps also read inserted zeros
         first = replace(first, bias=torch.zeros_like(first.bias))
     actual, expected = pytorch_output(composed(first, second), x), pytorch_output(second, pytorch_output(first, x))
     assert actual.shape == expected.shape == compose(first, second).output_shape(x.shape)
@@ -162,7 +162,7 @@ def test_composition_is_associative(data, axes):
 def test_a_sum_equals_both_outputs_added(drawn):
     left, right, x = drawn
     total, reason = attempt(add, left, right)
-    if total is None:  # their paddings together are those of no transposed convolution
+    if total is None:  # no transposed convolution has the padding of both
         assert max(left.upsampling) > 1
         assert re.search(NO_CONVOLUTION, reason)
     else:

@@ -1,4 +1,4 @@
-"""Borders: at which positions a merged operator equals its chain, and how the others are recomputed, in float64."""
+"""At which positions a merged operator equals its chain, and how the others are recomputed, in float64."""
 
 import re
 
@@ -55,7 +55,7 @@ def test_only_biases_differ_in_the_valid_range(drawn):
     chain, x, y = drawn
     operator, _ = attempt(compose_chain, chain)
     assume(operator is not None)
-    difference = pytorch_output(operator, x) - y  # one for all inputs: that of the biases
+    difference = pytorch_output(operator, x) - y  # the same for all inputs, once that of the biases is subtracted
     difference = difference - (pytorch_output(operator, torch.zeros_like(x)) - pytorch_chain(chain, torch.zeros_like(x)))
     for axis, size in enumerate(x.shape[2:]):
         valid = valid_range(chain, axis, size)
@@ -92,7 +92,7 @@ def test_zero_response_is_the_output_for_zeros(drawn):
 
 
 def test_zero_response_of_a_large_size_runs_on_a_small_one(monkeypatch):
-    """A block on 512×512 images is not run on as many positions."""
+    """A block for images of 512×300 runs on fewer than 20 positions per axis."""
     sizes = []
     monkeypatch.setattr("fastentropy.fusion.chains.borders.run", lambda chain, x: sizes.append(x.shape[2:]) or run(chain, x))
     chain = (convolution(6, 4, 3, 1, stride=2), channelwise(6), convolution(4, 6, 5, 2, seed=3))

@@ -118,7 +118,7 @@ def test_an_inverted_residual_block_merges_into_one_operator(size):
     block = (Sum((inner, ())),)
     (merged,) = merge(block, size)
     assert merged.groups == 1
-    if size == (1, 1):  # only the tap in the middle ever reads a value
+    if size == (1, 1):  # only the tap in the middle reads a value
         assert (merged.kernel, merged.padding) == ((1, 1), ((0, 0), (0, 0)))
     else:
         assert (merged.kernel, merged.padding) == ((3, 3), ((1, 1), (1, 1)))
@@ -130,7 +130,7 @@ def test_an_inverted_residual_block_merges_into_one_operator(size):
 @settings(max_examples=40)
 @given(st.data())
 def test_an_expanded_convolution_merges_at_every_size(data):
-    """1×1, any grouped convolution, 1×1, all with biases, and the value itself added where the sizes allow it."""
+    """1×1, any grouped convolution and 1×1, all with biases; the input is added if the sizes allow it."""
     axes = data.draw(st.integers(1, 3))
     channels = data.draw(st.sampled_from([1, 2, 3]))
     expand = data.draw(convolutions(axes, channels, "pointwise"))
@@ -177,7 +177,7 @@ def test_the_bias_is_a_map_only_where_it_must_be(chain, axes):
 
 
 def test_a_classifier_behind_a_pool_merges_and_is_flattened():
-    """A convolution, global average pooling and two linear layers of what it gives, flattened."""
+    """A convolution, global average pooling and two linear layers on the flattened result."""
     head = (convolution(6, 4, 3, 1), average(6, 7, 8), convolution(5, 6, 1, seed=3), convolution(2, 5, 1, seed=5), Flatten())
     merged = merge(head, (7, 8))
     x = normal(2, 4, 7, 8, seed=0)

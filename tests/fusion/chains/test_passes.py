@@ -1,4 +1,4 @@
-"""Rewrites of a chain, folding, moving pools and pairing operators, keep its function, in float64."""
+"""Folding, moving pools and pairing operators keep the function of a chain, in float64."""
 
 from dataclasses import replace
 
@@ -35,7 +35,7 @@ def test_folding_leaves_no_scale_that_a_convolution_can_take(seed):
     folded = fold(chain)
     x = normal(2, 4, 5, 6, seed=seed)
     close(pytorch_chain(folded, x), pytorch_chain(chain, x))
-    # The one before the padded convolution stays: it would be wrong at the border.
+    # The scale before the padded convolution stays, because folding it would be wrong at the border.
     assert [operator.is_channelwise for operator in operators(folded)] == [False, False, True, False]
 
 

@@ -1,3 +1,5 @@
+"""The latency table of a network: its parts, its stretches, and what it predicts against the fused networks."""
+
 import copy
 import functools
 
@@ -16,24 +18,20 @@ from tests._helpers.networks import Residual
 from tests._helpers.snapshots import assert_unchanged, snapshot
 
 
-def parts_of(table):
-    def inside(section):
+def all_sections(sections):
+    """Yield some sections and those of their branches."""
+    for section in sections:
+        yield section
         for part in section.parts:
-            yield part
-            for branch in part.branches:
-                yield from inside(branch)
+            yield from all_sections(part.branches)
 
-    return [part for section in table.sections for part in inside(section)]
+
+def parts_of(table):
+    return [part for section in all_sections(table.sections) for part in section.parts]
 
 
 def stretches_of(table):
-    def inside(section):
-        yield from section.stretches
-        for part in section.parts:
-            for branch in part.branches:
-                yield from inside(branch)
-
-    return [stretch for section in table.sections for stretch in inside(section)]
+    return [stretch for section in all_sections(table.sections) for stretch in section.stretches]
 
 
 def names(model, x):
@@ -52,7 +50,7 @@ def test_every_site_is_one_part_and_the_model_stays(network):
 
 
 def counted_cost(model, x, removed):
-    """What a network without some activations costs in the forms that `plan_chain` chooses, by counting."""
+    """Count the cost of a network without some activations, in the forms that `plan_chain` chooses."""
     model = copy.deepcopy(model)
     linearize(model, removed)
     traced = inference_module(export(model, (x,)))
@@ -149,7 +147,7 @@ def test_a_site_outside_of_the_trace_is_named():
 
 @pytest.mark.parametrize("activation", [nn.SiLU, nn.ReLU, functools.partial(nn.LeakyReLU, 0.01)])
 def test_activations_in_place_are_timed_on_constant_values(activation):
-    """SiLU again and again in place would end in denormal numbers, which take many times as long."""
+    """SiLU, applied in place again and again, would end in denormal numbers, which take many times as long."""
     module, x = profiler._repeatable(activation(inplace=True)), torch.randn(1000)
     for _ in range(200):
         module(x)

@@ -1,3 +1,5 @@
+"""The latency table against an oracle that tries every division of its sections."""
+
 import itertools
 import json
 
@@ -20,7 +22,7 @@ MILLISECONDS = st.integers(0, 20).map(float)
 
 @st.composite
 def tables(draw):
-    """Tables of a few sections with branches; milliseconds are small integers, so that sums are exact and ties happen."""
+    """Draw a table of a few sections with branches; times are small integers, so that sums are exact and ties happen."""
     names = (f"site{index}" for index in itertools.count())
     sections = tuple(draw(sections_of(names, depth=1)) for _ in range(draw(st.integers(1, 2))))
     return LatencyTable(100.0, 7.0, sections)
@@ -28,6 +30,7 @@ def tables(draw):
 
 @st.composite
 def sections_of(draw, names, depth):
+    """Draw a section whose sites take the next names; at a depth of 1 it may have branches."""
     parts = []
     for _ in range(draw(st.integers(1, 4))):
         kind = draw(st.sampled_from(["operator", "site", "branches"][: 3 if depth else 2]))
@@ -43,25 +46,26 @@ def sections_of(draw, names, depth):
 
 
 def sites_of(parts):
+    """Return the sites of some parts and of their branches."""
     own = {part.site for part in parts if part.site}
     return frozenset(own.union(*(sites_of(branch.parts) for part in parts for branch in part.branches)))
 
 
 def milliseconds(section, removed):
-    """The least time of a section without some sites, by trying every division: the oracle."""
+    """Return the least time of a section without some sites, by trying every division: the oracle."""
 
     def part_time(part):
         inner = sum(milliseconds(branch, removed) for branch in part.branches)
         return inner + (0 if part.site in removed else part.milliseconds)
 
-    def from_place(start):
+    def from_position(start):
         if start == len(section.parts):
             return 0
-        ways = [part_time(section.parts[start]) + from_place(start + 1)]
-        ways += [s.milliseconds + from_place(s.stop) for s in section.stretches if s.start == start and s.sites <= removed]
-        return min(ways)
+        times = [part_time(section.parts[start]) + from_position(start + 1)]
+        times += [s.milliseconds + from_position(s.stop) for s in section.stretches if s.start == start and s.sites <= removed]
+        return min(times)
 
-    return from_place(0)
+    return from_position(0)
 
 
 def total(table, removed):
@@ -132,13 +136,12 @@ def test_parts_add_up_to_the_measured_whole():
     assert (loose.rest, loose.fastest(()).milliseconds) == (16.0, 40.0)
     tight = LatencyTable.from_parts(50.0, 12.0, [section])
     assert (tight.rest, tight.fastest(()).milliseconds) == (0.0, pytest.approx(12.0))
-    assert tight.fastest("a").milliseconds == pytest.approx(
-        (24.0 - 3.0 - 1.0) / 2
-    )  # the stretch, and a's own time in the branch
+    saved = 3.0 + 1.0  # by the stretch, and by a itself in the branch
+    assert tight.fastest("a").milliseconds == pytest.approx((24.0 - saved) / 2)
 
 
 def test_a_collapsed_stretch_is_one_part():
-    """The second stretch would cut through the first, the third holds it, and the last ones lie beside it."""
+    """The second stretch would cut through the first one, the third one contains it, and the last one lies beside it."""
     stretches = (
         Stretch(0, 3, 2.0, frozenset("a"), ("conv1", "conv2")),
         Stretch(2, 5, 0.5, frozenset("b"), ("conv2", "conv3")),
@@ -156,7 +159,7 @@ def test_a_collapsed_stretch_is_one_part():
 
 
 def test_choices_are_thinned_if_none_beats_another():
-    """Loss proportional to time: none of the 2^40 subsets beats another."""
+    """If the loss is proportional to the time, none of the 2^40 subsets beats another."""
     parts = tuple(Part(float(2**index), f"s{index}") for index in range(40))
     table = LatencyTable(1.0, 0.0, (Section(parts, ()),))
     choices = table.choices({part.site: part.milliseconds for part in parts})
