@@ -55,7 +55,7 @@ def measure_latency(
         The table of times, in milliseconds.
 
     Raises:
-        ValueError: `fuse` cannot trace the model, or the trace does not show one of the sites.
+        ValueError: `fuse` refuses the model, or the trace does not show one of the sites.
 
     Examples:
         >>> import torch
