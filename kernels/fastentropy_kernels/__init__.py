@@ -1,6 +1,6 @@
-"""Activations that count, per neuron, the states of their input, and fused chains: on tensors only, no modules.
+"""Activations that count the states of their input per neuron, and fused chains of operators, on plain tensors.
 
-A state is `off` (x < 0), `zero` (x == 0, of either sign) or `on` (x > 0), infinities included; NaN is in none of them.
+A state is `off` (x < 0), `zero` (x == 0, of either sign) or `on` (x > 0), infinities included. NaN is in none of them.
 """
 
 from fastentropy_kernels.activations import linear_regions

@@ -1,7 +1,7 @@
 """Every private name of PyTorch and of the C library that the kernels use, each in one function.
 
-A name without a public counterpart can go with any release. A function that no longer finds its name raises RuntimeError: a
-default in its place would count wrongly without a word.
+Any release may drop a private name. A function that no longer finds its name raises RuntimeError, because a default would
+count wrongly in silence.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from torch.autograd import forward_ad
 
 
 def is_plain_eager(x: Tensor) -> bool:
-    """Return whether nobody but the caller sees an operator on `x`: no tracer, mode, forward derivative or transform.
+    """Return whether no tracer, mode, forward derivative or transform would see an operator on `x`.
 
-    A kernel that is launched directly is invisible to all of these; they get the registered operators instead. PyTorch has
-    public context managers to enter each of them, and no public question whether one is active.
+    A kernel that is launched directly is invisible to all of these, so they get the registered operators instead. PyTorch has
+    public context managers that enter them, but no public function that tells whether one is active.
 
     Raises:
-        RuntimeError: this release of PyTorch has one of the names no longer.
+        RuntimeError: this release of PyTorch lacks one of the names.
     """
     try:
         return (
@@ -33,17 +33,18 @@ def is_plain_eager(x: Tensor) -> bool:
         )
     except AttributeError as error:
         raise RuntimeError(
-            f"PyTorch {torch.__version__} has no longer what tells whether a kernel may be launched directly ({error}); "
-            'use impl="reference", or a release of PyTorch that the CHANGELOG of fastentropy names'
+            f"PyTorch {torch.__version__} no longer tells whether a kernel may be launched directly ({error}); "
+            "use a release of PyTorch that the CHANGELOG of fastentropy names"
         ) from error
 
 
 @cache
 def openmp_parallel() -> Callable[[int, int, int, int], None] | None:
-    """Return GOMP_parallel(function, argument, threads, flags), which GNU's, LLVM's and Intel's OpenMP all have.
+    """Return GOMP_parallel(function, argument, threads, flags), an entry point of GNU's, LLVM's and Intel's OpenMP.
 
-    `import torch` has put its own OpenMP into the global scope, and only its team leaves the cores to PyTorch's operators.
-    There is no header for it in Python. None where there is none (Windows): the caller then uses one thread.
+    `import torch` loads its own OpenMP into the global scope, and only that team leaves the cores to PyTorch's operators.
+    Python has no public function that starts it. Where there is no such name (Windows), None is returned and the caller uses
+    one thread.
     """
     try:
         parallel = ctypes.CDLL(None).GOMP_parallel

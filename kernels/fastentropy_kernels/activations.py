@@ -1,4 +1,7 @@
-"""The table of activations that the kernels know, with their gradients."""
+"""The table of activations that the kernels know: value, gradient, parameters and linear regions, in plain PyTorch.
+
+An activation is one entry of `ACTIVATIONS`. The public functions, their operators, `aot` and the references read it.
+"""
 
 from __future__ import annotations
 
@@ -14,15 +17,19 @@ from torch import Tensor
 
 aten = torch.ops.aten
 
+# The constants of SELU (Klambauer et al. 2017, equation 14).
 SELU_ALPHA, SELU_SCALE = 1.6732632423543772848, 1.0507009873554804934
-"""The constants of SELU (Klambauer et al. 2017, equation 14)."""
 
 
 class Activation(NamedTuple):
-    """One activation: `function(x, *parameters)` and `backward(gradient of y, x, *parameters)`.
+    """One activation.
 
-    `parameters` maps their names, those of torch.nn.functional, to their defaults, in order. `regions(*parameters)`
-    gives the points where one formula ends and the next begins, for an activation that is defined piece by piece.
+    Attributes:
+        function: `function(x, *parameters)` returns y, a new tensor.
+        backward: `backward(grad, x, *parameters)` returns the gradient of x from that of y.
+        parameters: maps the names of the parameters, which are those of torch.nn.functional, to their defaults, in order.
+        regions: `regions(*parameters)` returns the points where one formula ends and the next begins. None for an
+            activation that is not defined piece by piece.
     """
 
     function: Callable[..., Tensor]
@@ -32,7 +39,7 @@ class Activation(NamedTuple):
 
 
 def _quick_gelu(x: Tensor) -> Tensor:
-    """x sigmoid(1.702 x) (Hendrycks and Gimpel 2016), in float32 for the 16-bit formats, as PyTorch does for gelu."""
+    """Return x sigmoid(1.702 x) (Hendrycks and Gimpel 2016), computed in float32 for 16-bit formats as PyTorch's gelu is."""
     wide = x if x.dtype == torch.float64 else x.float()
     return (wide * torch.sigmoid(1.702 * wide)).to(x.dtype)
 
@@ -44,7 +51,7 @@ def _quick_gelu_backward(grad: Tensor, x: Tensor) -> Tensor:
 
 
 def _silu_backward(grad: Tensor, x: Tensor) -> Tensor:
-    """As PyTorch does: its operator has no derivative, so where one may be asked for, the formula."""
+    """Call PyTorch's operator. It has no derivative, so the formula takes its place where gradients are recorded."""
     if not torch.is_grad_enabled():
         return cast(Tensor, aten.silu_backward(grad, x))
     sigmoid = torch.sigmoid(x)
@@ -52,6 +59,7 @@ def _silu_backward(grad: Tensor, x: Tensor) -> Tensor:
 
 
 def _mish_backward(grad: Tensor, x: Tensor) -> Tensor:
+    """Do for mish what `_silu_backward` does for silu."""
     if not torch.is_grad_enabled():
         return cast(Tensor, aten.mish_backward(grad, x))
     tanh = torch.tanh(F.softplus(x))
@@ -62,6 +70,8 @@ def _at_zero(*parameters: float) -> tuple[float, ...]:
     return (0.0,)
 
 
+# Names and parameters are those of torch.nn.functional. gelu_tanh is gelu with approximate="tanh", relu2 is the square of
+# relu, and quick_gelu is x sigmoid(1.702 x), as in Hugging Face's transformers. No function returns its argument.
 ACTIVATIONS: Mapping[str, Activation] = MappingProxyType(
     {
         "identity": Activation(torch.clone, lambda grad, x: grad.clone()),
@@ -89,7 +99,7 @@ ACTIVATIONS: Mapping[str, Activation] = MappingProxyType(
         ),
         "relu2": Activation(lambda x: F.relu(x).square(), lambda grad, x: 2 * F.relu(x) * grad, regions=_at_zero),
         "quick_gelu": Activation(_quick_gelu, _quick_gelu_backward),
-        # prelu has a weight for each neuron besides, see `activate`.
+        # prelu also takes a weight for each neuron; see `activate`.
         "prelu": Activation(
             lambda x, weight: torch.where(x > 0, x, weight * x),
             lambda grad, x, weight: torch.where(x > 0, grad, weight * grad),
@@ -97,46 +107,30 @@ ACTIVATIONS: Mapping[str, Activation] = MappingProxyType(
         ),
     }
 )
-"""Name -> activation. Names and parameters are those of torch.nn.functional; gelu_tanh is gelu with approximate="tanh",
-relu2 the square of relu and quick_gelu x sigmoid(1.702 x), as in Hugging Face's transformers. No function returns its
-argument."""
-
-
-def activate(
-    x: Tensor, activation: str, parameters: Sequence[float] = (), weight: Tensor | None = None, channel_axis: int = 1
-) -> Tensor:
-    """Return the activation of `x`, a new tensor; `weight` [neurons] or [1] is that of prelu."""
-    weights = () if weight is None else (along_axis(weight, x.ndim, channel_axis),)
-    return ACTIVATIONS[activation].function(x, *weights, *parameters)
-
-
-def activate_backward(
-    grad: Tensor, x: Tensor, activation: str, parameters: Sequence[float], weight: Tensor | None, channel_axis: int
-) -> tuple[Tensor, Tensor | None]:
-    """Return the gradients of `x` and of `weight` (None where that is None) from the gradient of y."""
-    if weight is None:
-        return ACTIVATIONS[activation].backward(grad, x, *parameters), None
-    grad_x = ACTIVATIONS[activation].backward(grad, x, along_axis(weight, x.ndim, channel_axis))
-    others = [axis for axis in range(x.ndim) if weight.numel() == 1 or axis != channel_axis % x.ndim]
-    slopes = torch.where(x > 0, 0, x * grad)
-    return grad_x, (slopes.sum(others) if others else slopes).view_as(weight)
-
-
-def no_autocast(device_type: str) -> AbstractContextManager[object]:
-    """Switch autocast off, which would make a float32 y of some activations, and 16-bit sums of some products."""
-    return torch.autocast(device_type, enabled=False) if torch.amp.is_autocast_available(device_type) else nullcontext()
-
-
-def along_axis(weight: Tensor, ndim: int, channel_axis: int) -> Tensor:
-    """View a tensor of one axis so that it broadcasts along `channel_axis` of a tensor with `ndim` axes."""
-    return weight.view([-1 if axis == channel_axis % ndim else 1 for axis in range(ndim)])
 
 
 def linear_regions(activation: str, **parameters: float) -> tuple[float, ...]:
-    """Return the points where an activation that is defined piece by piece goes from one formula to the next.
+    """Return the points where an activation that is defined piece by piece changes from one formula to the next.
 
-    They are the edges that `states="regions"` counts between: (0.0, 6.0) for relu6, (-3.0, 3.0) for hardswish.
-    Raises ValueError for an activation that has no such points, and as `activation_states` for unknown names.
+    `activation_states(..., states="regions")` counts between these edges.
+
+    Args:
+        activation: the name of an activation, as for `activation_states`.
+        **parameters: parameters of the activation, as for `activation_states`.
+
+    Returns:
+        The points in rising order: (0.0,) for relu, (-3.0, 3.0) for hardswish.
+
+    Raises:
+        TypeError: a parameter does not belong to the activation, or is not a number.
+        ValueError: the activation is unknown or has no such points, or a parameter is out of range.
+
+    Examples:
+        >>> from fastentropy_kernels import linear_regions
+        >>> linear_regions("relu6")
+        (0.0, 6.0)
+        >>> linear_regions("hardtanh", max_val=2.0)
+        (-1.0, 2.0)
     """
     values = checked_parameters(activation, parameters)
     regions = ACTIVATIONS[activation].regions
@@ -146,8 +140,38 @@ def linear_regions(activation: str, **parameters: float) -> tuple[float, ...]:
     return tuple(float(edge) for edge in regions(*values))
 
 
+def activate(
+    x: Tensor, activation: str, parameters: Sequence[float] = (), weight: Tensor | None = None, channel_axis: int = 1
+) -> Tensor:
+    """Return the activation of `x` as a new tensor. `weight`, [neurons] or [1], holds the slopes of prelu."""
+    weights = () if weight is None else (along_axis(weight, x.ndim, channel_axis),)
+    return ACTIVATIONS[activation].function(x, *weights, *parameters)
+
+
+def activate_backward(
+    grad: Tensor, x: Tensor, activation: str, parameters: Sequence[float], weight: Tensor | None, channel_axis: int
+) -> tuple[Tensor, Tensor | None]:
+    """Return the gradients of `x` and of `weight` from that of y. Without a weight, the second is None."""
+    if weight is None:
+        return ACTIVATIONS[activation].backward(grad, x, *parameters), None
+    grad_x = ACTIVATIONS[activation].backward(grad, x, along_axis(weight, x.ndim, channel_axis))
+    others = [axis for axis in range(x.ndim) if weight.numel() == 1 or axis != channel_axis % x.ndim]
+    slopes = torch.where(x > 0, 0, x * grad)
+    return grad_x, (slopes.sum(others) if others else slopes).view_as(weight)
+
+
+def no_autocast(device_type: str) -> AbstractContextManager[object]:
+    """Return a context without autocast, under which some activations return float32 and some products sum in 16 bits."""
+    return torch.autocast(device_type, enabled=False) if torch.amp.is_autocast_available(device_type) else nullcontext()
+
+
+def along_axis(weight: Tensor, ndim: int, channel_axis: int) -> Tensor:
+    """Return a view of a 1-d tensor that broadcasts along `channel_axis` of a tensor with `ndim` axes."""
+    return weight.view([-1 if axis == channel_axis % ndim else 1 for axis in range(ndim)])
+
+
 def checked_parameters(activation: str, parameters: Mapping[str, float]) -> tuple[float, ...]:
-    """Return the activation's parameters in the order of the table, with its defaults for those not given."""
+    """Return the parameters of an activation in the order of the table, with the default of each that is not given."""
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: got {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
     defaults = ACTIVATIONS[activation].parameters

@@ -1,15 +1,27 @@
-"""GPU: activations, as functions of Triton kernels."""
+"""GPU: the activations, as one function that the Triton kernels inline.
 
+Each branch computes in float32 and keeps NaN. Its form is chosen for few instructions: memory, not arithmetic, is to be the
+bound of a kernel that reads a value, activates it and writes it.
+"""
+
+# Kernels have no types, and Triton's decorator has none either.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
 from __future__ import annotations
 
-# mypy: disable-error-code="assignment, misc, no-untyped-def, no-untyped-call, untyped-decorator"
 import triton
 import triton.language as tl
 
 
 @triton.jit
 def activate(x, ACTIVATION: tl.constexpr, parameters, weight):
-    """The activation named in `reference.ACTIVATIONS`, of float32; NaN stays NaN."""
+    """Return the activation of a tile.
+
+    Args:
+        x: float32 tile. NaN stays NaN.
+        ACTIVATION: a key of `activations.ACTIVATIONS`.
+        parameters: tuple of float32 numbers, those of the activation in the order of the table.
+        weight: float32, the slopes of prelu; it broadcasts to the shape of `x`.
+    """
     if ACTIVATION == "identity":
         return x
     elif ACTIVATION == "relu":
@@ -64,12 +76,13 @@ def _clamp(x, low, high):
 
 @triton.jit
 def _gelu(x):
-    """x Phi(x) = max(x, 0) - z Phi(-z) with z = |x|, and Phi(-z) = 2^-q(z): nothing cancels below 0, where Phi is small.
+    """Return x Phi(x) = max(x, 0) - z Phi(-z) with z = |x| and Phi(-z) = 2^-q(z).
 
-    q is a polynomial fitted to -log2 Phi(-z) over 0 <= z <= 10, exact at 0, by least squares with weights that were raised
-    where the error was largest (Lawson's algorithm) until its maximum was least: that of z Phi(-z) is 1.6e-7, and 0.16% of the
-    value, where this is the larger one. Beyond 10, where z Phi(-z) is below 1e-22, q rises without end. From 14 on the product
-    is nothing to x > 0, so z stops there: infinity stays infinity. Minus infinity is NaN, as for PyTorch.
+    In this form nothing cancels below 0, where Phi is small. q is a polynomial, exact at 0, fitted to -log2 Phi(-z) over
+    0 <= z <= 10. The fit is by least squares with weights that are raised where the error is largest, until the maximum is
+    least (Lawson's algorithm). The error of z Phi(-z) is at most 1.6e-7 or 0.16% of the value, whichever is larger. Beyond 10
+    z Phi(-z) is below 1e-22, and q keeps rising. From 14 on the product no longer changes x > 0, so z stops there and infinity
+    stays infinity. Minus infinity gives NaN, as in PyTorch.
     """
     z = tl.abs(tl.minimum(x, 14.0, propagate_nan=tl.PropagateNan.ALL))
     q = 1.2594321106007555e-06 * z - 4.9938669690163806e-05
@@ -84,9 +97,10 @@ def _gelu(x):
 
 @triton.jit
 def _times_sigmoid(x, at):
-    """x sigmoid(at), where sigmoid is the square of 1 / sqrt(1 + e^-at): a root takes an instruction, a division several.
+    """Return x sigmoid(at), with sigmoid as the square of 1 / sqrt(1 + e^-at).
 
-    The root's error, 2^-22.9 of it (PTX ISA, rsqrt.approx), counts twice. That of e^-at is larger where at is far below 0.
+    A reciprocal root takes one instruction and a division takes several. The relative error of the root, 2^-22.9 (PTX ISA,
+    rsqrt.approx), counts twice. Where `at` is far below 0, the error of e^-at is larger.
     """
     root = tl.rsqrt(1.0 + tl.exp2(at * -1.4426950408889634))
     return x * root * root
@@ -94,7 +108,7 @@ def _times_sigmoid(x, at):
 
 @triton.jit
 def _softplus(x):
-    """log(1 + e^x) = max(x, 0) + log(1 + e) with e = e^-|x|, which is 2 artanh(s) with s = e / (2 + e) up to 1/3."""
+    """Return log(1 + e^x) = max(x, 0) + log(1 + e) with e = e^-|x|. log(1 + e) is 2 artanh(s), s = e / (2 + e) <= 1/3."""
     e = tl.exp(-tl.abs(x))
     s = e / (2.0 + e)
     z = s * s
@@ -104,10 +118,10 @@ def _softplus(x):
 
 @triton.jit
 def _expm1(x):
-    """e^x - 1. Near 0, where the difference cancels, it is Taylor's series."""
+    """Return e^x - 1: Taylor's series near 0, where the difference would cancel."""
     series = 1 / 24 + x * (1 / 120 + x * (1 / 720 + x * (1 / 5040 + x * (1 / 40320))))
     return tl.where(tl.abs(x) < 0.35, x + x * x * (0.5 + x * (1 / 6 + x * series)), tl.exp(x) - 1.0)
 
 
+# Whether the kernels run in Triton's interpreter, on CPU tensors: TRITON_INTERPRET=1 was set when this module was imported.
 INTERPRETED = not isinstance(activate, triton.JITFunction)
-"""Whether the kernels run in Triton's interpreter, on CPU tensors: TRITON_INTERPRET=1 when this module was imported."""

@@ -1,8 +1,11 @@
-"""The two layouts that the kernels know, how a tensor is seen as one of them, and the images that a convolution makes."""
+"""The two layouts that the kernels know, and how a tensor of any strides becomes a view of one of them.
+
+Every dense tensor is *rows* `[rows, channels]` or *planes* `[outer, channels, inner]`, so that a kernel needs two loops and
+no strides but the distance between rows. Below that stand the shape and memory format of what a convolution returns.
+"""
 
 from __future__ import annotations
 
-# mypy: disable-error-code="assignment, misc, no-untyped-def, no-untyped-call, untyped-decorator"
 from collections.abc import Sequence
 from math import prod
 from typing import NamedTuple
@@ -14,27 +17,30 @@ from torch import Tensor
 class Arranged(NamedTuple):
     """A tensor seen as rows or planes.
 
-    `values` is *rows* `[rows, channels]` (the channel fastest, any distance between rows) or *planes*
-    `[outer, channels, inner]` (contiguous). `mask` has the same axes without the channel and is contiguous.
+    Attributes:
+        values: *rows* `[rows, channels]` (the channel fastest, any distance between rows) or *planes*
+            `[outer, channels, inner]` (contiguous).
+        mask: bool, contiguous, with the axes of `values` without the channel; None where there is no mask.
+        order: the axes of the original tensor, slowest first.
+        channel: the index of the channel axis in `order`.
     """
 
     values: Tensor
     mask: Tensor | None
-    order: tuple[int, ...]  # the axes of the original, slowest first
-    channel: int  # where the channel is in `order`
+    order: tuple[int, ...]
+    channel: int
 
     def view(self, y: Tensor) -> Tensor | None:
-        """See a tensor of the original's shape in the same way; None where its strides forbid that."""
+        """Return a tensor of the original's shape in the same view; None where its strides do not allow it."""
         return _merge_axes(y if self.order == tuple(range(y.ndim)) else y.permute(self.order), self.channel)
 
 
 def arrange(x: Tensor, channel_axis: int, mask: Tensor | None) -> Arranged:
-    """See `x` as rows or planes; `channel_axis` is not negative and `x` is not empty.
+    """Return `x` as rows or planes. `channel_axis` is not negative and `x` is not empty.
 
-    Sorted by stride, every tensor without gaps is contiguous, so its axes slower than the channel merge into one and
-    its faster ones into another: channels-last images and transposed matrices cost nothing. With gaps, rows at equal
-    distance (a slice of the hidden axis) are taken as they are. Everything else (gaps inside planes, expanded axes)
-    is copied once to contiguous memory.
+    With its axes sorted by stride, every tensor without gaps is contiguous. The axes slower than the channel merge into one,
+    and the faster axes into another. So channels-last images and transposed matrices cost nothing. Rows at equal distances (a
+    slice of the hidden axis) are taken as they are. All other tensors (gaps inside planes, expanded axes) are copied once.
     """
     order = tuple(range(x.ndim))
     values = None
@@ -53,7 +59,7 @@ def arrange(x: Tensor, channel_axis: int, mask: Tensor | None) -> Arranged:
 
 
 def _merge_axes(x: Tensor, channel_axis: int) -> Tensor | None:
-    """Merge the axes before and after the channel without a copy; None where the strides forbid it."""
+    """Merge the axes before and those after the channel without a copy; return None where the strides do not allow it."""
     if x.ndim - 1 == channel_axis == 1 and x.stride(1) == 1:
         return x
     outer, channels, inner = prod(x.shape[:channel_axis]), x.shape[channel_axis], prod(x.shape[channel_axis + 1 :])
@@ -72,9 +78,9 @@ def _without_channel(values: Tensor) -> tuple[int, ...]:
 
 
 def is_channels_last(images: Tensor) -> bool:
-    """Whether channels are the fastest axis of [batch, channels, height, width], gaps between pixels allowed.
+    """Return whether channels are the fastest axis of [batch, channels, height, width]; pixels may have gaps between them.
 
-    A single channel is where the strides say so, as for PyTorch; images of a single value are not.
+    For a single channel the strides decide, as in PyTorch. Images of a single value are not channels-last.
     """
     _, channels, height, width = images.shape
     _, channel_stride, _, column_stride = images.stride()
@@ -84,7 +90,7 @@ def is_channels_last(images: Tensor) -> bool:
 def convolved_size(
     x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
 ) -> tuple[int, int]:
-    """Return height and width of the convolution of `x` with a weight [out, in, height, width]."""
+    """Return the height and width of the convolution of `x` with a weight [out, in, height, width]."""
     height, width = (
         (x.shape[axis] + 2 * padding[axis - 2] - dilation[axis - 2] * (weight.shape[axis] - 1) - 1) // stride[axis - 2] + 1
         for axis in (2, 3)
@@ -93,12 +99,12 @@ def convolved_size(
 
 
 def empty_images(x: Tensor, channels: int, size: tuple[int, int]) -> Tensor:
-    """Return images without values, with the dtype, device and memory format of `x`."""
+    """Return uninitialised images with the dtype, device and memory format of `x`."""
     memory_format = torch.channels_last if is_channels_last(x) else torch.contiguous_format
     shape = (x.shape[0], channels, *size)
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format)
 
 
 def largest_power_of_2(size: int) -> int:
-    """Return the largest power of two that divides `size`, up to 16: beyond, no access gets wider."""
+    """Return the largest power of two that divides `size`, up to 16. A larger one would make no access wider."""
     return size & -size if size % 16 else 16

@@ -1,1 +1,1 @@
-"""Activations that count the states of their input."""
+"""Count the states of a tensor, alone or together with its activation."""

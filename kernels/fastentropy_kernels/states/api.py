@@ -1,4 +1,8 @@
-"""The public functions that count states."""
+"""The public functions that count states: check the arguments, then launch a kernel or call the registered operator.
+
+Plain eager calls launch the kernel. A registered operator is called while gradients are recorded, under a tracer, mode or
+transform, and for subclasses of Tensor.
+"""
 
 from __future__ import annotations
 
@@ -26,22 +30,32 @@ def count_states(
     """Add the states of `x`, per neuron, to `counts` in place.
 
     Args:
-        x: float16, bfloat16, float32 or float64, any strides. Rows, planes and what becomes one of them by reordering
-            axes (channels-last, transposed, slices of the channel axis of rows) are read where they are; gaps inside of
-            planes, expanded and overlapping axes take one copy.
-        counts: int64 `[neurons, 3]`, contiguous, on the device of `x`: columns off, zero, on. With edges it is
-            `[neurons, len(edges) + 1]`.
+        x: float16, bfloat16, float32 or float64, any shape and strides. Rows, planes, and tensors that become one of these
+            when their axes are reordered (channels-last, transposed, slices of the channel axis of rows) are read where they
+            are. Tensors with gaps inside planes, expanded or overlapping axes are copied once.
+        counts: int64 `[neurons, 3]`, contiguous, on the device of `x`. The columns are off (x < 0), zero (x == 0) and on
+            (x > 0). With `edges` the shape is `[neurons, len(edges) + 1]`.
         channel_axis: the axis of `x` that runs over the neurons.
-        mask: bool, the shape of `x` without the channel axis; positions where it is False are not counted.
-        nan: int64 `[neurons]`; the number of NaN values is added to it.
-        edges: 1 to 15 rising numbers. Column i then counts `edges[i - 1] <= x < edges[i]`, a histogram per neuron.
-            They are compared exactly, also where they have no representation in the dtype of `x`.
-        impl: "auto" takes Triton on CUDA, Numba on a CPU, and the reference for float64 and other devices.
-            "triton", "numba" and "reference" run as named or raise.
+        mask: bool, with the shape of `x` without the channel axis. Positions where it is False are not counted.
+        nan: int64 `[neurons]`, contiguous. The number of NaN values is added to it.
+        edges: 1 to 15 numbers in rising order. Column i then counts `edges[i - 1] <= x < edges[i]`, which makes a histogram
+            per neuron. The comparison is exact, even where the dtype of `x` cannot represent an edge.
+        impl: "auto" takes Triton on CUDA, Numba on a CPU, and the reference for float64 and for other devices. "triton",
+            "numba" and "reference" run as named or raise.
 
     Raises:
-        TypeError: a dtype is not supported.
-        ValueError: any other argument does not fit. In both cases `counts` and `nan` are unchanged.
+        TypeError: a dtype is not supported. `counts` and `nan` are unchanged.
+        ValueError: another argument does not fit. `counts` and `nan` are unchanged.
+
+    Examples:
+        >>> import torch
+        >>> from fastentropy_kernels import count_states
+        >>> x = torch.tensor([[-1.0, 2.0], [0.0, 3.0], [0.5, float("nan")]])
+        >>> counts = torch.zeros(2, 3, dtype=torch.int64)
+        >>> count_states(x, counts)
+        >>> counts
+        tensor([[1, 1, 1],
+                [0, 0, 2]])
     """
     request = count_request(x, counts, nan, channel_axis, mask, edges, impl)
     if launches_directly(x):
@@ -70,29 +84,45 @@ def activation_states(
 ) -> Tensor:
     """Return the activation of `x` and add the states of `x` to `counts` in place.
 
+    The result has a gradient where `x` or `weight` requires one. The function can be traced by torch.compile (fullgraph)
+    and torch.export, and captured in a CUDA graph.
+
     Args:
-        x: as in `count_states`. `y` gets its dtype, also under autocast, and the strides of `torch.empty_like(x)`.
-        counts: as in `count_states`, with a column for each state.
-        activation: a key of `reference.ACTIVATIONS`. `y` is computed at every position, also where `mask` is False, in
-            float32 and rounded once for the 16-bit formats.
-        channel_axis: as in `count_states`, and so are mask, nan and impl.
-        mask: see above.
-        nan: see above.
-        states: "sign" counts off, zero and on; "regions" counts between `linear_regions(activation, **parameters)`.
-        edges: as in `count_states`, in place of `states`.
-        weight: the slopes of prelu, `[neurons]` or `[1]`, dtype and device of `x`.
-        inplace: write y over `x`, which must not need a gradient nor overlap itself, and return `x`.
-        impl: Triton does both in one pass for every activation. Numba does for identity, relu and relu6; for the others
-            it counts, and PyTorch's own vectorised function makes y. See `is_fused`.
+        x: as for `count_states`.
+        counts: as for `count_states`, with one column for each state.
+        activation: a key of `activations.ACTIVATIONS`, such as "relu", "gelu" or "prelu".
+        channel_axis: as for `count_states`.
+        mask: as for `count_states`. The activation is computed at every position, also where `mask` is False.
+        nan: as for `count_states`.
+        states: "sign" counts off, zero and on. "regions" counts between `linear_regions(activation, **parameters)`.
+        edges: as for `count_states`. They take the place of `states`.
+        weight: the slopes of prelu, `[neurons]` or `[1]`, with the dtype and device of `x`.
+        inplace: whether to write the result over `x` and return `x`, which must neither require a gradient nor overlap itself.
+        impl: as for `count_states`. Triton activates and counts in one pass for every activation. Numba does for identity,
+            relu and relu6. For the others Numba counts, and PyTorch's own function activates. See `is_fused`.
         **parameters: those of torch.nn.functional: `negative_slope` of leaky_relu, `alpha` of elu and celu, `beta` and
             `threshold` of softplus, `min_val` and `max_val` of hardtanh.
 
-    `y` has a gradient where `x` or `weight` requires one. The function can be traced by torch.compile (fullgraph) and
-    torch.export, and captured in a CUDA graph.
+    Returns:
+        The activation, with the dtype of `x` (also under autocast) and the strides of `torch.empty_like(x)`. For 16-bit
+        dtypes it is computed in float32 and rounded once.
 
     Raises:
-        TypeError: a dtype is not supported, or a parameter is not one of the activation's.
-        ValueError: any other argument does not fit. In both cases `x`, `counts` and `nan` are unchanged.
+        TypeError: a dtype is not supported, or a parameter does not belong to the activation. `x`, `counts` and `nan` are
+            unchanged.
+        ValueError: another argument does not fit. `x`, `counts` and `nan` are unchanged.
+
+    Examples:
+        >>> import torch
+        >>> from fastentropy_kernels import activation_states
+        >>> x = torch.tensor([[-1.0, 2.0], [0.0, 3.0]])
+        >>> counts = torch.zeros(2, 3, dtype=torch.int64)
+        >>> activation_states(x, counts, "relu")
+        tensor([[0., 2.],
+                [0., 3.]])
+        >>> counts
+        tensor([[1, 1, 0],
+                [0, 0, 2]])
     """
     request = activation_request(
         x, counts, activation, nan, channel_axis, mask, states, edges, weight, parameters, inplace, impl
@@ -117,11 +147,38 @@ def plan_activation_states(
     inplace: bool = False,
     **parameters: float,
 ) -> ActivationPlan | None:
-    """Work out `activation_states` for tensors like `x`, so that a call costs a fraction of the checks and of the launch.
+    """Prepare `activation_states` for tensors like `x`, so that a call costs a fraction of the checks and of the launch.
 
-    Arguments and errors are those of `activation_states`. The plan adds to `counts` each time: `plan(x, mask)` where
-    `plan.fits(x, mask)`. It is for one thread at a time. None where no kernel fuses the activation (`is_fused`), for a tensor
-    that would be copied, and with a mask on a CPU.
+    The plan adds to `counts` each time that it is called; making it counts nothing.
+
+    Args:
+        x: a tensor with the shape, strides, dtype and device of those to come.
+        counts: int64 `[neurons, 3]`, as for `activation_states`.
+        activation: as for `activation_states`.
+        channel_axis: as for `activation_states`.
+        mask: a mask with the shape of those to come, or None where none will come.
+        inplace: as for `activation_states`.
+        **parameters: as for `activation_states`.
+
+    Returns:
+        The plan, for one thread at a time. None where no kernel fuses the activation (see `is_fused`), where the tensor
+        would be copied, and for a mask on a CPU.
+
+    Raises:
+        TypeError: as `activation_states`.
+        ValueError: as `activation_states`.
+
+    Examples:
+        >>> import torch
+        >>> from fastentropy_kernels import plan_activation_states
+        >>> counts = torch.zeros(2, 3, dtype=torch.int64)
+        >>> plan = plan_activation_states(torch.empty(4, 2), counts, "relu")
+        >>> for _ in range(10):
+        ...     x = torch.ones(4, 2)
+        ...     y = plan(x) if plan.fits(x) else None
+        >>> counts
+        tensor([[ 0,  0, 40],
+                [ 0,  0, 40]])
     """
     request = activation_request(
         x, counts, activation, None, channel_axis, mask, "sign", None, None, parameters, inplace, "auto"

@@ -1,4 +1,4 @@
-"""Which implementation counts the states of a tensor, and running it."""
+"""Choose the implementation that counts the states of a tensor, and run it on the tensor's rows or planes."""
 
 from __future__ import annotations
 
@@ -16,16 +16,32 @@ from fastentropy_kernels.states.validation import Request
 
 
 def is_fused(activation: str, x: Tensor) -> bool:
-    """Whether `activation_states(x, counts, activation)` does both in one pass; where not, it counts in a pass of its own.
+    """Return whether `activation_states(x, counts, activation)` activates and counts in one pass.
 
-    The answer is remembered for each activation, type of device and dtype. Raises ValueError for an unknown activation.
+    Where it does not, it counts in a pass of its own. The answer is cached for each activation, type of device and dtype.
+
+    Args:
+        activation: the name of an activation, as for `activation_states`.
+        x: a tensor with the dtype and device in question. Its values are not read.
+
+    Returns:
+        True for one pass, False for two.
+
+    Raises:
+        ValueError: the activation is unknown.
+
+    Examples:
+        >>> import torch
+        >>> from fastentropy_kernels import is_fused
+        >>> is_fused("relu", torch.empty(4)), is_fused("gelu", torch.empty(4))  # on a CPU
+        (True, False)
     """
     return _is_fused(activation, x.device.type, x.dtype)
 
 
 def count(x: Tensor, counts: Tensor, nan: Tensor | None, request: Request) -> None:
-    """Add the states of `x` to `counts` and its NaN to `nan`."""
-    impl = _choose(request.impl, x)
+    """Add the states of `x` to `counts` and its number of NaN to `nan`."""
+    impl = _implementation(request.impl, x.device.type, x.dtype)
     if x.numel() == 0:
         return
     if impl == "reference":
@@ -37,8 +53,8 @@ def count(x: Tensor, counts: Tensor, nan: Tensor | None, request: Request) -> No
 
 
 def activate_and_count(x: Tensor, counts: Tensor, nan: Tensor | None, request: Request, inplace: bool) -> Tensor:
-    """Return the activation of `x`, which is `x` itself where `inplace`, and count as `count` does."""
-    impl = _choose(request.impl, x)
+    """Return the activation of `x`, written over `x` if `inplace`, and count as `count` does."""
+    impl = _implementation(request.impl, x.device.type, x.dtype)
     if x.numel() == 0:
         return x if inplace else torch.empty_like(x)
     if impl == "reference" or not state_kernels(impl).fuses(request.activation, request.edges):
@@ -72,14 +88,14 @@ def activate_and_count(x: Tensor, counts: Tensor, nan: Tensor | None, request: R
 
 
 def _laid_out_as(x: Tensor, y: Tensor) -> Tensor:
-    """Return `y` with the strides of `torch.empty_like(x)`, which is what tracers are told; it nearly always has them."""
+    """Return `y` with the strides of `torch.empty_like(x)`, which tracers expect. `y` nearly always has them already."""
     strides = torch.empty_like(x, device="meta").stride()
     return y if y.stride() == strides else torch.empty_like(x).copy_(y)
 
 
 @cache
 def state_kernels(impl: str) -> ModuleType:
-    """Import an implementation on its first use: a compiler is loaded by those who need it."""
+    """Import the launches of an implementation on their first use, so that only their users load a compiler."""
     if impl == "triton":
         from fastentropy_kernels.states import launch_triton
 
@@ -87,10 +103,6 @@ def state_kernels(impl: str) -> ModuleType:
     from fastentropy_kernels.states import launch_numba
 
     return launch_numba
-
-
-def _choose(impl: str, x: Tensor) -> str:
-    return _implementation(impl, x.device.type, x.dtype)
 
 
 @cache
@@ -102,12 +114,12 @@ def _is_fused(activation: str, device_type: str, dtype: torch.dtype) -> bool:
 
 @cache
 def _implementation(impl: str, device_type: str, dtype: torch.dtype) -> str:
+    """Return the implementation that runs where `impl` is asked for, or raise."""
     device = torch.device(device_type)
     if impl == "auto":
         fastest = {"cpu": "numba", "cuda": "triton"}.get(device_type, "reference")
         return fastest if dtype != torch.float64 and not unavailable_reason(fastest, device) else "reference"
-    reason = unavailable_reason(impl, device)
-    if reason:
+    if reason := unavailable_reason(impl, device):
         raise ValueError(f"impl: {impl!r} {reason}")
     if dtype == torch.float64 and impl != "reference":
         raise TypeError(f"x: got torch.float64, expected float16, bfloat16 or float32 for impl={impl!r}")

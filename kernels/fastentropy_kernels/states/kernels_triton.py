@@ -1,11 +1,11 @@
 """GPU: an activation and the states of its input in one pass, or the states alone.
 
-While a strip is read every lane keeps its own counts, three of ten bits in an int32, and only values that one lane holds are
-summed. The lanes' counts are summed over the tile and added to memory once, when the strip is done.
+Each lane packs three 10-bit counters into one int32 while its program reads a strip, and sums only the values that it holds
+itself. After the strip the counts of the lanes are summed over the tile and added to memory once.
 """
 
-# Kernels have no types of their own, and Triton none for its decorator.
-# mypy: disable-error-code="assignment, misc, no-untyped-def, no-untyped-call, untyped-decorator"
+# Kernels have no types, and Triton's decorator has none either.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
 from __future__ import annotations
 
 import triton
@@ -14,10 +14,10 @@ import triton.language as tl
 from fastentropy_kernels.activations_triton import activate
 from fastentropy_kernels.counting_triton import atomic_add, count_lanes, unpack, zero_counters
 
-# Beyond so many rows of a tile the sums over its lanes are wide, so that a strip has more than a few tiles.
+# In a tile with more rows than this the sums over the lanes are wide; in an int32 a strip would be only a few tiles long.
 MOST_NARROW: tl.constexpr = tl.constexpr(128)
 
-# The same for the sums over a tile's lanes, in an int64, where an int32 as above does not hold them.
+# A wide sum is one int64 of three 21-bit counters: the second and the third of them, and the largest count that one holds.
 _WIDE_SECOND: tl.constexpr = tl.constexpr(1 << 21)
 _WIDE_THIRD: tl.constexpr = tl.constexpr(1 << 42)
 MOST_SUMMED: tl.constexpr = tl.constexpr((1 << 21) - 1)
@@ -45,10 +45,32 @@ def states_rows_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
 ):
-    """One program: `strip_rows` rows, BLOCK_CHANNELS wide, in tiles of BLOCK_ROWS x BLOCK_CHANNELS.
+    """One program owns a strip: `strip_rows` rows of BLOCK_CHANNELS channels, in tiles of BLOCK_ROWS x BLOCK_CHANNELS.
 
-    Neighbouring programs hold neighbouring channels of the same rows. A lane holds REPEATS rows of a tile, and STAGES tiles are
-    on their way at a time. Counts leave the registers once, after the strip.
+    Neighbouring programs own neighbouring channels of the same rows. Counts leave the registers once, after the strip.
+
+    Args:
+        x_ptr: [rows, channels] float32, float16 or bfloat16, rows `x_row_stride` apart.
+        y_ptr: [rows, channels], rows `y_row_stride` apart, dtype of `x_ptr`: receives the activation; may be `x_ptr`.
+            None to count alone.
+        mask_ptr: [rows] bool, contiguous: positions where it is false are not counted. None to count all.
+        counts_ptr: [channels, states] int64, contiguous: the counts are added to it. `states` is 3 (off, zero, on) without
+            edges and len(edges) + 1 with edges.
+        nan_ptr: [channels] int64: the number of NaN values is added to it. None not to count them.
+        weight_ptr: [channels], dtype of `x_ptr`: the slopes of prelu. None for other activations.
+        rows: number of rows.
+        channels: number of channels.
+        x_row_stride: distance between two rows of x, in elements.
+        y_row_stride: distance between two rows of y, in elements.
+        weight_stride: distance between two slopes, in elements; 0 where all channels share one.
+        strip_rows: rows of a strip, a multiple of BLOCK_ROWS.
+        parameters: tuple of float32 numbers, those of the activation.
+        edges: tuple of float32 numbers in rising order, empty for the states off, zero and on.
+        ACTIVATION: a key of `activations.ACTIVATIONS`.
+        STAGES: how many tiles are loaded ahead.
+        REPEATS: how many rows of a tile a lane holds.
+        BLOCK_ROWS: rows of a tile.
+        BLOCK_CHANNELS: channels of a tile.
     """
     program = tl.program_id(0).to(tl.int64)
     channel_blocks = tl.cdiv(channels, BLOCK_CHANNELS)
@@ -98,11 +120,33 @@ def states_planes_kernel(
     BLOCK_CHANNELS: tl.constexpr,
     BLOCK_INNER: tl.constexpr,
 ):
-    """One program: BLOCK_CHANNELS channels and `strip` of the `tiles` that these channels have over outer and inner.
+    """One program owns a strip: BLOCK_CHANNELS channels, and `strip` of the `tiles` that these have over outer and inner.
 
-    A tile is BLOCK_CHANNELS x BLOCK_INNER values of one outer index, of which a lane holds REPEATS places of a plane, and
-    STAGES tiles are on their way at a time. Planes are `inner_multiples * INNER_MULTIPLE` long: a product tells the compiler
-    the alignment of every plane. Counts leave the registers once, after the strip.
+    A tile is BLOCK_CHANNELS x BLOCK_INNER values of one outer index. Planes are `inner_multiples * INNER_MULTIPLE` long: the
+    product tells the compiler how every plane is aligned. Counts leave the registers once, after the strip.
+
+    Args:
+        x_ptr: [outer, channels, inner] float32, float16 or bfloat16, contiguous.
+        y_ptr: [outer, channels, inner], contiguous, dtype of `x_ptr`: receives the activation; may be `x_ptr`.
+            None to count alone.
+        mask_ptr: [outer, inner] bool, contiguous: positions where it is false are not counted. None to count all.
+        counts_ptr: [channels, states] int64, contiguous: the counts are added to it. `states` is 3 (off, zero, on) without
+            edges and len(edges) + 1 with edges.
+        nan_ptr: [channels] int64: the number of NaN values is added to it. None not to count them.
+        weight_ptr: [channels], dtype of `x_ptr`: the slopes of prelu. None for other activations.
+        tiles: number of tiles of a block of channels, `outer * cdiv(inner, BLOCK_INNER)`.
+        channels: number of channels.
+        inner_multiples: length of a plane, in multiples of INNER_MULTIPLE.
+        weight_stride: distance between two slopes, in elements; 0 where all channels share one.
+        strip: tiles of a strip.
+        parameters: tuple of float32 numbers, those of the activation.
+        edges: tuple of float32 numbers in rising order, empty for the states off, zero and on.
+        ACTIVATION: a key of `activations.ACTIVATIONS`.
+        STAGES: how many tiles are loaded ahead.
+        REPEATS: how many positions of a plane a lane holds in a tile.
+        INNER_MULTIPLE: a power of two that divides the length of a plane.
+        BLOCK_CHANNELS: channels of a tile.
+        BLOCK_INNER: positions of a plane in a tile.
     """
     inner = inner_multiples * tl.full((), INNER_MULTIPLE, tl.int64)
     program = tl.program_id(0).to(tl.int64)
@@ -132,7 +176,7 @@ def states_planes_kernel(
         if nan_ptr is not None:
             positions += counted
         counts = count_lanes(counts, x, edges, REPEATS, 1)
-        # A division for every tile would cost as much as three of its values.
+        # A division in every tile would cost as much as three values.
         is_last_of_plane = block + 1 == inner_blocks
         image += is_last_of_plane
         block = tl.where(is_last_of_plane, 0, block + 1)
@@ -141,12 +185,13 @@ def states_planes_kernel(
 
 @triton.jit
 def _load(pointers, inside):
-    """Load as float32; what lies outside reads as NaN, which is in no state and so needs no test of its own."""
+    """Load as float32. Values outside read as NaN, which is in no state and so needs no test of its own."""
     return tl.load(pointers, mask=inside, other=float("nan")).to(tl.float32)
 
 
 @triton.jit
 def _load_weight(weight_ptr, weight_stride, channel, channels):
+    """Load the slopes of the channels as float32; return zeros where there are none."""
     if weight_ptr is None:
         return tl.zeros(channel.shape, tl.float32)
     else:
@@ -166,13 +211,22 @@ def _add_counts(
     channels,
     edges,
 ):
-    """Sum the lanes' counts over AXIS and add them to memory: an atomic per channel for each count that is not 0.
+    """Sum the counts of the lanes over AXIS and add them to memory, with one atomic per channel for each count but 0.
 
-    `counts_ptr` is [channels, states]. What was counted at `positions` and is in no state is added to `nan_ptr`. IS_WIDE says
-    that a sum may be more than a lane can count.
+    Args:
+        counts_ptr: [channels, states] int64.
+        nan_ptr: [channels] int64 or None; what was counted at `positions` and is in no state is added to it.
+        counts: the counters of the lanes, as `count_lanes` returns them.
+        positions: int32, how often each position of the tile was counted.
+        AXIS: the axis of the tile that does not run over channels.
+        IS_WIDE: whether a sum may exceed what a lane can count.
+        first_channel: first channel of the tile.
+        channel: [BLOCK_CHANNELS] int64, the channels of the tile.
+        channels: number of channels.
+        edges: the edges of the histogram, empty for signs.
     """
     if len(edges) == 0:
-        on, off, zero = _sum_together(counts[0], AXIS, IS_WIDE)
+        on, off, zero = _sum_packed(counts[0], AXIS, IS_WIDE)
         _add_in_order(counts_ptr, off, zero, on, first_channel, channels)
         numbers = on + off + zero
     else:
@@ -189,7 +243,7 @@ def _add_counts(
 
 @triton.jit
 def _add_in_order(counts_ptr, off, zero, on, first_channel, channels):
-    """Add to rows of three as they lie in memory: neighbouring lanes add to neighbouring places, which are one transaction."""
+    """Add to rows of three in the order of memory: neighbouring lanes add to neighbours, which takes one transaction."""
     numbers = tl.join(tl.join(off, on), tl.join(zero, tl.zeros_like(zero))).reshape(4 * off.shape[0])
     number = tl.arange(0, 4 * off.shape[0])
     channel, column = first_channel + number // 4, number % 4
@@ -197,8 +251,11 @@ def _add_in_order(counts_ptr, off, zero, on, first_channel, channels):
 
 
 @triton.jit
-def _sum_together(counts, AXIS: tl.constexpr, IS_WIDE: tl.constexpr):
-    """Sum all three counts in one reduction, as they are or of 21 bits each: what waits for other threads is done once."""
+def _sum_packed(counts, AXIS: tl.constexpr, IS_WIDE: tl.constexpr):
+    """Sum all three counters in one reduction, so that threads wait for each other once.
+
+    The counters keep their 10 bits, or get 21 bits where the sums are wide.
+    """
     if not IS_WIDE:
         sums = tl.sum(counts, AXIS)
         return unpack(sums, 0), unpack(sums, 1), unpack(sums, 2)
@@ -211,4 +268,5 @@ def _sum_together(counts, AXIS: tl.constexpr, IS_WIDE: tl.constexpr):
 
 @triton.jit
 def _sum(counts, PLACE: tl.constexpr, AXIS: tl.constexpr):
+    """Sum the counter at PLACE over AXIS."""
     return tl.sum(unpack(counts, PLACE), AXIS)

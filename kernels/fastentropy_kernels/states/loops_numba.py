@@ -1,36 +1,36 @@
-"""CPU: states counted, with identity, relu or relu6 in the same pass, by loops that Numba compiles on their first use.
+"""CPU: loops over values that count their states, with identity, relu or relu6 in the same pass.
 
-The states of float32 are three comparisons. Those of the 16-bit formats are read from the bits, as integers: with the
-sign bit apart, the values from 1 to infinity's pattern are the numbers, what lies above is NaN and 0 is zero. So sums are
-as narrow as values (the widest vectors). An activation is written as bits too: relu clears those of what is off, and
-relu6 puts those of 6 in place of all from there up to infinity's. Whether bits lie in such a range is one comparison
-after the addition, wrapping, that takes the range's first pattern to the least integer. It is signed: x86 had no unsigned
-one before AVX-512, and needs two instructions in its place. Where subnormals are flushed, float32 is read from its bits,
-too, so that a flushed one does not change a count.
+The states of float32 are three comparisons. Those of the 16-bit formats are read from the bits, as signed integers. Without
+the sign bit, the patterns from 1 to that of infinity are numbers, those above are NaN, and 0 is zero. So the sums are as
+narrow as the values, which gives the widest vectors. An activation is written as bits, too: relu clears the bits of what is
+off, and relu6 replaces all patterns from that of 6 up to that of infinity by that of 6.
 
-The loops run in the OpenMP team of PyTorch. Numba's own parallel loops bring a second team, and two teams whose
-threads wait by spinning take the cores from each other: a relu after such a loop cost 8 ms in place of 0.7 ms.
+Whether bits lie in such a range is one addition and one comparison: the addition wraps and takes the first pattern of the
+range to the least integer. The comparison is signed, because x86 had no unsigned one before AVX-512 and needs two
+instructions instead. Where subnormals are flushed, float32 is read from its bits as well, so that flushing changes no count.
+
+In all functions `value` and the elements of `x` and `y` are floats or the bits of floats. `limit` is None for floats. For
+bits it is the least integer plus the bits of infinity.
 """
 
-# Numba replaces functions and types that mypy cannot follow.
-# mypy: disable-error-code="attr-defined, call-arg, misc, no-untyped-def, no-untyped-call, var-annotated"
+# Numba replaces types that mypy cannot follow.
+# mypy: disable-error-code="misc, no-untyped-def, no-untyped-call"
 from __future__ import annotations
 
 import numpy as np
 from numba import njit
 
-LONGEST_RUN = 1 << 14  # values summed before a 16-bit sum could overflow
-# Rows are read as they lie in memory, and the sums of all their channels are visited for every two. As bytes these stay
-# in the first-level cache up to 4,096 channels; blocks of channels would keep more, but break the prefetched stream.
+# How many values are summed before a 16-bit sum could overflow.
+LONGEST_RUN = 1 << 14
+# How many values are added to a byte. Rows are read in the order of memory, and the sums of all their channels are visited
+# once for every two rows. As bytes these sums stay in the first-level cache up to 4,096 channels. Blocks of channels would keep
+# more of them there, but break the prefetched stream.
 _LONGEST_BYTE_SUM = 254
 
 
 @njit(nogil=True)
 def _is_off(value, limit):
-    """Return 1 for a number below zero, else 0.
-
-    `limit` is the least integer plus infinity's bits; None where values are floats, not their bits.
-    """
+    """Return 1 for a number below zero, else 0."""
     kind = type(value)
     if limit is None:
         return np.int32(value < kind(0))
@@ -57,14 +57,14 @@ def _is_on(value, limit):
 
 @njit(nogil=True)
 def _is_above(bits, floor, limit):
-    """Return 1 for a number above one that is not negative, whose bits are `floor`, else 0."""
+    """Return 1 for the bits of a number above that with the bits `floor`, which is not negative, else 0."""
     signed = type(bits)
     return signed(signed(bits + signed(np.iinfo(bits).max - floor)) < signed(limit - floor))
 
 
 @njit(nogil=True)
 def _within(value, floor, ceiling):
-    """Return the value, or the floor or the ceiling in place of one beyond it; NaN is beyond neither."""
+    """Return a float clipped to the floor and, unless it is None, to the ceiling. NaN stays NaN."""
     raised = floor if value < floor else value
     if ceiling is None:
         return raised
@@ -73,7 +73,11 @@ def _within(value, floor, ceiling):
 
 @njit(nogil=True)
 def _activated(value, is_off, limit, floor, ceiling):
-    """Return y: 0 for what is off, or everything where the floor lets it pass, and the ceiling for a number above it."""
+    """Return the activation of a value.
+
+    Floats are clipped to `floor` and `ceiling`. Bits become 0 where the value is off, unless all bits of `floor` are set, and
+    `ceiling` where the number is above it. A ceiling of None clips nothing.
+    """
     kind = type(value)
     if limit is None:
         return _within(value, floor, ceiling)
@@ -85,7 +89,17 @@ def _activated(value, is_off, limit, floor, ceiling):
 
 @njit(nogil=True)
 def count_run(x, y, mask, limit, floor, ceiling, inplace):
-    """Return how many of at most LONGEST_RUN values are off, zero and on; y takes what `_activated` makes of them."""
+    """Return how many of at most LONGEST_RUN values are off, zero and on, and write their activation.
+
+    Args:
+        x: [values], contiguous. The activation is written over it if `inplace`.
+        y: [values] that receives the activation, or None.
+        mask: [values] bool that says which values are counted, or None.
+        limit: see the module.
+        floor: see `_activated`.
+        ceiling: see `_activated`.
+        inplace: whether the activation is written over `x`.
+    """
     off = zero = on = _is_off(x.dtype.type(0), limit)
     narrow = type(off)
     for i in range(x.size):
@@ -103,7 +117,7 @@ def count_run(x, y, mask, limit, floor, ceiling, inplace):
 
 @njit(nogil=True)
 def _count_two_rows(x0, x1, y0, y1, sums, limit, floor, ceiling, inplace):
-    """Add the states of two rows, in one visit to the sums, to the byte sums [state, position]; write y."""
+    """Add the states of two rows to the byte sums [state, position] in one visit, and write their activation."""
     off, zero, on = sums[0], sums[1], sums[2]
     for i in range(x0.size):
         a, b = x0[i], x1[i]
@@ -121,7 +135,7 @@ def _count_two_rows(x0, x1, y0, y1, sums, limit, floor, ceiling, inplace):
 
 @njit(nogil=True)
 def _count_row(x, y, sums, limit, floor, ceiling, inplace):
-    """Do the same for one row."""
+    """Do for one row what `_count_two_rows` does for two."""
     off, zero, on = sums[0], sums[1], sums[2]
     for i in range(x.size):
         value = x[i]
@@ -137,7 +151,7 @@ def _count_row(x, y, sums, limit, floor, ceiling, inplace):
 
 @njit(nogil=True)
 def _add_sums(sums, tile, inner):
-    """Move `sums` [state, (row, channel, position inside of a plane)] to `tile` [state, channel]."""
+    """Add `sums` [state, (row, channel, position of a plane)] to `tile` [state, channel], and clear them."""
     channels = tile.shape[1]
     for state in range(3):
         for start in range(0, sums.shape[1], channels * inner):
@@ -157,7 +171,11 @@ def _add_sums(sums, tile, inner):
 
 @njit(nogil=True)
 def count_strip(x, x_row_stride, y, y_row_stride, mask, rows, width, tile, inner, limit, floor, ceiling, inplace):
-    """Add the states of `rows` rows, `width` values each, to `tile` [state, channel]."""
+    """Add the states of `rows` rows of `width` values each to `tile`, int64 [state, channel], and write their activation.
+
+    A row holds every channel `inner` times, one or several times over. `x` and `y` are flat, with their rows `x_row_stride`
+    and `y_row_stride` values apart. `mask` is bool [rows] or None. For the others see `count_run`.
+    """
     sums = np.zeros((3, width), np.uint8)
     uncounted = sums if mask is None else np.zeros((3, width), np.uint8)
     row = summed = 0
@@ -183,5 +201,5 @@ def count_strip(x, x_row_stride, y, y_row_stride, mask, rows, width, tile, inner
 
 @njit(nogil=True)
 def ordered(bits, positive):
-    """Return a number's bits, as a signed integer, in the order of the numbers: -0 is -1, beyond infinity lies NaN."""
+    """Return the bits of a number as a signed integer in the order of the numbers. -0 is -1, and NaN is beyond infinity."""
     return bits if bits >= 0 else bits ^ positive

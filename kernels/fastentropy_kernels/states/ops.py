@@ -1,7 +1,7 @@
-"""The same two functions as PyTorch operators: what torch.compile and torch.export trace, and what has a gradient.
+"""`activation_states` and `count_states` as registered operators, which tracers see and which have gradients.
 
-An operator that changes its arguments cannot have a gradient, so these return the counts of this call alone, and the
-public functions add them. Plain eager calls do not come here: a registered operator costs 5 to 10 microseconds.
+An operator that changes its arguments cannot have a gradient. So these return the counts of one call, and the public
+functions add them. Plain eager calls do not come here, because a registered operator costs 5 to 10 microseconds.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def activation_states(
     edges: Sequence[float] | None,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return y, the counts [neurons, states] and the number of NaN [neurons] of `x`."""
+    """Return y, and of `x` the counts, int64 [neurons, states], and the number of NaN, int64 [neurons]."""
     request = Request(activation, tuple(parameters), weight, channel_axis, mask, _tuple(edges), impl)
     counts, nan = _counters(x, channel_axis, edges)
     y = dispatch.activate_and_count(x, counts, nan, request, inplace=False)
@@ -51,7 +51,7 @@ def _(
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     x, ctx.activation, ctx.parameters, weight, ctx.channel_axis, *_ = inputs
-    # relu's gradient can be read from y, which the next operator keeps as well: x need not live until then.
+    # The gradient of relu can be read from y, which the next operator keeps as well. So x need not live until backward.
     ctx.save_for_backward(output[0] if ctx.activation == "relu" else x, weight)
 
 
@@ -68,7 +68,7 @@ activation_states.register_autograd(_backward, setup_context=_save_for_backward)
 def count_states(
     x: Tensor, channel_axis: int, mask: Tensor | None, edges: Sequence[float] | None, impl: str
 ) -> tuple[Tensor, Tensor]:
-    """Return the counts [neurons, states] and the number of NaN [neurons] of `x`."""
+    """Return the counts of `x`, int64 [neurons, states], and its number of NaN, int64 [neurons]."""
     counts, nan = _counters(x, channel_axis, edges)
     dispatch.count(x, counts, nan, Request("identity", (), None, channel_axis, mask, _tuple(edges), impl))
     return counts, nan
@@ -80,6 +80,7 @@ def _(x: Tensor, channel_axis: int, mask: Tensor | None, edges: Sequence[float] 
 
 
 def _counters(x: Tensor, channel_axis: int, edges: Sequence[float] | None) -> tuple[Tensor, Tensor]:
+    """Return counts and nan of zeros."""
     neurons, states = x.shape[channel_axis], 3 if edges is None else len(edges) + 1
     return x.new_zeros((neurons, states), dtype=torch.int64), x.new_zeros((neurons,), dtype=torch.int64)
 

@@ -1,7 +1,7 @@
-"""The fused pass for one place in a network, with all that does not change from call to call worked out before.
+"""The fused pass for one call site of an activation, with everything decided that does not change from call to call.
 
-After a long loop Python starts from cold caches: what takes 50 microseconds in a benchmark takes 300 in a network. On a GPU,
-what Python does before the launch is longer than the kernel for all but large tensors.
+After a convolution the caches are cold: 50 µs of Python take 300 µs. On a GPU, the Python before a launch takes longer than
+the kernel for all but large tensors.
 """
 
 from __future__ import annotations
@@ -17,15 +17,38 @@ from fastentropy_kernels.layout import Arranged, arrange
 from fastentropy_kernels.states.dispatch import is_fused, state_kernels
 from fastentropy_kernels.states.validation import Request
 
-#: What addresses must be multiples of, in bytes: on a GPU kernels are specialised for their widest access.
+# Device type -> what addresses must be multiples of. On a GPU, kernels are specialised for the widest access, of 16 bytes.
 _ALIGNMENT = {"cpu": 1, "cuda": 16}
 
 
 class ActivationPlan:
-    """`activation_states` for tensors with the shape, strides, dtype and device of one. For one thread at a time."""
+    """`activation_states` for tensors with one shape, one set of strides, one dtype and one device.
+
+    `plan_activation_states` makes it. Call it with a tensor that `fits`; it adds to the counts for which it was made. It is for
+    one thread at a time.
+
+    Attributes:
+        inplace: whether the plan writes the activation over its argument.
+
+    Examples:
+        >>> import torch
+        >>> from fastentropy_kernels import plan_activation_states
+        >>> counts = torch.zeros(3, 3, dtype=torch.int64)
+        >>> plan = plan_activation_states(torch.empty(2, 3), counts, "relu")
+        >>> x = torch.tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0]])
+        >>> plan.fits(x), plan.fits(x.double())
+        (True, False)
+        >>> plan(x)
+        tensor([[0., 0., 1.],
+                [0., 0., 2.]])
+        >>> counts
+        tensor([[2, 0, 0],
+                [0, 2, 0],
+                [0, 0, 2]])
+    """
 
     def __init__(self, x: Tensor, counts: Tensor, arranged: Arranged, request: Request, inplace: bool) -> None:
-        """See `make_plan`."""
+        """Prepare the launch. `make_plan` has checked that there is one."""
         y = arranged.values if inplace else torch.empty_like(arranged.values)
         self._launch, self._alignment = _prepare(arranged, counts, y, request), _ALIGNMENT[x.device.type]
         self._counts, self.inplace = counts, inplace
@@ -33,7 +56,18 @@ class ActivationPlan:
         self._mask_shape = None if request.mask is None else request.mask.shape
 
     def fits(self, x: Tensor, mask: Tensor | None = None) -> bool:
-        """Whether x and its mask are like those that the plan was made for, under the same settings, and nobody looks on."""
+        """Return whether the plan may be called with a tensor and its mask.
+
+        It may where both are like those that the plan was made for, where the settings of the thread are the same, and where no
+        tracer, mode or transform is active and no gradient is recorded.
+
+        Args:
+            x: the tensor to activate.
+            mask: bool, with the shape of `x` without the channel axis. None where the plan was made without a mask.
+
+        Returns:
+            True where `plan(x, mask)` does what `activation_states` would do.
+        """
         return (
             type(x) is Tensor
             and x.shape == self._shape
@@ -49,7 +83,15 @@ class ActivationPlan:
         )
 
     def __call__(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Return the activation of an x that fits, which is x itself in place, and add its states to the counts."""
+        """Return the activation of `x` and add the states of `x` to the counts.
+
+        Args:
+            x: a tensor that fits. Nothing is checked.
+            mask: a mask that fits.
+
+        Returns:
+            The activation, which is `x` itself where the plan is in place.
+        """
         y = x if self.inplace else torch.empty_like(x)
         self._launch(*(tensor.data_ptr() for tensor in ((x, y) if mask is None else (x, y, mask))))
         increment_versions(self._counts, x if self.inplace else None)
@@ -66,7 +108,7 @@ class ActivationPlan:
 
 
 def make_plan(x: Tensor, counts: Tensor, request: Request, inplace: bool) -> ActivationPlan | None:
-    """A plan for tensors like x; None where no kernel fuses the activation, or x would have to be copied."""
+    """Return a plan for tensors like `x`; None where no kernel fuses the activation, or where `x` would be copied."""
     if x.device.type not in _ALIGNMENT or not x.numel() or request.weight is not None:
         return None
     if (x.is_cpu and request.mask is not None) or not is_fused(request.activation, x):
@@ -85,10 +127,9 @@ def make_plan(x: Tensor, counts: Tensor, request: Request, inplace: bool) -> Act
 
 
 def _prepare(arranged: Arranged, counts: Tensor, y: Tensor, request: Request) -> Any:
-    """The launch of the kernel, without addresses."""
+    """Return the launch of the kernel, which takes the addresses."""
     if arranged.values.is_cpu:
         return state_kernels("numba").prepare(arranged.values, counts, y=y, activation=request.activation)
-
     return state_kernels("triton").prepare(
         arranged.values,
         counts,

@@ -1,4 +1,4 @@
-"""The oracle: activations, their gradients and the states, in plain PyTorch: any floating dtype, any strides, any device."""
+"""The oracle of the states, in plain PyTorch: any floating dtype, any strides, any device."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ def add_states(
     mask: Tensor | None = None,
     nan: Tensor | None = None,
 ) -> None:
-    """Add, per neuron, how many values lie in each state to `counts`, and how many are NaN to `nan`, in place.
+    """Add to `counts`, per neuron, how many values are in each state, and to `nan` how many are NaN.
 
-    Without `edges` the states are below, equal to and above zero: `counts` is [neurons, 3]. With them, state i holds
-    `edges[i - 1] <= x < edges[i]`: `counts` is [neurons, len(edges) + 1]. NaN is in no state. `mask` (bool, the shape
-    of `x` without the channel axis) says which positions count. The sums are integers: exact for any number of values.
+    Without `edges` the states are below, equal to and above zero, and `counts` is [neurons, 3]. With `edges`, state i holds
+    `edges[i - 1] <= x < edges[i]`, and `counts` is [neurons, len(edges) + 1]. NaN is in no state. `mask`, a bool tensor with
+    the shape of `x` without the channel axis, says which positions count. Sums of integers are exact for any number of values.
     """
     by_position = x.detach().movedim(channel_axis, -1).unsqueeze(0)
     by_position = by_position.flatten(0, -2) if mask is None else by_position[mask.unsqueeze(0)]

@@ -1,10 +1,14 @@
-"""CPU: the tasks that threads take from a job."""
+"""CPU: the compiled functions that a team of threads runs on a job.
 
+A job describes one call: addresses and sizes. Its tasks are taken, not assigned, by counting `next_task` up atomically. So a
+team of any size does all of them. Each task adds to a tile of its own, and at the end one thread adds the tiles to the counts.
+"""
+
+# Numba replaces functions and types that mypy cannot follow.
+# mypy: disable-error-code="misc, no-untyped-def, no-untyped-call"
 from __future__ import annotations
 
 import ctypes
-
-# mypy: disable-error-code="attr-defined, call-arg, misc, no-untyped-def, no-untyped-call, var-annotated"
 from typing import Any
 
 import numpy as np
@@ -16,16 +20,24 @@ from fastentropy_kernels.states.loops_numba import LONGEST_RUN, count_run, count
 
 
 class JobStructure(ctypes.Structure):
-    """What a team works on: addresses, and sizes in elements. Its threads take tasks by counting `next_task` up."""
+    """What a team works on: addresses of memory (0 for none), and sizes in elements."""
 
     _fields_ = (
         *(
             (name, ctypes.c_int64)
             for name in (
-                *("next_task", "tasks", "x", "y", "mask", "thresholds", "tiles", "counts", "nan"),
-                *("outer", "channels", "inner", "x_row_stride", "y_row_stride", "fold", "columns", "positions", "limit"),
+                # The next task and their number. `_take_task` relies on `next_task` being the first field.
+                *("next_task", "tasks"),
+                # Addresses of x and y [outer, channels, inner], of mask [outer, inner], of the thresholds [columns] of a
+                # histogram, of tiles [tasks, columns, channels], counts [channels, states] and nan [channels].
+                *("x", "y", "mask", "thresholds", "tiles", "counts", "nan"),
+                *("outer", "channels", "inner", "x_row_stride", "y_row_stride"),
+                # How many rows are read as one, the counters of a channel, how many positions are counted for nan, and the
+                # `limit` of `loops_numba`.
+                *("fold", "columns", "positions", "limit"),
             )
         ),
+        # What an activation clips to: a float, or an integer that stands for bits.
         ("floor", ctypes.c_double),
         ("ceiling", ctypes.c_double),
     )
@@ -36,7 +48,7 @@ _Job = from_dtype(np.dtype(JobStructure))
 
 @intrinsic
 def _take_task(typing_context, job):
-    """Return next_task, the first field of a job, and count it up: one atomic addition."""
+    """Return the next task of a job and count it up, in one atomic addition."""
 
     def generate(context, builder, signature, arguments):
         counter = builder.bitcast(arguments[0], cgutils.intp_t.as_pointer())
@@ -47,7 +59,7 @@ def _take_task(typing_context, job):
 
 @intrinsic
 def _pointer(typing_context, address):
-    """Return an address as the pointer that carray wants."""
+    """Return an address as the pointer that carray takes."""
 
     def generate(context, builder, signature, arguments):
         return builder.inttoptr(arguments[0], cgutils.voidptr_t)
@@ -56,10 +68,17 @@ def _pointer(typing_context, address):
 
 
 def compile_rows_task(kind: Any, writes: bool, inplace: bool, clipped: bool, masked: bool) -> Any:
-    """Compile what a thread does with rows: while there are tasks, take one and count its strip of rows.
+    """Compile the loop of a thread over rows: while there are tasks, take one and count its strip of rows.
 
-    A strip of narrow contiguous rows is read as rows `fold` times as wide, and what is left of it as rows of its own.
-    A row holds every channel `inner` times.
+    A strip of narrow contiguous rows is read as rows `fold` times as wide. The rest of it is read row by row. A row holds
+    every channel `inner` times.
+
+    Args:
+        kind: the NumPy type that values are read as, float32 or the integer of their bits.
+        writes: whether the activation is written to y.
+        inplace: whether the activation is written over x.
+        clipped: whether the activation has a ceiling.
+        masked: whether there is a mask.
     """
     floats = kind is np.float32
 
@@ -80,16 +99,16 @@ def compile_rows_task(kind: Any, writes: bool, inplace: bool, clipped: bool, mas
         while task < job.tasks:
             row, end = rows * task // job.tasks, rows * (task + 1) // job.tasks
             while row < end:
-                together = fold if row + fold <= end else 1
-                strip = (end - row) // together
+                folded = fold if row + fold <= end else 1
+                strip = (end - row) // folded
                 count_strip(
                     x[row * x_row_stride :],
-                    x_row_stride * together,
+                    x_row_stride * folded,
                     None if y is None else y[row * y_row_stride :],
-                    y_row_stride * together,
+                    y_row_stride * folded,
                     mask[row:] if masked else None,
                     strip,
-                    width * together,
+                    width * folded,
                     tiles[task],
                     inner,
                     limit,
@@ -97,14 +116,17 @@ def compile_rows_task(kind: Any, writes: bool, inplace: bool, clipped: bool, mas
                     ceiling,
                     inplace,
                 )
-                row += strip * together
+                row += strip * folded
             task = _take_task(job_pointer)
 
     return rows_task
 
 
 def compile_planes_task(kind: Any, writes: bool, inplace: bool, clipped: bool, masked: bool) -> Any:
-    """Compile what a thread does with planes: while there are tasks, take one and count its stretch of memory."""
+    """Compile the loop of a thread over planes: while there are tasks, take one and count its stretch of memory.
+
+    The arguments are those of `compile_rows_task`.
+    """
     floats = kind is np.float32
 
     @cfunc(types.void(types.CPointer(_Job)), cache=True)
@@ -146,7 +168,12 @@ def compile_planes_task(kind: Any, writes: bool, inplace: bool, clipped: bool, m
 
 
 def compile_histogram_task(signed: Any, masked: bool) -> Any:
-    """Compile what a thread does for a histogram of rows or planes: count how many values are at least each threshold."""
+    """Compile the loop of a thread for a histogram of rows or planes: count the values at or above each threshold.
+
+    Args:
+        signed: the NumPy integer type of the bits of the values.
+        masked: whether there is a mask.
+    """
     positive = signed(np.iinfo(signed).max)
 
     @cfunc(types.void(types.CPointer(_Job)), cache=True)
@@ -182,10 +209,10 @@ def compile_histogram_task(signed: Any, masked: bool) -> Any:
 
 
 def compile_adder() -> Any:
-    """Compile the last step of a job: move tiles to counts, and to nan the positions that are in no state.
+    """Compile the last step of a job: add the tiles to counts, and the positions that are in no state to nan.
 
-    A tile of signs is off, zero and on. One of a histogram is how many values are at least each threshold, from
-    -infinity on: a state is what lies between two of them.
+    A tile of signs counts off, zero and on. A tile of a histogram counts the values at or above each threshold, of which the
+    first is -infinity. So a state is the difference between two neighbours. The tiles are cleared for the next job.
     """
 
     @cfunc(types.void(types.CPointer(_Job)), cache=True)

@@ -1,4 +1,4 @@
-"""What a caller may ask for: every argument checked before anything is written, one line for each that does not fit."""
+"""Check every argument of the public functions before anything is written, with an error of one line for each misfit."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MOST_EDGES = 15
 
 
 class Request(NamedTuple):
-    """What to do with a tensor x: complete and fitting. `edges` None asks for the states off, zero and on."""
+    """What to do with a tensor x, checked. Where `edges` is None the states are off, zero and on."""
 
     activation: str
     parameters: tuple[float, ...]
@@ -38,7 +38,7 @@ def count_request(
     edges: Sequence[float] | None,
     impl: str,
 ) -> Request:
-    """Check the arguments of `count_states`."""
+    """Check the arguments of `count_states` and return them as a request."""
     _check_implementation(impl)
     channel_axis = _checked_axis(x, channel_axis)
     checked_edges = None if edges is None else _checked_edges(edges)
@@ -61,7 +61,7 @@ def activation_request(
     inplace: bool,
     impl: str,
 ) -> Request:
-    """Check the arguments of `activation_states`."""
+    """Check the arguments of `activation_states` and return them as a request."""
     values = checked_parameters(activation, parameters)
     if states not in ("sign", "regions"):
         raise ValueError(f"states: got {states!r}, expected 'sign' or 'regions'")

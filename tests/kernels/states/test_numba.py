@@ -191,7 +191,7 @@ def test_subnormals_count_while_pytorch_flushes_them():
 
 def test_a_long_compilation_is_told_once(monkeypatch, caplog):
     monkeypatch.setattr(launch_numba, "_LONG_COMPILATION", -1.0)
-    monkeypatch.setattr(launch_numba, "_told_of_compilation", threading.Event())
+    monkeypatch.setattr(launch_numba, "_compilation_reported", threading.Event())
     launch_numba._compiled.cache_clear()
     with caplog.at_level(logging.WARNING, logger="fastentropy_kernels"):
         for _ in range(2):
