@@ -1,7 +1,7 @@
-"""What the compiler makes of the Triton kernels, for GPUs that are not here. `aot.main` goes over every configuration.
+"""What the compiler makes of the Triton kernels, for GPUs that need not be here.
 
-Here it is ReLU and the count alone, and of the other activations their arithmetic, on the GPU and in the dtype for which
-memory leaves the least time.
+`aot.main` compiles every configuration. These tests compile ReLU and the count alone. The arithmetic of other activations is
+tested on the GPU and in the dtype for which memory leaves the least time.
 """
 
 import re
@@ -24,6 +24,7 @@ pytestmark = pytest.mark.skipif(activations_triton.INTERPRETED, reason="an inter
 
 NVIDIA = ["sm_80", "sm_90", "sm_100"]
 EACH_KERNEL = [
+    pytest.mark.slow,
     pytest.mark.parametrize("layout", aot.SHAPES),
     pytest.mark.parametrize("dtype", ["bf16", "fp32"]),
     pytest.mark.parametrize("activation", ["relu", None]),
@@ -59,7 +60,7 @@ def test_every_access_is_16_bytes_wide(layout, dtype, activation, arch):
 
 @each_kernel
 @pytest.mark.parametrize("arch", NVIDIA)
-def test_nothing_is_accessed_otherwise(layout, dtype, activation, arch):
+def test_ptx_accesses_are_wide(layout, dtype, activation, arch):
     ptx = compiled(variant(layout, dtype, activation), arch).asm["ptx"]
     accesses = re.findall(r"\b(?:ld|st)\.(?:global|local)\S*", ptx)
     assert any(access.startswith("st") for access in accesses) == (activation is not None)
@@ -75,6 +76,7 @@ def test_registers_suffice(layout, dtype, activation, arch):
 CONFIGURATIONS = [each for each in aot.variants() if each.dtype == "bf16" and (each.note or each.line.startswith("small"))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", CONFIGURATIONS, ids=str)
 def test_registers_suffice_for_every_configuration(variant):
     assert not findings(variant, "sm_80").spilled
@@ -82,15 +84,16 @@ def test_registers_suffice_for_every_configuration(variant):
 
 @each_kernel
 @pytest.mark.parametrize("arch", NVIDIA)
-def test_a_thread_adds_four_counts_at_most_after_the_loop(layout, dtype, activation, arch):
+def test_few_atomics_and_none_in_the_loop(layout, dtype, activation, arch):
     code = disassembled(variant(layout, dtype, activation), arch)
     atomics = "REDG?|ATOMG?"
     assert 1 <= len(opcodes([code], atomics)) <= 4
     assert not opcodes(inspection.main_loop(code), atomics)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("changed", "states"), [({"nan": True}, 5), ({"edges": 15}, 16), ({"edges": 1, "nan": True}, 3)])
-def test_one_atomic_for_each_counter_of_a_thread(changed, states):
+def test_one_atomic_per_counter(changed, states):
     line = "histogram rows" if "edges" in changed else "rows"
     code = disassembled(variant("rows", **changed)._replace(line=line), "sm_90")
     assert len(opcodes([code], "REDG?|ATOMG?")) == states
@@ -107,6 +110,7 @@ def test_comparisons_flush_no_subnormals(layout, dtype, activation, arch):
     assert not [each for each in setp + comparisons if "ftz" in each.lower()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mask", [False, True])
 @pytest.mark.parametrize("layout", aot.SHAPES)
 def test_offsets_have_64_bits(layout, mask):
@@ -116,6 +120,7 @@ def test_offsets_have_64_bits(layout, mask):
     assert set(offsets) == {"i64"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(2**31 + 16, 16), (1, 1, 2**31 + 16)])
 def test_sizes_have_64_bits(shape):
     layout = "rows" if len(shape) == 2 else "planes"
@@ -123,24 +128,27 @@ def test_sizes_have_64_bits(shape):
     assert not re.findall(r".*arith\.muli .*: i32.*", ttir)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(1, 1), (1, 256), (200, 1), (1, 1, 2), (1, 1, 16), (1, 256, 49), (64, 1, 16)], ids=str)
 def test_sizes_of_one_compile(shape):
     layout = "rows" if len(shape) == 2 else "planes"
     assert compiled(variant(layout, activation="prelu", shape=shape), "sm_90").asm["cubin"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("layout", "most"), [("rows", 8), ("planes", 10)])
-def test_relu_takes_few_instructions_an_element(layout, most):
+def test_relu_instructions_per_element(layout, most):
     # 7.8 and 9.2. Triton 3.6 computes the maximum in float32: 1.6 more.
     most += 2 * triton.__version__.startswith("3.6.")
     assert findings(variant(layout), "sm_90").instructions <= most
 
 
-# Of bfloat16 rows on sm_90: those that take more than half of what an H100 can issue, with the percentage they may take by
-# Triton 3.6 and 3.8. Of the 40 instructions of an element these have exponentials and divisions, gelu a polynomial.
+# Activation -> the percentage of what an H100 can issue that it may take, for bfloat16 rows, with Triton 3.6 and 3.8. An H100
+# can issue 40 instructions per element. These take more than half, for exponentials and divisions or the polynomial of gelu.
 MOST = {"elu": 77, "selu": 82, "celu": 85, "gelu": 58, "mish": 70, "softplus": 105}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_memory_is_the_bound(activation):
     kernel = variant("rows", activation=activation)
@@ -156,7 +164,7 @@ def test_issue_share_of_a_known_case():
     assert aot.issue_share(variant("rows"), "sm_100", 39.94) is None
 
 
-def test_every_kernel_and_configuration_is_there():
+def test_variants_are_complete():
     kernels = aot.variants()
     assert len(set(kernels)) == len(kernels)
     assert {each.line for each in kernels} == set(launch_triton.LAUNCHES)
@@ -165,7 +173,7 @@ def test_every_kernel_and_configuration_is_there():
         assert plain == {(dtype, activation) for dtype in aot.DTYPES for activation in (None, *ACTIVATIONS)}
 
 
-# Of each chain: in one memory format and both, alone and with everything, aligned and not.
+# Every chain, in some of the memory formats, alone or with everything, aligned or not.
 SOME_CHAINS = [
     (ChainVariant("pointwise", "bf16", "", channels_last=True), "sm_90"),
     (ChainVariant("pointwise", "bf16", "7 x 7", everything=True), "sm_80"),
@@ -177,18 +185,21 @@ SOME_CHAINS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("chain", "arch"), SOME_CHAINS, ids=str)
 def test_registers_suffice_for_a_chain(chain, arch):
     assert not findings(chain, arch).spilled
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("chain", "arch"), [each for each in SOME_CHAINS if not each[0].size and each[1] != "gfx942"], ids=str)
-def test_a_chain_writes_16_bytes_at_once(chain, arch):
+def test_chain_stores_are_16_bytes_wide(chain, arch):
     assert findings(chain, arch).stores == (16,)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chain", [chain for chain, _ in SOME_CHAINS if chain.kernel != "linear pair"], ids=str)
-def test_offsets_of_a_chain_have_64_bits(chain):
+def test_chain_offsets_have_64_bits(chain):
     ttir = compile_chain(chain, "sm_90").asm["ttir"]
     offsets = re.findall(r"tt\.addptr .*tensor<(\d+)x(\d+)x!tt\.ptr<\w+>>, tensor<\w*x(i\d+)>", ttir)
     tiles = [width for height, breadth, width in offsets if "1" not in (height, breadth)]
@@ -196,14 +207,15 @@ def test_offsets_of_a_chain_have_64_bits(chain):
     assert set(tiles) == {"i64"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_no_product_is_of_tf32(dtype):
+def test_no_product_uses_tf32(dtype):
     ttir = compile_chain(ChainVariant("pointwise", dtype, ""), "sm_90").asm["ttir"]
     assert "tt.dot" in ttir
     assert "inputPrecision = tf32" not in ttir
 
 
-def test_every_chain_is_there():
+def test_chain_variants_are_complete():
     chains = chain_variants()
     assert len(set(chains)) == len(chains)
     assert {chain.kernel for chain in chains} == set(LAYERS)
@@ -213,7 +225,7 @@ def test_every_chain_is_there():
         assert {chain.dtype for chain in chains if chain.kernel == kernel} == set(aot.DTYPES)
 
 
-def test_main_loop_is_the_one_that_reads():
+def test_main_loop_reads_most():
     sass = """
         /*0010*/    LDG.E.128 R4, desc[UR4][R2.64] ;    /* 0x0 */
         /*0020*/    @P0 BRA 0x10 ;                      /* 0x0 */
@@ -226,7 +238,7 @@ def test_main_loop_is_the_one_that_reads():
     assert inspection.accesses(inspection.main_loop(sass), "LDG") == [16, 2]
 
 
-def test_launches_are_launches_again_afterwards():
+def test_launches_are_restored():
     driver = inspection.driver._active
     aot.compile_variant(variant("rows"), "sm_90")
     assert inspection.driver._active is driver
@@ -245,6 +257,7 @@ def report(monkeypatch, capsys, found, **changed):
     return status, capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_command_line(monkeypatch, capsys):
     monkeypatch.setattr(aot, "variants", lambda: [variant("rows"), variant("planes", activation=None)])
     monkeypatch.setattr(aot, "chain_variants", lambda: [ChainVariant("linear pair", "bf16", "")])
@@ -259,7 +272,7 @@ def test_command_line(monkeypatch, capsys):
     assert pair.split()[:4] == ["linear", "pair", "bf16", "-"]
 
 
-def test_a_table_of_80_columns(monkeypatch, capsys):
+def test_table_fits_80_columns(monkeypatch, capsys):
     status, text = report(monkeypatch, capsys, SOUND, loads=(16, 8, 1), instructions=123.4)
     assert status == 0
     assert max(map(len, text.splitlines())) <= 80
@@ -267,13 +280,13 @@ def test_a_table_of_80_columns(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("changed", [{"spills": 2}, {"local_bytes": 8}])
-def test_a_spill_is_status_1(changed, monkeypatch, capsys):
+def test_exit_status_of_a_spill(changed, monkeypatch, capsys):
     status, text = report(monkeypatch, capsys, SOUND, **changed)
     assert status == 1
     assert "spills or local memory: 6 of 6\n  relu bf16 rows sm_80\n" in text
 
 
-def test_refused_in_one_line(monkeypatch, capsys):
+def test_wrong_arguments_in_one_line(monkeypatch, capsys):
     assert aot.main(["--arch", "sm_90", "sm_12"]) == 2
     assert capsys.readouterr() == ("", "--arch: got 'sm_12', expected one of sm_80, sm_90, sm_100, gfx942\n")
     monkeypatch.setattr(activations_triton, "INTERPRETED", True)

@@ -16,7 +16,7 @@ CPU, CUDA, META = map(torch.device, ("cpu", "cuda", "meta"))
 
 @pytest.fixture
 def used(monkeypatch):
-    """The names of the implementations whose kernels were called, in order; the reference counts in their place."""
+    """The names of the implementations whose kernels were called, in order. The reference counts in their place."""
     names = []
 
     class Kernels:
@@ -45,13 +45,13 @@ def call(dtype=torch.float32, activation=None, device=CPU, **asked):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("impl", ["auto", "numba"])
-def test_a_cpu_takes_numba(dtype, impl, used):
+def test_cpu_takes_numba(dtype, impl, used):
     call(dtype, impl=impl)
     call(dtype, "relu", impl=impl)
     assert used == ["numba", "numba"]
 
 
-def test_what_numba_does_not_fuse_is_activated_by_pytorch_and_counted_by_numba(used):
+def test_unfused_activation_is_counted_by_numba(used):
     x, counts = torch.randn(4, 5), torch.zeros(5, 3, dtype=torch.int64)
     assert torch.equal(activation_states(x, counts, "gelu", impl="numba"), F.gelu(x))
     assert counts.sum() == 20
@@ -60,7 +60,7 @@ def test_what_numba_does_not_fuse_is_activated_by_pytorch_and_counted_by_numba(u
 
 @pytest.mark.parametrize("activation", activations.ACTIVATIONS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
-def test_what_is_fused_needs_no_activation_of_pytorch(dtype, activation, monkeypatch):
+def test_fused_activation_does_not_call_pytorch(dtype, activation, monkeypatch):
     calls = []
     monkeypatch.setattr(dispatch, "activate", lambda x, *_: calls.append(x) or x)
     weight = torch.ones(5, dtype=dtype) if activation == "prelu" else None
@@ -69,7 +69,7 @@ def test_what_is_fused_needs_no_activation_of_pytorch(dtype, activation, monkeyp
     assert (not calls) == (activation in ("identity", "relu", "relu6") and dtype != torch.float64)
 
 
-def test_fused_on_a_gpu_and_not_by_the_reference():
+def test_is_fused_by_device():
     for activation in activations.ACTIVATIONS:
         assert dispatch._is_fused(activation, "cuda", torch.float32) == torch.cuda.is_available()
         assert not is_fused(activation, torch.empty(2, device=META))
@@ -79,13 +79,13 @@ def test_fused_on_a_gpu_and_not_by_the_reference():
 
 @pytest.mark.parametrize("activation", [None, "relu", "gelu"])
 @pytest.mark.parametrize("asked", [{"impl": "reference"}, {"dtype": torch.float64}, {"device": META}], ids=str)
-def test_the_reference_does_the_rest(activation, asked, used):
+def test_reference_for_float64_and_other_devices(activation, asked, used):
     call(activation=activation, **asked)
     assert not used
 
 
 @pytest.mark.parametrize("activation", [None, "relu", "gelu"])
-def test_a_named_implementation_runs_or_raises(activation, used):
+def test_named_implementation_runs_or_raises(activation, used):
     for impl, reason in available_implementations(CPU).items():
         used.clear()
         if reason:
@@ -97,7 +97,7 @@ def test_a_named_implementation_runs_or_raises(activation, used):
             assert used == ([] if impl == "reference" else [impl])
 
 
-def test_every_implementation_runs_or_has_a_reason_of_one_line():
+def test_available_implementations():
     for device in (CPU, CUDA, META):
         reasons = available_implementations(device)
         assert list(reasons) == ["triton", "numba", "reference"]
@@ -110,7 +110,7 @@ def test_every_implementation_runs_or_has_a_reason_of_one_line():
 
 
 @pytest.mark.parametrize("missing", ["numba", "triton"])
-def test_what_is_not_installed_is_the_reason(missing, used, monkeypatch):
+def test_missing_package_is_the_reason(missing, used, monkeypatch):
     monkeypatch.setattr(shared_dispatch, "_is_installed", lambda package: package != missing)
     monkeypatch.setattr(dispatch, "_implementation", dispatch._implementation.__wrapped__)
     for device in (CPU, CUDA):
@@ -125,7 +125,7 @@ def run(program):
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
-def test_import_loads_no_compiler_and_changes_nothing():
+def test_import_loads_no_compiler():
     run(
         "import os, sys, torch; before = dict(os.environ), set(sys.modules); import fastentropy_kernels;"
         "new = {name.split('.')[0] for name in set(sys.modules) - before[1]};"
@@ -135,8 +135,9 @@ def test_import_loads_no_compiler_and_changes_nothing():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("missing", ["numba", "triton"])
-def test_works_without(missing):
+def test_works_without_a_package(missing):
     run(
         f"import sys; sys.modules['{missing}'] = None; import torch, fastentropy_kernels as k;"
         f"k.dispatch._is_installed = lambda package: package != '{missing}';"

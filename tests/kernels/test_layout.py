@@ -1,4 +1,4 @@
-"""Tensors of any layout: counts, y and its strides, writing in place, and which are read without a copy."""
+"""Tensors of any layout: counts, the result and its strides, writing in place, and which are read without a copy."""
 
 from math import prod
 
@@ -14,7 +14,7 @@ from fastentropy_kernels.states import reference
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-# name -> parameters of activations that are exact in every implementation: one that all compute with the states, and others.
+# Name -> parameters. These activations are exact in every implementation, and every implementation fuses relu.
 ACTIVATIONS = {"relu": (), "hardtanh": (-1.0, 1.0), "leaky_relu": (0.01,), "prelu": ()}
 EDGES = (-1.5, 0.1, 2.0)
 
@@ -41,7 +41,7 @@ def fresh(*shape, dtype=torch.float32, device="cpu"):
     return torch.where(torch.rand(shape) < 0.4, chosen, torch.randn(shape)).to(dtype).to(device)
 
 
-# name -> (a view of memory that `make` fills, given its shape; the channel axis; whether it is read where it is)
+# Name -> (a view of the memory that `make(*shape)` returns; the channel axis; whether it is read without a copy)
 LAYOUTS = {
     "rows": (lambda make: make(17, 33), 1, True),
     "rows of one": (lambda make: make(17, 1), 1, True),
@@ -96,7 +96,7 @@ each_layout = pytest.mark.parametrize("layout", LAYOUTS)
 
 @st.composite
 def layouts(draw):
-    """A function make -> tensor, and the channel axis: axes in any order in memory, sliced, stepped over or expanded."""
+    """A function make -> tensor, and the channel axis. Axes have any order in memory, and are sliced, strided or expanded."""
     sizes = draw(st.lists(st.sampled_from([1, 2, 3, 5, 7]) | st.integers(0, 40), min_size=1, max_size=5))
     sizes = [size if prod(sizes[: axis + 1]) <= 5000 else 1 for axis, size in enumerate(sizes)]
     order = draw(st.permutations(range(len(sizes))))
@@ -116,7 +116,7 @@ def layouts(draw):
 
 
 def whole(x):
-    """All memory that `x` is a view of, and where in it the values of `x` are."""
+    """The memory that `x` is a view of, and where in it the values of `x` are."""
     memory = x.new_empty(0).set_(x.untyped_storage())
     inside = torch.zeros_like(memory, dtype=torch.bool)
     inside.as_strided(x.shape, x.stride(), x.storage_offset()).fill_(True)
@@ -128,7 +128,7 @@ def assert_same(actual, expected):
 
 
 def check(x, axis, activation, masked, edges, inplace, impl="auto"):
-    """Activate and count `x` (with activation None only count) and compare all that is or is not written."""
+    """Activate and count `x`, or only count it without an activation, and compare all memory that may be written."""
     neurons = x.shape[axis]
     mask = torch.rand(x.movedim(axis, 0).shape[1:], device=x.device).mT > 0.5 if masked and x.ndim > 2 else None
     mask = mask if mask is None else mask.mT
@@ -191,6 +191,7 @@ def test_layout_in_place(layout, activation, device):
         check(x, axis, activation, masked=True, edges=EDGES, inplace=True)
 
 
+@pytest.mark.slow
 @settings(max_examples=300)
 @given(
     layout=layouts(),
@@ -222,7 +223,7 @@ def test_gradient_of_a_layout(layout, activation, device):
 
 
 @pytest.mark.parametrize("layout", [name for name, (*_, direct) in LAYOUTS.items() if direct])
-def test_rows_and_planes_are_read_where_they_are(layout):
+def test_dense_layouts_are_not_copied(layout):
     view, axis, _ = LAYOUTS[layout]
     x = view(fresh)
     assert arrange(x, axis % x.ndim, None).values.data_ptr() == x.data_ptr()
@@ -244,7 +245,7 @@ def test_mask_of_any_layout():
 
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("activation", [None, "relu", "leaky_relu"])
-def test_negated_view_is_its_values(activation, inplace, device):
+def test_negated_view(activation, inplace, device):
     x = torch.randn(7, 1, dtype=torch.complex64, device=device).conj().imag
     assert x.is_neg()
     values, counts = x.clone(), torch.zeros(1, 3, dtype=torch.int64, device=device)
@@ -259,7 +260,7 @@ def test_negated_view_is_its_values(activation, inplace, device):
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("written", ["x", "counts", "nan"])
-def test_autograd_sees_what_is_overwritten(written, activation, device):
+def test_backward_detects_overwritten_tensors(written, activation, device):
     tensors = {"x": torch.randn(4, 5, device=device), "counts": torch.zeros(5, 3, dtype=torch.int64, device=device)}
     tensors["nan"] = tensors["counts"][:, 0].clone()
     product = torch.ones((), device=device, requires_grad=True) * tensors[written]
@@ -278,7 +279,7 @@ def test_in_place_without_gradients(mode):
     assert torch.equal(x, expected)
 
 
-def test_in_place_with_a_gradient_is_refused():
+def test_in_place_is_refused_with_a_gradient():
     x, counts = torch.randn(4, 5), torch.zeros(5, 3, dtype=torch.int64)
     before = x.clone()
     for x_needs, weight_needs in ((True, False), (False, True)):

@@ -1,4 +1,4 @@
-"""The public functions, by every implementation that runs here: activations, their gradients, states, masks and NaN."""
+"""The public functions in every implementation that runs here: activations, their gradients, states, masks and NaN."""
 
 import math
 
@@ -21,13 +21,14 @@ IMPLEMENTATIONS = [
     pytest.param(("cuda", "triton"), marks=pytest.mark.gpu),
     pytest.param(("cuda", "reference"), marks=pytest.mark.gpu),
 ]
-# On a CPU activations are PyTorch's own or exact; Triton's are float32 arithmetic, rounded once. Relative and absolute.
+# Dtype -> relative and absolute tolerance. On a CPU, activations are PyTorch's own or exact. Triton's are computed in float32
+# and rounded once.
 TRITON_TOLERANCE = {torch.float16: (2**-10, 1e-6), torch.bfloat16: (2**-7, 1e-6), torch.float32: (1e-6, 1e-6)}
 
 
 @pytest.fixture(scope="module", params=IMPLEMENTATIONS, ids=lambda param: "-".join(param))
 def where(request):
-    """A device and an implementation that runs on it."""
+    """A device, and an implementation that runs on it."""
     if request.param[0] == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a GPU")
     return request.param
@@ -84,22 +85,22 @@ each_case = pytest.mark.parametrize(("activation", "parameters"), CASES, ids=str
 
 
 def random_values(shape, special=SPECIAL, dtype=torch.float32, device="cpu"):
-    """Normal values, and among every three about one of `special`."""
+    """Normal values. About one in three is one of `special`."""
     chosen = torch.tensor(special)[torch.randint(len(special), shape)]
     return torch.where(torch.rand(shape) < 0.3, chosen, torch.randn(shape) * 3).to(dtype).to(device)
 
 
 def slopes(activation, neurons, x):
-    """The arguments of prelu besides x, none for another."""
+    """The weight of prelu as a keyword argument; none for other activations."""
     return {"weight": torch.randn(neurons).to(x)} if activation == "prelu" else {}
 
 
-def no_counts(neurons, states=3, device="cpu"):
+def zero_counts(neurons, states=3, device="cpu"):
     return torch.zeros(neurons, states, dtype=torch.int64, device=device)
 
 
 def oracle(x, channel_axis=1, edges=None, mask=None):
-    """Counts [neurons, states] and NaN [neurons] by numpy.digitize, one neuron at a time, in float64."""
+    """Counts [neurons, states] and NaN [neurons], by numpy.digitize in float64, one neuron at a time."""
     counts, nan = [], []
     for values in x.detach().cpu().double().movedim(channel_axis, 0):
         values = (values if mask is None else values[mask.cpu()]).numpy().ravel()
@@ -116,19 +117,19 @@ def test_every_activation_is_compared():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @each_case
-def test_activation_is_pytorchs_in_value_and_dtype(activation, parameters, dtype, where):
+def test_activation_equals_pytorch(activation, parameters, dtype, where):
     device, impl = where
     impl = "auto" if dtype == torch.float64 else impl
     rtol, atol = TRITON_TOLERANCE[dtype] if impl == "triton" else (0, 0)
     x = random_values((37, 5), dtype=dtype, device=device)
     weight = slopes(activation, 5, x)
-    y = activation_states(x, no_counts(5, device=device), activation, impl=impl, **weight, **parameters)
+    y = activation_states(x, zero_counts(5, device=device), activation, impl=impl, **weight, **parameters)
     torch.testing.assert_close(y, PYTORCH[activation](x, **weight, **parameters), rtol=rtol, atol=atol, equal_nan=True)
 
 
 @pytest.mark.parametrize("shape", [(7, 5), (4, 5, 6), (3, 4, 5, 6), (5,)], ids=str)
 @pytest.mark.parametrize("slope", ["one", "each", "strided", "expanded"])
-def test_prelu_has_the_slope_of_its_channel_at_any_axis(slope, shape, where):
+def test_prelu_slopes_along_any_axis(slope, shape, where):
     device, impl = where
     for axis in range(-len(shape), len(shape)):
         x, neurons = random_values(shape, device=device), shape[axis]
@@ -138,7 +139,7 @@ def test_prelu_has_the_slope_of_its_channel_at_any_axis(slope, shape, where):
             "strided": torch.randn(neurons, 3)[:, 1],
             "expanded": torch.randn(1).expand(neurons),
         }[slope].to(device)
-        counts = no_counts(neurons, device=device)
+        counts = zero_counts(neurons, device=device)
         y = activation_states(x, counts, "prelu", channel_axis=axis, weight=weight, impl=impl)
         expected = torch.stack([F.prelu(x.select(axis, i), weight[i % len(weight)].view(1)) for i in range(neurons)], axis)
         torch.testing.assert_close(y, expected, rtol=0, atol=0, equal_nan=True)
@@ -148,24 +149,24 @@ def test_prelu_has_the_slope_of_its_channel_at_any_axis(slope, shape, where):
 @pytest.mark.parametrize("activation", ["identity", "relu", "relu6"])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("masked", [False, True])
-def test_what_clips_is_exact_on_images_and_in_place(masked, memory_format, activation, dtype, where):
+def test_clipping_activations_on_images(masked, memory_format, activation, dtype, where):
     device, impl = where
     for shape in [(3, 5, 1, 1), (2, 5, 7, 7), (1, 37, 5, 6), (2, 3, 33, 31), (1, 1, 100, 100)]:
         x = random_values(shape, dtype=dtype, device=device).to(memory_format=memory_format)
         mask = torch.rand(shape[0], *shape[2:], device=device) > 0.5 if masked else None
         counts, expected = oracle(x, mask=mask)[0], PYTORCH[activation](x)
         for inplace in (False, True):
-            ours = no_counts(shape[1], device=device)
+            ours = zero_counts(shape[1], device=device)
             y = activation_states(x, ours, activation, mask=mask, inplace=inplace, impl=impl)
             assert torch.equal(ours.cpu(), counts)
             assert (y is x) == inplace
             torch.testing.assert_close(y, expected, rtol=0, atol=0, equal_nan=True)
 
 
-def test_identity_is_no_view(where):
+def test_identity_returns_a_new_tensor(where):
     device, impl = where
     x = torch.randn(6, 5, device=device)
-    y = activation_states(x, no_counts(5, device=device), "identity", impl=impl)
+    y = activation_states(x, zero_counts(5, device=device), "identity", impl=impl)
     assert torch.equal(y, x)
     assert y.data_ptr() != x.data_ptr()
 
@@ -192,13 +193,13 @@ def test_each_state(activation, dtype, where):
     assert (nan - 100).tolist() == [expected for *_, expected in columns.values()]
 
 
-# Numbers that formats of 16 or 32 bits round to a neighbour, to zero or to infinity, and those next to them.
+# Numbers that formats of 16 or 32 bits round to a neighbour, to zero or to infinity, and some that they represent.
 HARD_EDGES = [-math.inf, -1e300, -6.0000001, -1, -0.1, -1e-50, -0.0, 1e-50, 0.1, 1, 3.0000001, 6, 65520, 3.4028236e38, math.inf]
 edges_to_draw = st.sets(st.sampled_from(HARD_EDGES) | st.floats(-7, 7, width=16), min_size=1, max_size=15).map(sorted)
 
 
 def around(edges, dtype):
-    """Each edge as the dtype has it, with its two neighbours."""
+    """Each edge rounded to the dtype, and its two neighbours."""
     middle = torch.tensor(edges, dtype=torch.float64).to(dtype)
     infinity = torch.full_like(middle, math.inf)
     return torch.cat([middle, torch.nextafter(middle, infinity), torch.nextafter(middle, -infinity)])
@@ -213,7 +214,7 @@ def around(edges, dtype):
     masked=st.booleans(),
     seed=st.integers(0, 2**31),
 )
-def test_states_are_those_of_digitize(where, activation, edges, dtype, shape, masked, seed):
+def test_states_equal_digitize(where, activation, edges, dtype, shape, masked, seed):
     torch.manual_seed(seed)
     special = torch.cat([around(edges or [0.0], dtype), torch.tensor(SPECIAL).to(dtype)])
     x = special[torch.randint(len(special), shape)]
@@ -233,8 +234,8 @@ def test_states_are_those_of_digitize(where, activation, edges, dtype, shape, ma
 
 
 @pytest.mark.parametrize("edges", [torch.tensor([0.1, 2.0], dtype=torch.float64), np.array([0.1, 2]), (0.1, 2), [0.1, 2]])
-def test_edges_may_be_any_sequence(edges):
-    counts = no_counts(1, 3)
+def test_edges_of_any_sequence_type(edges):
+    counts = zero_counts(1, 3)
     count_states(torch.tensor([[0.0], [0.1], [2.0], [3.0]]), counts, edges=edges)
     assert counts.tolist() == [[1, 1, 2]]
 
@@ -251,19 +252,19 @@ REGIONS = {
 
 
 @pytest.mark.parametrize("activation", REGIONS)
-def test_regions_are_counted_between_the_edges_of_the_pieces(activation, where):
+def test_counts_of_regions(activation, where):
     device, impl = where
     parameters, edges = REGIONS[activation]
     assert linear_regions(activation, **parameters) == edges
     x = torch.cat([around(edges, torch.float32), torch.tensor(SPECIAL)])[:, None].repeat(3, 4).to(device)
-    counts = no_counts(4, len(edges) + 1, device)
+    counts = zero_counts(4, len(edges) + 1, device)
     weight = slopes(activation, 4, x)
     activation_states(x, counts, activation, states="regions", impl=impl, **weight, **parameters)
     assert torch.equal(counts.cpu(), oracle(x, edges=edges)[0])
 
 
-def test_hardswish_is_at_its_regions_bounds_in_the_region_above():
-    counts = no_counts(1)
+def test_bounds_of_hardswish_count_as_the_region_above():
+    counts = zero_counts(1)
     x = torch.tensor([[-3.0000002], [-3.0], [2.9999998], [3.0], [math.nan]])
     activation_states(x, counts, "hardswish", states="regions")
     assert counts.tolist() == [[1, 2, 1]]
@@ -276,9 +277,9 @@ def test_smooth_activations_have_no_regions():
 
 
 @pytest.mark.parametrize("activation", ["identity", "relu6", "mish"])
-def test_masked_positions_are_activated_and_not_counted(activation, where):
+def test_masked_positions_are_only_activated(activation, where):
     device, impl = where
-    x, counts = random_values((6, 5, 7), device=device), no_counts(5, device=device)
+    x, counts = random_values((6, 5, 7), device=device), zero_counts(5, device=device)
     nan = counts[:, 0].clone()
     mask = torch.zeros(6, 7, dtype=torch.bool, device=device)
     y = activation_states(x, counts, activation, mask=mask, nan=nan, impl=impl)
@@ -288,7 +289,7 @@ def test_masked_positions_are_activated_and_not_counted(activation, where):
     torch.testing.assert_close(y, PYTORCH[activation](x), rtol=rtol, atol=atol, equal_nan=True)
 
 
-# Autograd sums the gradient of quick_gelu's product in another order. Relative and absolute.
+# Relative and absolute. Autograd sums the gradient of the product in quick_gelu in another order.
 QUICK_GELU_TOLERANCE = {
     torch.float16: (2**-10, 1e-6),
     torch.bfloat16: (2**-7, 1e-6),
@@ -299,13 +300,13 @@ QUICK_GELU_TOLERANCE = {
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @each_case
-def test_gradient_is_pytorchs(activation, parameters, dtype, where):
+def test_gradient_equals_pytorch(activation, parameters, dtype, where):
     device, impl = where
     impl = "auto" if dtype == torch.float64 else impl
     rtol, atol = QUICK_GELU_TOLERANCE[dtype] if activation == "quick_gelu" else (0, 0)
     x = random_values((37, 5), TIES, dtype, device).requires_grad_()
     weight = {name: value.requires_grad_() for name, value in slopes(activation, 5, x.detach()).items()}
-    counts = no_counts(5, device=device)
+    counts = zero_counts(5, device=device)
     y = activation_states(x, counts, activation, impl=impl, **weight, **parameters)
     grad = torch.randn_like(y)
     ours = torch.autograd.grad(y, [x, *weight.values()], grad)
@@ -315,25 +316,25 @@ def test_gradient_is_pytorchs(activation, parameters, dtype, where):
 
 
 @each_case
-def test_gradient_is_that_of_finite_differences(activation, parameters):
+def test_gradient_equals_finite_differences(activation, parameters):
     x = torch.rand(4, 3, dtype=torch.float64) * 16 - 8
     near_a_kink = ((x[..., None] - torch.tensor(TIES, dtype=x.dtype)).abs() < 1e-3).any(-1)
     x = (x + 0.01 * near_a_kink).requires_grad_()
     weight = {name: value.requires_grad_() for name, value in slopes(activation, 3, x.detach()).items()}
 
     def function(x, *weight):
-        return activation_states(x, no_counts(3), activation, **dict(zip(["weight"], weight, strict=False)), **parameters)
+        return activation_states(x, zero_counts(3), activation, **dict(zip(["weight"], weight, strict=False)), **parameters)
 
     assert torch.autograd.gradcheck(function, (x, *weight.values()))
 
 
 @each_case
-def test_gradient_has_a_gradient(activation, parameters):
+def test_second_derivative_equals_pytorch(activation, parameters):
     x = random_values((7, 5), TIES, torch.float64).requires_grad_()
     weight = slopes(activation, 5, x.detach())
     second = []
     for y in (
-        activation_states(x, no_counts(5), activation, **weight, **parameters),
+        activation_states(x, zero_counts(5), activation, **weight, **parameters),
         PYTORCH[activation](x, **weight, **parameters),
     ):
         (first,) = torch.autograd.grad((y**2).sum(), x, create_graph=True)
@@ -343,10 +344,10 @@ def test_gradient_has_a_gradient(activation, parameters):
 
 @pytest.mark.parametrize("axis", range(-4, 4))
 @pytest.mark.parametrize("slope", ["one", "each"])
-def test_gradient_of_the_slopes_at_any_axis(slope, axis):
+def test_gradient_of_prelu_slopes_along_any_axis(slope, axis):
     x = random_values((3, 4, 5, 6), TIES, torch.float64).requires_grad_()
     weight = torch.randn(1 if slope == "one" else x.shape[axis], dtype=torch.float64, requires_grad=True)
-    y = activation_states(x, no_counts(x.shape[axis]), "prelu", channel_axis=axis, weight=weight)
+    y = activation_states(x, zero_counts(x.shape[axis]), "prelu", channel_axis=axis, weight=weight)
     grad = torch.randn_like(y)
     ours = torch.autograd.grad(y, [x, weight], grad)
     expected = torch.autograd.grad(F.prelu(x.movedim(axis, 1), weight), [x, weight], grad.movedim(axis, 1))
@@ -354,9 +355,9 @@ def test_gradient_of_the_slopes_at_any_axis(slope, axis):
 
 
 @pytest.mark.parametrize("needed", ["x", "weight", "neither"])
-def test_gradient_only_where_it_is_required(needed):
+def test_gradient_only_where_required(needed):
     x, weight = torch.randn(4, 5, requires_grad=needed == "x"), torch.randn(5, requires_grad=needed == "weight")
-    y = activation_states(x, no_counts(5), "prelu", weight=weight)
+    y = activation_states(x, zero_counts(5), "prelu", weight=weight)
     assert y.requires_grad == (needed != "neither")
     if y.requires_grad:
         assert "fastentropy_kernels" in y.grad_fn.name()
@@ -364,10 +365,10 @@ def test_gradient_only_where_it_is_required(needed):
     assert (x.grad is not None, weight.grad is not None) == (needed == "x", needed == "weight")
 
 
-def test_counted_in_forward_and_never_in_backward(where):
+def test_backward_counts_nothing(where):
     device, impl = where
     x = random_values((8, 5), TIES, device=device).requires_grad_()
-    counts, nan = no_counts(5, device=device), torch.zeros(5, dtype=torch.int64, device=device)
+    counts, nan = zero_counts(5, device=device), torch.zeros(5, dtype=torch.int64, device=device)
     y = activation_states(x, counts, "gelu", nan=nan, impl=impl)
     once = counts.clone()
     y.sum().backward(retain_graph=True)
@@ -378,10 +379,10 @@ def test_counted_in_forward_and_never_in_backward(where):
     assert not nan.requires_grad
 
 
-def test_states_of_a_tensor_with_a_gradient_have_none(where):
+def test_counts_have_no_gradient(where):
     device, impl = where
     x = random_values((8, 5), device=device).requires_grad_()
-    counts = no_counts(5, device=device)
+    counts = zero_counts(5, device=device)
     count_states(x, counts, impl=impl)
     assert torch.equal(counts.cpu(), oracle(x)[0])
     assert not counts.requires_grad
@@ -389,11 +390,11 @@ def test_states_of_a_tensor_with_a_gradient_have_none(where):
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
-def test_no_operator_is_called_without_a_gradient(activation, mode, where, monkeypatch):
+def test_no_operator_without_a_gradient(activation, mode, where, monkeypatch):
     device, impl = where
     monkeypatch.setattr(ops, "activation_states", None)
     x = torch.nn.Parameter(random_values((8, 5), device=device))
-    counts = no_counts(5, device=device)
+    counts = zero_counts(5, device=device)
     with mode():
         y = activation_states(x, counts, activation, impl=impl)
     assert type(y) is torch.Tensor
@@ -403,7 +404,7 @@ def test_no_operator_is_called_without_a_gradient(activation, mode, where, monke
 
 def test_counts_add_up_over_calls(where):
     device, impl = where
-    counts, nan = no_counts(5, device=device), torch.zeros(5, dtype=torch.int64, device=device)
+    counts, nan = zero_counts(5, device=device), torch.zeros(5, dtype=torch.int64, device=device)
     batches = [random_values((size, 5), device=device) for size in (1, 7, 64, 0)]
     for batch in batches:
         activation_states(batch, counts, "relu", nan=nan, impl=impl)
@@ -424,7 +425,7 @@ def test_autocast_changes_nothing(activation, where):
     device, impl = where
     x = torch.randn(37, 5, device=device).bfloat16()
     weight = torch.rand(5, device=device).bfloat16() if activation == "prelu" else None
-    plain, cast = no_counts(5, device=device), no_counts(5, device=device)
+    plain, cast = zero_counts(5, device=device), zero_counts(5, device=device)
     expected = activation_states(x, plain, activation, weight=weight, impl=impl)
     with torch.autocast(device, torch.bfloat16):
         y = activation_states(x, cast, activation, weight=weight, impl=impl)

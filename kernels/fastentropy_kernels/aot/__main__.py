@@ -1,4 +1,4 @@
-"""`python -m fastentropy_kernels.aot`."""
+"""The command `python -m fastentropy_kernels.aot`."""
 
 import sys
 

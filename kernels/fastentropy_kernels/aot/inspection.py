@@ -1,4 +1,7 @@
-"""Compile what the kernels' own launches ask for, for a GPU that is not there, and read what the compiler made of it."""
+"""Compile, for a GPU that need not be there, what the kernels' own launches ask for, and read the compiler's output.
+
+Inside `compiling_for` a launch compiles its kernel and does not start it. So what is inspected is what will run.
+"""
 
 # Triton has no types.
 # mypy: disable-error-code="misc"
@@ -39,28 +42,41 @@ KERNELS = (
 )
 
 
-class Findings(NamedTuple):
-    """What the compiled code shows."""
+NO_COMPILER = "TRITON_INTERPRET: set, expected a compiler; run again with env -u TRITON_INTERPRET"
 
-    registers: int  # of a thread
-    spills: int  # instructions that access local memory; on AMD registers
-    local_bytes: int  # of a thread, stack included
-    shared_bytes: int  # of a program
-    loads: tuple[int, ...]  # bytes of an access to global memory, copies to shared included: every width, the widest first
+
+class Findings(NamedTuple):
+    """What the compiled code of a kernel shows.
+
+    Attributes:
+        registers: registers of a thread.
+        spills: instructions that access local memory; on AMD, spilled registers.
+        local_bytes: local memory of a thread, stack included.
+        shared_bytes: shared memory of a program.
+        loads: bytes of one load from global memory, copies to shared memory included: every width that occurs, widest first.
+        stores: the same for stores.
+        instructions: instructions of the main loop per element; None on AMD, and for kernels that do more than stream.
+    """
+
+    registers: int
+    spills: int
+    local_bytes: int
+    shared_bytes: int
+    loads: tuple[int, ...]
     stores: tuple[int, ...]
-    instructions: float | None  # of the main loop, per element; None on AMD and where nothing streams
+    instructions: float | None
 
     @property
     def spilled(self) -> bool:
-        """Whether the registers did not suffice."""
+        """Return whether the registers did not suffice."""
         return self.spills > 0 or self.local_bytes > 0
 
 
 @contextmanager
 def compiling_for(arch: str) -> Iterator[list[CompiledKernel]]:
-    """Make launches compile for `arch` and add the kernel to a list in place of starting it."""
+    """Make launches compile for `arch` without a start. The list receives the compiled kernels."""
     if activations_triton.INTERPRETED:
-        raise RuntimeError("TRITON_INTERPRET: set, expected a compiler; run again with env -u TRITON_INTERPRET")
+        raise RuntimeError(NO_COMPILER)
     compiled: list[CompiledKernel] = []
 
     def compile_only(run: Any) -> Any:
@@ -72,13 +88,16 @@ def compiling_for(arch: str) -> Iterator[list[CompiledKernel]]:
     try:
         yield compiled
     finally:
-        driver.set_active(None)  # the GPU's own is found again when it is asked for
+        driver.set_active(None)  # Triton finds the driver of the GPU again on the next use
         for kernel in KERNELS:
             del kernel.run
 
 
 class _AbsentDriver(NamedTuple):
-    """As much of a GPU's driver as Triton's compiler asks for. Kernels are kept by device: each architecture is one."""
+    """The part of a GPU's driver that Triton's compiler asks for.
+
+    Triton caches kernels by device, so each architecture is a device.
+    """
 
     arch: str
 
@@ -93,7 +112,11 @@ class _AbsentDriver(NamedTuple):
 
 
 def inspect(compiled: CompiledKernel, streamed: int | None = None) -> Findings:
-    """Read the compiler's output. What streams elements of `streamed` bytes is judged by its main loop, else all counts."""
+    """Read the compiler's output.
+
+    `streamed` is the number of bytes of an element, for a kernel that streams. Its main loop alone is read. Of other kernels
+    all code is read.
+    """
     return _inspect_amd(compiled) if "amdgcn" in compiled.asm else _inspect_nvidia(compiled, streamed)
 
 
@@ -108,13 +131,13 @@ def _inspect_nvidia(compiled: CompiledKernel, streamed: int | None) -> Findings:
         shared_bytes=compiled.metadata.shared,
         loads=_widths(loads),
         stores=_widths(stores),
-        # What is written is y. Where nothing is, what is read is x alone: no variant counts alone and has a mask.
+        # Stores write y. Where there are none, loads read x alone, since no variant that only counts has a mask.
         instructions=len(code) / (sum(stores or loads) // streamed) if streamed else None,
     )
 
 
 def disassemble(compiled: CompiledKernel) -> str:
-    """Return the machine code as text, and the resources that it takes, from the cuobjdump that Triton brings along."""
+    """Return the machine code and its resources as text, from the cuobjdump that comes with Triton."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -123,9 +146,9 @@ def disassemble(compiled: CompiledKernel) -> str:
 
 
 def main_loop(sass: str) -> list[str]:
-    """Return the instructions from a backward branch's target to the branch: those of the loop that reads most bytes.
+    """Return the instructions of the loop that reads most bytes, from the target of its backward branch to the branch.
 
-    A loop that runs once may be none. Then it is the whole kernel.
+    The compiler may remove a loop that runs once. Without a loop, the whole kernel is returned.
     """
     lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]+?)\s*;", sass)
     code = {int(address, 16): instruction for address, instruction in lines}
@@ -165,7 +188,7 @@ def _inspect_amd(compiled: CompiledKernel) -> Findings:
 
 def _number(pattern: str, text: str) -> int:
     match = re.search(pattern, text)
-    assert match, f"no {pattern} in what the compiler wrote"
+    assert match, f"no {pattern} in the output of the compiler"
     return int(match[1])
 
 

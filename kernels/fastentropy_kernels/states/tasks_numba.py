@@ -5,7 +5,7 @@ team of any size does all of them. Each task adds to a tile of its own, and at t
 """
 
 # Numba replaces functions and types that mypy cannot follow.
-# mypy: disable-error-code="misc, no-untyped-def, no-untyped-call"
+# mypy: disable-error-code="attr-defined, call-arg, misc, no-untyped-def, no-untyped-call"
 from __future__ import annotations
 
 import ctypes

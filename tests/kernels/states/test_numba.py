@@ -1,4 +1,4 @@
-"""The Numba loops against the reference, exactly: counts, and the bits of y."""
+"""The Numba loops against the reference, exactly: counts, and the bits of the result."""
 
 import logging
 import math
@@ -21,7 +21,7 @@ EDGES = st.lists(st.floats(allow_nan=False), min_size=1, max_size=15, unique=Tru
 
 
 def awkward_values(dtype):
-    """Of both signs: zero, subnormals, what lies around 6, the greatest number, infinity and NaN."""
+    """Zero, subnormals, numbers around 6, the greatest number, infinity and NaN, of both signs."""
     bounds = torch.tensor([torch.finfo(dtype).smallest_normal, 6, torch.inf], dtype=dtype).view(INTEGER[dtype])
     last = torch.iinfo(INTEGER[dtype]).max
     magnitudes = torch.cat([torch.tensor([0, 1, last]), *(bounds.long() + i for i in (-1, 0, 1))]).to(INTEGER[dtype])
@@ -36,7 +36,7 @@ def counters(values, states=3, seed=0):
 
 
 def check_signs(values, mask, seed=0):
-    """Count `values`, arranged as rows or planes; again with y in poisoned memory, and over the values."""
+    """Count `values`, which are rows or planes: alone, with y in poisoned memory, and with y over the values."""
     expected, expected_nan = counters(values, seed=seed)
     reference.add_states(values, expected, 1, mask=mask, nan=expected_nan)
     for activation in (None, *FUSED):
@@ -54,7 +54,7 @@ def check_signs(values, mask, seed=0):
 
 
 def gapped(rows):
-    """A copy of rows with a gap behind each of them; planes have none."""
+    """A copy of rows with a gap after each. Planes get none."""
     if rows.ndim == 3:
         return rows.clone()
     copy = torch.full((rows.shape[0], rows.shape[1] + 3), torch.nan, dtype=rows.dtype)[:, : rows.shape[1]]
@@ -70,6 +70,7 @@ def check_histogram(values, edges, mask, seed=0):
     assert torch.equal(nan, expected_nan)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=60)
 @given(
     rows=st.sampled_from([1, 2, 3, 4, 37, 1023]),
@@ -87,6 +88,7 @@ def test_rows(rows, channels, gap, dtype, masked, edges, seed):
     check_histogram(values[:50], edges, mask if mask is None else mask[:50], seed)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=60)
 @given(
     outer=st.sampled_from([1, 2, 5, 33]),
@@ -118,14 +120,15 @@ def test_awkward_values_at_every_position(dtype, masked, shape):
 
 
 @pytest.mark.parametrize("shape", [(70_000, 3), (200_000, 1), (140_000, 16), (1, 2, 100_000), (2, 32_768)])
-def test_more_values_than_the_narrow_sums_count(shape):
+def test_narrow_sums_do_not_overflow(shape):
     check_signs(torch.ones(shape, dtype=torch.bfloat16), None)
     check_signs(torch.ones(shape, dtype=torch.bfloat16), torch.ones(shape[0], *shape[2:], dtype=torch.bool))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["rows", "planes"])
-def test_more_than_two_to_the_31_values(layout):
-    """What calloc gives and nobody writes is one page of zeros, however long it is; torch.zeros would write it."""
+def test_more_than_2_to_the_31_values(layout):
+    """np.zeros calls calloc: memory that nobody writes is one page of zeros, however long. torch.zeros would write it."""
     half = 2**30 + 8
     memory = torch.from_numpy(np.zeros(2 * half + 64, np.int16)).view(torch.bfloat16)
     if layout == "rows":
@@ -140,6 +143,7 @@ def test_more_than_two_to_the_31_values(layout):
     assert counts[0].tolist() == ([1, 2, 0] if layout == "rows" else [1, half - 2, 1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(4099, 37), (33, 5, 1023)])
 @pytest.mark.parametrize("dtype", INTEGER)
 def test_any_number_of_threads(shape, dtype):
@@ -172,13 +176,13 @@ def test_concurrent_calls_add_up():
     assert torch.equal(counts, 200 * once)
 
 
-def test_without_openmp_one_thread_does_all_tasks(monkeypatch):
+def test_one_thread_without_openmp(monkeypatch):
     monkeypatch.setattr(launch_numba, "openmp_parallel", lambda: None)
     check_signs(random_values((33, 5, 1023), torch.float32, 0), None)
     check_signs(random_values((4099, 37), torch.bfloat16, 0), None)
 
 
-def test_subnormals_count_while_pytorch_flushes_them():
+def test_flushed_subnormals_are_counted():
     values = torch.tensor([[1e-40], [-1e-40], [0.0]])
     counts = torch.zeros(1, 3, dtype=torch.int64)
     torch.set_flush_denormal(True)
@@ -189,7 +193,7 @@ def test_subnormals_count_while_pytorch_flushes_them():
     assert counts.tolist() == [[1, 1, 1]]
 
 
-def test_a_long_compilation_is_told_once(monkeypatch, caplog):
+def test_long_compilation_is_reported_once(monkeypatch, caplog):
     monkeypatch.setattr(launch_numba, "_LONG_COMPILATION", -1.0)
     monkeypatch.setattr(launch_numba, "_compilation_reported", threading.Event())
     launch_numba._compiled.cache_clear()

@@ -1,4 +1,4 @@
-"""The functions in compiled, exported, fake and captured programs: the same y, and counts as in eager mode."""
+"""The functions in compiled, exported, fake and captured programs return and count what they do in eager mode."""
 
 import io
 import math
@@ -16,7 +16,7 @@ ops = torch.ops.fastentropy_kernels
 
 EDGES = (-math.inf, -1e-50, 0.1, math.inf)
 MASK = torch.rand(4) > 0.5
-# What is asked for besides x of shape [batch, 5, 4], counts and nan; with no activation only the states are counted.
+# Name -> arguments besides x [batch, 5, 4], counts and nan. Without an activation only the states are counted.
 ASKED = {
     "states": {},
     "states between edges": {"edges": EDGES},
@@ -64,7 +64,7 @@ def assert_same(actual, expected):
 
 
 def assert_runs_as_eager(program, asked, batches=(4, 4), device="cpu"):
-    """Run `program(x, counts, nan)` on fresh batches beside the eager function: y, its strides, counts and nan."""
+    """Compare `program(x, counts, nan)` with the eager function on fresh batches: result, strides, counts and nan."""
     counts, nan = counters(asked, device)
     expected_counts, expected_nan = counts.clone(), nan.clone()
     for batch in batches:
@@ -92,9 +92,10 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_operators_do_what_they_declare(layout, dtype):
+def test_operators_pass_opcheck(layout, dtype):
     x = LAYOUTS[layout]().to(dtype).nan_to_num(0, 3, -3)
     mask = torch.rand(x.movedim(1, 0).shape[1:]) > 0.5
     weight = torch.randn(5, dtype=dtype)
@@ -105,9 +106,10 @@ def test_operators_do_what_they_declare(layout, dtype):
     opcheck(ops.activation_states, (x, "prelu", [], weight, 1, mask, EDGES, "auto"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_gradients_are_as_declared(layout, dtype):
+def test_gradients_pass_opcheck(layout, dtype):
     x = LAYOUTS[layout]().to(dtype).nan_to_num(0, 3, -3).requires_grad_()
     weight = torch.randn(5, dtype=dtype, requires_grad=True)
     opcheck(ops.count_states, (x, 1, None, None, "auto"))
@@ -118,7 +120,7 @@ def test_gradients_are_as_declared(layout, dtype):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_operators_return_new_tensors_with_the_strides_of_empty_like(layout):
+def test_operators_return_new_tensors(layout):
     x = LAYOUTS[layout]()
     for activation in ("identity", "relu", "gelu"):
         y, counts, nan = ops.activation_states(x, activation, [], None, 1, None, None, "auto")
@@ -133,8 +135,9 @@ def test_only_y_has_a_gradient():
     assert (y.requires_grad, counts.requires_grad, nan.requires_grad) == (True, False, False)
 
 
+@pytest.mark.slow
 @each
-def test_compiled_whole(asked):
+def test_compiled_full_graph(asked):
     compiled = torch.compile(lambda *tensors: call(*tensors, **asked), fullgraph=True, backend="aot_eager")
     assert_runs_as_eager(compiled, asked)
 
@@ -160,6 +163,7 @@ def test_compiled_on_any_layout(layout):
     assert torch.equal(counts, expected)
 
 
+@pytest.mark.slow
 def test_compiled_by_inductor():
     if shutil.which("c++") is None:
         pytest.skip("needs a C++ compiler")
@@ -189,6 +193,7 @@ def test_two_calls_in_one_graph_add_up():
         assert_same((compiled(x, *both[0]), *both[0]), (function(x, *both[1]), *both[1]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("asked", [{}, {"activation": "relu"}, {"activation": "gelu", "edges": EDGES}], ids=str)
 def test_one_graph_for_any_batch(asked):
     compiled = torch.compile(lambda *tensors: call(*tensors, **asked), fullgraph=True, dynamic=True, backend="aot_eager")
@@ -198,7 +203,7 @@ def test_one_graph_for_any_batch(asked):
     assert_runs_as_eager(compiled, asked, batches=(1, 0, 5))
 
 
-def test_a_changed_parameter_is_not_baked_in():
+def test_compiled_with_changing_parameters():
     def function(x, counts, slope):
         return activation_states(x, counts, "leaky_relu", negative_slope=slope)
 
@@ -209,6 +214,7 @@ def test_a_changed_parameter_is_not_baked_in():
         assert torch.equal(counts, expected)
 
 
+@pytest.mark.slow
 @each
 def test_compiled_gradient(asked):
     if "activation" not in asked:
@@ -273,12 +279,14 @@ def exported(asked, strict=False):
     return torch.export.export(Counting(asked), (fresh(4, 5, 4),), strict=strict, dynamic_shapes=(batch,))
 
 
+@pytest.mark.slow
 @some
 @pytest.mark.parametrize("strict", [False, True])
 def test_exported_buffers_count(asked, strict):
     assert_buffers_count(exported(asked, strict).module(), asked)
 
 
+@pytest.mark.slow
 @some
 def test_saved_and_loaded_buffers_count(asked):
     file = io.BytesIO()

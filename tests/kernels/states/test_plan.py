@@ -1,4 +1,4 @@
-"""A plan against `activation_states`, exactly: counts, the bits of y, and when it may not be used."""
+"""A plan against `activation_states`, exactly: counts, the bits of the result, and when a plan does not fit."""
 
 import contextlib
 
@@ -31,7 +31,7 @@ def counters(neurons, seed=0):
 
 
 def laid_out(x, layout):
-    """A copy of x: in memory of another order, or not at its beginning."""
+    """A copy of x in memory of another order, or with an offset."""
     if layout == "offset":
         return torch.empty(x.numel() + 1, dtype=x.dtype)[1:].view(x.shape).copy_(x)
     if layout == "channels last":
@@ -60,12 +60,12 @@ LAYOUTS = {
 @pytest.mark.parametrize("activation", FUSED)
 @pytest.mark.parametrize("dtype", INTEGER, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_plan_does_what_activation_states_does(layout, dtype, activation, inplace):
+def test_plan_equals_activation_states(layout, dtype, activation, inplace):
     shape, axis = LAYOUTS[layout]
     like = laid_out(random_values(shape, dtype), layout)
     counts, expected = counters(shape[axis]), counters(shape[axis])
     plan = plan_activation_states(like, counts, activation, channel_axis=axis, inplace=inplace)
-    assert torch.equal(counts, expected)  # a plan alone counts nothing
+    assert torch.equal(counts, expected)  # making a plan counts nothing
     for seed in range(3):
         values = random_values(shape, dtype, seed)
         x, again = laid_out(values, layout), laid_out(values, layout)
@@ -131,8 +131,8 @@ def test_any_number_of_threads(shape, threads):
     assert torch.equal(bits(y), bits(y_expected))
 
 
-def test_plans_of_several_sites_take_turns():
-    """They share a thread's memory."""
+def test_plans_take_turns():
+    """Plans share the memory of a thread."""
     sites = []
     for index, shape in enumerate([(4, 3), (2, 1023), (2, 5, 37), (1, 1)]):
         x, counts = random_values(shape, torch.float32, index), counters(shape[1])
@@ -143,7 +143,7 @@ def test_plans_of_several_sites_take_turns():
     assert all(torch.equal(counts, expected) for _, counts, expected, _ in sites)
 
 
-def test_a_plan_keeps_its_counts_alive():
+def test_plan_keeps_its_counts_alive():
     x = torch.ones(2, 3)
     counts = torch.zeros(3, 3, dtype=torch.int64)
     plan, view = plan_activation_states(x, counts, "relu"), counts.view(9)
@@ -154,7 +154,7 @@ def test_a_plan_keeps_its_counts_alive():
     assert view.view(3, 3)[:, 2].tolist() == [40] * 3
 
 
-def test_subnormals_count_while_they_are_flushed():
+def test_flushed_subnormals_are_counted():
     x = torch.tensor([[1e-40, -1e-40, 0.0, 1.0]])
     torch.set_flush_denormal(True)
     counts = torch.zeros(4, 3, dtype=torch.int64)
@@ -165,10 +165,10 @@ def test_subnormals_count_while_they_are_flushed():
     assert counts.tolist() == [[0, 0, 1], [1, 0, 0], [0, 1, 0], [0, 0, 1]]
 
 
-# ---- when it fits
+# ---- when a plan fits
 
 
-class _Looks(TorchDispatchMode):
+class _Mode(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         return func(*args, **(kwargs or {}))
 
@@ -208,19 +208,19 @@ def a_plan(inplace=False):
     ],
     ids=lambda x: f"{type(x).__name__} {x.dtype} {list(x.shape)} {x.device} {x.layout}",
 )
-def test_it_does_not_fit_another_tensor(other, inplace):
+def test_does_not_fit_other_tensors(other, inplace):
     plan, x = a_plan(inplace)
     assert not plan.fits(other)
     assert plan.fits(x)
 
 
-def test_it_fits_another_tensor_of_that_kind():
+def test_fits_tensors_alike():
     plan, _ = a_plan()
     assert plan.fits(torch.randn(5, 6)[1:])
     assert plan.fits(torch.randn(6, 4).t().contiguous())
 
 
-def test_it_does_not_fit_another_number_of_threads():
+def test_does_not_fit_other_numbers_of_threads():
     plan, x = a_plan()
     torch.set_num_threads(2)
     assert not plan.fits(x)
@@ -228,7 +228,7 @@ def test_it_does_not_fit_another_number_of_threads():
     assert plan.fits(x)
 
 
-def test_it_does_not_fit_while_subnormals_are_flushed():
+def test_does_not_fit_once_subnormals_are_flushed():
     plan, x = a_plan()
     torch.set_flush_denormal(True)
     assert not plan.fits(x)
@@ -236,7 +236,7 @@ def test_it_does_not_fit_while_subnormals_are_flushed():
     assert plan.fits(x)
 
 
-def test_it_does_not_fit_with_subnormals_where_it_was_made_without():
+def test_does_not_fit_once_subnormals_are_kept():
     torch.set_flush_denormal(True)
     plan, x = a_plan()
     assert plan.fits(x)
@@ -244,15 +244,15 @@ def test_it_does_not_fit_with_subnormals_where_it_was_made_without():
     assert not plan.fits(x)
 
 
-@pytest.mark.parametrize("context", [_Looks, forward_ad.dual_level])
-def test_it_does_not_fit_while_somebody_looks_on(context):
+@pytest.mark.parametrize("context", [_Mode, forward_ad.dual_level])
+def test_does_not_fit_in_a_mode(context):
     plan, x = a_plan()
     with context():
         assert not plan.fits(x)
     assert plan.fits(x)
 
 
-def test_it_does_not_fit_while_torch_traces():
+def test_does_not_fit_while_tracing():
     plan, x = a_plan()
     fits = []
 
@@ -265,7 +265,7 @@ def test_it_does_not_fit_while_torch_traces():
     assert plan.fits(x)
 
 
-def test_it_does_not_fit_a_fake_tensor():
+def test_does_not_fit_fake_tensors():
     plan, x = a_plan()
     with torch._subclasses.FakeTensorMode() as mode:
         fake = mode.from_tensor(x)
@@ -273,7 +273,7 @@ def test_it_does_not_fit_a_fake_tensor():
 
 
 @pytest.mark.parametrize("transform", [torch.func.vmap, torch.func.grad, torch.func.functionalize])
-def test_it_does_not_fit_inside_of_a_transform(transform):
+def test_does_not_fit_in_a_transform(transform):
     plan, x = a_plan()
     fits = []
 
@@ -285,8 +285,8 @@ def test_it_does_not_fit_inside_of_a_transform(transform):
     assert fits == [False]
 
 
-def test_it_does_not_fit_a_tensor_that_needs_a_gradient():
-    """`activation_states` would give y a gradient."""
+def test_does_not_fit_where_a_gradient_is_required():
+    """`activation_states` would record a gradient."""
     plan, x = a_plan()
     needs_gradient = x.clone().requires_grad_()
     assert not plan.fits(needs_gradient)
@@ -294,11 +294,11 @@ def test_it_does_not_fit_a_tensor_that_needs_a_gradient():
         assert plan.fits(needs_gradient)
 
 
-# ---- None and errors
+# ---- when there is no plan
 
 
 @pytest.mark.parametrize("activation", ["gelu", "silu", "leaky_relu", "hardtanh", "softplus"])
-def test_there_is_none_for_an_activation_that_is_not_fused(activation):
+def test_no_plan_for_unfused_activations(activation):
     assert plan_activation_states(torch.randn(4, 6), counters(6), activation) is None
 
 
@@ -316,7 +316,7 @@ def test_there_is_none_for_an_activation_that_is_not_fused(activation):
     ],
     ids=lambda x: f"{x.dtype} {list(x.shape)} {x.stride()}",
 )
-def test_there_is_none_for_a_tensor_that_is_not_read_where_it_lies(x):
+def test_no_plan_for_tensors_that_are_copied(x):
     counts = counters(6)
     assert plan_activation_states(x, counts, "relu") is None
     assert torch.equal(counts, counters(6))
@@ -365,7 +365,7 @@ def test_made_in_one_mode_and_used_in_another(made, used, inplace):
 
 
 @pytest.mark.parametrize("inplace", [False, True])
-def test_what_is_written_counts_its_version_up(inplace):
+def test_versions_of_written_tensors(inplace):
     counts, x = counters(6), torch.randn(4, 6)
     plan = plan_activation_states(x, counts, "relu", inplace=inplace)
     versions = counts._version, x._version
@@ -374,7 +374,7 @@ def test_what_is_written_counts_its_version_up(inplace):
     assert x._version == versions[1] + inplace
 
 
-def test_versions_are_left_alone_in_inference_mode():
+def test_in_place_in_inference_mode():
     counts, x = counters(6), torch.randn(4, 6)
     plan = plan_activation_states(x, counts, "relu", inplace=True)
     with torch.inference_mode():
@@ -384,7 +384,7 @@ def test_versions_are_left_alone_in_inference_mode():
     assert torch.equal(inside, activated)
 
 
-def test_backward_notices_that_a_plan_wrote_over_what_it_needs():
+def test_backward_detects_overwritten_tensors():
     x = torch.randn(4, 6, requires_grad=True)
     y = torch.exp(x)
     plan = plan_activation_states(y.detach(), counters(6), "relu", inplace=True)
@@ -393,7 +393,7 @@ def test_backward_notices_that_a_plan_wrote_over_what_it_needs():
         y.sum().backward()
 
 
-def test_y_does_not_need_a_gradient():
+def test_result_requires_no_gradient():
     plan, x = a_plan()
     assert not plan(x).requires_grad
 
@@ -405,7 +405,7 @@ def test_y_does_not_need_a_gradient():
 @pytest.mark.parametrize("activation", ["relu", "leaky_relu", "silu", "gelu"])
 @pytest.mark.parametrize("dtype", INTEGER, ids=str)
 @pytest.mark.parametrize(("shape", "axis"), [((3, 5, 37), 2), ((8, 64, 129), 2), ((2, 37, 3, 5), 1), ((33, 37), 1)], ids=str)
-def test_a_plan_on_a_gpu_does_what_activation_states_does(shape, axis, dtype, activation, inplace, masked):
+def test_plan_equals_activation_states_on_a_gpu(shape, axis, dtype, activation, inplace, masked):
     positions = (*shape[:axis], *shape[axis + 1 :])
     counts = counters(shape[axis]).cuda()
     expected = counts.clone()
@@ -417,7 +417,7 @@ def test_a_plan_on_a_gpu_does_what_activation_states_does(shape, axis, dtype, ac
         mask = torch.rand(positions, device="cuda") < 0.7 if masked else None
         if plan is None:
             plan = plan_activation_states(x, counts, activation, mask=mask, **options)
-            assert torch.equal(counts, expected)  # a plan alone counts nothing
+            assert torch.equal(counts, expected)  # making a plan counts nothing
         assert plan.fits(x, mask)
         assert not plan.fits(x, None if masked else torch.ones(positions, dtype=torch.bool, device="cuda"))
         y = plan(x, mask)
@@ -429,7 +429,7 @@ def test_a_plan_on_a_gpu_does_what_activation_states_does(shape, axis, dtype, ac
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_plan_on_a_gpu_is_for_aligned_memory():
+def test_plan_on_a_gpu_needs_aligned_memory():
     memory = torch.randn(4 * 8 + 1, device="cuda")
     counts = counters(8).cuda()
     assert plan_activation_states(memory[1:].view(4, 8), counts, "relu") is None

@@ -1,4 +1,4 @@
-"""The reference against counts and activations taken one value at a time, in Python's floats."""
+"""The reference against counts and activations computed one value at a time, in Python's floats."""
 
 import math
 
@@ -11,7 +11,7 @@ from fastentropy_kernels import activations
 from fastentropy_kernels.states import reference
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
-# Python's floats do not represent 0.1 as float32 does, nor 1e-50 as zero.
+# Python's floats differ from float32: 0.1 is another number, and 1e-50 is not zero.
 EDGES = [-math.inf, -6.0000001, -1.0, -0.1, -1e-50, -0.0, 1e-50, 0.1, 0.30000001192092896, 1.0, 6.0000001, 65504.0, math.inf]
 VALUES = [*EDGES, 0.0, math.nan, 1e-45, -1e-45, 6e-8, -6e-8, 6.0, -6.0, 3e38]
 
@@ -47,7 +47,7 @@ def counted(x, channel_axis, edges, mask):
     masked=st.booleans(),
     data=st.data(),
 )
-def test_states_are_those_of_a_loop(shape, dtype, edges, transposed, masked, data):
+def test_states_equal_a_loop(shape, dtype, edges, transposed, masked, data):
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
     x = torch.tensor(VALUES, dtype=dtype)[torch.randint(len(VALUES), shape, generator=generator)]
     x = x.mT if transposed and x.ndim >= 2 else x
@@ -61,7 +61,7 @@ def test_states_are_those_of_a_loop(shape, dtype, edges, transposed, masked, dat
     assert torch.equal(nan - start[:, 0], expected_nan)
 
 
-def test_counts_above_the_integers_of_float32():
+def test_counts_beyond_the_integers_of_float32():
     counts = torch.zeros(1, 3, dtype=torch.int64)
     reference.add_states(torch.ones(1).expand(2**24 + 1, 1), counts, 1)
     assert counts.tolist() == [[0, 0, 2**24 + 1]]
@@ -106,7 +106,7 @@ def test_every_activation_has_a_formula():
 
 
 @pytest.mark.parametrize(("activation", "parameters"), PARAMETERS)
-def test_activation_is_its_formula_and_a_new_tensor(activation, parameters):
+def test_activation_equals_its_formula(activation, parameters):
     x = torch.arange(-511, 512, dtype=torch.float64)[:, None] / 16
     weight = torch.tensor([0.3], dtype=torch.float64) if activation == "prelu" else None
     values = (activations.ACTIVATIONS[activation].parameters | parameters).values()
@@ -119,7 +119,7 @@ def test_activation_is_its_formula_and_a_new_tensor(activation, parameters):
 
 @pytest.mark.parametrize("activation", ["prelu", "quick_gelu", "relu2"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_activation_of_our_own_is_rounded_once(activation, dtype):
+def test_own_activations_are_rounded_once(activation, dtype):
     x = (torch.randn(1023, 7) * 4).to(dtype)
     weight = torch.randn(7).to(dtype) if activation == "prelu" else None
     y = activations.activate(x, activation, (), weight)

@@ -1,6 +1,7 @@
 """The Triton kernels against the reference: in the interpreter, and on a GPU where there is one.
 
-The interpreter has to be chosen before Triton is imported, so it runs in a process of its own: this file again.
+The interpreter has to be chosen before the kernels are imported. So `test_in_the_interpreter` runs this file again in a process
+of its own.
 """
 
 import math
@@ -34,15 +35,16 @@ runs_kernels = pytest.mark.skipif(
     not INTERPRETED and not torch.cuda.is_available(), reason="no GPU: test_in_the_interpreter runs it"
 )
 
-# dtype -> relative tolerance: of float32 arithmetic, or one step of the format (the interpreter truncates).
+# Dtype -> relative tolerance: that of float32 arithmetic, or one step of the format (the interpreter truncates).
 RTOL = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
-# Absolute tolerance, of the cancellation in 1 + erf(x): two steps of float32 below 1, times x / 2 up to 3.
+# Absolute tolerance for the cancellation in 1 + erf(x): two steps of float32 below 1, times x / 2 up to 3.
 ATOL = 4e-7
-# Written without arithmetic.
+# Activations that need no arithmetic.
 EXACT = ("identity", "relu", "relu6", "hardtanh")
 POISON = 77.0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
 def test_in_the_interpreter():
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
@@ -52,10 +54,10 @@ def test_in_the_interpreter():
 
 
 def random_values(shape, dtype, seed=0):
-    """Values of both signs, and among every 16 about one each of 0, -0, infinities, NaN and subnormals."""
+    """Values of both signs. About one in 16 is each of 0, -0, the infinities, NaN and a subnormal of either sign."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(shape, generator=generator) * 3
-    # The interpreter reads bfloat16's subnormals as zero; a GPU does not.
+    # The interpreter reads subnormals of bfloat16 as zero. A GPU does not.
     smallest = {torch.float32: 1e-40, torch.float16: 1e-7, torch.bfloat16: 1e-37 if INTERPRETED else 1e-40}[dtype]
     special = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, smallest, -smallest])
     chosen = special[torch.randint(len(special), shape, generator=generator)]
@@ -63,7 +65,7 @@ def random_values(shape, dtype, seed=0):
 
 
 def random_edges(values, number, seed):
-    """Rising edges: numbers of float64, values that occur, and their neighbours in float64."""
+    """Edges in rising order: numbers of float64, values that occur, and their neighbours in float64."""
     generator = torch.Generator().manual_seed(seed)
     finite = values.cpu().double().flatten()
     finite = torch.cat([finite[finite.isfinite()][:number], torch.randn(2 * number, generator=generator).double()])
@@ -72,7 +74,7 @@ def random_edges(values, number, seed):
 
 
 def check(values, y=None, activation="identity", parameters=(), weight=None, mask=None, edges=None, launch=None):
-    """Add to random counters and write y, which may be the values: the counters are exactly those of the reference."""
+    """Count into random counters and write y, which may be the values. The counters are exactly those of the reference."""
     x, states = values.cpu().clone(), 3 if edges is None else len(edges) + 1
     start = torch.randint(-(2**40), 2**40, (values.shape[1], states + 1))
     expected, expected_nan = start[:, 1:].clone(), start[:, 0].clone()
@@ -94,7 +96,7 @@ CASES = {
     "edges": st.integers(0, 15),
     "target": st.sampled_from([None, "y", "x"]),
     "activation": st.sampled_from(["identity", "relu"]),
-    # By the table, and in long strips of small tiles.
+    # That of the table, and long strips of small tiles.
     "launch": st.sampled_from([None, Launch(512, 512, 4, 1), Launch(2048, 256, 4, 1)]),
     "seed": st.integers(0, 2**31),
 }
@@ -160,7 +162,7 @@ def test_every_line_of_the_table(line, edges):
 
 
 @runs_kernels
-@pytest.mark.parametrize("tile_bytes", [128, 8192])  # of rows, sums that a lane could count and wide ones
+@pytest.mark.parametrize("tile_bytes", [128, 8192])  # for rows: narrow and wide sums
 @pytest.mark.parametrize("shape", [(300_000, 1), (1, 1, 300_000)])
 @pytest.mark.parametrize("edges", [None, (-0.5, 0.5)])
 def test_longer_than_the_longest_strip(shape, edges, tile_bytes, monkeypatch):
@@ -170,7 +172,7 @@ def test_longer_than_the_longest_strip(shape, edges, tile_bytes, monkeypatch):
 
 
 @runs_kernels
-def test_as_many_rows_of_one_state_as_a_lane_can_count(monkeypatch):
+def test_counters_of_a_lane_filled_up(monkeypatch):
     monkeypatch.setattr(launch_triton, "_multiprocessors", lambda values: 1)
     values = torch.arange(256).remainder(3).sub(1).bfloat16().expand(1100, 256).contiguous()
     check(values.to(DEVICE), launch=Launch(512, 512, 4, programs_per_multiprocessor=1))
@@ -179,7 +181,7 @@ def test_as_many_rows_of_one_state_as_a_lane_can_count(monkeypatch):
 @pytest.mark.parametrize("warps", [4, 8, 16, 32])
 @pytest.mark.parametrize("element_size", [2, 4])
 @pytest.mark.parametrize("shape", [(1, 1), (1, 256), (1, 1, 1 << 20)], ids=["narrow rows", "rows", "planes"])
-def test_no_count_of_a_lane_or_of_a_tile_can_overflow(shape, element_size, warps):
+def test_no_counter_can_overflow(shape, element_size, warps):
     constants = launch_triton.tile(shape, element_size, Launch(32768, 32768, warps, 1))
     positions = constants["BLOCK_ROWS"] if len(shape) == 2 else constants["BLOCK_INNER"]
     is_wide = positions > kernels_triton.MOST_NARROW.value
@@ -190,7 +192,7 @@ def test_no_count_of_a_lane_or_of_a_tile_can_overflow(shape, element_size, warps
 
 
 @pytest.mark.parametrize(("rows", "programs"), [(64, 1), (256, 4), (32 * 40 * 2, 40), (32 * 40 * 3, 40)])
-def test_strips_are_as_many_as_aimed_at_unless_they_would_be_too_short(rows, programs, monkeypatch):
+def test_number_of_programs(rows, programs, monkeypatch):
     monkeypatch.setattr(launch_triton, "_multiprocessors", lambda values: 1)
     launch = Launch(8192, 256, 4, programs_per_multiprocessor=40, shortest_strip=2)  # tiles of 32 rows
     values = torch.empty(rows, 128, dtype=torch.bfloat16)
@@ -199,7 +201,7 @@ def test_strips_are_as_many_as_aimed_at_unless_they_would_be_too_short(rows, pro
 
 
 @pytest.mark.parametrize(("layout", "width"), [("rows", (64,)), ("planes", (16, 16))])
-def test_below_some_bytes_a_tensor_has_the_line_of_small_ones(layout, width):
+def test_line_of_the_table_by_size(layout, width):
     enough = launch_triton.SMALL_BELOW[layout] // (4 * math.prod(width))
     assert launch_triton._line(torch.empty(enough, *width), None) == layout
     assert launch_triton._line(torch.empty(enough - 1, *width), None) == f"small {layout}"
@@ -207,7 +209,7 @@ def test_below_some_bytes_a_tensor_has_the_line_of_small_ones(layout, width):
 
 
 @runs_kernels
-def test_rows_further_apart_than_32_bits_count():
+def test_row_strides_beyond_32_bits():
     memory = torch.empty(2**31 + 80, dtype=torch.bfloat16, device=DEVICE)  # a CPU has no memory for it until it is touched
     values = memory.as_strided((3, 64), (2**30 + 8, 1))
     values.copy_(random_values((3, 64), torch.bfloat16))
@@ -227,7 +229,7 @@ PARAMETERS = [
 
 
 def range_of_values(dtype):
-    """From far outside to close to zero, with infinities and NaN: 2,112 values."""
+    """2,112 values, far from zero and close to it, with infinities and NaN."""
     special = torch.tensor([torch.inf, -torch.inf, torch.nan, 2.0**125, -(2.0**125), 1e-37, -1e-37])
     around = torch.linspace(-100, 100, 1023), torch.randn(1023), torch.randn(59) * 1e-4, special
     return torch.cat(around).to(dtype).to(DEVICE)
@@ -244,27 +246,27 @@ def test_activation_and_its_regions(activation, parameters, dtype):
 
 
 def activated(x, activation):
-    """What the kernel makes of one row of numbers."""
+    """The activation of numbers by the kernel, in float64."""
     y = torch.full_like(x, POISON).view(-1, 4)
     launch_triton.add_states(x.view(-1, 4), torch.zeros(4, 3, dtype=torch.int64, device=DEVICE), y=y, activation=activation)
     return y.view(-1).cpu().double()
 
 
 @runs_kernels
-def test_gelu_has_the_error_that_its_polynomial_is_said_to_have():
+def test_error_of_the_gelu_polynomial():
     x = torch.linspace(-10, 10, 400_000)
     exact = x.double() * torch.special.erfc(x.double() / -math.sqrt(2)) / 2
     error = (activated(x.to(DEVICE), "gelu") - exact).abs()
-    # To those of the polynomial, 1.6e-7 and 0.16%, comes that of float32 arithmetic.
+    # The errors of the polynomial are 1.6e-7 and 0.16%. That of float32 arithmetic comes on top.
     assert (error <= 2.5e-7 + 2**-23 * exact.abs()).all()
     assert (error <= 0.0017 * exact.abs()).all()
 
 
 @runs_kernels
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "quick_gelu"])
-def test_the_activations_of_language_models_for_every_bfloat16(activation):
+def test_language_model_activations_for_every_bfloat16(activation):
     x = torch.arange(-(2**15), 2**15).short().view(torch.bfloat16)
-    x = x[x.abs() >= 2.0**-126] if INTERPRETED else x  # NaN is not; the interpreter reads subnormals as zero
+    x = x[x.abs() >= 2.0**-126] if INTERPRETED else x  # drops NaN, and subnormals, which the interpreter reads as zero
     x = torch.cat([x, torch.tensor([0, 0, torch.nan, -torch.nan] * 4)])[: (len(x) + 4) // 4 * 4].bfloat16().to(DEVICE)
     exact = activations.activate(x.cpu().double(), activation)
     torch.testing.assert_close(activated(x, activation), exact, rtol=2**-7, atol=1e-9, equal_nan=True)
@@ -288,7 +290,7 @@ def test_prelu(slopes, shape, dtype):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_on_a_device_that_is_not_the_current_one():
+def test_device_that_is_not_current():
     x, counts = torch.randn(37, 5, device="cuda:1"), torch.zeros(5, 3, dtype=torch.int64, device="cuda:1")
     launch_triton.add_states(x, counts)
     assert counts.sum() == x.numel()

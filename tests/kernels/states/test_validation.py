@@ -1,4 +1,4 @@
-"""What the public functions refuse: in one line, before anything is written."""
+"""Arguments that the public functions refuse, in one line and before anything is written."""
 
 import math
 
@@ -19,7 +19,7 @@ def shaped(name, shape, expected, rest="for axis 1 of x"):
     return f"{name}: got shape {shape}, expected {expected}, {rest}"
 
 
-# name -> (arguments in place of those that fit, the error, its message)
+# Name -> (arguments that replace valid ones, the error, its message)
 OF_BOTH = {
     "x int32": ({"x": X.int()}, TypeError, f"x: got torch.int32, expected one of {DTYPES}"),
     "x complex": ({"x": X.to(torch.complex64)}, TypeError, f"x: got torch.complex64, expected one of {DTYPES}"),
@@ -225,7 +225,7 @@ CALLS = [
 
 
 @pytest.mark.parametrize(("function", "changed", "error", "message"), CALLS)
-def test_refused_in_one_line_before_anything_is_written(function, changed, error, message):
+def test_refused_before_anything_is_written(function, changed, error, message):
     arguments = {"x": X.clone(), "counts": COUNTS.clone(), "nan": torch.full((5,), 7), "mask": MASK, **changed}
     if function is activation_states:
         arguments = {"activation": "relu", **arguments}
@@ -238,7 +238,7 @@ def test_refused_in_one_line_before_anything_is_written(function, changed, error
     assert all(value.is_meta or torch.equal(value, before[name]) for name, value in tensors.items())
 
 
-def test_regions_of_what_is_refused():
+def test_refused_by_linear_regions():
     for arguments, message in (
         ({"activation": "glu"}, "activation: got 'glu', "),
         ({"activation": "relu6", "alpha": 1.0}, "alpha: not a parameter of relu6, which takes none"),
@@ -249,18 +249,18 @@ def test_regions_of_what_is_refused():
 
 
 @pytest.mark.parametrize("edges", [5, ["low"], [None]], ids=repr)
-def test_edges_that_are_no_numbers_are_named(edges):
+def test_edges_that_are_not_numbers(edges):
     with pytest.raises((TypeError, ValueError), match=r"^edges: got .*, expected "):
         count_states(X, COUNTS.clone(), edges=edges)
 
 
-def test_parameters_may_be_integers():
+def test_integer_parameters():
     x = torch.randn(4, 5)
     y = activation_states(x, torch.zeros(5, 3, dtype=torch.int64), "hardtanh", min_val=0, max_val=2)
     assert torch.equal(y, x.clamp(0, 2))
 
 
-def test_edges_may_be_fifteen():
+def test_fifteen_edges():
     counts = torch.zeros(16, 16, dtype=torch.int64)
     count_states(torch.arange(16.0)[None] - 0.5, counts, edges=range(15))
     assert torch.equal(counts, torch.eye(16, dtype=torch.int64))
