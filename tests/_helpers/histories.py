@@ -1,11 +1,11 @@
-"""Histories of pruning runs."""
+"""Made-up histories of pruning runs."""
+
+import copy
 
 CANDIDATES = {
     "keep": {"milliseconds": 0.512, "operators": 3, "multiplications": 28_700_000, "relative_error": 5e-7},
     "merge": {"milliseconds": 0.231, "operators": 1, "multiplications": 12_340_000, "relative_error": 4e-7},
 }
-
-
 FUSION = {
     "speedup": 2.0,
     "max_relative_error": 2e-7,
@@ -17,10 +17,12 @@ FUSION = {
         {"names": ["alone"], "candidates": {}, "choice": "keep", "note": ""},
     ],
 }
+#: Texts that would be markup, formulas or templates if they were not escaped.
+HOSTILE = ["<script>alert(1)</script>", '"><b>&', "$x_1$", "a\\b{{ 7 * 7 }}", "名前.relu"]
 
 
 def make_history(sites, steps, *, kept_step=None, fusion=FUSION, per_step=1):
-    """A run over a list of sites that removes the first `per_step` of those left in each step after step 0."""
+    """Return the history of a run that removes the first `per_step` of the remaining sites in each step after step 0."""
     history = {
         "recipe": "digits",
         "seed": 7,
@@ -46,4 +48,14 @@ def make_history(sites, steps, *, kept_step=None, fusion=FUSION, per_step=1):
     return history
 
 
-HOSTILE = ["<script>alert(1)</script>", '"><b>&', "$x_1$", "a\\b{{ 7 * 7 }}", "名前.relu"]
+def make_run(sites=6, steps=4, fused=1.6, test=0.0, recipe="digits", machine="a processor", seed=0, **options):
+    """Return a history whose last step is rejected if it has several; unfinished with finished=False."""
+    finished = options.pop("finished", True)
+    history = copy.deepcopy(make_history([f"stage{index}.relu" for index in range(sites)], steps, kept_step=max(steps - 2, 0)))
+    history |= {"recipe": recipe, "seed": seed}
+    history["machine"]["device"] = machine
+    history["options"] |= options
+    history["latency_ms"]["fused"] = fused
+    for step in history["steps"]:
+        step["test"] += test
+    return history if finished else history | {"kept_step": None, "fusion": None, "latency_ms": None}

@@ -1,4 +1,4 @@
-"""What an error says in one line."""
+"""Error messages in one line."""
 
 from fastentropy._utils.errors import one_line
 

@@ -1,3 +1,5 @@
+"""Atomic writes."""
+
 import json
 
 import pytest
@@ -29,7 +31,7 @@ def test_old_file_stays_when_writing_fails(tmp_path, error):
 
 
 def test_only_leftovers_of_killed_processes_are_removed(tmp_path):
-    """The folder of another process's temporary file, with what safetensors makes beside it."""
+    """The leftovers are the folder of a temporary file, with the file that safetensors makes next to it."""
     (tmp_path / ".tmp-123-f.json").mkdir()
     (tmp_path / ".tmp-123-f.json" / ".tmpXyz").write_text("half")
     for name in ("f.json", ".tmp", ".hidden"):

@@ -1,3 +1,5 @@
+"""The description of the machine, and the commit of the sources."""
+
 import subprocess
 
 import pytest
@@ -7,7 +9,7 @@ from fastentropy._utils import machine
 
 @pytest.fixture
 def clone(tmp_path, monkeypatch):
-    """A repository in the shape of ours, with one commit, in which the module seems to lie."""
+    """Make a repository like ours with one commit, in which the module seems to be."""
     for name in (
         "fastentropy/_utils/machine.py",
         "kernels/states.py",

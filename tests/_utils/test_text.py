@@ -1,4 +1,4 @@
-"""Texts for a terminal: narrow, aligned, and true."""
+"""Texts for a terminal: narrow, aligned and accurate."""
 
 import pytest
 from hypothesis import given

@@ -1,3 +1,5 @@
+"""Timing of functions in rounds, with a clock that the tests control."""
+
 import itertools
 
 import pytest
@@ -8,14 +10,14 @@ from fastentropy._utils import timing
 
 @pytest.fixture
 def clock(monkeypatch):
-    """The seconds that have passed, as functions of a test say."""
+    """Return the seconds of a clock that functions of a test advance."""
     now = [0.0]
     monkeypatch.setattr(timing, "_clock", lambda: now[0])
     return now
 
 
 def takes(clock, seconds, calls=None, name=""):
-    """A function that takes so many seconds, or the next of them."""
+    """Return a function that takes a number of seconds, or the next of a list of them."""
     times = iter(seconds) if isinstance(seconds, list) else itertools.repeat(seconds)
 
     def call():

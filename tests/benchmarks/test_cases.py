@@ -1,4 +1,4 @@
-"""The cases of `fastentropy bench`: what is measured side by side does the work that it is said to do."""
+"""The cases of `fastentropy bench`: the operations measured side by side do what their names say."""
 
 import gc
 import shutil
@@ -25,7 +25,7 @@ needs_a_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch
 
 @pytest.fixture
 def tensors(monkeypatch):
-    """The random tensors and the counts that cases make."""
+    """Return lists of the random tensors and of the counts that cases make."""
     made = {"randn": [], "zeros": []}
 
     def kept(function, into):
@@ -115,7 +115,7 @@ def test_cuda_graphs_leave_out_baselines():
 
 
 def test_published_entropy_formula():
-    """One position for each neuron: the mean of the neurons' entropies, zero counted as on."""
+    """With one position per neuron it is the mean of the neurons' entropies, where zero counts as on."""
     x = torch.tensor([[1.0, -1.0, 0.0], [2.0, 3.0, -0.0], [-1.0, 1.0, 5.0], [-2.0, 2.0, 1.0]])
     p = torch.tensor([0.5, 0.75, 1.0], dtype=torch.float64)
     entropy = -torch.special.xlogy(p, p) - torch.special.xlogy(1 - p, 1 - p)
@@ -189,7 +189,7 @@ def test_only_the_published_procedure_disables_inplace(residual):
 
 @pytest.mark.slow
 def test_procedures_are_independent(residual):
-    """Each has modules of its own: what one changes is not in the model that the others run."""
+    """Each has its own modules, so that its changes are not in the model that the others run."""
     model, inputs = residual
     (case,) = collecting.network_cases("residual", (model, inputs), CPU)
     assert list(case.operations) == list(collecting.PROCEDURES)
@@ -251,7 +251,7 @@ def _small(batch, made):
 
 @pytest.fixture(scope="module")
 def linear():
-    """A block whose activation is taken out."""
+    """Return a block whose activation is linearised, its inputs and its case."""
     torch.manual_seed(0)
     layers = [nn.Conv2d(3, 8, 1, bias=False), nn.BatchNorm2d(8), nn.Identity(), nn.Conv2d(8, 3, 1)]
     model, inputs = networks.randomize_batch_norm((nn.Sequential(*layers).eval(), (torch.randn(2, 3, 6, 6),)))
@@ -276,7 +276,7 @@ def test_facts_of_a_fused_network(linear):
 @needs_a_compiler
 @pytest.mark.slow
 def test_frozen_baseline_has_constant_weights(linear):
-    """Its program is of the weights of the first call, and gives what the network gives."""
+    """It computes the same as the network, with the weights of the first call."""
     model, inputs, _ = linear
     run, before = fusing._frozen(model), networks.infer(model, inputs)
     torch.testing.assert_close(networks.infer(run, inputs), before, rtol=1e-4, atol=1e-4)

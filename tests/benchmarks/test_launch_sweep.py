@@ -1,4 +1,4 @@
-"""The sweep over launch configurations, without a GPU: what it tries, and the line that it prints."""
+"""The sweep over launch configurations, without a GPU: its candidates, and the line that it prints."""
 
 import pytest
 

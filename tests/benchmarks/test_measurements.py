@@ -1,4 +1,4 @@
-"""What `measure` makes of samples, with a clock that a test turns."""
+"""The measurements that `measure` makes of samples, with a clock that the tests control."""
 
 import pytest
 
@@ -8,14 +8,14 @@ from fastentropy.benchmarks.measurements import Case, Measurement, Quartiles, me
 
 @pytest.fixture
 def clock(monkeypatch):
-    """The seconds that have passed, as operations say."""
+    """Return the seconds of a clock that operations advance."""
     now = [0.0]
     monkeypatch.setattr(timing, "_clock", lambda: now[0])
     return now
 
 
 def operation(clock, *milliseconds):
-    """An operation whose rounds take so long, in turn; the two calls before take a second."""
+    """Return an operation whose rounds take these milliseconds in turn, after two calls of a second each."""
     times = iter([1000.0, 1000.0, *milliseconds])
 
     def call():
@@ -48,7 +48,7 @@ def test_quartiles_apart_from(other, apart):
 
 
 def test_ratios_are_of_the_same_round(clock):
-    """The machine is slower in each round: the times spread, and the ratios do not."""
+    """The machine gets slower in each round, which spreads the times but not the ratios."""
     case = Case("a case", {"one": operation(clock, 10, 20, 40), "two": operation(clock, 15, 30, 60)}, denominator="one")
     one, two = measured(case).values()
     assert two.milliseconds == pytest.approx((22.5, 30, 45))

@@ -1,4 +1,4 @@
-"""Records of `fastentropy bench`, and what is made of them: tables, pictures, comparisons."""
+"""Records of `fastentropy bench`, and their tables, plots and comparisons."""
 
 import dataclasses
 import json
@@ -31,7 +31,7 @@ def timed(case="a case", operation="ours", milliseconds=1.0, spread=0.01, **fiel
 
 
 def kernels(slow=1.0, layouts=("rows", "planes"), dtypes=("float32", "bfloat16"), sizes=(2**20, 2**24), skipped=()):
-    """Made-up measurements of all operations, the baselines at the largest size."""
+    """Yield made-up measurements of all operations, with the baselines at the largest size."""
     for dtype in dtypes:
         for layout in layouts:
             for size in sizes:
@@ -207,7 +207,7 @@ def test_other_machine_is_mentioned(machine, said):
 
 
 def figure_of(monkeypatch, drawn, path):
-    """The figure that is written for a record."""
+    """Return the figure that is drawn for a record."""
     figures = []
     for name in ("_roofline", "_ratios"):
         original = getattr(plots, name)

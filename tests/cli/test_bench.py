@@ -1,4 +1,4 @@
-"""`fastentropy bench`: arguments in; a table, a record and a picture out. Most tests measure made-up cases."""
+"""`fastentropy bench`: its options, table, record and plot. Most tests measure made-up cases."""
 
 import dataclasses
 import importlib.util
@@ -20,7 +20,7 @@ def invoke(*arguments):
 
 
 def nothing():
-    """An operation of no time."""
+    """Do nothing, as an operation that takes no time."""
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +30,7 @@ def in_a_folder_of_its_own(tmp_path, monkeypatch):
 
 @pytest.fixture
 def asked(monkeypatch):
-    """The devices, dtypes and sizes that made-up cases of each benchmark were asked for."""
+    """Return the (device, dtypes, sizes) that the made-up cases of each benchmark were requested for."""
     asked = []
 
     def cases(*arguments):
@@ -57,7 +57,7 @@ def assert_refused(result, text, asked, folder, files=()):
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory):
-    """A real run on tiny tensors, but for what a compiler takes long to compile."""
+    """Run the benchmark on tiny tensors, without compiling the compiled baseline, which takes long."""
     folder = tmp_path_factory.mktemp("bench")
     options = ("--device", "cpu", "--dtype", "float32", "--sizes", "4k", "--rounds", 2)
     with pytest.MonkeyPatch.context() as patch:

@@ -1,4 +1,4 @@
-"""`fastentropy calibrate`: what it prints, and one line for whatever a user can mend."""
+"""`fastentropy calibrate`: what it prints, and one line for every error that the user can fix."""
 
 import json
 import os
@@ -22,13 +22,13 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning")
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with all models and both corpora, from which nothing is changed."""
+    """Return a folder with all models and both corpora, which no test changes."""
     return cases.save_all(tmp_path_factory.mktemp("calibration"), 4)
 
 
 @pytest.fixture
 def model(place, tmp_path):
-    """A copy of a model that a test may damage."""
+    """Return a copy of a model that a test may damage."""
     return shutil.copytree(place / "llama", tmp_path / "model")
 
 
@@ -48,7 +48,7 @@ def calibrate(model, data, output, *options):
 
 
 def assert_one_line(result, text, *unmade):
-    """One line with the text, on standard error, and nothing made."""
+    """Assert that there is one line on stderr, with the text, and that no file was made."""
     assert result.exit_code == 2, result.output + repr(result.exception)
     assert not result.stdout
     (line,) = result.stderr.splitlines()
@@ -58,7 +58,7 @@ def assert_one_line(result, text, *unmade):
 
 
 def edit(path, **values):
-    """Change values of a JSON file; those that are None go."""
+    """Change values of a JSON file; None removes a value."""
     known = {**json.loads(path.read_text()), **values}
     path.write_text(json.dumps({name: value for name, value in known.items() if value is not None}))
 
@@ -169,7 +169,7 @@ def test_missing_model_is_one_line(place, tmp_path, output):
 )  # fmt: skip
 @pytest.mark.slow
 def test_damaged_model_is_one_line(server, model, place, output, damage, text):
-    """In a process of its own, where nothing else of what libraries print is lost."""
+    """Run in a process of its own, so that everything that libraries print is seen."""
     damage(model)
     (result,) = server.run([model, "--data", place / "texts", "--output", output])
     print(result.errors)
@@ -322,7 +322,7 @@ def test_empty_folder_with_leftovers_is_accepted(place, output):
 
 @pytest.fixture
 def interrupted(place, output, monkeypatch):
-    """The folder of a run that was interrupted behind its first checkpoint."""
+    """Return the folder of a run that was interrupted after its first checkpoint."""
     forward, batches = Pretrained.forward, []
 
     def forward_some(self, inputs):

@@ -1,36 +1,20 @@
-"""Runs beside each other: what the page, the picture and the table say of them, and what the command refuses."""
+"""The comparison of runs: its page, its picture and its table."""
 
 import copy
 import functools
 import inspect
 import itertools
-import json
 import re
 from pathlib import Path
 
 import matplotlib
 import pytest
-from typer.testing import CliRunner
 
-from fastentropy.cli import app
 from fastentropy.recipes.cifar10 import Cifar10
 from fastentropy.reporting.compared_runs import label_runs
 from fastentropy.reporting.comparison import format_comparison, plot_comparison, write_comparison
 from fastentropy.reporting.comparison_plots import COLORS
-from tests._helpers.histories import HOSTILE, make_history
-
-
-def make_run(sites=6, steps=4, fused=1.6, test=0.0, recipe="digits", machine="a processor", seed=0, **options):
-    """A history whose last step is rejected where it has several, or that has come to its end by itself."""
-    finished = options.pop("finished", True)
-    history = copy.deepcopy(make_history([f"stage{index}.relu" for index in range(sites)], steps, kept_step=max(steps - 2, 0)))
-    history |= {"recipe": recipe, "seed": seed}
-    history["machine"]["device"] = machine
-    history["options"] |= options
-    history["latency_ms"]["fused"] = fused
-    for step in history["steps"]:
-        step["test"] += test
-    return history if finished else history | {"kept_step": None, "fusion": None, "latency_ms": None}
+from tests._helpers.histories import HOSTILE, make_run
 
 
 def cifar10(model, **options):
@@ -69,7 +53,7 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def render(tmp_path_factory):
-    """The page of histories."""
+    """Return a function that renders histories to a page."""
     path = tmp_path_factory.mktemp("comparison") / "comparison.html"
 
     def write_and_read(histories):
@@ -81,13 +65,13 @@ def render(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def page_of(render):
-    """The page of a case, made once."""
+    """Return a function that renders a case to a page, once."""
     return functools.cache(lambda case: render(CASES[case]))
 
 
 @pytest.fixture
 def draw(monkeypatch):
-    """The picture of histories, as a figure that is not saved, since that takes long."""
+    """Return a function that draws histories to a figure without saving it, which takes long."""
 
     def without_saving(histories):
         with monkeypatch.context() as patch:
@@ -330,80 +314,3 @@ def test_page_is_reproducible_under_any_matplotlib_settings(render, page_of):
     with matplotlib.rc_context({"font.size": 20, "axes.grid": True}):
         assert render(histories) == page
     assert histories == before
-
-
-def invoke(*arguments):
-    return CliRunner().invoke(app, ["report", *map(str, arguments)])
-
-
-@pytest.fixture
-def folders(tmp_path, monkeypatch):
-    """Run folders in the current one: two that are finished and one that is not."""
-    monkeypatch.chdir(tmp_path)
-    runs = {"a/run": make_run(), "b/run": make_run(seed=1, fused=1.0), "begun": make_run(finished=False)}
-    for name, history in runs.items():
-        Path(name).mkdir(parents=True)
-        Path(name, "history.json").write_text(json.dumps(history))
-    return tmp_path
-
-
-def written(folder):
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.name != "history.json")
-
-
-@pytest.mark.slow
-def test_report_of_one_run_is_rewritten(folders):
-    result = invoke("a/run")
-    assert (result.exit_code, result.output) == (0, "report   a/run/report.html\n")
-    assert "2 of 6 activations are removed" in (folders / "a/run/report.html").read_text(encoding="utf-8")
-    assert invoke("b/run/history.json", "--output", "page.html", "--png", "plot.png").exit_code == 0
-    assert written(folders) == ["a/run/report.html", "page.html", "plot.png"]
-
-
-def test_several_runs_are_compared(folders):
-    result = invoke("a/run", "b/run/history.json", "begun", "--png", "plot.png")
-    assert result.exit_code == 0, result.output
-    assert result.output.startswith("b/run is the fastest of the finished runs, and none is more accurate")
-    assert result.output.endswith("\nreport   comparison.html\n")
-    assert "unfinished" in result.output
-    assert written(folders) == ["comparison.html", "plot.png"]
-    assert (folders / "plot.png").read_bytes().startswith(b"\x89PNG\r\n")
-    page = (folders / "comparison.html").read_text(encoding="utf-8")
-    assert all(f"<code>{label}</code>" in page for label in ("a/run", "b/run", "begun"))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["a/run", "none"], r"none/history\.json is missing"),
-        (["a/run", "torn"], r"torn/history\.json is missing, damaged or not"),
-        (["torn"], r"torn/history\.json is missing, damaged or not"),
-        (["a/run", "lacking"], r"lacking/history\.json is damaged: steps\[1\] lacks test"),
-        (["lacking"], r"lacking/history\.json is damaged: steps\[1\] lacks test"),
-        (["a/run", "begun", "b/../a/run/history.json"], r"b/\.\./a/run/history\.json is named twice"),
-        (["a/run", "letters"], "run is a run of the recipe 'digits' and letters of 'letters'; accuracies on different data"),
-        (["waiting"], "no step is finished yet"),
-        (["waiting", "waiting/copy.json"], "no step is finished yet"),
-        (["a/run", "begun", "--output", "no/page.html"], r"no/page\.html cannot be written"),
-        (["a/run", "begun", "--output", "a/run/history.json"], r"name a file that ends in \.html"),
-        (["a/run", "begun", "--png", "plot.svg"], r"name a file that ends in \.png"),
-    ],
-)
-def test_bad_input_is_one_line_and_nothing_is_written(arguments, message, folders, monkeypatch):
-    monkeypatch.setitem(__import__("fastentropy.recipes").recipes.RECIPES, "letters", "fastentropy.recipes.digits:Digits")
-    lacking = make_run()
-    del lacking["steps"][1]["test"]
-    waiting = json.dumps(make_run(steps=0, finished=False))
-    histories = {
-        "torn": "{", "lacking": json.dumps(lacking), "letters": json.dumps(make_run(recipe="letters")), "waiting": waiting
-    }  # fmt: skip
-    for name, content in histories.items():
-        (folders / name).mkdir()
-        (folders / name / "history.json").write_text(content)
-    (folders / "waiting" / "copy.json").write_text(waiting)
-    histories_before = {path: path.read_bytes() for path in folders.rglob("*.json")}
-    result = invoke(*arguments)
-    assert result.exit_code == 2, result.output
-    (line,) = result.output.splitlines()
-    assert re.match(f"Error: .*{message}", line), line
-    assert histories_before == {path: path.read_bytes() for path in folders.rglob("*") if path.is_file()}

@@ -1,4 +1,4 @@
-"""A history that passes the check has what the pages show; any other is refused."""
+"""The check of histories: what it accepts can be rendered, and everything else is refused."""
 
 import copy
 import json
@@ -18,7 +18,7 @@ FINISHED["options"] = {"max_drop": 0.01, "epochs": 3}
 
 
 def places(value, path=()):
-    """The paths to everything in a history."""
+    """Yield the path to every value in a history."""
     inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, each in inner:
         yield (*path, key)
@@ -50,7 +50,7 @@ SLOW_CHANGES = ("left out", "a text", "zero")
     "change", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW_CHANGES else name for name in CHANGES]
 )
 def test_changed_history_is_refused_or_rendered(change, tmp_path, monkeypatch):
-    monkeypatch.setattr(Figure, "savefig", lambda figure, file, **options: file.write("<svg></svg>"))  # which takes long
+    monkeypatch.setattr(Figure, "savefig", lambda figure, file, **options: file.write("<svg></svg>"))  # the real one takes long
     refused = []
     for path in places(FINISHED):
         history = changed(FINISHED, path, CHANGES[change])

@@ -1,4 +1,4 @@
-"""The picture of entropies: what is drawn, where it is written, and that nothing else changes."""
+"""The plot of entropies: what is drawn, where it is written, and that nothing else changes."""
 
 import itertools
 import subprocess

@@ -1,4 +1,4 @@
-"""The page and the picture of a run: complete, self-contained, escaped, and the same for the same history."""
+"""The page and the picture of a run: complete, self-contained, escaped and reproducible."""
 
 import copy
 import functools
@@ -27,7 +27,7 @@ EDGE_CASES = {
 
 @pytest.fixture(scope="module")
 def render(tmp_path_factory):
-    """The page of a history."""
+    """Return a function that renders a history to a page."""
     path = tmp_path_factory.mktemp("report") / "report.html"
 
     def write_and_read(history):
@@ -39,7 +39,7 @@ def render(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def page_of(render):
-    """The page of an edge case, made once."""
+    """Return a function that renders an edge case to a page, once."""
     return functools.cache(lambda case: render(EDGE_CASES[case]))
 
 

@@ -1,10 +1,10 @@
+"""`fastentropy prune`: the run folder, interruptions, and one line for every error that the user can fix."""
+
 import json
 import os
 import pickle
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -25,7 +25,7 @@ def invoke(*arguments):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A short run of the main job: its folder and what it printed."""
+    """Run the main job with a short schedule, and return its folder and its output."""
     folder = tmp_path_factory.mktemp("cli") / "run"
     result = invoke(*SHORT, "--output", folder)
     assert result.exit_code == 0, result.output
@@ -33,7 +33,7 @@ def finished(tmp_path_factory):
 
 
 def outcome(history):
-    """What the same seed must give again: everything but times and dates."""
+    """Return what the same seed must reproduce: everything but times and dates."""
     steps = [{key: step[key] for key in ("removed", "layer_entropy", "validation", "test")} for step in history["steps"]]
     return history["recipe"], history["seed"], history["options"], steps, history["kept_step"]
 
@@ -186,7 +186,7 @@ def test_unwritable_output_is_one_line(tmp_path):
 
 @pytest.fixture
 def copied(finished, tmp_path):
-    """A copy of the finished run that a test may damage."""
+    """Return a copy of the finished run that a test may damage."""
     return Path(shutil.copytree(finished[0], tmp_path / "copy"))
 
 
@@ -250,7 +250,7 @@ def test_damaged_file_of_a_run_is_named_in_one_line(copied, name):
 
 @pytest.mark.slow
 def test_no_file_of_a_run_is_unpickled(copied, monkeypatch):
-    """Each file in turn is a pickle that would leave a mark; resuming never executes it."""
+    """Each file in turn is replaced by a pickle that would leave a mark. Resuming never executes it."""
 
     class Mark:
         def __reduce__(self):
@@ -268,32 +268,3 @@ def test_no_file_of_a_run_is_unpickled(copied, monkeypatch):
     with pytest.raises(ValueError, match="is not a fused model"):
         load(copied / "fused.pt2")
     assert not (copied / "executed").exists()
-
-
-def test_doctor_lists_what_runs():
-    result = invoke("doctor")
-    assert result.exit_code == 0, result.output
-    for word in ("python", "torch", "triton", "numba", "cpu", "reference"):
-        assert word in result.output
-
-
-def test_doctor_fails_if_the_main_job_cannot_run(monkeypatch):
-    def broken(*arguments, **options):
-        raise RuntimeError("no compiler")
-
-    monkeypatch.setattr(sys.modules["fastentropy.cli.doctor"], "count_states", broken)
-    result = invoke("doctor")
-    assert result.exit_code == 1
-    assert "failed: no compiler" in result.output
-
-
-@pytest.mark.slow
-def test_module_runs_as_command_and_names_missing_library():
-    code = "import sys; sys.modules['typer'] = None; from fastentropy.__main__ import main; main()"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert result.returncode == 2
-    advice = "Error: the command line needs typer; install it with: pip install 'fastentropy[cli]'"
-    assert result.stderr.splitlines() == [advice]
-    shown = subprocess.run([sys.executable, "-m", "fastentropy", "--help"], capture_output=True, text=True, check=True)
-    assert "prune" in shown.stdout
-    assert "doctor" in shown.stdout

@@ -1,0 +1,24 @@
+"""`fastentropy doctor`: what it shows, and its exit status."""
+
+import sys
+
+from typer.testing import CliRunner
+
+from fastentropy.cli import app
+
+
+def test_doctor_lists_what_runs():
+    result = CliRunner().invoke(app, ["doctor"])
+    assert result.exit_code == 0, result.output
+    for word in ("python", "torch", "triton", "numba", "cpu", "reference"):
+        assert word in result.output
+
+
+def test_doctor_fails_if_the_main_job_cannot_run(monkeypatch):
+    def broken(*arguments, **options):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(sys.modules["fastentropy.cli.doctor"], "count_states", broken)
+    result = CliRunner().invoke(app, ["doctor"])
+    assert result.exit_code == 1
+    assert "failed: no compiler" in result.output
