@@ -5,6 +5,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fastentropy._utils.text import plural
+
 
 class RunHistory:
     """The history of a run with at least one finished step. Step 0 is the dense network.
@@ -83,7 +85,7 @@ def check_history(history: Mapping[str, Any]) -> None:
             _check(history[name], form, name)
     steps = history["steps"]
     if history["kept_step"] is not None and not 0 <= history["kept_step"] < len(steps):
-        raise ValueError(f"kept_step is {history['kept_step']}; expected one of its {len(steps)} steps")
+        raise ValueError(f"kept_step is {history['kept_step']}; the history has only {plural(len(steps), 'step')}")
     for index, step in enumerate(steps):
         left = set(steps[0]["layer_entropy"]).intersection(steps[index - 1]["layer_entropy"]) if index else set()
         if unknown := set(step["removed"]) - left:

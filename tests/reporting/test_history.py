@@ -75,7 +75,7 @@ def test_valid_histories_pass(steps):
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (("kept_step",), 3, "kept_step is 3; expected one of its 3 steps"),
+        (("kept_step",), 3, "kept_step is 3; the history has only 3 steps"),
         (("steps", 2, "removed"), ["other"], "step 2 removed other, for which the steps before have no entropy"),
         (("steps", 1, "latency_ms", "fused"), 0, "a latency is 0 or less; expected milliseconds"),
         (("steps", 1, "test"), "high", r"steps\[1\]\.test is 'high'; expected a number"),
