@@ -94,6 +94,7 @@ def test_shown_figures_are_in_the_record(kernels):
     assert max(map(len, result.stdout.split("\nrecord   ")[0].splitlines())) <= 80
 
 
+@pytest.mark.slow
 def test_files_go_to_the_folder_runs_by_default(asked, tmp_path):
     result = invoke("fuse", "--device", "cpu")
     assert result.exit_code == 0, result.output
@@ -110,6 +111,7 @@ def test_files_go_to_the_named_paths(asked, tmp_path):
     assert Record.load("a.json").complete
 
 
+@pytest.mark.slow
 def test_options_select_device_dtype_and_sizes(asked):
     assert invoke("kernels", "--device", "cpu", "--dtype", "float16", "--sizes", "1k,2").exit_code == 0
     assert invoke("--device", "cpu").exit_code == 0

@@ -111,6 +111,7 @@ def test_notice_about_eos_padding_is_printed_and_stored(place, output):
     assert len(json.loads((output / "summary.json").read_text())["notices"]) == 1
 
 
+@pytest.mark.slow
 def test_default_folder_is_named_by_model_and_data(place, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments = ["calibrate", f"{place}/llama/", "--data", f"{place}/texts/*.txt"]
@@ -249,6 +250,7 @@ def test_max_length_filled_by_special_tokens_is_one_line(place, output):
 # Data --------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_bad_files_are_reported_and_good_ones_counted(place, tmp_path, output):
     data = cases.save_texts(tmp_path / "data", 4)
     (data / "04.txt").write_bytes(b"")
@@ -367,6 +369,7 @@ def assert_last_line(result, text):
     assert re.search(text, line), line
 
 
+@pytest.mark.slow
 def test_resume_with_another_checkpoint_interval(place, interrupted):
     result = calibrate(place / "llama", place / "texts", interrupted, "--batch-size", 3, "--checkpoint-every", 5)
     assert result.exit_code == 0, result.output

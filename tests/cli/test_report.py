@@ -39,6 +39,7 @@ def test_report_of_one_run_is_rewritten(folders):
     assert written(folders) == ["a/run/report.html", "page.html", "plot.png"]
 
 
+@pytest.mark.slow
 def test_several_runs_are_compared(folders):
     result = invoke("a/run", "b/run/history.json", "begun", "--png", "plot.png")
     assert result.exit_code == 0, result.output

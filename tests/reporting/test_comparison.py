@@ -50,6 +50,8 @@ CASES = {
     "alone": {"_run": make_run()},
 }
 
+MARKED_CASES = [pytest.param(name, marks=pytest.mark.slow) if name in ("twelve", "alone") else name for name in CASES]
+
 
 @pytest.fixture(scope="module")
 def render(tmp_path_factory):
@@ -89,7 +91,7 @@ def headline(histories):
     return format_comparison(histories).split("\n\n")[0].replace("\n", " ")
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", MARKED_CASES)
 def test_page_is_self_contained_and_has_every_run(case, page_of):
     page = page_of(case)
     outside = re.sub(r'xmlns(:\w+)?="[^"]*"', "", page)
@@ -184,7 +186,7 @@ def test_published_results_are_in_a_table_with_source(page_of):
     ]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", MARKED_CASES)
 def test_texts_neither_overlap_nor_leave_the_picture(case, draw):
     figure = draw(CASES[case])
     figure.draw_without_rendering()
@@ -308,6 +310,7 @@ def test_texts_of_histories_are_escaped(render):
     assert "<b>" not in page
 
 
+@pytest.mark.slow
 def test_page_is_reproducible_under_any_matplotlib_settings(render, page_of):
     histories = CASES["models"]
     before, page = copy.deepcopy(histories), page_of("models")

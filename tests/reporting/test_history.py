@@ -43,7 +43,7 @@ CHANGES = {
 }
 
 
-SLOW_CHANGES = ("left out", "a text", "zero")
+SLOW_CHANGES = ("left out", "a text", "zero", "null")
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,9 @@ def test_texts_neither_overlap_nor_leave_the_figure(sites, name):
     assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
 
 
-@pytest.mark.parametrize("suffix", [".png", ".svg", ".pdf", ".PNG"])
+@pytest.mark.parametrize(
+    "suffix", [".svg", *(pytest.param(suffix, marks=pytest.mark.slow) for suffix in (".png", ".pdf", ".PNG"))]
+)
 def test_suffix_selects_format_and_bytes_are_reproducible(tmp_path, suffix):
     path = tmp_path / f"entropies{suffix}"
     assert isinstance(plot_entropies(make(3), path), Figure)
@@ -64,6 +66,7 @@ def test_suffix_selects_format_and_bytes_are_reproducible(tmp_path, suffix):
     assert path.read_bytes() == content
 
 
+@pytest.mark.slow
 def test_saved_picture_is_the_returned_figure(tmp_path):
     figure = plot_entropies(make(4), tmp_path / "saved.png")
     figure.savefig(tmp_path / "drawn.png", dpi=160)

@@ -44,7 +44,7 @@ def page_of(render):
 
 
 @pytest.mark.parametrize(
-    "case", [pytest.param(name, marks=pytest.mark.slow) if name == "large" else name for name in EDGE_CASES]
+    "case", [name if name in ("rejected", "unfinished") else pytest.param(name, marks=pytest.mark.slow) for name in EDGE_CASES]
 )
 def test_page_is_self_contained(case, page_of):
     page = page_of(case)
@@ -56,7 +56,9 @@ def test_page_is_self_contained(case, page_of):
     assert "nan" not in re.sub(r"<[^>]*>", "", page).lower().split()
 
 
-@pytest.mark.parametrize("case", ["rejected", "two in a step", pytest.param("large", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "case", ["rejected", *(pytest.param(name, marks=pytest.mark.slow) for name in ("two in a step", "large"))]
+)
 def test_table_has_every_step_and_removed_site(case, page_of):
     history = EDGE_CASES[case]
     table = page_of(case).split("<h2>The steps</h2>")[1].split("<h2>")[0]
@@ -114,7 +116,9 @@ def test_page_is_reproducible_under_any_matplotlib_settings(render, page_of):
     assert history == before
 
 
-@pytest.mark.parametrize("case", ["rejected", "one step", "unfinished", "all removed"])
+@pytest.mark.parametrize(
+    "case", ["rejected", *(pytest.param(name, marks=pytest.mark.slow) for name in ("one step", "unfinished", "all removed"))]
+)
 def test_summary_is_a_png(case, tmp_path):
     plot_summary(EDGE_CASES[case], tmp_path / "summary.png")
     assert (tmp_path / "summary.png").read_bytes().startswith(b"\x89PNG\r\n")
