@@ -8,7 +8,7 @@ The sections lie between <!-- NAME --> and <!-- /NAME --> and are written by thi
 import re
 from pathlib import Path
 
-from sections import MACHINES, RESULTS, ROOT, SECTIONS, loaded
+from sections import MACHINES, RESULTS, ROOT, SECTIONS, load_json
 
 from fastentropy.benchmarks.plots import plot_record
 from fastentropy.benchmarks.records import Record
@@ -20,14 +20,14 @@ PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
 def main() -> None:
     """Write the pages and draw the plots."""
     for path in PAGES:
-        path.write_text(drawn(path.read_text(encoding="utf-8"), links_from(path)), encoding="utf-8")
+        path.write_text(rewrite_sections(path.read_text(encoding="utf-8"), path_to_records(path)), encoding="utf-8")
     for name in (*(f"kernels-{machine}" for machine in MACHINES), *(f"fuse-{machine}" for machine in MACHINES)):
         plot_record(Record.load(RESULTS / f"{name}.json"), RESULTS / f"{name}.png")
     for name in ("digits", "cifar10-resnet8"):
-        plot_summary(loaded(name), RESULTS / f"{name}.png")
+        plot_summary(load_json(name), RESULTS / f"{name}.png")
 
 
-def drawn(page: str, results: str) -> str:
+def rewrite_sections(page: str, results: str) -> str:
     """Return the page with its sections rewritten from the records. `results` is the path from the page to the records."""
 
     def section(match: re.Match[str]) -> str:
@@ -37,7 +37,7 @@ def drawn(page: str, results: str) -> str:
     return re.sub(r"<!-- ([\w-]+) -->\n.*?<!-- /\1 -->", section, page, flags=re.DOTALL)
 
 
-def links_from(path: Path) -> str:
+def path_to_records(path: Path) -> str:
     """Return the path from a page to the records."""
     return "bench/results" if path.parent == ROOT else "../bench/results"
 

@@ -24,7 +24,7 @@ FUSED = ("mobilenet_v2 features.2,", "mobilenet_v2 features.12", "mobilenet_v2 a
 DIGITS = {"dense": "the dense network", "dense_fused": "that with batch norm folded", "pruned": "the pruned one before fusing"}
 
 
-def loaded(name: str) -> dict[str, Any]:
+def load_json(name: str) -> dict[str, Any]:
     """Read a record that is not one of `fastentropy bench`."""
     values: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
     return values
@@ -225,7 +225,7 @@ def goal(machine: str, what: str, measurements: Sequence[Measurement], limit: fl
 
 def digits(results: str) -> str:
     """Return a paragraph on the recorded run of `fastentropy prune`."""
-    history = loaded("digits")
+    history = load_json("digits")
     dense, kept, times = history["steps"][0], history["steps"][history["kept_step"]], history["latency_ms"]
     removed = sum(len(step["removed"]) for step in history["steps"][: history["kept_step"] + 1])
     faster = [f"{times[name] / times['fused']:.2f}× as fast as {what}" for name, what in DIGITS.items()]
@@ -243,7 +243,7 @@ def digits(results: str) -> str:
 
 def minilm(results: str) -> str:
     """Return the entropies of MiniLM on the texts of Python's own help."""
-    record = loaded("minilm")
+    record = load_json("minilm")
     machine, overhead = record["machine"], record["overhead"]
     rows = [(name, f"{bits:.3f}") for name, bits in record["layer_entropy"].items()]
     return (
@@ -257,7 +257,7 @@ def minilm(results: str) -> str:
 
 def calibrate(results: str) -> str:
     """Return the table of tokens per second with several processes."""
-    record = loaded("calibrate-epyc")
+    record = load_json("calibrate-epyc")
     rows = [
         (
             f"{case['processes']}",
@@ -275,7 +275,7 @@ def calibrate(results: str) -> str:
 
 def criteria(results: str) -> str:
     """Return the table of the criteria on the digits."""
-    record = loaded("criteria-epyc")
+    record = load_json("criteria-epyc")
     seeds = {run["seed"] for run in record["runs"]}
     rows = [
         (
@@ -302,7 +302,7 @@ def criteria(results: str) -> str:
 
 def cifar10(results: str) -> str:
     """Return the table of the steps of the run on CIFAR-10."""
-    history = loaded("cifar10-resnet8")
+    history = load_json("cifar10-resnet8")
     machine, times = history["machine"], history["latency_ms"]
     rows = [
         (

@@ -51,7 +51,7 @@ def test_the_layer_entropies_of_a_torchvision_model_take_five_lines():
 @pytest.mark.parametrize("path", draw_figures.PAGES, ids=lambda path: path.name)
 def test_a_page_says_what_the_records_say(path):
     page = path.read_text(encoding="utf-8")
-    assert page == draw_figures.drawn(page, draw_figures.links_from(path))
+    assert page == draw_figures.rewrite_sections(page, draw_figures.path_to_records(path))
 
 
 @pytest.mark.parametrize("path", draw_figures.PAGES, ids=lambda path: path.name)
@@ -71,4 +71,4 @@ def test_every_section_of_the_records_is_shown_somewhere():
 def test_a_changed_figure_is_noticed():
     page = README.replace("% before and", "1 % before and")
     assert page != README
-    assert draw_figures.drawn(page, "bench/results") == README
+    assert draw_figures.rewrite_sections(page, "bench/results") == README
