@@ -110,6 +110,7 @@ def test_composition_equals_the_pair_away_from_padding(pair):
     close(actual, expected)
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(pairs())
 def test_linear_parts_compose_everywhere_without_padding(pair):
@@ -121,6 +122,7 @@ def test_linear_parts_compose_everywhere_without_padding(pair):
     close(pytorch_output(composed(first, second), x), pytorch_output(second, pytorch_output(first, x)))
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(pairs())
 def test_composition_is_refused_only_with_inserted_zeros(pair):
@@ -169,6 +171,7 @@ def test_a_sum_equals_both_outputs_added(drawn):
         close(pytorch_output(total, x), pytorch_output(left, x) + pytorch_output(right, x))
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(pairs("strided"))
 def test_operators_add_only_if_output_sizes_always_agree(pair):

@@ -130,6 +130,7 @@ def test_average_pooling_is_read(drawn, padded):
     assert linear.build(axes).is_average
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("function", "shape"),
     [
@@ -214,7 +215,7 @@ SCALES = {
 
 
 @pytest.mark.parametrize("name", SCALES)
-@pytest.mark.parametrize("axes", [1, 2, 3])
+@pytest.mark.parametrize("axes", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_scales_and_shifts_of_channels_are_read(name, axes):
     model = Holder(SCALES[name], channels=normal(1, 4, *[1] * axes, seed=1), one=normal(1, seed=2))
     if name.endswith("_"):  # the node in the middle of three
@@ -227,6 +228,7 @@ def test_scales_and_shifts_of_channels_are_read(name, axes):
         assert_reads(model, normal(2, 4, *[3] * axes, seed=0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("function", [lambda m, x: x * m.v, lambda m, x: m.v + x, lambda m, x: x - m.v, lambda m, x: x / m.v])
 @pytest.mark.parametrize(("constant", "shape"), [((4,), (2, 4)), ((4,), (2, 3, 4)), ((1, 1, 4), (2, 3, 4)), ((4,), (4,))])
 def test_scales_and_shifts_of_features_are_read(function, constant, shape):
@@ -259,6 +261,7 @@ def test_identities_are_read_as_nothing(function):
     assert linear.operand is node.args[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "function",
     {

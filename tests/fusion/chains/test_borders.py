@@ -84,6 +84,7 @@ def test_valid_range_of_known_chains(chain, size, expected):
     assert valid_range(chain, 0, size)[:2] == expected
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(chains(largest=(60, 20, 8), flatten=False))
 def test_zero_response_is_the_output_for_zeros(drawn):

@@ -41,6 +41,7 @@ def test_a_chain_equals_plain_pytorch(drawn):
     close(run(chain, x), y)
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(chains(shortest=1))
 def test_output_shape_of_a_chain(drawn):
@@ -138,6 +139,7 @@ def test_bytes_counted_by_hand():
     assert cost((block,), (2, 4, 5, 7), 1).bytes == 2 * read + 20 + 2 * 3 * read
 
 
+@pytest.mark.slow
 @settings(max_examples=25)
 @given(chains(), st.sampled_from([2, 4, 8]))
 def test_bytes_are_proportional_to_the_itemsize(drawn, itemsize):

@@ -208,6 +208,7 @@ def test_chains_of_a_whole_network(network, images):
     assert [chain.names for chain in chains] == [("conv1", "conv2"), ("fc1", "fc2")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.filterwarnings("ignore:Using padding='same'")
 def test_chains_of_every_network(name):
@@ -215,6 +216,7 @@ def test_chains_of_every_network(name):
     assert names(model, x) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.filterwarnings("ignore:Using padding='same'")
 def test_chains_with_views_compute_what_their_nodes_compute(name):

@@ -66,6 +66,7 @@ def test_a_merged_chain_is_exact_in_float32(drawn):
         assert (actual - y).abs().max() <= 1e-5 * y.abs().max()
 
 
+@pytest.mark.slow
 @settings(max_examples=25)
 @given(chains(flatten=False))
 def test_a_merged_chain_is_exact_without_a_batch(drawn):
@@ -127,6 +128,7 @@ def test_an_inverted_residual_block_merges_into_one_operator(size):
     assert merged.bias.shape == (4, *size) or size == (1, 1)
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(st.data())
 def test_an_expanded_convolution_merges_at_every_size(data):
@@ -185,6 +187,7 @@ def test_a_classifier_behind_a_pool_merges_and_is_flattened():
     close(run(merged, x), pytorch_chain(head, x))
 
 
+@pytest.mark.slow
 @settings(max_examples=25)
 @given(chains(flatten=False, most_axes=2))
 def test_composed_shape_agrees_with_the_composition(drawn):

@@ -13,6 +13,7 @@ from tests._helpers.chains import chains, pytorch_chain
 from tests._helpers.operators import SEEDS, average, channelwise, close, convolution, convolutions, linear_layer, normal
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(chains(kinds=("batch norm", "batch norm", "strided", "same", "transposed", "residual", "pool")))
 def test_folding_keeps_the_function(drawn):

@@ -96,6 +96,7 @@ def test_fastest_is_the_best_division(table, random):
     assert table.fastest(()).milliseconds == total(table, frozenset())
 
 
+@pytest.mark.slow
 @given(tables())
 def test_a_table_survives_json(table):
     assert LatencyTable.from_dict(json.loads(json.dumps(table.to_dict()))) == table
