@@ -120,16 +120,17 @@ def find_chains(module: GraphModule, activations: Mapping[str, nn.Module] | None
         if segment is not None:
             segments[node] = segment
     inner = {member for end, segment in segments.items() for member in segment.members if member is not end}
-    return [_found(end, segment, module) for end, segment in segments.items() if end not in inner and _names(segment.steps)]
+    ends = [end for end, segment in segments.items() if end not in inner and _names(segment.steps)]
+    return [_found_chain(end, segments[end], module) for end in ends]
 
 
 def overwritten_constants(module: GraphModule) -> list[str]:
     """Return the names of the buffers that a graph overwrites."""
     constants = module.graph.find_nodes(op="get_attr")
-    return [str(node.target) for node in constants if any(_writes(user, node) for user in node.users)]
+    return [str(node.target) for node in constants if any(_overwrites(user, node) for user in node.users)]
 
 
-def _found(end: Node, segment: _Segment, module: GraphModule) -> FoundChain:
+def _found_chain(end: Node, segment: _Segment, module: GraphModule) -> FoundChain:
     members = tuple(node for node in module.graph.nodes if node in segment.members)
     elements = _elements(segment.steps, segment.axes or 0)
     if segment.flat is not None:
@@ -145,37 +146,37 @@ def _segment_to(
 ) -> _Segment | None:
     """Return the segment that ends with a node, if there is one."""
     if node.target in _VIEWS:
-        return _view(node, segments)
-    linear = read_node(node, module)
-    if linear is None:
-        return _add_branches(node, segments) if node.target in _ADDITIONS else None
-    start = _Segment(linear.operand, (), None, frozenset())
-    before = segments.get(linear.operand) if len(linear.operand.users) == 1 else None
+        return _segment_to_view(node, segments)
+    affine = read_node(node, module)
+    if affine is None:
+        return _segment_to_sum(node, segments) if node.target in _ADDITIONS else None
+    start = _Segment(affine.operand, (), None, frozenset())
+    before = segments.get(affine.operand) if len(affine.operand.users) == 1 else None
     if (path := module_path(node)) in activations:
         activation, before = Activation(path, activations[path]), before or start
         return replace(before, steps=(*before.steps, _Step(lambda _: activation, path)), members=before.members | {node})
-    overwrites = _writes(node, linear.operand)
-    if before and (before.steps or not overwrites) and (extended := _extend(before, node, linear)):
+    overwrites = _overwrites(node, affine.operand)
+    if before and (before.steps or not overwrites) and (extended := _extend(before, node, affine)):
         return extended
-    if overwrites or _is_overwritten(linear.operand):
+    if overwrites or _is_overwritten(affine.operand):
         return None
-    return _extend(start, node, linear)
+    return _extend(start, node, affine)
 
 
-def _extend(before: _Segment, node: Node, linear: AffineNode) -> _Segment | None:
+def _extend(before: _Segment, node: Node, affine: AffineNode) -> _Segment | None:
     """Return a segment with one more operator, or None if the operator does not act on the channels of the segment."""
-    members, shape = before.members | {node}, shape_of(linear.operand) or ()
-    if linear.build is None and linear.axes is None:
+    members, shape = before.members | {node}, shape_of(affine.operand) or ()
+    if affine.build is None and affine.axes is None:
         return replace(before, members=members)
     if before.is_permuted:
-        return _extend_channelwise(before, linear, len(shape), members)
+        return _extend_channelwise(before, affine, len(shape), members)
     if before.flat is not None:
-        return _extend_flat(before, linear, members)
-    if None not in (linear.axes, before.axes) and linear.axes != before.axes:
+        return _extend_flat(before, affine, members)
+    if None not in (affine.axes, before.axes) and affine.axes != before.axes:
         return None
-    axes = before.axes if linear.axes is None else linear.axes
-    steps = before.steps if linear.build is None else (*before.steps, _Step(_with_path(linear.build, node), linear.name))
-    flat = (1,) * (linear.axes or 0) if linear.flattens else None
+    axes = before.axes if affine.axes is None else affine.axes
+    steps = before.steps if affine.build is None else (*before.steps, _Step(_with_path(affine.build, node), affine.name))
+    flat = (1,) * (affine.axes or 0) if affine.flattens else None
     return replace(before, steps=steps, axes=axes, members=members, flat=flat)
 
 
@@ -190,10 +191,10 @@ def module_path(node: Node) -> str:
     return str(list(stack.values())[-1][0])
 
 
-def _extend_channelwise(before: _Segment, linear: AffineNode, dimensions: int, members: frozenset[Node]) -> _Segment | None:
+def _extend_channelwise(before: _Segment, affine: AffineNode, dimensions: int, members: frozenset[Node]) -> _Segment | None:
     """Append a scale of the channels, which a permutation moved from the last axis to the second."""
-    build, spatial = linear.build, dimensions - 2
-    if linear.name or build is None or linear.axes not in (None, spatial) or not build(spatial).is_channelwise:
+    build, spatial = affine.build, dimensions - 2
+    if affine.name or build is None or affine.axes not in (None, spatial) or not build(spatial).is_channelwise:
         return None
 
     def build_last(_: int) -> AffineOperator:
@@ -203,11 +204,11 @@ def _extend_channelwise(before: _Segment, linear: AffineNode, dimensions: int, m
     return replace(before, steps=(*before.steps, _Step(build_last, "")), members=members)
 
 
-def _extend_flat(before: _Segment, linear: AffineNode, members: frozenset[Node]) -> _Segment | None:
+def _extend_flat(before: _Segment, affine: AffineNode, members: frozenset[Node]) -> _Segment | None:
     """Append a layer of flattened features, as a convolution whose kernel covers its input."""
-    sizes, build = before.flat or (), linear.build
-    is_dense = bool(linear.name)
-    if linear.axes not in (None, 0) or build is None or not (is_dense or math.prod(sizes) == 1):
+    sizes, build = before.flat or (), affine.build
+    is_dense = bool(affine.name)
+    if affine.axes not in (None, 0) or build is None or not (is_dense or math.prod(sizes) == 1):
         return None
 
     def build_covering(axes: int) -> AffineOperator:
@@ -215,11 +216,11 @@ def _extend_flat(before: _Segment, linear: AffineNode, members: frozenset[Node])
         weight = operator.weight.reshape(operator.weight.shape[0], -1, *sizes)
         return AffineOperator(weight, operator.bias, ones, (0,) * axes, ones, operator.groups)
 
-    step = _Step(build_covering, linear.name)
+    step = _Step(build_covering, affine.name)
     return replace(before, steps=(*before.steps, step), members=members, flat=(1,) * len(sizes))
 
 
-def _view(node: Node, segments: Mapping[Node, _Segment]) -> _Segment | None:
+def _segment_to_view(node: Node, segments: Mapping[Node, _Segment]) -> _Segment | None:
     """Return the segment that ends with a reshape of all axes but the last, a flattening, or a move of channels to axis 1."""
     operand = node.args[0]
     assert isinstance(operand, Node)
@@ -249,12 +250,12 @@ def _flatten(before: _Segment, node: Node, shape: tuple[Any, ...], result: tuple
     return replace(before, members=before.members | {node}, flat=spatial)
 
 
-def _add_branches(node: Node, segments: Mapping[Node, _Segment]) -> _Segment | None:
+def _segment_to_sum(node: Node, segments: Mapping[Node, _Segment]) -> _Segment | None:
     """Return the segment that ends with the sum of two branches of one value, with the segment before unless others read it."""
     left, right = node.args[:2]
     if not (isinstance(left, Node) and isinstance(right, Node)) or node.kwargs or shape_of(left) != shape_of(right):
         return None
-    branches = [_branch(operand, segments) for operand in (left, right)]
+    branches = [_branch_to(operand, segments) for operand in (left, right)]
     source, members = branches[0].source, branches[0].members | branches[1].members | {node}
     axes = {branch.axes for branch in branches if branch.steps} - {None}
     overwrites_source = node.target == _aten.add_.Tensor and left is source
@@ -270,7 +271,7 @@ def _add_branches(node: Node, segments: Mapping[Node, _Segment]) -> _Segment | N
     return _Segment(source, steps, axes.pop(), members)
 
 
-def _branch(operand: Node, segments: Mapping[Node, _Segment]) -> _Segment:
+def _branch_to(operand: Node, segments: Mapping[Node, _Segment]) -> _Segment:
     if operand in segments and len(operand.users) == 1:
         return segments[operand]
     return _Segment(operand, (), None, frozenset())
@@ -286,7 +287,7 @@ def _keeps_shape(branch: _Segment, operand: Node) -> bool:
 def _is_overwritten(node: Node) -> bool:
     """Return whether an in-place operator overwrites a value that others read, so that the order of the two matters."""
     base = _base(node)
-    return len(base.users) > 1 and any(_writes(user, base) for user in base.users)
+    return len(base.users) > 1 and any(_overwrites(user, base) for user in base.users)
 
 
 def _base(node: Node) -> Node:
@@ -296,12 +297,12 @@ def _base(node: Node) -> Node:
     return node
 
 
-def _writes(user: Node, node: Node) -> bool:
+def _overwrites(user: Node, node: Node) -> bool:
     """Return whether a user of a node overwrites it, directly or through a view."""
     schema = operator_schema(user.target)
     if schema is not None and schema.is_mutable:
         return user.args[0] is node
-    return _is_view(user) and any(_writes(other, user) for other in user.users)
+    return _is_view(user) and any(_overwrites(other, user) for other in user.users)
 
 
 def _is_view(node: Node) -> bool:
