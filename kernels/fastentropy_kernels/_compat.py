@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import cache
 
 import torch
-from torch import Tensor
+from torch import _C, Tensor
 from torch.autograd import forward_ad
 
 
@@ -26,10 +26,10 @@ def is_plain_eager(x: Tensor) -> bool:
     """
     try:
         return (
-            torch._C._get_tracing_state() is None
-            and torch._C._len_torch_dispatch_stack() == 0
+            _C._get_tracing_state() is None
+            and _C._len_torch_dispatch_stack() == 0
             and forward_ad._current_level < 0
-            and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+            and not _C._functorch.is_functorch_wrapped_tensor(x)
         )
     except AttributeError as error:
         raise RuntimeError(

@@ -1,7 +1,7 @@
 """GPU: three counters packed into one int32 per lane.
 
-Each lane packs three 10-bit counters into one int32, so that counting a value is a selection and an addition, and so that
-the three counts cost one register. A lane counts up to MOST_COUNTED values before the sums have to leave it.
+Each lane packs three 10-bit counters into one int32. So the three counts take one register, and counting a value takes a
+selection and an addition. A lane counts at most MOST_COUNTED values.
 """
 
 # Kernels have no types, and Triton's decorator has none either.

@@ -8,7 +8,7 @@ these as a share of what the GPU can issue while its memory moves the element. W
 The exit status is 1 if a kernel spills or uses local memory.
 """
 
-# Triton has no types.
+# Triton has no types, so its CompiledKernel is Any.
 # mypy: disable-error-code="misc"
 from __future__ import annotations
 

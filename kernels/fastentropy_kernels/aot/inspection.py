@@ -3,8 +3,6 @@
 Inside `compiling_for` a launch compiles its kernel and does not start it. So what is inspected is what will run.
 """
 
-# Triton has no types.
-# mypy: disable-error-code="misc"
 from __future__ import annotations
 
 import re

@@ -13,8 +13,8 @@ In all functions `value` and the elements of `x` and `y` are floats or the bits 
 bits it is the least integer plus the bits of infinity.
 """
 
-# Numba replaces types that mypy cannot follow.
-# mypy: disable-error-code="misc, no-untyped-def, no-untyped-call"
+# What Numba compiles has no types.
+# mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
 import numpy as np
@@ -29,90 +29,34 @@ _LONGEST_BYTE_SUM = 254
 
 
 @njit(nogil=True)
-def _is_off(value, limit):
-    """Return 1 for a number below zero, else 0."""
-    kind = type(value)
-    if limit is None:
-        return np.int32(value < kind(0))
-    return kind(kind(value - kind(1)) < limit)
+def count_strip(x, x_row_stride, y, y_row_stride, mask, rows, width, tile, inner, limit, floor, ceiling, inplace):
+    """Add the states of `rows` rows of `width` values each to `tile`, int64 [state, channel], and write their activation.
 
-
-@njit(nogil=True)
-def _is_zero(value, limit):
-    """Return 1 for zero of either sign, else 0."""
-    kind = type(value)
-    if limit is None:
-        return np.int32(value == kind(0))
-    return kind(kind(value + value) == 0)
-
-
-@njit(nogil=True)
-def _is_on(value, limit):
-    """Return 1 for a number above zero, else 0."""
-    kind = type(value)
-    if limit is None:
-        return np.int32(value > kind(0))
-    return _is_above(value, kind(0), limit)
-
-
-@njit(nogil=True)
-def _is_above(bits, floor, limit):
-    """Return 1 for the bits of a number above that with the bits `floor`, which is not negative, else 0."""
-    signed = type(bits)
-    return signed(signed(bits + signed(np.iinfo(bits).max - floor)) < signed(limit - floor))
-
-
-@njit(nogil=True)
-def _within(value, floor, ceiling):
-    """Return a float clipped to the floor and, unless it is None, to the ceiling. NaN stays NaN."""
-    raised = floor if value < floor else value
-    if ceiling is None:
-        return raised
-    return ceiling if raised > ceiling else raised
-
-
-@njit(nogil=True)
-def _activated(value, is_off, limit, floor, ceiling):
-    """Return the activation of a value.
-
-    Floats are clipped to `floor` and `ceiling`. Bits become 0 where the value is off, unless all bits of `floor` are set, and
-    `ceiling` where the number is above it. A ceiling of None clips nothing.
+    A row holds `inner` values of each channel, channel by channel. Where several rows are read as one, it holds several such
+    sequences. `x` and `y` are flat, with rows `x_row_stride` and `y_row_stride` values apart. `mask` is bool [rows] or None.
+    For the others see `count_run`.
     """
-    kind = type(value)
-    if limit is None:
-        return _within(value, floor, ceiling)
-    kept = kind(value & kind(floor | kind(is_off - kind(1))))
-    if ceiling is None:
-        return kept
-    return ceiling if _is_above(value, ceiling, limit) else kept
-
-
-@njit(nogil=True)
-def count_run(x, y, mask, limit, floor, ceiling, inplace):
-    """Return how many of at most LONGEST_RUN values are off, zero and on, and write their activation.
-
-    Args:
-        x: [values], contiguous. The activation is written over it if `inplace`.
-        y: [values] that receives the activation, or None.
-        mask: [values] bool that says which values are counted, or None.
-        limit: see the module.
-        floor: see `_activated`.
-        ceiling: see `_activated`.
-        inplace: whether the activation is written over `x`.
-    """
-    off = zero = on = _is_off(x.dtype.type(0), limit)
-    narrow = type(off)
-    for i in range(x.size):
-        value = x[i]
-        is_off, is_zero, is_on = _is_off(value, limit), _is_zero(value, limit), _is_on(value, limit)
-        if inplace:
-            x[i] = _activated(value, is_off, limit, floor, ceiling)
-        elif y is not None:
-            y[i] = _activated(value, is_off, limit, floor, ceiling)
-        if mask is not None:
-            is_off, is_zero, is_on = is_off & mask[i], is_zero & mask[i], is_on & mask[i]
-        off, zero, on = narrow(off + is_off), narrow(zero + is_zero), narrow(on + is_on)
-    return off, zero, on
+    sums = np.zeros((3, width), np.uint8)
+    uncounted = sums if mask is None else np.zeros((3, width), np.uint8)
+    row = summed = 0
+    while row < rows:
+        x0 = x[row * x_row_stride : row * x_row_stride + width]
+        y0 = None if y is None else y[row * y_row_stride : row * y_row_stride + width]
+        if mask is None and row + 1 < rows:
+            x1 = x[(row + 1) * x_row_stride : (row + 1) * x_row_stride + width]
+            y1 = None if y is None else y[(row + 1) * y_row_stride : (row + 1) * y_row_stride + width]
+            _count_two_rows(x0, x1, y0, y1, sums, limit, floor, ceiling, inplace)
+            row += 2
+        else:
+            counted = mask is None or mask[row]
+            if counted or y is not None or inplace:
+                _count_row(x0, y0, sums if counted else uncounted, limit, floor, ceiling, inplace)
+            row += 1
+        summed += 2
+        if summed == _LONGEST_BYTE_SUM:
+            _add_sums(sums, tile, inner)
+            summed = 0
+    _add_sums(sums, tile, inner)
 
 
 @njit(nogil=True)
@@ -170,33 +114,90 @@ def _add_sums(sums, tile, inner):
 
 
 @njit(nogil=True)
-def count_strip(x, x_row_stride, y, y_row_stride, mask, rows, width, tile, inner, limit, floor, ceiling, inplace):
-    """Add the states of `rows` rows of `width` values each to `tile`, int64 [state, channel], and write their activation.
+def count_run(x, y, mask, limit, floor, ceiling, inplace):
+    """Return how many of at most LONGEST_RUN values are off, zero and on, and write their activation.
 
-    A row holds every channel `inner` times, one or several times over. `x` and `y` are flat, with their rows `x_row_stride`
-    and `y_row_stride` values apart. `mask` is bool [rows] or None. For the others see `count_run`.
+    Args:
+        x: [values], contiguous. The activation is written over it if `inplace`.
+        y: [values] that receives the activation, or None.
+        mask: [values] bool that says which values are counted, or None.
+        limit: see the module.
+        floor: see `_activated`.
+        ceiling: see `_activated`.
+        inplace: whether the activation is written over `x`.
     """
-    sums = np.zeros((3, width), np.uint8)
-    uncounted = sums if mask is None else np.zeros((3, width), np.uint8)
-    row = summed = 0
-    while row < rows:
-        x0 = x[row * x_row_stride : row * x_row_stride + width]
-        y0 = None if y is None else y[row * y_row_stride : row * y_row_stride + width]
-        if mask is None and row + 1 < rows:
-            x1 = x[(row + 1) * x_row_stride : (row + 1) * x_row_stride + width]
-            y1 = None if y is None else y[(row + 1) * y_row_stride : (row + 1) * y_row_stride + width]
-            _count_two_rows(x0, x1, y0, y1, sums, limit, floor, ceiling, inplace)
-            row += 2
-        else:
-            counted = mask is None or mask[row]
-            if counted or y is not None or inplace:
-                _count_row(x0, y0, sums if counted else uncounted, limit, floor, ceiling, inplace)
-            row += 1
-        summed += 2
-        if summed == _LONGEST_BYTE_SUM:
-            _add_sums(sums, tile, inner)
-            summed = 0
-    _add_sums(sums, tile, inner)
+    off = zero = on = _is_off(x.dtype.type(0), limit)
+    narrow = type(off)
+    for i in range(x.size):
+        value = x[i]
+        is_off, is_zero, is_on = _is_off(value, limit), _is_zero(value, limit), _is_on(value, limit)
+        if inplace:
+            x[i] = _activated(value, is_off, limit, floor, ceiling)
+        elif y is not None:
+            y[i] = _activated(value, is_off, limit, floor, ceiling)
+        if mask is not None:
+            is_off, is_zero, is_on = is_off & mask[i], is_zero & mask[i], is_on & mask[i]
+        off, zero, on = narrow(off + is_off), narrow(zero + is_zero), narrow(on + is_on)
+    return off, zero, on
+
+
+@njit(nogil=True)
+def _activated(value, is_off, limit, floor, ceiling):
+    """Return the activation of a value.
+
+    Floats are clipped to `floor` and `ceiling`. Bits become 0 where the value is off, unless all bits of `floor` are set, and
+    `ceiling` where the number is above it. A ceiling of None clips nothing.
+    """
+    kind = type(value)
+    if limit is None:
+        return _within(value, floor, ceiling)
+    kept = kind(value & kind(floor | kind(is_off - kind(1))))
+    if ceiling is None:
+        return kept
+    return ceiling if _is_above(value, ceiling, limit) else kept
+
+
+@njit(nogil=True)
+def _within(value, floor, ceiling):
+    """Return a float clipped to the floor and, unless it is None, to the ceiling. NaN stays NaN."""
+    raised = floor if value < floor else value
+    if ceiling is None:
+        return raised
+    return ceiling if raised > ceiling else raised
+
+
+@njit(nogil=True)
+def _is_off(value, limit):
+    """Return 1 for a number below zero, else 0."""
+    kind = type(value)
+    if limit is None:
+        return np.int32(value < kind(0))
+    return kind(kind(value - kind(1)) < limit)
+
+
+@njit(nogil=True)
+def _is_zero(value, limit):
+    """Return 1 for zero of either sign, else 0."""
+    kind = type(value)
+    if limit is None:
+        return np.int32(value == kind(0))
+    return kind(kind(value + value) == 0)
+
+
+@njit(nogil=True)
+def _is_on(value, limit):
+    """Return 1 for a number above zero, else 0."""
+    kind = type(value)
+    if limit is None:
+        return np.int32(value > kind(0))
+    return _is_above(value, kind(0), limit)
+
+
+@njit(nogil=True)
+def _is_above(bits, floor, limit):
+    """Return 1 for the bits of a number above that with the bits `floor`, which is not negative, else 0."""
+    signed = type(bits)
+    return signed(signed(bits + signed(np.iinfo(bits).max - floor)) < signed(limit - floor))
 
 
 @njit(nogil=True)

@@ -5,7 +5,7 @@ team of any size does all of them. Each task adds to a tile of its own, and at t
 """
 
 # Numba replaces functions and types that mypy cannot follow.
-# mypy: disable-error-code="attr-defined, call-arg, misc, no-untyped-def, no-untyped-call"
+# mypy: disable-error-code="attr-defined, call-arg, no-untyped-call, no-untyped-def"
 from __future__ import annotations
 
 import ctypes
@@ -44,27 +44,6 @@ class JobStructure(ctypes.Structure):
 
 
 _Job = from_dtype(np.dtype(JobStructure))
-
-
-@intrinsic
-def _take_task(typing_context, job):
-    """Return the next task of a job and count it up, in one atomic addition."""
-
-    def generate(context, builder, signature, arguments):
-        counter = builder.bitcast(arguments[0], cgutils.intp_t.as_pointer())
-        return builder.atomic_rmw("add", counter, cgutils.intp_t(1), "monotonic")
-
-    return types.int64(job), generate
-
-
-@intrinsic
-def _pointer(typing_context, address):
-    """Return an address as the pointer that carray takes."""
-
-    def generate(context, builder, signature, arguments):
-        return builder.inttoptr(arguments[0], cgutils.voidptr_t)
-
-    return types.voidptr(types.int64), generate
 
 
 def compile_rows_task(kind: Any, writes: bool, inplace: bool, clipped: bool, masked: bool) -> Any:
@@ -238,3 +217,24 @@ def compile_adder() -> Any:
         tiles[:] = 0
 
     return add_tiles
+
+
+@intrinsic
+def _take_task(typing_context, job):
+    """Return the next task of a job and count it up, in one atomic addition."""
+
+    def generate(context, builder, signature, arguments):
+        counter = builder.bitcast(arguments[0], cgutils.intp_t.as_pointer())
+        return builder.atomic_rmw("add", counter, cgutils.intp_t(1), "monotonic")
+
+    return types.int64(job), generate
+
+
+@intrinsic
+def _pointer(typing_context, address):
+    """Return an address as the pointer that carray takes."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.inttoptr(arguments[0], cgutils.voidptr_t)
+
+    return types.voidptr(types.int64), generate
