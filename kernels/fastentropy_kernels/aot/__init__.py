@@ -33,7 +33,7 @@ from fastentropy_kernels.states.validation import MOST_EDGES
 
 
 class Gpu(NamedTuple):
-    """What bounds a kernel that reads and writes each value once."""
+    """The rates of a GPU that bound a kernel which reads and writes each value once."""
 
     multiprocessors: int
     clock: float  # Hz, boost

@@ -44,7 +44,7 @@ NO_COMPILER = "TRITON_INTERPRET: set, expected a compiler; run again with env -u
 
 
 class Findings(NamedTuple):
-    """What the compiled code of a kernel shows.
+    """Facts read from the compiled code of a kernel.
 
     Attributes:
         registers: registers of a thread.

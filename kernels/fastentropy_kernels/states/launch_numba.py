@@ -49,7 +49,7 @@ _FOLDED_WIDTH = 4096
 # Bytes of a value -> values. A smaller plane makes too short a loop, and is read as a stretch of a row. The more rows share the
 # sums of a task, the more that pays.
 _SMALLEST_PLANE = {4: 96, 2: 256}
-# What the sums of a task cost besides, in rows.
+# In rows. The sums of a task cost as much as reading these.
 _ROWS_FOR_SUMS = 4
 # In values. For a smaller task another thread costs more than it saves (PyTorch's grain size).
 _SMALLEST_TASK = 1 << 15

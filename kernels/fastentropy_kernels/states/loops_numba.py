@@ -13,7 +13,7 @@ In all functions `value` and the elements of `x` and `y` are floats or the bits 
 bits it is the least integer plus the bits of infinity.
 """
 
-# What Numba compiles has no types.
+# Functions that Numba compiles have no types.
 # mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 

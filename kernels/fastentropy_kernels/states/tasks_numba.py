@@ -20,7 +20,7 @@ from fastentropy_kernels.states.loops_numba import LONGEST_RUN, count_run, count
 
 
 class JobStructure(ctypes.Structure):
-    """What a team works on: addresses of memory (0 for none), and sizes in elements."""
+    """The description of a call that all threads of a team read: addresses of memory (0 for none), and sizes in elements."""
 
     _fields_ = (
         *(
@@ -37,7 +37,7 @@ class JobStructure(ctypes.Structure):
                 *("fold", "columns", "positions", "limit"),
             )
         ),
-        # What an activation clips to: a float, or an integer that stands for bits.
+        # The bounds that an activation clips to: floats, or integers that stand for bits.
         ("floor", ctypes.c_double),
         ("ceiling", ctypes.c_double),
     )

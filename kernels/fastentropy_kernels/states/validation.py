@@ -1,4 +1,7 @@
-"""Check every argument of the public functions before anything is written, with an error of one line for each misfit."""
+"""Check every argument of the public functions before anything is written.
+
+An error is one line. It names the argument, what was given and what was expected.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ MOST_EDGES = 15
 
 
 class Request(NamedTuple):
-    """What to do with a tensor x, checked. Where `edges` is None the states are off, zero and on."""
+    """The checked arguments of a call. Where `edges` is None the states are off, zero and on."""
 
     activation: str
     parameters: tuple[float, ...]

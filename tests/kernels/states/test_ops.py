@@ -203,6 +203,7 @@ def test_one_graph_for_any_batch(asked):
     assert_runs_as_eager(compiled, asked, batches=(1, 0, 5))
 
 
+@pytest.mark.slow
 def test_compiled_with_changing_parameters():
     def function(x, counts, slope):
         return activation_states(x, counts, "leaky_relu", negative_slope=slope)
