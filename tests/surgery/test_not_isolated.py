@@ -162,7 +162,7 @@ class TwoNames(Block):
 
 @pytest.mark.parametrize("kind", [Overridden, decorated_by_a_local_function, TwoNames])
 @pytest.mark.filterwarnings("ignore:.*have no module of their own")
-def test_a_method_that_stays_as_it_is_brings_no_modules_that_nobody_calls(kind):
+def test_a_method_that_stays_brings_no_unused_modules(kind):
     model, x = kind().eval(), torch.randn(VECTOR)
     isolated = isolate(model, (x,))
     new = {name: module for name, module in isolated.named_modules() if name not in dict(model.named_modules())}
@@ -241,7 +241,7 @@ class NaNLater(Block):
 
 
 @pytest.mark.parametrize("kind", [TimeBased, CounterBased, RandomShape, NaNLater])
-def test_a_model_whose_output_differs_from_call_to_call_is_refused(kind):
+def test_a_model_with_varying_outputs_is_refused(kind):
     COUNTER[0] = 0
     with pytest.raises(RuntimeError, match="outputs would differ"):
         isolate(kind(), (torch.full(VECTOR, 2.0),))
