@@ -243,6 +243,13 @@ TIMM = [
 ]
 
 ARCHITECTURES = [*TORCHVISION, *HUGGING_FACE, *TIMM]
+#: One with convolutions and a residual, and one with a gate.
+QUICK = ("resnet18", "hf_llama")
+
+
+def with_speed(value: Any, name: str):
+    """Mark what is done with an architecture as slow, but for the quick ones."""
+    return pytest.param(value, id=name, marks=[] if name in QUICK else pytest.mark.slow)
 
 
 @dataclass(frozen=True, repr=False)
@@ -310,7 +317,7 @@ def quickly() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module", params=ARCHITECTURES, ids=lambda architecture: architecture.name)
+@pytest.fixture(scope="module", params=[with_speed(architecture, architecture.name) for architecture in ARCHITECTURES])
 def subject(request: pytest.FixtureRequest) -> Subject:
     return prepare(request.param, torch.inference_mode)
 
@@ -349,7 +356,10 @@ def test_nothing_is_left_behind(subject):
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad])
-@pytest.mark.parametrize("name", ["densenet121", "mobilenet_v2", "swin_t", "vit_b_16", "hf_llama", "hf_whisper"])
+@pytest.mark.parametrize(
+    "name",
+    [with_speed(name, name) for name in ("densenet121", "mobilenet_v2", "swin_t", "vit_b_16", "hf_llama", "hf_whisper")],
+)
 def test_counts_outside_of_inference_mode(name, mode):
     architecture = next(architecture for architecture in ARCHITECTURES if architecture.name == name)
     assert_collects(prepare(architecture, mode), mode)

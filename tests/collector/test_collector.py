@@ -169,6 +169,7 @@ def test_unknown_average_is_refused(network):
         collect(network, average="epoch")
 
 
+@pytest.mark.slow
 def test_a_thousand_collectors_leak_nothing(network, images):
     network.eval()
 

@@ -12,6 +12,8 @@ from tests._helpers.networks import make_part
 from tests._helpers.snapshots import assert_unchanged, snapshot
 from tests._helpers.statistics import counted
 
+pytestmark = pytest.mark.slow  # the first compilation of a process imports for seconds
+
 
 @pytest.mark.filterwarnings("ignore:.*is compiled")
 @pytest.mark.parametrize("which", ["the compiled module", "the model inside", "module.compile()"])

@@ -95,6 +95,7 @@ def test_counters_made_in_inference_mode_can_be_added_to_outside(layout):
     assert counters.total(SITES[0])[0].sum() == 18
 
 
+@pytest.mark.slow
 def test_counters_of_a_7b_decoder_take_24_bytes_per_neuron():
     transformers = pytest.importorskip("transformers")
     with torch.device("meta"):  # 32 layers of 11,008 neurons: the shape of Llama 7B

@@ -10,6 +10,8 @@ import torch.multiprocessing as mp
 
 from tests.collector import distributed_cases
 
+pytestmark = pytest.mark.slow  # processes for the ranks start within seconds
+
 SECONDS = 150
 METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 PRELOADED = ["torch.distributed.fsdp", "torch.distributed.tensor.parallel", "transformers.models.llama.modeling_llama"]

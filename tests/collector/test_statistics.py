@@ -235,6 +235,7 @@ def test_data_frame_has_the_rows_and_columns_of_the_dictionary():
     assert list(Statistics({}).to_pandas().columns) == list(frame.columns)
 
 
+@pytest.mark.slow
 def test_plot_draws_the_layer_entropies():
     statistics = make(batches=2)
     layers = statistics.plot(zero="on", average="batch").axes[0]

@@ -166,6 +166,7 @@ def test_fast_paths_are_those_that_are_on():
     assert fast_paths(make()) == []
 
 
+@pytest.mark.slow
 def test_a_model_that_is_forgotten_lets_others_compile_again():
     runs = []
 

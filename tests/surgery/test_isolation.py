@@ -226,8 +226,8 @@ LARGE = {
     "densenet121": (torchvision.models.densenet121, IMAGE),
     "googlenet": (lambda: torchvision.models.googlenet(init_weights=False, aux_logits=False), IMAGE),
 }
-ALL = {**SMALL, **LARGE}
-TABLE = {**ALL, **UNUSUAL}
+ALL = [*SMALL, *(pytest.param(name, marks=pytest.mark.slow) for name in LARGE)]
+TABLE = {**SMALL, **LARGE, **UNUSUAL}
 
 
 def build(name, training=False):
@@ -338,7 +338,7 @@ def test_gradients_are_the_same(name):
         assert left is right if left is None else torch.equal(left, right)
 
 
-@pytest.mark.parametrize("name", [*SMALL, "resnet18"])
+@pytest.mark.parametrize("name", [*SMALL, pytest.param("resnet18", marks=pytest.mark.slow)])
 def test_one_activation_is_linearised_and_no_other(name):
     model, x = build(name)
     isolated = isolate(model, (x,))
@@ -364,6 +364,7 @@ def test_linearised_model_equals_one_without_the_activation():
     assert outputs_equal(expected, isolated, x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
 def test_the_result_can_be_exported(name):
     model, x = build(name)
@@ -373,6 +374,7 @@ def test_the_result_can_be_exported(name):
         torch.testing.assert_close(exported.module()(x.clone()), expected)
 
 
+@pytest.mark.slow
 def test_repeated_modules_of_resnet18():
     model, x = build("resnet18")
     isolated = isolate(model, (x,))
@@ -471,6 +473,7 @@ def test_the_class_is_one_of_the_original_with_its_name():
     assert (type(isolated).__name__, type(isolated).__qualname__) == ("Functional", "Functional")
 
 
+@pytest.mark.slow
 def test_what_is_isolated_already_is_left_as_it_is():
     model, x = build("resnet18")
     isolated = isolate(model, (x,))

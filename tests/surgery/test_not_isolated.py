@@ -199,6 +199,7 @@ def test_a_branch_that_the_example_does_not_take_is_kept():
     assert torch.equal(isolated(x, flag=True), model(x, flag=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrap", ["whole", "part", "method"])
 def test_a_compiled_model_is_refused(wrap):
     model = nn.Sequential(Functional(), nn.Linear(5, 5))
