@@ -68,21 +68,27 @@ def _fails_closed(function: Callable[P, T]) -> Callable[P, T]:
         try:
             return function(*args, **kwargs)
         except (AttributeError, ImportError) as error:
-            raise RuntimeError(
-                f"fastentropy does not know PyTorch {torch.__version__} ({function.__name__}: {error}); "
-                "install a release that the CHANGELOG of fastentropy names"
-            ) from error
+            raise _unknown_release(function.__name__, error) from error
 
     return checked
+
+
+def _unknown_release(function: str, error: Exception) -> RuntimeError:
+    return RuntimeError(
+        f"fastentropy does not know PyTorch {torch.__version__} ({function}: {error}); "
+        "install a release that the CHANGELOG of fastentropy names"
+    )
 
 
 # What is going on while an operator runs --------------------------------------------------------------------------------
 
 
-@_fails_closed
 def in_backward() -> bool:
     """Return whether autograd is running: activation checkpointing repeats a forward there, which must not count twice."""
-    return bool(torch._C._current_graph_task_id() != -1)
+    try:  # not by the decorator, whose call takes time for each activation
+        return bool(torch._C._current_graph_task_id() != -1)
+    except AttributeError as error:
+        raise _unknown_release("in_backward", error) from error
 
 
 @_fails_closed
@@ -100,10 +106,12 @@ def without_modes() -> AbstractContextManager[object]:
     return context
 
 
-@_fails_closed
 def is_functorch_tensor(x: Tensor) -> bool:
     """Return whether `x` belongs to a transform of torch.func, which has no single value to count."""
-    return bool(torch._C._functorch.is_functorch_wrapped_tensor(x))
+    try:  # as in `in_backward`
+        return bool(torch._C._functorch.is_functorch_wrapped_tensor(x))
+    except AttributeError as error:
+        raise _unknown_release("is_functorch_tensor", error) from error
 
 
 @_fails_closed

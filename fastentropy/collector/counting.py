@@ -110,7 +110,7 @@ def _run_and_count(call: Call, counters: Counters) -> Any:
     """Run an activation and count the states of its input: in one pass where a kernel does both, else before it runs."""
     site, x = call.site, call.x
     local = local_tensor(x)
-    if local.is_meta or is_fake(local):
+    if local.is_meta or (type(local) is not Tensor and is_fake(local)):
         return call.run()
     mask = positions_to_count(call.is_token, local, site.channel_axis)
     plan = counters.plans.get(site.name)

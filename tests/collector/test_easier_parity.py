@@ -10,6 +10,8 @@ from torch import Tensor
 import fastentropy as fe
 from tests._helpers.oracle import neuron_axis, observed_calls, one_thread
 
+pytestmark = pytest.mark.slow
+
 # Model -> pixels. As the oracle does, EASIER takes the last axis of a Swin's activations for the neurons, and axis 1 else.
 MODELS = {"resnet18": 40, "mobilenet_v2": 72, "vgg16_bn": 40, "swin_t": 72}
 
