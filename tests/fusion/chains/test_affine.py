@@ -146,6 +146,7 @@ def test_composition_keeps_common_groups(pair):
     assert (operator.in_channels, operator.out_channels) == (first.in_channels, second.out_channels)
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(st.data(), st.integers(0, 3))
 def test_composition_is_associative(data, axes):

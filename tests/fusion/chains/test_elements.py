@@ -49,6 +49,7 @@ def test_output_shape_of_a_chain(drawn):
     assert output_shape(chain, x.shape) == y.shape
 
 
+@pytest.mark.slow
 @settings(max_examples=30)
 @given(chains(shortest=1, flatten=False))
 def test_a_chain_may_have_no_batch(drawn):
@@ -147,6 +148,7 @@ def test_bytes_are_proportional_to_the_itemsize(drawn, itemsize):
     assert cost(chain, x.shape, itemsize).bytes == itemsize * cost(chain, x.shape, 1).bytes
 
 
+@pytest.mark.slow
 @settings(max_examples=25)
 @given(chains())
 def test_cost_of_a_chain_is_the_sum_over_its_elements(drawn):

@@ -181,6 +181,7 @@ def test_a_chain_computes_what_its_nodes_compute(forward):
     assert assert_computes(traced(model, IMAGES), IMAGES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "x", "expected"),
     [

@@ -126,6 +126,7 @@ def test_every_composition_compiles(pair):
     torch.testing.assert_close(compile_chain((composed,), x)(x), pytorch_output(composed, x), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(branches())
 def test_every_sum_compiles(drawn):

@@ -159,6 +159,7 @@ def test_a_collapsed_stretch_is_one_part():
     assert inside.collapsed(("conv1", "conv2")).fastest("a").milliseconds == 1.0 + 5.5
 
 
+@pytest.mark.slow
 def test_choices_are_thinned_if_none_beats_another():
     """If the loss is proportional to the time, none of the 2^40 subsets beats another."""
     parts = tuple(Part(float(2**index), f"s{index}") for index in range(40))
