@@ -115,6 +115,9 @@ class EntropyCollector:
     def paused(self) -> Iterator[None]:
         """Count no pass that begins inside the block, as for warm-up batches. Their sites are discovered all the same.
 
+        Returns:
+            A context manager for the block.
+
         Examples:
             >>> import torch
             >>> import fastentropy as fe
