@@ -1,4 +1,4 @@
-"""Random tensors, and their bits."""
+"""Random tensors, their bits, and their equality."""
 
 import torch
 
@@ -18,3 +18,8 @@ def random_values(shape, dtype, seed=0):
 def bits(x):
     """The bits of a tensor: -0.0 is not 0.0, and one NaN is as good as another (PyTorch changes their payload)."""
     return x.masked_fill(x.isnan(), torch.nan).contiguous().view(INTEGER[x.dtype])
+
+
+def assert_same(actual, expected):
+    """Assert that tensors, or collections of tensors, are equal; NaN equals NaN."""
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)

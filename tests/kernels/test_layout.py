@@ -11,6 +11,9 @@ from hypothesis import strategies as st
 from fastentropy_kernels import activation_states, activations, count_states
 from fastentropy_kernels.layout import arrange
 from fastentropy_kernels.states import reference
+from tests._helpers.tensors import assert_same
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -24,14 +27,6 @@ def device(request):
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a GPU")
     return request.param
-
-
-@pytest.fixture(autouse=True, scope="module")
-def poisoned_memory():
-    """Memory from torch.empty holds NaN."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def fresh(*shape, dtype=torch.float32, device="cpu"):
@@ -121,10 +116,6 @@ def whole(x):
     inside = torch.zeros_like(memory, dtype=torch.bool)
     inside.as_strided(x.shape, x.stride(), x.storage_offset()).fill_(True)
     return memory, inside
-
-
-def assert_same(actual, expected):
-    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
 
 
 def check(x, axis, activation, masked, edges, inplace, impl="auto"):

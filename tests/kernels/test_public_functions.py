@@ -13,6 +13,8 @@ import fastentropy_kernels
 from fastentropy_kernels import activation_states, activations, count_states, linear_regions
 from fastentropy_kernels.states import ops
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 IMPLEMENTATIONS = [
     ("cpu", "auto"),
@@ -32,14 +34,6 @@ def where(request):
     if request.param[0] == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a GPU")
     return request.param
-
-
-@pytest.fixture(autouse=True, scope="module")
-def poisoned_memory():
-    """Memory from torch.empty holds NaN."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def quick_gelu(x):

@@ -11,6 +11,7 @@ from torch._subclasses import FakeTensorMode
 from torch.library import opcheck
 
 from fastentropy_kernels import activation_states, activations, count_states
+from tests._helpers.tensors import assert_same
 
 ops = torch.ops.fastentropy_kernels
 
@@ -57,10 +58,6 @@ def call(x, counts, nan, activation=None, **asked):
         count_states(x, counts, nan=nan, **asked)
         return x
     return activation_states(x, counts, activation, nan=nan, **asked)
-
-
-def assert_same(actual, expected):
-    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
 
 
 def assert_runs_as_eager(program, asked, batches=(4, 4), device="cpu"):
