@@ -1,16 +1,14 @@
 """The two layouts that the kernels know, and how a tensor of any strides becomes a view of one of them.
 
 Every dense tensor is *rows* `[rows, channels]` or *planes* `[outer, channels, inner]`, so that a kernel needs two loops and
-no strides but the distance between rows. Below that stand the shape and memory format of what a convolution returns.
+no strides but the distance between rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from math import prod
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 
@@ -85,24 +83,6 @@ def is_channels_last(images: Tensor) -> bool:
     _, channels, height, width = images.shape
     _, channel_stride, _, column_stride = images.stride()
     return bool(channel_stride == 1 and column_stride >= channels and channels * height * width > 1)
-
-
-def convolved_size(
-    x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
-) -> tuple[int, int]:
-    """Return the height and width of the convolution of `x` with a weight [out, in, height, width]."""
-    height, width = (
-        (x.shape[axis] + 2 * padding[axis - 2] - dilation[axis - 2] * (weight.shape[axis] - 1) - 1) // stride[axis - 2] + 1
-        for axis in (2, 3)
-    )
-    return height, width
-
-
-def empty_images(x: Tensor, channels: int, size: tuple[int, int]) -> Tensor:
-    """Return uninitialised images with the dtype, device and memory format of `x`."""
-    memory_format = torch.channels_last if is_channels_last(x) else torch.contiguous_format
-    shape = (x.shape[0], channels, *size)
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format)
 
 
 def largest_power_of_2(size: int) -> int:

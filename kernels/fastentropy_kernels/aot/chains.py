@@ -1,4 +1,4 @@
-"""The fused chains, as `aot` compiles them: each kernel in its default configuration, on layers of known networks."""
+"""The fused chains that `aot` compiles: each kernel in its default configuration, on layers of known networks."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from triton.compiler import CompiledKernel
 
 from fastentropy_kernels.aot.inspection import DTYPES, compiling_for
 from fastentropy_kernels.chains import launch_triton
+from fastentropy_kernels.chains.operators import Convolution, LinearPair
 
 
 class Layer(NamedTuple):
-    """What a chain is run on."""
+    """The sizes of the tensors of a chain."""
 
     x: tuple[int, ...]
     weight: tuple[int, ...]  # of the first operator
@@ -22,8 +23,8 @@ class Layer(NamedTuple):
     groups: int = 1
 
 
-# The first of each is from a known network. Without alignment there are no wide accesses, so that every value has an
-# address of its own; a size of 1 becomes a constant of the kernel.
+# The first layer of each kernel is from a known network. The second has no alignment, so that there are no wide accesses
+# and every value has an address of its own. In the third, sizes of 1 become constants of the kernel.
 LAYERS: dict[str, dict[str, Layer]] = {
     "pointwise": {
         "": Layer((64, 128, 28, 28), (128, 128, 3, 3), 512),  # a bottleneck of ResNet-50
@@ -54,78 +55,67 @@ LAYERS: dict[str, dict[str, Layer]] = {
 
 
 class ChainVariant(NamedTuple):
-    """What a chain is compiled for. `everything` is a residual and GELU, and where there are some tap_bias and counts."""
+    """What a chain kernel is compiled for."""
 
     kernel: str  # of LAYERS
     dtype: str  # of DTYPES
     size: str  # of LAYERS
     channels_last: bool = False
-    everything: bool = False
+    everything: bool = False  # with a residual and GELU, and with tap_bias and counts where the kernel has them
 
     @property
     def layer(self) -> Layer:
-        """Return the tensors' sizes."""
+        """The sizes of its tensors."""
         return LAYERS[self.kernel][self.size]
 
     @property
     def note(self) -> str:
-        """Return what sets it apart, in words."""
-        return ", ".join(
-            word
-            for word, said in {
-                "channels last": self.channels_last,
-                self.size: self.size,
-                "everything": self.everything,
-            }.items()
-            if said
-        )
+        """What sets it apart from the other variants of its kernel, in words."""
+        notes = ("channels last" if self.channels_last else "", self.size, "everything" if self.everything else "")
+        return ", ".join(filter(None, notes))
 
     def __str__(self) -> str:
-        """Return a name for a line of text."""
+        """Return its name in one line."""
         return f"{self.kernel} {self.dtype} {self.note}".rstrip()
 
 
 def chain_variants() -> list[ChainVariant]:
-    """Return every kernel and size in both memory formats, alone and with everything, but for what would be the same."""
+    """Return every kernel and size in both memory formats, alone and with everything, without what would be the same."""
     return [
         ChainVariant(kernel, dtype, size, channels_last, everything)
         for kernel, sizes in LAYERS.items()
         for dtype, size, channels_last, everything in product(DTYPES, sizes, (False, True), (False, True))
         if not (channels_last and kernel == "linear pair")  # rows have no formats
-        and not (everything and dtype == "fp16")  # is bf16 with other instructions of the same size
+        and not (everything and dtype == "fp16")  # the code of bf16, with other instructions of the same size
         and not (size and (dtype == "fp16" or not everything))
     ]
 
 
 def compile_chain(variant: ChainVariant, arch: str) -> CompiledKernel:
-    """Compile what `chain_triton` launches for `variant`: by that launch, on tensors without memory, up to the start."""
+    """Compile the kernel that `launch_triton` launches for `variant`, by that launch, on tensors without memory."""
     x, weight, outputs, groups = variant.layer
-    middles, everything = weight[0], variant.everything
+    hidden, everything = weight[0], variant.everything
 
     def tensor(*shape: int, dtype: torch.dtype = DTYPES[variant.dtype]) -> Tensor:
         made = torch.empty(shape, dtype=dtype, device="meta")
         in_format = len(shape) == 4 and (variant.channels_last or shape == weight)
         return made.contiguous(memory_format=torch.channels_last) if in_format else made
 
-    biases = tensor(middles), tensor(outputs)
+    operands = tensor(*x), tensor(*weight), tensor(hidden)
+    second = tensor(outputs, hidden), tensor(outputs)
     activation = "gelu" if everything else "identity"
     with compiling_for(arch) as compiled:
         if variant.kernel == "linear pair":
             residual = tensor(*x[:-1], outputs) if everything else None
-            launch_triton.linear_pair(
-                tensor(*x), tensor(*weight), biases[0], tensor(outputs, middles), biases[1], residual, activation
-            )
+            launch_triton.linear_pair(LinearPair(*operands, *second), residual, activation)
             return compiled[0]
-        # With as much padding as the kernel reaches y has the size of x.
+        # This padding gives y the size of x.
+        convolution = Convolution(*operands, (1, 1), (weight[2] // 2, weight[3] // 2), (1, 1), groups)
         residual = tensor(x[0], outputs, *x[2:]) if everything else None
-        padding = (weight[2] // 2, weight[3] // 2)
-        convolution = (residual, (1, 1), padding, (1, 1), groups, activation)
         if "pointwise" in variant.kernel:
-            launch_triton.conv_pointwise(
-                tensor(*x), tensor(*weight), biases[0], tensor(outputs, middles), biases[1], *convolution
-            )
+            launch_triton.conv_pointwise(convolution, *second, residual, activation)
             return compiled[0]
         tap_bias = tensor(outputs, *weight[2:]) if everything else None
         counts = tensor(outputs, 3, dtype=torch.int64) if everything else None
-        launch_triton.conv_bordered(tensor(*x), tensor(*weight), biases[0], tap_bias, *convolution, counts)
+        launch_triton.conv_bordered(convolution, tap_bias, residual, activation, counts)
     return compiled[0]

@@ -1,1 +1,1 @@
-"""Linearised chains of operators as one."""
+"""Run a linearised chain of operators as one operator."""

@@ -1,4 +1,7 @@
-"""Linearised chains of operators as one: what was between them is not written to memory on a GPU."""
+"""The public functions that run a linearised chain of operators as one.
+
+On a GPU, what lies between two operators of a chain is never written to memory.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,8 @@ from torch import Tensor
 
 from fastentropy_kernels.chains import ops
 from fastentropy_kernels.chains.dispatch import chain_kernels
-from fastentropy_kernels.chains.validation import (
-    ConvBordered,
-    ConvPointwise,
-    LinearPair,
-    checked_conv_bordered,
-    checked_conv_pointwise,
-    checked_linear_pair,
-)
+from fastentropy_kernels.chains.operators import Convolution, LinearPair
+from fastentropy_kernels.chains.validation import check_conv_bordered, check_conv_pointwise, check_linear_pair
 from fastentropy_kernels.dispatch import increment_versions, launches_directly
 
 
@@ -32,45 +29,56 @@ def conv_pointwise(
     activation: str = "identity",
     impl: str = "auto",
 ) -> Tensor:
-    """Return activation(pointwise(conv(x) + bias) + pointwise_bias + residual): a convolution, then one of 1 x 1.
+    """Return a convolution followed by a 1 x 1 convolution, a residual and an activation.
+
+    The result is activation(pointwise(conv(x) + bias) + pointwise_bias + residual). Sums and activation are computed in
+    float32. Triton rounds what lies between the two convolutions to the dtype of `x`, because the matrix units multiply
+    that dtype; the reference does not round it. There is no backward pass. torch.compile (fullgraph) and torch.export
+    can trace the function.
 
     Args:
-        x: `[batch, in, height, width]`, float16, bfloat16 or float32. Contiguous and channels-last images are read where
-            they are, and so are slices of them without gaps in the fastest axis. All other tensors have its dtype and
-            device.
-        weight: `[mid, in / groups, kernel height, kernel width]`. Without groups, channels-last is the format that is read
-            where it is; another is copied in each call.
-        bias: `[mid]`, or None.
-        pointwise_weight: `[out, mid]` or `[out, mid, 1, 1]`.
+        x: `[batch, in, height, width]`, float16, bfloat16 or float32. Contiguous and channels-last images are read in
+            place, and so are slices of them without gaps in the fastest axis; all others are copied. All other
+            tensors have the dtype and the device of `x`.
+        weight: `[hidden, in / groups, kernel height, kernel width]`. Without groups, a weight in channels-last is read
+            in place, and any other is copied in each call.
+        bias: `[hidden]`, or None.
+        pointwise_weight: `[out, hidden]` or `[out, hidden, 1, 1]`.
         pointwise_bias: `[out]`, or None.
-        stride: of the convolution, along height and width; so are padding (with zeros) and dilation.
-        padding: see above.
-        dilation: see above.
-        groups: 1, or `in` (depthwise) where that is `mid`.
-        residual: has the shape of y.
-        activation: a key of `reference.ACTIVATIONS` other than prelu, with the defaults of its parameters.
-        impl: "auto" takes Triton on CUDA and the reference elsewhere; "triton" and "reference" run as named or raise.
+        stride: step of the first convolution in pixels, along height and width.
+        padding: rows of zeros at the top and at the bottom, and columns of zeros on the left and on the right.
+        dilation: distance in pixels between two taps of the first convolution, along height and width.
+        groups: 1, or `in` for a depthwise convolution, where `hidden` is `in` too.
+        residual: `[batch, out, out height, out width]`, or None.
+        activation: a name of an activation as in `activation_states`, except prelu, with the default parameters.
+        impl: "auto" takes Triton on CUDA and the reference elsewhere. "triton" and "reference" run as named or raise.
 
     Returns:
-        `[batch, out, …]` in the dtype and memory format of `x`. Sums and activation are in float32. Triton rounds what is
-        between the two convolutions to the dtype of `x`, which its matrix units multiply; the reference does not.
-
-    There are no gradients. The function can be traced by torch.compile (fullgraph) and torch.export.
+        `[batch, out, out height, out width]`, in the dtype and memory format of `x`.
 
     Raises:
         TypeError: a dtype or device does not fit.
         ValueError: any other argument does not fit, or a tensor requires a gradient outside of torch.no_grad().
+
+    Examples:
+        >>> import torch
+        >>> from torch.nn.functional import conv2d
+        >>> from fastentropy_kernels import conv_pointwise
+        >>> x, weight, bias = torch.randn(2, 3, 8, 8), torch.randn(4, 3, 3, 3), torch.randn(4)
+        >>> pointwise_weight, pointwise_bias = torch.randn(6, 4), torch.randn(6)
+        >>> y = conv_pointwise(x, weight, bias, pointwise_weight, pointwise_bias, padding=(1, 1), activation="relu")
+        >>> hidden = conv2d(x, weight, bias, padding=1)
+        >>> torch.allclose(y, conv2d(hidden, pointwise_weight[:, :, None, None], pointwise_bias).relu(), atol=1e-4)
+        True
     """
-    request = checked_conv_pointwise(
-        ConvPointwise(
-            *(x, weight, bias, pointwise_weight, pointwise_bias, residual, stride, padding, dilation, groups, activation)
-        ),
-        impl,
-    )
+    convolution = Convolution(x, weight, bias, stride, padding, dilation, groups)
+    pointwise_weight = check_conv_pointwise(convolution, pointwise_weight, pointwise_bias, residual, activation, impl)
     if launches_directly(x):
-        y: Tensor = chain_kernels(impl, x.device.type).conv_pointwise(*request)
+        kernels = chain_kernels(impl, x.device.type)
+        y: Tensor = kernels.conv_pointwise(convolution, pointwise_weight, pointwise_bias, residual, activation)
     else:
-        y = ops.conv_pointwise(*request, impl)
+        tensors = (x, weight, bias, pointwise_weight, pointwise_bias, residual)
+        y = ops.conv_pointwise(*tensors, stride, padding, dilation, groups, activation, impl)
     return y
 
 
@@ -89,36 +97,65 @@ def conv_bordered(
     counts: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """Return activation(conv(x) + bias + what each tap inside of the image adds + residual).
+    """Return a convolution with a bias for each tap inside of the image, a residual and an activation.
+
+    The result is activation(conv(x) + bias + the sum of `tap_bias` over the taps inside of the image + residual). With
+    `tap_bias`, two merged convolutions are exact at the border as well: the bias of the first one acts only through
+    the taps of the second one that read its output, and not through those that read the padding around that output.
+    Sums and activation are computed in float32. There is no backward pass. torch.compile (fullgraph) and torch.export
+    can trace the function.
 
     Args:
-        x: as in `conv_pointwise`, and so are weight (`[out, in / groups, …]`), bias (`[out]`) and all that follows.
-        weight: see above.
-        bias: see above.
-        tap_bias: `[out, kernel height, kernel width]`: what a tap adds to an output where it does not lie in the padding.
-            That is the bias of an operator that was merged into this one, and whose output was padded with zeros.
-        stride: see above.
-        padding: see above.
-        dilation: see above.
-        groups: see above.
-        residual: see above.
-        activation: see above.
-        counts: int64 `[out, 3]`, contiguous: off, zero, on. The states of what the activation is taken of, rounded to the
-            dtype of `x`, are added to it: what `activation_states` would count after the convolution.
-        impl: see above.
+        x: `[batch, in, height, width]`, float16, bfloat16 or float32. Contiguous and channels-last images are read in
+            place, and so are slices of them without gaps in the fastest axis; all others are copied. All other
+            tensors but `counts` have the dtype and the device of `x`.
+        weight: `[out, in / groups, kernel height, kernel width]`. Without groups, a weight in channels-last is read in
+            place, and any other is copied in each call.
+        bias: `[out]`, or None.
+        tap_bias: `[out, kernel height, kernel width]`, or None: what each tap adds to an output where the tap does not
+            lie in the padding.
+        stride: step of the convolution in pixels, along height and width.
+        padding: rows of zeros at the top and at the bottom, and columns of zeros on the left and on the right.
+        dilation: distance in pixels between two taps, along height and width.
+        groups: 1, or `in` for a depthwise convolution, where `out` is `in` too.
+        residual: `[batch, out, out height, out width]`, or None.
+        activation: a name of an activation as in `activation_states`, except prelu, with the default parameters.
+        counts: int64 `[out, 3]`, contiguous, on the device of `x`, or None: columns off, zero, on. The states of the
+            activation's argument, rounded to the dtype of `x`, are added to it in place. These are the states that
+            `activation_states` would count after the convolution.
+        impl: "auto" takes Triton on CUDA and the reference elsewhere. "triton" and "reference" run as named or raise.
+
+    Returns:
+        `[batch, out, out height, out width]`, in the dtype and memory format of `x`.
 
     Raises:
         TypeError: a dtype or device does not fit.
-        ValueError: as for `conv_pointwise`. In both cases `counts` is unchanged.
+        ValueError: any other argument does not fit, or a tensor requires a gradient outside of torch.no_grad(). In both
+            cases `counts` is unchanged.
+
+    Examples:
+        A 1 x 1 convolution and a padded 3 x 3 convolution, merged into one:
+
+        >>> import torch
+        >>> from torch.nn.functional import conv2d
+        >>> from fastentropy_kernels import conv_bordered
+        >>> x, first, first_bias = torch.randn(2, 3, 8, 8), torch.randn(4, 3), torch.randn(4)
+        >>> second, second_bias = torch.randn(5, 4, 3, 3), torch.randn(5)
+        >>> weight = torch.einsum("omhw,mi->oihw", second, first)
+        >>> tap_bias = torch.einsum("omhw,m->ohw", second, first_bias)
+        >>> y = conv_bordered(x, weight, second_bias, tap_bias, padding=(1, 1))
+        >>> hidden = conv2d(x, first[:, :, None, None], first_bias)
+        >>> torch.allclose(y, conv2d(hidden, second, second_bias, padding=1), atol=1e-4)
+        True
     """
-    request = checked_conv_bordered(
-        ConvBordered(x, weight, bias, tap_bias, residual, stride, padding, dilation, groups, activation), counts, impl
-    )
+    convolution = Convolution(x, weight, bias, stride, padding, dilation, groups)
+    check_conv_bordered(convolution, tap_bias, residual, activation, counts, impl)
     if launches_directly(x):
-        y: Tensor = chain_kernels(impl, x.device.type).conv_bordered(*request, counts)
+        y: Tensor = chain_kernels(impl, x.device.type).conv_bordered(convolution, tap_bias, residual, activation, counts)
         increment_versions(counts)
         return y
-    y, added = ops.conv_bordered(*request, counts is not None, impl)
+    tensors = (x, weight, bias, tap_bias, residual)
+    y, added = ops.conv_bordered(*tensors, stride, padding, dilation, groups, activation, counts is not None, impl)
     if counts is not None:
         counts += added
     return y
@@ -135,24 +172,44 @@ def linear_pair(
     activation: str = "identity",
     impl: str = "auto",
 ) -> Tensor:
-    """Return activation(linear2(linear1(x)) + residual): a matrix of low rank as its two factors.
+    """Return two linear layers one after the other, a residual and an activation.
+
+    The result is activation(linear2(linear1(x)) + residual): the product with a matrix of low rank, given as its two
+    factors. Sums and activation are computed in float32. Triton rounds what lies between the two layers to the dtype of
+    `x`, because the matrix units multiply that dtype; the reference does not round it. There is no backward pass.
+    torch.compile (fullgraph) and torch.export can trace the function.
 
     Args:
         x: `[..., in]`, float16, bfloat16 or float32. All other tensors have its dtype and device.
-        weight1: `[mid, in]`, as in torch.nn.Linear, with `mid` at most 128.
-        bias1: `[mid]`, or None.
-        weight2: `[out, mid]`.
+        weight1: `[hidden, in]`, as in torch.nn.Linear, with `hidden` at most `MOST_MIDDLES` (128).
+        bias1: `[hidden]`, or None.
+        weight2: `[out, hidden]`.
         bias2: `[out]`, or None.
-        residual: `[..., out]`.
-        activation: as in `conv_pointwise`, and so are impl, rounding, gradients and what is raised.
-        impl: see above.
+        residual: `[..., out]`, or None.
+        activation: a name of an activation as in `activation_states`, except prelu, with the default parameters.
+        impl: "auto" takes Triton on CUDA and the reference elsewhere. "triton" and "reference" run as named or raise.
 
     Returns:
         `[..., out]`, contiguous, in the dtype of `x`.
+
+    Raises:
+        TypeError: a dtype or device does not fit.
+        ValueError: any other argument does not fit, or a tensor requires a gradient outside of torch.no_grad().
+
+    Examples:
+        >>> import torch
+        >>> from torch.nn.functional import linear
+        >>> from fastentropy_kernels import linear_pair
+        >>> x, residual = torch.randn(2, 7, 16), torch.randn(2, 7, 16)
+        >>> down, up, bias = torch.randn(4, 16), torch.randn(16, 4), torch.randn(16)
+        >>> y = linear_pair(x, down, None, up, bias, residual=residual)
+        >>> torch.allclose(y, linear(linear(x, down), up, bias) + residual, atol=1e-4)
+        True
     """
-    request = checked_linear_pair(LinearPair(x, weight1, bias1, weight2, bias2, residual, activation), impl)
+    pair = LinearPair(x, weight1, bias1, weight2, bias2)
+    check_linear_pair(pair, residual, activation, impl)
     if launches_directly(x):
-        y: Tensor = chain_kernels(impl, x.device.type).linear_pair(*request)
+        y: Tensor = chain_kernels(impl, x.device.type).linear_pair(pair, residual, activation)
     else:
-        y = ops.linear_pair(*request, impl)
+        y = ops.linear_pair(*pair, residual, activation, impl)
     return y

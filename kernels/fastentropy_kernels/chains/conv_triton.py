@@ -1,13 +1,20 @@
-"""GPU: linearised chains in one kernel each. What lies between two operators of a chain stays in registers.
+"""GPU: linearised chains that begin with a convolution, in one kernel each. What lies between operators stays in registers.
 
-Convolutions are implicit matrix products: a tile of output positions by one of output channels, summed in float32 over
-the taps of the kernel and blocks of input channels. Both memory formats are read and written along their fastest axis.
-float32 is multiplied exactly, without TF32; 16-bit formats run on the matrix units, and there the values between two
-operators are rounded to the format, since the second product takes them so. They still never go to memory.
+Convolutions are implicit matrix products: a tile of output positions by output channels, summed in float32 over the taps
+of the kernel and over blocks of input channels. Both memory formats are read and written along their fastest axis. The
+values between two operators are rounded to the dtype of x, because the second product takes them so, but they never go to
+memory.
+
+The functions here share three values:
+
+- `tile`: image (int64), pixel, row and column (int32) of each position of the program, and whether the position exists.
+- `geometry`: (height, width) of x, the four strides of x, and stride, padding and dilation of the convolution, each along
+  height and width.
+- `weight_strides`: the four strides of the weight.
 """
 
-# Kernels have no types of their own, and Triton none for its decorator.
-# mypy: disable-error-code="assignment, misc, no-untyped-def, no-untyped-call, untyped-decorator"
+# Kernels have no types, and Triton's decorator has none either.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
 from __future__ import annotations
 
 import triton
@@ -33,7 +40,7 @@ def conv_pointwise_kernel(
     geometry,
     weight_strides,
     inputs,
-    middles,
+    hidden,
     outputs,
     parameters,
     ACTIVATION: tl.constexpr,
@@ -44,45 +51,74 @@ def conv_pointwise_kernel(
     PIXEL_MULTIPLE: tl.constexpr,
     BLOCK_POSITIONS: tl.constexpr,
     BLOCK_OUTPUTS: tl.constexpr,
-    BLOCK_MIDDLES: tl.constexpr,
+    BLOCK_HIDDEN: tl.constexpr,
     BLOCK_INPUTS: tl.constexpr,
 ):
-    """One program: BLOCK_POSITIONS positions of y by BLOCK_OUTPUTS of its channels.
+    """Write activation(pointwise(conv(x) + bias) + pointwise_bias + residual).
 
-    It makes the intermediate BLOCK_MIDDLES channels at a time. Where y has more channels than BLOCK_OUTPUTS, the programs
-    that share positions each make the whole intermediate: the convolution is computed once for every block of outputs.
+    One program owns BLOCK_POSITIONS positions of y by BLOCK_OUTPUTS of its channels. It makes the hidden channels
+    BLOCK_HIDDEN at a time. Where y has more channels than BLOCK_OUTPUTS, the programs that share positions each make all
+    hidden channels: the convolution is computed once for every block of outputs.
+
+    Args:
+        x_ptr: `[batch, inputs, height, width]`, float32, bfloat16 or float16, as all tensors; any strides, in `geometry`.
+        weight_ptr: `[hidden, inputs / groups, KERNEL_HEIGHT, KERNEL_WIDTH]`, with `weight_strides`.
+        bias_ptr: `[hidden]`, contiguous, or None.
+        pointwise_ptr: `[outputs, hidden]`, contiguous.
+        pointwise_bias_ptr: `[outputs]`, contiguous, or None.
+        residual_ptr: `[batch, outputs, y height, y_width]`, with the strides of y, or None.
+        y_ptr: `[batch, outputs, y height, y_width]`, without gaps in the format CHANNELS_LAST.
+        positions: number of positions of y: batch * y height * y width.
+        pixel_multiples: pixels of an image of y, divided by PIXEL_MULTIPLE.
+        y_width: width of y.
+        geometry: see the head of this file.
+        weight_strides: see the head of this file.
+        inputs: number of channels of x.
+        hidden: number of channels between the two convolutions.
+        outputs: number of channels of y.
+        parameters: tuple of the activation's parameters.
+        ACTIVATION: name of the activation.
+        KERNEL_HEIGHT: height of the weight.
+        KERNEL_WIDTH: width of the weight.
+        DEPTHWISE: whether each channel is convolved alone.
+        CHANNELS_LAST: whether x, residual and y are channels-last; otherwise columns are the fastest axis.
+        PIXEL_MULTIPLE: largest power of two, up to 16, that divides the pixels of an image of y.
+        BLOCK_POSITIONS: positions of a program.
+        BLOCK_OUTPUTS: channels of y of a program.
+        BLOCK_HIDDEN: hidden channels that are made at a time.
+        BLOCK_INPUTS: channels of x that are summed over at a time.
     """
     program, output = _own_channels(outputs, BLOCK_OUTPUTS)
-    # A product tells the compiler the alignment of every image.
+    # As a product, the size of an image tells the compiler how every image is aligned.
     pixels = pixel_multiples * tl.full((), PIXEL_MULTIPLE, tl.int32)
-    place = _own_positions(program, positions, pixels, y_width, PIXEL_MULTIPLE, BLOCK_POSITIONS)
+    tile = _own_positions(program, positions, pixels, y_width, PIXEL_MULTIPLE, BLOCK_POSITIONS)
     sums = tl.zeros((BLOCK_POSITIONS, BLOCK_OUTPUTS), tl.float32)
-    for first in range(0, middles, BLOCK_MIDDLES):
-        middle = first + tl.arange(0, BLOCK_MIDDLES)
+    for first in range(0, hidden, BLOCK_HIDDEN):
+        channel = first + tl.arange(0, BLOCK_HIDDEN)
         if DEPTHWISE:
-            made = _convolve_depthwise(
+            between = _convolve_depthwise(
                 x_ptr,
                 weight_ptr,
                 None,
                 weight_strides,
-                place,
+                tile,
                 geometry,
-                middle,
-                middles,
+                channel,
+                hidden,
                 KERNEL_HEIGHT,
                 KERNEL_WIDTH,
                 CHANNELS_LAST,
             )
-            made = made if CHANNELS_LAST else tl.trans(made)
+            between = between if CHANNELS_LAST else tl.trans(between)
         else:
-            made = _convolve(
+            between = _convolve(
                 x_ptr,
                 weight_ptr,
                 weight_strides,
-                place,
+                tile,
                 geometry,
-                middle,
-                middles,
+                channel,
+                hidden,
                 inputs,
                 KERNEL_HEIGHT,
                 KERNEL_WIDTH,
@@ -90,8 +126,8 @@ def conv_pointwise_kernel(
                 BLOCK_INPUTS,
             )
         if bias_ptr is not None:
-            made += tl.load(bias_ptr + middle, mask=middle < middles, other=0).to(tl.float32)[None, :]
-        sums = dot(made.to(x_ptr.dtype.element_ty), load_transposed(pointwise_ptr, output, outputs, middle, middles), sums)
+            between += tl.load(bias_ptr + channel, mask=channel < hidden, other=0).to(tl.float32)[None, :]
+        sums = dot(between.to(x_ptr.dtype.element_ty), load_transposed(pointwise_ptr, output, outputs, channel, hidden), sums)
     values = sums if CHANNELS_LAST else tl.trans(sums)
     _finish(
         values,
@@ -99,7 +135,7 @@ def conv_pointwise_kernel(
         residual_ptr,
         y_ptr,
         None,
-        place,
+        tile,
         pixels,
         output,
         outputs,
@@ -136,18 +172,49 @@ def conv_bordered_kernel(
     BLOCK_OUTPUTS: tl.constexpr,
     BLOCK_INPUTS: tl.constexpr,
 ):
-    """One program: BLOCK_POSITIONS positions of y by BLOCK_OUTPUTS of its channels, and an atomic for each of its counts."""
+    """Write activation(conv(x) + bias + the sum of tap_bias over the taps inside of the image + residual), and count states.
+
+    One program owns BLOCK_POSITIONS positions of y by BLOCK_OUTPUTS of its channels. It adds each of its counts by one
+    atomic.
+
+    Args:
+        x_ptr: `[batch, inputs, height, width]`, float32, bfloat16 or float16, as all tensors but the counts; any strides,
+            in `geometry`.
+        weight_ptr: `[outputs, inputs / groups, KERNEL_HEIGHT, KERNEL_WIDTH]`, with `weight_strides`.
+        bias_ptr: `[outputs]`, contiguous, or None.
+        tap_bias_ptr: `[outputs, KERNEL_HEIGHT, KERNEL_WIDTH]`, contiguous, or None.
+        residual_ptr: `[batch, outputs, y height, y_width]`, with the strides of y, or None.
+        y_ptr: `[batch, outputs, y height, y_width]`, without gaps in the format CHANNELS_LAST.
+        counts_ptr: int64 `[outputs, 3]`, contiguous, columns off, zero, on, or None.
+        positions: number of positions of y: batch * y height * y width.
+        pixel_multiples: pixels of an image of y, divided by PIXEL_MULTIPLE.
+        y_width: width of y.
+        geometry: see the head of this file.
+        weight_strides: see the head of this file.
+        inputs: number of channels of x.
+        outputs: number of channels of y.
+        parameters: tuple of the activation's parameters.
+        ACTIVATION: name of the activation.
+        KERNEL_HEIGHT: height of the weight.
+        KERNEL_WIDTH: width of the weight.
+        DEPTHWISE: whether each channel is convolved alone.
+        CHANNELS_LAST: whether x, residual and y are channels-last; otherwise columns are the fastest axis.
+        PIXEL_MULTIPLE: largest power of two, up to 16, that divides the pixels of an image of y.
+        BLOCK_POSITIONS: positions of a program.
+        BLOCK_OUTPUTS: channels of y of a program.
+        BLOCK_INPUTS: channels of x that are summed over at a time.
+    """
     program, output = _own_channels(outputs, BLOCK_OUTPUTS)
-    # A product tells the compiler the alignment of every image.
+    # As a product, the size of an image tells the compiler how every image is aligned.
     pixels = pixel_multiples * tl.full((), PIXEL_MULTIPLE, tl.int32)
-    place = _own_positions(program, positions, pixels, y_width, PIXEL_MULTIPLE, BLOCK_POSITIONS)
+    tile = _own_positions(program, positions, pixels, y_width, PIXEL_MULTIPLE, BLOCK_POSITIONS)
     if DEPTHWISE:
         values = _convolve_depthwise(
             x_ptr,
             weight_ptr,
             tap_bias_ptr,
             weight_strides,
-            place,
+            tile,
             geometry,
             output,
             outputs,
@@ -160,7 +227,7 @@ def conv_bordered_kernel(
             x_ptr,
             weight_ptr,
             weight_strides,
-            place,
+            tile,
             geometry,
             output,
             outputs,
@@ -171,16 +238,16 @@ def conv_bordered_kernel(
             BLOCK_INPUTS,
         )
         if tap_bias_ptr is not None:
-            sums = _add_tap_bias(sums, tap_bias_ptr, place, geometry, output, outputs, KERNEL_HEIGHT, KERNEL_WIDTH)
+            sums = _add_tap_bias(sums, tap_bias_ptr, tile, geometry, output, outputs, KERNEL_HEIGHT, KERNEL_WIDTH)
         values = sums if CHANNELS_LAST else tl.trans(sums)
     _finish(
-        values, bias_ptr, residual_ptr, y_ptr, counts_ptr, place, pixels, output, outputs, parameters, ACTIVATION, CHANNELS_LAST
+        values, bias_ptr, residual_ptr, y_ptr, counts_ptr, tile, pixels, output, outputs, parameters, ACTIVATION, CHANNELS_LAST
     )
 
 
 @triton.jit
 def _own_channels(channels, BLOCK_CHANNELS: tl.constexpr):
-    """Return which tile of positions this program owns, and its channels. Its neighbours have others of the same positions."""
+    """Return the number of the program's block of positions, and its channels. Neighbours share positions, not channels."""
     program = tl.program_id(0).to(tl.int64)
     blocks = tl.cdiv(channels, BLOCK_CHANNELS)
     return program // blocks, program % blocks * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
@@ -195,15 +262,15 @@ def _own_positions(
     PIXEL_MULTIPLE: tl.constexpr,
     BLOCK_POSITIONS: tl.constexpr,
 ):
-    """Return the image (64 bits), pixel, row and column of each position of the tile, and whether there is one."""
+    """Return `tile` for the block of positions that has this number."""
     first = program * BLOCK_POSITIONS
     lane = tl.arange(0, BLOCK_POSITIONS)
-    # One division of 64 bits for all: those of a lane are of 32.
+    # 64-bit divisions are slow: only the block as a whole takes one, and its lanes divide in 32 bits.
     pixel = (first % pixels).to(tl.int32) + lane
     image = first // pixels + pixel // pixels
     pixel = pixel % pixels
     row, column = pixel // y_width, pixel % y_width
-    # Images and tiles begin at multiples, which the compiler does not see through the division.
+    # Images and blocks begin at multiples of PIXEL_MULTIPLE, which the compiler does not see through the division.
     pixel = tl.max_contiguous(tl.multiple_of(pixel, PIXEL_MULTIPLE), PIXEL_MULTIPLE)
     image = tl.max_constancy(image, PIXEL_MULTIPLE)
     inside = tl.max_constancy(first + lane < positions, PIXEL_MULTIPLE)
@@ -211,9 +278,9 @@ def _own_positions(
 
 
 @triton.jit
-def _tap(place, geometry, tap_row, tap_column):
-    """Return where each position of the tile finds a tap in x, without the channel, and whether that is inside."""
-    image, _, row, column, inside = place
+def _tap(tile, geometry, tap_row, tap_column):
+    """Return where in x each position reads a tap (int64, without the channel), and whether that is inside of the image."""
+    image, _, row, column, inside = tile
     x_size, x_strides, stride, padding, dilation = geometry
     x_row = row * stride[0] - padding[0] + tap_row * dilation[0]
     x_column = column * stride[1] - padding[1] + tap_column * dilation[1]
@@ -227,7 +294,7 @@ def _convolve(
     x_ptr,
     weight_ptr,
     weight_strides,
-    place,
+    tile,
     geometry,
     channel,
     channels,
@@ -237,14 +304,14 @@ def _convolve(
     CHANNELS_LAST: tl.constexpr,
     BLOCK_INPUTS: tl.constexpr,
 ):
-    """Return the sums [positions, channels] over taps and inputs, in one loop over both so that its loads run ahead."""
-    sums = tl.zeros((place[0].shape[0], channel.shape[0]), tl.float32)
+    """Return the sums [positions, channels] over taps and inputs. One loop runs over both, so that its loads run ahead."""
+    sums = tl.zeros((tile[0].shape[0], channel.shape[0]), tl.float32)
     blocks = tl.cdiv(inputs, BLOCK_INPUTS)
     for step in range(KERNEL_HEIGHT * KERNEL_WIDTH * blocks):
         tap = step // blocks
         tap_row, tap_column = tap // KERNEL_WIDTH, tap % KERNEL_WIDTH
         input = step % blocks * BLOCK_INPUTS + tl.arange(0, BLOCK_INPUTS)
-        offset, inside = _tap(place, geometry, tap_row, tap_column)
+        offset, inside = _tap(tile, geometry, tap_row, tap_column)
         x = load_tile(x_ptr, offset, inside, input, inputs, geometry[1][1], CHANNELS_LAST)
         tap_ptr = weight_ptr + tap_row * weight_strides[2] + tap_column * weight_strides[3]
         weight = tl.load(
@@ -262,7 +329,7 @@ def _convolve_depthwise(
     weight_ptr,
     tap_bias_ptr,
     weight_strides,
-    place,
+    tile,
     geometry,
     channel,
     channels,
@@ -270,12 +337,12 @@ def _convolve_depthwise(
     KERNEL_WIDTH: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
 ):
-    """Return the sums over taps in the order of memory: [positions, channels] or [channels, positions]."""
-    positions, channels_axis = spread(place[0], channel, CHANNELS_LAST)
+    """Return the sums over taps, in the order of memory: [positions, channels] or [channels, positions]."""
+    positions, channels_axis = spread(tile[0], channel, CHANNELS_LAST)
     sums = tl.zeros((positions + channels_axis).shape, tl.float32)
     for tap_row in range(KERNEL_HEIGHT):
         for tap_column in range(KERNEL_WIDTH):
-            offset, inside = _tap(place, geometry, tap_row, tap_column)
+            offset, inside = _tap(tile, geometry, tap_row, tap_column)
             x = load_tile(x_ptr, offset, inside, channel, channels, geometry[1][1], CHANNELS_LAST).to(tl.float32)
             tap_ptr = weight_ptr + tap_row * weight_strides[2] + tap_column * weight_strides[3]
             weight = tl.load(tap_ptr + channel * weight_strides[0], mask=channel < channels, other=0).to(tl.float32)
@@ -284,7 +351,7 @@ def _convolve_depthwise(
             if tap_bias_ptr is not None:
                 tap = channel * (KERNEL_HEIGHT * KERNEL_WIDTH) + tap_row * KERNEL_WIDTH + tap_column
                 tap_bias = tl.load(tap_bias_ptr + tap, mask=channel < channels, other=0).to(tl.float32)
-                sums += tl.where(inside, spread(place[0], tap_bias, CHANNELS_LAST)[1], 0.0)
+                sums += tl.where(inside, spread(tile[0], tap_bias, CHANNELS_LAST)[1], 0.0)
     return sums
 
 
@@ -292,20 +359,20 @@ def _convolve_depthwise(
 def _add_tap_bias(
     sums,
     tap_bias_ptr,
-    place,
+    tile,
     geometry,
     channel,
     channels,
     KERNEL_HEIGHT: tl.constexpr,
     KERNEL_WIDTH: tl.constexpr,
 ):
-    """Add what the taps inside of the image add, as a matrix product: which taps are inside, 0 or 1, by `tap_bias`."""
+    """Add tap_bias over the taps inside of the image: the matrix product of `is the tap inside` (0 or 1) and tap_bias."""
     taps: tl.constexpr = KERNEL_HEIGHT * KERNEL_WIDTH
-    image, pixel, row, column, inside = place
-    place = (image[:, None], pixel[:, None], row[:, None], column[:, None], inside[:, None])
+    image, pixel, row, column, inside = tile
+    tile = (image[:, None], pixel[:, None], row[:, None], column[:, None], inside[:, None])
     for first in range(0, taps, 16):
         tap = first + tl.arange(0, 16)
-        _, reached = _tap(place, geometry, (tap // KERNEL_WIDTH)[None, :], (tap % KERNEL_WIDTH)[None, :])
+        _, reached = _tap(tile, geometry, (tap // KERNEL_WIDTH)[None, :], (tap % KERNEL_WIDTH)[None, :])
         tap_bias = load_transposed(tap_bias_ptr, channel, channels, tap, taps)
         sums = dot(reached.to(tl.float32).to(tap_bias.dtype), tap_bias, sums)
     return sums
@@ -318,7 +385,7 @@ def _finish(
     residual_ptr,
     y_ptr,
     counts_ptr,
-    place,
+    tile,
     pixels,
     channel,
     channels,
@@ -326,8 +393,8 @@ def _finish(
     ACTIVATION: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
 ):
-    """Add bias and residual, count the states of what y's dtype makes of that, and write its activation."""
-    image, pixel, _, _, inside = place
+    """Add bias and residual, count the states of the sum rounded to y's dtype, and write the activation of the sum."""
+    image, pixel, _, _, inside = tile
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + channel, mask=channel < channels, other=0).to(tl.float32)
         values += spread(pixel, bias, CHANNELS_LAST)[1]
@@ -335,8 +402,8 @@ def _finish(
         offset = (image * pixels + pixel)[:, None] * channels + channel[None, :]
     else:
         offset = (image * channels)[None, :] * pixels + channel.to(tl.int64)[:, None] * pixels + pixel[None, :]
-    inside, known = spread(inside, channel < channels, CHANNELS_LAST)
-    written = inside & known
+    inside, exists = spread(inside, channel < channels, CHANNELS_LAST)
+    written = inside & exists
     if residual_ptr is not None:
         values += tl.load(residual_ptr + offset, mask=written, other=0).to(tl.float32)
     if counts_ptr is not None:
@@ -348,7 +415,10 @@ def _finish(
 
 @triton.jit
 def _add_tile_counts(counts_ptr, x, channel, channels, AXIS: tl.constexpr):
-    """Add the states of a tile, over AXIS, to `counts_ptr` [channels, 3]. It is short: its three counts fit in one sum."""
+    """Add the states of the tile `x`, summed over AXIS, to `counts_ptr` [channels, 3].
+
+    A tile has fewer positions than a lane can count, so that one sum holds all three packed counters.
+    """
     counts = tl.sum(count_lanes((tl.zeros(x.shape, tl.int32),), x, (), 1, 0)[0], AXIS)
     for state in tl.static_range(3):
         atomic_add(counts_ptr + channel * 3 + state, unpack(counts, (1, 2, 0)[state]), channel < channels)

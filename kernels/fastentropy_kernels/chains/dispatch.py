@@ -1,4 +1,4 @@
-"""Which implementation runs a fused chain."""
+"""The choice of the implementation that runs a fused chain."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ from fastentropy_kernels.dispatch import unavailable_reason
 
 @cache
 def chain_kernels(impl: str, device_type: str) -> ModuleType:
-    """Return the module whose functions run fused chains: for "auto" Triton on CUDA, the reference elsewhere."""
+    """Return the module that runs fused chains: for "auto" Triton on CUDA, and the reference elsewhere.
+
+    Raises:
+        ValueError: the implementation does not run on this type of device.
+    """
     device = torch.device(device_type)
     if impl == "auto":
         impl = "triton" if device_type == "cuda" and not unavailable_reason("triton", device) else "reference"

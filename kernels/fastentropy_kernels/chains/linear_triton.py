@@ -1,8 +1,9 @@
-"""GPU: two linear layers in one kernel."""
+"""GPU: two linear layers in one kernel. What lies between them stays in registers."""
 
+# Kernels have no types, and Triton's decorator has none either.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
 from __future__ import annotations
 
-# mypy: disable-error-code="assignment, misc, no-untyped-def, no-untyped-call, untyped-decorator"
 import triton
 import triton.language as tl
 
@@ -21,7 +22,7 @@ def linear_pair_kernel(
     y_ptr,
     rows,
     inputs,
-    middles,
+    hidden,
     outputs,
     x_row_stride,
     residual_row_stride,
@@ -29,25 +30,50 @@ def linear_pair_kernel(
     ACTIVATION: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_OUTPUTS: tl.constexpr,
-    BLOCK_MIDDLES: tl.constexpr,
+    BLOCK_HIDDEN: tl.constexpr,
     BLOCK_INPUTS: tl.constexpr,
 ):
-    """One program: BLOCK_ROWS whole rows of y. It makes their intermediate once, then y BLOCK_OUTPUTS at a time."""
+    """Write activation(linear2(linear1(x)) + residual).
+
+    One program owns BLOCK_ROWS whole rows of y. It computes all their hidden values once, rounds them to the dtype of x,
+    which the second product takes, and then makes y BLOCK_OUTPUTS columns at a time.
+
+    Args:
+        x_ptr: `[rows, inputs]`, float32, bfloat16 or float16, as all tensors; values of a row lie side by side.
+        weight1_ptr: `[hidden, inputs]`, contiguous.
+        bias1_ptr: `[hidden]`, contiguous, or None.
+        weight2_ptr: `[outputs, hidden]`, contiguous.
+        bias2_ptr: `[outputs]`, contiguous, or None.
+        residual_ptr: `[rows, outputs]`, values of a row side by side, or None.
+        y_ptr: `[rows, outputs]`, contiguous.
+        rows: number of rows of x, of the residual and of y.
+        inputs: number of columns of x.
+        hidden: number of values between the two layers, at most BLOCK_HIDDEN.
+        outputs: number of columns of y.
+        x_row_stride: distance between two rows of x in values.
+        residual_row_stride: distance between two rows of the residual in values; 0 without a residual.
+        parameters: tuple of the activation's parameters.
+        ACTIVATION: name of the activation.
+        BLOCK_ROWS: rows of a program.
+        BLOCK_OUTPUTS: columns of y that are made at a time.
+        BLOCK_HIDDEN: hidden values of a row, rounded up to a power of two.
+        BLOCK_INPUTS: columns of x that are summed over at a time.
+    """
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     inside = row < rows
-    middle = tl.arange(0, BLOCK_MIDDLES)
-    made = tl.zeros((BLOCK_ROWS, BLOCK_MIDDLES), tl.float32)
+    unit = tl.arange(0, BLOCK_HIDDEN)
+    between = tl.zeros((BLOCK_ROWS, BLOCK_HIDDEN), tl.float32)
     for first in range(0, inputs, BLOCK_INPUTS):
         input = first + tl.arange(0, BLOCK_INPUTS)
         x = load_tile(x_ptr, row * x_row_stride, inside, input, inputs, 1, True)
-        made = dot(x, load_transposed(weight1_ptr, middle, middles, input, inputs), made)
+        between = dot(x, load_transposed(weight1_ptr, unit, hidden, input, inputs), between)
     if bias1_ptr is not None:
-        made += tl.load(bias1_ptr + middle, mask=middle < middles, other=0).to(tl.float32)[None, :]
-    made = made.to(x_ptr.dtype.element_ty)
+        between += tl.load(bias1_ptr + unit, mask=unit < hidden, other=0).to(tl.float32)[None, :]
+    between = between.to(x_ptr.dtype.element_ty)
     for first in range(0, outputs, BLOCK_OUTPUTS):
         output = first + tl.arange(0, BLOCK_OUTPUTS)
         sums = tl.zeros((BLOCK_ROWS, BLOCK_OUTPUTS), tl.float32)
-        values = dot(made, load_transposed(weight2_ptr, output, outputs, middle, middles), sums)
+        values = dot(between, load_transposed(weight2_ptr, output, outputs, unit, hidden), sums)
         if bias2_ptr is not None:
             values += tl.load(bias2_ptr + output, mask=output < outputs, other=0).to(tl.float32)[None, :]
         if residual_ptr is not None:

@@ -1,17 +1,19 @@
-"""The fused chains as PyTorch operators: what torch.compile and torch.export trace. They have no gradients.
+"""The fused chains as PyTorch operators, which torch.compile and torch.export trace. They have no gradients.
 
-Arguments are those of `chain_arguments`, complete. Plain eager calls do not come here, as in `registration`.
+The functions of `api` call them with checked and complete arguments, except in plain eager mode: there the kernels are
+launched directly.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastentropy_kernels.chains.dispatch import chain_kernels
-from fastentropy_kernels.layout import convolved_size, empty_images
+from fastentropy_kernels.chains.operators import Convolution, LinearPair
 
 
 @torch.library.custom_op("fastentropy_kernels::conv_pointwise", mutates_args=())
@@ -30,28 +32,16 @@ def conv_pointwise(
     impl: str,
 ) -> Tensor:
     """Return y."""
-    y: Tensor = chain_kernels(impl, x.device.type).conv_pointwise(
-        x, weight, bias, pointwise_weight, pointwise_bias, residual, stride, padding, dilation, groups, activation
-    )
+    convolution = Convolution(x, weight, bias, stride, padding, dilation, groups)
+    kernels = chain_kernels(impl, x.device.type)
+    y: Tensor = kernels.conv_pointwise(convolution, pointwise_weight, pointwise_bias, residual, activation)
     return y
 
 
 @conv_pointwise.register_fake
-def _(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    pointwise_weight: Tensor,
-    pointwise_bias: Tensor | None,
-    residual: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    activation: str,
-    impl: str,
-) -> Tensor:
-    return empty_images(x, pointwise_weight.shape[0], convolved_size(x, weight, stride, padding, dilation))
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, pointwise_weight: Tensor, *others: Any) -> Tensor:
+    _pointwise_bias, _residual, *geometry, _activation, _impl = others
+    return Convolution(x, weight, bias, *geometry).empty_output(pointwise_weight.shape[0])
 
 
 @torch.library.custom_op("fastentropy_kernels::conv_bordered", mutates_args=())
@@ -69,32 +59,22 @@ def conv_bordered(
     counted: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    """Return y and the counts [out, 3] of this call, [0, 3] unless `counted`."""
+    """Return y and the counts of this call: [out, 3], or [0, 3] unless `counted`."""
+    convolution = Convolution(x, weight, bias, stride, padding, dilation, groups)
     counts = _counters(x, weight, counted)
-    y: Tensor = chain_kernels(impl, x.device.type).conv_bordered(
-        *(x, weight, bias, tap_bias, residual, stride, padding, dilation, groups, activation),
-        counts if counted else None,
-    )
+    kernels = chain_kernels(impl, x.device.type)
+    y: Tensor = kernels.conv_bordered(convolution, tap_bias, residual, activation, counts if counted else None)
     return y, counts
 
 
 @conv_bordered.register_fake
-def _(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    tap_bias: Tensor | None,
-    residual: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    activation: str,
-    counted: bool,
-    impl: str,
-) -> tuple[Tensor, Tensor]:
-    y = empty_images(x, weight.shape[0], convolved_size(x, weight, stride, padding, dilation))
-    return y, _counters(x, weight, counted)
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, tap_bias: Tensor | None, *others: Any) -> tuple[Tensor, Tensor]:
+    _residual, *geometry, _activation, counted, _impl = others
+    return Convolution(x, weight, bias, *geometry).empty_output(weight.shape[0]), _counters(x, weight, counted)
+
+
+def _counters(x: Tensor, weight: Tensor, counted: bool) -> Tensor:
+    return x.new_zeros((weight.shape[0] if counted else 0, 3), dtype=torch.int64)
 
 
 @torch.library.custom_op("fastentropy_kernels::linear_pair", mutates_args=())
@@ -109,24 +89,11 @@ def linear_pair(
     impl: str,
 ) -> Tensor:
     """Return y."""
-    kernels = chain_kernels(impl, x.device.type)
-    y: Tensor = kernels.linear_pair(x, weight1, bias1, weight2, bias2, residual, activation)
+    pair = LinearPair(x, weight1, bias1, weight2, bias2)
+    y: Tensor = chain_kernels(impl, x.device.type).linear_pair(pair, residual, activation)
     return y
 
 
 @linear_pair.register_fake
-def _(
-    x: Tensor,
-    weight1: Tensor,
-    bias1: Tensor | None,
-    weight2: Tensor,
-    bias2: Tensor | None,
-    residual: Tensor | None,
-    activation: str,
-    impl: str,
-) -> Tensor:
-    return x.new_empty((*x.shape[:-1], weight2.shape[0]))
-
-
-def _counters(x: Tensor, weight: Tensor, counted: bool) -> Tensor:
-    return x.new_zeros((weight.shape[0] if counted else 0, 3), dtype=torch.int64)
+def _(x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None, *_others: Any) -> Tensor:
+    return LinearPair(x, weight1, bias1, weight2, bias2).empty_output()

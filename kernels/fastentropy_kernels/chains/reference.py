@@ -1,11 +1,10 @@
-"""The oracle of the fused chains, in plain PyTorch: float32 from the first operator to the activation, rounded once.
+"""The reference of the fused chains, in plain PyTorch: float32 from the first operator to the activation, rounded once.
 
 float64 is computed in float64. On a GPU, float32 is multiplied as PyTorch's settings for TF32 say.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import overload
 
 import torch
@@ -13,74 +12,60 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastentropy_kernels import activations
-from fastentropy_kernels.layout import empty_images
+from fastentropy_kernels.chains.operators import Convolution, LinearPair
 from fastentropy_kernels.states import reference
 
 
 def conv_pointwise(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
+    convolution: Convolution,
     pointwise_weight: Tensor,
     pointwise_bias: Tensor | None,
     residual: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
     activation: str,
 ) -> Tensor:
-    """Return activation(pointwise(conv(x) + bias) + pointwise_bias + residual), with pointwise_weight [out, mid]."""
-    with activations.no_autocast(x.device.type):
-        middle = F.conv2d(_wide(x), _wide(weight), _wide(bias), tuple(stride), tuple(padding), tuple(dilation), groups)
-        values = F.conv2d(middle, _wide(pointwise_weight)[:, :, None, None], _wide(pointwise_bias))
-        return _laid_out_as(x, _activated(_sum(values, residual), activation, x))
+    """Return activation(pointwise(convolution) + residual), with pointwise_weight [out, hidden]."""
+    with activations.no_autocast(convolution.x.device.type):
+        hidden = _convolve(convolution)
+        values = F.conv2d(hidden, _wide(pointwise_weight)[:, :, None, None], _wide(pointwise_bias))
+        return _formatted(_activated(_sum(values, residual), activation, convolution.x), convolution)
 
 
 def conv_bordered(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
+    convolution: Convolution,
     tap_bias: Tensor | None,
     residual: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
     activation: str,
     counts: Tensor | None,
 ) -> Tensor:
-    """Return activation(conv(x) + bias + the sum of tap_bias [out, height, width] over taps inside of x + residual).
+    """Return activation(convolution + the sum of tap_bias over the taps inside of the image + residual).
 
-    The states of what the activation is taken of, rounded to the dtype of x, are added to `counts` [out, 3].
+    The states of the activation's argument, rounded to the dtype of x, are added to `counts` [out, 3].
     """
-    geometry = (tuple(stride), tuple(padding), tuple(dilation))
+    x = convolution.x
     with activations.no_autocast(x.device.type):
-        values = F.conv2d(_wide(x), _wide(weight), _wide(bias), *geometry, groups)
+        values = _convolve(convolution)
         if tap_bias is not None:
-            # Where a tap is inside, an image of ones has a one; outside it is padded like any other, with zero.
+            # In an image of ones, a tap reads 1 inside of the image, and in the padding it reads 0.
             ones = values.new_ones((1, 1, *x.shape[2:]))
-            values = values + F.conv2d(ones, _wide(tap_bias)[:, None], None, *geometry)
+            values = values + _convolve(convolution._replace(x=ones, weight=tap_bias[:, None], bias=None, groups=1))
         values = _sum(values, residual)
         if counts is not None:
             reference.add_states(values.to(x.dtype), counts, 1)
-        return _laid_out_as(x, _activated(values, activation, x))
+        return _formatted(_activated(values, activation, x), convolution)
 
 
-def linear_pair(
-    x: Tensor,
-    weight1: Tensor,
-    bias1: Tensor | None,
-    weight2: Tensor,
-    bias2: Tensor | None,
-    residual: Tensor | None,
-    activation: str,
-) -> Tensor:
+def linear_pair(pair: LinearPair, residual: Tensor | None, activation: str) -> Tensor:
     """Return activation(linear2(linear1(x)) + residual), contiguous."""
+    x, weight1, bias1, weight2, bias2 = pair
     with activations.no_autocast(x.device.type):
-        middle = F.linear(_wide(x), _wide(weight1), _wide(bias1))
-        values = _sum(F.linear(middle, _wide(weight2), _wide(bias2)), residual)
+        hidden = F.linear(_wide(x), _wide(weight1), _wide(bias1))
+        values = _sum(F.linear(hidden, _wide(weight2), _wide(bias2)), residual)
         return _activated(values, activation, x).contiguous()
+
+
+def _convolve(convolution: Convolution) -> Tensor:
+    x, weight, bias, stride, padding, dilation, groups = convolution
+    return F.conv2d(_wide(x), _wide(weight), _wide(bias), tuple(stride), tuple(padding), tuple(dilation), groups)
 
 
 @overload
@@ -104,10 +89,10 @@ def _activated(values: Tensor, activation: str, x: Tensor) -> Tensor:
     return activations.activate(values, activation, parameters).to(x.dtype)
 
 
-def _laid_out_as(x: Tensor, y: Tensor) -> Tensor:
-    """Return images in the memory format of `x`, which PyTorch's convolutions do not always keep.
+def _formatted(y: Tensor, convolution: Convolution) -> Tensor:
+    """Return images in the memory format of x, which PyTorch's convolutions do not always keep.
 
-    The strides are those that tracers are told, also where axes of one leave a choice.
+    The strides are exactly those that tracers are told, also for sizes of 1, where several strides mean the same.
     """
-    laid_out = empty_images(x, y.shape[1], (y.shape[2], y.shape[3]))
-    return y if y.stride() == laid_out.stride() else laid_out.copy_(y)
+    output = convolution.empty_output(y.shape[1])
+    return y if y.stride() == output.stride() else output.copy_(y)

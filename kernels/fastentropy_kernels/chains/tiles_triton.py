@@ -1,8 +1,13 @@
-"""GPU: loads and products of tiles that the chain kernels share."""
+"""GPU: loads and products of tiles, which all chain kernels share.
 
+A tile has an axis of positions (pixels or rows) and an axis of channels, in the order of memory. Products are summed in
+float32. float32 is multiplied exactly, without TF32; 16-bit formats run on the matrix units.
+"""
+
+# Kernels have no types, and Triton's decorator has none either.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
 from __future__ import annotations
 
-# mypy: disable-error-code="assignment, misc, no-untyped-def, no-untyped-call, untyped-decorator"
 import triton
 import triton.language as tl
 
@@ -12,8 +17,26 @@ _INTERPRETED: tl.constexpr = tl.constexpr(INTERPRETED)
 
 
 @triton.jit
+def load_tile(pointer, offset, inside, channel, channels, channel_stride, CHANNELS_LAST: tl.constexpr):
+    """Load a tile of positions and channels in the order of memory. What lies outside reads as 0, which adds nothing.
+
+    Args:
+        pointer: the first value of images or rows, in any float dtype.
+        offset: int64 `[positions]`, where each position begins, counted in values.
+        inside: bool `[positions]`, whether there is something to read.
+        channel: int32 `[block]`, the channels of the tile.
+        channels: how many channels there are.
+        channel_stride: distance between channels in values.
+        CHANNELS_LAST: whether the tile is `[positions, block]`, with channels as the fastest axis, or its transpose.
+    """
+    offset, along_channels = spread(offset, channel.to(tl.int64) * channel_stride, CHANNELS_LAST)
+    inside, exists = spread(inside, channel < channels, CHANNELS_LAST)
+    return tl.load(pointer + offset + along_channels, mask=inside & exists, other=0)
+
+
+@triton.jit
 def spread(along_positions, along_channels, CHANNELS_LAST: tl.constexpr):
-    """See two vectors as the axes of a tile in the order of memory, whose last axis is the fastest."""
+    """Return two vectors as the axes of a tile in the order of memory: its last axis is the fastest."""
     if CHANNELS_LAST:
         return along_positions[:, None], along_channels[None, :]
     else:
@@ -21,16 +44,8 @@ def spread(along_positions, along_channels, CHANNELS_LAST: tl.constexpr):
 
 
 @triton.jit
-def load_tile(pointer, offset, inside, channel, channels, channel_stride, CHANNELS_LAST: tl.constexpr):
-    """Load positions by channels in the order of memory; what lies outside reads as 0, which adds nothing."""
-    offset, along_channels = spread(offset, channel.to(tl.int64) * channel_stride, CHANNELS_LAST)
-    inside, known = spread(inside, channel < channels, CHANNELS_LAST)
-    return tl.load(pointer + offset + along_channels, mask=inside & known, other=0)
-
-
-@triton.jit
 def load_transposed(pointer, row, rows, column, columns):
-    """Load a tile of a contiguous matrix [rows, columns] as [column, row]."""
+    """Load a tile `[column, row]` of the contiguous matrix `[rows, columns]` at `pointer`. What lies outside reads as 0."""
     return tl.load(
         pointer + column[:, None] + row[None, :].to(tl.int64) * columns,
         mask=(column < columns)[:, None] & (row < rows)[None, :],
@@ -40,8 +55,8 @@ def load_transposed(pointer, row, rows, column, columns):
 
 @triton.jit
 def dot(left, right, sums):
-    """Add the matrix product in float32."""
-    if _INTERPRETED:  # which would multiply the bit patterns of bfloat16
+    """Return `sums` plus the matrix product, in float32."""
+    if _INTERPRETED:  # the interpreter would multiply the bit patterns of bfloat16
         left = left.to(tl.float32)
         right = right.to(tl.float32)
     return tl.dot(left, right, sums, input_precision="ieee")

@@ -1,74 +1,34 @@
-"""What a caller may ask of the fused chains: every argument checked before anything runs, one line for what does not fit.
-
-What comes out is complete, in the order in which the operators and all implementations take it.
-"""
+"""Checks of all arguments of the fused chains, before anything runs. What does not fit is refused in one line."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastentropy_kernels.activations import ACTIVATIONS
-from fastentropy_kernels.layout import convolved_size
+from fastentropy_kernels.chains.operators import Convolution, LinearPair
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 IMPLEMENTATIONS = ("auto", "triton", "reference")
 MOST_MIDDLES = 128
-"""How wide the values between two linear layers may be: a program keeps whole rows of them in registers."""
+"""The most hidden values that `linear_pair` takes: a program keeps all of them in registers, for each of its rows."""
 
 MOST_PIXELS = 2**31 - 2**10
-"""How large an image may be: the kernels count pixels in 32 bits."""
+"""The most pixels of an image: the kernels count pixels in 32 bits."""
 
 
-class ConvPointwise(NamedTuple):
-    """The arguments of `conv_pointwise`; pointwise_weight is [out, mid]."""
-
-    x: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    pointwise_weight: Tensor
-    pointwise_bias: Tensor | None
-    residual: Tensor | None
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
-    groups: int
-    activation: str
-
-
-class ConvBordered(NamedTuple):
-    """The arguments of `conv_bordered`, without counts."""
-
-    x: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    tap_bias: Tensor | None
-    residual: Tensor | None
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
-    groups: int
-    activation: str
-
-
-class LinearPair(NamedTuple):
-    """The arguments of `linear_pair`."""
-
-    x: Tensor
-    weight1: Tensor
-    bias1: Tensor | None
-    weight2: Tensor
-    bias2: Tensor | None
-    residual: Tensor | None
-    activation: str
-
-
-def checked_conv_pointwise(request: ConvPointwise, impl: str) -> ConvPointwise:
-    """Check the arguments of `conv_pointwise`."""
-    x, weight, bias, pointwise_weight, pointwise_bias, residual, *_ = request
+def check_conv_pointwise(
+    convolution: Convolution,
+    pointwise_weight: Tensor,
+    pointwise_bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+    impl: str,
+) -> Tensor:
+    """Check the arguments of `conv_pointwise` and return pointwise_weight as [out, hidden]."""
+    x, weight, bias, *_ = convolution
     tensors = {
         "weight": weight,
         "bias": bias,
@@ -76,28 +36,34 @@ def checked_conv_pointwise(request: ConvPointwise, impl: str) -> ConvPointwise:
         "pointwise_bias": pointwise_bias,
         "residual": residual,
     }
-    _check_common(x, tensors, request.activation, impl)
-    size = _checked_convolution(request)
-    middles = weight.shape[0]
+    _check_common(x, tensors, activation, impl)
+    size = _checked_output_size(convolution)
+    hidden = weight.shape[0]
     if pointwise_weight.ndim == 4 and pointwise_weight.shape[2:] == (1, 1):
         pointwise_weight = pointwise_weight.flatten(1)
-    if pointwise_weight.ndim != 2 or pointwise_weight.shape[1] != middles or pointwise_weight.shape[0] == 0:
+    if pointwise_weight.ndim != 2 or pointwise_weight.shape[1] != hidden or pointwise_weight.shape[0] == 0:
         raise ValueError(
-            f"pointwise_weight: got shape {list(pointwise_weight.shape)}, expected [out, {middles}] or [out, {middles}, 1, 1]"
+            f"pointwise_weight: got shape {list(pointwise_weight.shape)}, expected [out, {hidden}] or [out, {hidden}, 1, 1]"
         )
     outputs = pointwise_weight.shape[0]
-    _check_shape("bias", bias, (middles,))
+    _check_shape("bias", bias, (hidden,))
     _check_shape("pointwise_bias", pointwise_bias, (outputs,))
     _check_shape("residual", residual, (x.shape[0], outputs, *size))
-    return request._replace(pointwise_weight=pointwise_weight)
+    return pointwise_weight
 
 
-def checked_conv_bordered(request: ConvBordered, counts: Tensor | None, impl: str) -> ConvBordered:
+def check_conv_bordered(
+    convolution: Convolution,
+    tap_bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+    counts: Tensor | None,
+    impl: str,
+) -> None:
     """Check the arguments of `conv_bordered`."""
-    x, weight, bias, tap_bias, residual, *_ = request
-    tensors = {"weight": weight, "bias": bias, "tap_bias": tap_bias, "residual": residual}
-    _check_common(x, tensors, request.activation, impl)
-    size = _checked_convolution(request)
+    x, weight, bias, *_ = convolution
+    _check_common(x, {"weight": weight, "bias": bias, "tap_bias": tap_bias, "residual": residual}, activation, impl)
+    size = _checked_output_size(convolution)
     outputs = weight.shape[0]
     _check_shape("bias", bias, (outputs,))
     _check_shape("tap_bias", tap_bias, (outputs, *weight.shape[2:]))
@@ -108,31 +74,29 @@ def checked_conv_bordered(request: ConvBordered, counts: Tensor | None, impl: st
         _check_shape("counts", counts, (outputs, 3))
         if not counts.is_contiguous():
             raise ValueError(f"counts: got strides {list(counts.stride())}, expected contiguous memory")
-    return request
 
 
-def checked_linear_pair(request: LinearPair, impl: str) -> LinearPair:
+def check_linear_pair(pair: LinearPair, residual: Tensor | None, activation: str, impl: str) -> None:
     """Check the arguments of `linear_pair`."""
-    x, weight1, bias1, weight2, bias2, residual, activation = request
+    x, weight1, bias1, weight2, bias2 = pair
     tensors = {"weight1": weight1, "bias1": bias1, "weight2": weight2, "bias2": bias2, "residual": residual}
     _check_common(x, tensors, activation, impl)
     if x.ndim == 0 or x.shape[-1] == 0:
         raise ValueError(f"x: got shape {list(x.shape)}, expected [..., in]")
     if weight1.ndim != 2 or weight1.shape[1] != x.shape[-1] or weight1.shape[0] == 0:
-        raise ValueError(f"weight1: got shape {list(weight1.shape)}, expected [mid, {x.shape[-1]}], as in torch.nn.Linear")
-    middles = weight1.shape[0]
-    if middles > MOST_MIDDLES:
-        raise ValueError(f"weight1: got {middles} rows, expected at most {MOST_MIDDLES} (or use two calls of F.linear)")
-    if weight2.ndim != 2 or weight2.shape[1] != middles or weight2.shape[0] == 0:
-        raise ValueError(f"weight2: got shape {list(weight2.shape)}, expected [out, {middles}], as in torch.nn.Linear")
-    _check_shape("bias1", bias1, (middles,))
+        raise ValueError(f"weight1: got shape {list(weight1.shape)}, expected [hidden, {x.shape[-1]}], as in torch.nn.Linear")
+    hidden = weight1.shape[0]
+    if hidden > MOST_MIDDLES:
+        raise ValueError(f"weight1: got {hidden} rows, expected at most {MOST_MIDDLES} (or use two calls of F.linear)")
+    if weight2.ndim != 2 or weight2.shape[1] != hidden or weight2.shape[0] == 0:
+        raise ValueError(f"weight2: got shape {list(weight2.shape)}, expected [out, {hidden}], as in torch.nn.Linear")
+    _check_shape("bias1", bias1, (hidden,))
     _check_shape("bias2", bias2, (weight2.shape[0],))
     _check_shape("residual", residual, (*x.shape[:-1], weight2.shape[0]))
-    return request
 
 
 def _check_common(x: Tensor, tensors: dict[str, Tensor | None], activation: str, impl: str) -> None:
-    """Check what all have in common: dtype, device, no gradient, activation and implementation."""
+    """Check dtype, device, gradients, activation and implementation."""
     if x.dtype not in DTYPES:
         raise TypeError(f"x: got {x.dtype}, expected one of {', '.join(map(str, DTYPES))}")
     for name, tensor in tensors.items():
@@ -141,7 +105,7 @@ def _check_common(x: Tensor, tensors: dict[str, Tensor | None], activation: str,
     if torch.is_grad_enabled():
         for name, tensor in {"x": x, **tensors}.items():
             if tensor is not None and tensor.requires_grad:
-                raise ValueError(f"{name}: requires a gradient, which a fused chain does not have; use torch.no_grad()")
+                raise ValueError(f"{name}: requires a gradient, but fused chains have no backward pass; use torch.no_grad()")
     if activation not in ACTIVATIONS or activation == "prelu":
         names = ", ".join(name for name in ACTIVATIONS if name != "prelu")
         raise ValueError(f"activation: got {activation!r}, expected one of {names}")
@@ -149,9 +113,9 @@ def _check_common(x: Tensor, tensors: dict[str, Tensor | None], activation: str,
         raise ValueError(f"impl: got {impl!r}, expected {', '.join(IMPLEMENTATIONS)}")
 
 
-def _checked_convolution(request: ConvPointwise | ConvBordered) -> tuple[int, int]:
-    """Check the convolution and return the height and width of what it makes."""
-    x, weight, groups = request.x, request.weight, request.groups
+def _checked_output_size(convolution: Convolution) -> tuple[int, int]:
+    """Check the convolution and return the height and width of its output."""
+    x, weight, _, stride, padding, dilation, groups = convolution
     if x.ndim != 4 or 0 in x.shape[1:]:
         raise ValueError(f"x: got shape {list(x.shape)}, expected [batch, in, height, width] (or x[None] for one image)")
     if weight.ndim != 4 or 0 in weight.shape:
@@ -163,9 +127,10 @@ def _checked_convolution(request: ConvPointwise | ConvBordered) -> tuple[int, in
         )
     if weight.shape[1] != inputs // groups:
         raise ValueError(f"weight: got {weight.shape[1]} inputs, expected {inputs // groups}: {inputs} channels / {groups}")
-    for name, least in (("stride", 1), ("padding", 0), ("dilation", 1)):
-        _check_pair(name, getattr(request, name), least)
-    size = convolved_size(x, weight, request.stride, request.padding, request.dilation)
+    _check_pair("stride", stride, 1)
+    _check_pair("padding", padding, 0)
+    _check_pair("dilation", dilation, 1)
+    size = convolution.output_size()
     if min(size) < 1:
         raise ValueError(
             f"x: got images of {list(x.shape[2:])}, smaller than the kernel of {list(weight.shape[2:])}; give more padding"

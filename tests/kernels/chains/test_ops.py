@@ -1,4 +1,4 @@
-"""The fused chains in compiled, exported and fake programs: what eager calls give."""
+"""The fused chains give the results of eager calls in compiled, exported and fake programs."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def forget_compiled():
 
 
 class Chain(nn.Module):
-    """One of the functions with weights; called with x it returns y, and counts where it has them."""
+    """A function with its weights: a call with x returns y and, where the name says so, counts states."""
 
     def __init__(self, name, dtype=torch.float32, residual=False):
         super().__init__()
@@ -58,7 +58,7 @@ def example(name, batch=4, channels_last=False):
 
 
 def assert_runs_as_eager(program, chain, name, channels_last=False, batches=(4,)):
-    """Run a program of `chain`, whose buffers it counts in, beside a copy that runs eagerly."""
+    """Compare a program of `chain` with a copy of `chain` that runs eagerly, the counts included."""
     eager = Chain(name)
     eager.load_state_dict(chain.state_dict())
     for batch in batches:
@@ -71,9 +71,10 @@ def assert_runs_as_eager(program, chain, name, channels_last=False, batches=(4,)
             assert torch.equal(program.counts, eager.counts)
 
 
+@pytest.mark.slow
 @each
 @each_format
-def test_compiled_whole(name, channels_last):
+def test_compiled_equals_eager(name, channels_last):
     chain = Chain(name)
     chain.compile(fullgraph=True, backend="aot_eager")
     assert_runs_as_eager(chain, chain, name, channels_last, batches=(4, 4))
@@ -92,7 +93,7 @@ def test_exported_for_any_batch(name, channels_last, strict):
 
 
 @each
-def test_parameters_that_need_gradients_are_refused_while_tracing(name):
+def test_gradients_are_refused_while_tracing(name):
     chain = Chain(name)
     chain.weight, chain.first = nn.Parameter(chain.weight), nn.Parameter(chain.first)
     with pytest.raises(ValueError, match="requires a gradient"):
@@ -103,7 +104,7 @@ def test_parameters_that_need_gradients_are_refused_while_tracing(name):
 
 @each
 @each_format
-def test_fake_tensors(name, channels_last):
+def test_fake_tensors_have_the_real_format(name, channels_last):
     x, chain = example(name, 4, channels_last), Chain(name)
     y = chain(x)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
@@ -111,9 +112,10 @@ def test_fake_tensors(name, channels_last):
     assert (fake.shape, fake.dtype, fake.stride()) == (y.shape, y.dtype, y.stride())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @each_format
-def test_operators_do_what_they_declare(dtype, channels_last):
+def test_opcheck(dtype, channels_last):
     x, rows = random_tensor((2, 3, 5, 4), dtype, channels_last), random_tensor((3, 2, 7), dtype)
     weight, bias, factors = (random_tensor(shape, dtype) for shape in ((4, 3, 2, 2), (4,), (5, 4)))
     geometry = ([1, 2], [1, 0], [1, 1], 1)

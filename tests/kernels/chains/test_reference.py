@@ -1,4 +1,4 @@
-"""The reference of the fused chains against the operators that they stand for, in float64 and one after the other."""
+"""The reference of the fused chains against the separate operators, in float64."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from fastentropy_kernels import conv_bordered, conv_pointwise, linear_pair
 from tests.kernels.chains.cases import DTYPES, convolutions, output_size, random_tensor
 
-# Of float32 arithmetic, and half a step of the format: relative to the sum of the absolute values of all that is added.
+# Half a step of the format, and for float32 the error of the arithmetic: relative to the sum of all terms' absolute values.
 RTOL = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
@@ -20,7 +20,7 @@ def assert_close(y, exact, magnitude):
 
 
 def conv(x, weight, layer):
-    """A convolution as a sum over taps of what a shifted, padded image gives."""
+    """Convolve as a sum over taps, each of which reads a shifted, padded image."""
     (top, left), (down, right), (low, long) = layer["padding"], layer["stride"], layer["dilation"]
     padded = F.pad(x, (left, left, top, top))
     height, width = output_size(layer)
@@ -47,19 +47,19 @@ def along_channels(bias):
 )
 def test_conv_pointwise_is_two_convolutions(layer, outputs, dtype, channels_last, seed):
     torch.manual_seed(seed)
-    middles = layer["weight"][0]
+    hidden = layer["weight"][0]
     x, weight, bias = (
         random_tensor(layer["x"], dtype, channels_last),
         random_tensor(layer["weight"], dtype),
-        randn(middles, dtype),
+        randn(hidden, dtype),
     )
-    pointwise, pointwise_bias = random_tensor((outputs, middles), dtype), randn(outputs, dtype)
+    pointwise, pointwise_bias = random_tensor((outputs, hidden), dtype), randn(outputs, dtype)
     residual = random_tensor((layer["x"][0], outputs, *output_size(layer)), dtype)
     tensors = [tensor.double() for tensor in (x, weight, bias, pointwise, pointwise_bias, residual)]
 
     def exact(x, weight, bias, pointwise, pointwise_bias, residual):
-        middle = conv(x, weight, layer) + along_channels(bias)
-        return torch.einsum("bchw,oc->bohw", middle, pointwise) + along_channels(pointwise_bias) + residual
+        between = conv(x, weight, layer) + along_channels(bias)
+        return torch.einsum("bchw,oc->bohw", between, pointwise) + along_channels(pointwise_bias) + residual
 
     convolution = {name: layer[name] for name in ("stride", "padding", "dilation", "groups")}
     y = conv_pointwise(x, weight, bias, pointwise, pointwise_bias, residual=residual, activation="relu", **convolution)
@@ -73,25 +73,25 @@ def randn(size, dtype):
 @settings(max_examples=60)
 @given(
     layer=convolutions(),
-    middles=st.sampled_from([1, 4]),
+    hidden=st.sampled_from([1, 4]),
     dtype=st.sampled_from(DTYPES),
     channels_last=st.booleans(),
     seed=st.integers(0, 2**31),
 )
-def test_tap_bias_is_the_bias_before_padding(layer, middles, dtype, channels_last, seed):
-    """A 1 x 1 convolution with a bias, then one that pads: merged, its bias reaches only what is inside of the image."""
+def test_tap_bias_is_the_bias_before_padding(layer, hidden, dtype, channels_last, seed):
+    """Merge a 1 x 1 convolution with a bias into one that pads: the bias acts only inside of the image."""
     torch.manual_seed(seed)
     depthwise, (outputs, _, *kernel) = layer["groups"] > 1, layer["weight"]
-    middles = layer["groups"] if depthwise else middles
+    hidden = layer["groups"] if depthwise else hidden
     x = random_tensor(layer["x"], dtype, channels_last).double()
     # 1, 0 and -1, so that the merged weights have no error.
-    first = torch.randint(-1, 2, (middles, 1 if depthwise else x.shape[1])).double()
-    second = torch.randint(-1, 2, (outputs, 1 if depthwise else middles, *kernel)).double()
-    first_bias, bias = torch.randint(-2, 3, (middles,)).double(), randn(outputs, dtype).double()
+    first = torch.randint(-1, 2, (hidden, 1 if depthwise else x.shape[1])).double()
+    second = torch.randint(-1, 2, (outputs, 1 if depthwise else hidden, *kernel)).double()
+    first_bias, bias = torch.randint(-2, 3, (hidden,)).double(), randn(outputs, dtype).double()
 
     def exact(x, first, second, first_bias, bias):
-        middle = x * first[:, :, None] if depthwise else torch.einsum("bchw,oc->bohw", x, first)
-        return conv(middle + along_channels(first_bias), second, layer) + along_channels(bias)
+        between = x * first[:, :, None] if depthwise else torch.einsum("bchw,oc->bohw", x, first)
+        return conv(between + along_channels(first_bias), second, layer) + along_channels(bias)
 
     merged = second * first[:, :, None, None] if depthwise else torch.einsum("omhw,mi->oihw", second, first)
     tap_bias = (
@@ -111,8 +111,8 @@ def test_tap_bias_is_the_bias_before_padding(layer, middles, dtype, channels_las
 )
 def test_linear_pair_is_two_products(shape, sizes, dtype, seed):
     torch.manual_seed(seed)
-    inputs, middles, outputs = sizes
-    shapes = ((*shape, inputs), (middles, inputs), (middles,), (outputs, middles), (outputs,), (*shape, outputs))
+    inputs, hidden, outputs = sizes
+    shapes = ((*shape, inputs), (hidden, inputs), (hidden,), (outputs, hidden), (outputs,), (*shape, outputs))
     tensors = [random_tensor(shape, dtype) for shape in shapes]
 
     def exact(x, weight1, bias1, weight2, bias2, residual):
@@ -124,21 +124,20 @@ def test_linear_pair_is_two_products(shape, sizes, dtype, seed):
 
 
 @each_dtype
-def test_what_is_between_is_not_rounded(dtype):
-    # 1 + a step, then - 1: nothing would be left of the half step that a rounding takes away.
+def test_hidden_values_are_rounded_to_float32_alone(dtype):
+    # 1 and half a step of the format, then - 1. In 16 bits a rounding in between would take the half step away.
     step = torch.finfo(dtype).eps
     x = torch.tensor([[1.0, step / 2]], dtype=dtype)
     ones, one, minus_one = torch.ones(1, 2, dtype=dtype), torch.ones(1, 1, dtype=dtype), -torch.ones(1, dtype=dtype)
-    if dtype == torch.float32:
-        return
-    assert linear_pair(x, ones, None, one, minus_one).item() == step / 2
+    left = 0 if dtype == torch.float32 else step / 2
+    assert linear_pair(x, ones, None, one, minus_one).item() == left
     images = x[..., None, None]
-    assert conv_pointwise(images, ones[..., None, None], None, one, minus_one).item() == step / 2
+    assert conv_pointwise(images, ones[..., None, None], None, one, minus_one).item() == left
 
 
 @each_dtype
-def test_counts_are_of_the_rounded_value_and_added(dtype):
-    # Half of the smallest number becomes zero in the format, of either sign.
+def test_counts_are_of_rounded_values_and_added(dtype):
+    # A quarter of the smallest number, of either sign, is rounded to zero.
     smallest = torch.tensor(torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps, dtype=dtype)
     x = torch.tensor([0.25, -0.25, 1.0, -1.0, 0.0, torch.nan], dtype=dtype).view(6, 1, 1, 1)
     counts = torch.full((1, 3), 7)

@@ -1,4 +1,4 @@
-"""What does not fit is refused in one line, before anything runs; what fits runs as named or not at all."""
+"""Arguments that do not fit are refused in one line before anything runs, and a named implementation runs or raises."""
 
 import pytest
 import torch
@@ -54,7 +54,7 @@ REFUSED = [
     (pointwise, {"pointwise_bias": BIAS}, ValueError, r"pointwise_bias: got shape \[4\], expected \[6\]"),
     (pointwise, {"residual": X}, ValueError, r"residual: got shape \[2, 3, 5, 5\], expected \[2, 6, 3, 3\]"),
     (pair, {"x": torch.tensor(1.0)}, ValueError, r"x: got shape \[\], expected \[..., in\]"),
-    (pair, {"weight1": FACTORS}, ValueError, r"weight1: got shape \[6, 4\], expected \[mid, 3\], as in torch.nn.Linear"),
+    (pair, {"weight1": FACTORS}, ValueError, r"weight1: got shape \[6, 4\], expected \[hidden, 3\], as in torch.nn.Linear"),
     (pair, {"weight2": FACTORS.T}, ValueError, r"weight2: got shape \[4, 6\], expected \[out, 4\], as in torch.nn.Linear"),
     (
         pair,
@@ -67,7 +67,7 @@ REFUSED = [
         pair,
         {"weight2": FACTORS.clone().requires_grad_()},
         ValueError,
-        r"weight2: requires a gradient, .* use torch.no_grad\(\)",
+        r"weight2: requires a gradient, but .* use torch.no_grad\(\)",
     ),
 ]
 
@@ -84,25 +84,25 @@ def test_parameters_run_without_gradients():
         assert not pair(weight2=FACTORS.clone().requires_grad_()).requires_grad
 
 
-def test_a_pointwise_weight_may_be_that_of_a_convolution():
+def test_pointwise_weight_may_have_four_axes():
     x, weight, factors = torch.randn(2, 3, 5, 5), torch.randn(4, 3, 3, 3), torch.randn(6, 4)
     expected = pointwise(x, weight, factors=factors)
     assert torch.equal(pointwise(x, weight, factors=factors[..., None, None]), expected)
 
 
-def test_the_widest_intermediate_runs():
+def test_most_hidden_values_run():
     assert pair(weight1=torch.zeros(MOST_MIDDLES, 3), bias1=None, weight2=torch.zeros(6, MOST_MIDDLES)).shape == (7, 6)
 
 
 @pytest.mark.skipif(activations_triton.INTERPRETED, reason="the interpreter runs on a CPU")
 @pytest.mark.parametrize("function", [bordered, pointwise, pair])
-def test_what_is_named_runs_or_raises(function):
+def test_named_implementation_runs_or_raises(function):
     with pytest.raises(ValueError, match="impl: 'triton' runs on CUDA tensors, not on cpu"):
         function(impl="triton")
     assert torch.equal(function(impl="reference"), function())
 
 
-def test_auto_is_triton_on_a_gpu_and_the_reference_elsewhere():
+def test_auto_is_triton_on_a_gpu_only():
     assert dispatch.chain_kernels("auto", "cpu").__name__ == "fastentropy_kernels.chains.reference"
     name = "launch_triton" if torch.cuda.is_available() else "reference"
     assert dispatch.chain_kernels("auto", "cuda").__name__ == f"fastentropy_kernels.chains.{name}"
