@@ -19,7 +19,7 @@ SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "n
 
 
 def train(model: nn.Module, epochs: int) -> None:
-    """Make a new Trainer for the model, which it trains in place."""
+    """Train the model in place with a new Trainer."""
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             folder,
@@ -38,19 +38,20 @@ def train(model: nn.Module, epochs: int) -> None:
 
 
 def accuracy(model: nn.Module) -> Tensor:
-    """The share of the validation images that the model names right."""
+    """Return the share of validation images that the model classifies correctly."""
     return (model(IMAGES[VALIDATION]).logits.argmax(1) == LABELS[VALIDATION]).float().mean()
 
 
 def main(checkpoint_dir: str | None = None, epochs: int = 2, max_removed: int | None = None) -> fe.PruningResult:
-    """Train, prune, fuse. With a checkpoint_dir, what was interrupted goes on after its last finished step when run again.
+    """Train, prune and fuse a network.
 
-    It ends as it would have without the interruption: each Trainer seeds all random generators with `args.seed`, so that what
-    was drawn before it does not matter.
+    With a checkpoint_dir, a run that was interrupted continues after its last finished step when it is started again.
+    The result is the same as without the interruption. Each Trainer seeds all random generators
+    with `args.seed`, so earlier random numbers do not matter.
     """
     torch.manual_seed(0)
     model = ViTForImageClassification(ViTConfig(**IMAGE_SIZES, **SIZES, initializer_range=0.1))
-    # Needed where a model calls activations as functions, or one module in several places; a ViT's are modules of their own.
+    # isolate is needed only for activations that are functions or share a module. A ViT has neither.
     model = fe.isolate(model, (IMAGES[:64],))
     train(model, 2 * epochs)
     result = fe.prune(

@@ -19,43 +19,45 @@ QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": 
 
 
 class Classifier(L.LightningModule):
-    """Trains the very network that it is given: `prune` gives its own copy."""
+    """Train the network that is passed, in place. `prune` passes its own copy."""
 
     def __init__(self, network: nn.Module) -> None:
-        """Wrap a network for one call of fit."""
+        """Wrap a network for one call of `fit`."""
         super().__init__()
         self.network = network
 
     def training_step(self, batch: list[Tensor], index: int) -> Tensor:
-        """The loss of one batch."""
+        """Return the loss of one batch."""
         return F.cross_entropy(self.network(batch[0]), batch[1])
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """A new optimizer for each call of fit."""
+        """Return a new optimizer for each call of `fit`."""
         return torch.optim.AdamW(self.parameters(), lr=1e-3)
 
 
 def train(network: nn.Module, epochs: int) -> None:
-    """Fit a new LightningModule around the network, which afterwards is on the CPU whatever the accelerator was."""
+    """Train the network in place. Afterwards it is on the CPU, whatever the accelerator was."""
     loader = DataLoader(TensorDataset(IMAGES[TRAINING], LABELS[TRAINING]), batch_size=64, shuffle=True)
     L.Trainer(max_epochs=epochs, accelerator="cpu", **QUIET).fit(Classifier(network), loader)
 
 
 def accuracy(network: nn.Module) -> Tensor:
-    """The share of the validation images that the network names right."""
+    """Return the share of validation images that the network classifies correctly."""
     return (network(IMAGES[VALIDATION]).argmax(1) == LABELS[VALIDATION]).float().mean()
 
 
 def main(checkpoint_dir: str | None = None, epochs: int = 4, max_removed: int | None = None) -> fe.PruningResult:
-    """Train, prune, fuse. With a checkpoint_dir, what was interrupted goes on after its last finished step when run again.
+    """Train, prune and fuse a network.
 
-    It ends as without the interruption: fit seeds nothing, and the state of torch's default generator is kept with each step.
+    With a checkpoint_dir, a run that was interrupted continues after its last finished step when it is started again.
+    The result is the same as without the interruption. `fit` seeds nothing, and the
+    state of torch's default generator is stored with each step.
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     torch.manual_seed(0)
     relu = nn.ReLU()
     hidden = (nn.Linear(64, 256), relu, nn.Linear(256, 256), relu, nn.Linear(256, 256), relu)
-    # One ReLU in three places cannot be taken out of one of them: isolate gives each place its own.
+    # One ReLU is called in three places, so it cannot be removed from one place alone. isolate gives each place its own ReLU.
     network = fe.isolate(nn.Sequential(*hidden, nn.Linear(256, 10)), (IMAGES[:64],))
     train(network, 3 * epochs)
     result = fe.prune(

@@ -16,22 +16,22 @@ TRAINING, VALIDATION = torch.randperm(len(LABELS), generator=torch.Generator().m
 
 
 class Block(nn.Module):
-    """A depthwise convolution, then a pointwise one that its input is added to."""
+    """A residual block with a depthwise and a pointwise convolution."""
 
     def __init__(self, channels: int) -> None:
-        """Images of so many channels go in and come out."""
+        """Make a block whose input and output have this number of channels."""
         super().__init__()
         self.depthwise = nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1, groups=channels), nn.BatchNorm2d(channels))
         self.pointwise = nn.Sequential(nn.Conv2d(channels, channels, 1), nn.BatchNorm2d(channels))
         self.relu1, self.relu2 = nn.ReLU(), nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
-        """One block."""
+        """Run the block on images."""
         return self.relu2(x + self.pointwise(self.relu1(self.depthwise(x))))
 
 
 def train(model: nn.Module, epochs: int) -> None:
-    """Your own training loop."""
+    """Train the model in place with your own training loop."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(epochs):
         for batch in TRAINING[torch.randperm(len(TRAINING))].split(64):
@@ -41,15 +41,16 @@ def train(model: nn.Module, epochs: int) -> None:
 
 
 def accuracy(model: nn.Module) -> Tensor:
-    """The share of the validation images that the model names right."""
+    """Return the share of validation images that the model classifies correctly."""
     return (model(IMAGES[VALIDATION]).argmax(1) == LABELS[VALIDATION]).float().mean()
 
 
 def main(checkpoint_dir: str | None = None, epochs: int = 3, max_removed: int | None = None) -> fe.PruningResult:
-    """Train, prune, fuse. With a checkpoint_dir, what was interrupted goes on after its last finished step when run again.
+    """Train, prune and fuse a network.
 
-    It ends as it would have without the interruption: the seed gives the same dense network again, and the order of the
-    images is drawn from torch's default generator, whose state is kept with each step.
+    With a checkpoint_dir, a run that was interrupted continues after its last finished step when it is started again.
+    The result is the same as without the interruption. The seed gives the same dense network again,
+    and the order of the images is drawn from torch's default generator, whose state is stored with each step.
     """
     torch.manual_seed(0)
     model = nn.Sequential(
