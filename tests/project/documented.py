@@ -1,10 +1,11 @@
-"""Run the code of a page in the order in which a reader meets it, in one folder: the README and the pages of docs/.
+"""Run the code of the README and of the pages of docs/, block by block in one folder.
 
-- ```python runs in one namespace for the whole page; with title="NAME" it is written to the file NAME and not run.
-- ```sh runs with `bash -e`. Lines that install or run the tests are left to CI; of `pip install X && COMMAND`, COMMAND runs.
-- ```text is not run. With title="prints", it is what the block before it printed.
+- ```python runs in one namespace for the whole page. With title="NAME" it is written to the file NAME and not run.
+- ```sh runs with `bash -e`. Commands that install something or run the tests are left to CI: in `pip install X && COMMAND`,
+  only COMMAND runs.
+- ```text is not run. With title="prints", it must equal the output of the previous block.
 
-Nothing may be downloaded. `prepare` makes what pages take from their reader: a model with its tokenizer, and texts.
+Nothing may be downloaded. `prepare` makes the files that pages expect from their reader: a model with its tokenizer, and texts.
 """
 
 import contextlib
@@ -21,12 +22,12 @@ import torch
 LANGUAGES = ("python", "sh", "text")
 _FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 _LEFT_TO_CI = re.compile(r"(pip install|git clone|cd fastentropy|(python -m )?pytest|mkdocs)\b")
-#: Seconds that one block may take.
-_PATIENCE = 300
+#: The time limit of one block, in seconds.
+_TIMEOUT = 300
 
 
 class Block(NamedTuple):
-    """A block of code: the language, the title behind it, the code, and the line of the page on which the code begins."""
+    """A block of code with its language, its title, and the line of the page on which the code begins."""
 
     language: str
     title: str
@@ -35,7 +36,7 @@ class Block(NamedTuple):
 
 
 def blocks(page: str) -> list[Block]:
-    """The blocks of code of a page, in order."""
+    """Return the blocks of code of a page, in order."""
     found = []
     for fence in _FENCE.finditer(page):
         language, _, options = fence[1].partition(" ")
@@ -45,13 +46,13 @@ def blocks(page: str) -> list[Block]:
 
 
 def commands(script: str) -> str:
-    """What is left of a ```sh block without the commands that CI runs."""
+    """Return a ```sh block without the commands that are left to CI."""
     lines = script.splitlines()
     return "\n".join(" && ".join(part for part in line.split(" && ") if not _LEFT_TO_CI.match(part)) for line in lines)
 
 
 def prepare(folder: Path) -> None:
-    """Put `model`, a tiny Llama of transformers with its tokenizer, and `texts`, a few files of text, into a folder."""
+    """Write `model`, a tiny Llama with its tokenizer, and `texts`, a few text files, into a folder."""
     from tests.calibration import cases  # transformers takes seconds to import
 
     cases.save_model("llama", folder / "model")
@@ -59,9 +60,9 @@ def prepare(folder: Path) -> None:
 
 
 def run_page(path: Path, folder: Path) -> dict[str, object]:
-    """Run the blocks of a page; returns the namespace of its Python code. The current folder must be `folder`.
+    """Run the blocks of a page and return the namespace of its Python code. The current folder must be `folder`.
 
-    Raises what the code raises, and AssertionError where a command fails or something else is printed than the page says.
+    Raises the errors of the code, and AssertionError if a command fails or the output differs from the page.
     """
     assert Path.cwd() == folder.resolve()
     namespace: dict[str, object] = {"__name__": path.stem.replace("-", "_")}
@@ -75,12 +76,12 @@ def run_page(path: Path, folder: Path) -> dict[str, object]:
         elif block.language == "sh":
             printed = _run_commands(block, where)
         elif block.language == "text" and block.title == "prints":
-            assert _lines(printed) == _lines(block.code), f"{where}: another output than the page shows"
+            assert _lines(printed) == _lines(block.code), f"{where}: the output differs from the page"
     return namespace
 
 
 def _run_python(block: Block, file: Path, namespace: dict[str, object]) -> str:
-    """Run a block from a file, so that its source can be read, as `isolate` does; returns what it printed."""
+    """Run a block from a file, because `isolate` reads its source, and return its output."""
     file.write_text(block.code, encoding="utf-8")
     output = io.StringIO()
     with contextlib.redirect_stdout(output):
@@ -89,12 +90,12 @@ def _run_python(block: Block, file: Path, namespace: dict[str, object]) -> str:
 
 
 def _run_commands(block: Block, where: str) -> str:
-    """Run a block with the programs of this interpreter's environment; returns what it wrote to the standard output."""
+    """Run a block with the programs of this interpreter's environment and return its stdout."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     alone = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(torch.get_num_threads())}
     command = ["bash", "-e", "-c", commands(block.code)]
     ran = subprocess.run(
-        command, env={**os.environ, **alone, "PATH": path}, capture_output=True, text=True, timeout=_PATIENCE, check=False
+        command, env={**os.environ, **alone, "PATH": path}, capture_output=True, text=True, timeout=_TIMEOUT, check=False
     )
     assert ran.returncode == 0, f"{where}: exit status {ran.returncode}\n{ran.stdout}\n{ran.stderr}"
     return ran.stdout

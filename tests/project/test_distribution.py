@@ -1,4 +1,4 @@
-"""What others get: the files of the wheel and of the source distribution, and the wheel at work outside the repository."""
+"""The wheel and the source distribution hold the right files, and the wheel works outside the repository."""
 
 import email
 import os
@@ -14,6 +14,8 @@ from tests._helpers.paths import ROOT
 
 PACKAGES = {"fastentropy": ROOT / "fastentropy", "fastentropy_kernels": ROOT / "kernels" / "fastentropy_kernels"}
 SUFFIXES = {".py", ".j2", ".typed"}
+
+pytestmark = pytest.mark.slow
 
 COLLECT = """
 import sys
@@ -39,20 +41,20 @@ assert collector.compute()["1"].counts.tolist() == [[2, 0, 1], [1, 1, 1]]
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """A folder with the wheel and the source distribution, both made from the repository, without a network."""
+    """Return a folder with the wheel and the source distribution, built from the repository without a network."""
     return build(ROOT, tmp_path_factory.mktemp("built"), "--wheel", "--sdist")
 
 
 @pytest.fixture(scope="module")
 def installed(built, tmp_path_factory):
-    """A folder that the wheel is installed in, without what it needs."""
+    """Return a folder in which the wheel is installed without its dependencies."""
     folder = tmp_path_factory.mktemp("installed")
     (wheel,) = built.glob("*.whl")
     run(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", folder, wheel)
     return folder
 
 
-def test_the_wheel_holds_the_two_packages_and_nothing_else(built):
+def test_wheel_holds_only_the_two_packages(built):
     expected = {
         f"{package}/{path.relative_to(folder).as_posix()}"
         for package, folder in PACKAGES.items()
@@ -60,40 +62,40 @@ def test_the_wheel_holds_the_two_packages_and_nothing_else(built):
         if path.suffix in SUFFIXES
     }
     assert {f"{package}/py.typed" for package in PACKAGES} < expected
-    names = contents_of_wheel(built).keys()
+    names = wheel_contents(built).keys()
     assert {name for name in names if ".dist-info/" not in name} == expected
     information = {name.split(".dist-info/")[1] for name in names - expected}
     assert information == {"METADATA", "WHEEL", "RECORD", "entry_points.txt", "licenses/LICENSE"}
 
 
-def test_the_metadata_say_what_is_needed(built):
-    metadata = email.message_from_bytes(information_of(built, "METADATA"))
+def test_wheel_metadata_list_dependencies(built):
+    metadata = email.message_from_bytes(dist_info_file(built, "METADATA"))
     (version,) = re.findall(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
     assert (metadata["Name"], metadata["Version"], metadata["Requires-Python"]) == ("fastentropy", version, ">=3.10")
     extras = {"bench", "calibrate", "cifar10", "cli", "dev", "docs", "onnx", "test"}
     assert set(metadata.get_all("Provides-Extra")) == extras
     needed = {re.split(r"[ ;>=]", line)[0] for line in metadata.get_all("Requires-Dist") if "extra ==" not in line}
-    assert needed == {"torch", "triton", "numpy", "numba", "safetensors"}
-    assert information_of(built, "entry_points.txt").decode().split() == [
+    assert needed == {"torch", "triton", "numpy", "numba", "safetensors", "executing"}
+    assert dist_info_file(built, "entry_points.txt").decode().split() == [
         *("[console_scripts]", "fastentropy", "=", "fastentropy.__main__:main")
     ]
 
 
-def test_the_licence_and_the_readme_are_those_of_the_repository(built):
-    metadata = email.message_from_bytes(information_of(built, "METADATA"))
+def test_wheel_carries_licence_and_readme(built):
+    metadata = email.message_from_bytes(dist_info_file(built, "METADATA"))
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Description-Content-Type"] == "text/markdown"
     assert metadata.get_payload(decode=True).decode() == (ROOT / "README.md").read_text(encoding="utf-8")
-    assert information_of(built, "licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
+    assert dist_info_file(built, "licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
 
 
-def test_the_changelog_begins_with_the_version(built):
-    version = email.message_from_bytes(information_of(built, "METADATA"))["Version"]
+def test_changelog_begins_with_the_version(built):
+    version = email.message_from_bytes(dist_info_file(built, "METADATA"))["Version"]
     first = next(line for line in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").splitlines() if line.startswith("## "))
     assert version in first
 
 
-def test_the_source_distribution_holds_what_the_wheel_is_made_of(built):
+def test_sdist_holds_the_sources_of_the_wheel(built):
     (archive,) = built.glob("*.tar.gz")
     with tarfile.open(archive) as opened:
         names = {name.split("/", 1)[1] for name in opened.getnames()}
@@ -106,31 +108,31 @@ def test_the_source_distribution_holds_what_the_wheel_is_made_of(built):
     assert names == sources | {"pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE", "PKG-INFO", ".gitignore"}
 
 
-def test_the_source_distribution_makes_the_same_wheel(built, tmp_path):
+def test_sdist_builds_the_same_wheel(built, tmp_path):
     (archive,) = built.glob("*.tar.gz")
     with tarfile.open(archive) as opened:
         opened.extractall(tmp_path / "source", filter="data")
     (source,) = (tmp_path / "source").iterdir()
     again = build(source, tmp_path / "again", "--wheel")
-    assert contents_of_wheel(again) == contents_of_wheel(built)
+    assert wheel_contents(again) == wheel_contents(built)
 
 
-def test_the_wheel_collects_outside_the_repository(installed, tmp_path):
+def test_installed_wheel_collects(installed, tmp_path):
     run(sys.executable, "-c", COLLECT, installed, folder=tmp_path, PYTHONPATH=str(installed))
 
 
-def test_the_command_of_the_wheel_finds_that_it_can_run(installed, tmp_path):
+def test_doctor_of_installed_wheel_succeeds(installed, tmp_path):
     run(sys.executable, "-m", "fastentropy", "doctor", folder=tmp_path, PYTHONPATH=str(installed))
 
 
 def build(source, folder, *formats):
-    """Build a source tree into a folder with the hatchling that is installed."""
+    """Build a source tree into a folder with the installed hatchling."""
     run(sys.executable, "-m", "build", "--no-isolation", *formats, "--outdir", folder, source)
     return folder
 
 
 def run(*command, folder=None, **variables):
-    """Run a command to its end; what it printed is the message where it fails."""
+    """Run a command and fail with its output if it fails."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | variables
     finished = subprocess.run(
         [str(part) for part in command],
@@ -144,18 +146,18 @@ def run(*command, folder=None, **variables):
 
 
 def files_below(folder):
-    """The files of a package as they are on the disk, but for what Python compiled."""
+    """Return the files of a package on disk, without compiled Python files."""
     return {path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts}
 
 
-def contents_of_wheel(folder):
-    """Name in the archive -> bytes."""
+def wheel_contents(folder):
+    """Return the files of the wheel: name in the archive to bytes."""
     (wheel,) = folder.glob("*.whl")
     with zipfile.ZipFile(wheel) as opened:
         return {name: opened.read(name) for name in opened.namelist()}
 
 
-def information_of(folder, name):
-    """The bytes of a file of the wheel's dist-info folder."""
-    (content,) = (content for path, content in contents_of_wheel(folder).items() if path.endswith(f".dist-info/{name}"))
+def dist_info_file(folder, name):
+    """Return a file of the wheel's dist-info folder as bytes."""
+    (content,) = (content for path, content in wheel_contents(folder).items() if path.endswith(f".dist-info/{name}"))
     return content

@@ -1,6 +1,6 @@
-"""What the documentation shows runs and prints what it says; the site builds without a warning and is whole by itself.
+"""The code of the documentation runs and prints what the pages show, and the website builds without a warning.
 
-Links, and that each page is in the navigation, are checked by `mkdocs build --strict` itself.
+`mkdocs build --strict` itself checks the links, and that each page is in the navigation.
 """
 
 import re
@@ -15,29 +15,30 @@ from tests._helpers.paths import ROOT
 from tests.project.documented import LANGUAGES, blocks, commands, prepare, run_page
 
 DOCS = ROOT / "docs"
-#: All but the page of results, which is written from the records.
+#: All pages except the page of results, which is generated from the records.
 PAGES = {path.relative_to(DOCS).as_posix(): path for path in sorted(DOCS.rglob("*.md")) if path.name != "results.md"}
 RUNNING = [name for name, path in PAGES.items() if {"python", "sh"} & {block.language for block in blocks(path.read_text())}]
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """An empty current folder. The activations that a page registers are forgotten afterwards."""
+    """Change to an empty folder. Activations that a page registers are removed afterwards."""
     monkeypatch.chdir(tmp_path)
     for table in ("_MODULES", "_FUNCTIONS"):
         monkeypatch.setattr(activations, table, dict(getattr(activations, table)))
     return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNNING)
-def test_the_code_of_a_page_runs_and_prints_what_it_says(name, folder):
+def test_page_runs_and_prints_as_shown(name, folder):
     if name == "how-to/hugging-face-model.md":
         prepare(folder)
     run_page(PAGES[name], folder)
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_every_block_of_a_page_is_code_that_runs_or_output(name):
+def test_page_blocks_are_code_or_output(name):
     page = PAGES[name].read_text(encoding="utf-8")
     found = blocks(page)
     assert {block.language for block in found} <= set(LANGUAGES)
@@ -53,26 +54,27 @@ def test_every_block_of_a_page_is_code_that_runs_or_output(name):
         ("A=1 && B=2", "A=1 && B=2"),
     ],
 )
-def test_what_installs_is_left_out_of_the_commands(script, left):
+def test_installing_commands_are_left_out(script, left):
     assert commands(script) == left
 
 
-def test_a_page_that_prints_something_else_fails(folder):
+def test_other_output_fails_the_page(folder):
     page = folder / "page.md"
     page.write_text('```python\nprint(1)\n```\n\n```text title="prints"\n2\n```\n')
     with pytest.raises(AssertionError, match=r"page\.md, line 6"):
         run_page(page, folder)
 
 
-def test_a_command_of_a_page_that_fails_fails_the_page(folder):
+def test_failing_command_fails_the_page(folder):
     page = folder / "page.md"
     page.write_text("```sh\nfalse\ntrue\n```\n")
     with pytest.raises(AssertionError, match=r"page\.md, line 2: exit status 1"):
         run_page(page, folder)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not find_spec("mkdocs") or not find_spec("mkdocstrings"), reason="the extra docs is not installed")
-def test_the_site_builds_without_a_warning_and_loads_nothing_from_elsewhere(tmp_path):
+def test_website_builds_without_warnings_or_external_resources(tmp_path):
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
     built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert built.returncode == 0, built.stderr

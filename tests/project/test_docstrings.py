@@ -1,4 +1,4 @@
-"""What a public name says of itself is complete, and its examples run."""
+"""The docstrings of public names are complete, and their examples run."""
 
 import doctest
 import inspect
@@ -9,12 +9,12 @@ import pytest
 import fastentropy
 import fastentropy_kernels
 
-#: How a section of a Google-style docstring begins.
+#: The first line of a section of a Google-style docstring.
 SECTION = re.compile(r"^(Args|Attributes|Returns|Raises|Examples):$", re.MULTILINE)
 
 
 def public_objects():
-    """Every public function and class of both packages by name, and the public methods of the classes."""
+    """Yield every public function and class of both packages, and the public methods of the classes, by name."""
     for package in (fastentropy, fastentropy_kernels):
         for name in package.__all__:
             value = getattr(package, name)
@@ -31,7 +31,7 @@ TOP_LEVEL = [name for name in OBJECTS if name.count(".") == 1]
 
 
 def sections(value):
-    """The text of each section of a docstring, and that before the first one as the section "Summary"."""
+    """Return the text of each section of a docstring. "Summary" is the text before the first section."""
     parts = ["Summary", *SECTION.split(inspect.getdoc(value) or "")[:1], *SECTION.split(inspect.getdoc(value) or "")[1:]]
     return dict(zip(parts[::2], parts[1::2], strict=True))
 

@@ -1,4 +1,4 @@
-"""Each example prunes what it says, leaves its model as it was, and can be interrupted."""
+"""Each example prunes as it prints, leaves its model unchanged, and can be interrupted."""
 
 import contextlib
 import importlib.util
@@ -19,6 +19,8 @@ EXAMPLES = {
     "huggingface_trainer": ["sklearn", "transformers", "accelerate"],
 }
 FOLDER = ROOT / "examples"
+
+pytestmark = pytest.mark.slow
 
 
 class InterruptedRun(Exception):  # noqa: N818
@@ -42,7 +44,7 @@ def load(name):
 
 @pytest.fixture(scope="module", params=EXAMPLES)
 def ran(request, tmp_path_factory):
-    """A short run of an example with two removals, and one more that is interrupted after the first and taken up again."""
+    """Run an example with two removals, and once more with an interruption after the first removal and a restart."""
     example, prune, folder = load(request.param), fe.prune, tmp_path_factory.mktemp("interrupted")
     ran = types.SimpleNamespace()
 
@@ -66,27 +68,27 @@ def ran(request, tmp_path_factory):
     return ran
 
 
-def test_what_an_example_removes_is_gone(ran):
+def test_removed_activations_are_identities(ran):
     assert len(ran.result.removed) == 2
     assert all(type(ran.result.model.get_submodule(name)) is nn.Identity for name in ran.result.removed)
 
 
-def test_an_example_leaves_its_model_as_it_was(ran):
+def test_example_leaves_its_model_unchanged(ran):
     assert_unchanged(ran.dense, ran.before)
 
 
-def test_the_score_of_the_kept_step_is_that_of_the_network(ran):
+def test_score_of_kept_step_belongs_to_the_network(ran):
     with torch.no_grad():
         assert float(ran.accuracy(ran.result.model)) == ran.result.steps[ran.result.kept_step].score
 
 
-def test_an_example_prints_what_it_removed(ran):
+def test_example_prints_removed_activations(ran):
     assert ran.returned is ran.result
     assert f"removed {', '.join(ran.result.removed)}; fused: " in ran.printed
     assert all(f"accuracy {step.score:.1%} without" in ran.printed for step in ran.result.steps)
 
 
-def test_an_example_that_was_interrupted_ends_as_one_that_was_not(ran):
+def test_resumed_example_equals_uninterrupted(ran):
     assert ran.resumed.steps == ran.result.steps
     weights = ran.result.model.state_dict()
     assert all(torch.equal(value, weights[name]) for name, value in ran.resumed.model.state_dict().items())

@@ -1,4 +1,4 @@
-"""What is public, and which package may import which: the contracts of pyproject.toml, held by import-linter."""
+"""The packages import each other only as the contracts of pyproject.toml allow."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""What users write: the public names of both packages and how each is called. A change here is a change of the interface."""
+"""The public names of both packages and their signatures. A change of this list is a change of the interface."""
 
 import inspect
 
@@ -83,13 +83,13 @@ SIGNATURES = {
 
 
 def bare(signature):
-    """A signature without annotations."""
+    """Return a signature without annotations."""
     parameters = [parameter.replace(annotation=parameter.empty) for parameter in signature.parameters.values()]
     return str(inspect.Signature(parameters))
 
 
 def described(package):
-    """Every public name of a package, with the signatures of functions, classes and public methods."""
+    """Return every public name of a package, with the signatures of functions, classes and public methods."""
     found = {}
     for name in sorted(package.__all__):
         value = getattr(package, name)

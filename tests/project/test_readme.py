@@ -1,4 +1,4 @@
-"""What the README and the page of results show runs, and what they say was measured is in a record."""
+"""The code of the README runs, and every figure of the README and of the page of results is in a record."""
 
 import re
 import sys
@@ -14,9 +14,9 @@ import draw_figures
 from tests.project.documented import prepare, run_page
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-#: A number with a decimal point, or with a unit of what is measured.
+#: A number with a decimal point or with a unit.
 FIGURE = re.compile(r"\d+\.\d+|\d+ ?(?:%|ms\b|s\b|[kMG]?B\b|GB/s|×(?!\d)|times as)")
-#: Numbers that are none: versions, a paper, a licence, the constants of code in the text.
+#: Numbers that are not measured: versions, a paper, a licence, and constants in the text.
 NO_FIGURES = (
     "Python 3.10",
     "2404.18949",
@@ -29,8 +29,9 @@ NO_FIGURES = (
 )
 
 
+@pytest.mark.slow
 def test_every_block_runs(tmp_path, monkeypatch):
-    """The main command with schedules of one epoch: whole, it takes minutes."""
+    """Run the main command with schedules of one epoch, because the whole command takes minutes."""
     monkeypatch.chdir(tmp_path)
     prepare(tmp_path)
     page = tmp_path / "README.md"
@@ -43,19 +44,19 @@ def test_every_block_runs(tmp_path, monkeypatch):
     assert (tmp_path / "runs" / "packed" / "summary.json").exists()
 
 
-def test_the_layer_entropies_of_a_torchvision_model_take_five_lines():
+def test_first_example_has_five_lines():
     block = next(block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL))
     assert len(block.replace("\n\n", "\n").splitlines()) == 5
 
 
 @pytest.mark.parametrize("path", draw_figures.PAGES, ids=lambda path: path.name)
-def test_a_page_says_what_the_records_say(path):
+def test_page_matches_the_records(path):
     page = path.read_text(encoding="utf-8")
     assert page == draw_figures.rewrite_sections(page, draw_figures.path_to_records(path))
 
 
 @pytest.mark.parametrize("path", draw_figures.PAGES, ids=lambda path: path.name)
-def test_a_page_has_no_figures_but_those_of_the_records(path):
+def test_page_has_no_figures_outside_generated_parts(path):
     page = path.read_text(encoding="utf-8")
     text = re.sub(r"<!-- ([\w-]+) -->\n.*?<!-- /\1 -->|```.*?```", "", page, flags=re.DOTALL)
     for known in NO_FIGURES:
@@ -63,12 +64,12 @@ def test_a_page_has_no_figures_but_those_of_the_records(path):
     assert FIGURE.findall(text) == []
 
 
-def test_every_section_of_the_records_is_shown_somewhere():
+def test_every_section_is_on_a_page():
     pages = "".join(path.read_text(encoding="utf-8") for path in draw_figures.PAGES)
     assert set(re.findall(r"<!-- /([\w-]+) -->", pages)) == draw_figures.SECTIONS.keys()
 
 
-def test_a_changed_figure_is_noticed():
+def test_changed_figure_is_noticed():
     page = README.replace("% before and", "1 % before and")
     assert page != README
     assert draw_figures.rewrite_sections(page, "bench/results") == README
