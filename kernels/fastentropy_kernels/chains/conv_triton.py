@@ -262,7 +262,7 @@ def _own_positions(
     PIXEL_MULTIPLE: tl.constexpr,
     BLOCK_POSITIONS: tl.constexpr,
 ):
-    """Return `tile` for the block of positions that has this number."""
+    """Return `tile` for the block of positions with the number `program`."""
     first = program * BLOCK_POSITIONS
     lane = tl.arange(0, BLOCK_POSITIONS)
     # 64-bit divisions are slow: only the block as a whole takes one, and its lanes divide in 32 bits.
