@@ -155,7 +155,7 @@ def overlaps(x):
 
 
 @each_layout
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [pytest.param(torch.bfloat16, marks=pytest.mark.slow), torch.float32], ids=str)
 @pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
 def test_layout(layout, activation, dtype, device):
     view, axis, _ = LAYOUTS[layout]

@@ -199,7 +199,7 @@ def around(edges, dtype):
     return torch.cat([middle, torch.nextafter(middle, infinity), torch.nextafter(middle, -infinity)])
 
 
-@pytest.mark.parametrize("activation", [None, "relu", "silu"])
+@pytest.mark.parametrize("activation", [None, "relu", pytest.param("silu", marks=pytest.mark.slow)])
 @settings(max_examples=40)
 @given(
     edges=st.none() | edges_to_draw,

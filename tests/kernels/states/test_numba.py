@@ -182,6 +182,7 @@ def test_one_thread_without_openmp(monkeypatch):
     check_signs(random_values((4099, 37), torch.bfloat16, 0), None)
 
 
+@pytest.mark.slow
 def test_flushed_subnormals_are_counted():
     values = torch.tensor([[1e-40], [-1e-40], [0.0]])
     counts = torch.zeros(1, 3, dtype=torch.int64)

@@ -150,6 +150,7 @@ def test_compiled_with_a_mask():
     assert_same((y, *both[0]), (expected, *both[1]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_compiled_on_any_layout(layout):
     compiled = torch.compile(activation_states, fullgraph=True, backend="aot_eager")
@@ -293,6 +294,7 @@ def test_saved_and_loaded_buffers_count(asked):
     assert_buffers_count(torch.export.load(file).module(), asked)
 
 
+@pytest.mark.slow
 def test_compiled_module_counts_in_its_buffers():
     module = Counting({"activation": "relu"})
     module.compile(fullgraph=True, backend="aot_eager")

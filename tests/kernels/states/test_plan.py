@@ -154,6 +154,7 @@ def test_plan_keeps_its_counts_alive():
     assert view.view(3, 3)[:, 2].tolist() == [40] * 3
 
 
+@pytest.mark.slow
 def test_flushed_subnormals_are_counted():
     x = torch.tensor([[1e-40, -1e-40, 0.0, 1.0]])
     torch.set_flush_denormal(True)
