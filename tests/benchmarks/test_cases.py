@@ -41,7 +41,7 @@ def tensors(monkeypatch):
 
 
 @pytest.mark.parametrize("layout", kernels.LAYOUTS, ids=lambda layout: layout.name)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize(
     "operation",
     [
