@@ -109,7 +109,7 @@ class Calibration:
         self._start = time.perf_counter()
         finished = False
         with ThreadPoolExecutor(1) as thread, torch.inference_mode(), self._collector:
-            run_round = self._rounds(reader, thread)
+            run_round = self._make_round(reader, thread)
             while not finished:
                 finished = run_round(state.tally.tokens)
                 state = self._checkpoint(before, state.chunk + self._every * self._ranks.world_size)
@@ -122,7 +122,7 @@ class Calibration:
         return self._outcome(state)
 
     def _resume(self) -> Checkpoint:
-        """Load the checkpoint, if there is one, also into the collector of the rank that calls this."""
+        """Load the checkpoint, if there is one, and pass its counts to the collector of this rank."""
         if not self._path.exists():
             return Checkpoint(self._settings, Statistics({}), Tally(problems=list(self._corpus.problems)))
         checkpoint = Checkpoint.load(self._path)
@@ -134,7 +134,7 @@ class Calibration:
             self._collector.load_state_dict(checkpoint.statistics.state_dict())
         return checkpoint
 
-    def _rounds(self, reader: Iterator[Chunk], thread: ThreadPoolExecutor) -> Callable[[int], bool]:
+    def _make_round(self, reader: Iterator[Chunk], thread: ThreadPoolExecutor) -> Callable[[int], bool]:
         """Return a function that runs the chunks up to the next checkpoint.
 
         It takes the number of tokens so far, and returns whether these chunks were the last.
@@ -183,16 +183,16 @@ class Calibration:
             mine = self._ranks.run_on_all(lambda: next(whole, None))
             counts = self._ranks.gather(mine and sum(batch.tokens for batch in mine[1]))
             room = max_tokens - tokens - sum(count or 0 for count in counts[: self._ranks.rank])
-            # mypy does not infer the types of a lambda's defaults.
-            self._ranks.run_on_all(lambda mine=mine, room=room: self._run_within(room, *mine) if mine else None)  # type: ignore[misc]
+            self._ranks.run_on_all(functools.partial(self._run_within, room, mine))
             tokens += sum(count or 0 for count in counts)
             if all(count is None for count in counts):
                 return True
         return tokens >= max_tokens
 
-    def _run_within(self, tokens: int, chunk: Chunk, batches: Iterable[Batch]) -> None:
+    def _run_within(self, tokens: int, mine: tuple[Chunk, list[Batch]] | None) -> None:
         """Run the batches of a chunk up to the one that reaches a number of tokens; none if that number is not positive."""
-        if tokens > 0:
+        if mine is not None and tokens > 0:
+            chunk, batches = mine
             for batch in _take_until(tokens, iter(batches)):
                 self._run_batch(batch)
             self._end_chunk(chunk)

@@ -6,7 +6,6 @@ import inspect
 import itertools
 import json
 import os
-import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastentropy._utils.errors import one_line
 from fastentropy._utils.optional import require
 
 #: The default length of a row in tokens, unless the limit of the model is lower.
@@ -106,7 +106,7 @@ class Pretrained:
 
     @property
     def has_experts(self) -> bool:
-        """Whether the model is a mixture of experts, by the names under which configurations give their number."""
+        """Return whether the model is a mixture of experts, by the names under which configurations give their number."""
         return any(
             (getattr(self._text_config, name, None) or 0) > 1
             for name in ("num_experts", "num_local_experts", "n_routed_experts")
@@ -173,8 +173,7 @@ def _load(name: str, what: str, load: Callable[[], Any]) -> Any:
         try:
             return load()
         except Exception as error:  # of the client of the hub, of safetensors, of classes with a wrong configuration
-            reason = textwrap.shorten(str(error), 200, placeholder=" …")
-            raise ValueError(f"{name} has no {what} that can be loaded: {reason}") from error
+            raise ValueError(f"{name} has no {what} that can be loaded: {one_line(error)}") from error
 
 
 @contextlib.contextmanager

@@ -33,7 +33,7 @@ class Ranks:
 
     @property
     def is_first(self) -> bool:
-        """Whether this rank writes files and messages for all."""
+        """Return whether this rank writes files and messages for all."""
         return self.rank == 0
 
     def gather(self, value: T) -> list[T]:

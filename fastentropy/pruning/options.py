@@ -44,7 +44,7 @@ class Options:
 
     @property
     def needs_latency(self) -> bool:
-        """Whether the network must be timed before the first step."""
+        """Return whether the network must be timed before the first step."""
         return self.criterion == "entropy-per-latency" or self.collapse is not None
 
     def budget(self, table: LatencyTable) -> float | None:
