@@ -21,7 +21,7 @@ MAX_LENGTH = 512
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 #: The name of a model's main argument -> the kind of data that it reads.
 KINDS = {"input_ids": "text", "pixel_values": "images"}
-#: The kind of data -> what makes the inputs of a model, and its class in transformers.
+#: The kind of data -> the processor that makes the inputs of a model, and its class in transformers.
 PROCESSORS = {"text": ("tokenizer", "AutoTokenizer"), "images": ("image processor", "AutoImageProcessor")}
 #: Python code that comes with a model is not run, and transformers does not ask whether to run it.
 NO_REMOTE_CODE = {"trust_remote_code": False}

@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 #: How long a rank waits at a checkpoint for another, whose chunks may take longer. A rank that dies is noticed at once.
 SYNC_TIMEOUT = datetime.timedelta(days=7)
-#: Stands for an error that the user cannot fix, in what a rank tells the others.
+#: Sent to the other ranks, in place of a message, for an error that the user cannot fix.
 _UNEXPECTED = ""
 
 

@@ -8,7 +8,6 @@ import fastentropy as fe
 from fastentropy.calibration.checkpoints import Checkpoint, Tally
 from fastentropy.calibration.data.batching import Batch
 from fastentropy.calibration.data.documents import Problem
-from fastentropy.calibration.ranks import differing
 from fastentropy.collector.site_statistics import SiteStatistics
 
 PROBLEM = Problem("a.txt", "a line is not UTF-8", "byte", 7, 2)
@@ -84,8 +83,3 @@ def test_tallies_add_up_in_any_order():
     first, second = Tally(1, 2, 3, 4, 5, [PROBLEM._replace(path="b.txt"), PROBLEM]), Tally(10, 20, 30, 40, 50, [PROBLEM])
     together = Tally(11, 22, 33, 44, 55, [PROBLEM._replace(times=4), PROBLEM._replace(path="b.txt")])
     assert first + second == second + first == together
-
-
-def test_differing():
-    assert differing({"a": 1, "b": 2}, {"a": 1, "b": 2}) == []
-    assert differing({"a": 1, "b": 2}, {"a": 3, "c": 4}) == ["a", "b", "c"]

@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-import threading
 
 import pytest
 import torch
@@ -19,7 +18,7 @@ from fastentropy.calibration.data.corpus import Corpus, open_corpus
 from fastentropy.calibration.data.documents import Document, Place, Problems
 from fastentropy.calibration.engine import Calibration
 from fastentropy.calibration.pretrained import Pretrained
-from fastentropy.calibration.ranks import Ranks, RemoteRankError
+from fastentropy.calibration.ranks import Ranks
 from tests.calibration import cases
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
@@ -58,6 +57,7 @@ def expected(name, packing, data):
 # Any number of ranks -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 @pytest.mark.parametrize(
     ("name", "packing"),
@@ -71,15 +71,18 @@ def test_counts_equal_a_plain_loop(calibrated, place, name, packing, ranks):
     assert tally == calibrated(name, *options)[1]
 
 
+@pytest.mark.slow
 def test_ranks_without_a_chunk(calibrated, place):
     assert calibrated("llama", ranks=13) == calibrated("llama")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("every", [1, 100])
 def test_counts_independent_of_checkpoints(calibrated, every):
     assert calibrated("llama", "--checkpoint-every", every, ranks=2) == calibrated("llama")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("limit", "packing"), [(1, False), (300, False), (300, True), (10**6, False)])
 def test_max_tokens_on_any_number_of_ranks(calibrated, place, limit, packing):
     options = ["--max-tokens", limit, *["--packing"] * packing]
@@ -96,11 +99,13 @@ def test_max_tokens_on_any_number_of_ranks(calibrated, place, limit, packing):
         assert calibrated("llama", *options, ranks=ranks) == (counts, tally)
 
 
+@pytest.mark.slow
 def test_max_images_on_any_number_of_ranks(calibrated):
     assert calibrated("vit", "--max-tokens", 8, ranks=3) == calibrated("vit", "--max-tokens", 8)
     assert calibrated("vit", "--max-tokens", 8)[1][1] == 8
 
 
+@pytest.mark.slow
 def test_padding_counts_without_a_mask(calibrated):
     counts, tally = calibrated("llama", "--mask", "none", ranks=2)
     values = sum(map(sum, counts["model.layers.0.mlp.act_fn"][1]))
@@ -108,11 +113,13 @@ def test_padding_counts_without_a_mask(calibrated):
     assert calibrated("llama", "--mask", "none") == (counts, tally)
 
 
+@pytest.mark.slow
 def test_only_rank_0_touches_the_output_folder(calibrated):
     injected = tuple((rank, ("refuse_folder",)) for rank in (1, 2))
     assert calibrated("llama", ranks=3, injected=injected) == calibrated("llama")
 
 
+@pytest.mark.slow
 def test_torchrun(place, tmp_path):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "fastentropy"]
     options = ["--data", place / "texts", "--output", tmp_path / "run", "--batch-size", "3", "--json"]
@@ -133,6 +140,7 @@ def run_on(server, place, output, ranks, injected=None):
     return server.run(arguments, ranks=ranks, injected=injected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_broken_stream_is_reported_and_continued(server, calibrated, place, tmp_path, ranks):
     results = run_on(server, place, tmp_path / "run", ranks, dict.fromkeys(range(ranks), ("lose_stream", 8)))
@@ -144,6 +152,7 @@ def test_broken_stream_is_reported_and_continued(server, calibrated, place, tmp_
     assert cases.outcome(tmp_path / "run") == calibrated("llama")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limited", [False, True])
 @pytest.mark.parametrize("rank", [0, 1])
 def test_error_of_one_rank_ends_all(server, place, tmp_path, rank, limited):
@@ -155,18 +164,21 @@ def test_error_of_one_rank_ends_all(server, place, tmp_path, rank, limited):
     assert not any("Traceback" in result.errors for other, result in enumerate(results) if other != rank)
 
 
+@pytest.mark.slow
 def test_batch_that_fails_is_one_line(server, place, tmp_path):
     results = run_on(server, place, tmp_path / "run", 2, {1: ("raise_at", 0, "RuntimeError")})
     assert [result.status for result in results] == [2, 2]
     assert results[0].errors.splitlines()[-1] == f"Error: rank 1: {place / 'llama'} failed on a batch: boom"
 
 
+@pytest.mark.slow
 def test_input_that_the_model_refuses_is_one_line(server, place, tmp_path):
     results = run_on(server, place, tmp_path / "run", 2, {1: ("raise_at", 0, "ValueError")})
     assert [result.status for result in results] == [2, 2]
     assert results[0].errors.splitlines()[-1] == "Error: rank 1: boom"
 
 
+@pytest.mark.slow
 def test_interrupt(server, calibrated, place, tmp_path):
     (result,) = run_on(server, place, tmp_path / "run", 1, {0: ("raise_at", 8, "KeyboardInterrupt")})
     assert result.status == 130
@@ -174,89 +186,6 @@ def test_interrupt(server, calibrated, place, tmp_path):
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoint.safetensors"]
     assert run_on(server, place, tmp_path / "run", 1)[0].status == 0
     assert cases.outcome(tmp_path / "run") == calibrated("llama")
-
-
-class Exchange(Ranks):
-    """Ranks that are threads."""
-
-    def __init__(self, rank, number, barrier, values):
-        super().__init__(rank, number)
-        object.__setattr__(self, "_exchange", (barrier, values))
-
-    def gather(self, value):
-        barrier, values = self._exchange
-        barrier.wait(10)
-        values[self.rank] = value
-        barrier.wait(10)
-        return list(values)
-
-    def broadcast(self, value):
-        return self.gather(value)[0]
-
-
-def on_ranks(number, function):
-    """Call a function of Ranks on each of a number of ranks; return what it returned or raised there."""
-    barrier, values, found = threading.Barrier(number), [None] * number, [None] * number
-
-    def work(rank):
-        try:
-            found[rank] = function(Exchange(rank, number, barrier, values))
-        except Exception as error:
-            found[rank] = (type(error), str(error))
-
-    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(number)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return found
-
-
-QUIET = (RemoteRankError, "")
-
-
-def refuse(ranks, *refusing, kind=ValueError):
-    if ranks.rank in refusing:
-        raise kind(f"no {ranks.rank}\nbut")
-    return ranks.rank
-
-
-@pytest.mark.parametrize(
-    ("refusing", "kind", "outcomes"),
-    [
-        ([], ValueError, [0, 1, 2]),
-        ([0], ValueError, [(ValueError, "no 0 but"), QUIET, QUIET]),
-        ([2], OSError, [(ValueError, "rank 2: no 2 but"), QUIET, QUIET]),
-        ([0, 1, 2], ValueError, [(ValueError, "no 0 but"), QUIET, QUIET]),
-        ([1], KeyError, [QUIET, (KeyError, repr("no 1\nbut")), QUIET]),
-        ([0], KeyError, [(KeyError, repr("no 0\nbut")), QUIET, QUIET]),
-    ],
-)
-def test_run_on_all(refusing, kind, outcomes):
-    assert on_ranks(3, lambda ranks: ranks.run_on_all(lambda: refuse(ranks, *refusing, kind=kind))) == outcomes
-
-
-def test_run_on_first():
-    assert on_ranks(3, lambda ranks: ranks.run_on_first(lambda: ranks.rank + 5)) == [5, 5, 5]
-    assert on_ranks(2, lambda ranks: ranks.run_on_first(lambda: refuse(ranks, 0))) == [(ValueError, "no 0 but"), QUIET]
-
-
-def test_require_equal():
-    differing = on_ranks(3, lambda ranks: ranks.require_equal({"a": 1, "b": ranks.rank, **({"c": 1} if ranks.rank else {})}))
-    assert differing[0][1].startswith("ranks 0 and 1 differ in b, c; give all ranks the same")
-    assert differing[1:] == [QUIET, QUIET]
-    assert on_ranks(3, lambda ranks: ranks.require_equal({"a": 1})) == [None] * 3
-
-
-def test_single_rank():
-    ranks = Ranks(0, 1)
-    assert ranks.run_on_all(lambda: 3) == ranks.run_on_first(lambda: 3) == 3
-    assert ranks.gather(3) == [3]
-    ranks.require_equal({"a": 1})
-    with pytest.raises(ValueError, match=r"^no 0 but$"):
-        ranks.run_on_all(lambda: refuse(ranks, 0))
-    with pytest.raises(KeyError):
-        ranks.run_on_all(lambda: refuse(ranks, 0, kind=KeyError))
 
 
 # One process, in this one -------------------------------------------------------------------------------------------------

@@ -262,6 +262,7 @@ def test_one_synchronization_per_epoch_and_evaluation(recipe):
         assert read.count == 4
 
 
+@pytest.mark.slow
 def test_compiled_training(folder, monkeypatch):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=(counter := CompileCounter())))
     torch.manual_seed(0)
@@ -279,6 +280,7 @@ def test_compiled_training(folder, monkeypatch):
     assert counter.frame_count == 1
 
 
+@pytest.mark.slow
 def test_recompiles_after_each_removal(folder, monkeypatch):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=(counter := CompileCounter())))
     recipe = Cifar10(CPU, model="resnet8", data=str(folder), compile=True)
