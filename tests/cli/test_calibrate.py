@@ -425,7 +425,7 @@ def test_disagreeing_ranks_stop_with_one_message(server, place, output, changed,
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        (["--device-map", "auto"], "--device-map spreads a model over all devices from one process; leave it out"),
+        (["--device-map", "auto"], "--device-map spreads the model of one process over all devices; leave it out"),
         (["--max-length", 65], "^Error: --max-length 65 is more than"),
     ],
 )
