@@ -288,6 +288,7 @@ def test_data_without_tokens_leaves_no_file(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("max_tokens", [None, 10**6])
 def test_prefetches_one_item(tmp_path, monkeypatch, max_tokens):
     """Memory must not grow with the data: one batch is made ahead, or one chunk in a run with max_tokens."""

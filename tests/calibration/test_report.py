@@ -88,6 +88,7 @@ def test_notices_only_if_needed(page):
         assert notice in html
 
 
+@pytest.mark.slow
 def test_nan_in_many_activations(page):
     notice = re.search(r'class="notice">(.*?)</p>', page(statistics(40, nan=5)))[1]
     assert notice.startswith("NaN occurred in model.layers.0.mlp.act_fn, ")

@@ -200,6 +200,7 @@ def test_short_schedules_start_at_the_first_rate(rates, recipe):
     assert used == expected * 2
 
 
+@pytest.mark.slow
 def test_training_is_reproducible(folder):
     recipe = Cifar10(CPU, model="resnet8", data=str(folder))
 

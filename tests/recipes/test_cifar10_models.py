@@ -28,6 +28,7 @@ def images():
     return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_and_number_of_activations(name, images):
     model = MODELS[name]()
@@ -45,6 +46,7 @@ def test_logits_and_number_of_activations(name, images):
         fe.find_sites(model, (images,))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_weights_depend_on_the_seed_alone(name):
     def build(seed):

@@ -72,6 +72,7 @@ def test_calibration_visits_each_training_image_once(recipe):
     assert (sum(seen), max(seen)) == (898, BATCH_SIZE)
 
 
+@pytest.mark.slow
 def test_training_is_reproducible(recipe):
     def train():
         torch.manual_seed(4)
