@@ -17,44 +17,18 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeGuard, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
-from torch.utils._python_dispatch import TorchDispatchMode  # the documented base class of modes lies in a private module
-from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves, tree_map, tree_unflatten
+
+# Handed on as they are: the base class of modes, which is documented, and nested values, which torch.export takes.
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+from torch.utils._pytree import keystr as keystr
+from torch.utils._pytree import tree_flatten_with_path as tree_flatten_with_path
+from torch.utils._pytree import tree_leaves as tree_leaves
+from torch.utils._pytree import tree_map as tree_map
+from torch.utils._pytree import tree_unflatten as tree_unflatten
 
 if TYPE_CHECKING:
     from torch.distributed._functional_collectives import AsyncCollectiveTensor
     from torch.distributed.tensor import DTensor
-
-__all__ = [
-    "TorchDispatchMode",
-    "add_to_each",
-    "as_original_class",
-    "buffers_of",
-    "children_of",
-    "compile_package",
-    "composite_kernel",
-    "export_guards",
-    "has_hooks",
-    "in_backward",
-    "in_dispatch_mode",
-    "is_compiled",
-    "is_fake",
-    "is_functorch_tensor",
-    "keystr",
-    "load_package",
-    "local_part",
-    "local_shape_and_offset",
-    "operator_schema",
-    "path_when_uncompiled",
-    "storage_id",
-    "tree_flatten_with_path",
-    "tree_leaves",
-    "tree_map",
-    "tree_unflatten",
-    "wait_tensor",
-    "with_frozen_weights",
-    "without_modes",
-    "without_waiting",
-]
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -38,10 +38,7 @@ def prune(
     ] = None,
     zeros_together: Annotated[
         bool,
-        typer.Option(
-            "--zeros-together",
-            help="Remove all activations of zero entropy at once, as published. [default: off]",
-        ),
+        typer.Option("--zeros-together", help="Remove all activations of zero entropy at once, as published. [default: off]"),
     ] = False,
     target_speedup: Annotated[
         float | None,
