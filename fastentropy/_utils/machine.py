@@ -1,4 +1,4 @@
-"""The machine and the commit of a measurement."""
+"""Describe the machine and the commit with which a measurement was made."""
 
 import datetime
 import platform
@@ -9,12 +9,21 @@ import torch
 
 from fastentropy._utils.text import plural
 
-#: Sources outside this package, as git patterns. Records and pages are none: writing them must not mark the commit as changed.
+#: Git patterns of the sources outside this package that affect a measurement. Records of measurements and documentation pages
+#: are not among them, because writing a record must not mark the commit as changed.
 OTHER_SOURCES = (":(top)kernels", ":(top)bench/*.py")
 
 
 def describe_machine(device: str) -> dict[str, str]:
-    """Return the name of the processor with its threads, or of the GPU, the version of PyTorch, and the date, for a record."""
+    """Describe the machine, for the record of a measurement.
+
+    Args:
+        device: a device of PyTorch, such as "cpu" or "cuda:0".
+
+    Returns:
+        "device": the name of the GPU, or the name of the processor and PyTorch's number of threads; "torch": the version of
+        PyTorch; "date": today, as YYYY-MM-DD.
+    """
     if device.startswith("cuda"):
         name = torch.cuda.get_device_name(device)
     else:
@@ -23,7 +32,11 @@ def describe_machine(device: str) -> dict[str, str]:
 
 
 def source_commit() -> str | None:
-    """Return the commit of the running sources, with a "+" if they differ from it, or None outside a clone."""
+    """Return the git commit of the running sources, as 12 hexadecimal digits.
+
+    A "+" follows the digits if the sources have changes that are not committed. The result is None if the package does not run
+    from a git clone.
+    """
     folder = Path(__file__).parent.parent
 
     def git(*arguments: str) -> str:
@@ -38,6 +51,7 @@ def source_commit() -> str | None:
 
 
 def _processor() -> str:
+    """Return the name of the CPU; on systems without /proc/cpuinfo, the name that Python knows."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))

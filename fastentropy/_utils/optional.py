@@ -1,11 +1,19 @@
-"""Optional packages, imported where they are used."""
+"""Import optional packages at the point of use, because they may not be installed."""
 
 import importlib
 from typing import Any
 
 
 def require(name: str, purpose: str) -> Any:
-    """Import a module. If it is missing, raise ValueError with its purpose and the command that installs it."""
+    """Import a module of an optional package, and return it.
+
+    Args:
+        name: the full name of the module, such as "pyarrow.parquet".
+        purpose: what needs the module, as the subject of the error message, such as "reading parquet".
+
+    Raises:
+        ValueError: the module cannot be imported. The message holds the purpose and the command that installs the package.
+    """
     try:
         return importlib.import_module(name)
     except ImportError as error:

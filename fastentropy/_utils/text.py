@@ -1,17 +1,23 @@
-"""Numbers, names and tables as plain text for a terminal of 80 columns."""
+"""Format numbers, names and tables as plain text for a terminal of 80 columns."""
 
 import functools
 from collections.abc import Sequence
 
-#: Columns of a terminal.
+#: The width of a terminal in characters.
 WIDTH = 80
+#: The text between two columns of a table.
 GAP = "  "
 
 
 def format_table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1, width: int = WIDTH) -> str:
-    """Return a table of texts, with the first `left` columns flush left and the others flush right.
+    """Return a table as lines of text: the head, a row of dashes, and the rows.
 
-    The texts of the first column are shortened to the space that the others leave of `width`.
+    Args:
+        head: the title of each column.
+        rows: the cells of each row, as many as `head` has.
+        left: how many columns, counted from the first, are aligned to the left. The other columns are aligned to the right.
+        width: the largest number of characters in a line. If a line would be longer, the cells of the first column are
+            shortened. The other columns are never shortened, and may therefore exceed the width.
     """
     others = [max(len(row[column]) for row in [head, *rows]) for column in range(1, len(head))]
     room = max(width - sum(len(GAP) + other for other in others), len(head[0]))
@@ -22,10 +28,11 @@ def format_table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int =
 
 
 def shorten_names(names: Sequence[str], length: int) -> list[str]:
-    """Shorten names to at most `length` characters, with an ellipsis in the middle or at both ends.
+    """Shorten the names that have more than `length` characters, by an ellipsis in the middle or at both ends.
 
-    All names are cut at the same place: the one that keeps most of them distinct. Among equal places, the one closest to a
-    quarter of the length is chosen, since names of sites differ most at their ends.
+    All names are cut at the same position, chosen so that as many as possible of the shortened names stay distinct. If several
+    positions are equally good, an ellipsis in the middle is preferred, as close as possible to a quarter of the length: the
+    names of modules differ most at their ends, so most of the length goes to the end.
     """
     heads = sorted(range(length), key=lambda head: abs(head - length // 4))
     starts = range(1, max(map(len, names), default=0) - length + 1)
@@ -35,7 +42,7 @@ def shorten_names(names: Sequence[str], length: int) -> list[str]:
 
 
 def format_count(count: int) -> str:
-    """Write a count in at most five characters: 640, 1.2 G."""
+    """Format a count in at most five characters, with an SI prefix if needed: 640, 1.2 G."""
     size = float(count)
     for unit in ("", " k", " M", " G", " T", " P", " E"):
         if size < 999.5:
@@ -45,42 +52,48 @@ def format_count(count: int) -> str:
 
 
 def format_integer(value: int) -> str:
-    """Write an integer with its digits in groups of three: 4 800."""
+    """Format an integer with its digits in groups of three: 4 800."""
     return f"{value:,}".replace(",", " ")
 
 
 def format_share(share: float) -> str:
-    """Write a share in percent in at most five characters. Only 0 becomes 0%, and only 1 becomes 100%."""
+    """Format a fraction from 0 to 1 in percent, in at most five characters. Only 0 itself gives 0%, and only 1 gives 100%."""
     if share in (0, 1):
         return f"{share:.0%}"
     return "<0.1%" if share < 0.001 else f"{min(share, 0.999):.1%}"
 
 
 def format_percent(score: float) -> str:
-    """Write a score from 0 to 1 in percent, without the sign: 97.30."""
+    """Format a score from 0 to 1 in percent, without the percent sign: 97.30."""
     return f"{100 * score:.2f}"
 
 
 def format_milliseconds(value: float) -> str:
-    """Write milliseconds with as many digits as matter: 0.512, 4.00, 123."""
+    """Format milliseconds with fewer decimals the larger they are: 0.512, 4.00, 123."""
     return f"{value:.3f}" if value < 1 else f"{value:.2f}" if value < 100 else f"{value:.0f}"
 
 
 def plural(count: int, noun: str, many: str | None = None) -> str:
-    """Write a count with its noun: 1 site, 17 sites. `many` is an irregular plural."""
+    """Format a count with its noun: 1 site, 17 sites. `many` is the plural if it is not the noun with an s."""
     return f"{format_integer(count)} {noun if count == 1 else many or f'{noun}s'}"
 
 
 def _align(texts: Sequence[str], widths: Sequence[int], left: int) -> list[str]:
+    """Pad each text to the width of its column. The first `left` columns are aligned to the left, the others to the right."""
     sized = enumerate(zip(texts, widths, strict=True))
     return [text.ljust(size) if column < left else text.rjust(size) for column, (text, size) in sized]
 
 
 def _without_middle(name: str, length: int, head: int) -> str:
+    """Shorten a name to `length` characters: the first `head` ones, an ellipsis, and the end of the name."""
     return name if len(name) <= length else f"{name[:head]}…{name[len(name) - (length - 1 - head) :]}"
 
 
 def _without_ends(name: str, length: int, start: int) -> str:
+    """Shorten a name to `length` characters: an ellipsis, the characters from index `start` on, and another ellipsis.
+
+    If the name ends before that, only its start is replaced by an ellipsis.
+    """
     if length < 3 or start > len(name) - length:
         return _without_middle(name, length, 0)
     return f"…{name[start : start + length - 2]}…"

@@ -1,4 +1,4 @@
-"""Timing of functions side by side, on a machine that is never quite idle."""
+"""Time several functions in alternation, so that other load on the machine affects all of them alike."""
 
 import math
 import random
@@ -11,7 +11,7 @@ import torch
 
 Key = TypeVar("Key", bound=Hashable)
 
-#: Rounds that are measured whatever the budget, so that there are quartiles.
+#: The number of rounds that are measured even if the time budget is exceeded, because quartiles need some samples.
 MIN_ROUNDS = 5
 
 
@@ -22,7 +22,18 @@ def measure_times(
     round_seconds: float = 0.002,
     graphs_on: torch.device | None = None,
 ) -> dict[Key, float]:
-    """Return the milliseconds of one call of each function: the medians of `measure_samples`, which describes the arguments."""
+    """Return the median time of one call of each function, in milliseconds. The functions are timed in alternation.
+
+    Args:
+        functions: the functions to time, by key.
+        rounds: how many samples are taken of each function.
+        round_seconds: a sample repeats a short function until it takes about this long.
+        graphs_on: the GPU on which each function is captured and replayed as a CUDA graph, or None to call the functions. See
+            `measure_samples` for what this requires.
+
+    Returns:
+        Milliseconds by key.
+    """
     samples = measure_samples(functions, rounds=rounds, round_seconds=round_seconds, graphs_on=graphs_on)
     return {key: statistics.median(values) for key, values in samples.items()}
 
@@ -35,23 +46,23 @@ def measure_samples(
     graphs_on: torch.device | None = None,
     budget_seconds: float = math.inf,
 ) -> dict[Key, list[float]]:
-    """Measure functions in rounds, each of which runs all of them in turn.
+    """Measure the time of functions in rounds. Each round takes one sample of every function.
 
-    Other load on the machine thus affects all functions alike, and the samples of one round are paired. Each round has its own
-    order, the same in every run, since a function leaves caches and memory to the next one. The current accelerator is
-    synchronised before the clock is read.
+    Other load on the machine therefore affects all functions alike, and the samples of one round can be compared in pairs. The
+    order of the functions is shuffled in each round, because a function finds the caches as the previous one left them. The
+    shuffles are the same in every run. The current accelerator is synchronised before the clock is read.
 
     Args:
-        functions: the functions to time, by a key.
+        functions: the functions to time, by key. Each is called without arguments.
         rounds: the number of rounds.
-        round_seconds: a round repeats a short function until it takes about this long.
-        graphs_on: the GPU on which the functions run as CUDA graphs, which leaves out the time that Python takes to launch the
-            work; None for plain calls. The functions must never wait for the GPU: after a failed capture PyTorch can no longer
-            draw random numbers.
-        budget_seconds: after this time no further round begins, except the first `MIN_ROUNDS`.
+        round_seconds: a sample repeats a short function until it takes about this long, and is the mean of the repeats.
+        graphs_on: the GPU on which each function is captured and replayed as a CUDA graph, or None to call the functions. A
+            replay excludes the time that Python takes to launch kernels. A captured function must not synchronise with the
+            GPU, because the capture would fail, and PyTorch can draw no random numbers after a failed capture.
+        budget_seconds: no further round begins after this time. The first `MIN_ROUNDS` rounds are always run.
 
     Returns:
-        The milliseconds of one call in each round, by key.
+        By key, a list of the milliseconds of one call, one number per round.
     """
     if graphs_on is None:
         return _samples(functions, rounds, round_seconds, budget_seconds)
@@ -62,6 +73,7 @@ def measure_samples(
 def _samples(
     functions: Mapping[Key, Callable[[], object]], rounds: int, round_seconds: float, budget_seconds: float
 ) -> dict[Key, list[float]]:
+    """Take the samples of `measure_samples` by calling the functions. The arguments are those of `measure_samples`."""
     repeats = {}
     for key, function in functions.items():
         function()
@@ -77,7 +89,10 @@ def _samples(
 
 
 def _captured(functions: Mapping[Key, Callable[[], object]]) -> Mapping[Key, Callable[[], object]]:
-    """Return the replay of each function's CUDA graph. `torch.cuda.graph` would also collect garbage, which is slow."""
+    """Capture each function as a CUDA graph on the current GPU, and return the function that replays the graph, by key.
+
+    `torch.cuda.graph` is not used, because it also runs Python's garbage collector, which is slow.
+    """
     replays = {}
     with torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]
         for key, function in functions.items():
@@ -95,7 +110,7 @@ def _captured(functions: Mapping[Key, Callable[[], object]]) -> Mapping[Key, Cal
 
 
 def measure_seconds(function: Callable[[], object], repeats: int = 1) -> float:
-    """Return the mean seconds of a number of calls, including the work they launched on an accelerator."""
+    """Return the mean time of `repeats` calls in seconds, including the work that they launched on an accelerator."""
     start = _clock()
     for _ in range(repeats):
         function()
@@ -103,7 +118,7 @@ def measure_seconds(function: Callable[[], object], repeats: int = 1) -> float:
 
 
 def _clock() -> float:
-    """Return the time in seconds, after all work on the accelerator is done."""
+    """Wait until the current accelerator has finished all its work, then return the clock in seconds."""
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
     return time.perf_counter()
