@@ -1,1 +1,1 @@
-"""Pages and plots of runs."""
+"""HTML pages and plots of pruning runs, and the plot of entropies."""

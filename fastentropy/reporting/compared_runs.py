@@ -1,4 +1,4 @@
-"""The runs that a comparison shows, with their labels and options, and the published results next to them."""
+"""The pruning runs of a comparison: their labels and options, and the published results that are shown next to them."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -9,13 +9,13 @@ from typing import Any
 from fastentropy._utils.text import shorten_names
 from fastentropy.reporting.history import RunHistory
 
-#: Characters for the label of a run in a legend, and for a label or an option in a column of a terminal.
+#: Maximum number of characters of a run's label in a legend, and of a label or an option's value in a terminal table.
 LEGEND_LENGTH, COLUMN_LENGTH = 36, 16
-#: The order in which options are shown; others follow.
+#: The options that are shown first, in this order. All other options follow them.
 OPTIONS = ["model", "criterion", "collapse", "target_speedup", "seed", "max_drop", "max_removed", "per_step", "epochs"]
-#: Options that a history may lack, because it is older than they are or because the recipe chose.
+#: Values of options that a history lacks if it is older than the option.
 DEFAULTS = {"criterion": "entropy", "zeros_together": False, "compile": False}
-#: The model that a recipe chooses.
+#: The model that a recipe uses if none is named, by recipe.
 DEFAULT_MODELS = {"cifar10": "resnet18"}
 
 
@@ -25,10 +25,10 @@ class Published:
 
     Attributes:
         model: the name of the model.
-        sites: how many activations it has.
-        removed: how many of them are removed.
-        dense: test accuracy before, from 0 to 1.
-        pruned: test accuracy after.
+        sites: the number of activation calls in the model.
+        removed: the number of activations that were removed.
+        dense: the test accuracy before the removal, from 0 to 1.
+        pruned: the test accuracy after the removal, from 0 to 1.
     """
 
     model: str
@@ -39,7 +39,8 @@ class Published:
 
 
 SOURCE = "EASIER, arXiv 2404.18949, Table 5"
-#: Published results by the letters and digits of the model's name in the recipe cifar10. The paper's VGG-16 has batch norm.
+#: Published results. The key is the model's name in the recipe cifar10 in lower case, with letters and digits only. The paper's
+#: VGG-16 has batch norm.
 PUBLISHED = {
     "resnet18": Published("ResNet-18", 17, 8, 0.9247, 0.9210),
     "swint": Published("Swin-T", 12, 8, 0.9166, 0.9083),
@@ -50,7 +51,7 @@ PUBLISHED = {
 
 
 def label_runs(paths: Sequence[Path]) -> list[str]:
-    """Return the shortest trailing part of each path that tells it from the others."""
+    """Return a label for each path: its shortest trailing part that no other path ends with."""
     return [next(end for end in _ends(path) if sum(end in _ends(other) for other in paths) == 1) for path in paths]
 
 
@@ -59,23 +60,30 @@ def _ends(path: Path) -> list[str]:
 
 
 class Runs:
-    """Histories by label, with what the page, the picture and the tables show of them.
+    """The histories of several runs, and the values that the page, the picture and the tables show.
 
     Attributes:
-        histories: the histories, by label.
-        labels: the labels, in order.
-        recipe: the recipe of all runs.
-        started: the runs that have a step.
-        finished: the runs that have come to their end.
-        on_different_machines: whether the machines or the versions of PyTorch differ.
-        options: all options as texts, by name and label.
-        differing: the options that differ between runs.
-        common: the options that all runs share, by name, except those that ask for nothing.
-        short: `differing`, shortened to `COLUMN_LENGTH`.
+        histories: the parsed `history.json` of each run, by label.
+        labels: the labels of the runs, in the order in which they are shown.
+        recipe: the name of the recipe that all runs share.
+        started: the runs with at least one finished step, by label.
+        finished: the runs that are complete, by label. A run is complete once it has chosen the step that it keeps.
+        on_different_machines: whether the runs differ in their device or in their version of PyTorch.
+        options: all options as text: name of the option → label of the run → value.
+        differing: the entries of `options` whose value differs between runs.
+        common: the value of each option that is the same in all runs, by name, except the values "none" and "no".
+        short: `differing`, with each value shortened to at most `COLUMN_LENGTH` characters.
     """
 
     def __init__(self, histories: Mapping[str, Mapping[str, Any]]) -> None:
-        """Read the histories. Raises ValueError for runs of different recipes, and if no run has a step."""
+        """Read the histories.
+
+        Args:
+            histories: the parsed `history.json` of each run, by label. `check_history` must accept each of them.
+
+        Raises:
+            ValueError: the runs have different recipes, or no run has a finished step.
+        """
         self.histories, self.labels, self.recipe = histories, list(histories), _common_recipe(histories)
         self.started = {label: RunHistory(history) for label, history in histories.items() if history["steps"]}
         if not self.started:
@@ -90,14 +98,14 @@ class Runs:
 
     @property
     def published(self) -> list[Published]:
-        """Return the published results for the models of these runs."""
+        """Return the published results for the models of these runs, without repetitions."""
         models = self.options["model"].values() if self.recipe == "cifar10" else ()
         names = ("".join(filter(str.isalnum, model)).lower() for model in models)
         return list(dict.fromkeys(PUBLISHED[name] for name in names if name in PUBLISHED))
 
     @property
     def entries(self) -> dict[str, str]:
-        """Return the text of each run in a legend: its label, how it differs from the others, and whether it is unfinished."""
+        """Return the legend text of each run, by label: its label, its differing options, and "unfinished" if it is."""
         entries = _shorten(dict(zip(self.labels, self.labels, strict=True)), LEGEND_LENGTH)
         for label, name in entries.items():
             notes = [f"{option} {texts[label]}" for option, texts in self.short.items()]
@@ -107,7 +115,7 @@ class Runs:
 
 
 def distinct_machines(runs: Mapping[str, RunHistory]) -> set[tuple[str, str]]:
-    """Return the machines and versions of PyTorch that latencies were measured on."""
+    """Return the distinct pairs (device, version of PyTorch) on which the latencies of the runs were measured."""
     return {(run.history["machine"]["device"], run.history["machine"]["torch"]) for run in runs.values()}
 
 
@@ -127,7 +135,7 @@ def _common_recipe(histories: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _options(histories: Mapping[str, Mapping[str, Any]], recipe: str) -> dict[str, dict[str, str]]:
-    """Return the options of the runs, with the seed, as texts by name and label."""
+    """Return all options of the runs, and the seed, as text: name of the option → label of the run → value."""
     defaults = {**DEFAULTS, "model": DEFAULT_MODELS.get(recipe)}
     stored = {label: {**history["options"], "seed": history["seed"]} for label, history in histories.items()}
     given = {label: {name: value for name, value in options.items() if value is not None} for label, options in stored.items()}
@@ -138,7 +146,7 @@ def _options(histories: Mapping[str, Mapping[str, Any]], recipe: str) -> dict[st
 
 
 def format_option(value: object) -> str:
-    """Write the value of an option: none, yes, no, a number, a text, or a list of them."""
+    """Return the value of an option as text. None and an empty list become "none", and booleans "yes" or "no"."""
     if isinstance(value, list):
         return ", ".join(map(str, value)) or "none"
     if value is None or isinstance(value, bool):

@@ -1,4 +1,7 @@
-"""The comparison of several runs of one recipe as a page, a picture and a table, from their histories alone."""
+"""The comparison of several pruning runs of one recipe: an HTML page, a PNG picture and a text table.
+
+All three are made from the histories (`history.json`) of the runs alone.
+"""
 
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
@@ -21,16 +24,21 @@ from fastentropy.reporting.history import RunHistory
 from fastentropy.reporting.pages import draw_svg, write_page
 from fastentropy.reporting.plots import STYLE
 
-#: A space at which no line breaks.
+#: A space at which a line is not broken.
 UNBROKEN = "\N{NO-BREAK SPACE}"
-#: How many times as fast as the next run the fastest one must be to be called that. Measured times vary by less.
+#: A run is called the fastest only if it is at least this many times as fast as the second one. The noise is smaller.
 LEAD = 1.02
 
 
 def write_comparison(histories: Mapping[str, Mapping[str, Any]], path: str | PathLike[str]) -> None:
-    """Write the histories of several runs, by their labels, as one self-contained HTML page.
+    """Compare several runs on one self-contained HTML page. The same histories give the same bytes.
 
-    The same histories give the same bytes. Raises ValueError for runs of different recipes, and if no run has a step.
+    Args:
+        histories: the parsed `history.json` of each run, by the label of the run.
+        path: the HTML file to write.
+
+    Raises:
+        ValueError: the runs have different recipes, or no run has a finished step.
     """
     runs = Runs(histories)
     headline, best = _verdict(runs)
@@ -38,7 +46,18 @@ def write_comparison(histories: Mapping[str, Mapping[str, Any]], path: str | Pat
 
 
 def plot_comparison(histories: Mapping[str, Mapping[str, Any]], path: str | PathLike[str]) -> Figure:
-    """Draw test accuracy against activations removed, and against latency, to one PNG. Raises as `write_comparison` does."""
+    """Draw the test accuracy of several runs against activations removed, and against latency, to one PNG file.
+
+    Args:
+        histories: the parsed `history.json` of each run, by the label of the run.
+        path: the PNG file to write.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ValueError: the runs have different recipes, or no run has a finished step.
+    """
     runs = Runs(histories)
     panels = {"Accuracy against activations removed": draw_removed, "Accuracy against latency": draw_latency}
     with matplotlib.style.context(["default", STYLE]):
@@ -53,7 +72,17 @@ def plot_comparison(histories: Mapping[str, Mapping[str, Any]], path: str | Path
 
 
 def format_comparison(histories: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return the comparison as text of 80 columns. Raises as `write_comparison` does."""
+    """Return the comparison of several runs as text of 80 columns.
+
+    Args:
+        histories: the parsed `history.json` of each run, by the label of the run.
+
+    Returns:
+        A sentence with the result, tables of the figures and of the differing options, and notes.
+
+    Raises:
+        ValueError: the runs have different recipes, or no run has a finished step.
+    """
     runs = Runs(histories)
     common = {"recipe": runs.recipe, **runs.common}
     notes = [f"The same in all runs: {', '.join(f'{name}{UNBROKEN}{text}' for name, text in common.items())}."]
@@ -66,7 +95,7 @@ def format_comparison(histories: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _verdict(runs: Runs) -> tuple[str, str | None]:
-    """Return the result of the comparison as a sentence, and the label of the best run if there is one."""
+    """Return a sentence with the result of the comparison, and the label of the best run, or None if no run is the best."""
     finished = runs.finished
     if len(finished) < 2:
         which = f"Only {next(iter(finished))}" if finished else "None of the runs"
@@ -98,7 +127,11 @@ def _figures_of(run: RunHistory) -> str:
 
 
 def _text_tables(runs: Runs) -> list[str]:
-    """Return a table of the results with as many differing options as fit, then tables of the other options."""
+    """Return the tables of the comparison as text.
+
+    The first table holds the results, and as many of the options that differ between the runs as fit into its width. Further
+    tables hold the remaining differing options.
+    """
     results = _results(runs)
     whole = TERMINAL - min(max(map(len, runs.labels)), COLUMN_LENGTH)
     room = whole - sum(_width(head, texts) for head, texts in results.items())
@@ -121,7 +154,7 @@ def _width(head: str, texts: Sequence[str]) -> int:
 
 
 def _results(runs: Runs) -> dict[str, list[str]]:
-    """Return the columns of the table of results, by their heads."""
+    """Return the columns of the table of results: head of the column → one cell per run."""
     columns: dict[str, list[str]] = {"removed": [], "test, %": [], "ms per call": [], "speed": []}
     for label in runs.labels:
         cells = ["-"] * len(columns)

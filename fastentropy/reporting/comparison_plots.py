@@ -1,4 +1,4 @@
-"""The plots of a comparison: test accuracy of each step against activations removed, and against latency."""
+"""The plots of a comparison of runs: the test accuracy after each step against activations removed, and against latency."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,15 +14,16 @@ from matplotlib.ticker import MaxNLocator
 from fastentropy.reporting.compared_runs import Runs
 from fastentropy.reporting.plots import BLUE, GREY, INK, ORANGE
 
-#: Okabe and Ito's colours, without those that are hard to see on a light or a dark ground, and filled markers. Together they
-#: tell 42 runs apart.
+#: Colours of Okabe and Ito's palette, without those that are hard to see on a light or a dark ground, and filled markers. Their
+#: combinations distinguish up to 42 runs.
 COLORS = [BLUE, ORANGE, "#009e73", "#cc79a7", "#56b4e9", "#e69f00"]
 MARKERS = "osD^v<>"
-#: Markers of published results are not filled, so that none is mistaken for a run.
+#: Markers of published results. They are not filled, so none is mistaken for a run.
 PUBLISHED_MARKERS = "x+*1"
-#: Inches: the height of a plot and of a line in its legend; the width of a character there, and of a marker with its margin.
+#: Sizes in inches: the height of a plot, the height of a line of the legend, the width of a character of the legend, and the
+#: width of a marker in the legend with its margin.
 PLOT, LINE, CHARACTER, MARK = 3.2, 0.18, 0.07, 0.55
-#: Styles of the steps that were tried, of the kept one, which stands out, of those rejected after it, and of published results.
+#: Styles of the steps up to the kept one, of the kept step itself, of the rejected steps after it, and of published results.
 TRIED: dict[str, Any] = {"markersize": 4, "linewidth": 1.3}
 KEPT: dict[str, Any] = {"linestyle": "none", "markersize": 9, "markeredgecolor": INK, "markeredgewidth": 1.2, "zorder": 3}
 REJECTED: dict[str, Any] = TRIED | {"linestyle": "--", "markerfacecolor": "none"}
@@ -30,7 +31,11 @@ PUBLISHED_STYLE: dict[str, Any] = {"color": INK, "linestyle": ":", "linewidth": 
 
 
 def draw_removed(axes: Axes, runs: Runs) -> dict[str, Line2D]:
-    """Draw test accuracy of each step against the activations removed, with published results. Return the legend's entries."""
+    """Draw the test accuracy after each step against the number of activations removed, and the published results.
+
+    Returns:
+        The lines that the legend explains, by their text in the legend.
+    """
     axes.set_xlabel("activations removed")
     entries = _draw_runs(axes, runs, {label: run.depths for label, run in runs.started.items()})
     for published, marker in zip(runs.published, PUBLISHED_MARKERS, strict=False):
@@ -43,7 +48,11 @@ def draw_removed(axes: Axes, runs: Runs) -> dict[str, Line2D]:
 
 
 def draw_latency(axes: Axes, runs: Runs) -> dict[str, Line2D]:
-    """Draw test accuracy of each step against the time of one call of its fused network. Return the legend's entries."""
+    """Draw the test accuracy after each step against the milliseconds of one call of the step's fused network.
+
+    Returns:
+        The lines that the legend explains, by their text in the legend.
+    """
     axes.set_xlabel("latency, fused (ms per call)")
     times = {label: [step["latency_ms"]["fused"] for step in run.steps] for label, run in runs.started.items()}
     for label, run in runs.started.items():
@@ -54,9 +63,15 @@ def draw_latency(axes: Axes, runs: Runs) -> dict[str, Line2D]:
 
 
 def _draw_runs(axes: Axes, runs: Runs, positions: Mapping[str, Sequence[float]]) -> dict[str, Line2D]:
-    """Draw each run as a line up to its kept step, which stands out, and a dashed one to the rejected steps.
+    """Draw each run as a solid line up to its kept step, a large marker there, and a dashed line through the rejected steps.
 
-    Returns the lines that a legend explains, by its texts.
+    Args:
+        axes: the axes to draw on.
+        runs: the runs.
+        positions: the x coordinate of each step of a run, by the label of the run.
+
+    Returns:
+        The lines that the legend explains, by their text in the legend.
     """
     axes.set_ylabel("test accuracy (%)")
     axes.grid()
@@ -79,7 +94,12 @@ def _draw_runs(axes: Axes, runs: Runs, positions: Mapping[str, Sequence[float]])
 
 
 def draw_legend(figure: Figure, entries: Mapping[str, Line2D]) -> None:
-    """Add a legend below the plots, where it hides no line, with as many columns as fit. The figure grows by its height."""
+    """Add a legend below the plots of a figure, with as many columns as fit. The figure grows by the height of the legend.
+
+    Args:
+        figure: the figure, whose width is fixed.
+        entries: the lines that the legend explains, by their text.
+    """
     widths = [MARK + CHARACTER * len(text) for text in entries]
     shapes = ((columns, np.array_split(widths, columns)) for columns in range(len(widths), 0, -1))
     columns = next((columns for columns, parts in shapes if sum(map(max, parts)) <= figure.get_figwidth()), 1)

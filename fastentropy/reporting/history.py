@@ -1,4 +1,4 @@
-"""The history of a run (`history.json`): its check, and the figures that pages show of it."""
+"""The history of a pruning run (`history.json`): a check of its form, and the values that pages and plots show."""
 
 import itertools
 import math
@@ -9,22 +9,24 @@ from fastentropy._utils.text import plural
 
 
 class RunHistory:
-    """The history of a run with at least one finished step. Step 0 is the dense network.
+    """The history of a run with at least one finished step.
+
+    Step 0 is the dense network. Each further step removes activations and fine-tunes the network.
 
     Attributes:
-        history: the history as `history.json` holds it.
-        steps: its steps.
-        kept_step: the index of the kept step; of the last one while the run is unfinished.
-        fusion: the report of fusing the kept network; None while the run is unfinished.
-        dense: step 0.
-        kept: the kept step.
-        sites: the names of the activations of the dense network, in call order.
-        depths: the number of activations removed at each step.
-        tried_at: the step at which each activation was removed, by name.
+        history: the parsed `history.json`.
+        steps: the entries of the history's "steps", in order.
+        kept_step: the index of the step whose network the run keeps, or of the last step if the run is unfinished.
+        fusion: the report on fusing the kept network, or None if the run is unfinished.
+        dense: the entry of step 0.
+        kept: the entry of the kept step.
+        sites: the names of the sites (calls of an activation) of the dense network, in call order.
+        depths: for each step, the number of activations removed up to and including it.
+        tried_at: the index of the step that removed an activation, by name, also if that step was rejected.
     """
 
     def __init__(self, history: Mapping[str, Any]) -> None:
-        """Read a history that `check_history` accepts."""
+        """Read a parsed `history.json`. `check_history` must accept it, and it must have a step."""
         self.history = history
         self.steps: Sequence[Mapping[str, Any]] = history["steps"]
         self.kept_step: int = len(self.steps) - 1 if history["kept_step"] is None else history["kept_step"]
@@ -36,18 +38,18 @@ class RunHistory:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Return the options of the run that ask for something."""
+        """Return the options of the run without those that are None, False or an empty list."""
         given = self.history["options"].items()
         return {name: value for name, value in given if value is not None and value is not False and value != []}
 
     @property
     def removed(self) -> int:
-        """Return how many sites are linearised in the kept network."""
+        """Return the number of activations that are removed in the kept network."""
         return self.depths[self.kept_step]
 
     @property
     def rejected_step(self) -> int | None:
-        """Return the index of the step whose score fell too far, or None if there is none."""
+        """Return the index of the first step whose validation accuracy fell too far, or None if no step was rejected."""
         return self.kept_step + 1 if self.kept_step + 1 < len(self.steps) else None
 
     @property
@@ -57,28 +59,41 @@ class RunHistory:
 
     @property
     def latency(self) -> Mapping[str, float]:
-        """Return milliseconds per call, measured side by side at the end, or those of the steps if the run is unfinished."""
+        """Return the milliseconds per call of the dense and the kept network, each before and after fusing.
+
+        They are measured side by side at the end of a run. If the run is unfinished, they are those of its steps.
+
+        Returns:
+            The times by "dense", "dense_fused", "pruned" and "fused". The last two are of the kept network.
+        """
         dense, kept = self.dense["latency_ms"], self.kept["latency_ms"]
         steps = {"dense": dense["pruned"], "dense_fused": dense["fused"], "pruned": kept["pruned"], "fused": kept["fused"]}
         return self.history["latency_ms"] or steps
 
     @property
     def speedup(self) -> float:
-        """Return how many times as fast as the dense network the fused one is."""
+        """Return the time of the dense network divided by the time of the fused kept network."""
         return self.latency["dense"] / self.latency["fused"]
 
     @property
     def collapsed(self) -> list[Mapping[str, Any]]:
-        """Return the stretches of the kept network that are approximated by one convolution each."""
+        """Return an entry for each stretch (consecutive modules) that one convolution replaces in the kept network."""
         return [projection for step in self.steps[: self.kept_step + 1] for projection in step["collapsed"]]
 
     def entropy_before(self, index: int) -> dict[str, float]:
-        """Return the sites that a step removed, with their entropy in bits before."""
+        """Return the entropy in bits, in the step before, of each site that the step with this index removed, by name."""
         return {name: self.steps[index - 1]["layer_entropy"][name] for name in self.steps[index]["removed"]}
 
 
 def check_history(history: Mapping[str, Any]) -> None:
-    """Raise ValueError for a history that lacks a value that a page shows, or has it in a wrong type or range."""
+    """Check that a history has every value that pages show, in the right type and range.
+
+    Args:
+        history: the parsed `history.json`.
+
+    Raises:
+        ValueError: a value is missing, or has a wrong type or range. The message names the value.
+    """
     _check(history, _HISTORY, "the history")
     for name, form in _WHEN_FINISHED.items():
         if history["kept_step"] is not None or history[name] is not None:
@@ -95,8 +110,8 @@ def check_history(history: Mapping[str, Any]) -> None:
         raise ValueError("a latency is 0 or less; expected milliseconds")
 
 
-#: The expected form of a history: [form of each item], {name: form of its value}, {str: form of every value}, or a type. An int
-#: may stand for a float.
+#: The expected form of a history. A form is `[form of each item]`, `{name: form of its value}`, `{str: form of every value}` or
+#: a type: `object` allows anything, and `float` also allows an int.
 _PROJECTION = {"modules": [str], "relative_error": float, "centre_error": float}
 _STEP = {
     "removed": [str],
@@ -131,7 +146,13 @@ _NAMES = {float: "a number", int: "an integer", str: "a text", list: "a list", d
 
 
 def _check(value: Any, form: Any, where: str) -> None:
-    """Raise ValueError if a value that was read from JSON does not have the expected form."""
+    """Raise ValueError if a value that was read from JSON does not have the expected form.
+
+    Args:
+        value: the value.
+        form: its expected form, as described in the comment above `_PROJECTION`.
+        where: the path of the value in the history, for the message.
+    """
     if form is object:
         return
     kind: Any = form if isinstance(form, type) else type(form)

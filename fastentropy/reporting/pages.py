@@ -1,4 +1,4 @@
-"""HTML pages: rendering a template, and figures as inline SVG."""
+"""HTML pages: rendering of a template, and drawing of figures as inline SVG."""
 
 import io
 import re
@@ -20,7 +20,13 @@ WIDTH = 7.6
 
 
 def write_page(template: str, path: str | PathLike[str], **values: object) -> None:
-    """Render a template to a self-contained HTML page. Texts among the values are escaped."""
+    """Render a template to a self-contained HTML file.
+
+    Args:
+        template: the file name of a Jinja template in fastentropy/reporting/templates.
+        path: the HTML file to write.
+        values: the variables of the template, by name. Strings are escaped, except `Markup`.
+    """
     environment = Environment(
         loader=PackageLoader("fastentropy.reporting"),
         autoescape=True,
@@ -34,15 +40,21 @@ def write_page(template: str, path: str | PathLike[str], **values: object) -> No
 
 
 def draw_svg(draw: Callable[[Axes], object], height: float, description: str) -> Markup:
-    """Return a figure as an SVG element in the text colour of the page, so that it is readable on light and dark ground.
+    """Draw a figure and return it as an SVG element.
+
+    Text and axes take the text colour of the page, so they are readable on a light and on a dark ground.
 
     Args:
-        draw: draws the figure on axes.
-        height: the height in inches.
-        description: the text for screen readers, which must be unique on the page.
+        draw: a function that draws the figure on the axes that it is given.
+        height: the height of the figure in inches.
+        description: the text for screen readers. It must be unique on the page, because element ids are derived from it.
+
+    Returns:
+        The `<svg>` element, to be inserted into a page without escaping.
     """
     buffer = io.StringIO()
-    # Identifiers must be unique on a page. The salt makes those of each figure differ; those of groups are unused.
+    # Element ids must be unique on a page. The salt makes the ids of different figures differ. The ids of groups are not
+    # referred to, so they are removed below.
     with matplotlib.style.context(["default", STYLE, {"svg.hashsalt": description}]):
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
         draw(figure.subplots())

@@ -21,7 +21,7 @@ from fastentropy._utils.text import shorten_names
 
 INK = "#24292f"
 GREY = "#8c959f"
-#: Of Okabe and Ito's palette: distinct for every kind of colour vision, and readable on light and dark ground.
+#: Colours of Okabe and Ito's palette. They are distinct for every kind of colour vision, and readable on light and dark ground.
 BLUE, ORANGE = "#0072b2", "#d55e00"
 STYLE = {
     "axes.edgecolor": INK,
@@ -42,22 +42,22 @@ STYLE = {
     "xtick.color": INK,
     "ytick.color": INK,
 }
-#: Inches: the height of a site's row, and of the margins above and below the rows together.
+#: Sizes in inches: the height of a row, which shows a site (call of an activation), and the sum of the top and bottom margins.
 ROW, MARGIN = 0.2, 0.9
-#: The share of its row that a bar fills.
+#: The height of a bar relative to its row.
 BAR = 0.72
-#: Characters of a site's name that a plot has room for.
+#: Maximum number of characters of a site's name in a plot.
 LABEL_LENGTH = 42
-#: Bins in the distribution of neuron entropies, from 0 to 1 bit.
+#: Number of bins of the distribution of neuron entropies, which range from 0 to 1 bit.
 BINS = 20
-#: From no neuron to all: one hue that gets darker, so that it can be read without telling colours apart.
+#: Colours of a bin, from "no neuron" to "all neurons". One hue gets darker, so the plot is readable without colour vision.
 _SHADES = LinearSegmentedColormap.from_list("shares", ["#eef2f5", BLUE, "#00253b"])
-#: The formats of a figure, each with metadata to leave out, so that the same figure gives the same bytes.
+#: The file formats of a figure, with metadata for `savefig`. No date is written, so the same figure gives the same bytes.
 FORMATS: dict[str, dict[str, Any]] = {"png": {}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
 
 
 class EntropyFigure(Figure):
-    """A figure that a notebook displays even if pyplot was never imported."""
+    """A figure that Jupyter displays even if pyplot was never imported."""
 
     def _repr_png_(self) -> bytes:
         buffer = io.BytesIO()
@@ -66,17 +66,17 @@ class EntropyFigure(Figure):
 
 
 def plot_entropies(neuron_entropies: Mapping[str, Tensor], path: str | PathLike[str] | None = None) -> Figure:
-    """Draw the entropy of each layer next to the distribution of its neurons' entropies.
+    """Draw the layer entropy of each site next to the distribution of its neurons' entropies.
 
     Args:
-        neuron_entropies: the entropies of a site's neurons in bits, [neurons], by the name of the site.
-        path: where to save the figure; the suffix, one of `FORMATS`, is its format. None to not save it.
+        neuron_entropies: the entropy of each neuron in bits, `[neurons]`, by the name of the site.
+        path: the file to save the figure to, with the suffix .png, .svg or .pdf. None does not save it.
 
     Returns:
         The figure.
 
     Raises:
-        ValueError: for another suffix, and if there are no sites.
+        ValueError: the path has another suffix, or `neuron_entropies` is empty.
     """
     form = "" if path is None else figure_format(path)
     if not neuron_entropies:
@@ -103,7 +103,14 @@ def draw_layer_entropy(
     colors: Mapping[str, str] | None = None,
     notes: Mapping[str, str] | None = None,
 ) -> None:
-    """Draw a bar with its bits for each site, in call order from the top. `colors` and `notes` apply to some sites by name."""
+    """Draw a horizontal bar for the entropy of each site, labelled with its bits.
+
+    Args:
+        axes: the axes to draw on.
+        layer_entropy: the layer entropy of each site in bits, by name, from the top row to the bottom row.
+        colors: the colour of the bar of some sites, by name. The other bars are blue.
+        notes: a text that follows the bits of some sites, by name.
+    """
     for row, (name, bits) in enumerate(layer_entropy.items()):
         axes.barh(row, bits, height=BAR, color=(colors or {}).get(name, BLUE))
         text = f"{bits:.3f}{(notes or {}).get(name, '')}"
@@ -116,14 +123,22 @@ def draw_layer_entropy(
 
 
 def label_sites(axes: Axes, names: Sequence[str]) -> None:
-    """Label a row for each site, the first at the top."""
+    """Label the rows of a plot with the names of the sites, the first one at the top."""
     axes.set_yticks(range(len(names)), shorten_names(names, LABEL_LENGTH), fontsize=8)
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.tick_params(axis="y", length=0)
 
 
 def draw_distributions(axes: Axes, neuron_entropies: Mapping[str, Tensor], are_labelled: bool = True) -> None:
-    """Draw a strip for each site, darker where more of its neurons are, with a tick at their mean, the layer entropy."""
+    """Draw the distribution of the neuron entropies of each site as a strip of bins from 0 to 1 bit.
+
+    A bin is darker if more neurons fall into it. A tick marks their mean, which is the layer entropy.
+
+    Args:
+        axes: the axes to draw on.
+        neuron_entropies: the entropy of each neuron in bits, `[neurons]`, by the name of the site, from the top row down.
+        are_labelled: whether to label the rows with the names of the sites.
+    """
     edges = [edge / BINS for edge in range(BINS + 1)]
     for row, entropies in enumerate(neuron_entropies.values()):
         shares = torch.histc(entropies.clamp(0, 1), BINS, 0, 1) / len(entropies)  # rounding may leave a bit more than 1
@@ -144,7 +159,17 @@ def draw_distributions(axes: Axes, neuron_entropies: Mapping[str, Tensor], are_l
 
 
 def figure_format(path: str | PathLike[str]) -> str:
-    """Return the format that the suffix of a path names. Raises ValueError if it is none of `FORMATS`."""
+    """Return the file format of a plot from the suffix of its path.
+
+    Args:
+        path: the path of the plot.
+
+    Returns:
+        "png", "svg" or "pdf", one of the keys of `FORMATS`.
+
+    Raises:
+        ValueError: the path has another suffix.
+    """
     form = Path(path).suffix.lower().removeprefix(".")
     if form not in FORMATS:
         suffixes = ", ".join(f".{each}" for each in FORMATS)

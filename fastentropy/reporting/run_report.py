@@ -1,4 +1,4 @@
-"""One pruning run as a self-contained page and as a picture, from its history alone."""
+"""The report of one pruning run: an HTML page and a PNG picture, both made from its history (`history.json`) alone."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -20,16 +20,24 @@ from fastentropy.reporting.plots import BLUE, GREY, INK, MARGIN, ORANGE, ROW, ST
 
 
 def write_report(history: Mapping[str, Any], path: str | PathLike[str]) -> None:
-    """Write the history of one run (`history.json`) as one self-contained HTML page.
+    """Write the report of one run as one self-contained HTML page. The same history gives the same bytes.
 
-    The same history gives the same bytes. For an unfinished run (`"kept_step": null`) the page shows the steps so far.
+    Args:
+        history: the parsed `history.json`, with at least one step. If its "kept_step" is None, the run is unfinished, and the
+            page shows its steps so far.
+        path: the HTML file to write.
     """
     run = RunHistory(history)
     write_page("report.html.j2", path, run=run, headline=_headline(run), figures=_figures(run))
 
 
 def plot_summary(history: Mapping[str, Any], path: str | PathLike[str]) -> None:
-    """Draw the entropies of the dense network, and accuracy and latency against activations removed, to one PNG."""
+    """Draw the entropies of the dense network, and accuracy and latency against activations removed, to one PNG file.
+
+    Args:
+        history: the parsed `history.json`, with at least one step.
+        path: the PNG file to write.
+    """
     run = RunHistory(history)
     panels = {"Entropy of each activation": _draw_entropy, "Accuracy": _draw_accuracy, "Latency": _draw_latency}
     with matplotlib.style.context(["default", STYLE]):
@@ -67,14 +75,20 @@ def _rows_height(run: RunHistory) -> float:
 
 
 def _draw_entropy(axes: Axes, run: RunHistory) -> None:
-    """Draw a bar for each site of the dense network, in call order; removed ones in another colour, with their step."""
+    """Draw a bar for the entropy of each site (call of an activation) of the dense network, in call order.
+
+    Removed sites have another colour. A note gives the step at which a site was removed or tried.
+    """
     gone = {name for name, step in run.tried_at.items() if step <= run.kept_step}
     notes = {name: f", {'removed' if name in gone else 'tried'} at step {step}" for name, step in run.tried_at.items()}
     draw_layer_entropy(axes, run.dense["layer_entropy"], dict.fromkeys(gone, ORANGE), notes)
 
 
 def _draw_entropy_map(axes: Axes, run: RunHistory) -> None:
-    """Draw sites × steps. The colour of a cell is the entropy of the site after the step; removed sites are hatched."""
+    """Draw a map with a row per site and a column per step.
+
+    The colour of a cell is the entropy of the site after the step. Cells of removed sites are hatched.
+    """
     entropies = [[step["layer_entropy"].get(name, math.nan) for step in run.steps] for name in run.sites]
     edges = [[index - 0.5 for index in range(len(cells) + 1)] for cells in (run.steps, run.sites)]
     mesh = axes.pcolormesh(*edges, entropies, norm=_entropy_range(entropies))
@@ -92,14 +106,17 @@ def _draw_entropy_map(axes: Axes, run: RunHistory) -> None:
 
 
 def _entropy_range(entropies: Sequence[Sequence[float]]) -> Normalize:
-    """Return the range of the entropies in tenths of a bit. Networks differ more than the layers of one network do."""
+    """Return the colour range of the entropies, rounded outwards to tenths of a bit.
+
+    The range follows the data, because the layers of one network differ less than networks do.
+    """
     bits = [value for row in entropies for value in row if not math.isnan(value)] or [0.0, 1.0]
     lowest, highest = math.floor(10 * min(bits)) / 10, math.ceil(10 * max(bits)) / 10
     return Normalize(min(lowest, highest - 0.1), highest)
 
 
 def _draw_accuracy(axes: Axes, run: RunHistory) -> None:
-    """Draw validation and test accuracy of each step, and the lowest validation accuracy that is kept."""
+    """Draw the validation and test accuracy after each step, and the lowest validation accuracy at which a step is kept."""
     for split, color, marker in (("validation", BLUE, "o"), ("test", ORANGE, "s")):
         axes.plot(run.depths, [100 * step[split] for step in run.steps], color=color, marker=marker, label=split)
     if run.lowest_validation > 0:
@@ -109,7 +126,7 @@ def _draw_accuracy(axes: Axes, run: RunHistory) -> None:
 
 
 def _draw_latency(axes: Axes, run: RunHistory) -> None:
-    """Draw the time of one call of each step's network, as it is and fused."""
+    """Draw the milliseconds of one call of each step's network, before and after fusing."""
     for form, color, marker in (("pruned", BLUE, "o"), ("fused", ORANGE, "s")):
         axes.plot(run.depths, [step["latency_ms"][form] for step in run.steps], color=color, marker=marker, label=form)
     axes.set_ylim(0, 1.1 * max(max(step["latency_ms"].values()) for step in run.steps))
@@ -126,7 +143,13 @@ def _finish_lines(axes: Axes, run: RunHistory) -> None:
 
 
 def _label_steps(axes: Axes, run: RunHistory, positions: Sequence[int]) -> None:
-    """Limit the axis to the positions of the steps, and mark the kept and the rejected one."""
+    """Limit the x axis to the steps, and label the kept step and the first rejected step above the plot.
+
+    Args:
+        axes: the axes to label.
+        run: the run.
+        positions: the x coordinate of each step.
+    """
     labels = [(run.kept_step, "kept", "center" if run.rejected_step is None else "right", INK)]
     if run.rejected_step is not None:
         labels.append((run.rejected_step, "rejected", "left", ORANGE))
