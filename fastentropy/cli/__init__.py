@@ -1,6 +1,6 @@
-"""The command line: five plain functions, registered as commands.
+"""The command line: five plain functions, each registered as a command.
 
-Errors you can fix are reported as one line on stderr, with exit status 2.
+Errors that the user can fix are reported as one line on stderr, with exit status 2.
 """
 
 import typer

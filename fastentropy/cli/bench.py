@@ -1,4 +1,4 @@
-"""The command `fastentropy bench`."""
+"""The command `fastentropy bench`: measure the kernels, the collector or fused networks."""
 
 import shlex
 import sys
@@ -46,9 +46,9 @@ def bench(
         bool, typer.Option("--sweep", help="Time launch configurations of the state kernels on a GPU instead. [default: off]")
     ] = False,
 ) -> None:
-    """Measure the kernels, collecting or fusing, with baselines.
+    """Measure the kernels, the collecting of statistics, or fused networks, each next to its baselines.
 
-    Prints a table for each case, and writes a record and a plot.
+    Prints a table for each case, and writes a record (JSON) and a plot.
     """
     with one_line_errors():
         check_benchmark(benchmark, dtype)

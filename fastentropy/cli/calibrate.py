@@ -1,4 +1,4 @@
-"""The command `fastentropy calibrate`."""
+"""The command `fastentropy calibrate`: measure the entropy of a model's activations over a corpus."""
 
 import json
 from functools import partial

@@ -1,4 +1,4 @@
-"""A run in the terminal: progress bars while it works, and a table at the end."""
+"""What a command shows in the terminal: progress bars while it runs, and a table when it has finished."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -29,32 +29,32 @@ from fastentropy.reporting.history import RunHistory
 T = TypeVar("T")
 Display = TypeVar("Display", bound="_Display")
 
-#: How many kinds of problems the terminal lists.
+#: Maximum number of kinds of problems with the data that the terminal lists.
 MAX_PROBLEMS = 5
 
 
 class _Display:
-    """Progress bars that are shown while a block runs, and left as they are afterwards."""
+    """Progress bars that are shown while a `with` block runs. They stay on the screen afterwards."""
 
     def __init__(self, *columns: ProgressColumn, console: Console) -> None:
         self._console = console
         self._progress = Progress(*columns, console=console)
 
     def __enter__(self: Display) -> Display:
-        """Show the bars."""
+        """Start to show the bars."""
         self._progress.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        """Leave the bars as they are."""
+        """Stop updating the bars, and leave them on the screen."""
         self._progress.stop()
 
 
 class ProgressDisplay(_Display):
-    """The bars of a pruning run: one for the steps with the score so far, one for the phase that runs."""
+    """The progress bars of a pruning run: one for the activations removed so far, and one for the current phase of a step."""
 
     def __init__(self, console: Console) -> None:
-        """Draw on a console."""
+        """Create the bars, which are drawn on `console`."""
         super().__init__(
             TextColumn("{task.description}"), BarColumn(bar_width=16), MofNCompleteColumn(), TimeElapsedColumn(),
             TextColumn("{task.fields[figure]}"), console=console,
@@ -62,7 +62,13 @@ class ProgressDisplay(_Display):
         self._removed = self._progress.add_task("activations removed", total=None, figure="", visible=False)
 
     def track(self, values: Iterable[T], total: int, title: str) -> Iterator[T]:
-        """Yield the values under a bar that disappears with the last one. A float is shown as the loss."""
+        """Yield the values, and show a bar that counts them and disappears after the last one.
+
+        Args:
+            values: the values of the phase, such as the loss of each batch. A float is shown next to the bar as the loss.
+            total: the number of values.
+            title: the text next to the bar.
+        """
         task = self._progress.add_task(title, total=total, figure="")
         try:
             for value in values:
@@ -73,7 +79,7 @@ class ProgressDisplay(_Display):
             self._progress.remove_task(task)
 
     def finish_step(self, steps: Sequence[Step]) -> None:
-        """Print a line for the last step, and move the bar of the steps."""
+        """Print a line about the last of the steps, and update the bar that counts the removed activations."""
         step = steps[-1]
         removed = sum(len(each.removed) for each in steps)
         score = f"validation {step.score:.2%}"
@@ -84,24 +90,24 @@ class ProgressDisplay(_Display):
 
 
 class _TimeLeft(TimeRemainingColumn):
-    """The time left, with the word for it."""
+    """A column with the remaining time."""
 
     def render(self, task: Task) -> Text:
-        """Return the time left, such as "01:23 left", and nothing at the end."""
+        """Return the remaining time, such as "01:23 left", or an empty text if the task is finished."""
         return Text() if task.finished else super().render(task).append(" left")
 
 
 class CalibrationDisplay(_Display):
-    """The bar of a calibration: how far it is, how fast, and what collecting costs."""
+    """The progress bar of a calibration, with the speed and the cost of collecting statistics."""
 
     def __init__(self, console: Console, total: int | None, unit: str, shows_units: bool) -> None:
-        """Draw on a console.
+        """Create the bar.
 
         Args:
-            console: where to draw.
-            total: the length of the bar in bytes of data, or in units if `shows_units`; None if it is unknown.
-            unit: what is counted, "tokens" or "images".
-            shows_units: let the bar show units instead of bytes.
+            console: the console to draw on.
+            total: the length of the bar, in bytes of data, or in units if `shows_units` is true. None if it is unknown.
+            unit: the name of the units that are counted: "tokens" or "images".
+            shows_units: whether the bar shows units instead of bytes.
         """
         super().__init__(
             TextColumn("calibrate"), BarColumn(bar_width=16), TaskProgressColumn(), TextColumn("{task.fields[figure]}"),
@@ -111,14 +117,28 @@ class CalibrationDisplay(_Display):
         self._unit, self._shows_units = unit, shows_units
 
     def show(self, read: int, tokens: int, tokens_per_second: float, overhead: float | None) -> None:
-        """Move the bar to `read` bytes of data, or to `tokens` if it shows units. `overhead` is a ratio of times."""
+        """Update the bar.
+
+        Args:
+            read: the bytes of data read so far.
+            tokens: the units (tokens or images) counted so far.
+            tokens_per_second: the units counted per second.
+            overhead: the time of inference while collecting statistics, relative to the time without. None if it is unknown.
+        """
         cost = "" if overhead is None else f", time ×{overhead:.3f}"
         figure = f"{format_count(tokens)} {self._unit}, {format_count(round(tokens_per_second))}/s{cost}"
         self._progress.update(self._task, completed=tokens if self._shows_units else read, figure=figure)
 
 
 def print_calibration(statistics: Statistics, summary: Mapping[str, Any], folder: Path, console: Console) -> None:
-    """Print the table of the activations, and the outcome of the run."""
+    """Print the outcome of a calibration: a table of the activations, and a few lines of figures.
+
+    Args:
+        statistics: the statistics of the activations.
+        summary: the summary of the run, as `run_calibration` returns it.
+        folder: the folder of the run, which holds its report.
+        console: the console to print to.
+    """
     unit, problems = summary["unit"], summary["problems"]
     more = len(problems) - MAX_PROBLEMS
     lines = [
@@ -138,7 +158,13 @@ def print_calibration(statistics: Statistics, summary: Mapping[str, Any], folder
 
 
 def print_history(history: Mapping[str, Any], folder: Path, console: Console) -> None:
-    """Print the table of the steps, and the outcome of the run."""
+    """Print the outcome of a finished pruning run: a table of the steps, and a few lines of figures.
+
+    Args:
+        history: the parsed `history.json` of the run.
+        folder: the folder of the run, which holds its report.
+        console: the console to print to.
+    """
     steps, kept = history["steps"], history["kept_step"]
     table = Table(title="Steps (* kept)", title_justify="left")
     for name in ("step", "removed", "bits", "valid.", "test", "ms", "fused ms"):

@@ -1,4 +1,4 @@
-"""The command `fastentropy doctor`: whether the main job can run here, and with which kernels."""
+"""The command `fastentropy doctor`: check whether fastentropy can run on this machine, and with which kernels."""
 
 import importlib.metadata
 import platform
@@ -17,7 +17,13 @@ from fastentropy_kernels import available_implementations, count_states
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the diagnosis. The main job can run if all of them are ok."""
+    """One line of the diagnosis.
+
+    Attributes:
+        name: what was checked, such as "torch" or "cuda:0 kernels: triton".
+        text: the result, such as a version or the reason of a failure.
+        ok: whether fastentropy can run with this result. It can run on this machine if all findings are ok.
+    """
 
     name: str
     text: str
@@ -27,7 +33,7 @@ class Finding:
 def doctor() -> None:
     """Check that fastentropy can run on this machine.
 
-    Shows versions, devices and which kernels run on them. The exit status is 1 if the main job cannot run.
+    Shows the versions, the devices, and the kernels that run on each device. The exit status is 1 if a check fails.
     """
     findings = examine()
     table = Table(box=None, show_header=False, pad_edge=False)
@@ -39,7 +45,7 @@ def doctor() -> None:
 
 
 def examine() -> list[Finding]:
-    """Check Python, the libraries, the devices, and the kernels of each device."""
+    """Check Python, the libraries, the devices, and the kernels of each device. Return a finding for each."""
     devices = [torch.device("cpu")]
     if torch.cuda.is_available():
         devices += [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
@@ -71,7 +77,13 @@ def _device(device: torch.device) -> Iterator[Finding]:
 
 
 def _kernel(implementation: str, reason: str, device: torch.device) -> Finding:
-    """Run an implementation of the state kernels, and compare its counts."""
+    """Run the kernel that counts off, zero and on values on a small tensor, and check its counts.
+
+    Args:
+        implementation: the implementation to run, one of the keys that `available_implementations` returns.
+        reason: why the implementation cannot run on the device, or "" if it can.
+        device: the device to run on.
+    """
     name = f"{device} kernels: {implementation}"
     if reason:
         return Finding(name, f"no: {reason}")

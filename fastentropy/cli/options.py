@@ -1,4 +1,4 @@
-"""The parts that commands share: choosing a device, and reporting errors in one line."""
+"""Functions that several commands share: choosing a device, and reporting errors in one line."""
 
 import contextlib
 from collections.abc import Iterator
@@ -11,7 +11,17 @@ from fastentropy.calibration.ranks import RemoteRankError
 
 
 def chosen_device(name: str | None) -> torch.device:
-    """Return the device of --device, which must be usable, or the default one. Raises ValueError."""
+    """Return the device to use.
+
+    Args:
+        name: the value of --device. None chooses the GPU if there is one, and the CPU otherwise.
+
+    Returns:
+        The device.
+
+    Raises:
+        ValueError: `name` is not a CPU or CUDA device that can be used here.
+    """
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -26,7 +36,10 @@ def chosen_device(name: str | None) -> torch.device:
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Report an error that the user can fix as one line on stderr, with exit status 2."""
+    """Report a ValueError or OSError of the `with` block as one line on stderr, and exit with status 2.
+
+    A RemoteRankError exits with status 2 but without a message, because another process reports the error.
+    """
     try:
         yield
     except (ValueError, OSError) as error:

@@ -1,4 +1,4 @@
-"""The command `fastentropy prune`."""
+"""The command `fastentropy prune`: train, prune and fuse a network of a recipe."""
 
 import dataclasses
 import datetime

@@ -1,4 +1,4 @@
-"""The command `fastentropy report`."""
+"""The command `fastentropy report`: write the report of a pruning run again, or compare several runs."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,9 +26,9 @@ def report(
         Path | None, typer.Option(help="Also write the plots as a picture to this .png file. [default: no picture]")
     ] = None,
 ) -> None:
-    """Write the report of a run again, or compare several runs.
+    """Write the report of a pruning run again, or compare several runs.
 
-    A comparison shows accuracy against the activations removed, and against latency.
+    A comparison shows accuracy against the number of activations removed, and against latency.
     """
     with one_line_errors():
         histories = _read_histories(runs)
@@ -42,7 +42,17 @@ def report(
 
 
 def _read_histories(runs: Sequence[Path]) -> dict[Path, dict[str, Any]]:
-    """Return the checked histories by the files they were read from."""
+    """Read and check the history of each run.
+
+    Args:
+        runs: the folders of the runs, or their `history.json` files.
+
+    Returns:
+        The parsed histories, by the path of the file.
+
+    Raises:
+        ValueError: a run is named twice, or a history is missing or damaged.
+    """
     histories: dict[Path, dict[str, Any]] = {}
     for run in runs:
         path = run if run.is_file() else run / "history.json"
