@@ -1,4 +1,4 @@
-"""Count, per neuron, the states of the activations of a model while it runs."""
+"""Count, for each neuron, how often an activation's input is off (below 0), zero and on (above 0) while a model runs."""
 
 from fastentropy.collector.collector import EntropyCollector, collect
 from fastentropy.collector.site_statistics import SiteStatistics

@@ -1,4 +1,4 @@
-"""Collect the states of every activation while the user's own loop runs the model."""
+"""Count the states (off, zero, on) of every activation's input while the user's own loop runs the model."""
 
 import contextlib
 from collections.abc import Iterator, Mapping
@@ -22,16 +22,17 @@ _ANOTHER_RANK = "the loaded state was saved by another rank, or by other ranks; 
 
 
 class EntropyCollector:
-    """Count, per neuron, how often the input of each activation is off, zero and on, while attached to a model.
+    """Count, for each neuron, how often an activation's input is off, zero and on, while attached to a model.
 
-    Make one with `collect`. Use it as a context manager, or call `attach` and `detach`. Only integers are kept. A pass is
-    counted as a whole when it is complete; a pass that raises leaves nothing.
+    An input is off below 0, zero at 0, and on above 0. Counts are kept separately for each site (call of an activation). Create
+    a collector with `collect`. Use it as a context manager, or call `attach` and `detach`. No activation is stored. A forward
+    pass is counted when it is complete; a pass that raises is not counted.
 
     Args:
-        model: see `collect`.
-        average: see `collect`.
-        channel_axis: see `collect`.
-        mask: see `collect`.
+        model: the model whose activations are counted; any module.
+        average: "dataset" keeps only counts; "batch" also keeps the entropies of each batch.
+        channel_axis: the axis of the neurons, by name of the site, for sites where it should not be inferred.
+        mask: the name of the argument that holds the padding mask; a function that returns this mask; or None. See `collect`.
 
     Raises:
         ValueError: `average` is neither "dataset" nor "batch".
@@ -68,29 +69,29 @@ class EntropyCollector:
         """Begin to count.
 
         Raises:
-            RuntimeError: a collector is attached to the model, or to a part of it, already.
+            RuntimeError: a collector is already attached to the model or to a part of it.
             ValueError: activations of the model are compiled by TorchScript.
         """
         self._watcher.attach()
 
     def detach(self) -> None:
-        """Stop counting and leave the model as it was. The counts stay."""
+        """Stop counting and leave the model as it was before `attach`. The counts are kept."""
         self._watcher.detach()
 
     def __enter__(self) -> "EntropyCollector":
-        """Attach."""
+        """Attach the collector and return it."""
         self.attach()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Detach, also after an exception."""
+        """Detach the collector, even after an exception."""
         self.detach()
 
     def update(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the model with a batch, count it and return the output.
+        """Call the model with a batch, count this call, and return the output.
 
-        With `compute`, `reset` and `sync` this is the interface of torchmetrics. A collector that is not attached attaches for
-        the call.
+        The methods `update`, `compute`, `reset` and `sync` form the interface of a metric of torchmetrics. If the collector is
+        not attached, it is attached for this call only.
 
         Args:
             *args: the model's positional inputs.
@@ -113,7 +114,9 @@ class EntropyCollector:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Count no pass that begins inside the block, as for warm-up batches. Their sites are discovered all the same.
+        """Leave the forward passes that begin inside the block out of the counts, for example warm-up batches.
+
+        Sites are still discovered in these passes.
 
         Returns:
             A context manager for the block.
@@ -136,15 +139,20 @@ class EntropyCollector:
             self._counting.is_paused = before
 
     def reset(self) -> None:
-        """Set all counts to zero. Counters keep their addresses, so a captured CUDA graph goes on counting."""
+        """Set all counts to zero.
+
+        The counters keep their addresses in memory, so a CUDA graph that was captured before still counts.
+        """
         self._counting.reset()
         self._restored, self._restored_shares = Statistics({}), {}
 
     def compute(self) -> Statistics:
-        """Return the statistics so far: those of this rank, with its neurons.
+        """Return what this process has counted so far.
+
+        In torch.distributed this covers the batches and the neurons of this rank only; `sync` combines all ranks.
 
         Returns:
-            A copy on the CPU, which later counting does not change.
+            A copy on the CPU. Later passes do not change it.
 
         Raises:
             RuntimeError: no forward pass was counted.
@@ -168,19 +176,23 @@ class EntropyCollector:
         raise RuntimeError("nothing was counted: run the model while the collector is attached, then call compute()")
 
     def sync(self) -> Statistics:
-        """Return the statistics of all ranks of torch.distributed together; those of `compute` where it is not initialised.
+        """Combine the statistics of all ranks of torch.distributed.
 
-        All ranks must call it. It can be called at any time: the counts of this rank stay as they are.
+        This is a collective operation, so all ranks must call it. It leaves the counts of each rank unchanged, so it may be
+        called at any time. If torch.distributed is not initialised, it returns the statistics of this process.
 
-        The counts of data-parallel ranks add up. Neurons that tensor-parallel ranks divide among them are put together in
-        order. A site whose values all ranks hold is counted once. The stages of a pipeline have different sites, which are put
-        together by rank. Batches are told apart at a site where each rank has whole batches, not some of their tokens.
+        - Data-parallel ranks: the counts are added.
+        - Tensor-parallel ranks that each hold some neurons of a site: the parts are concatenated in order.
+        - Ranks that all hold the same values of a site: the site is counted once.
+        - Stages of a pipeline, which have different sites: the result lists the sites of all stages in the order of the ranks.
+
+        A site keeps its entropies per batch only if every rank processes whole batches, not some of their tokens.
 
         Returns:
             The same statistics on every rank.
 
         Raises:
-            ValueError: on all ranks, where they run different models, or where it is not known which part of a site a rank has.
+            ValueError: the ranks run different models, or it is not known which part of a site a rank holds. All ranks raise.
 
         Examples:
             >>> import torch
@@ -193,13 +205,13 @@ class EntropyCollector:
         return sum_over_ranks(self._statistics(), self._shares(), self._watcher.activations)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what this rank counted, as tensors and plain values.
+        """Return the counts of this rank as tensors and plain values, to be saved with `torch.save`.
 
-        Save it with `torch.save`. Where this rank has a part of the neurons, or the same ones as another rank, the key `shares`
-        holds this by site.
+        The state has a key `shares` if this rank holds only a part of the neurons of a site, or the same values as another
+        rank. `shares` then tells, by name of the site, where this rank's counts belong in the counts of all ranks.
 
         Returns:
-            The state of `compute()` (see `Statistics.state_dict`), with `shares` where they are needed.
+            The state of `compute()` (see `Statistics.state_dict`), with `shares` if they are needed.
 
         Examples:
             >>> import torch
@@ -215,15 +227,15 @@ class EntropyCollector:
         return {**state, "shares": {name: share._asdict() for name, share in divided.items()}} if divided else state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Replace the counts by those of a saved state; later passes are added to it.
+        """Replace the counts by those of a saved state. Later passes are added to these counts.
 
-        Each rank loads the state that it saved.
+        In torch.distributed, each rank must load the state that it saved itself.
 
         Args:
-            state: what `state_dict` returned.
+            state: a state that `state_dict` returned.
 
         Raises:
-            ValueError: `state` is not the state of a collector, or it is of a model with other sites. Nothing is changed.
+            ValueError: `state` is not the state of a collector, or it belongs to a model with other sites. Nothing is changed.
 
         Examples:
             >>> import torch
@@ -253,7 +265,10 @@ class EntropyCollector:
         self._restored_shares = {name: shares.get(name, RankShare(0, site.neurons)) for name, site in restored.items()}
 
     def _shares(self) -> dict[str, RankShare]:
-        """Return where this rank's counts of each site belong in the counts of all ranks."""
+        """Return, by name of the site, where this rank's counts belong in the counts of all ranks.
+
+        If a loaded state places a site elsewhere than the model does, the share of this site says so in `trouble`.
+        """
         shares = {site.name: self._watcher.registry.share(site) for site in list(self._watcher.sites.values())}
         for name, share in self._restored_shares.items():
             is_another = shares.setdefault(name, share) != share
@@ -261,6 +276,7 @@ class EntropyCollector:
         return shares
 
     def _statistics(self) -> Statistics:
+        """Return the loaded counts plus everything counted since, without sites that have no values yet."""
         counted = self._counting.statistics(self._watcher.sites)
         counted = {name: site for name, site in counted.items() if site.observations + site.nan}
         names = [*self._restored, *(name for name in counted if name not in self._restored)]
@@ -278,20 +294,24 @@ def collect(
     channel_axis: Mapping[str, int] | None = None,
     mask: Mask = "attention_mask",
 ) -> EntropyCollector:
-    """Make a collector for all activations of a model, to be used as `with fe.collect(model) as collector:`.
+    """Create a collector for all activations of a model, to be used as `with fe.collect(model) as collector:`.
 
-    The model is unchanged afterwards, also when the block raises. Inside the block, parts that were compiled with torch.compile
-    run eagerly. In a gated MLP (SwiGLU, GeGLU) the site is the activation of the gate, and a state is the sign of the gate's
-    pre-activation. An MLP whose gate never changes its state is still a product of gate and value, not linear.
+    After the block the model is as it was before, even if the block raises. Inside the block, parts that were compiled with
+    torch.compile run eagerly.
+
+    In a gated MLP (SwiGLU, GeGLU) the site (call of an activation) is the activation of the gate, and the state is the sign of
+    the gate's pre-activation. Such an MLP multiplies gate and value, so it is not linear even if the gate never changes its
+    state.
 
     Args:
         model: any module.
-        average: "batch" also keeps the mean of the entropies of single batches; "dataset" keeps the counts only. The counts are
-            exact in both.
-        channel_axis: the neuron axis of sites, by name, where it should not be inferred from the operator before them.
-        mask: name of the argument, of the model or of a part of it, that holds the padding mask: [batch, tokens], 0 at
-            padding. Padding is not counted. Or a function that returns the mask for the (args, kwargs) of a call; or None for
-            no mask.
+        average: "dataset" keeps only counts. "batch" also computes the neuron entropies of each batch (forward pass), so their
+            mean over batches is available. The counts are exact with both.
+        channel_axis: the axis of the activation's input whose entries are the neurons, by name of the site. Give it for sites
+            where the axis should not be inferred from the operator before the activation.
+        mask: the name of the argument, of the model or of a part of it, that holds the padding mask: a tensor [batch, tokens]
+            that is 0 at padding. Padding is not counted. Instead of a name, `mask` may be a function that returns the mask for
+            the (args, kwargs) of a call, or None for no mask.
 
     Returns:
         A collector that is not attached yet.

@@ -1,4 +1,4 @@
-"""Hold the counters of all sites of a model: one flat int64 buffer per device, with a view for each site."""
+"""Hold the counters of all sites (calls of activations) of a model in flat int64 buffers, with a view for each site."""
 
 import threading
 from typing import NamedTuple
@@ -12,14 +12,14 @@ from fastentropy_kernels import ActivationPlan
 
 
 class SiteCounters(NamedTuple):
-    """The counters of one site on one device, views of the flat buffer."""
+    """The counters of one site on one device; both tensors are views of a flat buffer."""
 
-    counts: Tensor  # int64 [neurons, 3]
-    positions: Tensor  # int64 [], how many values of each neuron were read, without those in `Counters.host_positions`
+    counts: Tensor  # int64 [neurons, 3]: how many values were off, zero and on
+    positions: Tensor  # int64 []: how many values of each neuron were read, besides those in `Counters.host_positions`
 
 
 class Layout:
-    """Where each site lies in a flat buffer. Sites are appended and never move."""
+    """Give each site a slot in a flat buffer. New slots are appended, and a slot never moves."""
 
     def __init__(self) -> None:
         """Begin without sites."""
@@ -28,7 +28,11 @@ class Layout:
         self._slots: dict[str, tuple[int, int]] = {}
 
     def slot(self, site: Site) -> tuple[int, int]:
-        """Return where a site begins and how many neurons it has: 3 counts for each, then one number of positions."""
+        """Return the index at which the slot of a site begins, and the site's number of neurons.
+
+        A slot holds 3 counts for each neuron, then the number of positions (values read per neuron). A new site gets a new
+        slot.
+        """
         with self._lock:
             if site.name not in self._slots:
                 start, self.size = self.size, self.size + 3 * site.neurons + 1
@@ -37,17 +41,18 @@ class Layout:
 
 
 class Counters:
-    """The counts of the sites of a layout, on every device where they were met.
+    """Hold the counts of the sites of a layout, on every device on which the sites ran.
 
-    A buffer keeps its address as long as the counters live, for CUDA graphs. Sites that are met after a buffer was allocated
-    get another buffer on that device.
+    A buffer keeps its address as long as this object lives, because captured CUDA graphs write to it. Sites that run for the
+    first time after a buffer was allocated get a further buffer on that device.
 
     Attributes:
         sites: the sites that were counted since `clear`, by name.
-        plans: the prepared launch for each site's view here, by name of the site.
-        buffers: for each device, the buffers by where they begin in the layout.
-        views: the counters of a site on a device.
-        host_positions: how many values of each neuron were read, by site, as far as the host knows it.
+        plans: the prepared kernel launch that adds to these counters, by name of the site.
+        buffers: for each device, its int64 buffers by the index in the layout at which they begin.
+        views: the counters of a site on a device, by (name of the site, device).
+        host_positions: how many values of each neuron were read, by name of the site. Only the values whose number the host
+            knows are included; the others are in `SiteCounters.positions`.
     """
 
     def __init__(self, layout: Layout) -> None:
@@ -59,12 +64,12 @@ class Counters:
         self.host_positions: dict[str, int] = {}
         self._layout = layout
         self._shapes: dict[str, torch.Size] = {}
-        self._tokens: dict[int, tuple[Tensor, Tensor]] = {}  # by id of the mask: the mask, its number of tokens
-        self._masked: list[tuple[Tensor, Tensor]] = []  # a counter of positions, and what `flush` adds
-        self._repeated: list[tuple[Tensor, int]] = []
+        self._tokens: dict[int, tuple[Tensor, Tensor]] = {}  # id of a mask -> the mask, its number of tokens
+        self._masked: list[tuple[Tensor, Tensor]] = []  # a counter of positions, and the number that `flush` adds to it
+        self._repeated: list[tuple[Tensor, int]] = []  # the same, for numbers that the host knows
 
     def of(self, site: Site, device: torch.device) -> SiteCounters:
-        """Return the counters of a site on a device, to be added to; the site is among `sites` from then on."""
+        """Return the counters of a site on a device, so that the caller can add to them. The site is then in `sites`."""
         self.sites.setdefault(site.name, site)
         view = self.views.get((site.name, device))
         if view is None:
@@ -72,27 +77,39 @@ class Counters:
         return view
 
     def repeats_shape(self, site: Site, x: Tensor) -> bool:
-        """Return whether the last call of a site had the same shape. Padded batches vary in shape; a plan would be wasted."""
+        """Return whether the previous call of a site had an input of the same shape as `x`.
+
+        Only then is a plan (a prepared kernel launch) worthwhile: padded batches vary in shape, so a plan would be wasted.
+        """
         before, self._shapes[site.name] = self._shapes.get(site.name), x.shape
         return before == x.shape
 
     def add_positions(self, site: Site, positions: int) -> None:
-        """Note on the host how many values of each neuron were read; the site is among `sites` from then on."""
+        """Record on the host that `positions` values of each neuron were read. The site is then in `sites`."""
         self.sites[site.name] = site
         self.host_positions[site.name] = self.host_positions.get(site.name, 0) + positions
 
     def add_masked_positions(self, counter: SiteCounters, mask: Tensor) -> None:
-        """Note on the device that as many values of each neuron were read as a mask has tokens."""
+        """Record that each neuron had as many values as `mask` has True entries; `flush` adds this number on the device.
+
+        The host does not read the number, because it would have to wait for the device.
+        """
         if id(mask) not in self._tokens:
             self._tokens[id(mask)] = (mask, mask.sum())
         self._masked.append((counter.positions, self._tokens[id(mask)][1]))
 
     def add_repeated_positions(self, counter: SiteCounters, positions: int) -> None:
-        """Note on the device, where a CUDA graph repeats it, how many values of each neuron were read."""
+        """Record that `positions` values of each neuron were read; `flush` adds this number on the device.
+
+        While a CUDA graph is captured, this addition becomes a part of the graph, so each replay repeats it.
+        """
         self._repeated.append((counter.positions, positions))
 
     def flush(self) -> None:
-        """Add the notes on the device for all sites in one operation: one for each would take longer than the counting."""
+        """Add the recorded numbers of positions to the counters on the device.
+
+        One operation adds the numbers of all sites, because one operation per site would take longer than the counting.
+        """
         for noted in (self._masked, self._repeated):
             if noted:
                 add_to_each(*zip(*noted, strict=True))
@@ -104,7 +121,10 @@ class Counters:
         self._repeated.clear()
 
     def add(self, other: "Counters") -> None:
-        """Add counters of the same layout, in one addition per device where both allocated their buffers alike."""
+        """Add the counts of `other`, which has the same layout.
+
+        Where a device has equal buffers in both, one operation adds a whole buffer. Otherwise each site is added by itself.
+        """
         views = {place: view for place, view in other.views.items() if place[0] in other.sites}
         mine = {(name, device): self.of(other.sites[name], device) for name, device in views}
         for device in {device for _, device in views}:
@@ -120,9 +140,9 @@ class Counters:
             self.host_positions[name] = self.host_positions.get(name, 0) + positions
 
     def empty_like(self) -> "Counters":
-        """Return empty counters with buffers like these, so that they can be added in one operation per device."""
+        """Return empty counters with buffers of the same extents, so that `add` can add whole buffers."""
         other = Counters(self._layout)
-        with torch.inference_mode(False):  # or they could be added to in inference mode only
+        with torch.inference_mode(False):  # a tensor of inference mode could not be changed outside it
             other.buffers = {
                 device: {start: torch.zeros_like(buffer) for start, buffer in buffers.items()}
                 for device, buffers in self.buffers.items()
@@ -130,15 +150,15 @@ class Counters:
         return other
 
     def same_layout(self, other: "Counters") -> bool:
-        """Return whether both have buffers at the same places, on each device where this one has any."""
+        """Return whether `other` has buffers of the same extents on each device on which this object has buffers."""
         return all(other.extents(device) == self.extents(device) for device in self.buffers)
 
     def extents(self, device: torch.device) -> list[tuple[int, int]]:
-        """Return where each buffer on a device begins in the layout, and its size."""
+        """Return, for each buffer on a device, the index in the layout at which it begins, and its size."""
         return [(start, buffer.numel()) for start, buffer in self.buffers.get(device, {}).items()]
 
     def clear(self) -> None:
-        """Forget what was counted; buffers stay where they are."""
+        """Set all counts to zero and forget the sites. Buffers keep their addresses."""
         for buffers in self.buffers.values():
             for buffer in buffers.values():
                 buffer.zero_()
@@ -147,7 +167,11 @@ class Counters:
         self._forget_notes()
 
     def total(self, site: Site) -> tuple[Tensor, int]:
-        """Return the counts of a site on the CPU, int64 [neurons, 3], and how many values of each neuron were read."""
+        """Sum the counters of a site over all devices.
+
+        Returns:
+            The counts on the CPU, int64 [neurons, 3], and how many values of each neuron were read, including NaN.
+        """
         counts, positions = torch.zeros(site.neurons, 3, dtype=torch.int64), self.host_positions.get(site.name, 0)
         for (name, _), view in self.views.items():
             if name == site.name:
@@ -156,12 +180,16 @@ class Counters:
         return counts, positions
 
     def _view(self, site: Site, device: torch.device) -> SiteCounters:
+        """Return views of a site's slot on a device.
+
+        If no buffer on this device covers the slot, allocate one that reaches to the end of the layout.
+        """
         offset, neurons = self._layout.slot(site)
         buffers = self.buffers.setdefault(device, {})
         start = next((start for start, buffer in buffers.items() if start <= offset < start + buffer.numel()), None)
         if start is None:
             start = sum(buffer.numel() for buffer in buffers.values())
-            with torch.inference_mode(False):  # or they could be added to in inference mode only
+            with torch.inference_mode(False):  # a tensor of inference mode could not be changed outside it
                 buffers[start] = torch.zeros(self._layout.size - start, dtype=torch.int64, device=device)
         slot = buffers[start][offset - start : offset - start + 3 * neurons + 1]
         return SiteCounters(slot[:-1].view(neurons, 3), slot[-1])

@@ -1,4 +1,4 @@
-"""Count forward passes: each into counters of its own, which are added to the total when the pass is complete."""
+"""Count forward passes. Each pass has its own counters, which are added to the total when the pass is complete."""
 
 import threading
 from collections.abc import Callable, Mapping
@@ -21,19 +21,19 @@ _COUNTABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class PassCounting:
-    """Counts the passes that a `SiteWatcher` shows to it, and owns the counters.
+    """Count the forward passes that a `SiteWatcher` reports, and own the counters.
 
     Attributes:
-        is_paused: count no pass that begins from now on.
-        has_counted: a pass has been counted.
+        is_paused: if True, passes that begin now are not counted.
+        has_counted: whether any pass has been counted.
     """
 
     def __init__(self, per_batch: bool, after_pass: Callable[[], None]) -> None:
         """Begin with nothing counted.
 
         Args:
-            per_batch: also add up the neuron entropies of each pass.
-            after_pass: is called after each pass that was counted.
+            per_batch: whether to sum the neuron entropies of each pass as well.
+            after_pass: a function that is called after each counted pass.
         """
         self.is_paused = self.has_counted = False
         self._per_batch, self._after_pass = per_batch, after_pass
@@ -45,18 +45,18 @@ class PassCounting:
         self._batches: dict[str, int] = {}
 
     def begin_pass(self) -> Counters | None:
-        """Return the counters of a new pass; None where it is not counted."""
+        """Return counters for a new pass, or None if passes are not counted at the moment."""
         if self.is_paused:
             return None
         with self._lock:
             return self._idle.pop() if self._idle else Counters(self._layout)
 
     def run_activation(self, counters: Counters | None, call: Call) -> Any:
-        """Run an activation and count it."""
+        """Run an activation and count the states of its input in the counters of the pass. Return the output."""
         return call.run() if counters is None else _run_and_count(call, counters)
 
     def end_pass(self, counters: Counters | None, completed: bool) -> None:
-        """Add the counters of a pass to the total where it is complete, and keep them for another pass."""
+        """Add the counters of a completed pass to the total, then clear them for another pass."""
         if counters is None:
             return
         with self._lock:
@@ -72,18 +72,19 @@ class PassCounting:
             self._after_pass()
 
     def reset(self) -> None:
-        """Forget what was counted; counters keep their addresses."""
+        """Set the total to zero. Counters keep their addresses."""
         with self._lock:
             self._total.clear()
             self._batch_entropies.clear()
             self._batches.clear()
 
     def statistics(self, sites: Mapping[str, Site]) -> dict[str, SiteStatistics]:
-        """Return what was counted of each site, by name, on the CPU."""
+        """Return the total of each site, by name, on the CPU."""
         with self._lock:
             return {name: self._site_statistics(site) for name, site in list(sites.items())}
 
     def _site_statistics(self, site: Site) -> SiteStatistics:
+        """Return the total of one site. The values that were read but are in none of the three states are NaN."""
         counts, positions = self._total.total(site)
         nan = positions * site.neurons - int(counts.sum())
         entropies = self._batch_entropies.get(site.name)
@@ -92,13 +93,21 @@ class PassCounting:
         return SiteStatistics(site.activation, counts, nan, entropies.clone(), self._batches[site.name])
 
     def _keep(self, counters: Counters) -> None:
-        """Keep counters for another pass; those that met their sites one by one are replaced by some with whole buffers."""
+        """Keep cleared counters for another pass.
+
+        If their buffers differ from those of the total, new counters with the same buffers as the total are kept instead. Then
+        whole buffers can be added at the end of a pass.
+        """
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            self._captured.append(counters)  # nobody else may use what a graph writes to
+            self._captured.append(counters)  # the graph writes to these, so no other pass may use them
         else:
             self._idle.append(counters if counters.same_layout(self._total) else self._total.empty_like())
 
     def _add_batch_entropies(self, counters: Counters) -> None:
+        """Add the neuron entropies of one pass to the sums over passes.
+
+        The sum of a site is float64 [neurons, 2]. The first column discards zeros, the second counts them as on.
+        """
         for site in counters.sites.values():
             counts, _ = counters.total(site)
             entropies = torch.stack([state_entropy(counts, "discard"), state_entropy(counts, "on")], dim=1)
@@ -107,7 +116,11 @@ class PassCounting:
 
 
 def _run_and_count(call: Call, counters: Counters) -> Any:
-    """Run an activation and count the states of its input: in one pass where a kernel does both, else before it runs."""
+    """Run an activation, count the states of its input, and return its output.
+
+    If a kernel computes the activation as well, it does both in one pass over the input. Otherwise the input is counted before
+    the activation runs. Tensors without values (on the meta device, or fake tensors) are not counted.
+    """
     site, x = call.site, call.x
     local = local_tensor(x)
     if local.is_meta or (type(local) is not Tensor and is_fake(local)):
@@ -138,7 +151,10 @@ def _run_and_count(call: Call, counters: Counters) -> Any:
 
 
 def _fused(call: Call) -> FusedActivation | None:
-    """Return what a kernel can compute in place of the activation; None while gradients are recorded or a mode is active."""
+    """Return the activation that a kernel can compute in place of this call, or None if no kernel can.
+
+    It is None for functions, for tensor subclasses, while gradients are recorded, and while a TorchDispatchMode is active.
+    """
     x = call.x
     if call.module is None or "forward" in vars(call.module) or type(x) is not Tensor:
         return None
@@ -153,7 +169,11 @@ def _fused(call: Call) -> FusedActivation | None:
 
 
 def _add_positions(counters: Counters, site: Site, x: Tensor, mask: Tensor | None) -> None:
-    """Note how many values of each neuron were read: on the host, unless only the device knows or a CUDA graph repeats it."""
+    """Record how many values of each neuron were read.
+
+    The number is recorded on the host, except in two cases: only the device knows it (a mask), or a CUDA graph is being
+    captured, whose replays must repeat the addition.
+    """
     positions = x.numel() // max(site.neurons, 1)
     if mask is not None:
         counters.add_masked_positions(counters.of(site, x.device), mask)

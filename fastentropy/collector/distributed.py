@@ -1,4 +1,4 @@
-"""Put the statistics of the ranks of torch.distributed together."""
+"""Combine the statistics of the ranks of torch.distributed."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -14,33 +14,36 @@ from fastentropy.sites.sharding import RankShare
 
 
 class _Entry(NamedTuple):
-    """What a rank sends to the others about a site that it has counted."""
+    """The information that a rank sends to all others about a site (call of an activation) that it has counted."""
 
     activation: str
-    share: RankShare
-    tells_batches_apart: bool
+    share: RankShare  # where the rank's counts belong in the counts of all ranks
+    tells_batches_apart: bool  # the rank has entropies per batch, of whole batches
 
 
 class _Rank(NamedTuple):
-    """What a rank sends to the others: the activation modules of its model by path, and its sites."""
+    """The information that a rank sends to all others."""
 
-    modules: Mapping[str, str]
-    sites: dict[str, _Entry]
+    modules: Mapping[str, str]  # dotted path of each activation module in the rank's model -> name of the activation
+    sites: dict[str, _Entry]  # by name of the site
 
 
 def sum_over_ranks(statistics: Statistics, shares: Mapping[str, RankShare], modules: Mapping[str, str]) -> Statistics:
-    """Return the statistics of all ranks together, on every rank; the given ones without torch.distributed.
+    """Combine the statistics of all ranks.
 
-    Ranks with the same modules may each lack sites that others have. Ranks with different modules are the stages of a pipeline
-    and have no site in common.
+    Ranks whose models have the same activation modules may each lack sites that other ranks counted. Ranks with different
+    modules are stages of a pipeline and have no site in common.
 
     Args:
-        statistics: what this rank has counted.
-        shares: where these counts belong in the counts of all ranks, by site.
-        modules: the activation modules of this rank's model, by path.
+        statistics: the statistics that this rank has counted.
+        shares: where these counts belong in the counts of all ranks, by name of the site.
+        modules: the names of the activations of this rank's activation modules, by dotted path.
+
+    Returns:
+        The combined statistics, which are the same on every rank. Without torch.distributed, the given statistics.
 
     Raises:
-        ValueError: on all ranks, where the sites of the ranks do not fit together, or where a rank's share is unknown.
+        ValueError: the sites of the ranks do not fit together, or a rank's share is unknown. All ranks raise.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return statistics
@@ -56,6 +59,7 @@ def sum_over_ranks(statistics: Statistics, shares: Mapping[str, RankShare], modu
 
 
 def _all_ranks(statistics: Statistics, shares: Mapping[str, RankShare], modules: Mapping[str, str]) -> list[_Rank]:
+    """Send this rank's information to all ranks, and return the information of each, by rank."""
     sites = {
         name: _Entry(site.activation, shares[name], site.batch_entropies is not None and shares[name].has_whole_batches)
         for name, site in statistics.items()
@@ -66,7 +70,10 @@ def _all_ranks(statistics: Statistics, shares: Mapping[str, RankShare], modules:
 
 
 def _check(ranks: Sequence[_Rank]) -> None:
-    """Raise ValueError where the ranks' sites do not fit together; compare each with the first rank that has its sites."""
+    """Raise ValueError if the ranks' sites do not fit together.
+
+    A site's first rank is the first that has it. Each rank is compared with the first ranks of all its sites.
+    """
     first_ranks: dict[str, int] = {}
     for number, rank in enumerate(ranks):
         for name, entry in rank.sites.items():
@@ -84,7 +91,7 @@ def _check(ranks: Sequence[_Rank]) -> None:
 
 
 def _check_copies(ranks: Sequence[_Rank], statistics: Statistics) -> None:
-    """Raise ValueError where a rank is left out as a copy of another one, but counted something else."""
+    """Raise ValueError if a rank is left out as a copy of another one, but no counted rank has the same counts."""
     left_out = {name for rank in ranks for name, entry in rank.sites.items() if not entry.share.is_counted}
     if not left_out:
         return
@@ -103,7 +110,7 @@ def _check_copies(ranks: Sequence[_Rank], statistics: Statistics) -> None:
 
 
 def _differences(first: _Rank, other: _Rank) -> list[str]:
-    """Return the modules and sites that differ between two ranks with sites in common."""
+    """Return the names of the modules and sites that differ between two ranks with sites in common."""
     modules = {name for name, _ in first.modules.items() ^ other.modules.items()}
     sites = {
         name
@@ -115,7 +122,14 @@ def _differences(first: _Rank, other: _Rank) -> list[str]:
 
 
 def _part(site: SiteStatistics | None, share: RankShare | None, entry: _Entry, keeps_batches: bool) -> SiteStatistics:
-    """Return what a rank adds to the global statistics of a site: its own counts in their place, and 0 elsewhere."""
+    """Return the summand of this rank in the global statistics of a site: its own counts at its neurons, and 0 elsewhere.
+
+    Args:
+        site: the statistics of this rank, or None if it has none of this site.
+        share: where they belong in the counts of all ranks, or None.
+        entry: the information of the first rank that has the site.
+        keeps_batches: whether every rank with the site has entropies per batch.
+    """
     neurons = entry.share.neurons
     counts = torch.zeros(neurons, 3, dtype=torch.int64)
     entropies = torch.zeros(neurons, 2, dtype=torch.float64) if keeps_batches else None
@@ -131,7 +145,10 @@ def _part(site: SiteStatistics | None, share: RankShare | None, entry: _Entry, k
 
 
 def _summed(parts: Mapping[str, SiteStatistics]) -> Statistics:
-    """Return the sums over all ranks: one operation for all integers, and one for the entropies of batches if there are any."""
+    """Sum the parts of each site over all ranks.
+
+    All integers take one collective operation; the entropies per batch, if there are any, take a second one.
+    """
     numbers = torch.tensor([[part.nan, part.batches] for part in parts.values()], dtype=torch.int64)
     numbers, *counts = _all_reduce([numbers, *(part.counts for part in parts.values())])
     entropies = iter(_all_reduce([part.batch_entropies for part in parts.values() if part.batch_entropies is not None]))
@@ -150,7 +167,11 @@ def _summed(parts: Mapping[str, SiteStatistics]) -> Statistics:
 
 
 def _all_reduce(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Return the sums of tensors over all ranks: one operation on one buffer, on the device of the backend."""
+    """Sum tensors over all ranks, in one collective operation on one buffer. The buffer is on the device of the backend.
+
+    Returns:
+        The sums on the CPU, in the shapes of `tensors`.
+    """
     flat = torch.cat([tensor.flatten() for tensor in tensors]) if tensors else torch.empty(0)
     if not flat.numel():
         return list(tensors)

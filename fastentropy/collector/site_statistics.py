@@ -1,4 +1,4 @@
-"""Hold what was counted of one site, and compute the entropies of its neurons (EASIER, arXiv 2404.18949)."""
+"""Hold the counts of one site (call of an activation), and compute the entropies of its neurons (EASIER, arXiv 2404.18949)."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ _LN2 = math.log(2)
 
 @dataclass(frozen=True, eq=False)
 class SiteStatistics:
-    """Hold the counts of one site.
+    """Hold the counts of one site (call of an activation).
 
     Attributes:
-        activation: the name of the activation.
-        counts: int64 [neurons, 3], how often each neuron's input was off (below 0), zero and on (above 0).
-        nan: the number of values that were NaN, in none of the three states.
-        batch_entropies: float64 [neurons, 2], the sums over batches of the neuron entropies, in bits: with zero discarded, and
-            with zero as on. None where batches were not told apart.
-        batches: the number of these batches.
+        activation: the name of the activation, such as "relu".
+        counts: int64 [neurons, 3], how often each neuron's input was off (below 0), zero, and on (above 0).
+        nan: the number of values, over all neurons, that were NaN. They are in none of the three states.
+        batch_entropies: float64 [neurons, 2], the neuron entropies of each batch, in bits, summed over batches. The first
+            column discards zeros, the second counts them as on. None if entropies per batch were not collected.
+        batches: the number of batches in `batch_entropies`.
 
     Examples:
         >>> import torch
@@ -50,39 +50,49 @@ class SiteStatistics:
 
     @property
     def observations(self) -> int:
-        """Return the number of values that were off, zero or on, over all neurons."""
+        """Return the number of values that were off, zero or on, summed over all neurons."""
         return int(self.counts.sum())
 
     @property
     def observed(self) -> Tensor:
-        """Return which neurons had a value in any of the three states, bool [neurons]. The others are neither dead nor on."""
+        """Return a bool tensor [neurons]: True if the neuron had any value that was not NaN.
+
+        Neurons that were not observed are neither dead nor always on.
+        """
         return (self.counts > 0).any(1)
 
     @property
     def dead(self) -> Tensor:
-        """Return which neurons were observed and never on, bool [neurons]. Zero counts as off: relu returns 0 for both."""
+        """Return a bool tensor [neurons]: True if the neuron was observed and never on.
+
+        Zero counts as off here, because relu returns 0 for both.
+        """
         return self.observed & (self.counts[:, 2] == 0)
 
     @property
     def always_on(self) -> Tensor:
-        """Return which neurons were observed and never off or zero, bool [neurons]. For these relu is the identity."""
+        """Return a bool tensor [neurons]: True if the neuron was observed and every value was on.
+
+        For such a neuron relu is the identity.
+        """
         return self.observed & (self.counts[:, :2] == 0).all(1)
 
     def entropy(self, zero: Zero = "discard", average: Average = "dataset") -> Tensor:
         """Return the entropy of each neuron: the binary entropy of its on state (EASIER, arXiv 2404.18949).
 
-        H = −p log2 p − (1 − p) log2 (1 − p) with p = on / (on + off); 0 where on + off is 0.
+        H = −p log2 p − (1 − p) log2 (1 − p) with p = on / (on + off). H is 0 if on + off is 0.
 
         Args:
-            zero: "discard" leaves out values that are exactly 0, as the paper says; "on" counts them as on, as its code does.
-            average: "dataset" computes one entropy from all counts; "batch" takes the mean over batches with equal weight, as
-                the paper's code does.
+            zero: "discard" leaves out values that are exactly 0, as the paper does; "on" counts them as on, as the paper's code
+                does.
+            average: "dataset" computes one entropy from all counts. "batch" computes an entropy for each batch and returns
+                their mean, with equal weights, as the paper's code does.
 
         Returns:
             float64 [neurons], in bits.
 
         Raises:
-            ValueError: an option is something else, or `average` is "batch" and batches were not told apart.
+            ValueError: `zero` or `average` has another value, or `average` is "batch" and there are no entropies per batch.
 
         Examples:
             >>> import torch
@@ -102,7 +112,10 @@ class SiteStatistics:
         return self.batch_entropies[:, _ZERO.index(zero)] / max(self.batches, 1)
 
     def __add__(self, other: SiteStatistics) -> SiteStatistics:
-        """Return the statistics of both data sets together; batches stay apart only where both kept them apart."""
+        """Return the statistics of both data sets together.
+
+        The result has entropies per batch only if both operands have them.
+        """
         if (self.activation, self.counts.shape) != (other.activation, other.counts.shape):
             raise ValueError(
                 f"{self.activation} with {self.neurons} neurons and {other.activation} with {other.neurons} are not one site"
@@ -115,9 +128,16 @@ class SiteStatistics:
 
 
 def state_entropy(counts: Tensor, zero: Zero = "discard") -> Tensor:
-    """Return the binary entropy of the on state in bits, float64 [neurons], for counts [neurons, 3].
+    """Return the binary entropy of the on state of each neuron, in bits (EASIER, arXiv 2404.18949).
 
-    H = −p log2 p − (1 − p) log2 (1 − p) with p = on / (on + off); 0 where on + off is 0 (EASIER, arXiv 2404.18949).
+    H = −p log2 p − (1 − p) log2 (1 − p) with p = on / (on + off). H is 0 if on + off is 0.
+
+    Args:
+        counts: [neurons, 3], how often each neuron was off, zero and on.
+        zero: "discard" leaves zeros out; "on" counts them as on.
+
+    Returns:
+        float64 [neurons].
     """
     off, zeros, on = counts.double().unbind(1)
     if zero == "on":

@@ -1,4 +1,4 @@
-"""Hold the statistics of all sites of a model: their entropies, tables and files."""
+"""Hold the statistics of all sites (calls of activations) of a model: entropies, tables and files."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _FIGURES = ["activation", "neurons", "observations", "nan", "entropy", "dead", "
 
 
 class Statistics(Mapping[str, SiteStatistics]):
-    """Hold the statistics of every site: a mapping from the site's name, in call order.
+    """Map the name of each site (call of an activation) to its statistics, in call order.
 
-    `a + b` holds the statistics of two runs of one model together, and `print` shows a table.
+    `a + b` combines the statistics of two runs of one model. `print` shows a table.
 
     Args:
-        sites: the statistics by site, in call order.
+        sites: the statistics of each site, by name, in call order.
 
     Examples:
         >>> import torch
@@ -67,37 +67,37 @@ class Statistics(Mapping[str, SiteStatistics]):
         """Return the layer entropy of each site: the mean of its neuron entropies (arXiv 2404.18949, equation 4).
 
         Args:
-            zero: see `SiteStatistics.entropy`.
-            average: see `SiteStatistics.entropy`.
+            zero: "discard" leaves out values that are exactly 0; "on" counts them as on.
+            average: "dataset" computes each entropy from all counts; "batch" takes the mean of the entropies of the batches.
 
         Returns:
-            Bits by name of the site, in call order.
+            The layer entropies in bits, by name of the site, in call order.
 
         Raises:
-            ValueError: see `SiteStatistics.entropy`.
+            ValueError: `zero` or `average` has another value, or `average` is "batch" and there are no entropies per batch.
         """
         return {name: float(site.entropy(zero, average).mean()) for name, site in self.items()}
 
     def to_dict(self, zero: Zero = "discard", average: Average = "dataset") -> dict[str, dict[str, Any]]:
-        """Return a row of figures for each site, in the types of JSON.
+        """Return a row of figures for each site, with values of JSON types.
 
         Args:
-            zero: see `SiteStatistics.entropy`.
-            average: see `SiteStatistics.entropy`.
+            zero: "discard" leaves out values that are exactly 0; "on" counts them as on.
+            average: "dataset" computes each entropy from all counts; "batch" takes the mean of the entropies of the batches.
 
         Returns:
-            By name of the site:
+            For each site, by name, a dict with these keys:
 
             - `activation`: the name of the activation;
             - `neurons`, `observations`, `nan`: numbers, as in `SiteStatistics`;
             - `entropy`: the layer entropy in bits;
-            - `dead`, `always_on`: the fractions of such neurons among those that were observed;
+            - `dead`, `always_on`: the fractions of dead and of always-on neurons among the observed neurons;
             - `off`, `zero`, `on`: the fractions of the observations in each state.
 
-            A fraction of nothing is 0.
+            A fraction is 0 if its denominator is 0.
 
         Raises:
-            ValueError: see `SiteStatistics.entropy`.
+            ValueError: `zero` or `average` has another value, or `average` is "batch" and there are no entropies per batch.
 
         Examples:
             >>> import torch
@@ -114,15 +114,15 @@ class Statistics(Mapping[str, SiteStatistics]):
         """Return the figures of `to_dict` as a data frame with a row for each site.
 
         Args:
-            zero: see `SiteStatistics.entropy`.
-            average: see `SiteStatistics.entropy`.
+            zero: "discard" leaves out values that are exactly 0; "on" counts them as on.
+            average: "dataset" computes each entropy from all counts; "batch" takes the mean of the entropies of the batches.
 
         Returns:
-            A frame whose index is the name of the site.
+            A data frame that is indexed by the name of the site.
 
         Raises:
             ImportError: pandas is not installed.
-            ValueError: see `SiteStatistics.entropy`.
+            ValueError: `zero` or `average` has another value, or `average` is "batch" and there are no entropies per batch.
         """
         try:
             import pandas
@@ -132,19 +132,20 @@ class Statistics(Mapping[str, SiteStatistics]):
         return pandas.DataFrame(list(sites.values()), pandas.Index(list(sites), name="site"), _FIGURES)
 
     def plot(self, path: str | PathLike[str] | None = None, *, zero: Zero = "discard", average: Average = "dataset") -> Figure:
-        """Draw the layer entropies as bars, and beside each bar the distribution of its neurons' entropies.
+        """Draw the layer entropy of each site as a bar, and beside it the distribution of the neuron entropies of the site.
 
         Args:
-            path: a .png, .svg or .pdf file to write the figure to; None writes none.
-            zero: see `SiteStatistics.entropy`.
-            average: see `SiteStatistics.entropy`.
+            path: a .png, .svg or .pdf file to write the figure to. None writes no file.
+            zero: "discard" leaves out values that are exactly 0; "on" counts them as on.
+            average: "dataset" computes each entropy from all counts; "batch" takes the mean of the entropies of the batches.
 
         Returns:
             The matplotlib figure.
 
         Raises:
             ImportError: matplotlib is not installed.
-            ValueError: `path` has another ending, there are no sites, or as `SiteStatistics.entropy`.
+            ValueError: `path` has another suffix, there are no sites, `zero` or `average` has another value, or `average` is
+                "batch" and there are no entropies per batch.
         """
         try:
             from fastentropy.reporting.plots import plot_entropies
@@ -153,7 +154,7 @@ class Statistics(Mapping[str, SiteStatistics]):
         return plot_entropies({name: site.entropy(zero, average) for name, site in self.items()}, path)
 
     def __str__(self) -> str:
-        """Return a table of at most 80 columns with a row for each site (see `to_dict`), and a line about all of them."""
+        """Return a table of at most 80 columns with a row for each site, followed by a line that sums up all sites."""
         if not self:
             return "no sites: nothing was counted"
         sites = self.to_dict()
@@ -179,14 +180,14 @@ class Statistics(Mapping[str, SiteStatistics]):
         return f"{format_table(head, rows, left=2)}\n\n{self._size()}, mean layer entropy {mean:.3f} bits"
 
     def __repr__(self) -> str:
-        """Return the numbers of sites and neurons."""
+        """Return the numbers of sites and neurons in angle brackets."""
         return f"<Statistics: {self._size()}>"
 
     def _size(self) -> str:
         return f"{plural(len(self), 'site')}, {plural(sum(site.neurons for site in self.values()), 'neuron')}"
 
     def __add__(self, other: Statistics) -> Statistics:
-        """Return the statistics of two runs of one model together. Raises ValueError where the sites differ."""
+        """Return the combined statistics of two runs of one model. Raises ValueError if the sites differ."""
         if list(self) != list(other):
             different = sorted(set(self) ^ set(other)) or list(self)
             raise ValueError(f"statistics of different sites cannot be added; they differ in {', '.join(different)}")
@@ -196,7 +197,8 @@ class Statistics(Mapping[str, SiteStatistics]):
         """Return the statistics as tensors and plain values.
 
         Returns:
-            The tensors under `SITE/counts` and `SITE/batch_entropies`, and a list of the sites in call order under `sites`.
+            A dict. `SITE/counts` and, if there are any, `SITE/batch_entropies` hold the tensors of the site with the name SITE.
+            `sites` is a list of dicts in call order, with the name and the other values of each site.
 
         Examples:
             >>> import torch
@@ -217,13 +219,13 @@ class Statistics(Mapping[str, SiteStatistics]):
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> Statistics:
-        """Return the statistics that a state was made from.
+        """Return the statistics that a state holds.
 
         Args:
-            state: what `state_dict` returned, of statistics or of a collector.
+            state: a state that `Statistics.state_dict` or `EntropyCollector.state_dict` returned.
 
         Returns:
-            The same statistics.
+            The statistics in the state.
 
         Raises:
             ValueError: `state` is something else.
@@ -242,10 +244,10 @@ class Statistics(Mapping[str, SiteStatistics]):
             raise ValueError(f"not the state of statistics (make one with stats.state_dict()): {error!r}") from error
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write a safetensors file. A file of that name is replaced only when the new one is complete.
+        """Write the statistics to a safetensors file. An existing file is replaced only when the new one is complete.
 
         Args:
-            path: the file.
+            path: the path of the file.
 
         Raises:
             OSError: the file cannot be written.
@@ -267,14 +269,14 @@ class Statistics(Mapping[str, SiteStatistics]):
         """Read a file that `save` wrote.
 
         Args:
-            path: the file.
+            path: the path of the file.
 
         Returns:
-            The statistics.
+            The statistics in the file.
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: the file is damaged or something else.
+            ValueError: the file is damaged, or it was not written by `save`.
         """
         try:
             with safe_open(path, framework="pt") as file:
@@ -287,6 +289,7 @@ class Statistics(Mapping[str, SiteStatistics]):
 
 
 def _figures(site: SiteStatistics, entropy: float) -> dict[str, Any]:
+    """Return the row of `to_dict` for a site with the given layer entropy in bits."""
     observed, observations = int(site.observed.sum()), site.observations
     neurons = [int(site.dead.sum()) / max(observed, 1), int(site.always_on.sum()) / max(observed, 1)]
     states = [count / max(observations, 1) for count in site.counts.sum(0).tolist()]
@@ -295,6 +298,7 @@ def _figures(site: SiteStatistics, entropy: float) -> dict[str, Any]:
 
 
 def _site_from_state_dict(site: Mapping[str, Any], state: Mapping[str, Any]) -> SiteStatistics:
+    """Return the statistics of one site from its entry in `state["sites"]` and the tensors in `state`."""
     counts, batch_entropies = state[f"{site['name']}/counts"], state.get(f"{site['name']}/batch_entropies")
     if counts.dtype != torch.int64 or counts.ndim != 2 or counts.shape[1] != 3:
         raise ValueError(f"counts are {counts.dtype} {list(counts.shape)}, expected torch.int64 [neurons, 3]")
