@@ -1,4 +1,7 @@
-"""Chains of linear operators: find them, merge them exactly, and compile them."""
+"""Chains: find them in a traced model, merge them into one operator exactly, and compile them.
+
+A chain is a maximal stretch of linear operators with one input and one output.
+"""
 
 from fastentropy.fusion.chains.elements import Chain, Element
 from fastentropy.fusion.chains.finding import FoundChain, find_chains

@@ -1,9 +1,11 @@
-"""The algebra of linearised chains: affine operators that compose and add.
+"""Define affine operators, their composition and their addition: the algebra of chains (stretches of linear operators).
 
-Every operator is written as a convolution. A linear layer has no spatial axes. Batch norm in eval mode and average pooling
-are depthwise convolutions. A transposed convolution is a convolution of an input that has zeros inserted between its values
-(Dumoulin and Visin, arXiv 1603.07285). Tap t of output position o reads position s·o + d·t − p of that input, where s is the
-stride, d the dilation and p the padding. The rules of composition follow from this formula.
+Every operator is written as a convolution. A linear layer is a convolution without spatial axes. Batch norm in eval mode and
+average pooling are depthwise convolutions. A transposed convolution is a convolution of an input with zeros inserted between
+its values (Dumoulin and Visin, arXiv 1603.07285).
+
+For output position o, tap t (entry t of the kernel) reads position s·o + d·t − p of the input after zeros were inserted. Here
+s is the stride, d the dilation and p the padding. The rules of composition follow from this formula.
 """
 
 import itertools
@@ -18,15 +20,15 @@ from torch import Tensor
 
 
 class Axis(NamedTuple):
-    """What an operator does along one spatial axis.
+    """The geometry of an operator along one spatial axis.
 
     Attributes:
         kernel: number of taps.
-        stride: distance between the input positions of two neighbouring outputs.
-        before: number of zeros before the input; a negative number cuts off positions.
-        after: number of zeros behind the input; a negative number cuts off positions.
+        stride: distance between the input positions that two neighbouring outputs read.
+        before: number of zeros padded before the first position; a negative number removes positions instead.
+        after: number of zeros padded behind the last position; a negative number removes positions instead.
         dilation: distance between two neighbouring taps.
-        upsampling: distance between two input values once zeros are inserted between them.
+        upsampling: distance between two neighbouring input values after zeros are inserted between them; 1 inserts none.
     """
 
     kernel: int
@@ -38,31 +40,32 @@ class Axis(NamedTuple):
 
     @property
     def reach(self) -> int:
-        """Return the distance from the first tap to the last."""
+        """Return the distance from the first tap to the last, in positions."""
         return (self.kernel - 1) * self.dilation
 
     def output_size(self, size: int) -> int:
-        """Return the number of output positions for an input of that many positions."""
+        """Return the number of output positions for an input with `size` positions."""
         stuffed = (size - 1) * self.upsampling + 1
         return (stuffed + self.before + self.after - self.reach - 1) // self.stride + 1
 
 
 @dataclass(frozen=True, eq=False)
 class AffineOperator:
-    """A convolution over 0 (a linear layer), 1, 2 or 3 spatial axes of a zero-padded input.
+    """A convolution of a zero-padded input over 1, 2 or 3 spatial axes, or a linear layer, which has no spatial axes.
 
     Channels are axis 1 of the input, or its last axis if the operator has no spatial axes.
 
     Attributes:
-        weight: [out_channels, in_channels / groups, *kernel].
-        bias: [out_channels], or [out_channels, *output_size] if it depends on the position.
+        weight: `[out_channels, in_channels / groups, *kernel]`, floating point.
+        bias: `[out_channels]`, or `[out_channels, *output_size]` if the bias depends on the position (a bias map).
         stride: one number per spatial axis.
-        padding: one entry per spatial axis: the numbers of zeros before and after, or one number for both.
+        padding: one entry per spatial axis: the pair of the numbers of zeros before and after, or one number for both.
         dilation: one number per spatial axis.
         groups: number of groups of channels.
-        upsampling: one number per spatial axis; upsampling − 1 zeros are inserted between two values of the input.
+        upsampling: one number per spatial axis; upsampling − 1 zeros are inserted between two values of the input. It is 1
+            unless the operator is a transposed convolution.
         names: paths of the modules that the operator was read from, in the order in which they are applied.
-        axes: the same geometry, one `Axis` per spatial axis.
+        axes: the geometry of the fields above, as one `Axis` per spatial axis.
     """
 
     weight: Tensor
@@ -76,7 +79,10 @@ class AffineOperator:
     axes: tuple[Axis, ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        """Fill in the defaults, and raise ValueError if the parts do not belong to one operator."""
+        """Complete `padding` and `upsampling`, and set `axes`.
+
+        Raises ValueError if a field has the wrong number of entries, or if the output channels do not divide into the groups.
+        """
         kernel = self.weight.shape[2:]
         upsampling = self.upsampling or (1,) * len(kernel)
         if not len(self.stride) == len(self.padding) == len(self.dilation) == len(upsampling) == len(kernel):
@@ -111,7 +117,7 @@ class AffineOperator:
 
     @property
     def is_channelwise(self) -> bool:
-        """Return whether each output channel is one input channel, scaled and shifted."""
+        """Return whether each output channel is one input channel, scaled and shifted, as in batch norm."""
         return self.is_pointwise and self.groups == self.in_channels == self.out_channels
 
     @property
@@ -123,11 +129,15 @@ class AffineOperator:
 
     @property
     def reads_zeros(self) -> bool:
-        """Return whether the operator reads zeros that its input does not hold: from padding or from upsampling."""
+        """Return whether the operator reads zeros that are not values of its input: zeros of its padding or upsampling."""
         return any(axis.before > 0 or axis.after > 0 or axis.upsampling > 1 for axis in self.axes)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Apply the operator to x: [batch, in_channels, *spatial], or [..., in_channels] if there are no spatial axes."""
+        """Apply the operator to x.
+
+        The shape of x is `[batch, in_channels, *spatial]`, or `[..., in_channels]` if the operator has no spatial axes. The
+        batch axis may be missing.
+        """
         if not self.axes:
             return F.linear(x, self.dense_weight(), self.bias)
         convolution = (F.conv1d, F.conv2d, F.conv3d)[len(self.axes) - 1]
@@ -138,6 +148,7 @@ class AffineOperator:
         return convolution(cropped, self.weight, None, self.stride, 0, self.dilation, self.groups) + bias
 
     def _upsample(self, x: Tensor) -> Tensor:
+        """Return x with zeros inserted between its values along the spatial axes."""
         if all(axis.upsampling == 1 for axis in self.axes):
             return x
         sizes = [(n - 1) * axis.upsampling + 1 for n, axis in zip(x.shape[-len(self.axes) :], self.axes, strict=True)]
@@ -147,35 +158,47 @@ class AffineOperator:
         return stuffed
 
     def dense_weight(self) -> Tensor:
-        """Return the weight [out_channels, in_channels, *kernel] of the same operator with one group."""
+        """Return the weight `[out_channels, in_channels, *kernel]` that the same operator has with one group."""
         return _blocks(self, 1)[0]
 
     def output_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """Return the shape of the output for an input of that shape."""
+        """Return the shape of the output for an input of the given shape."""
         if not self.axes:
             return (*shape[:-1], self.out_channels)
         size = (axis.output_size(n) for n, axis in zip(shape[-len(self.axes) :], self.axes, strict=True))
         return (*shape[: -len(self.axes) - 1], self.out_channels, *size)
 
     def multiplications(self, shape: Sequence[int]) -> int:
-        """Count the multiplications for an input of that shape, except for those with inserted zeros."""
+        """Count the multiplications for an input of the given shape, without those by zeros that upsampling inserts."""
         inserted = math.prod(axis.upsampling for axis in self.axes)
         return math.prod(self.output_shape(shape)) * math.prod(self.weight.shape[1:]) // inserted
 
 
 def identity(channels: int, like: AffineOperator) -> AffineOperator:
-    """Return the operator that returns its input, with the spatial axes, the dtype and the device of `like`."""
+    """Return an operator that returns its input unchanged.
+
+    Args:
+        channels: number of channels.
+        like: gives the number of spatial axes, the dtype and the device.
+    """
     axes = len(like.axes)
     weight = like.weight.new_ones((channels, 1) + (1,) * axes)
     return AffineOperator(weight, like.bias.new_zeros(channels), (1,) * axes, (0,) * axes, (1,) * axes, channels)
 
 
 def compose(first: AffineOperator, second: AffineOperator) -> AffineOperator:
-    """Return the operator x -> second(first(x)).
+    """Return one operator that computes second(first(x)), exact except near the borders.
 
-    The result equals the pair wherever no tap of `second` reads a zero that `second` pads with or inserts. For each tap that
-    does, the result adds what `first` would compute at that position: its bias, and values of the input where it reaches
-    them from there (see `borders.valid_range`). The result has gcd(first.groups, second.groups) groups.
+    The result is exact at every output position at which `second` reads no zero of its own padding or upsampling. Where
+    `second` reads such a zero, the result reads what `first` would compute at the position of that zero: the bias of `first`,
+    plus values of x if the taps of `first` reach x from there. `borders.valid_range` tells which positions are exact.
+
+    Args:
+        first: the operator that is applied to x.
+        second: the operator that is applied to the output of `first`.
+
+    Returns:
+        The operator, with gcd(first.groups, second.groups) groups.
 
     Raises:
         ValueError: the shapes do not match, or the composition is not a convolution.
@@ -199,6 +222,7 @@ def compose(first: AffineOperator, second: AffineOperator) -> AffineOperator:
 
 
 def _compose_axes(first: Axis, second: Axis) -> Axis:
+    """Return the geometry of a composition along one axis; raise ValueError if no convolution has that geometry."""
     if second.upsampling > 1 and first.stride > 1:
         raise ValueError("a transposed convolution behind a strided one: together they are no convolution")
     stride, upsampling = first.stride * second.stride, first.upsampling * second.upsampling
@@ -215,10 +239,10 @@ def _compose_axes(first: Axis, second: Axis) -> Axis:
 
 
 def add(left: AffineOperator, right: AffineOperator) -> AffineOperator:
-    """Return the operator x -> left(x) + right(x), which is exact at every position.
+    """Return one operator that computes left(x) + right(x), exact at every position.
 
     Raises:
-        ValueError: there are input sizes for which the outputs of the two differ in size.
+        ValueError: the numbers of channels differ, or the sizes of the two outputs differ for some input size.
     """
     channels_agree = left.in_channels == right.in_channels and left.out_channels == right.out_channels
     if not channels_agree or not all(_sizes_agree(*pair) for pair in zip(left.axes, right.axes, strict=True)):
@@ -235,11 +259,13 @@ def add(left: AffineOperator, right: AffineOperator) -> AffineOperator:
 
 
 def _sizes_agree(left: Axis, right: Axis) -> bool:
+    """Return whether two operators give the same output size along an axis for every input size."""
     margins = {axis.reach - axis.before - axis.after for axis in (left, right)}
     return len(margins) == 1 and (left.stride, left.upsampling) == (right.stride, right.upsampling)
 
 
 def _add_axes(left: Axis, right: Axis) -> Axis:
+    """Return the geometry along one axis of a kernel that contains the taps of both operators."""
     step = _common_step(left.kernel, left.dilation, right.kernel, right.dilation)
     dilation = math.gcd(step, left.before - right.before) or max(left.dilation, right.dilation)
     before, after = max(left.before, right.before), max(left.after, right.after)
@@ -248,7 +274,7 @@ def _add_axes(left: Axis, right: Axis) -> Axis:
 
 
 def _from_axes(weight: Tensor, bias: Tensor, axes: Sequence[Axis], groups: int, names: tuple[str, ...] = ()) -> AffineOperator:
-    """Return the operator with that weight, bias and geometry; raise ValueError if PyTorch has no such operator."""
+    """Return the operator with the given weight, bias and geometry; raise ValueError if PyTorch has no such operator."""
     if any(axis.upsampling > 1 for axis in axes):
         if any(axis.stride > 1 for axis in axes):
             raise ValueError("a strided and a transposed convolution: together they are no convolution")
@@ -262,13 +288,22 @@ def _from_axes(weight: Tensor, bias: Tensor, axes: Sequence[Axis], groups: int, 
 
 
 def _is_transposed(axis: Axis) -> bool:
+    """Return whether PyTorch's transposed convolution has a padding and an output padding for this geometry."""
     return axis.before <= axis.reach and 0 <= axis.after - axis.before < max(axis.upsampling, axis.dilation)
 
 
 def _multiply(first: AffineOperator, matrix: Tensor, matrix_groups: int) -> Tensor:
-    """Multiply the grouped matrix [out, middle / matrix_groups] by the weight of `first`: [out, in / gcd of groups, *kernel].
+    """Multiply a grouped matrix by the weight of `first`, whose output channels are the inputs of the matrix.
 
-    Entries that are zero because of the groups are neither stored nor multiplied, so that depthwise convolutions stay small.
+    Entries that are zero because of the groups are neither stored nor multiplied. Depthwise convolutions therefore stay small.
+
+    Args:
+        first: the operator that is applied first.
+        matrix: `[out, first.out_channels / matrix_groups]`.
+        matrix_groups: number of groups of the matrix.
+
+    Returns:
+        The weight of the product, `[out, in / groups, *kernel]`, with gcd(first.groups, matrix_groups) groups.
     """
     groups = math.gcd(first.groups, matrix_groups)
     if first.groups == groups:
@@ -283,7 +318,15 @@ def _multiply(first: AffineOperator, matrix: Tensor, matrix_groups: int) -> Tens
 
 
 def _blocks(operator: AffineOperator, groups: int) -> Tensor:
-    """Return the weight as [groups, out / groups, in / groups, *kernel]; groups must divide the groups of the operator."""
+    """Return the weight that an operator has with fewer groups; entries between channels of different own groups are zero.
+
+    Args:
+        operator: the operator, which has a multiple of `groups` groups.
+        groups: number of groups of the result.
+
+    Returns:
+        `[groups, out_channels / groups, in_channels / groups, *kernel]`.
+    """
     ratio = operator.groups // groups
     out, in_ = operator.out_channels // operator.groups, operator.weight.shape[1]
     own = operator.weight.reshape(groups, ratio, out, in_, *operator.kernel)
@@ -292,12 +335,22 @@ def _blocks(operator: AffineOperator, groups: int) -> Tensor:
 
 
 def _common_step(k1: int, d1: int, k2: int, d2: int) -> int:
-    """Return the largest dilation whose grid contains the taps of both kernels, or 0 if both have one tap."""
+    """Return the largest dilation whose grid contains the taps of two kernels, or 0 if each kernel has one tap.
+
+    k1 and k2 are the numbers of taps along an axis, d1 and d2 the distances between neighbouring taps.
+    """
     return math.gcd(d1 if k1 > 1 else 0, d2 if k2 > 1 else 0)
 
 
 def _window(kernel: Sequence[int], offset: Sequence[int], spread: Sequence[int], dilation: Sequence[int]) -> tuple[Any, ...]:
-    """Return the index of a kernel's taps in a merged kernel: `spread` positions apart, from `offset` on."""
+    """Return the index that selects the taps of a kernel in a merged kernel.
+
+    Args:
+        kernel: number of taps of the kernel, per axis.
+        offset: index of its first tap in the merged kernel, per axis.
+        spread: distance between two of its taps in positions, per axis.
+        dilation: distance between two taps of the merged kernel in positions, per axis.
+    """
     taps = (
         slice(start, start + (k - 1) * d // step + 1, d // step if k > 1 else 1)
         for start, k, d, step in zip(offset, kernel, spread, dilation, strict=True)
@@ -306,6 +359,7 @@ def _window(kernel: Sequence[int], offset: Sequence[int], spread: Sequence[int],
 
 
 def _describe(operator: AffineOperator) -> str:
+    """Return kind, kernel, channels and stride of an operator in words, for error messages."""
     kernel = "×".join(map(str, operator.kernel))
     name = f"a {kernel} convolution" if kernel else "a linear layer"
     return f"{name} from {operator.in_channels} to {operator.out_channels} channels (stride {operator.stride})"

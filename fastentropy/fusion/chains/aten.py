@@ -1,4 +1,7 @@
-"""Read a node of a traced graph as an affine operator: which ATen operators are affine in one operand, with which numbers."""
+"""Read nodes of a traced graph as affine operators.
+
+A node is read as an affine operator if its ATen operator is affine in one operand and all other operands are constants.
+"""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -15,12 +18,12 @@ from fastentropy.fusion.chains.affine import AffineOperator
 
 _aten = torch.ops.aten
 
-#: Convolutions for 1, 2 and 3 spatial axes, transposed convolutions and average pools likewise.
+#: ATen operators for 1, 2 and 3 spatial axes, in this order.
 CONVOLUTIONS = (_aten.conv1d.default, _aten.conv2d.default, _aten.conv3d.default)
 TRANSPOSED_CONVOLUTIONS = (_aten.conv_transpose1d.default, _aten.conv_transpose2d.input, _aten.conv_transpose3d.input)
 AVERAGE_POOLS = (_aten.avg_pool1d.default, _aten.avg_pool2d.default, _aten.avg_pool3d.default)
 
-#: Convolutions with padding="same" or "valid", and average pools whose output size is given.
+#: Convolutions with padding="same" or "valid", and average pools with a given output size, for 1, 2 and 3 spatial axes.
 _CONVOLUTIONS_PADDED_BY_NAME = (_aten.conv1d.padding, _aten.conv2d.padding, _aten.conv3d.padding)
 _ADAPTIVE_POOLS = (
     _aten.adaptive_avg_pool1d.default,
@@ -28,7 +31,7 @@ _ADAPTIVE_POOLS = (
     _aten.adaptive_avg_pool3d.default,
 )
 
-#: The number of spatial axes of each of these operators.
+#: The number of spatial axes of each operator above.
 _AXES: dict[Any, int] = {
     target: axes
     for targets in (
@@ -41,14 +44,14 @@ _AXES: dict[Any, int] = {
     for axes, target in enumerate(targets, 1)
 }
 
-#: Operators that return their first argument; dropouts do so unless they are in training mode.
+#: Operators that return their first argument, and dropouts, which return it unless they are in training mode.
 _IDENTITIES = {_aten.alias.default, _aten.clone.default, _aten.contiguous.default, _aten.detach.default}
 _DROPOUTS = {_aten.dropout.default, _aten.dropout_.default, _aten.feature_dropout.default, _aten.feature_dropout_.default}
 
-#: Products with a matrix on the right.
+#: Products that may have a constant matrix as the right operand.
 _MATRIX_PRODUCTS = {_aten.mm.default, _aten.matmul.default}
 
-#: Products and quotients, sums and differences, element by element; the commutative ones may have the constant on the left.
+#: Elementwise products and quotients, sums and differences. The commutative ones may have the constant as the left operand.
 _SCALES = {_aten.mul.Tensor, _aten.mul_.Tensor, _aten.div.Tensor, _aten.div_.Tensor}
 _SHIFTS = {_aten.add.Tensor, _aten.add_.Tensor, _aten.sub.Tensor, _aten.sub_.Tensor}
 _COMMUTATIVE = {_aten.mul.Tensor, _aten.mul_.Tensor, _aten.add.Tensor, _aten.add_.Tensor}
@@ -56,14 +59,14 @@ _COMMUTATIVE = {_aten.mul.Tensor, _aten.mul_.Tensor, _aten.add.Tensor, _aten.add
 
 @dataclass(frozen=True, eq=False)
 class AffineNode:
-    """A node that is affine in one operand.
+    """A node of a graph whose operator is affine in one operand.
 
     Attributes:
-        operand: the node that it is affine in.
-        axes: number of spatial axes, or None if the node takes values of any shape.
-        build: makes the float64 operator for a number of spatial axes; None for a node that returns its operand.
-        name: path of the module that holds the weights, empty if there are none.
-        flattens: whether the node also flattens channels and positions into features.
+        operand: the node of that operand.
+        axes: number of spatial axes, or None if the operand may have any number of them.
+        build: returns the operator in float64 for a given number of spatial axes; None if the node returns its operand.
+        name: path of the module that holds the weight of a convolution or a linear layer; empty for other operators.
+        flattens: whether the node also flattens channels and positions into one axis of features.
     """
 
     operand: Node
@@ -74,7 +77,15 @@ class AffineNode:
 
 
 def read_node(node: Node, module: GraphModule) -> AffineNode | None:
-    """Return a node as an affine operator with constant numbers, or None if it is not one."""
+    """Read a node as an affine operator with constant weights.
+
+    Args:
+        node: a node of the graph of `module`.
+        module: a traced model in eval mode, which holds the constants.
+
+    Returns:
+        The affine node, or None if the node is not affine in one operand.
+    """
     if node.op != "call_function" or operator_schema(node.target) is None:
         return None
     if node.target in _IDENTITIES or (node.target in _DROPOUTS and not node.args[2]):
@@ -95,7 +106,10 @@ def read_node(node: Node, module: GraphModule) -> AffineNode | None:
 
 
 def shape_of(node: Any) -> tuple[int | torch.SymInt, ...] | None:
-    """Return the shape of a node's tensor, with an int for every size that the trace fixed; None for anything else."""
+    """Return the shape of the tensor that a node computes, or None if it computes no tensor.
+
+    A size is an int if the trace fixed it, and symbolic if it is free.
+    """
     value = node.meta.get("val") if isinstance(node, Node) else None
     if not isinstance(value, Tensor):
         return None
@@ -103,12 +117,18 @@ def shape_of(node: Any) -> tuple[int | torch.SymInt, ...] | None:
 
 
 def fixed_size(size: int | torch.SymInt) -> int | None:
-    """Return a size that the trace fixed, though it may still be written as a symbol, or None if it is free."""
+    """Return a size as an int if the trace fixed it, or None if the size is free.
+
+    A symbolic size is fixed if the conditions of the trace leave only one value for it.
+    """
     return size if isinstance(size, int) else size.node.maybe_as_int()
 
 
 def constant(argument: Any, module: GraphModule) -> Tensor | None:
-    """Return the value of an argument if it is a constant of the model, dense and real floating point; None otherwise."""
+    """Return the value of an argument if it is a constant of the model and a dense, real floating-point tensor.
+
+    Returns None for every other argument.
+    """
     if not (isinstance(argument, Node) and argument.op == "get_attr"):
         return None
     value = attrgetter(str(argument.target))(module)
@@ -117,11 +137,22 @@ def constant(argument: Any, module: GraphModule) -> Tensor | None:
 
 
 def _affine_in(operand: Any, axes: int | None, *further: Any, **options: Any) -> AffineNode | None:
+    """Return an `AffineNode` with these fields, or None if the operand is not a node."""
     return AffineNode(operand, axes, *further, **options) if isinstance(operand, Node) else None
 
 
 def _arguments(node: Node, *tensors: str, module: GraphModule) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-    """Return a node's arguments by name, and the named tensors in float64; None if one of these is not a constant."""
+    """Return the arguments of a node by name, and some of its tensors in float64.
+
+    Args:
+        node: the node.
+        *tensors: names of the arguments that must be constants, if they are given.
+        module: the traced model, which holds the constants.
+
+    Returns:
+        All arguments by name, and the values of `tensors` by name, without the arguments that are None. None if one of
+        `tensors` is not a constant.
+    """
     arguments = node.normalized_arguments(module, normalize_to_only_use_kwargs=True)
     assert arguments is not None
     values = dict(arguments.kwargs)
@@ -132,15 +163,17 @@ def _arguments(node: Node, *tensors: str, module: GraphModule) -> tuple[dict[str
 
 
 def _path(node: Any) -> str:
+    """Return the path of the module whose weight a node reads."""
     return str(node.target).removesuffix(".weight")
 
 
 def _bias(tensors: Mapping[str, Tensor], weight: Tensor, channels: int) -> Tensor:
+    """Return the bias `[channels]` among the tensors, or zeros in the dtype of the weight if there is no bias."""
     return tensors["bias"] if "bias" in tensors else weight.new_zeros(channels)
 
 
 def _per_axis(values: Any, axes: int) -> tuple[int, ...]:
-    """Return one number per axis; the argument may be one number for all axes."""
+    """Return one number per axis. `values` holds one number per axis, or one number for all axes."""
     entries = tuple(values) if isinstance(values, Sequence) else (values,)
     return entries * (axes // len(entries))
 
@@ -160,7 +193,15 @@ def _read_convolution(node: Node, module: GraphModule) -> AffineNode | None:
 
 
 def _padding(padding: Any, kernel: Sequence[int], dilation: Sequence[int]) -> tuple[Any, ...]:
-    """Return padding as numbers; with "same", an odd number of zeros has the larger half behind the input."""
+    """Return the padding of a convolution as one entry per axis.
+
+    With "same", the zeros are divided between both ends. If their number is odd, the larger half is behind the input.
+
+    Args:
+        padding: "same", "valid", one number, or one number per axis.
+        kernel: number of taps per axis.
+        dilation: distance between two taps per axis.
+    """
     if padding == "valid":
         return (0,) * len(kernel)
     if padding == "same":
@@ -200,7 +241,7 @@ def _read_linear(node: Node, module: GraphModule) -> AffineNode | None:
 
 
 def _read_addmm(node: Node, module: GraphModule) -> AffineNode | None:
-    """Read bias + x · matrix, as transformers' Conv1D is traced."""
+    """Read bias + x · matrix. The Conv1D of Hugging Face transformers is traced to this operator."""
     bias, operand, matrix = node.args[:3]
     values = constant(bias, module), constant(matrix, module)
     if values[0] is None or values[1] is None or node.kwargs or values[0].ndim != 1:
@@ -220,7 +261,7 @@ def _read_matrix_product(node: Node, module: GraphModule) -> AffineNode | None:
 
 
 def _read_batch_norm(node: Node, module: GraphModule) -> AffineNode | None:
-    """Read batch norm in eval mode, y = (x − mean) / sqrt(var + eps) · weight + bias (Ioffe and Szegedy, arXiv 1502.03167)."""
+    """Read batch norm in eval mode: y = (x − mean) / sqrt(var + eps) · weight + bias (Ioffe and Szegedy, arXiv 1502.03167)."""
     named = _arguments(node, "weight", "bias", "running_mean", "running_var", module=module)
     if named is None or named[0]["training"] or not {"running_mean", "running_var"} <= set(named[1]):
         return None
@@ -236,11 +277,13 @@ def _read_batch_norm(node: Node, module: GraphModule) -> AffineNode | None:
 
 
 def _channelwise(scale: Tensor, shift: Tensor, axes: int) -> AffineOperator:
+    """Return the operator x · scale + shift, with scale and shift of shape `[channels]`."""
     ones = (1,) * axes
     return AffineOperator(scale.reshape(-1, 1, *ones), shift, ones, (0,) * axes, ones, groups=len(scale))
 
 
 def _read_pool(node: Node, module: GraphModule) -> AffineNode | None:
+    """Read average pooling that divides by the size of its kernel at every position."""
     named = _arguments(node, module=module)
     assert named is not None
     values, axes = named[0], _AXES[node.target]
@@ -252,6 +295,7 @@ def _read_pool(node: Node, module: GraphModule) -> AffineNode | None:
 
 
 def _read_adaptive_pool(node: Node, module: GraphModule) -> AffineNode | None:
+    """Read adaptive average pooling, if the input sizes are fixed and are multiples of the output sizes."""
     operand, axes = node.args[0], _AXES[node.target]
     shape = shape_of(operand)
     assert shape is not None
@@ -263,7 +307,7 @@ def _read_adaptive_pool(node: Node, module: GraphModule) -> AffineNode | None:
 
 
 def _read_mean(node: Node, module: GraphModule) -> AffineNode | None:
-    """Read the mean over all spatial axes as average pooling, with a flattening if these axes are not kept."""
+    """Read the mean over all spatial axes as average pooling. If these axes are not kept, the node also flattens."""
     operand, dims = node.args[:2]
     shape, keep = shape_of(operand) or (), len(node.args) > 2 and bool(node.args[2])
     if node.kwargs or len(shape) < 3 or not isinstance(dims, Sequence):
@@ -278,6 +322,10 @@ def _read_mean(node: Node, module: GraphModule) -> AffineNode | None:
 
 
 def _average(operand: Any, kernel: tuple[int, ...], stride: tuple[int, ...], padding: tuple[int, ...]) -> AffineNode | None:
+    """Return average pooling of an operand as an affine node. Kernel, stride and padding have one number per axis.
+
+    Returns None if the number of channels is free.
+    """
     if all(k == s == 1 for k, s in zip(kernel, stride, strict=True)) and not any(padding):
         return _affine_in(operand, len(kernel))
     channels = (shape_of(operand) or ())[-len(kernel) - 1]
@@ -292,7 +340,7 @@ def _average(operand: Any, kernel: tuple[int, ...], stride: tuple[int, ...], pad
 
 
 def _read_scale_or_shift(node: Node, module: GraphModule) -> AffineNode | None:
-    """Read x · c, c · x, x / c, x + c, c + x or x − c, where c is a number or a constant with one value per channel."""
+    """Read x · c, c · x, x / c, x + c, c + x or x − c. c is a number or a constant tensor with one value per channel."""
     operand, other = node.args[:2]
     if node.target in _COMMUTATIVE and constant(operand, module) is not None:
         operand, other = other, operand
@@ -319,15 +367,20 @@ def _read_scale_or_shift(node: Node, module: GraphModule) -> AffineNode | None:
 
 
 def _axes_behind_channels(value: Tensor) -> int | None:
-    """Return how many axes follow the only one that is longer than 1, or None if there is no such axis or more than one."""
+    """Return how many axes follow the channel axis of a constant, which is its only axis longer than 1.
+
+    Returns None if the constant has no such axis, or more than one.
+    """
     behind = [value.ndim - 1 - axis for axis, size in enumerate(value.shape) if size != 1]
     return behind[0] if len(behind) == 1 else None
 
 
 def _device(operand: Any) -> torch.device:
+    """Return the device of the tensor that a node computes."""
     device: torch.device = operand.meta["val"].device
     return device
 
 
 def _same_dtype(node: Node, operand: Any) -> bool:
+    """Return whether the tensors of two nodes have the same dtype."""
     return bool(node.meta["val"].dtype == operand.meta["val"].dtype)

@@ -1,8 +1,11 @@
-"""Where a merged operator differs from its chain near the border, and by how much.
+"""Find the positions near the border at which a merged operator differs from its chain, and correct them.
 
-Zero padding inside a chain is not the zero padding of the merged operator. Where an operator reads its own padding, the chain
-reads zeros, and the merged operator reads what the operators before would compute there. If that is only their bias, the
-merged operator needs another bias at these positions (`zero_response`); otherwise they are recomputed (`border_strips`).
+A chain is a stretch of linear operators. The merged operator is the single operator composed from them (`affine.compose`).
+The two treat zero padding inside the chain differently. Where an operator of the chain reads its own padding, the chain reads
+zeros. The merged operator reads what the operators before would compute outside of the image.
+
+If they would compute only their bias there, the merged operator needs another bias at these positions (`zero_response`).
+Otherwise these positions are recomputed with the chain (`border_strips`).
 """
 
 import math
@@ -17,14 +20,17 @@ from fastentropy.fusion.chains.elements import BorderStrip, Chain, Sum, operator
 
 
 class ValidRange(NamedTuple):
-    """The positions of a value, along one spatial axis, at which a merged operator is right.
+    """The positions along one spatial axis at which a merged operator computes the same value as its chain.
+
+    The value is the output of the chain, or an intermediate value of it. The merged operator is evaluated as if every
+    operator of the chain also computed outputs outside of the image.
 
     Attributes:
-        start: the first of these positions.
-        stop: the first position behind them.
-        size: number of all positions of the value.
-        zero_before: whether the merged operator computes zeros before the first position, as padding has them.
-        zero_after: whether it computes zeros behind the last position.
+        start: the first exact position.
+        stop: the position behind the last exact one.
+        size: number of all positions.
+        zero_before: whether the merged operator computes zeros at the positions before 0, as the next padding assumes.
+        zero_after: whether the merged operator computes zeros at the positions from `size` on.
     """
 
     start: int
@@ -35,20 +41,28 @@ class ValidRange(NamedTuple):
 
     @property
     def is_everything(self) -> bool:
-        """Return whether the merged operator is right at every position."""
+        """Return whether the merged operator is exact at every position."""
         return self.start <= 0 and self.stop >= self.size
 
 
 def valid_range(chain: Chain, axis: int, size: int, *, zero_input: bool = False) -> ValidRange:
-    """Return the output positions at which the merged operator equals the chain, for inputs of that size along an axis.
+    """Return the output positions at which the merged operator of a chain equals the chain.
 
-    By default biases are ignored: at these positions the two may differ by a constant, which is the same for every input.
-    With `zero_input` only the biases count: at these positions the output for zeros is the same as far from the borders.
+    Args:
+        chain: operators with spatial axes, and sums of them.
+        axis: index of the spatial axis.
+        size: number of input positions along the axis.
+        zero_input: compare the outputs for an input of zeros, which come from the biases alone. By default the biases are
+            ignored: at the returned positions the two outputs may differ by a constant, the same for every input.
+
+    Returns:
+        The range of the output.
     """
     return _propagate(chain, axis, ValidRange(0, size, size), zero_input)
 
 
 def _propagate(chain: Chain, axis: int, valid: ValidRange, zero_input: bool) -> ValidRange:
+    """Return the range of the output of a chain, given the range of its input; see `valid_range`."""
     for element in chain:
         if isinstance(element, Sum):
             ends = [_propagate(branch, axis, valid, zero_input) for branch in element.branches]
@@ -70,7 +84,14 @@ def _propagate(chain: Chain, axis: int, valid: ValidRange, zero_input: bool) -> 
 
 
 def _propagate_operator(axis: Axis, valid: ValidRange, stays_zero_before: bool, stays_zero_after: bool) -> ValidRange:
-    """Return the range of the outputs that read valid positions only."""
+    """Return the range of the outputs of one operator that read exact input positions only.
+
+    Args:
+        axis: the geometry of the operator.
+        valid: the range of its input.
+        stays_zero_before: whether its outputs before position 0 are zero if its inputs before position 0 are zero.
+        stays_zero_after: the same for the positions behind the last one.
+    """
     stuffed = (valid.size - 1) * axis.upsampling + 1
     first = (valid.start - 1) * axis.upsampling + 1 if valid.start else (None if valid.zero_before else 0)
     last = valid.stop * axis.upsampling if valid.stop < valid.size else (None if valid.zero_after else stuffed)
@@ -87,9 +108,13 @@ def _propagate_operator(axis: Axis, valid: ValidRange, stays_zero_before: bool, 
 
 
 def differs_at_border(chain: Chain, axis: int, *, zero_input: bool) -> bool:
-    """Return whether the merged operator differs from the chain near the borders of large inputs.
+    """Return whether the merged operator of a chain differs from the chain near the borders of large inputs.
 
-    `zero_input` is as in `valid_range`: with it the biases alone are compared, without it everything else.
+    Args:
+        chain: operators with spatial axes, and sums of them.
+        axis: index of the spatial axis.
+        zero_input: compare the outputs for an input of zeros, which come from the biases alone; by default the biases are
+            ignored. See `valid_range`.
     """
     period = _stride(chain, axis)
     ranges = (valid_range(chain, axis, size, zero_input=zero_input) for size in range(1 << 20, (1 << 20) + period))
@@ -97,9 +122,17 @@ def differs_at_border(chain: Chain, axis: int, *, zero_input: bool) -> bool:
 
 
 def zero_response(chain: Chain, spatial_size: Sequence[int]) -> Tensor:
-    """Return the output of a chain with spatial axes for zeros of that size: [out_channels, *output_size].
+    """Return the output of a chain for an input of zeros.
 
-    Away from the borders the output is constant. The chain therefore runs on a smaller input, and its output is stretched.
+    Away from the borders this output is constant. The chain therefore runs on a smaller input, and the constant part of its
+    output is repeated.
+
+    Args:
+        chain: operators with spatial axes, and sums of them.
+        spatial_size: size of the input along each spatial axis.
+
+    Returns:
+        `[out_channels, *output_size]`, in the dtype of the chain.
     """
     first = operators(chain)[0]
     pairs = [_smaller_size(chain, axis, size) for axis, size in enumerate(spatial_size)]
@@ -110,7 +143,11 @@ def zero_response(chain: Chain, spatial_size: Sequence[int]) -> Tensor:
 
 
 def _smaller_size(chain: Chain, axis: int, size: int) -> tuple[int, Tensor]:
-    """Return the smallest size with the same borders, and for each output of `size` the equal output of the smaller size."""
+    """Return the smallest input size along an axis whose output for zeros has the same borders as that of `size`.
+
+    Also returns, for each output position of `size`, the position of the equal value in the smaller output: int64,
+    `[output positions]`. If no smaller size will do, these are `size` itself and every position.
+    """
     period = _stride(chain, axis)
     output = _output_size(chain, axis, size)
     if all(operator.axes[axis].upsampling == 1 for operator in operators(chain)):
@@ -124,15 +161,25 @@ def _smaller_size(chain: Chain, axis: int, size: int) -> tuple[int, Tensor]:
 
 
 def _stride(chain: Chain, axis: int) -> int:
-    """Return the product of all strides along an axis: sizes that differ by a multiple of it have the same borders."""
+    """Return the product of all strides along an axis.
+
+    Two input sizes that differ by a multiple of this product have the same borders.
+    """
     return math.prod(operator.axes[axis].stride for operator in operators(chain))
 
 
 def border_strips(chain: Chain, spatial_size: Sequence[int]) -> tuple[BorderStrip, ...]:
-    """Return the strips along the borders where a merged operator differs from the chain by more than its bias.
+    """Return the strips along the borders in which a merged operator differs from its chain by more than a bias.
+
+    Args:
+        chain: operators with spatial axes, and sums of them.
+        spatial_size: size of the input along each spatial axis.
+
+    Returns:
+        At most two strips per spatial axis. Each strip says which outputs are recomputed, and from which part of the input.
 
     Raises:
-        ValueError: no position is left between the strips.
+        ValueError: the merged operator is exact at no position of some axis.
     """
     strips = []
     for axis, size in enumerate(spatial_size):
@@ -147,7 +194,10 @@ def border_strips(chain: Chain, spatial_size: Sequence[int]) -> tuple[BorderStri
 
 
 def _leading_strip(chain: Chain, axis: int, size: int, stop: int) -> BorderStrip:
-    """Return the strip of outputs [0, stop), with the least part of the input that they need."""
+    """Return the strip of the outputs [0, stop), with the smallest part of the input that suffices to recompute them.
+
+    `size` is the number of input positions along the axis.
+    """
     needed = min(max(_last_read(chain, axis, stop - 1) + 1, 1), size)
     while needed < size and _output_size(chain, axis, needed) < stop:
         needed += 1
@@ -155,7 +205,11 @@ def _leading_strip(chain: Chain, axis: int, size: int, stop: int) -> BorderStrip
 
 
 def _trailing_strip(chain: Chain, axis: int, size: int, start: int, output: int) -> BorderStrip:
-    """Return the strip of outputs [start, output); its input begins at a multiple of the stride, to keep positions aligned."""
+    """Return the strip of the outputs [start, output), with the part of the input from which they are recomputed.
+
+    That part begins at a multiple of the chain's stride, because its outputs must fall on the positions of the whole output.
+    `size` and `output` are the numbers of input and output positions along the axis.
+    """
     stride = _stride(chain, axis)
     begin = min(max(_first_read(chain, axis, start), 0), size - 1) // stride * stride
     while begin and _output_size(chain, axis, size - begin) < output - start:
@@ -165,7 +219,7 @@ def _trailing_strip(chain: Chain, axis: int, size: int, start: int, output: int)
 
 
 def _output_size(chain: Chain, axis: int, size: int) -> int:
-    """Return the number of outputs for an input of that size, or 0 if a value inside of the chain has no position."""
+    """Return the number of output positions for an input with `size` positions; 0 if an intermediate value would be empty."""
     for element in chain:
         if isinstance(element, Sum):
             size = min(_output_size(branch, axis, size) for branch in element.branches)
@@ -175,7 +229,10 @@ def _output_size(chain: Chain, axis: int, size: int) -> int:
 
 
 def _last_read(chain: Chain, axis: int, position: int) -> int:
-    """Return the last input position that an output position needs to exist and to be right."""
+    """Return the last input position that the chain needs in order to compute an output position exactly.
+
+    Positions outside of the input are possible.
+    """
     for element in reversed(chain):
         if isinstance(element, Sum):
             position = max(_last_read(branch, axis, position) for branch in element.branches)
@@ -186,7 +243,10 @@ def _last_read(chain: Chain, axis: int, position: int) -> int:
 
 
 def _first_read(chain: Chain, axis: int, position: int) -> int:
-    """Return the first input position that an output position needs to exist and to be right."""
+    """Return the first input position that the chain needs in order to compute an output position exactly.
+
+    Positions outside of the input are possible.
+    """
     for element in reversed(chain):
         if isinstance(element, Sum):
             position = min(_first_read(branch, axis, position) for branch in element.branches)

@@ -1,4 +1,7 @@
-"""What chains consist of besides affine operators: how each element runs, its output shape and its cost."""
+"""Define the elements of a chain besides affine operators, and how each runs, its output shape and its cost.
+
+A chain is a stretch of linear operators. It is a tuple of elements that are applied one after the other.
+"""
 
 import itertools
 import math
@@ -14,27 +17,27 @@ from fastentropy.fusion.chains.affine import AffineOperator
 #: One step of a chain.
 Element: TypeAlias = "AffineOperator | Sum | BorderCorrected | TapBiased | FusedPair | Flatten | Activation"
 
-#: Elements that are applied one after the other.
+#: Elements that are applied one after the other; an empty chain returns its input.
 Chain: TypeAlias = "tuple[Element, ...]"
 
 
 @dataclass(frozen=True, eq=False)
 class Sum:
-    """The sum of branches that start at the same value; an empty branch is the value itself."""
+    """The sum of the outputs of branches, which all have the same input. An empty branch adds the input itself."""
 
     branches: tuple[Chain, ...]
 
 
 class BorderStrip(NamedTuple):
-    """Output positions along one spatial axis that are recomputed from a part of the input.
+    """A range of output positions along one spatial axis, recomputed by running a chain on a part of the input.
 
     All ranges are (start, stop).
 
     Attributes:
         axis: index of the spatial axis.
-        output: the positions in the whole output.
-        input: the positions of the input that they are computed from.
-        kept: the same positions in the output for that part of the input.
+        output: the recomputed positions, counted in the whole output.
+        input: the part of the input on which the chain runs.
+        kept: the recomputed positions, counted in the output for that part of the input.
     """
 
     axis: int
@@ -45,7 +48,13 @@ class BorderStrip(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class BorderCorrected:
-    """A merged operator whose outputs near the border are recomputed by the chain that it replaces."""
+    """A merged operator that is wrong near the border, so its outputs there are recomputed by the chain that it replaces.
+
+    Attributes:
+        interior: the merged operator.
+        chain: the chain.
+        strips: the output positions that are recomputed.
+    """
 
     interior: AffineOperator
     chain: Chain
@@ -54,13 +63,14 @@ class BorderCorrected:
 
 @dataclass(frozen=True, eq=False)
 class TapBiased:
-    """A merged operator with a bias per tap, which is left out where the tap falls into the padding.
+    """A merged operator with one more bias per tap of its kernel.
 
-    It is exact for inputs of every size.
+    The bias of a tap is added at the output positions at which the tap reads the input, and left out at those at which it
+    reads padding. This makes the operator exact for inputs of every size.
 
     Attributes:
         operator: the merged operator without these biases.
-        tap_bias: [out_channels, *kernel]: what the bias of an operator that was merged into this one adds through each tap.
+        tap_bias: `[out_channels, *kernel]`: what the bias of the operators before the padding contributes through each tap.
     """
 
     operator: AffineOperator
@@ -68,14 +78,14 @@ class TapBiased:
 
     @property
     def mask(self) -> AffineOperator:
-        """Return the operator that maps an image of ones, with one channel, to what the taps add at each position."""
+        """Return the operator that maps an image of ones with one channel to the sum of the tap biases at each position."""
         weight, bias = self.tap_bias.unsqueeze(1), torch.zeros_like(self.operator.bias)
         return replace(self.operator, weight=weight, bias=bias, groups=1)
 
 
 @dataclass(frozen=True, eq=False)
 class FusedPair:
-    """Two operators that run in one kernel, so that the values between them never leave the chip.
+    """Two operators that run in one kernel, which does not write the values between them to memory.
 
     Attributes:
         name: name of the kernel in `fastentropy_kernels`.
@@ -92,26 +102,34 @@ class FusedPair:
 
 @dataclass(frozen=True)
 class Flatten:
-    """Flattens channels and positions into features; only ever the last element of a chain."""
+    """Flattens channels and positions into one axis of features. It is always the last element of its chain."""
 
 
 @dataclass(frozen=True, eq=False)
 class Activation:
-    """An activation that may be removed, with the name of its site; only if `find_chains` was given activations."""
+    """An activation that may be removed. Only chains that `find_chains` found with `activations=` contain it.
+
+    Attributes:
+        name: name of its site (call of an activation), which is the path of its module.
+        module: the activation itself.
+    """
 
     name: str
     module: nn.Module
 
 
 class Cost(NamedTuple):
-    """Multiplications of one call, and bytes that it reads and writes."""
+    """The number of multiplications of one call, and the number of bytes that it reads and writes."""
 
     multiplications: int
     bytes: int
 
 
 def run(chain: Chain, x: Tensor) -> Tensor:
-    """Apply the elements of a chain one after the other."""
+    """Apply the elements of a chain to x, one after the other.
+
+    x has the dtype of the chain's weights, and the shape that its first operator takes (see `AffineOperator`).
+    """
     for element in chain:
         x = _run_element(element, x)
     return x
@@ -149,12 +167,13 @@ def _run_element(element: Element, x: Tensor) -> Tensor:
 
 
 def _cut(x: Tensor, axis: int, positions: tuple[int, int]) -> Tensor:
+    """Return a view of the positions [start, stop) of x along an axis."""
     start, stop = positions
     return x.narrow(axis, start, stop - start)
 
 
 def output_shape(chain: Chain, shape: Sequence[int]) -> tuple[int, ...]:
-    """Return the shape of a chain's output for an input of that shape."""
+    """Return the shape of a chain's output for an input of the given shape."""
     for element in chain:
         match element:
             case Sum(branches):
@@ -173,9 +192,17 @@ def output_shape(chain: Chain, shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def cost(chain: Chain, shape: Sequence[int], itemsize: int) -> Cost:
-    """Count what a chain costs for an input of that shape and a number of bytes per value.
+    """Count the multiplications and the bytes of one call of a chain.
 
     Each operator reads its input and its weights, and writes its output.
+
+    Args:
+        chain: the chain.
+        shape: shape of its input.
+        itemsize: number of bytes per value.
+
+    Returns:
+        The sums over all elements, including those inside branches.
     """
     costs = []
     for element in chain:
@@ -219,7 +246,7 @@ def _operator_cost(operator: AffineOperator, shape: Sequence[int], itemsize: int
 
 
 def operators(chain: Chain) -> list[AffineOperator]:
-    """Return all operators of a chain, including those of its branches and of its borders."""
+    """Return all affine operators of a chain, including those inside its branches and those that recompute its borders."""
     return list(itertools.chain.from_iterable(map(_operators, chain)))
 
 
@@ -240,5 +267,5 @@ def _operators(element: Element) -> list[AffineOperator]:
 
 
 def spatial_size(chain: Chain, x: Tensor) -> torch.Size:
-    """Return the sizes of the spatial axes of x, the input of a chain."""
+    """Return the sizes of the spatial axes of x, an input of the chain; empty for linear layers."""
     return x.shape[x.ndim - len(operators(chain)[0].axes) :]

@@ -1,4 +1,8 @@
-"""Find the chains of a traced model: the longest stretches of linear operators with one input and one output."""
+"""Find the chains of a traced model: the longest stretches of linear operators with one input and one output.
+
+A segment is a chain that is still being built. The search visits the nodes in call order, and computes for each node the
+segment that ends with it.
+"""
 
 import math
 from collections.abc import Callable, Mapping
@@ -19,25 +23,26 @@ from fastentropy.fusion.chains.passes import fold
 
 _aten = torch.ops.aten
 
-#: Additions, of which those of two branches may belong to a chain.
+#: Additions. They belong to a chain if they add two branches of the same value.
 _ADDITIONS = {_aten.add.Tensor, _aten.add_.Tensor}
 
-#: Views, of which those that keep the channels together may belong to a chain.
+#: Views. They may belong to a chain if they keep all values of a channel together, or flatten channels and positions.
 _VIEWS = {_aten.view.default, _aten.reshape.default, _aten.flatten.using_ints, _aten.permute.default}
 
 
 @dataclass(frozen=True, eq=False)
 class FoundChain:
-    """A chain in a graph, whose inner values nothing else reads.
+    """A chain in a graph. No node outside of the chain reads its intermediate values.
 
     Attributes:
-        source: the node whose value the chain takes.
-        end: the node whose value the chain computes.
-        members: all nodes behind the source, up to and including the end, in call order.
-        elements: what the chain computes, with float64 weights.
+        source: the node whose value is the input of the chain.
+        end: the node whose value is the output of the chain.
+        members: the nodes of the chain in call order, without the source and with the end.
+        elements: the function of the chain, with float64 weights, except for `views`.
         names: paths of the modules of its convolutions, linear layers and activations, in call order.
-        views: nodes that are still to be applied to the output of the elements: a reshape of all axes but the last, whose
-            last size is to be replaced, and a permutation of the axes.
+        views: nodes to apply to the output of `elements`, in this order: a reshape of all axes but the last, and a
+            permutation that moves the last axis to axis 1. Either may be missing. The reshape must get the number of
+            features of the output as its last size.
     """
 
     source: Node
@@ -49,7 +54,7 @@ class FoundChain:
 
     @cached_property
     def folded(self) -> Chain:
-        """Return the elements with batch norm folded."""
+        """Return the elements with batch norm folded into its neighbours; see `fold`."""
         return fold(self.elements)
 
     @property
@@ -62,15 +67,19 @@ class FoundChain:
 
 @dataclass(frozen=True, eq=False)
 class _Step:
-    """An element that is built once the number of spatial axes is known.
+    """An element of a segment. It is built later, when the number of spatial axes is known.
 
-    name is the path of a convolution, a linear layer or an activation; steps without a name are no chain by themselves.
+    Attributes:
+        build: returns the element for a number of spatial axes.
+        name: path of the convolution, linear layer or activation, or empty for any other operator. A segment is a chain only
+            if one of its steps has a name.
     """
 
     build: Callable[[int], Element]
     name: str
 
 
+#: The steps of a segment in order. A tuple in place of a step is a sum: it holds the steps of each branch.
 _Steps = tuple["_Step | tuple[_Steps, ...]", ...]
 
 
@@ -78,8 +87,14 @@ _Steps = tuple["_Step | tuple[_Steps, ...]", ...]
 class _Segment:
     """A chain that may still grow.
 
-    `axes` is the number of spatial axes, None until an operator fixes it. `flat` is the spatial size that the value had before
-    it was flattened, None if it was not; the layers behind a flattening are convolutions that cover this whole size.
+    Attributes:
+        source: the node whose value is the input.
+        steps: the elements so far.
+        axes: number of spatial axes, None until an operator fixes it.
+        members: the nodes so far, without the source.
+        views: as in `FoundChain`.
+        flat: the spatial size that the value had before it was flattened, or None if it was not flattened. A linear layer
+            behind the flattening becomes a convolution whose kernel has this size.
     """
 
     source: Node
@@ -91,6 +106,7 @@ class _Segment:
 
     @property
     def is_permuted(self) -> bool:
+        """Return whether the last view moves the channels from the last axis to axis 1."""
         return bool(self.views) and self.views[-1].target is _aten.permute.default
 
 
@@ -99,8 +115,8 @@ def find_chains(module: GraphModule, activations: Mapping[str, nn.Module] | None
 
     Args:
         module: the graph of a model in eval mode.
-        activations: activations by the path of their module, where the graph has `aten.alias` in their place. Chains
-            continue through these activations.
+        activations: activations through which chains may continue, by the path of their module. The graph must have an
+            `aten.alias` node in the place of each.
 
     Returns:
         The chains in call order. No chain is a part of another one.
@@ -125,12 +141,13 @@ def find_chains(module: GraphModule, activations: Mapping[str, nn.Module] | None
 
 
 def overwritten_constants(module: GraphModule) -> list[str]:
-    """Return the names of the buffers that a graph overwrites."""
+    """Return the names of the constants (buffers, for example) that a graph overwrites when it runs."""
     constants = module.graph.find_nodes(op="get_attr")
     return [str(node.target) for node in constants if any(_overwrites(user, node) for user in node.users)]
 
 
 def _found_chain(end: Node, segment: _Segment, module: GraphModule) -> FoundChain:
+    """Return the chain of a segment that grows no further and ends with the node `end`."""
     members = tuple(node for node in module.graph.nodes if node in segment.members)
     elements = _elements(segment.steps, segment.axes or 0)
     if segment.flat is not None:
@@ -144,7 +161,14 @@ def _segment_to(
     module: GraphModule,
     activations: Mapping[str, nn.Module],
 ) -> _Segment | None:
-    """Return the segment that ends with a node, if there is one."""
+    """Return the segment that ends with a node, or None if the node belongs to no segment.
+
+    Args:
+        node: the node.
+        segments: the segments that end with earlier nodes, by that node.
+        module: the traced model.
+        activations: as in `find_chains`.
+    """
     if node.target in _VIEWS:
         return _segment_to_view(node, segments)
     affine = read_node(node, module)
@@ -164,7 +188,16 @@ def _segment_to(
 
 
 def _extend(before: _Segment, node: Node, affine: AffineNode) -> _Segment | None:
-    """Return a segment with one more operator, or None if the operator does not act on the channels of the segment."""
+    """Append an operator to a segment.
+
+    Args:
+        before: the segment.
+        node: the node of the operator.
+        affine: that node, read as an affine operator.
+
+    Returns:
+        The longer segment, or None if the operator acts on another axis than the channels of the segment.
+    """
     members, shape = before.members | {node}, shape_of(affine.operand) or ()
     if affine.build is None and affine.axes is None:
         return replace(before, members=members)
@@ -181,18 +214,30 @@ def _extend(before: _Segment, node: Node, affine: AffineNode) -> _Segment | None
 
 
 def _with_path(build: Callable[[int], AffineOperator], node: Node) -> Callable[[int], AffineOperator]:
+    """Return a `build` function whose operators also carry the path of the module that calls the node."""
     path = module_path(node)
     return lambda axes: replace(build(axes), names=(path,))
 
 
 def module_path(node: Node) -> str:
-    """Return the path of the module, in the traced model, whose forward calls the operator of a node."""
+    """Return the path of the module whose forward calls the operator of a node; empty for the traced model itself."""
     stack = node.meta.get("nn_module_stack") or {"": ("", None)}
     return str(list(stack.values())[-1][0])
 
 
 def _extend_channelwise(before: _Segment, affine: AffineNode, dimensions: int, members: frozenset[Node]) -> _Segment | None:
-    """Append a scale of the channels, which a permutation moved from the last axis to the second."""
+    """Append an operator that scales and shifts channels to a segment whose last view moved the channels to axis 1.
+
+    Args:
+        before: the segment.
+        affine: the operator.
+        dimensions: number of axes of its input.
+        members: the nodes of the longer segment.
+
+    Returns:
+        The longer segment, or None if the operator does more than scale and shift channels. The operator is applied before
+        the view, to the last axis.
+    """
     build, spatial = affine.build, dimensions - 2
     if affine.name or build is None or affine.axes not in (None, spatial) or not build(spatial).is_channelwise:
         return None
@@ -205,7 +250,10 @@ def _extend_channelwise(before: _Segment, affine: AffineNode, dimensions: int, m
 
 
 def _extend_flat(before: _Segment, affine: AffineNode, members: frozenset[Node]) -> _Segment | None:
-    """Append a layer of flattened features, as a convolution whose kernel covers its input."""
+    """Append a layer to a segment whose value was flattened, as a convolution whose kernel covers the whole image.
+
+    Returns None if the operator is not such a layer. A scale of single features is one only if the image is one position.
+    """
     sizes, build = before.flat or (), affine.build
     is_dense = bool(affine.name)
     if affine.axes not in (None, 0) or build is None or not (is_dense or math.prod(sizes) == 1):
@@ -221,7 +269,11 @@ def _extend_flat(before: _Segment, affine: AffineNode, members: frozenset[Node])
 
 
 def _segment_to_view(node: Node, segments: Mapping[Node, _Segment]) -> _Segment | None:
-    """Return the segment that ends with a reshape of all axes but the last, a flattening, or a move of channels to axis 1."""
+    """Return the segment that ends with a view, or None if the view belongs to no segment.
+
+    Three views belong to segments: a reshape of all axes but the last, a flattening of channels and positions, and a
+    permutation that moves the last axis to axis 1.
+    """
     operand = node.args[0]
     assert isinstance(operand, Node)
     shape, result = shape_of(operand) or (), shape_of(node) or ()
@@ -242,6 +294,10 @@ def _segment_to_view(node: Node, segments: Mapping[Node, _Segment]) -> _Segment 
 
 
 def _flatten(before: _Segment, node: Node, shape: tuple[Any, ...], result: tuple[Any, ...]) -> _Segment | None:
+    """Append a flattening of `[batch, channels, *spatial]` to a segment, or return None if the view is another one.
+
+    `shape` and `result` are the shapes before and after the view.
+    """
     spatial = tuple(shape[2:])
     if len(shape) != (before.axes or 0) + 2 or not all(isinstance(size, int) for size in spatial):
         return None
@@ -251,7 +307,10 @@ def _flatten(before: _Segment, node: Node, shape: tuple[Any, ...], result: tuple
 
 
 def _segment_to_sum(node: Node, segments: Mapping[Node, _Segment]) -> _Segment | None:
-    """Return the segment that ends with the sum of two branches of one value, with the segment before unless others read it."""
+    """Return the segment that ends with an addition of two branches of the same value, or None if there are no such branches.
+
+    The segment continues the one that computes this value, unless a node outside of the branches reads the value too.
+    """
     left, right = node.args[:2]
     if not (isinstance(left, Node) and isinstance(right, Node)) or node.kwargs or shape_of(left) != shape_of(right):
         return None
@@ -272,33 +331,37 @@ def _segment_to_sum(node: Node, segments: Mapping[Node, _Segment]) -> _Segment |
 
 
 def _branch_to(operand: Node, segments: Mapping[Node, _Segment]) -> _Segment:
+    """Return the segment that ends with an operand of an addition. It is empty if other nodes read the operand too."""
     if operand in segments and len(operand.users) == 1:
         return segments[operand]
     return _Segment(operand, (), None, frozenset())
 
 
 def _keeps_shape(branch: _Segment, operand: Node) -> bool:
-    """Return whether the views of a branch leave its value in the shape of its source, except for the channels."""
+    """Return whether a branch, with its views applied, has the shape of its source in all axes but the channels."""
     if branch.flat is not None or branch.is_permuted:
         return False
     return not branch.views or (shape_of(operand) or ())[:-1] == (shape_of(branch.source) or ())[:-1]
 
 
 def _is_overwritten(node: Node) -> bool:
-    """Return whether an in-place operator overwrites a value that others read, so that the order of the two matters."""
+    """Return whether an in-place operator overwrites the value of a node, and further nodes read the value.
+
+    The chain must not change the order of these reads and writes.
+    """
     base = _base(node)
     return len(base.users) > 1 and any(_overwrites(user, base) for user in base.users)
 
 
 def _base(node: Node) -> Node:
-    """Return the value that a node is a view of, or the node itself."""
+    """Return the node whose memory a view shares, or the node itself if it is not a view."""
     while node.args and isinstance(node.args[0], Node) and _is_view(node):
         node = node.args[0]
     return node
 
 
 def _overwrites(user: Node, node: Node) -> bool:
-    """Return whether a user of a node overwrites it, directly or through a view."""
+    """Return whether `user` overwrites the value of `node`, directly or through a view."""
     schema = operator_schema(user.target)
     if schema is not None and schema.is_mutable:
         return user.args[0] is node
@@ -325,6 +388,7 @@ def _names(steps: _Steps) -> tuple[str, ...]:
 
 
 def _elements(steps: _Steps, axes: int) -> Chain:
+    """Build the elements of steps for a number of spatial axes."""
     return tuple(
         step.build(axes) if isinstance(step, _Step) else Sum(tuple(_elements(branch, axes) for branch in step))
         for step in steps

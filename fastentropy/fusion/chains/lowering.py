@@ -1,4 +1,4 @@
-"""Write chains back into a graph of ATen operators."""
+"""Write chains (stretches of linear operators) back into a graph of ATen operators."""
 
 from collections.abc import Sequence
 from operator import getitem
@@ -27,28 +27,31 @@ _aten = torch.ops.aten
 
 
 class Lowering:
-    """Appends chains to a graph at its insertion point.
+    """Appends chains to a graph at its insertion point, as nodes that call ATen operators.
 
     Attributes:
-        tensors: the constants of the operators that were appended, by the names under which the graph reads them.
-        modules: the activations that were appended, by the names under which the graph calls them.
+        tensors: the constants of the appended operators, by the names under which the graph reads them.
+        modules: the appended activations, by the names under which the graph calls them.
     """
 
     def __init__(self, graph: Graph, like: Tensor, prefix: str, fixed_size: bool = True) -> None:
         """Begin with no tensors and no modules.
 
         Args:
-            graph: where operators are appended.
-            like: a value of the chain's source; constants take its dtype, device and memory format.
-            prefix: how the names of the constants begin.
-            fixed_size: whether all values of the source have the spatial size of `like`.
+            graph: the graph to which operators are appended.
+            like: an example of the chain's input. The constants get its dtype, device and memory format.
+            prefix: the first part of the names of the constants.
+            fixed_size: whether every input of the chain has the spatial size of `like`.
         """
         self.tensors: dict[str, Tensor] = {}
         self.modules: dict[str, nn.Module] = {}
         self._graph, self._like, self._prefix, self._fixed_size = graph, like, prefix, fixed_size
 
     def lower(self, chain: Chain, value: Node, shape: Sequence[int]) -> Node:
-        """Append a chain that is applied to a value of that shape, and return the node of its output."""
+        """Append a chain that is applied to the value of a node, and return the node of its output.
+
+        `shape` is the shape of the value in the example.
+        """
         elements = list(chain)
         while elements:
             element = elements.pop(0)
@@ -61,6 +64,7 @@ class Lowering:
         return value
 
     def _element(self, element: Element, value: Node, shape: Sequence[int]) -> Node:
+        """Append one element; the arguments are as in `lower`."""
         match element:
             case Sum(branches):
                 total, *others = (self.lower(branch, value, shape) for branch in branches)
@@ -82,6 +86,7 @@ class Lowering:
                 return self._operator(operator, value)
 
     def _operator(self, operator: AffineOperator, value: Node) -> Node:
+        """Append an affine operator as a linear layer, a scale with shift, average pooling, or a convolution."""
         if not operator.axes and not operator.is_channelwise:
             weight, bias = self._constant(operator.dense_weight()), self._bias(operator)
             return self._graph.call_function(_aten.linear.default, (value, weight, bias))
@@ -96,11 +101,12 @@ class Lowering:
         return self._convolution(operator, value)
 
     def _scale(self, operator: AffineOperator, value: Node) -> Node:
-        """Append a batch norm that was not folded, as one pass over the values."""
+        """Append an operator that scales and shifts channels (a batch norm that was not folded) as one `addcmul`."""
         scale, shift = (t.reshape(-1, *(1,) * len(operator.axes)) for t in (operator.weight, operator.bias))
         return self._graph.call_function(_aten.addcmul.default, (self._constant(shift), value, self._constant(scale)))
 
     def _convolution(self, operator: AffineOperator, value: Node) -> Node:
+        """Append a convolution. Padding that differs between the two ends of an axis becomes a node of its own."""
         padding = [max(min(axis.before, axis.after), 0) for axis in operator.axes]
         more = [margin - own for axis, own in zip(operator.axes, padding, strict=True) for margin in (axis.before, axis.after)]
         for part in ([max(n, 0) for n in more], [min(n, 0) for n in more]):  # zeros on one side only, then cropping
@@ -114,6 +120,7 @@ class Lowering:
         return self._with_bias_map(operator, output)
 
     def _transposed_convolution(self, operator: AffineOperator, value: Node) -> Node:
+        """Append an operator with upsampling as PyTorch's transposed convolution, whose weight is flipped and transposed."""
         axes, groups = operator.axes, operator.groups
         flipped = operator.weight.flip(tuple(range(2, 2 + len(axes))))
         split = flipped.reshape(groups, -1, *flipped.shape[1:])
@@ -125,13 +132,19 @@ class Lowering:
         return self._with_bias_map(operator, self._graph.call_function(TRANSPOSED_CONVOLUTIONS[len(axes) - 1], arguments))
 
     def _with_bias_map(self, operator: AffineOperator, output: Node) -> Node:
-        """Add a bias that depends on the position; in place, since nothing else reads the output of the convolution."""
+        """Add the bias to the output of a convolution if it depends on the position (a bias map).
+
+        The addition is in place, because no other node reads the output.
+        """
         if operator.bias.ndim == 1:
             return output
         return self._graph.call_function(_aten.add_.Tensor, (output, self._constant(operator.bias)))
 
     def _covering_layer(self, operator: AffineOperator, value: Node, flattens: bool) -> Node:
-        """Append a convolution whose kernel covers its input, as a linear layer of the flattened input."""
+        """Append a convolution whose kernel covers its whole input, as a linear layer of the flattened input.
+
+        `flattens` says whether the chain flattens the output next. If so, the output stays `[batch, features]`.
+        """
         features = self._graph.call_function(_aten.flatten.using_ints, (value, 1))
         arguments = (features, self._constant(operator.weight.flatten(1)), self._bias(operator))
         output = self._graph.call_function(_aten.linear.default, arguments)
@@ -141,6 +154,7 @@ class Lowering:
         return self._graph.call_function(_aten.unflatten.int, (output, 1, sizes))
 
     def _border_corrected(self, element: BorderCorrected, value: Node, shape: Sequence[int]) -> Node:
+        """Append a merged operator, and the chain on each strip of its border, which overwrites the output there."""
         output = self._operator(element.interior, value)
         first = len(shape) - len(element.interior.axes)
         for strip in element.strips:
@@ -153,9 +167,15 @@ class Lowering:
         return output
 
     def _slice(self, value: Node, axis: int, positions: tuple[int, int]) -> Node:
+        """Append a slice of the positions [start, stop) along an axis."""
         return self._graph.call_function(_aten.slice.Tensor, (value, axis, *positions))
 
     def _tap_biased(self, element: TapBiased, value: Node) -> Node:
+        """Append a merged operator with a bias per tap.
+
+        On a GPU, a 2-d convolution with one group and equal padding on both sides runs in one kernel. Every other operator is
+        followed by a convolution of an image of ones with the tap biases, whose output is added.
+        """
         operator = element.operator
         if self._like.is_cuda and len(operator.axes) == 2 and operator.groups == 1 and _is_symmetric(operator):
             tensors = (self._constant(operator.weight), self._constant(operator.bias), self._constant(element.tap_bias))
@@ -170,6 +190,7 @@ class Lowering:
         return self._graph.call_function(_aten.add_.Tensor, (output, self._operator(element.mask, ones)))
 
     def _fused_pair(self, element: FusedPair, value: Node) -> Node:
+        """Append two operators as one call of their kernel in `fastentropy_kernels`."""
         first, second = element.first, element.second
         residual = value if element.adds_input else None
         weights = [second.dense_weight().flatten(1), second.bias]
@@ -183,21 +204,23 @@ class Lowering:
         return self._graph.call_function(operator, arguments)
 
     def _bias(self, operator: AffineOperator) -> Node | None:
+        """Return the node of a bias `[out_channels]`, or None if it is zero or a bias map."""
         return self._constant(operator.bias) if operator.bias.ndim == 1 and operator.bias.any() else None
 
     def _constant(self, tensor: Tensor) -> Node:
+        """Add a constant in the dtype, device and memory format of the example, and return the node that reads it."""
         name = f"{self._prefix}_{len(self.tensors)}"
         self.tensors[name] = like_format(tensor.to(self._like), self._like)
         return self._graph.create_node("get_attr", name)
 
 
 def compile_chain(chain: Chain, like: Tensor) -> GraphModule:
-    """Compile a chain into a module that runs exactly as the chain will inside a fused model.
+    """Compile a chain into a module with the same ATen operators that the chain has inside a fused model.
 
     Args:
         chain: affine operators and the other elements of a chain.
-        like: an input of the chain. The module's constants take its dtype, device and memory format, and some chains are
-            compiled for its spatial size.
+        like: an example of the chain's input. The constants of the module get its dtype, device and memory format. The
+            module may be correct for inputs of its spatial size only.
 
     Returns:
         A graph of ATen operators with one input.
@@ -219,17 +242,21 @@ def compile_chain(chain: Chain, like: Tensor) -> GraphModule:
 
 
 def _is_symmetric(operator: AffineOperator) -> bool:
+    """Return whether an operator pads both ends of each axis equally and has no upsampling."""
     return all(axis.before == axis.after >= 0 and axis.upsampling == 1 for axis in operator.axes)
 
 
 def _geometry(operator: AffineOperator) -> list[Any]:
-    """Return stride, padding, dilation and groups, as operators take them."""
+    """Return stride, padding, dilation and groups in the order in which convolution operators take them."""
     padding = [axis.before for axis in operator.axes]
     return [list(operator.stride), padding, list(operator.dilation), operator.groups]
 
 
 def _covers(operator: AffineOperator, shape: Sequence[int]) -> bool:
-    """Return whether an operator reads its whole input once, each value with its own weight."""
+    """Return whether the kernel of an operator covers its whole input, so that the operator is a linear layer of the values.
+
+    `shape` is the shape of the input, `[batch, channels, *spatial]`.
+    """
     if not operator.axes or len(shape) != len(operator.axes) + 2 or operator.groups > 1 or operator.bias.ndim > 1:
         return False
     plain = all(axis == Axis(axis.kernel, axis.stride) for axis in operator.axes)

@@ -1,7 +1,8 @@
-"""Merge a chain into one operator that computes the same at every position.
+"""Merge a chain (a stretch of linear operators) into one operator that computes the same values at every position.
 
-Only near the border does composing the operators not suffice. If the operators before an inner padding are pointwise, only
-the bias differs there, and it becomes a map of the positions. Otherwise the chain recomputes its border (see `borders`).
+Composing the operators is exact except near the borders, if an operator inside the chain pads its input with zeros. If all
+operators before that padding are pointwise, only the bias differs there. The bias then becomes a map with one value for each
+position. Otherwise the outputs near the border are recomputed with the chain (see `borders`).
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +16,8 @@ from fastentropy.fusion.chains.borders import border_strips, differs_at_border, 
 from fastentropy.fusion.chains.elements import BorderCorrected, Chain, Element, Flatten, Sum, TapBiased
 from fastentropy.fusion.chains.passes import split_residual
 
-#: "exact": equal at every position. "train": another function near the border, for those who train the result.
+#: "exact": the merged operator equals the chain at every position. "train": it differs near the border, and the fused model
+#: is meant to be trained afterwards.
 Borders: TypeAlias = Literal["exact", "train"]
 
 
@@ -25,18 +27,22 @@ def merge(
     borders: Borders = "exact",
     composed: Callable[[Chain], AffineOperator] | None = None,
 ) -> Chain:
-    """Merge a chain into one operator that equals it at every position; a `Flatten` at the end stays.
+    """Merge a chain into one operator that equals the chain at every position.
 
-    The bias is the output of the chain for zeros, and becomes a map where it differs near the border. Where more than the
-    bias differs, the chain recomputes its border.
+    The bias of the operator is the output of the chain for an input of zeros. If that output differs near the border, the bias
+    is a map with one value for each position. If more than the bias differs near the border, the outputs there are recomputed
+    with the chain (`BorderCorrected`).
 
     Args:
-        chain: what to merge.
-        spatial_size: the spatial size of the inputs, or None if they may have any size.
+        chain: affine operators and sums of them, and possibly a `Flatten` at the end, which is kept.
+        spatial_size: the size of the inputs along each spatial axis, or None if they may have any size.
         borders: with "train", all zero padding moves to the front of the chain, as in the literature (Fu et al., ICML 2022;
-            Kim et al., ICML 2023 and 2024). This is another function near the border.
-        composed: makes the operator of a chain; the default is `compose_chain`. With `placeholder_weights` the result is good
-            for timing only.
+            Kim et al., ICML 2023 and 2024). The result then differs from the chain near the border.
+        composed: returns the operator of a chain; the default is `compose_chain`. With `placeholder_weights`, the result has
+            the right shapes but the wrong values, and serves for timing only.
+
+    Returns:
+        The merged chain: one element, followed by the `Flatten` if there is one.
 
     Raises:
         ValueError: the chain cannot be merged; the message is the reason.
@@ -60,6 +66,10 @@ def merge(
 
 
 def _for_every_size(chain: Chain, merged: AffineOperator) -> Element:
+    """Return an element that equals a chain for inputs of every size, given the chain's composition `merged`.
+
+    Raises ValueError if more than a bias differs near the border.
+    """
     axes = range(len(merged.axes))
     if any(differs_at_border(chain, axis, zero_input=False) for axis in axes):
         raise ValueError("inner zero padding: where the border is depends on the size, which is free")
@@ -67,7 +77,15 @@ def _for_every_size(chain: Chain, merged: AffineOperator) -> Element:
 
 
 def crop_kernel(operator: AffineOperator, spatial_size: Sequence[int]) -> AffineOperator:
-    """Drop the taps that read nothing but padding, if the output for that spatial size has a single position."""
+    """Replace an operator by one whose kernel covers exactly its input, if its output has a single position.
+
+    Taps that read nothing but padding are dropped by this. Every other operator, and every operator with upsampling, is
+    returned as it is.
+
+    Args:
+        operator: the operator.
+        spatial_size: size of its input along each spatial axis.
+    """
     single = all(axis.output_size(size) == 1 for axis, size in zip(operator.axes, spatial_size, strict=True))
     if not operator.axes or not single or any(axis.upsampling > 1 for axis in operator.axes):
         return operator
@@ -87,7 +105,7 @@ def crop_kernel(operator: AffineOperator, spatial_size: Sequence[int]) -> Affine
 
 
 def compose_chain(chain: Chain) -> AffineOperator:
-    """Compose all elements of a chain into one operator, which is exact except at the borders.
+    """Compose all elements of a chain into one operator, which is exact except near the borders.
 
     Raises:
         ValueError: the composition is not an operator.
@@ -99,6 +117,7 @@ def compose_chain(chain: Chain) -> AffineOperator:
 
 
 def _add_branches(element: Element) -> AffineOperator:
+    """Return an affine operator as it is, and a sum of branches as one operator."""
     if not isinstance(element, Sum):
         assert isinstance(element, AffineOperator)
         return element
@@ -111,7 +130,7 @@ def _add_branches(element: Element) -> AffineOperator:
 
 
 def composed_shape(chain: Chain) -> AffineOperator:
-    """Return `compose_chain` of a chain on the meta device: its sizes, without memory or arithmetic.
+    """Return `compose_chain` of a chain on the meta device, which has shapes only and needs no memory or arithmetic.
 
     Raises:
         ValueError: the composition is not an operator.
@@ -120,14 +139,17 @@ def composed_shape(chain: Chain) -> AffineOperator:
 
 
 def placeholder_weights(chain: Chain) -> AffineOperator:
-    """Return `compose_chain` of a chain with zeros as its weight: composing the weight would take longer than timing it."""
+    """Return `compose_chain` of a chain with its true bias and a weight of zeros (float32), for timing.
+
+    Composing the true weight would take longer than timing the operator.
+    """
     shape, bias = composed_shape(chain), compose_chain(_with_each(chain, _without_extent)).bias
     weight = torch.zeros(shape.weight.shape, dtype=torch.float32, device=bias.device)
     return replace(shape, weight=weight, bias=bias)
 
 
 def _with_each(chain: Chain, change: Callable[[AffineOperator], AffineOperator]) -> Chain:
-    """Change each operator of a chain, those in branches too."""
+    """Return a chain with `change` applied to each of its operators, including those inside branches."""
 
     def changed(element: Element) -> Element:
         if isinstance(element, Sum):
@@ -139,22 +161,25 @@ def _with_each(chain: Chain, change: Callable[[AffineOperator], AffineOperator])
 
 
 def _on_meta(operator: AffineOperator) -> AffineOperator:
+    """Return an operator whose weight and bias are on the meta device."""
     return replace(operator, weight=operator.weight.to("meta"), bias=operator.bias.to("meta"))
 
 
 def _without_extent(operator: AffineOperator) -> AffineOperator:
-    """Sum the taps of an operator into one: for a constant input, the output is the same."""
+    """Sum the taps of an operator into one tap. Away from the borders, the output for a constant input stays the same."""
     weight = operator.weight.flatten(2).sum(2) if operator.axes else operator.weight
     return AffineOperator(weight, operator.bias, groups=operator.groups)
 
 
 def with_tap_bias(chain: Chain) -> TapBiased:
-    """Merge pointwise operators and the operators behind them into one that is exact at every size.
+    """Merge pointwise operators and the operators behind them into one operator that is exact for inputs of every size.
 
-    The chain may also be a residual block whose branch is such a chain.
+    Args:
+        chain: pointwise operators, then one operator that may pad its input, then operators without padding. A residual block
+            whose branch is such a chain is possible too.
 
     Raises:
-        ValueError: the chain is not of that kind, or an operator behind the first padded one reads zeros.
+        ValueError: the chain is not of that kind, or the merged operator does not read the input that the block adds.
     """
     body, adds_input = split_residual(chain)
     count = next((index for index, element in enumerate(body) if not _is_pointwise(element)), len(body))
@@ -176,4 +201,5 @@ def with_tap_bias(chain: Chain) -> TapBiased:
 
 
 def _is_pointwise(element: Element) -> bool:
+    """Return whether an element is a convolution that reads one input position for each output position."""
     return isinstance(element, AffineOperator) and bool(element.axes) and element.is_pointwise

@@ -1,4 +1,7 @@
-"""Rewrites of a chain that keep its function: fold batch norm, move pools forward, run pairs of operators in one kernel."""
+"""Rewrite a chain without changing its function: fold batch norm, move pooling forward, run two operators in one kernel.
+
+A chain is a stretch of linear operators.
+"""
 
 from dataclasses import replace
 
@@ -8,7 +11,10 @@ from fastentropy_kernels import MOST_MIDDLES
 
 
 def fold(chain: Chain) -> Chain:
-    """Compose every operator that only scales and shifts channels (a batch norm) with its neighbour, where that is exact."""
+    """Fold batch norm: compose each operator that only scales and shifts channels with a neighbour, if that is exact.
+
+    The branches of sums are folded too.
+    """
     folded: list[Element] = []
     for element in chain:
         previous = folded[-1] if folded else None
@@ -22,16 +28,20 @@ def fold(chain: Chain) -> Chain:
 
 
 def _can_fold(first: AffineOperator, second: AffineOperator) -> bool:
-    """Return whether one operator is a scale that the other can take, at the border too; average pooling takes none."""
+    """Return whether one of two neighbours only scales and shifts channels, and composing the two is exact at the border too.
+
+    Average pooling is never composed, because it would become a convolution.
+    """
     if first.is_average or second.is_average:
         return False
     return second.is_channelwise or (first.is_channelwise and not second.reads_zeros)
 
 
 def move_pools_forward(chain: Chain) -> Chain:
-    """Move every unpadded average pooling before the pointwise operators that it follows.
+    """Move each average pooling without padding in front of the pointwise operators that come directly before it.
 
-    This keeps the function, because the mean of affine values is the affine value of the mean.
+    The function stays the same, because an affine map of a mean equals the mean of the mapped values. The pointwise operators
+    then run on fewer positions.
     """
     moved: list[Element] = []
     for element in chain:
@@ -44,11 +54,12 @@ def move_pools_forward(chain: Chain) -> Chain:
 
 
 def _is_padded(operator: AffineOperator) -> bool:
+    """Return whether an operator pads or crops its input."""
     return any(axis.before or axis.after for axis in operator.axes)
 
 
 def _as_pointwise(element: Element) -> AffineOperator | None:
-    """Return the element if it is a pointwise operator without a bias map."""
+    """Return the element if it is a pointwise operator whose bias is the same at all positions, and None otherwise."""
     return element if isinstance(element, AffineOperator) and element.is_pointwise and element.bias.ndim == 1 else None
 
 
@@ -59,7 +70,10 @@ def _with_channels(pool: AffineOperator, channels: int) -> AffineOperator:
 
 
 def split_residual(chain: Chain) -> tuple[Chain, bool]:
-    """Return the branch of a chain that only adds one branch to its input, and True; any other chain as it is, and False."""
+    """Return the branch of a residual block, or any other chain as it is, and whether the chain was a residual block.
+
+    A residual block is a chain that only adds one branch to its input.
+    """
     if len(chain) == 1 and isinstance(chain[0], Sum):
         branches = [branch for branch in chain[0].branches if branch]
         if len(branches) == 1 and len(chain[0].branches) == 2:
@@ -68,7 +82,10 @@ def split_residual(chain: Chain) -> tuple[Chain, bool]:
 
 
 def fuse_pairs(chain: Chain) -> Chain:
-    """Replace neighbouring operators by a `FusedPair` wherever a kernel computes both, with the input that is added to it."""
+    """Replace two neighbouring operators by a `FusedPair` wherever `fastentropy_kernels` has a kernel that computes both.
+
+    If a residual block adds nothing but such a pair to its input, the kernel adds the input too.
+    """
     paired: list[Element] = []
     for element in chain:
         previous = paired[-1] if paired else None
@@ -80,6 +97,7 @@ def fuse_pairs(chain: Chain) -> Chain:
 
 
 def _fuse_in_branches(element: Sum) -> Element:
+    """Apply `fuse_pairs` to the branches of a sum. A residual block of a single pair becomes that pair with its input added."""
     branches = tuple(fuse_pairs(branch) for branch in element.branches)
     body, adds_input = split_residual((Sum(branches),))
     if adds_input and len(body) == 1 and isinstance(body[0], FusedPair):
@@ -88,7 +106,7 @@ def _fuse_in_branches(element: Sum) -> Element:
 
 
 def _fused_pair(first: AffineOperator, second: Element) -> FusedPair | None:
-    """Return both operators as one kernel of `fastentropy_kernels`, or None if there is no kernel for them."""
+    """Return two neighbouring operators as a `FusedPair`, or None if `fastentropy_kernels` has no kernel for the two."""
     if not isinstance(second, AffineOperator) or first.bias.ndim > 1 or second.bias.ndim > 1:
         return None
     if not first.axes:
