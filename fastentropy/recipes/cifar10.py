@@ -11,19 +11,19 @@ from fastentropy.recipes.cifar10_data import PADDING, augment, data_folder, hold
 from fastentropy.recipes.cifar10_models import MODELS
 
 BATCH_SIZE = 128
-#: The initial learning rate of each network for which it is not 0.1.
+#: The initial learning rate of a network by its name. It is 0.1 for the networks that are not listed.
 LEARNING_RATES = {"vgg16_bn": 0.01, "swin_t": 0.001}
-#: Mean and standard deviation of the training pixels, from 0 to 255, for red, green and blue.
+#: Mean and standard deviation of the training pixels, for red, green and blue. Pixels range from 0 to 255.
 MEAN = (125.3, 123.0, 113.9)
 STD = (63.0, 62.1, 66.7)
 
 
 class Cifar10:
-    """The recipe `cifar10`: 10 % of the training images are held out for validation, and the test images are the test set.
+    """The recipe `cifar10`. It holds out 10 % of the training images for validation, and tests on the test images.
 
-    Images and weights are in channels-last, which is faster for most of the networks, also on a CPU. On a GPU the images stay
-    in its memory as bytes, the networks run under autocast to bfloat16, and training waits for the GPU once per epoch. On a
-    CPU everything is float32.
+    Images and weights are in the channels-last memory format, because most of the networks run faster in it, also on a CPU.
+    All images are kept on the device as uint8. On a GPU the networks run under autocast to bfloat16, and training synchronises
+    with the GPU only once per epoch. On a CPU the networks run in float32.
     """
 
     epochs = 160
@@ -32,16 +32,17 @@ class Cifar10:
     def __init__(
         self, device: torch.device, *, model: str = "resnet18", data: str | None = None, compile: bool = False
     ) -> None:
-        """Read the images and place them on a device.
+        """Read all images, split them, and place them on a device.
 
         Args:
             device: where the images and the networks are placed.
             model: a name in `MODELS`.
-            data: a folder with the parquet files of the Hub's cifar10, or "cifar10" to download them.
-            compile: train with torch.compile.
+            data: a folder with the parquet files of the data set `uoft-cs/cifar10` of the Hugging Face Hub, or "cifar10" to
+                download them. It must be given.
+            compile: whether the network is compiled with torch.compile for training.
 
         Raises:
-            ValueError: the model is unknown, or the data are missing or damaged.
+            ValueError: the model is unknown, or the data is missing or damaged.
         """
         if model not in MODELS:
             raise ValueError(f"unknown model {model!r}; the models of the recipe cifar10 are {', '.join(MODELS)}")
@@ -56,11 +57,19 @@ class Cifar10:
         self.calibration_batches = len(training.split(BATCH_SIZE))
 
     def build_model(self) -> nn.Module:
-        """Return a new network, initialised from torch's default random generator."""
+        """Return a new network on the device. Its weights are drawn from torch's default random generator."""
         return MODELS[self._model]().to(self._device).to(memory_format=torch.channels_last)
 
     def train(self, model: nn.Module, epochs: int) -> Iterator[float]:
-        """Train by SGD with momentum 0.9 and weight decay 1e-4 in batches of 128 (see `learning_rate`); yield mean losses."""
+        """Train a network in place, and yield the mean loss after each epoch.
+
+        The optimizer is SGD with momentum 0.9 and weight decay 1e-4, with batches of 128 images and the learning rate of
+        `learning_rate`.
+
+        Args:
+            model: the network, in train mode.
+            epochs: the length of the schedule.
+        """
         run = _compiled(model) if self._compile else model
         optimizer = torch.optim.SGD(model.parameters(), momentum=0.9, weight_decay=1e-4)
         for epoch in range(epochs):
@@ -69,7 +78,7 @@ class Cifar10:
             yield self._train_epoch(run, optimizer)
 
     def evaluate(self, model: nn.Module, split: Split) -> float:
-        """Return the share of the split's images that the model classifies correctly."""
+        """Return the fraction of the images of a split that the model classifies correctly."""
         images, labels = self._data[split]
         correct = torch.zeros((), dtype=torch.int64, device=self._device)
         for batch, target in zip(images.split(BATCH_SIZE), labels.split(BATCH_SIZE), strict=True):
@@ -77,19 +86,24 @@ class Cifar10:
         return int(correct) / len(labels)
 
     def calibrate(self, model: nn.Module) -> Iterator[None]:
-        """Run the training images, without augmentation, through the model batch by batch."""
+        """Run the training images, without augmentation, forward through the model. Yield after each batch."""
         for batch in self._data["train"][0].split(BATCH_SIZE):
             self._run(model, batch)
             yield
 
     def example_inputs(self) -> tuple[Tensor, ...]:
-        """Return the first 64 test images."""
+        """Return the first 64 test images, normalised, as a tuple of one tensor: float32 [64, 3, 32, 32]."""
         return (self._normalize(self._data["test"][0][:64]),)
 
     def _train_epoch(self, run: Callable[[Tensor], Tensor], optimizer: torch.optim.Optimizer) -> float:
-        """Train on all images once, in random order, each randomly shifted and flipped; return the mean loss."""
+        """Train on all training images once, in random order and augmented at random, and return the mean loss.
+
+        Args:
+            run: the forward of the network, compiled or not. It takes normalised images and returns logits.
+            optimizer: the optimizer of the network's parameters.
+        """
         images, labels = self._data["train"]
-        # Drawn on the CPU, whose generator gives the same numbers on every machine, then moved once.
+        # The CPU draws the random numbers, because its generator gives the same ones on every machine. They are moved once.
         order = torch.randperm(len(labels)).to(self._device).split(BATCH_SIZE)
         shifts = torch.randint(2 * PADDING + 1, (len(labels), 2)).to(self._device).split(BATCH_SIZE)
         flips = (torch.rand(len(labels)) < 0.5).to(self._device).split(BATCH_SIZE)
@@ -104,24 +118,37 @@ class Cifar10:
         return float(total / len(labels))
 
     def _run(self, model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-        """Run the model on images of bytes."""
+        """Return the logits [batch, 10] of the model for images, uint8 [batch, 3, 32, 32]. On a GPU it runs under autocast."""
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._device.type == "cuda"):
             return model(self._normalize(images))
 
     def _normalize(self, images: Tensor) -> Tensor:
-        """Normalise images of bytes to float32, with mean 0 and standard deviation 1 over the training images."""
+        """Convert uint8 images to float32 in channels-last, with mean 0 and standard deviation 1 over the training images."""
         return ((images - self._mean) / self._std).contiguous(memory_format=torch.channels_last)
 
 
 def learning_rate(model: str, epoch: int, epochs: int) -> float:
-    """Return the learning rate of an epoch, counted from 0. It is divided by 10 after 1/2 and after 3/4 of the schedule."""
+    """Return the learning rate of an epoch. It is divided by 10 after 1/2 of the epochs and again after 3/4.
+
+    Args:
+        model: the name of the network in `MODELS`.
+        epoch: the epoch, counted from 0.
+        epochs: the number of epochs of the schedule.
+
+    Returns:
+        The learning rate.
+    """
     drops = (2 * epoch >= epochs) + (4 * epoch >= 3 * epochs)
     return LEARNING_RATES.get(model, 0.1) / 10**drops
 
 
 def _compiled(model: nn.Module) -> Callable[[Tensor], Tensor]:
-    """Compile a call of the model, for the batch size and for the smaller last batch of an epoch."""
-    # Every removal of an activation causes a recompilation, and after eight of them torch.compile would give up.
+    """Return the compiled forward of the model.
+
+    It is compiled once for full batches and once for the smaller last batch of an epoch, because `dynamic` is False.
+    """
+    # The model is compiled anew after every removal of an activation. torch.compile gives up after eight compilations of the
+    # same code, so the earlier ones are cleared.
     torch.compiler.reset()
-    # torch.compile(model) would leave attributes on the model.
+    # A lambda is compiled, because torch.compile(model) would add attributes to the model.
     return torch.compile(lambda images: model(images), dynamic=False)

@@ -1,4 +1,4 @@
-"""Find the images of CIFAR-10, read them from parquet files, split and augment them. Nothing is unpickled."""
+"""Find the images of CIFAR-10, read them from parquet files, split and augment them. No pickle file is read."""
 
 import io
 from pathlib import Path
@@ -16,14 +16,23 @@ from torch import Tensor
 
 from fastentropy._utils.errors import one_line
 
+#: Height and width of an image in pixels.
 SIZE = 32
+#: How many black pixels the augmentation adds on each side of an image.
 PADDING = 4
-#: Splits do not depend on the seed of the run, so that runs can be compared.
+#: The seed of the split into training and validation. It is not the seed of the run, so all runs have the same split.
 SPLIT_SEED = 0
 
 
 def data_folder(data: str | None) -> Path:
-    """Return the folder that --data names. The name cifar10 downloads the Hub's `uoft-cs/cifar10`.
+    """Return the folder with the data.
+
+    Args:
+        data: the value of the option --data: a folder, or "cifar10" to download the data set `uoft-cs/cifar10` from the
+            Hugging Face Hub. None raises an error that explains the option.
+
+    Returns:
+        The folder. If it was named by the user, it may not exist.
 
     Raises:
         ValueError: `data` is None, or the download fails.
@@ -45,16 +54,20 @@ def data_folder(data: str | None) -> Path:
 
 
 def read_images(folder: Path, split: str) -> tuple[Tensor, Tensor]:
-    """Read all parquet files in and below a folder whose names begin with `split`.
+    """Read the images and labels of a split from all its parquet files in and below a folder.
 
-    They have the columns of the Hub's cifar10: `img` (or `image`), a struct with the `bytes` of a PNG or JPEG file, and
-    `label`, from 0 to 9.
+    The files must have the columns of the data set on the Hugging Face Hub: `img` (or `image`), a struct whose field `bytes`
+    holds a PNG or JPEG file, and `label`, an integer from 0 to 9.
+
+    Args:
+        folder: the folder to search.
+        split: "train" or "test". The names of the split's files begin with it.
 
     Returns:
         The images, uint8 [n, 3, 32, 32], and the labels, int64 [n].
 
     Raises:
-        ValueError: there is no such file, or the file that the message names has other contents.
+        ValueError: the folder holds no such file, or a file cannot be read or has other contents. The message names the file.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder; --data FOLDER must hold the parquet files of the Hub's cifar10")
@@ -66,12 +79,16 @@ def read_images(folder: Path, split: str) -> tuple[Tensor, Tensor]:
 
 
 def hold_out(labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the indices of the training images, and of the 10 % of each class held out for validation.
+    """Split the training images: hold out 10 % of each class, rounded up, for validation. Equal labels give equal splits.
 
-    The same labels give the same split.
+    Args:
+        labels: int64 [n], the class of each image, from 0 to 9.
+
+    Returns:
+        The indices of the images for training, and of those for validation; both int64 and in ascending order.
 
     Raises:
-        ValueError: a class has too few images for both.
+        ValueError: a class has fewer than two images.
     """
     generator = torch.Generator().manual_seed(SPLIT_SEED)
     training, validation = [], []
@@ -87,12 +104,15 @@ def hold_out(labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def augment(images: Tensor, shifts: Tensor, flips: Tensor) -> Tensor:
-    """Pad each image with 4 black pixels on each side, cut out a 32×32 window, and optionally mirror it from left to right.
+    """Pad each image with 4 black pixels on each side, cut out a 32×32 window, and mirror some windows from left to right.
 
     Args:
         images: uint8 [batch, 3, 32, 32].
-        shifts: int64 [batch, 2], the first row and column of each window, from 0 to 8.
-        flips: bool [batch], which images to mirror.
+        shifts: int64 [batch, 2], the first row and the first column of each window in the padded image, from 0 to 8.
+        flips: bool [batch], which windows to mirror.
+
+    Returns:
+        The windows, uint8 [batch, 3, 32, 32].
     """
     positions = torch.arange(SIZE, device=images.device)
     columns = torch.where(flips[:, None], positions.flip(0), positions)
@@ -103,7 +123,7 @@ def augment(images: Tensor, shifts: Tensor, flips: Tensor) -> Tensor:
 
 
 def _read_file(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Read the images [n, 32, 32, 3] and labels [n] of one file."""
+    """Read the images [n, 32, 32, 3] and labels [n] of one parquet file. Raise ValueError if it has other contents."""
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             table = file.read()
@@ -119,6 +139,7 @@ def _read_file(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
 
 
 def _image_files(path: Path, column: Any) -> list[bytes | None]:
+    """Return the encoded image files in a column of pyarrow structs; None for a missing one. `path` is for error messages."""
     is_struct = pyarrow.types.is_struct(column.type) and column.type.get_field_index("bytes") >= 0
     files = pyarrow.compute.struct_field(column, "bytes") if is_struct else None
     if files is None or files.type not in (pyarrow.binary(), pyarrow.large_binary()):
@@ -127,6 +148,7 @@ def _image_files(path: Path, column: Any) -> list[bytes | None]:
 
 
 def _labels(path: Path, column: Any) -> NDArray[np.int64]:
+    """Return the labels in a pyarrow column; raise ValueError if one is not from 0 to 9. `path` is for error messages."""
     if not pyarrow.types.is_integer(column.type):
         raise ValueError(f"the labels of {path} are of type {column.type}; expected integers from 0 to 9")
     labels = column.to_numpy()  # floating, with NaN, if some are missing
@@ -136,7 +158,7 @@ def _labels(path: Path, column: Any) -> NDArray[np.int64]:
 
 
 def _decode(data: bytes | None, place: str) -> NDArray[np.uint8]:
-    """Decode a PNG or JPEG file into pixels [32, 32, 3]."""
+    """Decode a PNG or JPEG file into RGB pixels [32, 32, 3]. `place`, the file and row, begins the message of a ValueError."""
     pixels = None
     try:
         with Image.open(io.BytesIO(data or b""), formats=("PNG", "JPEG")) as image:

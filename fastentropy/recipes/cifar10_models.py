@@ -1,4 +1,4 @@
-"""The networks of the recipe `cifar10`: torchvision's, adapted to 32×32 images, and a small one for a CPU."""
+"""The networks of the recipe `cifar10`: four of torchvision, adapted to 32×32 images, and a small one for CPUs."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -17,7 +17,11 @@ CLASSES = 10
 
 
 def resnet18() -> nn.Module:
-    """Build ResNet-18 (arXiv 1512.03385): 17 activations. Its stem is a 3×3 convolution of stride 1, without max pooling."""
+    """Build ResNet-18 (arXiv 1512.03385), which has 17 activations.
+
+    Its stem is a 3×3 convolution of stride 1 without max pooling, because the images are small. `isolate` gives each call of
+    torchvision's shared ReLU modules a module of its own.
+    """
     model = torchvision.models.resnet18(num_classes=CLASSES)
     model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
     model.maxpool = nn.Identity()
@@ -26,8 +30,11 @@ def resnet18() -> nn.Module:
 
 
 def mobilenet_v2() -> nn.Module:
-    """Build MobileNetV2 (arXiv 1801.04381): 35 activations. The first two strides are 1, so that the last map is 4×4."""
-    # expansion, channels, blocks, stride
+    """Build MobileNetV2 (arXiv 1801.04381), which has 35 activations.
+
+    The first two strides of 2 are replaced by 1, so the last feature map is 4×4 for a 32×32 image.
+    """
+    # each stage: expansion, output channels, number of blocks, stride of the first block
     stages = [[1, 16, 1, 1], [6, 24, 2, 1], [6, 32, 3, 2], [6, 64, 4, 2], [6, 96, 3, 1], [6, 160, 3, 2], [6, 320, 1, 1]]
     model = MobileNetV2(num_classes=CLASSES, inverted_residual_setting=stages)
     model.features[0][0].stride = (1, 1)
@@ -35,9 +42,9 @@ def mobilenet_v2() -> nn.Module:
 
 
 def vgg16_bn() -> nn.Module:
-    """Build VGG-16 (arXiv 1409.1556) with batch norm: 15 activations.
+    """Build VGG-16 (arXiv 1409.1556) with batch norm, which has 15 activations.
 
-    Its convolutions reduce a 32×32 image to one position, so the first linear layer has 512 inputs instead of 512 × 7 × 7.
+    Its convolutions and poolings reduce a 32×32 image to 1×1, so the first linear layer has 512 inputs, not 512 × 7 × 7.
     """
     classifier = nn.Sequential(
         nn.Linear(512, 4096),
@@ -53,7 +60,10 @@ def vgg16_bn() -> nn.Module:
 
 
 def swin_t() -> nn.Module:
-    """Build Swin-T (arXiv 2103.14030): 12 activations. Patches are 2×2, windows 4×4; stochastic depth as in torchvision."""
+    """Build Swin-T (arXiv 2103.14030), which has 12 activations.
+
+    Patches are 2×2 and windows are at most 4×4, because the images are small. The stochastic depth is that of torchvision.
+    """
     return SwinTransformer(
         patch_size=[2, 2],
         embed_dim=96,
@@ -67,11 +77,14 @@ def swin_t() -> nn.Module:
 
 
 def resnet8() -> nn.Module:
-    """Build the ResNet for CIFAR-10 of arXiv 1512.03385, section 4.2, with n = 1: 7 activations, 78,000 parameters."""
+    """Build the ResNet for CIFAR-10 of arXiv 1512.03385, section 4.2, with n = 1.
+
+    It has 7 activations and 78,000 parameters.
+    """
     return ResNet8().apply(_initialize)
 
 
-#: Name -> function that builds the network with random weights on the CPU.
+#: The functions that build the networks, by name. They return networks with random weights on the CPU.
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "resnet18": resnet18,
     "mobilenet_v2": mobilenet_v2,
@@ -82,17 +95,27 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 
 
 class Block(nn.Module):
-    """Two 3×3 convolutions with batch norm; the input is added before the second activation."""
+    """A residual block: convolution, batch norm, ReLU, convolution, batch norm, addition of the input, ReLU.
+
+    Both convolutions are 3×3. If the shape changes, a 1×1 convolution with batch norm adapts the input before the addition.
+    """
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
-        """Build a block that changes the number of channels, and the size by the stride."""
+        """Build a block.
+
+        Args:
+            in_channels: the number of input channels.
+            channels: the number of output channels.
+            stride: the stride of the first convolution, by which height and width are divided.
+        """
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(channels)
         self.relu1 = nn.ReLU(inplace=True)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(channels)
-        # If the shape changes, a projection (option B of the paper), which `fuse` can merge, unlike the slices of option A.
+        # The shortcut is a projection (option B of the paper) if the shape changes. `fuse` can merge a projection, but not the
+        # slices of option A.
         self.shortcut = nn.Sequential()
         if in_channels != channels:
             self.shortcut = nn.Sequential(nn.Conv2d(in_channels, channels, 1, stride, bias=False), nn.BatchNorm2d(channels))
@@ -105,10 +128,10 @@ class Block(nn.Module):
 
 
 class ResNet8(nn.Module):
-    """A convolution, three blocks of 16, 32 and 64 channels at 32², 16² and 8², and a linear classifier."""
+    """A convolution, three residual blocks of 16, 32 and 64 channels at 32×32, 16×16 and 8×8, and a linear classifier."""
 
     def __init__(self) -> None:
-        """Build the network with PyTorch's default initialisation."""
+        """Build the network, initialised by the defaults of PyTorch's layers."""
         super().__init__()
         self.conv = nn.Conv2d(3, 16, 3, padding=1, bias=False)
         self.bn = nn.BatchNorm2d(16)
@@ -124,7 +147,7 @@ class ResNet8(nn.Module):
 
 
 def _initialize(module: nn.Module) -> None:
-    """Initialise a module like those of torchvision's convolutional networks (arXiv 1502.01852)."""
+    """Initialise a convolution or linear layer as torchvision's VGG does (arXiv 1502.01852). Leave other modules unchanged."""
     if isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
     elif isinstance(module, nn.Linear):
@@ -134,6 +157,15 @@ def _initialize(module: nn.Module) -> None:
 
 
 def _swin_block(channels: int, heads: int, *, window_size: Sequence[int], **options: Any) -> nn.Module:
-    """Build a block whose window is no larger than its map, as in Swin's code; torchvision would pad the last map to 4×4."""
+    """Build a block of Swin whose attention window is no larger than its feature map, as the authors' code does.
+
+    torchvision's block alone would pad the last feature map, 2×2, to the window of 4×4.
+
+    Args:
+        channels: the number of channels of the block, from which the size of its feature map follows.
+        heads: the number of attention heads.
+        window_size: height and width of the window, in positions.
+        **options: further arguments of torchvision's `SwinTransformerBlock`.
+    """
     map_size = 16 * 96 // channels  # 16 at 96 channels; each stage halves the map and doubles the channels
     return SwinTransformerBlock(channels, heads, window_size=[min(size, map_size) for size in window_size], **options)

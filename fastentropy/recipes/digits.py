@@ -1,4 +1,4 @@
-"""The recipe `digits`: the 1,797 handwritten 8×8 digits of scikit-learn, and a small residual network for them."""
+"""The recipe `digits`: the 1,797 images of handwritten digits in scikit-learn, 8×8 pixels, and a small residual network."""
 
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -11,19 +11,20 @@ from torch import Tensor, nn
 
 from fastentropy.recipes import Split
 
-#: Splits do not depend on the seed of the run, so that runs can be compared.
+#: The seed of the splits. It is not the seed of the run, so all runs have the same splits.
 SPLIT_SEED = 0
 BATCH_SIZE = 64
 
 
 class Block(nn.Module):
-    """The block of ConvNeXt (arXiv 2201.03545) with batch norm and ReLU.
+    """A residual block like that of ConvNeXt (arXiv 2201.03545), with batch norm and ReLU.
 
-    A depthwise 3×3 convolution, then two 1×1 convolutions with a wider activation between them, and the input added.
+    A depthwise 3×3 convolution is followed by two 1×1 convolutions. The ReLU is between these two, where there are more
+    channels. The input is added at the end.
     """
 
     def __init__(self, channels: int, expansion: int) -> None:
-        """Build a block of `channels` channels, with `expansion` times as many at its activation."""
+        """Build a block with `channels` input and output channels, and `expansion` times as many at its ReLU."""
         super().__init__()
         width = channels * expansion
         self.spatial = nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False)
@@ -42,10 +43,19 @@ class Block(nn.Module):
 
 
 class DigitsNet(nn.Module):
-    """A residual network for 8×8 images with 2 + 2 × blocks activations: two stages, each a convolution and blocks."""
+    """A residual network for 8×8 images, with two stages. Each stage is a convolution followed by residual blocks.
+
+    Each of the two convolutions and each block has one activation, which makes 2 + 2 × `blocks` activations.
+    """
 
     def __init__(self, channels: int = 24, blocks: int = 3, expansion: int = 4) -> None:
-        """Build two stages of `blocks` blocks, the second at half the size and twice the channels."""
+        """Build the network.
+
+        Args:
+            channels: the channels of the first stage, at 8×8. The second stage has twice as many, at 4×4.
+            blocks: the residual blocks of each stage.
+            expansion: the factor by which a block widens its channels at its activation.
+        """
         super().__init__()
         self.stem = _convolution(1, channels, stride=1)
         self.stage1 = nn.Sequential(*(Block(channels, expansion) for _ in range(blocks)))
@@ -61,20 +71,24 @@ class DigitsNet(nn.Module):
 
 
 def _convolution(in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
+    """Build a 3×3 convolution with batch norm and ReLU."""
     convolution = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
     return nn.Sequential(OrderedDict(conv=convolution, bn=nn.BatchNorm2d(out_channels), relu=nn.ReLU(inplace=True)))
 
 
 class Digits:
-    """The recipe `digits`: 50 % of the images for training, 25 % each for validation and test, stratified by class."""
+    """The recipe `digits`. It trains on 50 % of the images, and validates and tests on 25 % each.
+
+    The splits are stratified: every class has the same share of each.
+    """
 
     epochs = 15
-    # Operators this small gain nothing from a second thread, and lose much time waiting for it on shared cores.
-    # With one thread, the same seed gives the same removals on any number of cores.
+    # Operators this small gain nothing from a second thread, and waiting for it takes long if other programs use the cores.
+    # With one thread, the same seed also gives the same removals on any number of cores.
     threads = 1
 
     def __init__(self, device: torch.device) -> None:
-        """Load and split the images, and place them on a device."""
+        """Load the images, scale them to the range from 0 to 1, split them, and place them on `device`."""
         digits = load_digits()
         images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16
         labels = torch.tensor(digits.target)
@@ -86,11 +100,18 @@ class Digits:
         self.calibration_batches = len(training.split(BATCH_SIZE))
 
     def build_model(self) -> nn.Module:
-        """Return a new `DigitsNet`, initialised from torch's default random generator."""
+        """Return a new `DigitsNet` on the device. Its weights are drawn from torch's default random generator."""
         return DigitsNet().to(self._device)
 
     def train(self, model: nn.Module, epochs: int) -> Iterator[float]:
-        """Train with AdamW, a one-cycle learning rate (arXiv 1708.07120) and label smoothing (arXiv 1512.00567)."""
+        """Train a network in place, and yield the mean loss after each epoch.
+
+        The optimizer is AdamW, with a one-cycle learning rate (arXiv 1708.07120) and label smoothing (arXiv 1512.00567).
+
+        Args:
+            model: the network, in train mode.
+            epochs: the length of the learning rate's cycle.
+        """
         images, labels = self._data["train"]
         optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
         steps = epochs * -(-len(labels) // BATCH_SIZE)
@@ -107,20 +128,27 @@ class Digits:
             yield float(torch.stack(losses).mean())
 
     def evaluate(self, model: nn.Module, split: Split) -> float:
-        """Return the share of the split's images that the model classifies correctly."""
+        """Return the fraction of the images of a split that the model classifies correctly."""
         images, labels = self._data[split]
         return float((model(images).argmax(1) == labels).double().mean())
 
     def calibrate(self, model: nn.Module) -> Iterator[None]:
-        """Run the training images through the model, batch by batch."""
+        """Run the training images forward through the model. Yield after each batch."""
         for batch in self._data["train"][0].split(BATCH_SIZE):
             model(batch)
             yield
 
     def example_inputs(self) -> tuple[Tensor, ...]:
-        """Return the first 64 test images."""
+        """Return the first 64 test images as a tuple of one tensor: float32 [64, 1, 8, 8]."""
         return (self._data["test"][0][:64],)
 
 
 def _split(indices: Tensor, labels: Tensor, share: float) -> list[Tensor]:
+    """Divide indices in two, with the same proportions of classes in both.
+
+    Args:
+        indices: int64 [n], the images to divide.
+        labels: int64, the class of every image of the data set.
+        share: the fraction of the indices in the first part.
+    """
     return list(train_test_split(indices, train_size=share, random_state=SPLIT_SEED, stratify=labels[indices]))

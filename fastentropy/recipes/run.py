@@ -1,4 +1,7 @@
-"""A pruning run of a recipe in a folder: train, prune, fuse, report. Finished work is on disk at all times."""
+"""Run a recipe in a folder: train a network, prune its activations, fuse what is left, and write a report.
+
+Every finished part of the work is written to the folder at once, so that an interrupted run can be resumed.
+"""
 
 import functools
 import json
@@ -33,7 +36,27 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Settings:
-    """The options that determine the outcome of a run; see `fastentropy prune --help`."""
+    """The options that determine the outcome of a run. They are written to history.json.
+
+    Attributes:
+        recipe: the name of the recipe, in `RECIPES`.
+        seed: the seed of torch's random generators.
+        max_drop: the largest accepted loss of validation accuracy, from 0 to 1.
+        max_removed: the largest number of activations to remove, or None for no limit.
+        per_step: how many activations are removed in each step.
+        epochs: the number of epochs of each training.
+        device: the device of PyTorch on which the recipe runs.
+        criterion: the rule that chooses the next activations to remove, in `CRITERIA`.
+        zeros_together: whether each step also removes all activations whose entropy is 0.
+        target_speedup: stop as soon as the network is predicted to be this many times as fast; None for no target.
+        max_latency_ms: stop as soon as a call is predicted to take at most this many milliseconds; None for no limit.
+        collapse: "project" to approximate a series of linearised convolutions by one where the exact product is slower; None
+            to merge exactly.
+        protect: the names of activations that are never removed.
+        model: the network of the recipe; None leaves the choice to the recipe.
+        data: the folder or the name of the recipe's data, or None. Not every recipe takes it.
+        compile: whether training uses torch.compile.
+    """
 
     recipe: str
     seed: int
@@ -86,37 +109,57 @@ class Settings:
 
     @property
     def pruning_options(self) -> dict[str, Any]:
-        """The options for `prune`."""
+        """The options that are passed to `prune`, by name."""
         names = [field.name for field in fields(Options)]
         return {name: getattr(self, name) for name in names} | {"protect": tuple(self.protect)}
 
     @property
     def recipe_options(self) -> dict[str, Any]:
-        """The options for the recipe; None leaves the choice to it."""
+        """The options that are passed to the recipe, by name. An option that is None is left to the recipe."""
         return {"model": self.model, "data": self.data, "compile": self.compile or None}
 
 
 class Display(Protocol):
-    """Shows the progress of a run."""
+    """Receives the progress of a run, to show it to the user."""
 
     def track(self, values: Iterable[T], total: int, title: str) -> Iterator[T]:
-        """Yield the values, and show the progress and, if they are numbers, the last value."""
+        """Yield the values one by one, and show how many of them have been yielded.
+
+        Args:
+            values: what a long operation yields. If the values are numbers, such as losses, the last one is shown too.
+            total: the number of values.
+            title: what the operation does, in a few words.
+        """
         ...
 
     def finish_step(self, steps: Sequence[Step]) -> None:
-        """Show the score of the step that has just finished."""
+        """Show the score of the step that has just finished: the last of `steps`."""
         ...
 
 
 class Run:
-    """A run folder: history.json, the steps, the dense, pruned and fused network and report.html."""
+    """A run in its folder.
+
+    The folder holds history.json, the folder `steps` with every finished step, the dense, the pruned and the fused network
+    (dense.safetensors, pruned.safetensors and fused.pt2) and report.html.
+    """
 
     def __init__(self, folder: Path, settings: Settings, recipe: Recipe | None = None) -> None:
-        """Use `create_run` or `open_run` instead."""
+        """Store the arguments; use `create_run` or `open_run` instead. Without a recipe, `execute` loads it."""
         self.folder, self.settings, self._recipe = folder, settings, recipe
 
     def execute(self, display: Display) -> dict[str, Any]:
-        """Do the work that is not done yet, and return the history. The same settings give the same removals."""
+        """Do the part of the work that is not done yet. Equal settings give equal removals, also after an interruption.
+
+        Args:
+            display: receives the progress.
+
+        Returns:
+            The history, as written to history.json.
+
+        Raises:
+            ValueError: a file of the folder is damaged, or the recipe or `prune` cannot work with the settings.
+        """
         remove_leftovers(self.folder)
         device, options = torch.device(self.settings.device), self.settings.recipe_options
         recipe = self._recipe or load_recipe(self.settings.recipe, device, **options)
@@ -128,6 +171,7 @@ class Run:
             torch.set_num_threads(threads)
 
     def _execute(self, recipe: Recipe, display: Display) -> dict[str, Any]:
+        """Train, prune, fuse and write all results; return the history."""
         dense = self._train_dense(recipe, display)
         result = self._prune(dense, recipe, display)
         fused = fuse(result.model, recipe.example_inputs())
@@ -146,10 +190,11 @@ class Run:
         return history
 
     def save_settings(self) -> None:
-        """Write a history without steps, so that the run can be resumed."""
+        """Write a history that holds the settings but no steps, so that the run can be resumed from its folder."""
         save_json(self._history(()), self.folder / "history.json")
 
     def _train_dense(self, recipe: Recipe, display: Display) -> nn.Module:
+        """Return the trained network before any removal: train it, or load it if an earlier part of the run has trained it."""
         torch.manual_seed(self.settings.seed)
         model, path = recipe.build_model(), self.folder / "dense.safetensors"
         if path.exists():
@@ -160,12 +205,15 @@ class Run:
             for _ in display.track(recipe.train(model.train(), epochs), epochs, "train the dense network"):
                 pass
             save_tensors(model.state_dict(), path)
-        # A resumed run, which has not trained, must draw the same random numbers from here on.
+        # From here on, a resumed run that has not trained must draw the same random numbers as a run that has.
         torch.manual_seed(self.settings.seed)
         return model
 
     def _measure_latencies(self, model: nn.Module, recipe: Recipe, display: Display) -> None:
-        """Measure the latencies that the criterion needs before training: they do not depend on the weights."""
+        """Time the parts of the network and store the times, if the criterion or `collapse` needs them.
+
+        This is done before training, because the times do not depend on the weights, and an impossible target ends the run.
+        """
         options, inputs = Options(**self.settings.pruning_options), recipe.example_inputs()
         if not options.needs_latency:
             return
@@ -174,6 +222,8 @@ class Run:
             latency_table(model.eval(), inputs, sites, options, StepFolder(self.folder / "steps", options.to_dict()))
 
     def _prune(self, dense: nn.Module, recipe: Recipe, display: Display) -> PruningResult:
+        """Prune the dense network with the methods of the recipe. The history and the report are written after each step."""
+
         def train(model: nn.Module) -> None:
             epochs = self.settings.epochs
             for _ in display.track(recipe.train(model, epochs), epochs, "fine-tune"):
@@ -202,7 +252,7 @@ class Run:
         )
 
     def _history(self, steps: Sequence[Step]) -> dict[str, Any]:
-        """Return the history of an unfinished run."""
+        """Return the history of an unfinished run: settings, machine and steps. The results of the end are None."""
         options = {name: value for name, value in asdict(self.settings).items() if name not in ("recipe", "seed")}
         return {
             "recipe": self.settings.recipe,
@@ -219,8 +269,17 @@ class Run:
 def create_run(folder: Path, settings: Settings, recipe: Recipe) -> Run:
     """Begin a run in a new or empty folder.
 
+    Args:
+        folder: the folder. It is created if it does not exist.
+        settings: the options of the run.
+        recipe: the recipe that `settings` names, loaded.
+
+    Returns:
+        The run. `Run.execute` does its work.
+
     Raises:
-        ValueError: the folder is not empty or cannot be written, or the network lacks a protected site.
+        ValueError: the folder is not empty or cannot be written, or the network has no activation of a name in
+            `settings.protect`.
     """
     run = Run(folder, settings, recipe)
     if settings.protect:
@@ -237,10 +296,16 @@ def create_run(folder: Path, settings: Settings, recipe: Recipe) -> Run:
 
 
 def open_run(folder: Path) -> Run:
-    """Open the run in a folder to resume it.
+    """Open a run to resume it.
+
+    Args:
+        folder: the folder of the run.
+
+    Returns:
+        The run, with the settings in its history.json.
 
     Raises:
-        ValueError: its history.json is missing or damaged.
+        ValueError: history.json is missing or damaged.
     """
     history = read_history(folder / "history.json")
     return Run(folder, Settings(recipe=history["recipe"], seed=history["seed"], **history["options"]))
@@ -248,6 +313,12 @@ def open_run(folder: Path) -> Run:
 
 def read_history(path: Path) -> dict[str, Any]:
     """Read the history of a run.
+
+    Args:
+        path: the file history.json of the run.
+
+    Returns:
+        The content of the file. Its settings have been checked.
 
     Raises:
         ValueError: the file is missing, damaged or not the history of a run.
@@ -264,6 +335,7 @@ def read_history(path: Path) -> dict[str, Any]:
 
 @torch.no_grad()
 def _measure(model: nn.Module, recipe: Recipe) -> dict[str, float]:
+    """Return the test accuracy of a pruned network, and the milliseconds of one call of it before and after fusing."""
     report = fuse(model, recipe.example_inputs()).report
     return {
         "test": recipe.evaluate(model, "test"),
@@ -274,10 +346,19 @@ def _measure(model: nn.Module, recipe: Recipe) -> dict[str, float]:
 
 @torch.no_grad()
 def _latency(dense: nn.Module, pruned: nn.Module, fused: FusedModel, recipe: Recipe) -> dict[str, float]:
-    """Return the time of one call of each network in milliseconds, measured side by side.
+    """Measure the time of one call of four networks in milliseconds. They are timed in alternation.
 
-    The networks are the dense and the pruned one, and both fused. Those that are not fused count in the memory format in
-    which they are faster.
+    The dense network and the pruned one are each run in both memory formats (contiguous and channels-last), and the lower time
+    counts. The two fused networks are in the format that `fuse` chose.
+
+    Args:
+        dense: the trained network before any removal.
+        pruned: the network after the removals.
+        fused: the result of `fuse` for `pruned`.
+        recipe: gives the inputs.
+
+    Returns:
+        Milliseconds under the names "dense", "dense_fused", "pruned" and "fused".
     """
     inputs = recipe.example_inputs()
     models = {"dense": dense, "dense_fused": fuse(dense.eval(), inputs), "pruned": pruned, "fused": fused}
@@ -288,6 +369,7 @@ def _latency(dense: nn.Module, pruned: nn.Module, fused: FusedModel, recipe: Rec
 
 
 def _step_dict(step: Step) -> dict[str, Any]:
+    """Return a step as a dict for history.json. Raise ValueError if figures that this run always measures are missing."""
     if missing := {"test", "pruned_ms", "fused_ms"} - set(step.metrics):
         raise ValueError(f"a step.json of the run is damaged: it lacks {', '.join(sorted(missing))}")
     return {
@@ -301,6 +383,7 @@ def _step_dict(step: Step) -> dict[str, Any]:
 
 
 def _load_weights(model: nn.Module, path: Path) -> None:
+    """Load the weights of a network from a safetensors file. Raise ValueError if the file does not fit the network."""
     try:
         model.load_state_dict(load_file(path))
     except (SafetensorError, RuntimeError) as error:
