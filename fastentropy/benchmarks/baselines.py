@@ -1,4 +1,8 @@
-"""Ways of counting states without our kernels: what one would use instead."""
+"""Baselines: ways to count states without our kernels.
+
+The state of a value is off (below zero), zero, or on (above zero). The counts of a tensor are an int64 tensor
+`[channels, 3]`: the numbers of off, zero and on values of each channel.
+"""
 
 from __future__ import annotations
 
@@ -11,32 +15,57 @@ from torch import Tensor
 
 
 def count_in_pytorch(x: Tensor, counts: Tensor, channel_axis: int = 1) -> None:
-    """Add the same counts as `count_states` in plain PyTorch: three comparisons, three sums."""
+    """Add the counts of `x` to `counts` in plain PyTorch, with three comparisons and three sums.
+
+    Args:
+        x: the values, of any shape.
+        counts: int64 `[channels, 3]`, to which the counts are added in place.
+        channel_axis: the axis of `x` that holds the channels.
+    """
     dims = [axis for axis in range(x.ndim) if axis != channel_axis % x.ndim]
     counts += torch.stack([(x < 0).sum(dims), (x == 0).sum(dims), (x > 0).sum(dims)], 1)
 
 
 @functools.cache
 def compiled(function: Callable[..., Any], dynamic: bool = False) -> Callable[..., Any]:
-    """Compile a function with torch.compile, as one graph: what cannot be compiled raises instead of running uncompiled.
+    """Compile a function with torch.compile, as a single graph.
 
-    A function that was recompiled too often raises, too. `dynamic` makes one program for all shapes instead of one for each.
+    A call raises if the function cannot be compiled as one graph, or if it was recompiled too often. It never falls back to
+    eager execution.
+
+    Args:
+        function: the function.
+        dynamic: whether to make one program for all shapes instead of one program per shape.
+
+    Returns:
+        The compiled function, which is the same object for the same arguments.
     """
     return torch.compile(function, dynamic=dynamic, fullgraph=True)
 
 
 def activate_and_count(activation: Callable[[Tensor], Tensor], x: Tensor, counts: Tensor, channel_axis: int) -> Tensor:
-    """Apply the activation and count, for a compiler to fuse."""
+    """Add the counts of `x` to `counts`, and return the activation of `x`. torch.compile is meant to fuse both.
+
+    Args:
+        activation: the activation function.
+        x: the values, of any shape.
+        counts: int64 `[channels, 3]`, to which the counts are added in place.
+        channel_axis: the axis of `x` that holds the channels.
+    """
     count_in_pytorch(x, counts, channel_axis)
     return activation(x)
 
 
 def published_entropy(x: Tensor, *, neurons_last: bool = False) -> float:
-    """Return the mean neuron entropy of one layer and one mini-batch in bits, step by step as EASIER's code does.
+    """Return the mean neuron entropy of a layer over one mini-batch, in bits, computed as the published code of EASIER does.
 
-    The code (VGCQ/EASIER, utils.py) takes the share of the batch at or above zero, and below, at every position; the mean of
-    each share per neuron; and the entropy of the two means. Neurons are on axis 1 or, as that code has it for Swin, on the
-    last axis. The last step waits for the GPU.
+    That code (VGCQ/EASIER, utils.py) works in three steps. At every position it takes the share of the batch that is at or
+    above zero, and the share below zero. Then it averages each share over the positions of a neuron. Last, it takes the entropy
+    of the two means. The function synchronises with the GPU, because it returns a Python float.
+
+    Args:
+        x: the input of the activation, with the batch on axis 0.
+        neurons_last: whether the neurons are on the last axis, as in that code for Swin, instead of on axis 1.
     """
     entropy = torch.zeros((), device=x.device)
     for state in (x >= 0, x < 0):
@@ -48,7 +77,13 @@ def published_entropy(x: Tensor, *, neurons_last: bool = False) -> float:
 
 
 def histogram_observer(device: torch.device) -> Callable[[Tensor], object]:
-    """Return PyTorch's observer for quantisation: a float32 histogram of 2,048 bins of the whole tensor, not of each neuron."""
+    """Return a function that passes a tensor to a new `HistogramObserver`, which PyTorch uses for quantisation.
+
+    The observer keeps one float32 histogram with 2,048 bins for all values together, without a distinction of neurons.
+
+    Args:
+        device: the device of the tensors.
+    """
     from torch.ao.quantization.observer import HistogramObserver
 
     observer = HistogramObserver().to(device)

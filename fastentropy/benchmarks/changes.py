@@ -1,4 +1,4 @@
-"""The changes since an older record, next to the noise."""
+"""The changes of the times since an older record, compared with the noise of the two runs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,14 @@ from fastentropy.benchmarks.records import Record
 
 @dataclasses.dataclass(frozen=True)
 class Change:
-    """The milliseconds of one operation in two records."""
+    """The times of one operation in an older and a newer record.
+
+    Attributes:
+        case: the name of the case.
+        operation: the name of the operation.
+        before: the milliseconds of one call in the older record.
+        after: the milliseconds of one call in the newer record.
+    """
 
     case: str
     operation: str
@@ -21,22 +28,22 @@ class Change:
 
     @property
     def change(self) -> float:
-        """Return the change of the median as a share of the older one: 0.1 is ten percent slower."""
+        """Return the relative change of the median time: 0.1 means ten percent slower."""
         return self.after.median / self.before.median - 1
 
     @property
     def noise(self) -> float:
-        """Return half the sum of the two interquartile ranges, each as a share of its median."""
+        """Return the mean of the two interquartile ranges, each relative to its median."""
         return sum((times.upper - times.lower) / times.median for times in (self.before, self.after)) / 2
 
     @property
     def is_real(self) -> bool:
-        """Return whether the interquartile ranges do not overlap."""
+        """Return whether the change exceeds the noise, which means that the interquartile ranges do not overlap."""
         return self.after.apart_from(self.before)
 
 
 def compare(old: Record, new: Record) -> list[Change]:
-    """Return the changes of the operations that both records have, in the order of the new one."""
+    """Return the change of each operation that was measured in both records, in the order of the new record."""
     before = {(each.case, each.operation): each.milliseconds for each in old.measurements}
     changes = []
     for each in new.measurements:
@@ -47,7 +54,15 @@ def compare(old: Record, new: Record) -> list[Change]:
 
 
 def format_changes(old: Record, new: Record) -> str:
-    """Return a table of all changes, case by case, in 80 columns. Changes beyond the noise are marked."""
+    """Return the changes between two records as text of 80 columns, with a table for each case.
+
+    Args:
+        old: the older record.
+        new: the newer record of the same benchmark.
+
+    Returns:
+        The text. Changes that exceed the noise are marked as "slower" or "faster".
+    """
     changes = compare(old, new)
     if not changes:
         return "Nothing was measured in both records: the cases or the sizes differ."

@@ -1,4 +1,8 @@
-"""The cases of `fastentropy bench collect`: inference while collecting, plain inference, and the baselines."""
+"""The cases of `fastentropy bench collect`: inference while statistics are collected, plain inference, and the baselines.
+
+A case is a group of operations that are timed side by side. The operations of a case run the same network on the same batch.
+Each operation uses another procedure to observe the activations.
+"""
 
 from __future__ import annotations
 
@@ -19,17 +23,23 @@ from fastentropy.collector.collector import collect
 from fastentropy.sites.activations import activation_modules
 from fastentropy.surgery.isolation import copy_sharing_tensors
 
-#: Networks and their batch sizes, by type of device.
+#: Networks and their default batch sizes, by type of device.
 NETWORKS = {
     "cpu": {"resnet18": 16, "mobilenet_v2": 16, "vgg16_bn": 16, "swin_t": 16},
     "cuda": {"resnet18": 256, "llama": 8},
 }
-#: The architecture for which the published code takes the neurons of images from the last axis.
+#: The class of models for whose 4-dimensional values the published code takes the neurons from the last axis.
 _NEURONS_LAST = "SwinTransformer"
 
 
 def collect_cases(device: torch.device, dtypes: Sequence[torch.dtype], sizes: Sequence[int]) -> Iterator[Case]:
-    """Yield a case for each network, dtype and batch size, by default the network's own; on a GPU also one of CUDA graphs."""
+    """Yield the cases of each network, dtype and batch size.
+
+    Args:
+        device: the device to run on.
+        dtypes: the dtypes of the weights and inputs.
+        sizes: the batch sizes; if empty, the default batch size of each network.
+    """
     for name, batch in NETWORKS[device.type].items():
         for dtype in dtypes:
             for size in sizes or [batch]:
@@ -44,7 +54,15 @@ def _network(name: str, batch: int, device: torch.device, dtype: torch.dtype) ->
 
 
 def network_cases(name: str, network: Network, device: torch.device) -> Iterator[Case]:
-    """Yield the cases of one network: its procedures side by side. A case is valid until the next one is asked for."""
+    """Yield the cases of one network: all procedures as eager calls and, on a GPU, two of them as CUDA graphs.
+
+    Run each case before the next one is requested. The hooks of the procedures are active only until the iterator ends.
+
+    Args:
+        name: the name of the network.
+        network: the model and its inputs.
+        device: the device of the model and the inputs.
+    """
     model, inputs = network
     title = name_case(name, inputs[0].shape, next(model.parameters()).dtype)
     with contextlib.ExitStack() as stack:
@@ -62,7 +80,7 @@ def network_cases(name: str, network: Network, device: torch.device) -> Iterator
 
 
 def _two_passes(model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-    """Run twice: the first pass makes the counters, the second one starts with them."""
+    """Run the model twice while collecting statistics. The first pass allocates the counters, and the second reuses them."""
     with collect(model):
         infer(model, inputs)
         infer(model, inputs)
@@ -81,10 +99,10 @@ def _collecting(model: nn.Module) -> Iterator[nn.Module]:
 
 @contextlib.contextmanager
 def _published(model: nn.Module) -> Iterator[Callable[..., object]]:
-    """Infer as EASIER's code does (VGCQ/EASIER, main.py, train.py and utils.py).
+    """Yield a function that runs the model as the published code of EASIER does (VGCQ/EASIER, main.py, train.py, utils.py).
 
-    A hook on each activation keeps the input of every call until the whole batch has passed. Then the entropy of each is
-    taken. The activations are made out-of-place, so that their inputs still exist.
+    A hook on each activation keeps the input of every call until the whole batch has passed through the model. Then the entropy
+    of each input is computed. The activations are set to out-of-place, because the inputs must not be overwritten.
     """
     for module in activation_modules(model).values():
         if hasattr(module, "inplace"):
@@ -104,7 +122,13 @@ def _published(model: nn.Module) -> Iterator[Callable[..., object]]:
 
 @contextlib.contextmanager
 def _counting_hooks(count: Callable[[Tensor, Tensor, int], object], model: nn.Module) -> Iterator[nn.Module]:
-    """Add to the counts of each activation in a hook before it."""
+    """Yield the model with a hook before each activation module that adds to the counts of the module.
+
+    Args:
+        count: a function that is called as `count(x, counts, channel_axis)` with the input of the activation, and with counts
+            (int64 `[neurons, 3]`) to which it adds in place.
+        model: the model.
+    """
     counts: dict[nn.Module, Tensor] = {}
 
     def count_input(module: nn.Module, x: Tensor) -> None:
@@ -119,7 +143,7 @@ def _counting_hooks(count: Callable[[Tensor, Tensor, int], object], model: nn.Mo
 
 @contextlib.contextmanager
 def _observers(model: nn.Module) -> Iterator[nn.Module]:
-    """Give the input of each activation to PyTorch's histogram observer."""
+    """Yield the model with a hook before each activation module that passes its input to PyTorch's histogram observer."""
     observers: dict[nn.Module, Callable[[Tensor], object]] = {}
 
     def observe(module: nn.Module, x: Tensor) -> None:
@@ -130,7 +154,7 @@ def _observers(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _hook(model: nn.Module, call: Callable[[nn.Module, Tensor], None]) -> None:
-    """Call `call(module, input)` before each activation."""
+    """Register a hook that calls `call(module, input)` before each activation module of the model runs."""
     for module in activation_modules(model).values():
         module.register_forward_pre_hook(lambda module, args: call(module, args[0]))
 
@@ -140,11 +164,12 @@ def _neurons_last(model: nn.Module, x: Tensor) -> bool:
 
 
 def _compiled_count(x: Tensor, counts: Tensor, channel_axis: int) -> None:
-    with torch.compiler.set_stance("default"):  # the collector of another procedure disables compiled code
+    with torch.compiler.set_stance("default"):  # the collector of another procedure has disabled compiled code
         compiled(count_in_pytorch, dynamic=True)(x, counts, channel_axis)
 
 
-#: Contexts in which a model runs with one of the procedures. Each may change its model, which is a copy of its own.
+#: The procedures by name. Each is a context manager that takes a model and yields a callable that runs the model with the
+#: procedure. It may change the model, so each procedure gets its own copy.
 PROCEDURES: dict[str, Callable[[nn.Module], AbstractContextManager[Callable[..., object]]]] = {
     "plain": _plain,
     "collecting": _collecting,

@@ -1,4 +1,8 @@
-"""The cases of `fastentropy bench fuse`: fused networks, folded ones, the original, and torch.compile with frozen weights."""
+"""The cases of `fastentropy bench fuse`.
+
+Each case times four forms of a network side by side: the original, the network with batch norm folded, the fused network, and
+torch.compile with frozen weights.
+"""
 
 from __future__ import annotations
 
@@ -31,14 +35,20 @@ from fastentropy.fusion.fused_model import FusedModel
 from fastentropy.fusion.tracing import export, inference_module
 
 BATCH = 4
-#: Networks of which a random half of the activations is linearised.
+#: Networks in which a random half of the activations is linearised, which means replaced by the identity.
 HALF = ("resnet18", "mobilenet_v2", "efficientnet_b0")
 BASELINES = frozenset({"torch.compile, frozen"})
 FORMS = ("folded", "fused", "original", *BASELINES)
 
 
 def fuse_cases(device: torch.device, dtypes: Sequence[torch.dtype], sizes: Sequence[int]) -> Iterator[Case]:
-    """Yield a case for each of `_networks`, dtype and batch size, by default `BATCH`."""
+    """Yield a case for each network, dtype and batch size.
+
+    Args:
+        device: the device to run on.
+        dtypes: the dtypes of the weights and inputs.
+        sizes: the batch sizes; if empty, `BATCH`.
+    """
     for dtype in dtypes:
         for batch in sizes or [BATCH]:
             torch.manual_seed(0)
@@ -47,7 +57,11 @@ def fuse_cases(device: torch.device, dtypes: Sequence[torch.dtype], sizes: Seque
 
 
 def _networks(batch: int) -> Iterator[tuple[str, Network]]:
-    """Yield the linear MLP of ViT-B, networks with some linearised activations, and the linear blocks of mobilenet_v2."""
+    """Yield the networks by name.
+
+    They are the MLP of ViT-B without its activation, whole networks with some linearised activations, and the blocks of
+    mobilenet_v2 without their activations.
+    """
     yield "vit_b_16 MLP", vit_mlp(batch)
     yield "mobilenet_v2 all blocks", linearised(randomize_batch_norm(vision("mobilenet_v2", batch)), inside_blocks)
     for name in HALF:
@@ -56,7 +70,12 @@ def _networks(batch: int) -> Iterator[tuple[str, Network]]:
 
 
 def fuse_case(name: str, network: Network) -> Case:
-    """Return the `FORMS` of one network on its inputs; on a GPU as CUDA graphs."""
+    """Return a case with all `FORMS` of one network. On a GPU they run as CUDA graphs.
+
+    Args:
+        name: the name of the network.
+        network: the model and its inputs.
+    """
     model, inputs = network
     start = time.perf_counter()
     fused = fuse(model, inputs)
@@ -80,10 +99,11 @@ def fuse_case(name: str, network: Network) -> Case:
 
 
 def _frozen(model: nn.Module) -> Callable[..., object]:
-    """Compile with the weights as constants, so that PyTorch folds batch norm and lays out the weights for the machine.
+    """Return the model compiled by torch.compile with its weights as constants.
 
-    The setting must hold while the first call compiles. As an option of torch.compile it comes too late: by then the weights
-    are inputs. With fullgraph, what cannot be compiled raises instead of running uncompiled.
+    With constant weights, PyTorch folds batch norm and lays out the weights for the machine. Freezing must be switched on while
+    the first call compiles. As an option of torch.compile it has no effect, because the weights have become inputs by then. The
+    model is compiled as a single graph, so a model that cannot be compiled raises instead of running in eager mode.
     """
     program, is_compiled = torch.compile(model, fullgraph=True), False
 

@@ -1,4 +1,8 @@
-"""The cases of `fastentropy bench kernels`: the state kernels, the activation alone, a copy, and the baselines."""
+"""The cases of `fastentropy bench kernels`: the state kernels, the activation alone, a copy, and the baselines.
+
+A state kernel counts the off (below zero), zero and on (above zero) values of each channel. A case is a group of operations
+that are timed side by side.
+"""
 
 from __future__ import annotations
 
@@ -21,18 +25,24 @@ from fastentropy.benchmarks.baselines import (
 from fastentropy.benchmarks.measurements import Case, name_case, name_dtype
 from fastentropy_kernels import activation_states, count_states
 
-#: Values per tensor, from what fits into a cache to what does not.
+#: Numbers of values of a tensor, from tensors that fit into a cache to tensors that do not.
 SIZES = {"cpu": (2**18, 2**20, 2**22, 2**24), "cuda": (2**20, 2**22, 2**24, 2**26, 2**28)}
-#: Channels of a row, as in hidden layers: of a small transformer, and of one with billions of parameters.
+#: Channels of a row: as in the hidden layers of a small transformer, and of a transformer with billions of parameters.
 CHANNELS = {"cpu": 1024, "cuda": 4096}
-#: Channels and size of planes, as in the first stage of a ResNet.
+#: Channels, height and width of images, as in the first stage of a ResNet.
 PLANES = (64, 56, 56)
 BASELINES = frozenset({"PyTorch counting", "torch.compile", "published procedure", "histogram observer"})
 OPERATIONS = ("copy", "activation alone", "activation_states", "count_states", *sorted(BASELINES))
 
 
 class Layout(NamedTuple):
-    """A memory layout: the shape for a number of values on a type of device, and the axis of the channels."""
+    """A memory layout of a tensor: rows `[rows, channels]` or planes `[images, channels, height, width]`.
+
+    Attributes:
+        name: "rows" or "planes".
+        shape: a function from the number of values and the type of device ("cpu" or "cuda") to the shape of a tensor.
+        channel_axis: the axis of the channels.
+    """
 
     name: str
     shape: Callable[[int, str], tuple[int, ...]]
@@ -43,15 +53,20 @@ LAYOUTS = (
     Layout("rows", lambda size, device: (max(1, size // CHANNELS[device]), CHANNELS[device]), -1),
     Layout("planes", lambda size, device: (max(1, round(size / (64 * 56 * 56))), *PLANES), 1),
 )
-#: Activations of convolutional networks and of decoders.
+#: The activations that are measured: ReLU as in convolutional networks, and SiLU as in decoders.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": torch.relu, "silu": F.silu}
 
 
 def kernel_cases(device: torch.device, dtypes: Sequence[torch.dtype], sizes: Sequence[int]) -> Iterator[Case]:
-    """Yield relu in both layouts at every size, by default `SIZES`, and silu in rows at the largest size.
+    """Yield the cases: relu in both layouts at every size, and silu in rows at the largest size.
 
-    The baselines run at the largest size only. On a GPU, our operations run as CUDA graphs. The baselines wait for the GPU, so
-    they run as eager calls, and our operations once more with them.
+    The baselines are measured for relu at the largest size only. On a GPU, the other operations run as CUDA graphs. Some of the
+    baselines synchronise with the GPU and cannot be captured, so there is another case with all operations as eager calls.
+
+    Args:
+        device: the device to run on.
+        dtypes: the dtypes of the tensors.
+        sizes: the numbers of values of a tensor; if empty, `SIZES`.
     """
     sizes = sorted(sizes or SIZES[device.type])
     for dtype in dtypes:
@@ -63,7 +78,15 @@ def kernel_cases(device: torch.device, dtypes: Sequence[torch.dtype], sizes: Seq
 
 
 def _ways(case: Case, device: torch.device, *, with_baselines: bool) -> Iterator[Case]:
-    """Yield a case as it is measured. Nothing else refers to its tensors, so that they are freed before the next case."""
+    """Yield the variants of a case that are measured: on a GPU as CUDA graphs, otherwise as eager calls.
+
+    The caller must keep no reference to the case, because its tensors are to be freed before the next case is made.
+
+    Args:
+        case: the case with all operations, as eager calls.
+        device: the device of the case.
+        with_baselines: whether to measure the baselines too. On a GPU they make a second variant, as eager calls.
+    """
     if device.type == "cuda":
         yield _as_graphs(case, device)
         if with_baselines:
@@ -73,7 +96,15 @@ def _ways(case: Case, device: torch.device, *, with_baselines: bool) -> Iterator
 
 
 def kernel_case(device: torch.device, dtype: torch.dtype, layout: Layout, size: int, activation: str) -> Case:
-    """Return all `OPERATIONS` on one random tensor of about `size` values, as eager calls."""
+    """Return a case with all `OPERATIONS` on one random tensor, as eager calls.
+
+    Args:
+        device: the device of the tensor.
+        dtype: the dtype of the tensor.
+        layout: the layout of the tensor, which determines its shape.
+        size: the approximate number of values of the tensor.
+        activation: a key of `ACTIVATIONS`.
+    """
     shape = layout.shape(size, device.type)
     x = torch.randn(shape, device=device, dtype=dtype)
     operations = _operations(x, layout.channel_axis, activation)
@@ -102,13 +133,22 @@ def _without_baselines(case: Case) -> Case:
 
 
 def _as_graphs(case: Case, gpu: torch.device) -> Case:
-    """Return the case of the operations that do not wait for the GPU, as CUDA graphs."""
+    """Return the case with each operation captured as a CUDA graph, on the GPU `gpu`.
+
+    The baselines are left out, because some of them synchronise with the GPU and cannot be captured.
+    """
     facts = {name: {**each, "cuda_graph": True} for name, each in case.facts.items()}
     return dataclasses.replace(_without_baselines(case), name=f"{case.name}, CUDA graphs", facts=facts, graphs_on=gpu)
 
 
 def _operations(x: Tensor, channel_axis: int, activation: str) -> dict[str, Callable[[], object]]:
-    """Return everything that is measured on one tensor. Each baseline also runs the activation, unlike `count_states`."""
+    """Return the operations on one tensor, by name. Each baseline runs the activation and counts; `count_states` only counts.
+
+    Args:
+        x: the values, of any shape.
+        channel_axis: the axis of `x` that holds the channels.
+        activation: a key of `ACTIVATIONS`.
+    """
     counts = torch.zeros(x.shape[channel_axis], 3, dtype=torch.int64, device=x.device)
     function = ACTIVATIONS[activation]
     activate = partial(function, x)

@@ -1,6 +1,8 @@
 """Time launch configurations of the state kernels on a GPU: `fastentropy bench kernels --sweep`.
 
-The result is the best table `launch_triton.LAUNCHES` for this GPU. Nothing is changed: copy the lines that differ.
+A state kernel counts the off (below zero), zero and on (above zero) values of each channel. The table
+`launch_triton.LAUNCHES` has a line (a launch configuration) for each kind of tensor. The sweep returns the best table for this
+GPU as text. It changes no file: copy the lines that differ into the table.
 """
 
 import itertools
@@ -22,19 +24,26 @@ ROW_BYTES = (128, 256, 512)
 WARPS = (4, 8)
 PROGRAMS = (8, 16, 24, 32, 40, 52, 64)
 STAGES = (1, 4)
-MAX_SHARED_BYTES = 65536  # of tiles being loaded: three programs still share a multiprocessor of an H100
+MAX_SHARED_BYTES = 65536  # bytes of the tiles that are being loaded; three programs still fit on a multiprocessor of an H100
 EDGES = tuple(range(-3, 4))
 
 
 class Case(NamedTuple):
-    """The tensor and the activation that the candidates of a line are timed on."""
+    """A tensor and an activation on which the candidates for a line of the table are timed.
+
+    Attributes:
+        shape: the shape of the tensor: `[rows, channels]` or `[outer, channels, inner]`.
+        dtype: the dtype of the tensor.
+        activation: the name of the activation.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     activation: str
 
 
-#: Activations of large language models, and of ResNet-18 with a batch of 128, whose deeper layers are the small planes.
+#: The cases of each line of the table. The rows are as in large language models. Most planes are as in ResNet-18 with a batch
+#: of 128; the small planes are as in its deeper layers.
 CASES = {
     "rows": [
         Case((16384, 4096), torch.bfloat16, "relu"),
@@ -57,9 +66,12 @@ CASES = {
 
 
 def sweep_launches(device: torch.device) -> Iterator[str]:
-    """Yield the best line for each line of the table, with its time relative to the present one.
+    """Yield the best configuration for each line of the table, as Python source with its times in a comment.
 
-    All candidates are compiled first, on all cores, which takes two minutes on 16 of them.
+    All candidates are compiled first, on all cores. That takes two minutes on 16 cores.
+
+    Args:
+        device: the GPU to measure on.
     """
     with torch.cuda.device(device):
         _compile_all()
@@ -68,7 +80,10 @@ def sweep_launches(device: torch.device) -> Iterator[str]:
 
 
 def _compile_all() -> None:
-    """Compile every candidate on all cores, into Triton's cache on disk. The number of programs does not matter for that."""
+    """Compile every candidate on all cores, into Triton's cache on disk.
+
+    Candidates that differ only in the number of programs share a compiled kernel, so each kernel is compiled once.
+    """
     jobs = {
         (line, case, launch._replace(programs_per_multiprocessor=1))
         for line, cases in CASES.items()
@@ -81,12 +96,12 @@ def _compile_all() -> None:
 
 
 def _run_once(line: str, case: Case, launch: Launch) -> None:
-    """Compile a candidate by running it."""
+    """Compile the kernel of a candidate by running it once."""
     _run(*_operands(line, case), case, launch)
 
 
 def _times(line: str, case: Case) -> dict[Launch, float]:
-    """Return the milliseconds of every candidate for a line of the table, measured in turns."""
+    """Return the milliseconds of one launch of every candidate for a line of the table, measured in interleaved rounds."""
     tensors = _operands(line, case)
     return measure_times(
         {launch: partial(_run, *tensors, case, launch) for launch in candidates(line)},
@@ -96,20 +111,27 @@ def _times(line: str, case: Case) -> dict[Launch, float]:
 
 
 def _operands(line: str, case: Case) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return random values, their counts, and memory for the result of the activation."""
+    """Return the tensors of a launch.
+
+    They are random values of the shape of the case, zeros for the counts (int64 `[channels, columns]`), and uninitialised
+    memory for the result of the activation. There are 3 columns for states, and one per bin for a histogram.
+    """
     values = torch.randn(case.shape, device="cuda", dtype=case.dtype)
     columns = len(EDGES) + 1 if "histogram" in line else 3
     return values, torch.zeros(case.shape[1], columns, dtype=torch.int64, device="cuda"), torch.empty_like(values)
 
 
 def _run(values: torch.Tensor, counts: torch.Tensor, y: torch.Tensor, case: Case, launch: Launch) -> None:
-    """Launch one candidate."""
+    """Launch the kernel with the configuration of one candidate. If `counts` has more than 3 columns, it counts a histogram."""
     edges = None if counts.shape[1] == 3 else EDGES
     launch_triton.add_states(values, counts, edges=edges, y=y, activation=case.activation, launch=launch)
 
 
 def candidates(line: str) -> Iterator[Launch]:
-    """Yield the present line of the table, then every other one that reads at least 16 bytes per thread."""
+    """Yield the present configuration of a line, then the other candidates.
+
+    A tile of a candidate gives each thread at least 16 bytes. The tiles that are loaded ahead fit into `MAX_SHARED_BYTES`.
+    """
     present = LAUNCHES[line]
     yield present
     widths = ROW_BYTES if "rows" in line else (None,)  # a tile of planes is as wide as it is large
@@ -121,7 +143,15 @@ def candidates(line: str) -> Iterator[Launch]:
 
 
 def best_line(line: str, times: list[dict[Launch, float]]) -> str:
-    """Return the fastest candidate over all cases as a line of the table; the present one unless one is 2 % faster."""
+    """Return the fastest candidate for a line of the table as Python source.
+
+    Candidates are compared by the geometric mean of their relative times. The present configuration stays unless another one is
+    at least 2 % faster.
+
+    Args:
+        line: the key of the line in `LAUNCHES`.
+        times: for each case, the milliseconds of every candidate.
+    """
     present = LAUNCHES[line]
     shares = {
         launch: math.exp(sum(math.log(case[launch] / case[present]) for case in times) / len(times)) for launch in times[0]

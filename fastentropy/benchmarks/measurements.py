@@ -1,4 +1,4 @@
-"""Cases, whose operations are measured side by side, and the measurements of these operations."""
+"""Cases, which are groups of operations that are timed side by side, and the measurements of these operations."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import torch
 
 from fastentropy._utils.timing import measure_samples
 
-#: Seconds of a sample, for which a short operation is repeated.
+#: Seconds that a sample of a short operation takes about, because the operation is repeated within the sample.
 SAMPLE_SECONDS = 0.005
 
 
 class Quartiles(NamedTuple):
-    """The median of samples, and the quartiles around it, which show the noise."""
+    """The lower quartile, the median and the upper quartile of some samples. The quartiles show the noise."""
 
     lower: float
     median: float
@@ -25,35 +25,47 @@ class Quartiles(NamedTuple):
 
     @classmethod
     def of(cls, samples: Sequence[float]) -> Quartiles:
-        """Return the quartiles of two samples or more."""
+        """Return the quartiles of the samples, of which there must be at least two."""
         return cls(*statistics.quantiles(samples, method="inclusive"))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Quartiles:
-        """Return the quartiles of a record. Raises TypeError or ValueError for values that are no quartiles of times."""
+        """Return the quartiles that are stored in a record.
+
+        Args:
+            values: "lower", "median" and "upper" as positive, finite numbers.
+
+        Returns:
+            The quartiles.
+
+        Raises:
+            TypeError: `values` has other keys, or a value is not a number.
+            ValueError: the numbers are not positive, finite and in ascending order.
+        """
         quartiles = cls(**values)
         if not 0 < quartiles.lower <= quartiles.median <= quartiles.upper < math.inf:
             raise ValueError(f"{values} are no quartiles of times")
         return quartiles
 
     def apart_from(self, other: Quartiles) -> bool:
-        """Return whether the interquartile ranges do not overlap."""
+        """Return whether the interquartile ranges of the two do not overlap."""
         return self.lower > other.upper or other.lower > self.upper
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Operations that are measured side by side.
+    """A group of operations that are timed side by side.
 
     Attributes:
-        name: what the case is called in tables, plots and records.
-        operations: functions without arguments, by name.
-        denominator: the operation whose time the ratios are relative to.
-        sizes: the bytes that an operation must move at least, for operations that are bound by memory.
-        roof: the operation that reaches the highest bandwidth.
-        facts: further facts of operations, for the record.
-        graphs_on: the GPU on which the operations run as CUDA graphs; None for eager calls.
-        baselines: operations that are not ours, which are skipped where they do not run.
+        name: the name of the case in tables, plots and records.
+        operations: the operations by name. Each is a function without arguments.
+        denominator: the name of the operation to whose time the times of all operations are compared.
+        sizes: the least number of bytes that an operation must read and write, by the name of the operation. It is empty if
+            bandwidth is not of interest.
+        roof: the name of the operation whose bandwidth counts as the highest possible, or None.
+        facts: further facts about an operation, which are stored in the record, by the name of the operation.
+        graphs_on: the GPU on which the operations run as CUDA graphs, or None for eager calls.
+        baselines: the names of the operations that are not part of fastentropy. They are skipped if they raise.
     """
 
     name: str
@@ -67,7 +79,13 @@ class Case:
 
 
 def name_case(what: str, shape: Sequence[int], dtype: torch.dtype) -> str:
-    """Return the name of a case, such as "resnet18, 16 × 3 × 224 × 224, float32"."""
+    """Return the name of a case, such as "resnet18, 16 × 3 × 224 × 224, float32".
+
+    Args:
+        what: the name of the network or operation, such as "resnet18".
+        shape: the shape of its input.
+        dtype: the dtype of its input or weights.
+    """
     return f"{what}, {' × '.join(map(str, shape))}, {name_dtype(dtype)}"
 
 
@@ -83,14 +101,15 @@ class Measurement:
     Attributes:
         case: the name of the case.
         operation: the name of the operation.
-        milliseconds: the time of one call.
-        ratio: its time relative to that of the case's denominator in the same round.
-        bytes: the bytes that a call must move at least; None unless memory is measured, like the next two.
-        gigabytes_per_second: the bandwidth at the median time.
-        percent_of_roof: the bandwidth relative to that of the roof in the same rounds. It may exceed 100: reading alone may be
-            faster than copying, caches help, and in a CUDA graph a large copy is not always as fast as a kernel.
-        facts: further facts, for the record.
-        skipped: why there are no figures.
+        milliseconds: the time of one call, or None if the operation was skipped.
+        ratio: the time of the operation divided by the time of the case's denominator in the same round, or None if the
+            operation was skipped.
+        bytes: the least number of bytes that a call must read and write, or None if the case has no `sizes`.
+        gigabytes_per_second: `bytes` divided by the median time, or None.
+        percent_of_roof: the bandwidth as a percentage of that of the case's roof, or None. It may exceed 100: reading alone may
+            be faster than copying, caches help, and in a CUDA graph a large copy is not always as fast as a kernel.
+        facts: further facts, which are stored in the record.
+        skipped: why the operation was skipped, in one line, or None if it was measured.
     """
 
     case: str
@@ -104,7 +123,7 @@ class Measurement:
     skipped: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the measurement as values of JSON, without what is missing."""
+        """Return the fields as values that JSON can represent. Fields that are None or empty are left out."""
         values = dataclasses.asdict(self)
         for name in ("milliseconds", "ratio"):
             quartiles = getattr(self, name)
@@ -113,16 +132,36 @@ class Measurement:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Measurement:
-        """Return the measurement of what `to_dict` returned. Raises TypeError or ValueError for anything else."""
+        """Return the measurement from a dictionary.
+
+        Args:
+            values: a dictionary that `to_dict` returned.
+
+        Returns:
+            The measurement.
+
+        Raises:
+            TypeError: `values` has other keys, or a time is not a number.
+            ValueError: the times are not positive, finite and in ascending order.
+        """
         quartiles = {name: Quartiles.from_dict(values[name]) for name in ("milliseconds", "ratio") if name in values}
         return cls(**{**values, **quartiles})
 
 
 def measure(case: Case, *, rounds: int, budget_seconds: float) -> list[Measurement]:
-    """Measure the operations of a case in turns; see `timing.measure_samples` for rounds and budget.
+    """Measure the operations of a case in interleaved rounds, each of which takes one sample of every operation.
 
-    A baseline that raises is skipped, with a line of its message. Calls before the first round, such as the pass in which a
-    collector finds the sites, do not count.
+    A baseline that raises is skipped, and its measurement holds a line of the error message. Each operation is called before
+    the first round. These calls are not part of the samples, because a first call does extra work: for example, a collector
+    finds the sites (calls of activations) of its model.
+
+    Args:
+        case: the case.
+        rounds: the number of rounds.
+        budget_seconds: the time after which no further round begins, except the first `timing.MIN_ROUNDS`.
+
+    Returns:
+        The measurements in the order of the operations, and last those of the skipped baselines.
     """
     operations, skipped = dict(case.operations), []
     for name in [name for name in operations if name in case.baselines]:
@@ -140,7 +179,14 @@ def measure(case: Case, *, rounds: int, budget_seconds: float) -> list[Measureme
 
 
 def skip_reason(baseline: Callable[[], object]) -> str | None:
-    """Call a baseline. Return the message of what it raised in one line, or None."""
+    """Call a baseline to find out whether it runs.
+
+    Args:
+        baseline: the operation, a function without arguments.
+
+    Returns:
+        A line of the message of the error that it raised, or None if it raised none.
+    """
     try:
         baseline()
     except Exception as error:

@@ -15,9 +15,17 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
-    """Return the peak bytes of tensors during a call: on a GPU of all tensors, on a CPU of those that the call made."""
+    """Return the peak number of bytes of tensors during a call.
+
+    Args:
+        function: the function to measure. It is called twice, and the second call is measured.
+        device: the device on which the function allocates tensors.
+
+    Returns:
+        On a GPU, the peak of all tensors on the device. On a CPU, the peak of the tensors that the call itself allocated.
+    """
     function()
-    gc.collect()  # the next call is not charged for garbage of this one
+    gc.collect()  # so that garbage of the first call does not count for the second one
     if device.type == "cpu":
         return _peak_on_cpu(function)
     torch.cuda.reset_peak_memory_stats(device)
@@ -26,9 +34,10 @@ def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
 
 
 def _peak_on_cpu(function: Callable[[], object]) -> int:
-    """Return the peak of PyTorch's allocator, from the allocations and releases in the profiler's trace.
+    """Return the peak number of bytes that PyTorch's CPU allocator holds during a call of the function.
 
-    Releases of older blocks are left out. Memory that an operator takes directly from the system is not seen.
+    The allocations and releases are read from the trace of PyTorch's profiler. Releases of blocks that are older than the call
+    are ignored. Memory that an operator allocates directly from the operating system is not in the trace.
     """
     with _no_messages(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         function()
@@ -51,7 +60,7 @@ def _peak_on_cpu(function: Callable[[], object]) -> int:
 
 @contextlib.contextmanager
 def _no_messages() -> Iterator[None]:
-    """Discard the messages that the C++ of the profiler writes to stderr."""
+    """Discard everything that is written to stderr during the `with` block, because the C++ code of the profiler logs to it."""
     kept = os.dup(2)
     with open(os.devnull, "wb") as nothing:
         os.dup2(nothing.fileno(), 2)

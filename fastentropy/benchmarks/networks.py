@@ -1,4 +1,4 @@
-"""The networks of whole-model measurements: real architectures with random weights."""
+"""The networks on which whole models are measured: real architectures with random weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastentropy.sites.finding import find_sites
 from fastentropy.surgery.isolation import isolate
 from fastentropy.surgery.linearization import linearize
 
-#: A model in eval mode and its inputs.
+#: A model in eval mode, and the positional inputs of one call.
 Network = tuple[nn.Module, tuple[Tensor, ...]]
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -20,7 +20,7 @@ VISION = ("resnet18", "resnet50", "mobilenet_v2", "vgg16_bn", "efficientnet_b0",
 
 
 def vision(name: str, batch: int, size: int = 224) -> Network:
-    """Return a model of torchvision and square images."""
+    """Return the torchvision model with this name, and random images `[batch, 3, size, size]`."""
     import torchvision
 
     options = {"image_size": size} if name.startswith("vit") else {}
@@ -28,7 +28,7 @@ def vision(name: str, batch: int, size: int = 224) -> Network:
 
 
 def gpt2(tokens: int, batch: int, layers: int) -> Network:
-    """Return GPT-2 and random tokens."""
+    """Return GPT-2 with this number of layers, and random tokens `[batch, tokens]`."""
     import transformers
 
     config = transformers.GPT2Config(use_cache=False, n_layer=layers)
@@ -36,7 +36,7 @@ def gpt2(tokens: int, batch: int, layers: int) -> Network:
 
 
 def hugging_face_vit(size: int, batch: int, layers: int) -> Network:
-    """Return Hugging Face's ViT-B and images."""
+    """Return Hugging Face's ViT-B with this number of layers, and random images `[batch, 3, size, size]`."""
     import transformers
 
     config = transformers.ViTConfig(image_size=size, num_hidden_layers=layers)
@@ -44,7 +44,10 @@ def hugging_face_vit(size: int, batch: int, layers: int) -> Network:
 
 
 def llama(batch: int) -> Network:
-    """Return a Llama of 1.1 billion parameters, shaped as Llama 3.2 1B but for its vocabulary, and 1,024 tokens per row."""
+    """Return a Llama of 1.1 billion parameters, and random tokens `[batch, 1024]`.
+
+    The model has the shape of Llama 3.2 1B, except for its vocabulary.
+    """
     import transformers
 
     config = transformers.LlamaConfig(
@@ -59,7 +62,17 @@ def llama(batch: int) -> Network:
 
 
 def mobilenet_blocks(batch: int) -> dict[str, Network]:
-    """Return each block of mobilenet_v2 that has an expansion, with both activations linearised, and its input at 224²."""
+    """Return the blocks of mobilenet_v2 that have an expansion, without their activations.
+
+    Both activations of a block are linearised, which means replaced by the identity. The inputs of a block are those that it
+    gets in the whole network for random images `[batch, 3, 224, 224]`.
+
+    Args:
+        batch: the number of images.
+
+    Returns:
+        The blocks and their inputs, by names such as "mobilenet_v2 features.2".
+    """
     model, (x,) = randomize_batch_norm(vision("mobilenet_v2", batch))
     blocks: dict[str, Network] = {}
     for index, module in enumerate(model.features):  # type: ignore[arg-type]
@@ -71,7 +84,7 @@ def mobilenet_blocks(batch: int) -> dict[str, Network]:
 
 
 def vit_mlp(batch: int) -> Network:
-    """Return the MLP of a ViT-B layer, with its GELU linearised, and tokens."""
+    """Return the MLP of a ViT-B layer, with its GELU replaced by the identity, and random inputs `[batch, 197, 768]`."""
     mlp = vision("vit_b_16", 1)[0].encoder.layers[0].mlp  # type: ignore[index, union-attr]
     return linearised((mlp, (torch.randn(batch, 197, 768),)), lambda names: names)
 
@@ -81,7 +94,11 @@ def _ready(model: nn.Module) -> nn.Module:
 
 
 def randomize_batch_norm(network: Network) -> Network:
-    """Give batch norm random statistics as if trained, and random weights to linear layers that are initialised to zero."""
+    """Give random values to weights and statistics that are constant in an untrained network. Return the network.
+
+    Batch norm gets random statistics, weights and biases, as after a training. Linear layers whose weights are all zero get
+    random weights.
+    """
     for module in network[0].modules():
         if isinstance(module, BATCH_NORMS):
             assert module.running_mean is not None
@@ -96,7 +113,12 @@ def randomize_batch_norm(network: Network) -> Network:
 
 
 def linearised(network: Network, pick: Callable[[Sequence[str]], Sequence[str]]) -> Network:
-    """Return a copy of the network with the activations that `pick` selects from their names linearised."""
+    """Return a copy of a network in which some activations are linearised, which means replaced by the identity.
+
+    Args:
+        network: the model and its inputs.
+        pick: a function from the names of all activations, in call order, to the names of those to linearise.
+    """
     model, inputs = network
     model = isolate(model, inputs)
     linearize(model, pick([site.name for site in find_sites(model, inputs)]))
@@ -109,17 +131,17 @@ def random_half(names: Sequence[str]) -> Sequence[str]:
 
 
 def inside_blocks(names: Sequence[str]) -> Sequence[str]:
-    """Return the activations inside the blocks of mobilenet_v2."""
+    """Return the names of the activations that are inside the blocks of mobilenet_v2."""
     return [name for name in names if ".conv." in name]
 
 
 def moved(network: Network, device: torch.device, dtype: torch.dtype) -> Network:
-    """Move the network to a device; floating-point weights and inputs also to a dtype."""
+    """Move a network to a device, and convert its floating-point weights and inputs to a dtype. The model changes in place."""
     model, inputs = network
     return model.to(device, dtype), tuple(value.to(device, dtype if value.is_floating_point() else None) for value in inputs)
 
 
 @torch.inference_mode()
 def infer(run: Callable[..., object], inputs: tuple[Tensor, ...]) -> object:
-    """Run a network, or a function that replaces it, on its inputs."""
+    """Call a model, or a function that runs it, on its inputs in inference mode."""
     return run(*inputs)

@@ -1,4 +1,8 @@
-"""The plot of a record: a roofline of bandwidth against size, or bars of times relative to a baseline."""
+"""The plot of a record of `fastentropy bench`.
+
+The plot of the kernels is a roofline: achieved bandwidth against the number of values. The other plots show bars: the time of
+each operation relative to that of a reference operation.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,7 @@ from fastentropy.benchmarks.measurements import Measurement
 from fastentropy.benchmarks.records import Record
 from fastentropy.reporting.plots import BLUE, FORMATS, GREY, INK, ORANGE, STYLE, figure_format
 
-#: Colour, line and marker of our operations in the roofline. Baselines have markers only.
+#: Style and label of each operation that is a line in the roofline. Baselines are drawn as markers only.
 LINES: dict[str, dict[str, Any]] = {
     "copy": {"color": GREY, "linestyle": "--", "label": "copy (the roof)"},
     "activation alone": {"color": INK, "marker": "o", "label": "relu"},
@@ -24,12 +28,21 @@ LINES: dict[str, dict[str, Any]] = {
     "count_states": {"color": ORANGE, "marker": "^", "label": "count_states: the states alone"},
 }
 BASELINE_MARKERS = dict(zip(sorted(BASELINES), ("x", "+", "1", "2"), strict=True))
-#: Inches: the height of a bar's row in the plot of ratios, and of the margins above and below a panel's rows.
+#: Sizes in inches in the plot of relative times: the height of a row, which shows a bar, and the sum of the margins above and
+#: below the rows of a panel.
 ROW, MARGIN = 0.22, 0.55
 
 
 def plot_record(record: Record, path: str | PathLike[str]) -> None:
-    """Draw a record to a .png, .svg or .pdf file. Raises ValueError for another suffix."""
+    """Draw a record to a file.
+
+    Args:
+        record: the record.
+        path: the file to write, with the suffix .png, .svg or .pdf.
+
+    Raises:
+        ValueError: the path has another suffix.
+    """
     form = figure_format(path)
     with matplotlib.style.context(["default", STYLE]):
         figure = _roofline(record) if record.benchmark == "kernels" else _ratios(record)
@@ -38,7 +51,7 @@ def plot_record(record: Record, path: str | PathLike[str]) -> None:
 
 
 def _roofline(record: Record) -> Figure:
-    """Draw a panel for each layout and dtype: achieved bandwidth against the number of values."""
+    """Draw the achieved bandwidth against the number of values, in a panel for each layout and dtype. Return the figure."""
     relu = [each for each in record.measurements if each.facts.get("activation") == "relu" and each.milliseconds]
     layouts = list(dict.fromkeys(each.facts["layout"] for each in relu))
     dtypes = list(dict.fromkeys(each.facts["dtype"] for each in relu))
@@ -59,7 +72,14 @@ def _roofline(record: Record) -> Figure:
 
 
 def _draw_roofline(axes: Axes, measurements: list[Measurement]) -> None:
-    """Draw a line for each of our operations, on a GPU of its CUDA graphs, and a marker for each baseline."""
+    """Draw a line for each operation of `LINES`, and a marker for each baseline.
+
+    The lines show CUDA graphs if there are any. The baselines are eager calls at the largest number of values.
+
+    Args:
+        axes: the axes to draw on.
+        measurements: the measurements of one layout and dtype.
+    """
     largest = max(each.facts["values"] for each in measurements)
     operations = list(dict.fromkeys(each.operation for each in measurements))
     for operation in (name for name in LINES if name in operations):
@@ -78,7 +98,7 @@ def _draw_roofline(axes: Axes, measurements: list[Measurement]) -> None:
 
 
 def _in_units(values: float) -> str:
-    """Write a number in units of 1,024, as --sizes takes them."""
+    """Return a number in units of powers of 1,024, such as "64 k", as the option --sizes has them."""
     power = min(int(math.log2(max(values, 1))) // 10, 3)
     return f"{values / 1024**power:.3g}{('', ' k', ' M', ' G')[power]}"
 
@@ -89,12 +109,15 @@ def _bandwidth(measurement: Measurement) -> float:
 
 
 def _is_eager(measurement: Measurement, measurements: list[Measurement]) -> bool:
-    """Return whether it is an eager call while others are CUDA graphs, which leave out the time of Python."""
+    """Return whether a measurement is an eager call although others of the same plot are CUDA graphs.
+
+    Such a measurement is not drawn as part of a line, because it includes the time that Python takes to launch kernels.
+    """
     return not measurement.facts["cuda_graph"] and any(each.facts["cuda_graph"] for each in measurements)
 
 
 def _ratios(record: Record) -> Figure:
-    """Draw a panel for each case: a bar for the relative time of each operation, with its quartiles."""
+    """Draw a panel for each case, with a bar and the quartiles of the relative time of each operation. Return the figure."""
     cases = {name: [each for each in each_case if each.ratio] for name, each_case in record.cases().items()}
     heights = [MARGIN + ROW * len(each) for each in cases.values()]
     figure = Figure(figsize=(8, 0.5 + sum(heights)), layout="constrained")

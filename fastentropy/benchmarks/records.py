@@ -1,4 +1,4 @@
-"""Records: the measurements of a run, the machine and the command, written as JSON and checked when read."""
+"""Records of `fastentropy bench`: the measurements, the machine and the command of a run, stored as JSON."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ class Record:
     """The measurements of one run of `fastentropy bench`.
 
     Attributes:
-        benchmark: kernels, collect or fuse.
-        machine: the name of the processor with its threads, or of the GPU.
+        benchmark: the name of the benchmark: "kernels", "collect" or "fuse".
+        machine: the name of the GPU, or the name of the processor and the number of threads.
         date: the day of the run, as YYYY-MM-DD.
-        versions: versions of torch and, where it is installed, triton.
-        commit: the commit of the sources; None outside a clone.
+        versions: the versions of "torch" and, if it is installed, "triton".
+        commit: the commit of the sources, with a "+" if the sources differ from it. None outside of a git clone.
         command: the command line of the run.
-        measurements: the measurements of all finished cases.
-        complete: whether all cases are finished.
+        measurements: the measurements of all finished cases. A case is a group of operations that are timed side by side.
+        complete: whether all cases of the run are finished.
     """
 
     benchmark: str
@@ -40,30 +40,47 @@ class Record:
 
     @classmethod
     def begin(cls, benchmark: str, device: str, command: str) -> Record:
-        """Return a record of this machine without measurements."""
+        """Return a record without measurements, with today's date and a description of this machine.
+
+        Args:
+            benchmark: the name of the benchmark.
+            device: the device that is measured, such as "cpu" or "cuda:0".
+            command: the command line of the run.
+        """
         machine = describe_machine(device)
         versions = {"torch": machine["torch"], **_triton_version()}
         return cls(benchmark, machine["device"], machine["date"], versions, source_commit(), command)
 
     def with_more(self, measurements: list[Measurement]) -> Record:
-        """Return the record with further measurements."""
+        """Return a copy of the record with further measurements appended."""
         return dataclasses.replace(self, measurements=(*self.measurements, *measurements))
 
     def cases(self) -> dict[str, list[Measurement]]:
-        """Return the measurements by case, in the order in which they were made."""
+        """Return the measurements by the name of their case, in the order in which they were made."""
         cases: dict[str, list[Measurement]] = {}
         for measurement in self.measurements:
             cases.setdefault(measurement.case, []).append(measurement)
         return cases
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the record as JSON, replacing an older file."""
+        """Write the record to a JSON file. An existing file is replaced."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         save_json({**values, "measurements": [measurement.to_dict() for measurement in self.measurements]}, path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Record:
-        """Read a file of `save`. Raises ValueError for anything else, and OSError for a missing file."""
+        """Read and check a file that `save` wrote.
+
+        Args:
+            path: the file.
+
+        Returns:
+            The record.
+
+        Raises:
+            OSError: the file cannot be read.
+            ValueError: the file is damaged, or is not a record.
+        """
         try:
             values: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
             record = cls(**{**values, "measurements": tuple(map(Measurement.from_dict, values["measurements"]))})
@@ -83,7 +100,7 @@ class Record:
 
 
 def _triton_version() -> dict[str, str]:
-    """Return the version of Triton, which some systems lack."""
+    """Return the version of Triton as `{"triton": version}`, or an empty dict if Triton is not installed."""
     try:
         import triton
     except ImportError:

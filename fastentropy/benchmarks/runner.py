@@ -1,4 +1,8 @@
-"""A run of a benchmark: one case after the other, each on disk before the next one begins."""
+"""A run of a benchmark.
+
+A case is a group of operations that are timed side by side. The cases are measured one after the other, and the measurements of
+a case are on disk before the next case begins.
+"""
 
 from __future__ import annotations
 
@@ -25,14 +29,14 @@ _UNITS = {"": 1, "k": 2**10, "M": 2**20, "G": 2**30}
 
 @dataclasses.dataclass(frozen=True)
 class Benchmark:
-    """A benchmark: its cases, and how long each is measured.
+    """A benchmark: its cases, and how long each case is measured.
 
     Attributes:
-        cases: yields the cases for a device, dtypes and sizes.
-        dtypes: names of the default dtypes, by type of device.
-        rounds: samples of each operation, unless they exceed the budget.
-        budget_seconds: seconds for the rounds of a case.
-        needs: packages beyond the dependencies of fastentropy.
+        cases: a function that yields the cases for a device, dtypes and sizes. If the sizes are empty, it uses its own.
+        dtypes: the names of the default dtypes, by type of device.
+        rounds: the default number of rounds. Each round takes one sample of every operation of a case.
+        budget_seconds: the time after which no further round of a case begins, except a minimum number of rounds.
+        needs: the packages that the benchmark needs in addition to the dependencies of fastentropy.
     """
 
     cases: Callable[[torch.device, Sequence[torch.dtype], Sequence[int]], Iterator[Case]]
@@ -62,10 +66,27 @@ def run_benchmark(
     path: Path,
     show: Callable[[list[Measurement]], None],
 ) -> Record:
-    """Measure every case of a benchmark, save the record after each, and pass its measurements to `show`.
+    """Measure every case of a benchmark.
 
-    dtype, sizes and rounds are the benchmark's own where they are None or empty. If something raises, the file holds the cases
-    that were finished, marked as incomplete. Raises ValueError if a case does not fit into memory.
+    The record is saved after each case. If an error or the user ends the run, the file holds the cases finished so far and
+    is marked as incomplete.
+
+    Args:
+        name: a key of `BENCHMARKS`.
+        device: the device to measure.
+        dtype: a key of `DTYPES`, or None for the default dtypes of the benchmark.
+        sizes: the numbers of values of a tensor ("kernels") or the batch sizes. If empty, the default sizes of the benchmark.
+        rounds: the number of samples of each operation, without a time limit. None takes the benchmark's number of rounds and
+            its time limit.
+        command: the command line of the run, for the record.
+        path: the JSON file to write the record to.
+        show: a function that is called with the measurements of each case.
+
+    Returns:
+        The complete record.
+
+    Raises:
+        ValueError: a case does not fit into memory.
     """
     benchmark = BENCHMARKS[name]
     dtypes = [DTYPES[each] for each in ([dtype] if dtype else benchmark.dtypes[device.type])]
@@ -75,7 +96,7 @@ def run_benchmark(
             budget = float("inf") if rounds else benchmark.budget_seconds
             measurements = measure(case, rounds=rounds or benchmark.rounds, budget_seconds=budget)
             del case  # free its tensors before the next case is made
-            torch.compiler.reset()  # PyTorch limits how often the same code is compiled, over all cases
+            torch.compiler.reset()  # PyTorch limits how often the same code is compiled, counted over all cases
             gc.collect()
             record = record.with_more(measurements)
             record.save(path)
@@ -96,10 +117,18 @@ def _out_of_memory_is_bad_input() -> Iterator[None]:
 
 
 def files_to_write(name: str, record: Path | None, picture: Path | None) -> tuple[Path, Path]:
-    """Return the paths of the record and of the plot.
+    """Return the paths of the record and the plot, after a check that they can be written.
 
-    By default the record goes into the folder runs, which is made, and the plot next to the record. Raises ValueError for
-    a wrong suffix and for a file that cannot be written.
+    Args:
+        name: the name of the benchmark.
+        record: the file of the record, with the suffix .json. None chooses a file in the folder runs, which is created.
+        picture: the file of the plot, with the suffix .png, .svg or .pdf. None chooses a .png file next to the record.
+
+    Returns:
+        The path of the record and the path of the plot.
+
+    Raises:
+        ValueError: a path has another suffix, is a folder, or lies in a folder that does not exist or cannot be written to.
     """
     path = record or Path("runs") / f"bench-{name}-{datetime.datetime.now():%Y%m%d-%H%M%S}.json"
     if path.suffix != ".json":
@@ -115,7 +144,15 @@ def files_to_write(name: str, record: Path | None, picture: Path | None) -> tupl
 
 
 def check_benchmark(name: str, dtype: str | None) -> None:
-    """Raise ValueError for an unknown benchmark or dtype, and if a package that the benchmark needs is missing."""
+    """Check that a benchmark can run.
+
+    Args:
+        name: the name of the benchmark.
+        dtype: the name of a dtype, or None for the default dtypes of the benchmark.
+
+    Raises:
+        ValueError: the benchmark or the dtype is unknown, or a package that the benchmark needs is missing.
+    """
     if name not in BENCHMARKS:
         raise ValueError(f"there is no benchmark {name!r}; name one of {', '.join(BENCHMARKS)}")
     if dtype not in (None, *DTYPES):
@@ -126,7 +163,17 @@ def check_benchmark(name: str, dtype: str | None) -> None:
 
 
 def parse_sizes(text: str) -> list[int]:
-    """Parse sizes such as 64k,1M,16M, in units of 1,024. Raises ValueError for anything else, and for 0."""
+    """Parse a list of sizes.
+
+    Args:
+        text: positive integers, separated by commas, such as "64k,1M,16M". The units k, M and G are powers of 1,024.
+
+    Returns:
+        The sizes in ascending order, without repetitions.
+
+    Raises:
+        ValueError: the text has another form.
+    """
     sizes = []
     for part in text.split(","):
         match = re.fullmatch(r"([1-9][0-9]*)([kMG]?)", part.strip())

@@ -1,4 +1,8 @@
-"""A case as a table of 80 columns: the time of each operation, and how it compares."""
+"""The measurements of a case as a table of 80 columns.
+
+A case is a group of operations that are timed side by side. The table shows the time of each operation and its ratio to the
+time of the reference operation of the case.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,14 @@ from fastentropy.benchmarks.measurements import Measurement, Quartiles
 
 
 def format_case(measurements: Sequence[Measurement]) -> str:
-    """Return the name of the case, a row for each operation, and below why operations were skipped."""
+    """Return the measurements of one case as text.
+
+    Args:
+        measurements: the measurements of all operations of the case. At least one operation was measured.
+
+    Returns:
+        The name of the case, a table with a row for each measured operation, and the reasons for which others were skipped.
+    """
     measured = [each for each in measurements if each.milliseconds]
     head, rows = ["", "ms", "times baseline", "quartiles"], [_times(each) for each in measured]
     if any(each.bytes for each in measured):
@@ -26,7 +37,7 @@ def format_case(measurements: Sequence[Measurement]) -> str:
 
 
 def format_quartiles(quartiles: Quartiles, digits: int = 2) -> str:
-    """Write the quartiles around a median, such as "0.98 to 1.03"."""
+    """Return the lower and the upper quartile as text, such as "0.98 to 1.03"."""
     return f"{quartiles.lower:.{digits}f} to {quartiles.upper:.{digits}f}"
 
 
