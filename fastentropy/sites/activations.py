@@ -1,4 +1,4 @@
-"""The table of activations: the modules and functions that are rectifiers, whose state is the sign of their input."""
+"""The table of activations: modules and functions with a state per neuron (off, zero, on), which is the sign of their input."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-#: Full name of a module type (not every library is installed) -> the activation's name.
+#: Full name of a module class -> name of the activation. The keys are names, because not every library is installed.
 _MODULES: dict[str, str] = {
     **{
         f"torch.nn.modules.activation.{kind}": name
@@ -63,7 +63,7 @@ _MODULES: dict[str, str] = {
     },
 }
 
-#: Function -> the activation's name.
+#: Function -> name of the activation.
 _FUNCTIONS: dict[Callable[..., Any], str] = {
     **{
         getattr(namespace, function): name
@@ -79,15 +79,16 @@ _FUNCTIONS: dict[Callable[..., Any], str] = {
 
 
 class FusedActivation(NamedTuple):
-    """The arguments of `fastentropy_kernels.activation_states` that stand for an activation module."""
+    """The arguments with which `fastentropy_kernels.activation_states` computes the same output as an activation module."""
 
-    activation: str
-    parameters: dict[str, Any]
-    inplace: bool
+    activation: str  # the name of the activation
+    parameters: dict[str, Any]  # its parameters by name, such as negative_slope
+    inplace: bool  # whether the output is written over the input
 
 
-#: Module type -> a function of a module that returns the activation that the kernels compute in place of its forward, with its
-#: parameters; None for a module that is set to another formula, which rounds differently.
+#: Full name of a module class -> a function that takes a module of this class. It returns the name and the parameters of the
+#: activation that a kernel computes in place of the module's forward. It returns None if the module is set to a formula that
+#: rounds differently from the kernel.
 _FUSED: dict[str, Callable[[Any], tuple[str, dict[str, float]] | None]] = {
     **{
         f"torch.nn.modules.activation.{kind}": read
@@ -112,14 +113,15 @@ _FUSED: dict[str, Callable[[Any], tuple[str, dict[str, float]] | None]] = {
 
 
 def register_activation(activation: type[nn.Module] | Callable[..., Tensor], name: str) -> None:
-    """Add a module class (with its subclasses) or a function of a tensor to the activations that are found.
+    """Add a module class (with its subclasses) or a function of a tensor to the known activations.
 
-    The state that is counted is the sign of the input. A function is seen only where PyTorch dispatches its call: it must be
-    one of PyTorch's, or call `torch.overrides.handle_torch_function`. Make a module of any other function, and of one whose
-    calls are to be removed: `isolate` cannot make a module for a registered function.
+    The state that is counted is the sign of the input. Calls of a function are seen only if PyTorch dispatches them: the
+    function must be one of PyTorch's, or call `torch.overrides.handle_torch_function`. Write any other function as a module.
+    Also write a function as a module if its calls are to be removed, because `isolate` cannot make modules for a registered
+    function.
 
     Args:
-        activation: the class, or the function.
+        activation: the module class, or the function.
         name: the name of the activation in statistics, an identifier.
 
     Raises:
@@ -152,12 +154,15 @@ def register_activation(activation: type[nn.Module] | Callable[..., Tensor], nam
 
 
 def activation_name(module: nn.Module) -> str | None:
-    """Return the name of a module's activation, or None where it is not known. A subclass counts as its nearest ancestor."""
+    """Return the name of a module's activation, or None if the module is not a known activation.
+
+    A module of an unknown class has the name of the nearest known ancestor of its class.
+    """
     return next((_MODULES[name] for kind in type(module).__mro__ if (name := _full_name(kind)) in _MODULES), None)
 
 
 def function_name(function: Callable[..., Any]) -> str | None:
-    """Return the name of a function's activation, or None where it is not known."""
+    """Return the name of a function's activation, or None if the function is not a known activation."""
     try:
         return _FUNCTIONS.get(function)
     except TypeError:  # not hashable
@@ -165,7 +170,13 @@ def function_name(function: Callable[..., Any]) -> str | None:
 
 
 def fused_activation(module: nn.Module, kind: type[nn.Module]) -> FusedActivation | None:
-    """Return what the kernels compute in place of a module of exactly this type; None where they have no equal."""
+    """Return the arguments with which a kernel computes the same as an activation module, or None if no kernel does.
+
+    Args:
+        module: the activation module.
+        kind: the class of the module as its user knows it. Subclasses of a class with a kernel may compute something else, so
+            they have no kernel.
+    """
     read = _FUSED.get(_full_name(kind))
     if read is None or (fused := read(module)) is None:
         return None
@@ -173,7 +184,7 @@ def fused_activation(module: nn.Module, kind: type[nn.Module]) -> FusedActivatio
 
 
 def activation_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the model's activation modules by dotted path; a module with several paths has the first."""
+    """Return the activation modules of a model by dotted path. A module with several paths is listed under the first."""
     return {name: module for name, module in model.named_modules() if activation_name(module)}
 
 

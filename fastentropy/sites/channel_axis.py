@@ -1,4 +1,4 @@
-"""Follow, from operator to operator, which axis of a tensor holds the channels and which part of it this rank has."""
+"""Follow, from operator to operator, the channel axis of each tensor and the part of the tensor that this rank holds."""
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,22 +18,28 @@ Note = TypeVar("Note")
 
 # TorchDispatchMode and its constructor have no annotations.
 class AxisTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Follows, while active, which axis of every tensor holds the channels of the operator that produced it.
+    """Follow, while active, the channel axis of every tensor: the axis with the channels of the operator that produced it.
 
-    After a convolution or a batch norm the channels are axis 1. After a matrix product they are the axis that its weight
-    brings, else the last one. A layer norm keeps the axis, or makes it the last one where it is not known. Reshapes,
-    permutations and reductions move the axis. Other operators keep it where they keep the number of axes.
+    - After a convolution, a batch norm or a group norm the channel axis is axis 1.
+    - After a product of a weight and another matrix it is the axis that comes from the weight. After any other matrix product
+      it is the last axis.
+    - A layer norm keeps a known channel axis; otherwise the last axis becomes the channel axis. The same holds for an operator
+      with a weight of the size of the last axis.
+    - Reshapes, permutations and reductions move the channel axis.
+    - Any other operator keeps it if the output has as many axes as the input.
 
-    A DTensor knows how it is divided among ranks. For a tensor that was taken out of one, this is followed in the same way.
+    A DTensor knows how it is divided among the ranks of torch.distributed. If a plain tensor was taken out of a DTensor, the
+    tracker follows how it is divided, in the same way as the channel axis.
 
     Attributes:
-        meshes: the meshes of the DTensors that activations met.
+        meshes: the device meshes of the DTensors that took part in the pass. DTensors that only operators on weights read are
+            left out.
     """
 
-    # Operators that exist only above the level that is watched (flex attention) pass through.
+    # Higher-order operators, such as flex attention, arrive in `__torch_dispatch__` too. Without this they would raise.
     supports_higher_order_operators = True
 
-    # ATen operators by name: some exist only in some releases of PyTorch.
+    # ATen operators, by name because some exist only in some releases of PyTorch.
     _FIRST = frozenset({
         "convolution", "native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training",
         "_batch_norm_with_update", "cudnn_batch_norm", "miopen_batch_norm", "native_group_norm",
@@ -41,11 +47,11 @@ class AxisTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     _PRODUCTS = frozenset({"mm", "addmm", "bmm", "baddbmm", "linear"})
     _LAST_UNLESS_KNOWN = frozenset({"native_layer_norm", "_fused_rms_norm", "rms_norm"})
     _RESHAPES = frozenset({"view", "_unsafe_view", "reshape", "_reshape_alias", "unsqueeze", "squeeze"})
-    # After these all ranks hold the same.
+    # After these operators all ranks hold the same values.
     _COLLECTIVES = frozenset({"all_reduce", "all_reduce_", "allreduce_", "all_gather_into_tensor", "_allgather_base_"})
 
     def __init__(self, weights: Iterable[Tensor] = ()) -> None:
-        """Begin with the weights of the model, and with nothing known of its activations."""
+        """Begin with `weights`, the parameters of the model. Nothing is known of other tensors yet."""
         super().__init__()  # type: ignore[no-untyped-call]
         self.meshes: set[Any] = set()
         self._axes: dict[tuple[Any, ...], int] = {}
@@ -53,20 +59,24 @@ class AxisTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._weights = {_storage(weight) for weight in weights}
 
     def axis_of(self, x: Tensor) -> int:
-        """Return the channel axis of x; where its origin is unknown, axis 1 of images (4 axes and more), else the last."""
+        """Return the channel axis of `x`.
+
+        If the origin of `x` is unknown, this is axis 1 for tensors with at least 4 axes (images), else the last axis.
+        """
         return self._axes.get(_place(x), 1 if x.ndim >= 4 else x.ndim - 1)
 
     def sharding_of(self, x: Tensor) -> Sharding | None:
-        """Return how a plain tensor that comes from a DTensor is divided among ranks; None where it comes from none."""
+        """Return how a plain tensor that comes from a DTensor is divided among ranks; None if it comes from none."""
         return self._shardings.get(_place(x))
 
     @contextlib.contextmanager
     def following(self) -> Iterator[None]:
-        """Follow operators, and the tensors that are taken out of DTensors."""
+        """Follow the operators, and the tensors that are taken out of DTensors, inside the block."""
         with shown_local_tensors(self._take_out), self:
             yield
 
     def _take_out(self, x: Any, local: Tensor) -> None:
+        """Note how `local` is divided among ranks: it is the plain tensor that was taken out of the DTensor `x`."""
         sharding = self._shardings[_place(local)] = Sharding.of(x)
         if sharding.is_divided or not self._is_weight(x):
             self.meshes.add(sharding.mesh)
@@ -74,16 +84,16 @@ class AxisTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Run an operator and note the channel axis of its outputs."""
+        """Run an operator, and note the channel axis and the sharding of its outputs."""
         if composed := composite_kernel(func):
-            # In inference mode composed operators arrive whole; in other modes only their parts arrive here.
+            # In inference mode, an operator that PyTorch composes of others arrives here whole. Otherwise only its parts do.
             with self:
                 return composed(*args, **(kwargs or {}))
         inputs = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
         known = [(x, self._axes[_place(x)]) for x in inputs if _place(x) in self._axes]
         divided = [(x, sharding) for x in inputs if not is_dtensor(x) and (sharding := self._shardings.get(_place(x)))]
         from_weights = bool(inputs) and all(self._is_weight(x) for x in inputs)
-        if not from_weights:  # what only looks at the weights tells nothing: FSDP divides them among data-parallel ranks
+        if not from_weights:  # weights alone tell nothing: FSDP divides them among data-parallel ranks
             self.meshes.update(x.device_mesh for x in inputs if is_dtensor(x))
         outputs = func(*args, **(kwargs or {}))
         for y in tree_leaves(outputs):
@@ -95,11 +105,20 @@ class AxisTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return outputs
 
     def _is_weight(self, x: Tensor) -> bool:
-        """Return whether x is a weight of the model or made of weights. FSDP replaces the parameters by others."""
+        """Return whether `x` is a weight of the model, or computed from weights only.
+
+        Every nn.Parameter counts as a weight, because FSDP replaces the parameters of the model.
+        """
         storage = _storage(x)
         return storage is not None and (storage in self._weights or isinstance(x, nn.Parameter))
 
     def _output_axis(self, call: "_Operator", known: list[tuple[Tensor, int]]) -> int | None:
+        """Return the channel axis of an operator's output, or None if it is unknown.
+
+        Args:
+            call: the operator with this output.
+            known: the inputs whose channel axis is known, each with its channel axis.
+        """
         operator, y = call.name, call.y
         if operator in self._FIRST:
             return 1 if y.ndim > 1 else None
@@ -118,6 +137,12 @@ class AxisTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return next((axis for x, axis in known if x.ndim == y.ndim), None)
 
     def _output_sharding(self, call: "_Operator", divided: list[tuple[Tensor, Sharding]]) -> Sharding | None:
+        """Return how an operator's output is divided among ranks; None if no input is a tensor that comes from a DTensor.
+
+        Args:
+            call: the operator with this output.
+            divided: the plain inputs that come from DTensors, each with its sharding.
+        """
         operator, y = call.name, call.y
         if not divided:
             return None
@@ -137,7 +162,7 @@ class AxisTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class _Operator(NamedTuple):
-    """One call of an operator with one of its outputs, `y`."""
+    """One call of an operator, together with one of its outputs, `y`."""
 
     func: Any
     args: Sequence[Any]
@@ -146,17 +171,20 @@ class _Operator(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Return the operator's name without its overload."""
+        """Return the name of the operator without its overload, such as "addmm"."""
         return getattr(getattr(self.func, "overloadpacket", self.func), "__name__", "")
 
     @property
     def factors(self) -> tuple[Tensor, Tensor]:
-        """Return the two tensors that a product multiplies."""
+        """Return the two tensors that a matrix product or a convolution multiplies."""
         left, right = self.args[1:3] if self.name in ("addmm", "baddbmm") else self.args[:2]
         return left, right
 
     def kept_axes(self) -> tuple[dict[int, int], dict[int, int]]:
-        """Return, for each factor of a product, where the axes that it does not sum over lie in the output."""
+        """Return, for each factor of a matrix product or a convolution, where its axes lie in the output.
+
+        Each dict maps an axis of the factor to an axis of the output. Axes that the operator sums over are not in the dict.
+        """
         left, right = self.factors
         if self.name == "convolution":
             return {0: 0}, {0: 1}
@@ -165,12 +193,12 @@ class _Operator(NamedTuple):
         return {axis: axis for axis in range(left.ndim - 1)}, {**batches, columns: self.y.ndim - 1}
 
     def moves(self, x: Tensor) -> bool:
-        """Return whether the operator moves the axes of an input; reshapes are treated apart."""
+        """Return whether the operator moves or removes axes of its input `x`. Reshapes are handled separately."""
         reduces = self.y.ndim < x.ndim and self.argument("dim") is not None
         return reduces or self.name in ("permute", "transpose", "t", "stack")
 
     def moved_axis(self, x: Tensor, axis: int) -> int | None:
-        """Return where an axis of an input lies in the output; None where the operator removes it."""
+        """Return the axis of the output that corresponds to an axis of the input `x`; None if the operator removes the axis."""
         if self.name == "permute":
             return next(place for place, dim in enumerate(self.args[1]) if dim % x.ndim == axis)
         if self.name in ("transpose", "t"):
@@ -181,7 +209,10 @@ class _Operator(NamedTuple):
         return _reduced_axis(x.ndim, axis, self.argument("dim")) if self.moves(x) else axis
 
     def argument(self, name: str) -> Any:
-        """Return the argument of that name in the operator's schema, or its default; None where there is no such argument."""
+        """Return the argument with the given name in the operator's schema; None if there is no such argument.
+
+        If the call does not give the argument, its default is returned.
+        """
         schema = operator_schema(self.func)
         for place, argument in enumerate(schema.arguments if schema else ()):
             if argument.name == name:
@@ -190,10 +221,10 @@ class _Operator(NamedTuple):
 
 
 def reshaped_axis(shape: Sequence[int], axis: int, new_shape: Sequence[int]) -> int | None:
-    """Return the axis of new_shape that holds the entries of an axis of shape.
+    """Return the axis of `new_shape` that holds the entries of an axis of `shape` after a reshape.
 
-    Where the axis is split, as into the heads of an attention, this is the last of its parts. Where it is merged with axes
-    after it, as by flatten, this is the merged axis. None where it is mixed with axes before it.
+    If the axis is split, as into the heads of an attention, this is the last of its parts. If the axis is merged with axes
+    after it, as by flatten, this is the merged axis. If the axis is mixed with axes before it, the result is None.
     """
     size, outer = shape[axis], prod(shape[:axis])
     parts = [new for new in range(len(new_shape)) if prod(new_shape[:new]) >= outer and prod(new_shape[:new]) < outer * size]
@@ -208,7 +239,10 @@ def reshaped_axis(shape: Sequence[int], axis: int, new_shape: Sequence[int]) -> 
 
 
 def _note(notes: dict[tuple[Any, ...], Note], y: Tensor, note: Note | None) -> None:
-    """Note something about a tensor; it replaces what was known of an earlier tensor in the same memory."""
+    """Note something about the tensor `y`, such as its channel axis, or delete the note if `note` is None.
+
+    The note replaces that of any earlier tensor in the same memory.
+    """
     if note is None:
         notes.pop(_place(y), None)
     else:
@@ -216,16 +250,20 @@ def _note(notes: dict[tuple[Any, ...], Note], y: Tensor, note: Note | None) -> N
 
 
 def _reduced_axis(ndim: int, axis: int, dims: int | Sequence[int]) -> int | None:
-    """Return where an axis goes when `dims` are removed; None where it is removed itself."""
+    """Return the index of an axis after the axes `dims` are removed; None if the axis itself is removed.
+
+    If `dims` is empty, all axes are removed.
+    """
     gone = {dim % ndim for dim in ([dims] if isinstance(dims, int) else dims)}
     return None if axis in gone or not gone else axis - sum(dim < axis for dim in gone)
 
 
 def _place(x: Tensor) -> tuple[Any, ...]:
-    """Return where a tensor lies in memory: views of one place are one value, whatever Python object holds them.
+    """Return a key for the memory that a tensor occupies.
 
-    A tensor without a place (sparse, nested, not yet initialised) gets one that no other tensor has. A DTensor lies where its
-    local tensor lies.
+    Tensors with the same memory, shape and strides have the same key, because different Python objects can hold the same value.
+    A DTensor has the key of its local tensor. A tensor without a strided storage (sparse, nested, not yet initialised) has a
+    key of its own.
     """
     x = stored(x)
     storage = _storage(x)
@@ -233,6 +271,7 @@ def _place(x: Tensor) -> tuple[Any, ...]:
 
 
 def _storage(x: Tensor) -> int | None:
+    """Return a number that identifies the storage of a tensor; None if the tensor has no strided storage."""
     x = stored(x)
     if x.layout != torch.strided or is_lazy(x):
         return None

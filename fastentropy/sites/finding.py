@@ -1,4 +1,4 @@
-"""Find the sites of a model in one forward pass that leaves the model as it was."""
+"""Find the sites (calls of activations) of a model in one forward pass that leaves the model as it was."""
 
 import copy
 from collections.abc import Mapping
@@ -16,8 +16,8 @@ from fastentropy.sites.watcher import NoObserver, SiteWatcher
 def find_sites(model: nn.Module, example_inputs: tuple[Any, ...] | Mapping[str, Any]) -> list[Site]:
     """Find the sites (call sites of activations) of a model, in call order.
 
-    The model runs once in eval mode and is left as it was. For a model that is divided among ranks (tensor parallel), the
-    result holds the sites and the neurons of this rank.
+    The model runs once in eval mode and is left as it was. If the model is divided among ranks (tensor parallel), the result
+    describes the sites of this rank, with the number of neurons on this rank.
 
     Args:
         model: any module.
@@ -50,7 +50,14 @@ def find_sites(model: nn.Module, example_inputs: tuple[Any, ...] | Mapping[str, 
 
 @torch.no_grad()
 def call_once(model: nn.Module, example_inputs: tuple[Any, ...] | Mapping[str, Any]) -> Any:
-    """Return the output of a model in eval mode; leave its buffers, mode and torch's random numbers as they were."""
+    """Call a model in eval mode without gradients, and return its output.
+
+    The model's buffers, its training mode, the inputs and torch's random generators are left as they were.
+
+    Args:
+        model: any module.
+        example_inputs: the positional inputs, or a mapping of the keyword inputs.
+    """
     training = [module for module in model.modules() if module.training]
     buffers = [
         (module, name, buffer, None if buffer is None or is_lazy(buffer) else buffer.clone())

@@ -1,8 +1,8 @@
-"""Stand between the modules of a model and their callers for a while, and leave no trace.
+"""Let handlers run in place of the forwards of a model's modules for a while, and leave no trace afterwards.
 
-For that time a module gets a subclass of its own class, as PyTorch's parametrizations and FSDP do. Unlike a hook, a class takes
-effect however the module is called, also on the replicas of `nn.DataParallel`. It costs nothing on other modules. Copies that
-are made meanwhile are of the original class.
+A module that is intercepted gets a subclass of its own class, as with PyTorch's parametrizations and FSDP. Unlike a hook, the
+subclass takes effect however the module is called, also on the replicas of `nn.DataParallel`. Other modules are not slowed
+down. Copies of an intercepted module have the original class.
 """
 
 import contextlib
@@ -17,17 +17,18 @@ from torch import nn
 
 from fastentropy._compat import as_original_class
 
-#: Runs in place of a method of a module: (name, module, method of the original class, args, kwargs) -> the method's result.
+#: A function that runs in place of a method of a module: (name, module, method of the original class, args, kwargs) -> result.
 Handler = Callable[[str, nn.Module, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 
+#: The key of the `_Intercepted` in the __dict__ of an intercepted module.
 _KEY = "_fastentropy_interception"
 
 
 class _Intercepted(NamedTuple):
-    """What an intercepted module has in its __dict__. Copies and pickles have None in its place."""
+    """The entry in the __dict__ of an intercepted module. Copies and pickles of the module have None instead."""
 
-    name: str
-    kind: type[nn.Module]
+    name: str  # the name that the handler is given
+    kind: type[nn.Module]  # the original class
     handler: Handler
 
     def __deepcopy__(self, memo: object) -> None:
@@ -38,21 +39,24 @@ class _Intercepted(NamedTuple):
 
 
 class Interception:
-    """Lets handlers run the forwards of modules of a model while attached.
+    """Let handlers run the forwards of modules of a model while attached.
 
-    A handler stands between the hooks of a module and its forward. So it also runs where the forward is called without hooks,
-    as a compiled model does. A module with a forward in its own __dict__ is handled around its hooks, since no class comes
-    before the __dict__.
+    A handler replaces the forward and runs inside the module's hooks. It therefore also runs if the forward is called without
+    hooks, as a compiled model does. There is one exception: if a module has a `forward` in its own __dict__, a subclass cannot
+    override it. Then the handler replaces `__call__` and runs outside the hooks.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        """Prepare; nothing is attached yet."""
+        """Prepare to intercept modules of `model`. No handler is attached yet."""
         self._model = model
         self._changed: list[tuple[nn.Module, type[nn.Module], type[nn.Module]]] = []
         self._undo = contextlib.ExitStack()
 
     def attach(self, handlers: Mapping[str, tuple[nn.Module, Handler]]) -> None:
-        """Begin to handle modules, by name.
+        """Attach handlers to modules.
+
+        Args:
+            handlers: for each name, a module and the handler that runs in place of its forward.
 
         Raises:
             RuntimeError: the model or a part of it is intercepted already.
@@ -70,20 +74,21 @@ class Interception:
 
     @property
     def is_attached(self) -> bool:
-        """Return whether modules are handled."""
+        """Return whether handlers are attached."""
         return bool(self._changed)
 
     def detach(self) -> None:
         """Leave every module as it was before `attach`."""
         for module, kind, subclass in self._changed:
             vars(module).pop(_KEY, None)
-            if type(module) is subclass:  # else somebody put another class on top, which now runs the original
+            if type(module) is subclass:  # else somebody has changed the class again; that class now runs the original
                 object.__setattr__(module, "__class__", kind)
         self._changed.clear()
         self._undo.close()
         _EAGER.leave(self)
 
     def _intercept(self, name: str, module: nn.Module, handler: Handler) -> None:
+        """Give a module a subclass of its class that calls the handler."""
         kind = type(module)
         subclass = _subclass(kind, "__call__" if "forward" in vars(module) else "forward")
         self._changed.append((module, kind, subclass))
@@ -92,13 +97,13 @@ class Interception:
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
-    """Return the class of a module as its user knows it."""
+    """Return the class that a module has when it is not intercepted."""
     intercepted = vars(module).get(_KEY)
     return intercepted.kind if intercepted else type(module)
 
 
 def _subclass(kind: type[nn.Module], method: str) -> type[nn.Module]:
-    """Return a class of the same name whose method calls the handler of the module, if it has one."""
+    """Return a subclass of `kind` with the same name, in which `method` calls the handler of the module if it has one."""
     original = getattr(kind, method)
 
     def handled(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -108,7 +113,7 @@ def _subclass(kind: type[nn.Module], method: str) -> type[nn.Module]:
         return intercepted.handler(intercepted.name, self, original, args, kwargs)
 
     def reduce_as_original(self: nn.Module, protocol: Any) -> Any:
-        """Make copies and pickles of the original class."""
+        """Reduce the module so that copies and pickles have the original class."""
         reduced = kind.__reduce_ex__(self, protocol)
         if not isinstance(reduced, tuple):
             return reduced
@@ -126,14 +131,15 @@ def _subclass(kind: type[nn.Module], method: str) -> type[nn.Module]:
         "__doc__": kind.__doc__,
     }
     subclass = types.new_class(kind.__name__, (nn.Module,), {"metaclass": type(kind)}, lambda space: space.update(body))
-    subclass.__bases__ = (kind,)  # afterwards, so that the class's __init_subclass__ does not run
+    subclass.__bases__ = (kind,)  # set afterwards, because `__init_subclass__` of the class must not run
     return subclass
 
 
 class _Eager:
-    """While anyone is inside, compiled modules and functions run eagerly and nothing is compiled.
+    """Make compiled modules and functions run eagerly, and compile nothing, while any interception is attached.
 
-    Code that was compiled before an interception would run past it. Code that is compiled during one would keep it.
+    Code that was compiled before an interception would not call its handlers. Code that was compiled during an interception
+    would still call them afterwards.
     """
 
     def __init__(self) -> None:
@@ -151,7 +157,10 @@ class _Eager:
         self._leave(id(who))
 
     def _leave(self, who: int) -> None:
-        """Leave, where one is still inside. An interception that is deleted without `detach` leaves in this way, too."""
+        """Remove the interception with the id `who`, if it is still registered.
+
+        This also runs when an interception is deleted without `detach`.
+        """
         with self._lock:
             self._inside.discard(who)
             if not self._inside:
@@ -162,9 +171,10 @@ _EAGER = _Eager()
 
 
 def fast_paths(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
-    """Return the attributes that let nn.TransformerEncoder run a whole layer in one kernel, where no activation can be seen.
+    """List the attributes that let nn.TransformerEncoder run a whole layer in one kernel, which hides its activation.
 
-    Each comes as (module, attribute, value), where the value makes the layers call their activations.
+    Returns:
+        (module, attribute, value) for each such attribute. With this value, the layers call their activations.
     """
     layers = [
         (module, "activation_relu_or_gelu", 0) for module in model.modules() if isinstance(module, nn.TransformerEncoderLayer)
@@ -174,7 +184,16 @@ def fast_paths(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
 
 
 def replace_activation(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Replace the activation of that name by a module, in the same mode; no fused kernel goes on computing the activation."""
+    """Replace an activation of a model by another module, which gets the training mode of the activation.
+
+    Transformer layers with a kernel for the whole layer are set to call their activation, because the kernel would still
+    compute the replaced one.
+
+    Args:
+        model: the model, which is changed.
+        name: the dotted path of the activation module.
+        module: the replacement.
+    """
     model.set_submodule(name, module.train(model.get_submodule(name).training))
     for owner, attribute, value in fast_paths(model.get_submodule(name.rpartition(".")[0])):
         setattr(owner, attribute, value)
@@ -182,6 +201,7 @@ def replace_activation(model: nn.Module, name: str, module: nn.Module) -> None:
 
 @contextlib.contextmanager
 def _without_fast_paths(model: nn.Module) -> Iterator[None]:
+    """Make transformer layers call their activations inside the block (see `fast_paths`)."""
     changes = fast_paths(model)
     before = [vars(module)[name] for module, name, _ in changes]
     try:

@@ -1,4 +1,4 @@
-"""Tell tokens from padding in a batch of token sequences, by the arguments of a model's call."""
+"""Find out which positions of a batch of token sequences are padding, from the arguments of a model's call."""
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -7,19 +7,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-#: Name of the argument of a forward that holds the padding mask; or a function that returns the mask for the (args, kwargs) of
-#: the outermost call; or None for no mask.
+#: Where the padding mask comes from. This is the name of the argument of a forward that holds the mask, or a function that
+#: returns the mask for the (args, kwargs) of the outermost call, or None for no mask.
 Mask = str | Callable[[tuple[Any, ...], Mapping[str, Any]], Tensor | None] | None
 
 
 class MaskArgument(NamedTuple):
-    """How a forward takes the mask: its name, and its place among positional arguments (None: by name only)."""
+    """The argument of a forward that holds the padding mask."""
 
     name: str
-    place: int | None
+    place: int | None  # its index among the positional arguments; None if it can be given by name only
 
     def given(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[bool, Any]:
-        """Return whether a call gives the mask, and its value."""
+        """Return whether a call with these arguments gives the mask, and the mask (None if it is not given)."""
         if self.name in kwargs:
             return True, kwargs[self.name]
         if self.place is not None and len(args) > self.place:
@@ -28,7 +28,7 @@ class MaskArgument(NamedTuple):
 
 
 def mask_argument(module: nn.Module, name: str) -> MaskArgument | None:
-    """Return the argument of that name of a module's forward, or None where it has none."""
+    """Return the argument with the given name of a module's forward, or None if the forward takes no such argument."""
     try:
         parameters = inspect.signature(module.forward).parameters
     except (TypeError, ValueError):  # a forward without a signature, written in C
@@ -41,13 +41,18 @@ def mask_argument(module: nn.Module, name: str) -> MaskArgument | None:
 
 
 def token_mask(mask: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
-    """Return which positions of a call's token sequences are tokens, not padding: bool [batch, tokens].
+    """Return which positions of a call's token sequences are tokens and not padding.
 
-    `mask` is [batch, tokens] and not 0 where there is a token. Where it also covers a key-value cache, it is longer than the
-    sequences of this call, and its last positions apply.
+    Args:
+        mask: the padding mask of the call: a tensor [batch, tokens] that is not 0 at tokens. If it also covers a key-value
+            cache, it is longer than the sequences of this call. Then its last positions apply.
+        args: the positional arguments of the call, from which the length of the sequences is read.
+        kwargs: its keyword arguments.
 
-    None where all positions are tokens, and where the mask is of another kind: a mask with more axes, or one that is added to
-    scores, tells which token attends to which.
+    Returns:
+        bool [batch, tokens], or None if all positions are to be counted. On the CPU it is None if all positions are tokens. It
+            is also None if `mask` is of another kind: a mask with more axes, or one that is added to attention scores, tells
+            which token attends to which.
     """
     if not isinstance(mask, Tensor) or mask.ndim != 2 or (mask.is_floating_point() and bool((mask < 0).any())):
         return None
@@ -59,9 +64,16 @@ def token_mask(mask: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Ten
 
 
 def positions_to_count(is_token: Tensor | None, x: Tensor, channel_axis: int) -> Tensor | None:
-    """Return the mask of x for the kernels: bool, the shape of x without its channel axis; None where it does not fit x.
+    """Return the mask for the kernels: True at the positions of `x` that are counted.
 
-    It fits where x is [batch, tokens, neurons] or [batch * tokens, neurons].
+    Args:
+        is_token: bool [batch, tokens], False at padding; or None.
+        x: the input of an activation, [batch, tokens, neurons] or [batch * tokens, neurons].
+        channel_axis: the axis of the neurons in `x`.
+
+    Returns:
+        bool, with the shape of `x` without its channel axis, on the device of `x`. None if there is no mask or if it does not
+        fit `x`.
     """
     if is_token is None or channel_axis != x.ndim - 1:
         return None
@@ -73,7 +85,11 @@ def positions_to_count(is_token: Tensor | None, x: Tensor, channel_axis: int) ->
 
 
 def _sequence_length(mask: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
-    """Return the length of this call's sequences, from the first argument that holds tokens or their embeddings."""
+    """Return the length of the token sequences of a call.
+
+    It is read from the first argument that looks like token ids [batch, tokens] or embeddings [batch, tokens, features]. If
+    there is none, it is the length of the mask.
+    """
     for value in _tensors(args, kwargs):
         is_tokens = value.ndim == 3 if value.is_floating_point() else value.ndim == 2
         if value is not mask and is_tokens and value.dtype != torch.bool and value.shape[0] == mask.shape[0]:
@@ -82,4 +98,5 @@ def _sequence_length(mask: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any
 
 
 def _tensors(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
+    """Return the tensors among the arguments of a call."""
     return (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))

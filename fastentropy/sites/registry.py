@@ -1,4 +1,4 @@
-"""Remember the sites of a model, with how their inputs looked when they were discovered."""
+"""Remember the sites (calls of activations) of a model, and how their inputs looked when the sites were discovered."""
 
 import threading
 import warnings
@@ -14,22 +14,28 @@ from fastentropy.sites.site import Site
 
 
 class SiteRegistry:
-    """The sites of a model by name: discovered in the first call of each, checked in every later one.
+    """Hold the sites of a model by name. A site is discovered in its first call and checked in every later call.
 
     Attributes:
-        sites: the sites in the order of their discovery.
-        functional: the names of those that are calls of functions.
+        sites: the sites by name, in the order of their discovery.
+        functional: the names of the sites that are calls of functions.
     """
 
     def __init__(self, kinds: Mapping[str, type[nn.Module]], channel_axis: Mapping[str, int]) -> None:
-        """Begin without sites, from the class of each module by path, and the neuron axes that the user gave, by site."""
+        """Begin without sites.
+
+        Args:
+            kinds: the class of each module of the model, by dotted path.
+            channel_axis: the neuron axes that the user gave, by name of the site.
+        """
         self.sites: dict[str, Site] = {}
         self.functional: set[str] = set()
         self._kinds, self._channel_axis = kinds, channel_axis
-        self._ranks: dict[str, int] = {}  # the number of axes of each site's input
+        self._ranks: dict[str, int] = {}  # the number of axes of the input, by name of the site
         self._shardings: dict[str, Sharding | None] = {}
-        self._meshes: set[Any] = set()  # of the DTensors that were met
-        # The same activation of another module of the same class, with as many axes: its channel axis and sharding.
+        self._meshes: set[Any] = set()  # device meshes of the DTensors in the passes
+        # The channel axis and the sharding of a known activation. A module of the same class, with an activation in the same
+        # attribute and with as many axes, gets the same ones. The key is (class, attribute, number of axes).
         self._siblings: dict[tuple[type[nn.Module], str, int], tuple[int, Sharding | None]] = {}
         self._lock = threading.Lock()
         self._has_recommended = False
@@ -39,13 +45,13 @@ class SiteRegistry:
 
         Args:
             name: the name of the site.
-            path: the name without the number of the call.
+            path: the name without the number of the call (without :1, :2, …).
             activation: the name of the activation.
             x: the input, which may be a DTensor.
-            tracker: knows the axis and the sharding of `x` in passes that discover sites; else None.
+            tracker: the tracker that knows the channel axis and the sharding of `x`. None if the pass does not discover sites.
 
         Raises:
-            RuntimeError: the input does not fit the site that is known, or a new site cannot be understood.
+            RuntimeError: the input does not fit the known site, or the axis or the sharding of a new site cannot be determined.
             ValueError: the channel axis that the user gave is not an axis of the input.
         """
         local = x if type(x) is Tensor else self._local_input(name, x)
@@ -62,7 +68,8 @@ class SiteRegistry:
     def share(self, site: Site) -> RankShare:
         """Return where this rank's counts of a site belong in the counts of all ranks.
 
-        In a model that has DTensors, an activation whose input comes from none is the same on all ranks of their meshes.
+        If the model has DTensors, but the input of this activation does not come from one, all ranks of their meshes are taken
+        to hold the same input. Then only the first of these ranks is counted.
         """
         sharding = self._shardings[site.name]
         if sharding is not None:
@@ -70,7 +77,16 @@ class SiteRegistry:
         return RankShare(0, site.neurons, is_counted=not any(any(mesh.get_coordinate() or ()) for mesh in self._meshes))
 
     def tokens_here(self, is_token: Tensor, site: Site, x: Tensor) -> Tensor:
-        """Return the part of a padding mask [batch, tokens] that belongs to this rank's input of a site."""
+        """Return the part of a padding mask that belongs to this rank's input of a site.
+
+        Args:
+            is_token: bool [batch, tokens], False at padding.
+            site: the site.
+            x: this rank's part of the input of the site.
+
+        Raises:
+            RuntimeError: the tokens are divided among ranks, and it is not known which part of the mask belongs to `x`.
+        """
         sharding = self._shardings[site.name]
         may_be_tokens = x.ndim in (2, 3) and site.channel_axis == x.ndim - 1
         if sharding is None or not may_be_tokens or not sharding.divides(site.channel_axis):
@@ -84,12 +100,16 @@ class SiteRegistry:
         return part
 
     def add_meshes(self, meshes: set[Any]) -> None:
-        """Note the meshes of DTensors that a pass has met."""
+        """Add the device meshes of the DTensors in a pass."""
         with self._lock:
             self._meshes |= meshes
 
     def recommend_isolation(self, model: str) -> None:
-        """Warn, once, where activations of the model are called as functions."""
+        """Recommend `isolate`, in one warning, if the model calls activations as functions.
+
+        Args:
+            model: the name of the model's class, for the message.
+        """
         names = sorted(self.functional)
         if not names or self._has_recommended:
             return
@@ -102,7 +122,11 @@ class SiteRegistry:
         )
 
     def _local_input(self, name: str, x: Tensor) -> Tensor:
-        """Return this rank's part of the input of a site."""
+        """Return this rank's part of the input of a site.
+
+        Raises:
+            RuntimeError: the input holds partial sums, or it is divided among ranks in another way than in the first pass.
+        """
         if not is_dtensor(x):
             return x
         if any(placement.is_partial() for placement in x.placements):
@@ -119,7 +143,11 @@ class SiteRegistry:
         return local_tensor(x)
 
     def _discover(self, name: str, path: str, activation: str, x: Tensor, tracker: AxisTracker | None) -> Site:
-        """Return a new site, whose axis the user, the tracker or a sibling knows."""
+        """Return a new site.
+
+        The channel axis is the one that the user gave, else the tracker's, else the one of the same activation in another
+        module of the same class. The arguments are those of `resolve`.
+        """
         if x.is_cuda and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 f"site {name!r} is met for the first time while a CUDA graph is captured; "
@@ -142,7 +170,11 @@ class SiteRegistry:
         return Site(name, activation, local_tensor(x).shape[axis], axis)
 
     def _with_other_rank(self, site: Site, x: Tensor) -> Site:
-        """Return the site for an input with more or fewer axes: the size tells where its axis is."""
+        """Return the site for an input with more or fewer axes than in the first call.
+
+        The channel axis keeps its index, counted from the front or from the back. The number of neurons decides which of the
+        two. If the user gave the channel axis, that one is used.
+        """
         named = self._channel_axis.get(site.name)
         candidates = (
             [site.channel_axis, x.ndim - self._ranks[site.name] + site.channel_axis] if named is None else [named % x.ndim]
@@ -154,6 +186,7 @@ class SiteRegistry:
 
 
 def _changed_shape(site: Site, x: Tensor) -> RuntimeError:
+    """Return the error for an input that does not have as many neurons as the site."""
     return RuntimeError(
         f"site {site.name!r} had {site.neurons} neurons on axis {site.channel_axis} and now has an input of shape "
         f"{list(x.shape)}; name its neuron axis with channel_axis={{{site.name!r}: …}}"

@@ -1,4 +1,8 @@
-"""Know which part of a tensor this rank has: as DTensors tell, and followed through the tensors that are taken out of them."""
+"""Find out which part of a tensor this rank of torch.distributed holds.
+
+A DTensor knows how it is divided among ranks. For plain tensors that come from DTensors, the division is followed from operator
+to operator.
+"""
 
 from __future__ import annotations
 
@@ -22,31 +26,38 @@ if TYPE_CHECKING:
 T = TypeVar("T", Tensor, Tensor | None)
 #: A function that is called with a DTensor and the plain tensor that was taken out of it.
 Show = Callable[["DTensor", Tensor], None]
-#: In `Sharding.axes`: the ranks hold different values, and it is not known how these make up the whole.
+#: An entry of `Sharding.axes`: the ranks hold different values, but it is not known how these make up the whole tensor.
 UNKNOWN = -1
 _NOT_FOLLOWED = "its division among ranks could not be followed; make its input a DTensor, as with use_local_output=False"
 
 
 class RankShare(NamedTuple):
-    """Where this rank's counts of a site belong in the global counts."""
+    """Where this rank's counts of a site (call of an activation) belong in the counts of all ranks."""
 
-    start: int  # index of this rank's first neuron
-    neurons: int  # of all ranks together
-    is_counted: bool = True  # False where another rank counts the same values
-    is_first: bool = True  # False where another rank counts the first neurons of the same batches
-    has_whole_batches: bool = True  # False where other ranks count other tokens of the same batches
-    trouble: str = ""  # why these counts cannot be added to the others
+    start: int  # index of this rank's first neuron among the neurons of all ranks
+    neurons: int  # the number of neurons of all ranks
+    is_counted: bool = True  # False if another rank counts the same values
+    is_first: bool = True  # False if another rank counts the first neurons of the same batches
+    has_whole_batches: bool = True  # False if other ranks count other tokens of the same batches
+    trouble: str = ""  # the reason if these counts cannot be added to those of other ranks
 
 
 class AxisShard(NamedTuple):
-    """The part of an axis that a rank has: `size` entries from `start` on, of `total`."""
+    """The part of a divided axis that a rank holds: `size` entries, beginning at index `start`, of `total`."""
 
     start: int
     size: int
     total: int
 
     def resized(self, size: int) -> AxisShard | None:
-        """Return the part after a reshape that splits each entry or joins several; None where it does neither."""
+        """Return the part after a reshape that splits each entry of the axis into several, or joins several into one.
+
+        Args:
+            size: the number of entries on this rank after the reshape.
+
+        Returns:
+            The part of the new axis, or None if the reshape neither splits nor joins the entries evenly.
+        """
         if self.size == size:
             return self
         if not self.size or not size:
@@ -63,13 +74,13 @@ class AxisShard(NamedTuple):
 
 @dataclass(frozen=True)
 class Sharding:
-    """Where a tensor of this rank lies in the whole tensor that the ranks of a mesh have together.
+    """Where the tensor on this rank lies in the whole tensor, which is divided among the ranks of a device mesh.
 
     Attributes:
-        mesh: the ranks.
-        axes: for each axis of the mesh, the axis of the tensor that is divided among its ranks. None where they hold the same,
-            UNKNOWN where the division is not known.
-        shards: this rank's part of divided axes, where it is known.
+        mesh: the device mesh.
+        axes: for each axis of the mesh, the axis of the tensor that is divided along it. None if the ranks along it hold the
+            same values; UNKNOWN if they hold different values in an unknown way.
+        shards: this rank's part of each divided axis, by axis of the tensor. Axes of which the part is not known are left out.
     """
 
     mesh: DeviceMesh
@@ -81,7 +92,7 @@ class Sharding:
         """Return the sharding of a DTensor."""
         sizes, starts = local_shape_and_offset(x)
         axes = tuple(_divided_axis(placement, x.ndim) for placement in x.placements)
-        if tuple(sizes) != tuple(local_part(x).shape):  # from_local() was not told that parts are uneven
+        if tuple(sizes) != tuple(local_part(x).shape):  # from_local() was not given the shape of the whole
             axes = tuple(axis if axis is None else UNKNOWN for axis in axes)
         divided = list(filter(_is_divided, axes))
         return cls(x.device_mesh, axes, {axis: AxisShard(starts[axis], sizes[axis], x.shape[axis]) for axis in divided})
@@ -92,9 +103,11 @@ class Sharding:
         return any(axis is not None for axis in self.axes)
 
     def moved(self, where: Callable[[int], int | None], shape: Sequence[int]) -> Sharding:
-        """Return the sharding of an operator's output of this shape, from `where` its axes went.
+        """Return the sharding of an operator's output, for an input with this sharding.
 
-        A part of another size in the output is no longer known.
+        Args:
+            where: a function that returns the axis of the output to which an axis of the input goes, or None if it is removed.
+            shape: the shape of the output on this rank. If a divided axis has another size there, its division becomes UNKNOWN.
         """
         moved: dict[int, tuple[int, AxisShard | None]] = {}
         for axis in filter(_is_divided, self.axes):
@@ -104,7 +117,10 @@ class Sharding:
         return self._with(moved)
 
     def reshaped(self, shape: Sequence[int], new_shape: Sequence[int]) -> Sharding:
-        """Return the sharding of the tensor in a new shape. Parts of axes that mix with axes before them are not known."""
+        """Return the sharding after a reshape of this rank's tensor from `shape` to `new_shape`.
+
+        If a divided axis is mixed with axes before it, this rank's part of the resulting axis is not known.
+        """
         moved: dict[int, tuple[int, AxisShard | None]] = {}
         for axis in filter(_is_divided, self.axes):
             new, part = first_reshaped_axis(shape, axis, new_shape), self.shards.get(axis)
@@ -114,19 +130,33 @@ class Sharding:
         return self._with(moved)
 
     def _with(self, moved: Mapping[int, tuple[int, AxisShard | None]]) -> Sharding:
+        """Return the sharding after the divided axes have moved.
+
+        Args:
+            moved: for each axis of the old tensor, the axis of the new tensor and this rank's part of it (None if it is not
+                known). The division of an axis that is not in `moved` becomes UNKNOWN.
+        """
         axes = tuple(moved.get(axis, (UNKNOWN, None))[0] if _is_divided(axis) else axis for axis in self.axes)
         return Sharding(self.mesh, axes, {axis: part for axis, part in moved.values() if part is not None})
 
     def reduced(self) -> Sharding:
-        """Return the sharding after ranks have added up or gathered the tensor: all hold the same."""
+        """Return the sharding after the ranks have added up or gathered the tensor, so that all hold the same values.
+
+        On a mesh with several axes, it is not known along which of them this happened.
+        """
         return Sharding(self.mesh, (None if len(self.axes) == 1 else UNKNOWN,) * len(self.axes), {})
 
     def divides(self, other_than: int) -> bool:
-        """Return whether any axis but the given one is divided among ranks."""
+        """Return whether any axis of the tensor except `other_than` is divided among ranks."""
         return any(axis not in (None, other_than) for axis in self.axes)
 
     def share(self, channel_axis: int, neurons: int) -> RankShare:
-        """Return the share of a site whose input has this sharding and this many neurons on this rank."""
+        """Return where this rank's counts of a site belong, if the site's input has this sharding.
+
+        Args:
+            channel_axis: the axis of the neurons in the input.
+            neurons: the number of neurons on this rank.
+        """
         part = self.shards.get(channel_axis, AxisShard(0, neurons, neurons))
         is_known = channel_axis not in self.axes or (channel_axis in self.shards and part.size == neurons)
         if UNKNOWN in self.axes or not is_known:
@@ -141,9 +171,14 @@ class Sharding:
         )
 
     def tokens(self, is_token: Tensor, shape: Sequence[int]) -> Tensor | None:
-        """Return the part of a padding mask [batch, tokens] for a rank's input of this shape; None where it is not known.
+        """Return the part of a padding mask that belongs to this rank's input of a site.
 
-        The input is [batch, tokens, neurons] or [batch * tokens, neurons]. A mask that has its size already is returned whole.
+        Args:
+            is_token: bool [batch, tokens]. If it has the size of the input already, it is returned whole.
+            shape: the shape of the input on this rank, [batch, tokens, neurons] or [batch * tokens, neurons].
+
+        Returns:
+            bool, with the shape of the input without its last axis; None if the part is not known.
         """
         positions = is_token if len(shape) == 3 else is_token.flatten()
         for mesh_axis, axis in enumerate(self.axes):
@@ -157,14 +192,21 @@ class Sharding:
 
 
 def first_reshaped_axis(shape: Sequence[int], axis: int, new_shape: Sequence[int]) -> int | None:
-    """Return the axis of new_shape in which the entries of an axis of shape are furthest apart, also where it is mixed."""
+    """Return the first axis of `new_shape` over which an axis of `shape` extends after a reshape, or None if there is none.
+
+    The entries of the axis are furthest apart in memory along this new axis. It may also hold entries of axes before it.
+    """
     outer = prod(shape[:axis])
     same = (new for new, size in enumerate(new_shape) if size == shape[axis] and prod(new_shape[:new]) == outer)
     return next(same, next((new for new in range(len(new_shape)) if prod(new_shape[: new + 1]) > outer), None))
 
 
 def joined(shardings: Iterable[Sharding]) -> Sharding | None:
-    """Return the sharding of an operator's output from those of its inputs; None where there are none."""
+    """Combine the shardings that the inputs of an operator give to its output. Return None if there are none.
+
+    An axis of the mesh along which any of them is UNKNOWN becomes UNKNOWN. Shardings on another mesh than the first are
+    ignored.
+    """
     known = list(shardings)
     if len(known) < 2:
         return known[0] if known else None
@@ -178,23 +220,32 @@ def joined(shardings: Iterable[Sharding]) -> Sharding | None:
 
 
 def is_dtensor(x: object) -> TypeGuard[DTensor]:
-    """Return whether x is a DTensor. Their module is slow to import; until somebody has imported it, there are none."""
+    """Return whether `x` is a DTensor.
+
+    The module of DTensor is slow to import, so it is not imported here. Until somebody has imported it, there are no DTensors.
+    """
     return type(x) is not Tensor and (kind := _dtensor()) is not None and isinstance(x, kind)
 
 
 def local_tensor(x: T) -> T:
-    """Return this rank's part of a DTensor, without an operator that a mode would see; any other tensor as it is."""
+    """Return this rank's part of a DTensor, and any other tensor as it is. No operator runs that a mode would see."""
     return local_part(x) if is_dtensor(x) else x
 
 
 def stored(x: Tensor) -> Tensor:
-    """Return the plain tensor that has the memory of x: of a DTensor, or of the result of a collective that is pending."""
+    """Return the plain tensor that has the memory of `x`.
+
+    `x` may be a DTensor, or the pending result of a collective. This function does not wait for the result.
+    """
     return without_waiting(local_tensor(x))
 
 
 @contextlib.contextmanager
 def shown_local_tensors(show: Show) -> Iterator[None]:
-    """Show every tensor that `DTensor.to_local` takes out of a DTensor in this thread, since no operator does it."""
+    """Call `show` inside the block for every tensor that `DTensor.to_local` returns in this thread.
+
+    `to_local` is not an operator, so a TorchDispatchMode does not see it.
+    """
     if _dtensor() is None:
         yield
         return
@@ -206,7 +257,10 @@ def shown_local_tensors(show: Show) -> Iterator[None]:
 
 
 class _ToLocal:
-    """While any thread is inside, `DTensor.to_local` shows it what it returned."""
+    """Replace `DTensor.to_local`, while any thread is inside, by a function that also shows its result.
+
+    The result is shown to the `show` functions with which the calling thread has entered.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -243,11 +297,15 @@ _TO_LOCAL = _ToLocal()
 
 
 def _dtensor() -> Any:
-    """Return the class of DTensors; None where nobody has imported it."""
+    """Return the class DTensor, or None if nobody has imported it."""
     return getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
 
 
 def _divided_axis(placement: Placement, ndim: int) -> int | None:
+    """Return the axis of a tensor with `ndim` axes that a placement divides.
+
+    It is None if the ranks hold the same values, and UNKNOWN for any placement other than a plain Shard.
+    """
     from torch.distributed.tensor import Shard
 
     if placement.is_replicate():
@@ -256,4 +314,5 @@ def _divided_axis(placement: Placement, ndim: int) -> int | None:
 
 
 def _is_divided(axis: int | None) -> TypeGuard[int]:
+    """Return whether an entry of `Sharding.axes` is a known axis."""
     return axis is not None and axis != UNKNOWN

@@ -1,4 +1,4 @@
-"""A site: one call of an activation in a forward pass, and the call itself while it is about to run."""
+"""Describe a site (one call of an activation in a forward pass), and such a call when it is about to run."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,10 +12,10 @@ class Site:
     """Describe a site: one call of one activation in a forward pass.
 
     Attributes:
-        name: the module's dotted path, with :1, :2, … for further calls of it in the same pass. The call of a function is named
-            after the module whose forward makes it and after the function.
+        name: for a module, its dotted path. For a function, the dotted path of the module whose forward calls it, followed by
+            the name of the function. If the same forward pass calls it again, the further sites have :1, :2, … at the end.
         activation: the name of the activation, such as "relu"; `register_activation` adds names.
-        neurons: the number of neurons of the site. Where ranks of torch.distributed divide them, the number on this rank.
+        neurons: the number of neurons of the site. If ranks of torch.distributed divide the neurons, the number on this rank.
         channel_axis: the axis of the activation's input whose entries are the neurons.
 
     Examples:
@@ -33,11 +33,11 @@ class Site:
 
 
 class Call(NamedTuple):
-    """One activation that is about to run."""
+    """A call of an activation that is about to run."""
 
     site: Site
-    x: Tensor  # what the activation is given, which may be a DTensor
-    is_token: Tensor | None  # bool [batch, tokens]: False where the batch is padded
-    module: nn.Module | None  # None where a function is called
-    function: str  # its name; empty where a module is called
-    run: Callable[[], Any]
+    x: Tensor  # the input of the activation; it may be a DTensor
+    is_token: Tensor | None  # bool [batch, tokens]: False at padding; None if nothing is known to be padding
+    module: nn.Module | None  # the activation module; None if a function is called
+    function: str  # the name of the function; empty if a module is called
+    run: Callable[[], Any]  # runs the activation and returns its output

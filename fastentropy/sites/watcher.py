@@ -1,4 +1,4 @@
-"""Watch the forward passes of a model and show every call of an activation to an observer."""
+"""Watch the forward passes of a model, and report every call of an activation to an observer."""
 
 import contextlib
 import re
@@ -26,18 +26,18 @@ P = TypeVar("P")
 
 
 class Observer(Protocol[P]):
-    """Is shown forward passes. The other two methods get what `begin_pass` returns."""
+    """Receive the forward passes of a model. The other two methods are given the value that `begin_pass` returned."""
 
     def begin_pass(self) -> P:
-        """Prepare for a pass: the model, or a part of it, is called from outside."""
+        """Prepare for a pass, which begins when the model, or a part of it, is called from outside."""
         ...
 
     def run_activation(self, forward_pass: P, call: Call) -> Any:
-        """Run an activation, look at its input before or after that, and return its output."""
+        """Run an activation and return its output. The observer may read the input before or after it runs the activation."""
         ...
 
     def end_pass(self, forward_pass: P, completed: bool) -> None:
-        """Finish a pass: the call has returned, or it has raised where `completed` is False."""
+        """Finish a pass. `completed` is True if the call returned, and False if it raised."""
         ...
 
 
@@ -45,24 +45,25 @@ class Observer(Protocol[P]):
 class _Pass(Generic[P]):
     """A forward pass in one thread: the outermost call of the model, or of a part of it."""
 
-    observed: P
-    tracker: AxisTracker | None  # in passes that discover
-    follows_owners: bool  # the watcher must know whose forward is running
-    calls: dict[str, int] = field(default_factory=dict)  # how often each path was called
-    owners: list[str] = field(default_factory=list)
-    is_token: Tensor | None = None
-    inside_activation: bool = False
+    observed: P  # the value that the observer's begin_pass returned
+    tracker: AxisTracker | None  # None if the pass does not discover sites
+    follows_owners: bool  # whether the watcher must know which module's forward is running
+    calls: dict[str, int] = field(default_factory=dict)  # the number of calls so far, by path
+    owners: list[str] = field(default_factory=list)  # paths of the modules whose forwards are running, outermost first
+    is_token: Tensor | None = None  # the padding mask that applies, bool [batch, tokens]
+    inside_activation: bool = False  # whether an activation is running
 
 
 class SiteWatcher(Generic[P]):
-    """Shows every activation call of a model to an observer while attached, before the activation runs.
+    """Report every activation call of a model to an observer while attached. The observer runs the activation.
 
-    Sites are discovered in the first complete pass through each module that is called from outside. Passes of several threads
-    are kept apart. A forward that activation checkpointing repeats during backward is not shown.
+    Each such call belongs to a site, which is one call of an activation in a forward pass. Sites are discovered in the first
+    complete pass through each module that is called from outside. Each thread has passes of its own. Activation checkpointing
+    repeats forwards during backward; these are not reported.
 
     Attributes:
-        registry: the sites that were met.
-        activations: the name of the activation of each activation module, by path.
+        registry: the sites that were discovered.
+        activations: the name of the activation of each activation module, by dotted path.
     """
 
     def __init__(
@@ -76,9 +77,9 @@ class SiteWatcher(Generic[P]):
 
         Args:
             model: any module.
-            observer: is shown the calls.
-            channel_axis: the neuron axis of sites, by name, where it should not be inferred.
-            mask: where calls give the padding mask, see `Mask`.
+            observer: the object that runs the activations.
+            channel_axis: the axis of the neurons, by name of the site, for sites where it should not be inferred.
+            mask: where the padding mask of a call comes from: the name of an argument, a function, or None (see `Mask`).
         """
         self._model, self._observer = model, observer
         self._mask = mask
@@ -132,17 +133,21 @@ class SiteWatcher(Generic[P]):
 
     @property
     def sites(self) -> dict[str, Site]:
-        """Return the sites that were met, by name."""
+        """Return the sites that were discovered, by name."""
         return self.registry.sites
 
     @property
     def is_attached(self) -> bool:
-        """Return whether calls are watched."""
+        """Return whether the model is being watched."""
         return self._interception.is_attached
 
     def _run_container(
         self, name: str, module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
+        """Run the forward of a module that is not an activation. A call from outside begins a pass.
+
+        This is a handler of `Interception`, so the arguments are those of `interception.Handler`.
+        """
         current: _Pass[P] | None = getattr(self._thread, "current", None)
         if current is not None and not current.follows_owners and name not in self._mask_arguments:
             return original(module, *args, **kwargs)
@@ -157,6 +162,10 @@ class SiteWatcher(Generic[P]):
     def _run_activation(
         self, name: str, module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
+        """Run the forward of an activation module, and report it to the observer unless another activation calls it.
+
+        This is a handler of `Interception`, so the arguments are those of `interception.Handler`.
+        """
         x = args[0] if args else next(iter(kwargs.values()), None)
         if not _is_countable(x) or in_backward():
             return original(module, *args, **kwargs)
@@ -164,13 +173,13 @@ class SiteWatcher(Generic[P]):
         if current is None:
             with self._new_pass(name, args, kwargs):
                 return self._run_activation(name, module, original, args, kwargs)
-        if current.inside_activation:  # a part of another one
+        if current.inside_activation:  # another activation calls this one as a part of itself
             return original(module, *args, **kwargs)
         activation = self.activations[name]
         return self._show(current, name, activation, x, module, "", lambda: original(module, *args, **kwargs))
 
     def run_function(self, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """Run a PyTorch function that is called in a pass; the call of an activation is a site."""
+        """Run a PyTorch function that is called during a pass. If it is an activation, report it to the observer."""
         current: _Pass[P] | None = getattr(self._thread, "current", None)
         activation = function_name(function)
         x = args[0] if args else kwargs.get("input")
@@ -182,7 +191,10 @@ class SiteWatcher(Generic[P]):
         return self._show(current, name, activation, x, None, function.__name__, lambda: function(*args, **kwargs))
 
     def _function_path(self, owner: str, function: str) -> str:
-        """Return the name of a function's calls by a module: one that is not the path of another module."""
+        """Return the path for the calls of a function by the module with the path `owner`.
+
+        If a module of the model has this path, a number is added to it.
+        """
         path = f"{owner}.{function}".lstrip(".")
         index = 0
         while path in self._paths:
@@ -192,7 +204,10 @@ class SiteWatcher(Generic[P]):
 
     @contextlib.contextmanager
     def _new_pass(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[_Pass[P]]:
-        """Run a call from outside as a pass. The first one of each module discovers sites, and so follows every operator."""
+        """Run a call from outside as a pass, inside the block.
+
+        The first complete pass of each module discovers sites. For this it follows every operator.
+        """
         tracker = None if name in self._entries else AxisTracker(self._model.parameters())
         follows_owners = tracker is not None or bool(self.registry.functional)
         current = _Pass(self._observer.begin_pass(), tracker, follows_owners)
@@ -218,7 +233,10 @@ class SiteWatcher(Generic[P]):
 
     @contextlib.contextmanager
     def _inside(self, current: _Pass[P], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
-        """Run the forward of a module: calls of functions are named after it, and its padding mask applies."""
+        """Run the forward of a module inside the block.
+
+        In the block, calls of functions are named after the module, and the padding mask that the module was given applies.
+        """
         is_token = current.is_token
         if name in self._mask_arguments:
             given, mask = self._mask_arguments[name].given(args, kwargs)
@@ -234,6 +252,7 @@ class SiteWatcher(Generic[P]):
             current.is_token = is_token
 
     def _warn_of_mask(self, mask: Any) -> None:
+        """Warn, once, that an argument with the name of the padding mask holds something else, which is ignored."""
         if not self._warned_of_mask:
             self._warned_of_mask = True
             given = f"shape {list(mask.shape)}" if isinstance(mask, Tensor) else f"type {type(mask).__name__}"
@@ -253,7 +272,17 @@ class SiteWatcher(Generic[P]):
         function: str,
         run: Callable[[], Any],
     ) -> Any:
-        """Find out which site this is, and let the observer run it."""
+        """Resolve the site of an activation call, let the observer run the call, and return its output.
+
+        Args:
+            current: the pass.
+            path: the path of the activation module, or of the function's calls.
+            activation: the name of the activation.
+            x: the input of the activation.
+            module: the activation module, or None if a function is called.
+            function: the name of the function; empty if a module is called.
+            run: a function that runs the activation and returns its output.
+        """
         index = current.calls.get(path, 0)
         current.calls[path] = index + 1
         name = f"{path}:{index}" if index else path
@@ -269,7 +298,7 @@ class SiteWatcher(Generic[P]):
 
 
 class _FunctionCalls(TorchFunctionMode):
-    """Shows every PyTorch function that is called while active to a watcher."""
+    """Hand every PyTorch function that is called while this mode is active to a watcher, which runs it."""
 
     def __init__(self, watcher: SiteWatcher[Any]) -> None:
         super().__init__()
@@ -278,34 +307,35 @@ class _FunctionCalls(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Run one function."""
+        """Let the watcher run `func`, because it reports the function if it is an activation."""
         return self._watcher.run_function(func, args, kwargs or {})
 
 
 class NoObserver:
-    """Runs every activation and looks at nothing."""
+    """An observer that runs every activation and records nothing. Use it to discover sites."""
 
     def begin_pass(self) -> None:
-        """Begin."""
+        """Do nothing: no state is kept for a pass."""
 
     def run_activation(self, forward_pass: None, call: Call) -> Any:
-        """Run it."""
+        """Run the activation and return its output."""
         return call.run()
 
     def end_pass(self, forward_pass: None, completed: bool) -> None:
-        """End."""
+        """Do nothing, because no state was kept for the pass."""
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Return whether a module's forward cannot call an activation.
+    """Return whether a module's forward cannot call an activation that the watcher would see.
 
-    That is so for the modules of torch.nn without modules inside, and for code that is not Python.
+    This is so for modules of torch.nn without children, and for modules that TorchScript has compiled.
     """
     childless = next(module.children(), None) is None
     return (childless and type(module).__module__.startswith("torch.nn.modules.")) or isinstance(module, torch.jit.ScriptModule)
 
 
 def _is_scripted_activation(module: nn.Module) -> bool:
+    """Return whether a module was compiled by TorchScript and runs an activation."""
     if not isinstance(module, torch.jit.ScriptModule):
         return False
     operators = re.findall(r"aten::(\w+)", str(getattr(module, "inlined_graph", "")))
@@ -314,7 +344,11 @@ def _is_scripted_activation(module: nn.Module) -> bool:
 
 
 def _is_countable(x: Any) -> TypeGuard[Tensor]:
-    """Return whether a value has neurons: a number or a parameter of the model has none."""
+    """Return whether a value has neurons to count: a floating-point tensor with axes that is not a parameter.
+
+    Raises:
+        RuntimeError: the value belongs to a transform of torch.func.
+    """
     if isinstance(x, Tensor) and is_functorch_tensor(x):
         raise RuntimeError(
             "activations cannot be counted inside of torch.func transforms; collect while the model is called alone"
