@@ -1,6 +1,10 @@
-"""Activations that count the states of their input per neuron, and fused chains of operators, on plain tensors.
+"""Kernels for plain tensors: activations that count the states of their input, and fused chains of linear operators.
 
-A state is `off` (x < 0), `zero` (x == 0, of either sign) or `on` (x > 0), infinities included. NaN is in none of them.
+The state of a value `x` is *off* (x < 0), *zero* (x == 0, of either sign) or *on* (x > 0). Infinities count as off or on. NaN
+has no state. States are counted per neuron: for each index of the channel axis, over all other axes.
+
+A chain is a stretch of a network without an activation between its convolutions or linear layers. A fused chain runs as one
+kernel.
 """
 
 from fastentropy_kernels.activations import linear_regions

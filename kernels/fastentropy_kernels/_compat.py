@@ -1,7 +1,8 @@
-"""Every private name of PyTorch and of the C library that the kernels use, each in one function.
+"""The private names of PyTorch and of the C library that the kernels use, each wrapped in one function.
 
-Any release may drop a private name. A function that no longer finds its name raises RuntimeError, because a default would
-count wrongly in silence.
+A release of PyTorch may drop a private name. `is_plain_eager` then raises RuntimeError, because any default answer could lead
+to wrong counts without an error. `openmp_parallel` returns None if its name is missing, and its caller then runs on one
+thread.
 """
 
 from __future__ import annotations
@@ -16,13 +17,18 @@ from torch.autograd import forward_ad
 
 
 def is_plain_eager(x: Tensor) -> bool:
-    """Return whether no tracer, mode, forward derivative or transform would see an operator on `x`.
+    """Return whether an operator on `x` would run in plain eager mode, without a tracer, mode or transform.
 
-    A kernel that is launched directly is invisible to all of these, so they get the registered operators instead. PyTorch has
-    public context managers that enter them, but no public function that tells whether one is active.
+    The result is False if PyTorch traces, if a `TorchDispatchMode` or forward-mode differentiation is active, or if `x` is
+    wrapped by a transform of `torch.func`. A kernel that is launched directly is invisible to all of these, so the caller must
+    use the registered operator instead. PyTorch has public context managers that enter them, but no public function that tells
+    whether one is active.
+
+    Args:
+        x: any tensor. Its values are not read.
 
     Raises:
-        RuntimeError: this release of PyTorch lacks one of the names.
+        RuntimeError: this release of PyTorch lacks one of the private names.
     """
     try:
         return (
@@ -40,11 +46,12 @@ def is_plain_eager(x: Tensor) -> bool:
 
 @cache
 def openmp_parallel() -> Callable[[int, int, int, int], None] | None:
-    """Return GOMP_parallel(function, argument, threads, flags), an entry point of GNU's, LLVM's and Intel's OpenMP.
+    """Return the C function `GOMP_parallel(function, argument, threads, flags)`, or None if it is missing.
 
-    `import torch` loads its own OpenMP into the global scope, and only that team leaves the cores to PyTorch's operators.
-    Python has no public function that starts it. Where there is no such name (Windows), None is returned and the caller uses
-    one thread.
+    GNU's, LLVM's and Intel's OpenMP all export this function. It calls `function(argument)` once on each thread of a team.
+    Python has no public function that does so. `import torch` loads its OpenMP library into the global scope. The kernels use
+    the same library, because the threads of a second library would compete with PyTorch's threads for the cores. The function
+    is missing on Windows, for example. The caller then uses one thread.
     """
     try:
         parallel = ctypes.CDLL(None).GOMP_parallel

@@ -1,6 +1,7 @@
-"""The table of activations that the kernels know: value, gradient, parameters and linear regions, in plain PyTorch.
+"""The table of activations: value, gradient, parameters and linear regions of each, in plain PyTorch.
 
-An activation is one entry of `ACTIVATIONS`. The public functions, their operators, `aot` and the references read it.
+Each activation is one entry of `ACTIVATIONS`. The public functions, their registered operators, the references and the
+compilation without a GPU (`aot`) read the table.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ SELU_ALPHA, SELU_SCALE = 1.6732632423543772848, 1.0507009873554804934
 
 
 class Activation(NamedTuple):
-    """One activation.
+    """An entry of the table of activations.
 
     Attributes:
-        function: `function(x, *parameters)` returns y, a new tensor.
-        backward: `backward(grad, x, *parameters)` returns the gradient of x from that of y.
-        parameters: maps the names of the parameters, which are those of torch.nn.functional, to their defaults, in order.
-        regions: `regions(*parameters)` returns the points where one formula ends and the next begins. None for an
-            activation that is not defined piece by piece.
+        function: `function(x, *parameters)` returns the activation of `x` as a new tensor.
+        backward: `backward(grad, x, *parameters)` returns the gradient of `x`, given `grad`, the gradient of the activation.
+        parameters: the parameters' names, as in torch.nn.functional, and their defaults, in the order of the arguments.
+        regions: `regions(*parameters)` returns the points at which a piecewise activation changes from one formula to the
+            next. None for an activation that is not piecewise.
     """
 
     function: Callable[..., Tensor]
@@ -39,19 +40,26 @@ class Activation(NamedTuple):
 
 
 def _quick_gelu(x: Tensor) -> Tensor:
-    """Return x sigmoid(1.702 x) (Hendrycks and Gimpel 2016), computed in float32 for 16-bit formats as PyTorch's gelu is."""
+    """Return x sigmoid(1.702 x) (Hendrycks and Gimpel 2016).
+
+    16-bit formats are computed in float32 and rounded once, as in PyTorch's gelu.
+    """
     wide = x if x.dtype == torch.float64 else x.float()
     return (wide * torch.sigmoid(1.702 * wide)).to(x.dtype)
 
 
 def _quick_gelu_backward(grad: Tensor, x: Tensor) -> Tensor:
+    """Return the gradient of x for `_quick_gelu`, computed in the same precision."""
     wide = x if x.dtype == torch.float64 else x.float()
     sigmoid = torch.sigmoid(1.702 * wide)
     return (grad * sigmoid * (1 + 1.702 * wide * (1 - sigmoid))).to(x.dtype)
 
 
 def _silu_backward(grad: Tensor, x: Tensor) -> Tensor:
-    """Call PyTorch's operator. It has no derivative, so the formula takes its place where gradients are recorded."""
+    """Return the gradient of x for silu.
+
+    PyTorch's operator for it has no derivative itself. If gradients are recorded, the differentiable formula is used instead.
+    """
     if not torch.is_grad_enabled():
         return cast(Tensor, aten.silu_backward(grad, x))
     sigmoid = torch.sigmoid(x)
@@ -59,7 +67,7 @@ def _silu_backward(grad: Tensor, x: Tensor) -> Tensor:
 
 
 def _mish_backward(grad: Tensor, x: Tensor) -> Tensor:
-    """Do for mish what `_silu_backward` does for silu."""
+    """Return the gradient of x for mish. The two cases are those of `_silu_backward`."""
     if not torch.is_grad_enabled():
         return cast(Tensor, aten.mish_backward(grad, x))
     tanh = torch.tanh(F.softplus(x))
@@ -67,11 +75,13 @@ def _mish_backward(grad: Tensor, x: Tensor) -> Tensor:
 
 
 def _at_zero(*parameters: float) -> tuple[float, ...]:
+    """Return the only edge of an activation that changes its formula at 0, whatever its parameters."""
     return (0.0,)
 
 
-# Names and parameters are those of torch.nn.functional. gelu_tanh is gelu with approximate="tanh", relu2 is the square of
-# relu, and quick_gelu is x sigmoid(1.702 x), as in Hugging Face's transformers. No function returns its argument.
+# Names and parameters are those of torch.nn.functional, with four additions. identity returns a copy. gelu_tanh is gelu with
+# approximate="tanh". relu2 is the square of relu. quick_gelu is x sigmoid(1.702 x), as in Hugging Face's transformers. No
+# function returns its argument itself.
 ACTIVATIONS: Mapping[str, Activation] = MappingProxyType(
     {
         "identity": Activation(torch.clone, lambda grad, x: grad.clone()),
@@ -99,7 +109,7 @@ ACTIVATIONS: Mapping[str, Activation] = MappingProxyType(
         ),
         "relu2": Activation(lambda x: F.relu(x).square(), lambda grad, x: 2 * F.relu(x) * grad, regions=_at_zero),
         "quick_gelu": Activation(_quick_gelu, _quick_gelu_backward),
-        # prelu also takes a weight for each neuron; see `activate`.
+        # prelu takes a tensor of slopes in addition; see `activate`.
         "prelu": Activation(
             lambda x, weight: torch.where(x > 0, x, weight * x),
             lambda grad, x, weight: torch.where(x > 0, grad, weight * grad),
@@ -110,9 +120,9 @@ ACTIVATIONS: Mapping[str, Activation] = MappingProxyType(
 
 
 def linear_regions(activation: str, **parameters: float) -> tuple[float, ...]:
-    """Return the points where an activation that is defined piece by piece changes from one formula to the next.
+    """Return the points at which a piecewise activation changes from one formula to the next.
 
-    `activation_states(..., states="regions")` counts between these edges.
+    `activation_states(..., states="regions")` counts how many values lie in each interval between these points.
 
     Args:
         activation: the name of an activation, as for `activation_states`.
@@ -123,7 +133,7 @@ def linear_regions(activation: str, **parameters: float) -> tuple[float, ...]:
 
     Raises:
         TypeError: a parameter does not belong to the activation, or is not a number.
-        ValueError: the activation is unknown or has no such points, or a parameter is out of range.
+        ValueError: the activation is unknown or is not piecewise, or a parameter is out of range.
 
     Examples:
         >>> from fastentropy_kernels import linear_regions
@@ -143,7 +153,15 @@ def linear_regions(activation: str, **parameters: float) -> tuple[float, ...]:
 def activate(
     x: Tensor, activation: str, parameters: Sequence[float] = (), weight: Tensor | None = None, channel_axis: int = 1
 ) -> Tensor:
-    """Return the activation of `x` as a new tensor. `weight`, [neurons] or [1], holds the slopes of prelu."""
+    """Return the activation of `x` as a new tensor.
+
+    Args:
+        x: a floating-point tensor of any shape.
+        activation: a key of `ACTIVATIONS`.
+        parameters: the parameters of the activation, in the order of the table.
+        weight: the slopes of prelu, `[neurons]` or `[1]`. None for every other activation.
+        channel_axis: the axis of `x` along which the slopes lie.
+    """
     weights = () if weight is None else (along_axis(weight, x.ndim, channel_axis),)
     return ACTIVATIONS[activation].function(x, *weights, *parameters)
 
@@ -151,7 +169,19 @@ def activate(
 def activate_backward(
     grad: Tensor, x: Tensor, activation: str, parameters: Sequence[float], weight: Tensor | None, channel_axis: int
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the gradients of `x` and of `weight` from that of y. Without a weight, the second is None."""
+    """Return the gradients of `x` and of `weight`, given the gradient of the activation.
+
+    Args:
+        grad: the gradient of the activation, with the shape of `x`.
+        x: the argument of the activation.
+        activation: a key of `ACTIVATIONS`.
+        parameters: the parameters of the activation, in the order of the table.
+        weight: the slopes of prelu, `[neurons]` or `[1]`. None for every other activation.
+        channel_axis: the axis of `x` along which the slopes lie.
+
+    Returns:
+        The gradient of `x` and the gradient of `weight`. The second is None if `weight` is None.
+    """
     if weight is None:
         return ACTIVATIONS[activation].backward(grad, x, *parameters), None
     grad_x = ACTIVATIONS[activation].backward(grad, x, along_axis(weight, x.ndim, channel_axis))
@@ -161,17 +191,29 @@ def activate_backward(
 
 
 def no_autocast(device_type: str) -> AbstractContextManager[object]:
-    """Return a context without autocast, under which some activations return float32 and some products sum in 16 bits."""
+    """Return a context in which autocast is disabled on this type of device.
+
+    Under autocast, some activations would return float32, and some matrix products would be computed in 16 bits.
+    """
     return torch.autocast(device_type, enabled=False) if torch.amp.is_autocast_available(device_type) else nullcontext()
 
 
 def along_axis(weight: Tensor, ndim: int, channel_axis: int) -> Tensor:
-    """Return a view of a 1-d tensor that broadcasts along `channel_axis` of a tensor with `ndim` axes."""
+    """Return a view of the 1-d tensor `weight` that broadcasts along `channel_axis` of a tensor with `ndim` axes."""
     return weight.view([-1 if axis == channel_axis % ndim else 1 for axis in range(ndim)])
 
 
 def checked_parameters(activation: str, parameters: Mapping[str, float]) -> tuple[float, ...]:
-    """Return the parameters of an activation in the order of the table, with the default of each that is not given."""
+    """Check the parameters of an activation, and return all of them in the order of the table.
+
+    Args:
+        activation: the name of an activation.
+        parameters: numbers by name. A parameter that is missing gets its default.
+
+    Raises:
+        TypeError: a parameter does not belong to the activation, or is not a number.
+        ValueError: the activation is unknown, or a parameter is out of range.
+    """
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: got {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
     defaults = ACTIVATIONS[activation].parameters

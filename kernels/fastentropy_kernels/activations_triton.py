@@ -1,7 +1,7 @@
-"""GPU: the activations, as one function that the Triton kernels inline.
+"""GPU: all activations in one Triton function, which the kernels inline.
 
-Each branch computes in float32 and keeps NaN. Its form is chosen for few instructions: memory, not arithmetic, is to be the
-bound of a kernel that reads a value, activates it and writes it.
+Every activation is computed in float32 and keeps NaN. The formulas are chosen for few instructions. A kernel reads a value,
+activates it and writes it, and should be limited by memory bandwidth, not by arithmetic.
 """
 
 # Kernels have no types, and Triton's decorator has none either.
@@ -19,8 +19,8 @@ def activate(x, ACTIVATION: tl.constexpr, parameters, weight):
     Args:
         x: float32 tile. NaN stays NaN.
         ACTIVATION: a key of `activations.ACTIVATIONS`.
-        parameters: tuple of float32 numbers, those of the activation in the order of the table.
-        weight: float32, the slopes of prelu; it broadcasts to the shape of `x`.
+        parameters: tuple of float32 numbers, the parameters of the activation in the order of the table.
+        weight: float32, the slopes of prelu, in a shape that broadcasts to that of `x`. Other activations ignore it.
     """
     if ACTIVATION == "identity":
         return x
@@ -66,23 +66,28 @@ def activate(x, ACTIVATION: tl.constexpr, parameters, weight):
 
 @triton.jit
 def _at_least(x, low):
+    """Return the larger of `x` and `low`. NaN stays NaN."""
     return tl.maximum(x, low, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def _clamp(x, low, high):
+    """Return `x` limited to the interval from `low` to `high`. NaN stays NaN."""
     return tl.minimum(_at_least(x, low), high, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def _gelu(x):
-    """Return x Phi(x) = max(x, 0) - z Phi(-z) with z = |x| and Phi(-z) = 2^-q(z).
+    """Return x Phi(x), computed as max(x, 0) - z Phi(-z) with z = |x| and Phi(-z) = 2^-q(z).
 
-    In this form nothing cancels below 0, where Phi is small. q is a polynomial, exact at 0, fitted to -log2 Phi(-z) over
-    0 <= z <= 10. The fit is by least squares with weights that are raised where the error is largest, until the maximum is
-    least (Lawson's algorithm). The error of z Phi(-z) is at most 1.6e-7 or 0.16% of the value, whichever is larger. Beyond 10
-    z Phi(-z) is below 1e-22, and q keeps rising. From 14 on the product no longer changes x > 0, so z stops there and infinity
-    stays infinity. Minus infinity gives NaN, as in PyTorch.
+    Phi is the distribution function of the normal distribution. In this form nothing cancels for x < 0, where Phi(x) is small.
+
+    q is a polynomial, exact at 0, which is fitted to -log2 Phi(-z) over 0 <= z <= 10. The fit is by weighted least squares.
+    Lawson's algorithm raises the weights where the error is largest, until the maximum error is least. The error of z Phi(-z)
+    is at most 1.6e-7 or 0.16% of the value, whichever is larger. For z > 10, z Phi(-z) is below 1e-22, and q keeps rising.
+
+    For x > 14, subtracting z Phi(-z) no longer changes x. z is therefore limited to 14 there, and infinity stays infinity.
+    Minus infinity gives NaN, as in PyTorch.
     """
     z = tl.abs(tl.minimum(x, 14.0, propagate_nan=tl.PropagateNan.ALL))
     q = 1.2594321106007555e-06 * z - 4.9938669690163806e-05
@@ -97,10 +102,10 @@ def _gelu(x):
 
 @triton.jit
 def _times_sigmoid(x, at):
-    """Return x sigmoid(at), with sigmoid as the square of 1 / sqrt(1 + e^-at).
+    """Return x sigmoid(at), where the sigmoid is the square of 1 / sqrt(1 + e^-at).
 
-    A reciprocal root takes one instruction and a division takes several. The relative error of the root, 2^-22.9 (PTX ISA,
-    rsqrt.approx), counts twice. Where `at` is far below 0, the error of e^-at is larger.
+    A reciprocal square root takes one instruction, but a division takes several. The square doubles the relative error of the
+    root, which is 2^-22.9 (PTX ISA, rsqrt.approx). If `at` is far below 0, the error of e^-at is larger than that.
     """
     root = tl.rsqrt(1.0 + tl.exp2(at * -1.4426950408889634))
     return x * root * root
@@ -108,7 +113,10 @@ def _times_sigmoid(x, at):
 
 @triton.jit
 def _softplus(x):
-    """Return log(1 + e^x) = max(x, 0) + log(1 + e) with e = e^-|x|. log(1 + e) is 2 artanh(s), s = e / (2 + e) <= 1/3."""
+    """Return log(1 + e^x), computed as max(x, 0) + log(1 + e) with e = e^-|x|.
+
+    The series is that of log(1 + e) = 2 artanh(s), with s = e / (2 + e) <= 1/3.
+    """
     e = tl.exp(-tl.abs(x))
     s = e / (2.0 + e)
     z = s * s
@@ -118,10 +126,14 @@ def _softplus(x):
 
 @triton.jit
 def _expm1(x):
-    """Return e^x - 1: Taylor's series near 0, where the difference would cancel."""
+    """Return e^x - 1.
+
+    For |x| < 0.35 it is Taylor's series, because the difference would cancel there.
+    """
     series = 1 / 24 + x * (1 / 120 + x * (1 / 720 + x * (1 / 5040 + x * (1 / 40320))))
     return tl.where(tl.abs(x) < 0.35, x + x * x * (0.5 + x * (1 / 6 + x * series)), tl.exp(x) - 1.0)
 
 
-# Whether the kernels run in Triton's interpreter, on CPU tensors: TRITON_INTERPRET=1 was set when this module was imported.
+# True if TRITON_INTERPRET=1 was set when this module was imported. The kernels then run in Triton's interpreter, on CPU
+# tensors.
 INTERPRETED = not isinstance(activate, triton.JITFunction)

@@ -1,7 +1,8 @@
-"""GPU: three counters packed into one int32 per lane.
+"""GPU: counters of the states of a tile, three to each int32.
 
-Each lane packs three 10-bit counters into one int32. So the three counts take one register, and counting a value takes a
-selection and an addition. A lane counts at most MOST_COUNTED values.
+Each lane (an element of the tile of counters) packs three 10-bit counters into one int32. The three counts therefore take one
+register, and counting a value takes a selection and an addition. A lane can count at most MOST_COUNTED values before a counter
+overflows.
 """
 
 # Kernels have no types, and Triton's decorator has none either.
@@ -11,17 +12,24 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# The value that adds one to each of the three counters of a lane.
+# Adding one of these to an int32 adds one to its first, second or third counter.
 _FIRST: tl.constexpr = tl.constexpr(1)
 _SECOND: tl.constexpr = tl.constexpr(1 << 10)
 _THIRD: tl.constexpr = tl.constexpr(1 << 20)
-# The largest count that a counter holds.
+# The largest count that a 10-bit counter can hold.
 MOST_COUNTED: tl.constexpr = tl.constexpr((1 << 10) - 1)
 
 
 @triton.jit
 def zero_counters(HEIGHT: tl.constexpr, WIDTH: tl.constexpr, edges):
-    """Return a tuple of int32 tiles of zeros: one for the signs, one for every three of the len(edges) + 1 counters."""
+    """Return counters that are all zero, as a tuple of int32 tiles.
+
+    Args:
+        HEIGHT: height of each tile.
+        WIDTH: width of each tile.
+        edges: tuple of the edges of a histogram. With edges, the tuple holds len(edges) + 1 counters per lane, three in each
+            tile. Without edges, it holds one tile, for the states on, off and zero.
+    """
     counts = (tl.zeros((HEIGHT, WIDTH), tl.int32),)
     for _ in tl.static_range(len(edges) // 3):
         counts = counts + (tl.zeros((HEIGHT, WIDTH), tl.int32),)  # noqa: RUF005
@@ -30,15 +38,18 @@ def zero_counters(HEIGHT: tl.constexpr, WIDTH: tl.constexpr, edges):
 
 @triton.jit
 def count_lanes(counts, x, edges, REPEATS: tl.constexpr, AXIS: tl.constexpr):
-    """Return the counters of all lanes with the values of the tile `x` added.
+    """Return the counters of all lanes after counting the values of the tile `x`.
+
+    Without edges, the three counters count the states on, off and zero. With edges, the counters are cumulative: counter 0
+    counts all numbers, and counter i counts the numbers that are at least `edges[i - 1]`. Each tile holds three of these
+    counters.
 
     Args:
-        counts: tuple of int32 tiles, as `zero_counters` makes them.
+        counts: the counters so far, a tuple of int32 tiles as `zero_counters` returns it.
         x: float32 tile. NaN is not counted.
-        edges: tuple of float32 numbers. Without edges, the three counters are those of on, off and zero. With edges,
-            counter 0 counts the numbers from -infinity on, and counter i those from `edges[i - 1]` on, three in each tile.
-        REPEATS: how many values along AXIS belong to one lane.
-        AXIS: the axis of `x` along which lanes repeat.
+        edges: tuple of float32 numbers in rising order; empty to count states.
+        REPEATS: how many values along AXIS are counted by one lane.
+        AXIS: the axis of `x` along which the values of a lane lie.
     """
     if len(edges) == 0:
         state = tl.where(x > 0, _FIRST, tl.where(x < 0, _SECOND, tl.where(x == 0, _THIRD, 0)))
@@ -53,7 +64,15 @@ def count_lanes(counts, x, edges, REPEATS: tl.constexpr, AXIS: tl.constexpr):
 
 @triton.jit
 def _sum_repeats(state, REPEATS: tl.constexpr, AXIS: tl.constexpr):
-    """Sum the values of each lane along AXIS: where a tile is longer than all threads together, a lane has several."""
+    """Sum the packed counters of each lane's values, which lie along AXIS.
+
+    A lane has several values (REPEATS) if the tile is larger than one access by all threads.
+
+    Args:
+        state: int32 tile, what each value adds to the packed counters.
+        REPEATS: how many values along AXIS belong to one lane.
+        AXIS: the axis of `state` along which the values of a lane lie.
+    """
     if REPEATS == 1:
         return state
     elif AXIS == 0:
@@ -64,7 +83,10 @@ def _sum_repeats(state, REPEATS: tl.constexpr, AXIS: tl.constexpr):
 
 @triton.jit
 def _three_at_least(x, edges, FIRST: tl.constexpr):
-    """Return what `x` adds to the counters FIRST, FIRST + 1 and FIRST + 2, which are packed into one int32."""
+    """Return what each value of `x` adds to the counters FIRST, FIRST + 1 and FIRST + 2, packed into one int32.
+
+    Counter 0 counts all numbers, and counter i counts the numbers that are at least `edges[i - 1]`.
+    """
     state = tl.where(x >= (float("-inf") if FIRST == 0 else edges[FIRST - 1]), _FIRST, 0)
     if len(edges) > FIRST:
         state += tl.where(x >= edges[FIRST], _SECOND, 0)
@@ -75,11 +97,17 @@ def _three_at_least(x, edges, FIRST: tl.constexpr):
 
 @triton.jit
 def unpack(counts, PLACE: tl.constexpr):
-    """Return the counter at PLACE (0, 1 or 2) of each int32 of `counts`."""
+    """Return one of the three counters of each int32 of `counts`: the one with index PLACE (0, 1 or 2)."""
     return counts // (1 << 10 * PLACE) & MOST_COUNTED
 
 
 @triton.jit
 def atomic_add(pointers, number, inside):
-    """Add `number` to the int64 at `pointers`, where `inside` is true and there is something to add."""
+    """Add numbers to int64 values in memory by atomic additions.
+
+    Args:
+        pointers: pointers to the int64 values.
+        number: integers, one for each pointer. Nothing is written if the number is 0.
+        inside: bool, whether the pointer may be written to.
+    """
     tl.atomic_add(pointers, number.to(tl.int64), mask=inside & (number != 0), sem="relaxed")

@@ -1,4 +1,8 @@
-"""Which implementations run on a device, and when a kernel may be launched without a registered operator around it."""
+"""Find out which implementations run on a device, and whether a kernel may be launched directly.
+
+An implementation is "triton" (GPU), "numba" (CPU) or "reference" (plain PyTorch). A direct launch bypasses the registered
+operator of `torch.library`, which costs several microseconds a call.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +18,14 @@ IMPLEMENTATIONS = ("triton", "numba", "reference")
 
 
 def available_implementations(device: torch.device) -> dict[str, str]:
-    """Return, for every implementation, why it does not run on `device`.
+    """Return, for each implementation, the reason why it does not run on `device`.
 
     Args:
         device: the device of the tensors.
 
     Returns:
-        A dictionary from "triton", "numba" and "reference" to "" where the implementation runs on `device`, and to the
-        reason in one line where it does not.
+        A dictionary with the keys "triton", "numba" and "reference". A value is "" if the implementation runs on `device`;
+        otherwise it is the reason in one line.
 
     Examples:
         >>> import torch
@@ -33,7 +37,15 @@ def available_implementations(device: torch.device) -> dict[str, str]:
 
 
 def unavailable_reason(impl: str, device: torch.device) -> str:
-    """Return in one line why an implementation does not run on tensors of `device`; "" where it does."""
+    """Return in one line why an implementation does not run on tensors of a device.
+
+    Args:
+        impl: one of `IMPLEMENTATIONS`.
+        device: the device of the tensors.
+
+    Returns:
+        The reason, or "" if the implementation runs on `device`.
+    """
     if impl == "reference":
         return ""
     if not _is_installed(impl):
@@ -55,11 +67,18 @@ def _is_installed(package: str) -> bool:
 
 
 def launches_directly(x: Tensor) -> bool:
-    """Return whether a kernel may be launched on the memory of `x`, with no operator that tracers and modes can see."""
+    """Return whether a kernel may be launched directly on the memory of `x`, without a registered operator.
+
+    It may not for subclasses of Tensor, under torch.compile, or while a tracer, mode or transform is active: these would not
+    see the kernel.
+    """
     return type(x) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling() and is_plain_eager(x)
 
 
 def increment_versions(*written: Tensor | None) -> None:
-    """Increment the version of each tensor that a kernel wrote to, so that a backward that needs the old values raises."""
+    """Increment the version counter of each tensor that a kernel wrote to; None is skipped.
+
+    Autograd compares these counters. If a backward pass needs a value that has been overwritten, it then raises.
+    """
     if not torch.is_inference_mode_enabled():
         torch.autograd.graph.increment_version([tensor for tensor in written if tensor is not None])

@@ -1,7 +1,10 @@
-"""The two layouts that the kernels know, and how a tensor of any strides becomes a view of one of them.
+"""The two memory layouts that the kernels read, and the conversion of any tensor to one of them.
 
-Every dense tensor is *rows* `[rows, channels]` or *planes* `[outer, channels, inner]`, so that a kernel needs two loops and
-no strides but the distance between rows.
+- *Rows* are a matrix `[rows, channels]` whose channels are adjacent in memory.
+- *Planes* are a contiguous tensor `[outer, channels, inner]`.
+
+The axes of every dense tensor can be reordered and merged so that it has one of these layouts. A kernel therefore needs two
+cases, and no stride but the distance between two rows.
 """
 
 from __future__ import annotations
@@ -13,13 +16,13 @@ from torch import Tensor
 
 
 class Arranged(NamedTuple):
-    """A tensor seen as rows or planes.
+    """A tensor viewed as a matrix of rows or as a stack of planes.
 
     Attributes:
-        values: *rows* `[rows, channels]` (the channel fastest, any distance between rows) or *planes*
-            `[outer, channels, inner]` (contiguous).
-        mask: bool, contiguous, with the axes of `values` without the channel; None where there is no mask.
-        order: the axes of the original tensor, slowest first.
+        values: *rows* are `[rows, channels]` with channel stride 1 and any row stride; *planes* are
+            `[outer, channels, inner]`, contiguous.
+        mask: contiguous bool of shape `[rows]` or `[outer, inner]`, or None if there is no mask.
+        order: the axes of the original tensor in the order of `values`, slowest first.
         channel: the index of the channel axis in `order`.
     """
 
@@ -29,16 +32,26 @@ class Arranged(NamedTuple):
     channel: int
 
     def view(self, y: Tensor) -> Tensor | None:
-        """Return a tensor of the original's shape in the same view; None where its strides do not allow it."""
+        """Return `y`, a tensor with the shape of the original, as a view with the shape of `values`.
+
+        The result is None if the strides of `y` do not allow such a view without a copy.
+        """
         return _merge_axes(y if self.order == tuple(range(y.ndim)) else y.permute(self.order), self.channel)
 
 
 def arrange(x: Tensor, channel_axis: int, mask: Tensor | None) -> Arranged:
-    """Return `x` as rows or planes. `channel_axis` is not negative and `x` is not empty.
+    """Return `x` as rows or planes, as a view if its strides allow that and as a copy otherwise.
 
-    With its axes sorted by stride, every tensor without gaps is contiguous. The axes slower than the channel merge into one,
-    and the faster axes into another. So channels-last images and transposed matrices cost nothing. Rows at equal distances (a
-    slice of the hidden axis) are taken as they are. All other tensors (gaps inside planes, expanded axes) are copied once.
+    A tensor without gaps is contiguous once its axes are sorted by stride. The axes slower than the channel axis are merged
+    into one, and so are the faster axes. Channels-last images and transposed matrices are therefore never copied. Rows with a
+    constant stride (a slice of the channel axis) are not copied either. All other tensors, with gaps inside planes or with
+    expanded axes, are copied once.
+
+    Args:
+        x: a tensor of any strides, not empty.
+        channel_axis: the axis of the neurons, not negative.
+        mask: bool, with the shape of `x` without the channel axis, or None. The mask is copied if its reordered axes are not
+            contiguous.
     """
     order = tuple(range(x.ndim))
     values = None
@@ -57,7 +70,10 @@ def arrange(x: Tensor, channel_axis: int, mask: Tensor | None) -> Arranged:
 
 
 def _merge_axes(x: Tensor, channel_axis: int) -> Tensor | None:
-    """Merge the axes before and those after the channel without a copy; return None where the strides do not allow it."""
+    """Return a view of `x` in which the axes before the channel axis are one, and those after it are one.
+
+    The result is None if the strides of `x` do not allow such a view without a copy.
+    """
     if x.ndim - 1 == channel_axis == 1 and x.stride(1) == 1:
         return x
     outer, channels, inner = prod(x.shape[:channel_axis]), x.shape[channel_axis], prod(x.shape[channel_axis + 1 :])
@@ -72,13 +88,15 @@ def _merge_axes(x: Tensor, channel_axis: int) -> Tensor | None:
 
 
 def _without_channel(values: Tensor) -> tuple[int, ...]:
+    """Return the shape of rows or planes without their channel axis."""
     return (values.shape[0], *values.shape[2:])
 
 
 def is_channels_last(images: Tensor) -> bool:
-    """Return whether channels are the fastest axis of [batch, channels, height, width]; pixels may have gaps between them.
+    """Return whether the channels are the fastest axis of `images` `[batch, channels, height, width]`.
 
-    For a single channel the strides decide, as in PyTorch. Images of a single value are not channels-last.
+    Gaps between pixels are allowed. With a single channel the strides decide, as in PyTorch. Images that consist of a single
+    value are not channels-last.
     """
     _, channels, height, width = images.shape
     _, channel_stride, _, column_stride = images.stride()
@@ -86,5 +104,8 @@ def is_channels_last(images: Tensor) -> bool:
 
 
 def largest_power_of_2(size: int) -> int:
-    """Return the largest power of two that divides `size`, up to 16. A larger one would make no access wider."""
+    """Return the largest power of two, at most 16, that divides `size`.
+
+    A larger one would make no memory access wider.
+    """
     return size & -size if size % 16 else 16
