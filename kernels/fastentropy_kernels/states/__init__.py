@@ -1,1 +1,1 @@
-"""Count the states of a tensor, alone or together with its activation."""
+"""Count the states (off, zero, on) of a tensor, alone or in one pass with its activation."""

@@ -1,7 +1,7 @@
-"""The public functions that count states: check the arguments, then launch a kernel or call the registered operator.
+"""The public functions that count states.
 
-Plain eager calls launch the kernel. A registered operator is called while gradients are recorded, under a tracer, mode or
-transform, and for subclasses of Tensor.
+They check their arguments. In plain eager mode they then launch a kernel directly. They call the registered operator instead
+if gradients are recorded, if a tracer, mode or transform is active, or if `x` is a subclass of Tensor.
 """
 
 from __future__ import annotations
@@ -27,21 +27,22 @@ def count_states(
     edges: Sequence[float] | None = None,
     impl: str = "auto",
 ) -> None:
-    """Add the states of `x`, per neuron, to `counts` in place.
+    """Count the states of `x` for each neuron and add the counts to `counts` in place.
 
     Args:
-        x: float16, bfloat16, float32 or float64, any shape and strides. Rows, planes, and tensors that become one of these
-            when their axes are reordered (channels-last, transposed, slices of the channel axis of rows) are read where they
-            are. Tensors with gaps inside planes, expanded or overlapping axes are copied once.
+        x: float16, bfloat16, float32 or float64, any shape and strides. Most tensors are read in place: contiguous ones,
+            channels-last or transposed ones, and slices of the channel axis of `[rows, channels]`. Tensors with gaps inside
+            planes, or with expanded or overlapping axes, are copied once.
         counts: int64 `[neurons, 3]`, contiguous, on the device of `x`. The columns are off (x < 0), zero (x == 0) and on
             (x > 0). With `edges` the shape is `[neurons, len(edges) + 1]`.
         channel_axis: the axis of `x` that runs over the neurons.
-        mask: bool, with the shape of `x` without the channel axis. Positions where it is False are not counted.
-        nan: int64 `[neurons]`, contiguous. The number of NaN values is added to it.
-        edges: 1 to 15 numbers in rising order. Column i then counts `edges[i - 1] <= x < edges[i]`, which makes a histogram
-            per neuron. The comparison is exact, even where the dtype of `x` cannot represent an edge.
-        impl: "auto" takes Triton on CUDA, Numba on a CPU, and the reference for float64 and for other devices. "triton",
-            "numba" and "reference" run as named or raise.
+        mask: bool, with the shape of `x` without the channel axis. Positions at which it is False are not counted.
+        nan: int64 `[neurons]`, contiguous. The number of NaN values of each neuron is added to it.
+        edges: 1 to 15 numbers in rising order. Column i then counts the values with `edges[i - 1] <= x < edges[i]`, so
+            `counts` is a histogram per neuron. The first column has no lower bound and the last has no upper bound. The
+            comparison is exact, even if the dtype of `x` cannot represent an edge.
+        impl: "auto" chooses Triton on CUDA, Numba on a CPU, and the reference for float64 and on other devices. "triton",
+            "numba" and "reference" choose one of these, or raise if it cannot run.
 
     Raises:
         TypeError: a dtype is not supported. `counts` and `nan` are unchanged.
@@ -82,10 +83,10 @@ def activation_states(
     impl: str = "auto",
     **parameters: float,
 ) -> Tensor:
-    """Return the activation of `x` and add the states of `x` to `counts` in place.
+    """Return the activation of `x`, and add the counts of the states of `x` to `counts` in place.
 
-    The result has a gradient where `x` or `weight` requires one. The function can be traced by torch.compile (fullgraph)
-    and torch.export, and captured in a CUDA graph.
+    The result has a gradient if `x` or `weight` requires one. torch.compile (fullgraph) and torch.export can trace the
+    function, and a CUDA graph can capture it.
 
     Args:
         x: as for `count_states`.
@@ -94,18 +95,21 @@ def activation_states(
         channel_axis: as for `count_states`.
         mask: as for `count_states`. The activation is computed at every position, also where `mask` is False.
         nan: as for `count_states`.
-        states: "sign" counts off, zero and on. "regions" counts between `linear_regions(activation, **parameters)`.
-        edges: as for `count_states`. They take the place of `states`.
+        states: "sign" counts off, zero and on. "regions" counts the values between the points that
+            `linear_regions(activation, **parameters)` returns.
+        edges: as for `count_states`. If they are given, they replace `states="sign"`; they cannot be combined with "regions".
         weight: the slopes of prelu, `[neurons]` or `[1]`, with the dtype and device of `x`.
-        inplace: whether to write the result over `x` and return `x`, which must neither require a gradient nor overlap itself.
-        impl: as for `count_states`. Triton activates and counts in one pass for every activation. Numba does for identity,
-            relu and relu6. For the others Numba counts, and PyTorch's own function activates. See `is_fused`.
-        **parameters: those of torch.nn.functional: `negative_slope` of leaky_relu, `alpha` of elu and celu, `beta` and
-            `threshold` of softplus, `min_val` and `max_val` of hardtanh.
+        inplace: whether to write the result over `x` and return `x`. `x` must then neither require a gradient nor overlap
+            itself.
+        impl: as for `count_states`. Triton activates and counts in one pass for every activation. Numba does so for identity,
+            relu and relu6 without edges. In all other cases Numba counts first, and PyTorch's own function then activates. See
+            `is_fused`.
+        **parameters: parameters of the activation, named as in torch.nn.functional: `negative_slope` of leaky_relu, `alpha` of
+            elu and celu, `beta` and `threshold` of softplus, `min_val` and `max_val` of hardtanh.
 
     Returns:
-        The activation, with the dtype of `x` (also under autocast) and the strides of `torch.empty_like(x)`. For 16-bit
-        dtypes it is computed in float32 and rounded once.
+        The activation, with the dtype of `x` (also under autocast) and the strides of `torch.empty_like(x)`. For 16-bit dtypes
+        it is computed in float32 and rounded once.
 
     Raises:
         TypeError: a dtype is not supported, or a parameter does not belong to the activation. `x`, `counts` and `nan` are
@@ -147,22 +151,23 @@ def plan_activation_states(
     inplace: bool = False,
     **parameters: float,
 ) -> ActivationPlan | None:
-    """Prepare `activation_states` for tensors like `x`, so that a call costs a fraction of the checks and of the launch.
+    """Prepare `activation_states` for tensors like `x`, to make each call cheaper.
 
-    The plan adds to `counts` each time that it is called; making it counts nothing.
+    A call of the plan skips most of the checks and most of the work before a kernel launch. Each call adds to `counts`. Making
+    the plan counts nothing.
 
     Args:
-        x: a tensor with the shape, strides, dtype and device of those to come.
+        x: a tensor with the shape, strides, dtype and device of the tensors of later calls.
         counts: int64 `[neurons, 3]`, as for `activation_states`.
         activation: as for `activation_states`.
         channel_axis: as for `activation_states`.
-        mask: a mask with the shape of those to come, or None where none will come.
+        mask: a mask with the shape of the masks of later calls. None if the later calls have no mask.
         inplace: as for `activation_states`.
         **parameters: as for `activation_states`.
 
     Returns:
-        The plan, for one thread at a time. None where no kernel fuses the activation (see `is_fused`), where the tensor
-        would be copied, and for a mask on a CPU.
+        The plan, which only one thread may use at a time. None if no kernel fuses the activation (see `is_fused`), if the
+        activation is prelu, if `x` is empty or would be copied, or if there is a mask on a CPU.
 
     Raises:
         TypeError: as `activation_states`.

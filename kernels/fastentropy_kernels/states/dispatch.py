@@ -1,4 +1,7 @@
-"""Choose the implementation that counts the states of a tensor, and run it on the tensor's rows or planes."""
+"""Choose the implementation that counts states, and run it.
+
+The Triton and Numba kernels get the tensor as rows or planes (see `layout`). The reference gets it as it is.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +21,14 @@ from fastentropy_kernels.states.validation import Request
 def is_fused(activation: str, x: Tensor) -> bool:
     """Return whether `activation_states(x, counts, activation)` activates and counts in one pass.
 
-    Where it does not, it counts in a pass of its own. The answer is cached for each activation, type of device and dtype.
+    The answer is cached for each activation, type of device and dtype.
 
     Args:
         activation: the name of an activation, as for `activation_states`.
         x: a tensor with the dtype and device in question. Its values are not read.
 
     Returns:
-        True for one pass, False for two.
+        True for one pass. False if the states are counted in a separate pass.
 
     Raises:
         ValueError: the activation is unknown.
@@ -40,7 +43,14 @@ def is_fused(activation: str, x: Tensor) -> bool:
 
 
 def count(x: Tensor, counts: Tensor, nan: Tensor | None, request: Request) -> None:
-    """Add the states of `x` to `counts` and its number of NaN to `nan`."""
+    """Count the states of `x`, and add the counts to `counts` and the numbers of NaN to `nan`.
+
+    Args:
+        x: a tensor of any strides.
+        counts: int64 `[neurons, states]`, contiguous.
+        nan: int64 `[neurons]`, contiguous. None if NaN values are not counted.
+        request: the other arguments, checked.
+    """
     impl = _implementation(request.impl, x.device.type, x.dtype)
     if x.numel() == 0:
         return
@@ -53,7 +63,15 @@ def count(x: Tensor, counts: Tensor, nan: Tensor | None, request: Request) -> No
 
 
 def activate_and_count(x: Tensor, counts: Tensor, nan: Tensor | None, request: Request, inplace: bool) -> Tensor:
-    """Return the activation of `x`, written over `x` if `inplace`, and count as `count` does."""
+    """Return the activation of `x`, and count the states of `x`.
+
+    Args:
+        x: a tensor of any strides.
+        counts: int64 `[neurons, states]`, contiguous. The counts are added to it.
+        nan: int64 `[neurons]`, contiguous. None if NaN values are not counted.
+        request: the other arguments, checked.
+        inplace: whether the activation is written over `x`, which is then returned.
+    """
     impl = _implementation(request.impl, x.device.type, x.dtype)
     if x.numel() == 0:
         return x if inplace else torch.empty_like(x)
@@ -88,14 +106,20 @@ def activate_and_count(x: Tensor, counts: Tensor, nan: Tensor | None, request: R
 
 
 def _laid_out_as(x: Tensor, y: Tensor) -> Tensor:
-    """Return `y` with the strides of `torch.empty_like(x)`, which tracers expect. `y` nearly always has them already."""
+    """Return `y` with the strides of `torch.empty_like(x)`, because tracers expect these.
+
+    `y` is copied only if it has other strides, which is rare.
+    """
     strides = torch.empty_like(x, device="meta").stride()
     return y if y.stride() == strides else torch.empty_like(x).copy_(y)
 
 
 @cache
 def state_kernels(impl: str) -> ModuleType:
-    """Import the launches of an implementation on their first use, so that only their users load a compiler."""
+    """Return the module that launches the state kernels of "triton" or "numba".
+
+    The module is imported on the first call, so a program that uses only one of the two compilers does not load the other.
+    """
     if impl == "triton":
         from fastentropy_kernels.states import launch_triton
 
@@ -107,6 +131,7 @@ def state_kernels(impl: str) -> ModuleType:
 
 @cache
 def _is_fused(activation: str, device_type: str, dtype: torch.dtype) -> bool:
+    """Return the answer of `is_fused`, for a type of device (such as "cuda") instead of a tensor."""
     checked_parameters(activation, {})
     impl = _implementation("auto", device_type, dtype)
     return impl != "reference" and bool(state_kernels(impl).fuses(activation, None))
@@ -114,7 +139,17 @@ def _is_fused(activation: str, device_type: str, dtype: torch.dtype) -> bool:
 
 @cache
 def _implementation(impl: str, device_type: str, dtype: torch.dtype) -> str:
-    """Return the implementation that runs where `impl` is asked for, or raise."""
+    """Return the implementation that runs if `impl` is requested: "triton", "numba" or "reference".
+
+    Args:
+        impl: "auto" or the name of an implementation.
+        device_type: "cpu", "cuda" or another type of device.
+        dtype: the dtype of `x`.
+
+    Raises:
+        TypeError: Triton or Numba is requested for float64.
+        ValueError: the requested implementation does not run on this type of device.
+    """
     device = torch.device(device_type)
     if impl == "auto":
         fastest = {"cpu": "numba", "cuda": "triton"}.get(device_type, "reference")

@@ -1,7 +1,7 @@
-"""GPU: an activation and the states of its input in one pass, or the states alone.
+"""GPU: kernels that count the states of a tensor, and compute its activation in the same pass if requested.
 
-Each lane packs three 10-bit counters into one int32 while its program reads a strip, and sums only the values that it holds
-itself. After the strip the counts of the lanes are summed over the tile and added to memory once.
+Each program reads a strip of tiles. Its lanes count three states in 10-bit counters of one int32, each for its own values
+only. After the strip, the counts are summed over the lanes and added to memory once.
 """
 
 # Kernels have no types, and Triton's decorator has none either.
@@ -14,10 +14,12 @@ import triton.language as tl
 from fastentropy_kernels.activations_triton import activate
 from fastentropy_kernels.counting_triton import atomic_add, count_lanes, unpack, zero_counters
 
-# In a tile with more rows than this the sums over the lanes are wide; in an int32 a strip would be only a few tiles long.
+# The lanes of a tile with more rows than this are summed with wide (21-bit) counters. With 10-bit counters, a strip could be
+# only a few tiles long.
 MOST_NARROW: tl.constexpr = tl.constexpr(128)
 
-# A wide sum is one int64 of three 21-bit counters: the second and the third of them, and the largest count that one holds.
+# A wide sum packs three 21-bit counters into one int64. Adding _WIDE_SECOND or _WIDE_THIRD adds one to the second or third
+# counter. MOST_SUMMED is the largest count that a counter can hold.
 _WIDE_SECOND: tl.constexpr = tl.constexpr(1 << 21)
 _WIDE_THIRD: tl.constexpr = tl.constexpr(1 << 42)
 MOST_SUMMED: tl.constexpr = tl.constexpr((1 << 21) - 1)
@@ -45,32 +47,33 @@ def states_rows_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
 ):
-    """One program owns a strip: `strip_rows` rows of BLOCK_CHANNELS channels, in tiles of BLOCK_ROWS x BLOCK_CHANNELS.
+    """Count the states of rows for each channel, and write their activation if `y_ptr` is given.
 
-    Neighbouring programs own neighbouring channels of the same rows. Counts leave the registers once, after the strip.
+    One program counts a strip: `strip_rows` rows of BLOCK_CHANNELS channels, in tiles of BLOCK_ROWS x BLOCK_CHANNELS.
+    Consecutive programs read neighbouring channels of the same rows. The counts stay in registers until the end of the strip.
 
     Args:
-        x_ptr: [rows, channels] float32, float16 or bfloat16, rows `x_row_stride` apart.
-        y_ptr: [rows, channels], rows `y_row_stride` apart, dtype of `x_ptr`: receives the activation; may be `x_ptr`.
-            None to count alone.
-        mask_ptr: [rows] bool, contiguous: positions where it is false are not counted. None to count all.
-        counts_ptr: [channels, states] int64, contiguous: the counts are added to it. `states` is 3 (off, zero, on) without
+        x_ptr: [rows, channels] float32, float16 or bfloat16, with row stride `x_row_stride` and channel stride 1.
+        y_ptr: [rows, channels], dtype of `x_ptr`, with row stride `y_row_stride`; receives the activation. It may equal
+            `x_ptr`. None to count only.
+        mask_ptr: [rows] bool, contiguous. Rows at which it is false are not counted. None to count all.
+        counts_ptr: [channels, states] int64, contiguous; the counts are added to it. `states` is 3 (off, zero, on) without
             edges and len(edges) + 1 with edges.
-        nan_ptr: [channels] int64: the number of NaN values is added to it. None not to count them.
-        weight_ptr: [channels], dtype of `x_ptr`: the slopes of prelu. None for other activations.
+        nan_ptr: [channels] int64; the number of NaN values of each channel is added to it. None not to count them.
+        weight_ptr: [channels], dtype of `x_ptr`, the slopes of prelu. None for other activations.
         rows: number of rows.
         channels: number of channels.
         x_row_stride: distance between two rows of x, in elements.
         y_row_stride: distance between two rows of y, in elements.
-        weight_stride: distance between two slopes, in elements; 0 where all channels share one.
-        strip_rows: rows of a strip, a multiple of BLOCK_ROWS.
-        parameters: tuple of float32 numbers, those of the activation.
-        edges: tuple of float32 numbers in rising order, empty for the states off, zero and on.
+        weight_stride: distance between two slopes, in elements; 0 if all channels share one slope.
+        strip_rows: number of rows in a strip, a multiple of BLOCK_ROWS.
+        parameters: tuple of float32 numbers, the parameters of the activation.
+        edges: tuple of float32 numbers in rising order; empty to count off, zero and on.
         ACTIVATION: a key of `activations.ACTIVATIONS`.
         STAGES: how many tiles are loaded ahead.
-        REPEATS: how many rows of a tile a lane holds.
-        BLOCK_ROWS: rows of a tile.
-        BLOCK_CHANNELS: channels of a tile.
+        REPEATS: how many rows of a tile each lane counts.
+        BLOCK_ROWS: number of rows in a tile.
+        BLOCK_CHANNELS: number of channels in a tile.
     """
     program = tl.program_id(0).to(tl.int64)
     channel_blocks = tl.cdiv(channels, BLOCK_CHANNELS)
@@ -120,33 +123,37 @@ def states_planes_kernel(
     BLOCK_CHANNELS: tl.constexpr,
     BLOCK_INNER: tl.constexpr,
 ):
-    """One program owns a strip: BLOCK_CHANNELS channels, and `strip` of the `tiles` that these have over outer and inner.
+    """Count the states of planes for each channel, and write their activation if `y_ptr` is given.
 
-    A tile is BLOCK_CHANNELS x BLOCK_INNER values of one outer index. Planes are `inner_multiples * INNER_MULTIPLE` long: the
-    product tells the compiler how every plane is aligned. Counts leave the registers once, after the strip.
+    A tile is BLOCK_CHANNELS x BLOCK_INNER values with the same outer index. A block of BLOCK_CHANNELS channels consists of
+    `tiles` tiles, over all outer and inner indices. One program counts a strip: `strip` successive tiles of a block. The
+    counts stay in registers until the end of the strip.
+
+    The length of a plane is given as `inner_multiples * INNER_MULTIPLE`, because the product tells the compiler how each plane
+    is aligned.
 
     Args:
         x_ptr: [outer, channels, inner] float32, float16 or bfloat16, contiguous.
-        y_ptr: [outer, channels, inner], contiguous, dtype of `x_ptr`: receives the activation; may be `x_ptr`.
-            None to count alone.
-        mask_ptr: [outer, inner] bool, contiguous: positions where it is false are not counted. None to count all.
-        counts_ptr: [channels, states] int64, contiguous: the counts are added to it. `states` is 3 (off, zero, on) without
+        y_ptr: [outer, channels, inner], dtype of `x_ptr`, contiguous; receives the activation. It may equal `x_ptr`. None to
+            count only.
+        mask_ptr: [outer, inner] bool, contiguous. Positions at which it is false are not counted. None to count all.
+        counts_ptr: [channels, states] int64, contiguous; the counts are added to it. `states` is 3 (off, zero, on) without
             edges and len(edges) + 1 with edges.
-        nan_ptr: [channels] int64: the number of NaN values is added to it. None not to count them.
-        weight_ptr: [channels], dtype of `x_ptr`: the slopes of prelu. None for other activations.
+        nan_ptr: [channels] int64; the number of NaN values of each channel is added to it. None not to count them.
+        weight_ptr: [channels], dtype of `x_ptr`, the slopes of prelu. None for other activations.
         tiles: number of tiles of a block of channels, `outer * cdiv(inner, BLOCK_INNER)`.
         channels: number of channels.
-        inner_multiples: length of a plane, in multiples of INNER_MULTIPLE.
-        weight_stride: distance between two slopes, in elements; 0 where all channels share one.
-        strip: tiles of a strip.
-        parameters: tuple of float32 numbers, those of the activation.
-        edges: tuple of float32 numbers in rising order, empty for the states off, zero and on.
+        inner_multiples: length of a plane, divided by INNER_MULTIPLE.
+        weight_stride: distance between two slopes, in elements; 0 if all channels share one slope.
+        strip: number of tiles in a strip.
+        parameters: tuple of float32 numbers, the parameters of the activation.
+        edges: tuple of float32 numbers in rising order; empty to count off, zero and on.
         ACTIVATION: a key of `activations.ACTIVATIONS`.
         STAGES: how many tiles are loaded ahead.
-        REPEATS: how many positions of a plane a lane holds in a tile.
+        REPEATS: how many positions of a plane each lane counts in a tile.
         INNER_MULTIPLE: a power of two that divides the length of a plane.
-        BLOCK_CHANNELS: channels of a tile.
-        BLOCK_INNER: positions of a plane in a tile.
+        BLOCK_CHANNELS: number of channels in a tile.
+        BLOCK_INNER: number of positions of a plane in a tile.
     """
     inner = inner_multiples * tl.full((), INNER_MULTIPLE, tl.int64)
     program = tl.program_id(0).to(tl.int64)
@@ -176,7 +183,7 @@ def states_planes_kernel(
         if nan_ptr is not None:
             positions += counted
         counts = count_lanes(counts, x, edges, REPEATS, 1)
-        # A division in every tile would cost as much as three values.
+        # Step to the next tile without a division, because a division per tile would cost as much as counting three values.
         is_last_of_plane = block + 1 == inner_blocks
         image += is_last_of_plane
         block = tl.where(is_last_of_plane, 0, block + 1)
@@ -185,13 +192,25 @@ def states_planes_kernel(
 
 @triton.jit
 def _load(pointers, inside):
-    """Load as float32. Values outside read as NaN, which is in no state and so needs no test of its own."""
+    """Load a tile as float32.
+
+    Args:
+        pointers: pointers to the values.
+        inside: bool, whether a value exists. NaN is returned for the others; it has no state, so no later test is needed.
+    """
     return tl.load(pointers, mask=inside, other=float("nan")).to(tl.float32)
 
 
 @triton.jit
 def _load_weight(weight_ptr, weight_stride, channel, channels):
-    """Load the slopes of the channels as float32; return zeros where there are none."""
+    """Load the slopes of prelu for the channels of a tile as float32, or return zeros if there are none.
+
+    Args:
+        weight_ptr: the slopes, or None.
+        weight_stride: distance between two slopes, in elements.
+        channel: [BLOCK_CHANNELS] int64, the channels of the tile.
+        channels: number of channels.
+    """
     if weight_ptr is None:
         return tl.zeros(channel.shape, tl.float32)
     else:
@@ -211,19 +230,22 @@ def _add_counts(
     channels,
     edges,
 ):
-    """Sum the counts of the lanes over AXIS and add them to memory, with one atomic per channel for each count but 0.
+    """Sum the counters of the lanes over AXIS, and add the sums to memory.
+
+    There is one atomic addition for each channel and state whose count is not 0.
 
     Args:
-        counts_ptr: [channels, states] int64.
-        nan_ptr: [channels] int64 or None; what was counted at `positions` and is in no state is added to it.
+        counts_ptr: [channels, states] int64; the counts are added to it.
+        nan_ptr: [channels] int64 or None; the numbers of NaN values are added to it. They are the counted values without a
+            state.
         counts: the counters of the lanes, as `count_lanes` returns them.
-        positions: int32, how often each position of the tile was counted.
+        positions: [BLOCK_ROWS] or [BLOCK_INNER] int32, how often each position of the tile was counted in the strip.
         AXIS: the axis of the tile that does not run over channels.
-        IS_WIDE: whether a sum may exceed what a lane can count.
-        first_channel: first channel of the tile.
+        IS_WIDE: whether a sum may exceed 10 bits, the size of a lane's counter.
+        first_channel: the first channel of the tile.
         channel: [BLOCK_CHANNELS] int64, the channels of the tile.
         channels: number of channels.
-        edges: the edges of the histogram, empty for signs.
+        edges: the edges of the histogram; empty to count off, zero and on.
     """
     if len(edges) == 0:
         on, off, zero = _sum_packed(counts[0], AXIS, IS_WIDE)
@@ -243,7 +265,18 @@ def _add_counts(
 
 @triton.jit
 def _add_in_order(counts_ptr, off, zero, on, first_channel, channels):
-    """Add to rows of three in the order of memory: neighbouring lanes add to neighbours, which takes one transaction."""
+    """Add the counts of off, zero and on to memory, in the order of their addresses.
+
+    Neighbouring lanes then add to neighbouring addresses, which takes one transaction.
+
+    Args:
+        counts_ptr: [channels, 3] int64.
+        off: [BLOCK_CHANNELS] counts of a block of channels.
+        zero: [BLOCK_CHANNELS] counts.
+        on: [BLOCK_CHANNELS] counts.
+        first_channel: the first channel of the block.
+        channels: number of channels.
+    """
     numbers = tl.join(tl.join(off, on), tl.join(zero, tl.zeros_like(zero))).reshape(4 * off.shape[0])
     number = tl.arange(0, 4 * off.shape[0])
     channel, column = first_channel + number // 4, number % 4
@@ -252,9 +285,17 @@ def _add_in_order(counts_ptr, off, zero, on, first_channel, channels):
 
 @triton.jit
 def _sum_packed(counts, AXIS: tl.constexpr, IS_WIDE: tl.constexpr):
-    """Sum all three counters in one reduction, so that threads wait for each other once.
+    """Sum the three packed counters of the lanes over AXIS, in one reduction.
 
-    The counters keep their 10 bits, or get 21 bits where the sums are wide.
+    One reduction makes the threads of a program wait for each other only once.
+
+    Args:
+        counts: int32 tile, three 10-bit counters in each lane.
+        AXIS: the axis to sum over.
+        IS_WIDE: whether the counters are widened to 21 bits before the sum.
+
+    Returns:
+        The sums of the first, the second and the third counter.
     """
     if not IS_WIDE:
         sums = tl.sum(counts, AXIS)
@@ -268,5 +309,5 @@ def _sum_packed(counts, AXIS: tl.constexpr, IS_WIDE: tl.constexpr):
 
 @triton.jit
 def _sum(counts, PLACE: tl.constexpr, AXIS: tl.constexpr):
-    """Sum the counter at PLACE over AXIS."""
+    """Sum one of the three packed counters of the lanes over AXIS: the one with index PLACE (0, 1 or 2)."""
     return tl.sum(unpack(counts, PLACE), AXIS)

@@ -1,7 +1,7 @@
 """CPU: launches of the Numba loops, which are compiled on their first use.
 
-The loops run in the OpenMP team of PyTorch. Numba's own parallel loops bring a second team, and two teams whose threads wait
-by spinning take the cores from each other: a relu after such a loop took 8 ms instead of 0.7 ms.
+The loops run on the OpenMP threads of PyTorch. Numba's own parallel loops would start a second team of threads. Waiting OpenMP
+threads spin, so two teams take the cores from each other: a relu after such a loop took 8 ms instead of 0.7 ms.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from fastentropy_kernels.states.tasks_numba import (
 
 
 class _Format(NamedTuple):
-    """The integers that a floating dtype is read as."""
+    """The bits of a floating-point dtype, as signed integers of the same width."""
 
     signed: Any  # the NumPy type of the same width
     positive: int  # every bit but the sign
@@ -44,23 +44,24 @@ _FORMATS = {
     torch.float16: _Format(np.int16, 0x7FFF, 0x7C00, 0x4600),
 }
 
-# In values. Several narrower contiguous rows are read as one of about this width: a longer loop for the same channels.
+# Width in values. Narrower contiguous rows are read several at a time, as one row of about this width. This makes the inner
+# loop longer and does not change the order of the channels.
 _FOLDED_WIDTH = 4096
-# Bytes of a value -> values. A smaller plane makes too short a loop, and is read as a stretch of a row. The more rows share the
-# sums of a task, the more that pays.
+# For each size of a value in bytes, a number of values. A smaller plane would make too short a loop, so planes are then read
+# as parts of a row. This pays more the more rows share the sums of a task.
 _SMALLEST_PLANE = {4: 96, 2: 256}
-# In rows. The sums of a task cost as much as reading these.
+# Number of rows. Adding up the sums of a task takes as long as reading this many rows.
 _ROWS_FOR_SUMS = 4
-# In values. For a smaller task another thread costs more than it saves (PyTorch's grain size).
+# Number of values (PyTorch's grain size). A smaller task does not repay another thread.
 _SMALLEST_TASK = 1 << 15
-# At least. A task clears and adds up 24 bytes for every channel.
+# The least number of rows in a task, because each task clears and adds up 24 bytes for every channel.
 _ROWS_PER_TASK = 16
-# Above zero, except in a thread that flushes subnormals.
+# This number compares as zero in a thread that flushes subnormals to zero.
 _SMALLEST_SUBNORMAL = 5e-324
-# In seconds. A longer compilation is reported.
+# Seconds. The first compilation that takes longer is reported by a warning.
 _LONG_COMPILATION = 1.0
 
-# Two Python threads may count into one tensor.
+# Held while tiles are added to counts, because two Python threads may count into the same tensor.
 _COUNTS_LOCK = threading.Lock()
 _workspace = threading.local()
 _compilation_reported = threading.Event()
@@ -68,7 +69,12 @@ _logger = logging.getLogger(__name__)
 
 
 def fuses(activation: str, edges: Sequence[float] | None) -> bool:
-    """Return whether the activation and the count of its input are one pass."""
+    """Return whether the activation and the count of its input run in one pass.
+
+    Args:
+        activation: a key of `activations.ACTIVATIONS`.
+        edges: the edges of a histogram, or None.
+    """
     return activation in ("identity", "relu", "relu6") and edges is None
 
 
@@ -84,27 +90,35 @@ def add_states(
     parameters: Sequence[float] = (),
     weight: Tensor | None = None,
 ) -> None:
-    """Add the states of `values` to `counts` and its NaN to `nan`, and write its activation to `y`.
+    """Add the states of `values` to `counts` and its numbers of NaN to `nan`, and write its activation to `y`.
 
-    See `reference.add_states` for the states, and `layout.Arranged` for `values` and `y`, which may be the same memory.
-    `activation` is one for which `fuses` returns True. None of these has parameters or a weight.
+    Args:
+        values: *rows* `[rows, channels]` or *planes* `[outer, channels, inner]`, not empty (see `layout.Arranged`).
+        counts: int64 `[channels, states]`, contiguous. `states` is 3 (off, zero, on), or len(edges) + 1.
+        edges: the edges of a histogram in rising order (see `reference.add_states`). None to count off, zero and on.
+        mask: bool `[rows]` or `[outer, inner]`, contiguous. Positions at which it is False are not counted. None to count all.
+        nan: int64 `[channels]`, contiguous. None not to count NaN values.
+        y: receives the activation. It has the layout of `values` and may be the same memory. None to count only.
+        activation: an activation for which `fuses` returns True.
+        parameters: ignored, because these activations have none.
+        weight: ignored, because prelu is none of these activations.
     """
     launch = prepare(values, counts, edges=edges, mask=mask, nan=nan, y=y, activation=activation)
     launch(values.data_ptr(), 0 if y is None else y.data_ptr())
 
 
 class PreparedLaunch(NamedTuple):
-    """`add_states` on a CPU for tensors with the same sizes and strides, with everything decided but their addresses.
+    """A prepared `add_states` on a CPU: everything but the addresses of x and y is decided.
 
-    It is for one thread at a time, and for as long as `is_current` returns True.
+    Only one thread may use it at a time, and only while `is_current` returns True.
 
     Attributes:
-        job: what the loop works on, but for the addresses of x and y.
+        job: the description of the call. The addresses of x and y are filled in at each launch.
         address: the address of the job.
-        loop: the loop that was chosen.
-        tile_size: how many int64 the tiles of all tasks take.
+        loop: the compiled loop that was chosen.
+        tile_size: the number of int64 in the tiles of all tasks.
         settings: the settings of the thread for which the loop was chosen.
-        operands: tensors that the job has addresses of; kept alive here.
+        operands: the tensors whose addresses are in the job. They are kept alive here.
     """
 
     job: JobStructure
@@ -115,11 +129,16 @@ class PreparedLaunch(NamedTuple):
     operands: tuple[Tensor | None, ...]
 
     def is_current(self) -> bool:
-        """Return whether the settings of this thread are those that the loop was chosen for."""
+        """Return whether the settings of this thread are still the ones for which the loop was chosen."""
         return self.settings == _settings()
 
     def __call__(self, x: int, y: int) -> None:
-        """Run on the tensors at these addresses. `y` is `x` for a launch in place, and 0 where nothing is written."""
+        """Run the loop on the tensors at these addresses.
+
+        Args:
+            x: address of the input.
+            y: address of the output. It equals `x` for a launch in place, and is 0 if no activation is written.
+        """
         job, tiles = self.job, _borrow_zeros(self.tile_size)
         job.next_task, job.x, job.y, job.tiles = 0, x, y, tiles.address
         _run_team(self.loop, self.address, job.tasks)
@@ -138,7 +157,17 @@ def prepare(
     y: Tensor | None = None,
     activation: str = "identity",
 ) -> PreparedLaunch:
-    """Choose the loop for the arguments of `add_states`, and fill in its job."""
+    """Choose the loop for the arguments of `add_states`, and fill in the description of the call.
+
+    Args:
+        values: as for `add_states`.
+        counts: as for `add_states`. Each launch adds to it.
+        edges: as for `add_states`.
+        mask: as for `add_states`. Its positions are counted here, once, if `nan` is given.
+        nan: as for `add_states`.
+        y: as for `add_states`.
+        activation: as for `add_states`.
+    """
     settings = threads, keeps_subnormals = _settings()
     form, floats = _FORMATS[values.dtype], values.dtype == torch.float32 and keeps_subnormals
     outer, channels = values.shape[:2]
@@ -174,7 +203,7 @@ def prepare(
         inplace = y is not None and y.data_ptr() == values.data_ptr()
         kind = np.float32 if floats else form.signed
         task = compile_rows_task if as_rows else compile_planes_task
-        # Without a ceiling, LLVM would store floats in place through a mask, which takes twice the time of a plain store.
+        # LLVM would store floats in place through a mask if there were no ceiling. This takes twice the time of a plain store.
         clipped = floats or activation == "relu6"
         loop = _compiled(task, kind, y is not None and not inplace, inplace, clipped, mask is not None)
     operands = (counts, nan, mask, thresholds)
@@ -182,22 +211,30 @@ def prepare(
 
 
 def _settings() -> tuple[int, bool]:
-    """Return what else a loop is chosen for: the number of threads, and whether this thread keeps subnormals."""
+    """Return the settings of this thread that affect the choice of a loop.
+
+    Returns:
+        The number of PyTorch's threads, and whether this thread keeps subnormals (instead of flushing them to zero).
+    """
     return torch.get_num_threads(), _SMALLEST_SUBNORMAL > 0
 
 
 class _Zeros(NamedTuple):
-    """Memory for the tiles of a call. It is zero whenever nobody uses it."""
+    """Memory for the tiles of a call. It is zero whenever no call uses it."""
 
     memory: np.ndarray[Any, Any]
     address: int
 
 
 def _borrow_zeros(size: int) -> _Zeros:
-    """Take the memory of this thread, which the caller hands back when it is zero again.
+    """Take the zeroed memory that this Python thread keeps for tiles, or allocate it.
 
-    An allocation by PyTorch would take 20 microseconds here: after a long loop the caches are cold. A call that is interrupted
-    never hands its memory back.
+    The caller hands the memory back, zero again, after its call. A call that is interrupted never hands it back, and the next
+    call allocates new memory. An allocation by PyTorch in each call would take 20 µs here, because the caches are cold after a
+    long loop.
+
+    Args:
+        size: the number of int64 that are needed.
     """
     zeros: _Zeros | None = _workspace.__dict__.pop("zeros", None)
     if zeros is None or zeros.memory.size < size:
@@ -207,9 +244,17 @@ def _borrow_zeros(size: int) -> _Zeros:
 
 
 def _thresholds(edges: Sequence[float], dtype: torch.dtype) -> Tensor:
-    """Return the thresholds of a histogram as bits in the order of `loops_numba.ordered`.
+    """Return the thresholds of a histogram as integers, which are compared with the results of `loops_numba.ordered`.
 
-    They are -infinity, the smallest value of `dtype` at or above each edge, and the first pattern beyond infinity.
+    The thresholds are -infinity, then for each edge the smallest value of `dtype` that is at least the edge, and at last the
+    first bit pattern beyond infinity.
+
+    Args:
+        edges: the edges in rising order.
+        dtype: float16, bfloat16 or float32.
+
+    Returns:
+        int16 or int32 `[len(edges) + 2]`.
     """
     form = _FORMATS[dtype]
     exact = torch.tensor(edges, dtype=torch.float64)
@@ -222,7 +267,12 @@ def _thresholds(edges: Sequence[float], dtype: torch.dtype) -> Tensor:
 
 
 class _Loop(NamedTuple):
-    """A compiled function of a job's address."""
+    """A compiled function that takes the address of a job.
+
+    Attributes:
+        address: the address of the machine code, for C.
+        call: the function, for Python.
+    """
 
     address: int
     call: Callable[[int], None]
@@ -230,7 +280,14 @@ class _Loop(NamedTuple):
 
 @cache
 def _compiled(kind: Callable[..., Any], *variant: Any) -> _Loop:
-    """Compile a loop, or read it from the cache of an earlier run. The first long compilation is reported."""
+    """Compile a function, or load it from Numba's cache of an earlier run.
+
+    The first compilation that takes long is reported by a warning.
+
+    Args:
+        kind: one of the `compile_*` functions of `tasks_numba`.
+        *variant: the arguments of `kind`.
+    """
     start = time.perf_counter()
     function = kind(*variant)
     seconds = time.perf_counter() - start
@@ -244,9 +301,15 @@ def _compiled(kind: Callable[..., Any], *variant: Any) -> _Loop:
 
 
 def _run_team(loop: _Loop, job: int, threads: int) -> None:
-    """Run a loop on a team of PyTorch's threads, without the GIL.
+    """Run a loop on a team of PyTorch's OpenMP threads, without the GIL.
 
-    Threads take tasks. So a team smaller than asked for does all of them, and so does this thread without OpenMP.
+    The threads take tasks until none is left, so a smaller team than requested completes them too. Without OpenMP, this thread
+    does all tasks itself.
+
+    Args:
+        loop: the compiled loop.
+        job: the address of the job.
+        threads: how many threads to request.
     """
     parallel = openmp_parallel()
     if threads > 1 and parallel is not None:

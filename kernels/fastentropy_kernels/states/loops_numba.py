@@ -1,16 +1,20 @@
-"""CPU: loops over values that count their states, with identity, relu or relu6 in the same pass.
+"""CPU: loops that count the states of values, and compute identity, relu or relu6 in the same pass.
 
-The states of float32 are three comparisons. Those of the 16-bit formats are read from the bits, as signed integers. Without
-the sign bit, the patterns from 1 to that of infinity are numbers, those above are NaN, and 0 is zero. So the sums are as
-narrow as the values, which gives the widest vectors. An activation is written as bits, too: relu clears the bits of what is
-off, and relu6 replaces all patterns from that of 6 up to that of infinity by that of 6.
+A function reads its values either as floats or as the bits of floats in signed integers. The elements of `x` and `y` and every
+`value` have the same type.
 
-Whether bits lie in such a range is one addition and one comparison: the addition wraps and takes the first pattern of the
-range to the least integer. The comparison is signed, because x86 had no unsigned one before AVX-512 and needs two
-instructions instead. Where subnormals are flushed, float32 is read from its bits as well, so that flushing changes no count.
+float32 is read as floats, and its states are three comparisons. The 16-bit formats are read as bits. Without the sign bit, the
+pattern 0 is zero, the patterns from 1 to that of infinity are the other numbers, and the larger patterns are NaN. The counters
+are then as narrow as the values, which gives the widest vectors. float32 is also read as bits in a thread that flushes
+subnormals to zero, because a comparison of floats would count subnormals as zero there.
 
-In all functions `value` and the elements of `x` and `y` are floats or the bits of floats. `limit` is None for floats. For
-bits it is the least integer plus the bits of infinity.
+An activation is written as bits, too. relu clears the bits of a value that is off. relu6 replaces all patterns from that of 6
+to that of infinity by that of 6.
+
+`limit` selects the type: it is None for floats. For bits it is the least integer plus the bits of infinity, and is used as
+follows. Whether bits lie in a range of patterns takes one addition and one comparison. The addition wraps around and maps the
+first pattern of the range to the least integer. The comparison with the mapped end of the range is signed. (Before AVX-512,
+x86 has no unsigned comparison of vectors and needs two instructions for one.)
 """
 
 # Functions that Numba compiles have no types.
@@ -20,21 +24,34 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-# How many values are summed before a 16-bit sum could overflow.
+# How many values may be counted before a 16-bit counter could overflow.
 LONGEST_RUN = 1 << 14
-# How many values are added to a byte. Rows are read in the order of memory, and the sums of all their channels are visited
-# once for every two rows. As bytes these sums stay in the first-level cache up to 4,096 channels. Blocks of channels would keep
-# more of them there, but break the prefetched stream.
+# How many values may be counted in one byte. Rows are read in the order of memory, and each pair of rows updates the counters
+# of all their columns. As bytes, these counters stay in the first-level cache up to 4,096 channels. Processing the channels in
+# blocks would keep more counters there, but it would interrupt the prefetched stream of values.
 _LONGEST_BYTE_SUM = 254
 
 
 @njit(nogil=True)
 def count_strip(x, x_row_stride, y, y_row_stride, mask, rows, width, tile, inner, limit, floor, ceiling, inplace):
-    """Add the states of `rows` rows of `width` values each to `tile`, int64 [state, channel], and write their activation.
+    """Add the states of a strip of rows to `tile`, and write their activation.
 
-    A row holds `inner` values of each channel, channel by channel. Where several rows are read as one, it holds several such
-    sequences. `x` and `y` are flat, with rows `x_row_stride` and `y_row_stride` values apart. `mask` is bool [rows] or None.
-    For the others see `count_run`.
+    A row holds `inner` adjacent values of each channel. A row that consists of several folded rows repeats this sequence.
+
+    Args:
+        x: flat array of values, starting at the first row of the strip. The activation is written over it if `inplace`.
+        x_row_stride: distance between two rows of x, in values.
+        y: flat array that receives the activation, or None.
+        y_row_stride: distance between two rows of y, in values.
+        mask: [rows] bool. Rows at which it is false are not counted. None to count all.
+        rows: number of rows in the strip.
+        width: number of values in a row.
+        tile: int64 [3, channels]; the counts of off, zero and on are added to it.
+        inner: number of adjacent values of each channel.
+        limit: None for floats, or the constant for bits at the head of this file.
+        floor: the lower bound of the activation, as for `_activated`.
+        ceiling: the upper bound of the activation, as for `_activated`.
+        inplace: whether the activation is written over `x`.
     """
     sums = np.zeros((3, width), np.uint8)
     uncounted = sums if mask is None else np.zeros((3, width), np.uint8)
@@ -61,7 +78,21 @@ def count_strip(x, x_row_stride, y, y_row_stride, mask, rows, width, tile, inner
 
 @njit(nogil=True)
 def _count_two_rows(x0, x1, y0, y1, sums, limit, floor, ceiling, inplace):
-    """Add the states of two rows to the byte sums [state, position] in one visit, and write their activation."""
+    """Add the states of two rows to their common counters, and write their activation.
+
+    Each counter is read and written once for both rows.
+
+    Args:
+        x0: [width] values of the first row.
+        x1: [width] values of the second row.
+        y0: [width] receives the activation of the first row, or None.
+        y1: [width] receives the activation of the second row, or None.
+        sums: uint8 [3, width], the counters of off, zero and on for each column.
+        limit: None for floats, or the constant for bits at the head of this file.
+        floor: the lower bound of the activation, as for `_activated`.
+        ceiling: the upper bound of the activation, as for `_activated`.
+        inplace: whether the activation is written over `x0` and `x1`.
+    """
     off, zero, on = sums[0], sums[1], sums[2]
     for i in range(x0.size):
         a, b = x0[i], x1[i]
@@ -79,7 +110,17 @@ def _count_two_rows(x0, x1, y0, y1, sums, limit, floor, ceiling, inplace):
 
 @njit(nogil=True)
 def _count_row(x, y, sums, limit, floor, ceiling, inplace):
-    """Do for one row what `_count_two_rows` does for two."""
+    """Add the states of one row to the counters of its columns, and write its activation.
+
+    Args:
+        x: [width] values of the row.
+        y: [width] receives the activation, or None.
+        sums: uint8 [3, width], the counters of off, zero and on for each column.
+        limit: None for floats, or the constant for bits at the head of this file.
+        floor: the lower bound of the activation, as for `_activated`.
+        ceiling: the upper bound of the activation, as for `_activated`.
+        inplace: whether the activation is written over `x`.
+    """
     off, zero, on = sums[0], sums[1], sums[2]
     for i in range(x.size):
         value = x[i]
@@ -95,7 +136,14 @@ def _count_row(x, y, sums, limit, floor, ceiling, inplace):
 
 @njit(nogil=True)
 def _add_sums(sums, tile, inner):
-    """Add `sums` [state, (row, channel, position of a plane)] to `tile` [state, channel], and clear them."""
+    """Add the counters of columns to the counters of channels, and set the counters of columns to zero.
+
+    Args:
+        sums: uint8 `[3, rows * channels * inner]`, the counts of off, zero and on for each column of a row. The row consists
+            of `rows` folded rows, each with `inner` adjacent values of each channel.
+        tile: int64 `[3, channels]`; the counts are added to it.
+        inner: number of adjacent values of each channel.
+    """
     channels = tile.shape[1]
     for state in range(3):
         for start in range(0, sums.shape[1], channels * inner):
@@ -115,16 +163,19 @@ def _add_sums(sums, tile, inner):
 
 @njit(nogil=True)
 def count_run(x, y, mask, limit, floor, ceiling, inplace):
-    """Return how many of at most LONGEST_RUN values are off, zero and on, and write their activation.
+    """Count the states of a run of at most LONGEST_RUN values, and write their activation.
 
     Args:
         x: [values], contiguous. The activation is written over it if `inplace`.
-        y: [values] that receives the activation, or None.
-        mask: [values] bool that says which values are counted, or None.
-        limit: see the module.
-        floor: see `_activated`.
-        ceiling: see `_activated`.
+        y: [values], receives the activation, or None.
+        mask: [values] bool. Values at which it is false are not counted. None to count all.
+        limit: None for floats, or the constant for bits at the head of this file.
+        floor: the lower bound of the activation, as for `_activated`.
+        ceiling: the upper bound of the activation, as for `_activated`.
         inplace: whether the activation is written over `x`.
+
+    Returns:
+        How many values are off, zero and on.
     """
     off = zero = on = _is_off(x.dtype.type(0), limit)
     narrow = type(off)
@@ -145,8 +196,12 @@ def count_run(x, y, mask, limit, floor, ceiling, inplace):
 def _activated(value, is_off, limit, floor, ceiling):
     """Return the activation of a value.
 
-    Floats are clipped to `floor` and `ceiling`. Bits become 0 where the value is off, unless all bits of `floor` are set, and
-    `ceiling` where the number is above it. A ceiling of None clips nothing.
+    Args:
+        value: a float, or the bits of a float.
+        is_off: 1 if the value is below zero, else 0. It is used for bits only.
+        limit: None for floats, or the constant for bits at the head of this file.
+        floor: for floats, the lower bound. For bits, 0 to replace a value that is off by 0, and -1 (all bits set) to keep it.
+        ceiling: the upper bound, as a float or as the bits of a float. None for no upper bound.
     """
     kind = type(value)
     if limit is None:
@@ -159,7 +214,10 @@ def _activated(value, is_off, limit, floor, ceiling):
 
 @njit(nogil=True)
 def _within(value, floor, ceiling):
-    """Return a float clipped to the floor and, unless it is None, to the ceiling. NaN stays NaN."""
+    """Return a float limited to the interval from `floor` to `ceiling`. NaN stays NaN.
+
+    A ceiling of None means no upper bound.
+    """
     raised = floor if value < floor else value
     if ceiling is None:
         return raised
@@ -168,7 +226,10 @@ def _within(value, floor, ceiling):
 
 @njit(nogil=True)
 def _is_off(value, limit):
-    """Return 1 for a number below zero, else 0."""
+    """Return 1 if a value is a number below zero, else 0.
+
+    `limit` is None for a float, and the constant at the head of this file for bits.
+    """
     kind = type(value)
     if limit is None:
         return np.int32(value < kind(0))
@@ -177,7 +238,10 @@ def _is_off(value, limit):
 
 @njit(nogil=True)
 def _is_zero(value, limit):
-    """Return 1 for zero of either sign, else 0."""
+    """Return 1 if a value is zero of either sign, else 0.
+
+    `limit` is None for a float. For bits, the addition of the value to itself shifts out the sign bit.
+    """
     kind = type(value)
     if limit is None:
         return np.int32(value == kind(0))
@@ -186,7 +250,10 @@ def _is_zero(value, limit):
 
 @njit(nogil=True)
 def _is_on(value, limit):
-    """Return 1 for a number above zero, else 0."""
+    """Return 1 if a value is a number above zero, else 0.
+
+    `limit` is None for a float, and the constant at the head of this file for bits.
+    """
     kind = type(value)
     if limit is None:
         return np.int32(value > kind(0))
@@ -195,12 +262,25 @@ def _is_on(value, limit):
 
 @njit(nogil=True)
 def _is_above(bits, floor, limit):
-    """Return 1 for the bits of a number above that with the bits `floor`, which is not negative, else 0."""
+    """Return 1 if a number is above another one, else 0. NaN is above none.
+
+    Args:
+        bits: the bits of the number, as a signed integer.
+        floor: the bits of the other number, which is not negative.
+        limit: the constant for bits at the head of this file.
+    """
     signed = type(bits)
     return signed(signed(bits + signed(np.iinfo(bits).max - floor)) < signed(limit - floor))
 
 
 @njit(nogil=True)
 def ordered(bits, positive):
-    """Return the bits of a number as a signed integer in the order of the numbers. -0 is -1, and NaN is beyond infinity."""
+    """Return an integer for the bits of a float, such that the integers are in the order of the floats.
+
+    -0 becomes -1, just below 0. NaN lies outside the range from -infinity to infinity.
+
+    Args:
+        bits: the bits as a signed integer.
+        positive: the integer with all bits set but the sign.
+    """
     return bits if bits >= 0 else bits ^ positive

@@ -1,7 +1,8 @@
-"""`activation_states` and `count_states` as registered operators, which tracers see and which have gradients.
+"""`activation_states` and `count_states` as registered operators of `torch.library`.
 
-An operator that changes its arguments cannot have a gradient. So these return the counts of one call, and the public
-functions add them. Plain eager calls do not come here, because a registered operator costs 5 to 10 microseconds.
+Tracers see registered operators, and `activation_states` has a gradient here. An operator that changes its arguments cannot
+have one, so these operators return the counts of one call as new tensors. The public functions then add them to the caller's
+counts. Plain eager calls bypass this module, because a registered operator costs 5 to 10 µs.
 """
 
 from __future__ import annotations
@@ -28,7 +29,13 @@ def activation_states(
     edges: Sequence[float] | None,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return y, and of `x` the counts, int64 [neurons, states], and the number of NaN, int64 [neurons]."""
+    """Return the activation of `x`, its counts, and its numbers of NaN.
+
+    The arguments are those of the public `activation_states`, already checked.
+
+    Returns:
+        The activation; the counts, int64 `[neurons, states]`; the numbers of NaN values, int64 `[neurons]`.
+    """
     request = Request(activation, tuple(parameters), weight, channel_axis, mask, _tuple(edges), impl)
     counts, nan = _counters(x, channel_axis, edges)
     y = dispatch.activate_and_count(x, counts, nan, request, inplace=False)
@@ -50,12 +57,15 @@ def _(
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    """Save what `_backward` needs of the arguments and of the output."""
     x, ctx.activation, ctx.parameters, weight, ctx.channel_axis, *_ = inputs
-    # The gradient of relu can be read from y, which the next operator keeps as well. So x need not live until backward.
+    # The gradient of relu can be computed from y. The next operator keeps y anyway, so x can be freed before the backward
+    # pass.
     ctx.save_for_backward(output[0] if ctx.activation == "relu" else x, weight)
 
 
 def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
+    """Return the gradients of all arguments. Only those of `x` and of `weight` can be other than None."""
     x, weight = ctx.saved_tensors
     grad_x, grad_weight = activations.activate_backward(grad, x, ctx.activation, ctx.parameters, weight, ctx.channel_axis)
     return grad_x, None, None, grad_weight, None, None, None, None
@@ -68,7 +78,13 @@ activation_states.register_autograd(_backward, setup_context=_save_for_backward)
 def count_states(
     x: Tensor, channel_axis: int, mask: Tensor | None, edges: Sequence[float] | None, impl: str
 ) -> tuple[Tensor, Tensor]:
-    """Return the counts of `x`, int64 [neurons, states], and its number of NaN, int64 [neurons]."""
+    """Return the counts of the states of `x`, and its numbers of NaN.
+
+    The arguments are those of the public `count_states`, already checked.
+
+    Returns:
+        The counts, int64 `[neurons, states]`; the numbers of NaN values, int64 `[neurons]`.
+    """
     counts, nan = _counters(x, channel_axis, edges)
     dispatch.count(x, counts, nan, Request("identity", (), None, channel_axis, mask, _tuple(edges), impl))
     return counts, nan
@@ -80,7 +96,7 @@ def _(x: Tensor, channel_axis: int, mask: Tensor | None, edges: Sequence[float] 
 
 
 def _counters(x: Tensor, channel_axis: int, edges: Sequence[float] | None) -> tuple[Tensor, Tensor]:
-    """Return counts and nan of zeros."""
+    """Return zeros for the counts, int64 `[neurons, states]`, and for the numbers of NaN, int64 `[neurons]`."""
     neurons, states = x.shape[channel_axis], 3 if edges is None else len(edges) + 1
     return x.new_zeros((neurons, states), dtype=torch.int64), x.new_zeros((neurons,), dtype=torch.int64)
 

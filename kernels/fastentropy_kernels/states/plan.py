@@ -1,7 +1,8 @@
-"""The fused pass for one call site of an activation, with everything decided that does not change from call to call.
+"""A prepared `activation_states` for one call site of an activation.
 
-After a convolution the caches are cold: 50 µs of Python take 300 µs. On a GPU, the Python before a launch takes longer than
-the kernel for all but large tensors.
+The plan makes every decision in advance that is the same for each call. This saves Python before the kernel starts. After a
+convolution the caches are cold: 50 µs of Python take 300 µs. On a GPU, the Python before a launch takes longer than the
+kernel, except for large tensors.
 """
 
 from __future__ import annotations
@@ -17,15 +18,16 @@ from fastentropy_kernels.layout import Arranged, arrange
 from fastentropy_kernels.states.dispatch import is_fused, state_kernels
 from fastentropy_kernels.states.validation import Request
 
-# Device type -> what addresses must be multiples of. On a GPU, kernels are specialised for the widest access, of 16 bytes.
+# For each type of device, the number that the address of a tensor must be a multiple of. On a GPU, a prepared kernel is
+# specialised for accesses of 16 bytes, the widest.
 _ALIGNMENT = {"cpu": 1, "cuda": 16}
 
 
 class ActivationPlan:
-    """`activation_states` for tensors with one shape, one set of strides, one dtype and one device.
+    """A prepared `activation_states` for tensors with one shape, one set of strides, one dtype and one device.
 
-    `plan_activation_states` makes it. Call it with a tensor that `fits`; it adds to the counts for which it was made. It is for
-    one thread at a time.
+    `plan_activation_states` makes the plan. Before each call, ask `fits` whether the plan may be called with a tensor. A call
+    adds to the counts for which the plan was made. Only one thread may use a plan at a time.
 
     Attributes:
         inplace: whether the plan writes the activation over its argument.
@@ -48,7 +50,15 @@ class ActivationPlan:
     """
 
     def __init__(self, x: Tensor, counts: Tensor, arranged: Arranged, request: Request, inplace: bool) -> None:
-        """Prepare the launch. `make_plan` has checked that there is one."""
+        """Prepare the launch. `make_plan` calls this only if a kernel can be launched without a copy.
+
+        Args:
+            x: a tensor like those of later calls.
+            counts: int64 `[neurons, 3]`. Each call of the plan adds to it.
+            arranged: `x` and the mask as rows or planes, without a copy.
+            request: the other arguments of `activation_states`, checked.
+            inplace: whether the activation is written over `x`.
+        """
         y = arranged.values if inplace else torch.empty_like(arranged.values)
         self._launch, self._alignment = _prepare(arranged, counts, y, request), _ALIGNMENT[x.device.type]
         self._counts, self.inplace = counts, inplace
@@ -56,17 +66,22 @@ class ActivationPlan:
         self._mask_shape = None if request.mask is None else request.mask.shape
 
     def fits(self, x: Tensor, mask: Tensor | None = None) -> bool:
-        """Return whether the plan may be called with a tensor and its mask.
+        """Return whether the plan may be called with `x` and `mask`.
 
-        It may where both are like those that the plan was made for, where the settings of the thread are the same, and where no
-        tracer, mode or transform is active and no gradient is recorded.
+        It may if all of this holds:
+
+        - `x` and `mask` have the shapes, strides, dtypes and devices for which the plan was made. On a GPU, their addresses
+          are multiples of 16.
+        - The settings of the thread have not changed: on a CPU, the number of threads and whether subnormals are flushed to
+          zero; on a GPU, the current device.
+        - No tracer, mode or transform is active, and no gradient is recorded.
 
         Args:
             x: the tensor to activate.
-            mask: bool, with the shape of `x` without the channel axis. None where the plan was made without a mask.
+            mask: bool, with the shape of `x` without the channel axis. None if the plan was made without a mask.
 
         Returns:
-            True where `plan(x, mask)` does what `activation_states` would do.
+            True if `plan(x, mask)` does the same as `activation_states`.
         """
         return (
             type(x) is Tensor
@@ -83,14 +98,14 @@ class ActivationPlan:
         )
 
     def __call__(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Return the activation of `x` and add the states of `x` to the counts.
+        """Return the activation of `x`, and add the counts of the states of `x` to the plan's counts.
 
         Args:
-            x: a tensor that fits. Nothing is checked.
-            mask: a mask that fits.
+            x: a tensor for which `fits` returns True. Nothing is checked here.
+            mask: a mask for which `fits` returns True, or None.
 
         Returns:
-            The activation, which is `x` itself where the plan is in place.
+            The activation. It is `x` itself if the plan works in place.
         """
         y = x if self.inplace else torch.empty_like(x)
         self._launch(*(tensor.data_ptr() for tensor in ((x, y) if mask is None else (x, y, mask))))
@@ -108,7 +123,17 @@ class ActivationPlan:
 
 
 def make_plan(x: Tensor, counts: Tensor, request: Request, inplace: bool) -> ActivationPlan | None:
-    """Return a plan for tensors like `x`; None where no kernel fuses the activation, or where `x` would be copied."""
+    """Return a plan for tensors like `x`, or None if there can be none.
+
+    There is none if no kernel fuses the activation, for prelu, for an empty tensor, if `x` or the mask would be copied, if
+    their addresses are not aligned, for a mask on a CPU, or if `fits` would refuse `x` itself.
+
+    Args:
+        x: a tensor like those of later calls.
+        counts: int64 `[neurons, 3]`. Each call of the plan adds to it.
+        request: the other arguments of `activation_states`, checked.
+        inplace: whether the activation is written over the tensor of a call.
+    """
     if x.device.type not in _ALIGNMENT or not x.numel() or request.weight is not None:
         return None
     if (x.is_cpu and request.mask is not None) or not is_fused(request.activation, x):
@@ -127,7 +152,17 @@ def make_plan(x: Tensor, counts: Tensor, request: Request, inplace: bool) -> Act
 
 
 def _prepare(arranged: Arranged, counts: Tensor, y: Tensor, request: Request) -> Any:
-    """Return the launch of the kernel, which takes the addresses."""
+    """Prepare the launch of the kernel, for Numba on a CPU and for Triton otherwise.
+
+    Args:
+        arranged: a tensor like those of later calls, as rows or planes, with its mask.
+        counts: int64 `[neurons, 3]`. Each launch adds to it.
+        y: the output, with the layout of `arranged.values`, or `arranged.values` itself to work in place.
+        request: the other arguments of `activation_states`, checked.
+
+    Returns:
+        A function that takes the addresses of x, of y and, if there is one, of the mask, and runs the kernel.
+    """
     if arranged.values.is_cpu:
         return state_kernels("numba").prepare(arranged.values, counts, y=y, activation=request.activation)
     return state_kernels("triton").prepare(

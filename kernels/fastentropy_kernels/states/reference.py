@@ -1,4 +1,7 @@
-"""The oracle of the states, in plain PyTorch: any floating dtype, any strides, any device."""
+"""The reference for counting states, in plain PyTorch. The tests compare the kernels with it.
+
+It takes any floating-point dtype, any strides and any device.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +20,18 @@ def add_states(
     mask: Tensor | None = None,
     nan: Tensor | None = None,
 ) -> None:
-    """Add to `counts`, per neuron, how many values are in each state, and to `nan` how many are NaN.
+    """Count the states of `x` for each neuron, and add the counts to `counts` in place.
 
-    Without `edges` the states are below, equal to and above zero, and `counts` is [neurons, 3]. With `edges`, state i holds
-    `edges[i - 1] <= x < edges[i]`, and `counts` is [neurons, len(edges) + 1]. NaN is in no state. `mask`, a bool tensor with
-    the shape of `x` without the channel axis, says which positions count. Sums of integers are exact for any number of values.
+    NaN has no state. The counts are sums of integers, and so exact for any number of values.
+
+    Args:
+        x: a floating-point tensor of any strides.
+        counts: int64 `[neurons, 3]`, with columns for the values below, equal to and above zero. With `edges` the shape is
+            `[neurons, len(edges) + 1]`.
+        channel_axis: the axis of `x` that runs over the neurons.
+        edges: numbers in rising order. Column i then counts the values with `edges[i - 1] <= x < edges[i]`.
+        mask: bool, with the shape of `x` without the channel axis. Positions at which it is False are not counted.
+        nan: int64 `[neurons]`. The number of NaN values of each neuron is added to it.
     """
     by_position = x.detach().movedim(channel_axis, -1).unsqueeze(0)
     by_position = by_position.flatten(0, -2) if mask is None else by_position[mask.unsqueeze(0)]

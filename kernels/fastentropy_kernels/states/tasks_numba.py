@@ -1,7 +1,9 @@
-"""CPU: the compiled functions that a team of threads runs on a job.
+"""CPU: the compiled functions that the threads of a team run to count the states of one tensor.
 
-A job describes one call: addresses and sizes. Its tasks are taken, not assigned, by counting `next_task` up atomically. So a
-team of any size does all of them. Each task adds to a tile of its own, and at the end one thread adds the tiles to the counts.
+A job describes one call of `add_states`: addresses and sizes. It is divided into tasks, each a part of the tensor. A thread
+takes the next task by incrementing `next_task` atomically, until no task is left. A team of any size therefore completes the
+job. Each task counts into its own tile of counters, int64 [columns, channels]. At the end, one thread adds the tiles to the
+counts.
 """
 
 # Numba replaces functions and types that mypy cannot follow.
@@ -20,24 +22,28 @@ from fastentropy_kernels.states.loops_numba import LONGEST_RUN, count_run, count
 
 
 class JobStructure(ctypes.Structure):
-    """The description of a call that all threads of a team read: addresses of memory (0 for none), and sizes in elements."""
+    """The description of a call of `add_states`, which all threads of a team read.
+
+    Addresses are 0 if the tensor is missing. Sizes and strides are in elements. The comments describe the fields.
+    """
 
     _fields_ = (
         *(
             (name, ctypes.c_int64)
             for name in (
-                # The next task and their number. `_take_task` relies on `next_task` being the first field.
+                # The index of the next task, and the number of tasks. `_take_task` relies on `next_task` being the first field.
                 *("next_task", "tasks"),
-                # Addresses of x and y [outer, channels, inner], of mask [outer, inner], of the thresholds [columns] of a
-                # histogram, of tiles [tasks, columns, channels], counts [channels, states] and nan [channels].
+                # Addresses of x and y [outer, channels, inner], of the mask [outer, inner], of the thresholds [columns] of a
+                # histogram, of the tiles [tasks, columns, channels], of counts [channels, states] and of nan [channels].
                 *("x", "y", "mask", "thresholds", "tiles", "counts", "nan"),
+                # A tensor of rows has inner = 1. A row stride is the distance between two indices of the outer axis.
                 *("outer", "channels", "inner", "x_row_stride", "y_row_stride"),
-                # How many rows are read as one, the counters of a channel, how many positions are counted for nan, and the
-                # `limit` of `loops_numba`.
+                # fold: how many rows are read as one. columns: how many counters a channel has. positions: how many values of
+                # each channel are counted, if nan is given. limit: see the head of `loops_numba`.
                 *("fold", "columns", "positions", "limit"),
             )
         ),
-        # The bounds that an activation clips to: floats, or integers that stand for bits.
+        # The bounds to which an activation clips its input: floats, or the bits of floats (see `loops_numba._activated`).
         ("floor", ctypes.c_double),
         ("ceiling", ctypes.c_double),
     )
@@ -47,13 +53,14 @@ _Job = from_dtype(np.dtype(JobStructure))
 
 
 def compile_rows_task(kind: Any, writes: bool, inplace: bool, clipped: bool, masked: bool) -> Any:
-    """Compile the loop of a thread over rows: while there are tasks, take one and count its strip of rows.
+    """Compile the function that a thread runs for rows: while a task is left, take it and count its rows.
 
-    A strip of narrow contiguous rows is read as rows `fold` times as wide. The rest of it is read row by row. A row holds
-    every channel `inner` times.
+    Narrow contiguous rows are read `fold` at a time, as one row that is `fold` times as wide. The rows left over at the end of
+    a task are read one by one. A row holds `inner` adjacent values of each channel. `inner` is 1, except if short planes are
+    read as rows.
 
     Args:
-        kind: the NumPy type that values are read as, float32 or the integer of their bits.
+        kind: the NumPy type that values are read as: float32, or the signed integer of the same width for their bits.
         writes: whether the activation is written to y.
         inplace: whether the activation is written over x.
         clipped: whether the activation has a ceiling.
@@ -102,9 +109,14 @@ def compile_rows_task(kind: Any, writes: bool, inplace: bool, clipped: bool, mas
 
 
 def compile_planes_task(kind: Any, writes: bool, inplace: bool, clipped: bool, masked: bool) -> Any:
-    """Compile the loop of a thread over planes: while there are tasks, take one and count its stretch of memory.
+    """Compile the function that a thread runs for planes: while a task is left, take it and count its part of the memory.
 
-    The arguments are those of `compile_rows_task`.
+    Args:
+        kind: as for `compile_rows_task`.
+        writes: as for `compile_rows_task`.
+        inplace: as for `compile_rows_task`.
+        clipped: as for `compile_rows_task`.
+        masked: as for `compile_rows_task`.
     """
     floats = kind is np.float32
 
@@ -147,10 +159,12 @@ def compile_planes_task(kind: Any, writes: bool, inplace: bool, clipped: bool, m
 
 
 def compile_histogram_task(signed: Any, masked: bool) -> Any:
-    """Compile the loop of a thread for a histogram of rows or planes: count the values at or above each threshold.
+    """Compile the function that a thread runs for a histogram of rows or planes.
+
+    For each channel and each threshold, the function counts the values that are at least the threshold.
 
     Args:
-        signed: the NumPy integer type of the bits of the values.
+        signed: the signed NumPy integer type with the width of a value, which its bits are read as.
         masked: whether there is a mask.
     """
     positive = signed(np.iinfo(signed).max)
@@ -188,10 +202,12 @@ def compile_histogram_task(signed: Any, masked: bool) -> Any:
 
 
 def compile_adder() -> Any:
-    """Compile the last step of a job: add the tiles to counts, and the positions that are in no state to nan.
+    """Compile the last step of a job, which one thread runs: add the tiles of all tasks to counts and nan.
 
-    A tile of signs counts off, zero and on. A tile of a histogram counts the values at or above each threshold, of which the
-    first is -infinity. So a state is the difference between two neighbours. The tiles are cleared for the next job.
+    Without edges, a tile counts off, zero and on. A tile of a histogram counts the values that are at least each threshold,
+    starting with -infinity. The count of a state is therefore the difference between two neighbouring counters. The number of
+    NaN values is the number of counted positions minus the counts of all states. The step sets the tiles to zero for the next
+    job.
     """
 
     @cfunc(types.void(types.CPointer(_Job)), cache=True)
@@ -221,7 +237,7 @@ def compile_adder() -> Any:
 
 @intrinsic
 def _take_task(typing_context, job):
-    """Return the next task of a job and count it up, in one atomic addition."""
+    """Return the index of the next task of a job, and increment it in the same atomic operation."""
 
     def generate(context, builder, signature, arguments):
         counter = builder.bitcast(arguments[0], cgutils.intp_t.as_pointer())
@@ -232,7 +248,7 @@ def _take_task(typing_context, job):
 
 @intrinsic
 def _pointer(typing_context, address):
-    """Return an address as the pointer that carray takes."""
+    """Return an integer address as the pointer that `numba.carray` takes."""
 
     def generate(context, builder, signature, arguments):
         return builder.inttoptr(arguments[0], cgutils.voidptr_t)

@@ -1,6 +1,6 @@
-"""Check every argument of the public functions before anything is written.
+"""Check all arguments of the public functions that count states, before anything is written.
 
-An error is one line. It names the argument, what was given and what was expected.
+The message of an error is one line. It names the argument, the value that was given and the value that was expected.
 """
 
 from __future__ import annotations
@@ -21,12 +21,22 @@ MOST_EDGES = 15
 
 
 class Request(NamedTuple):
-    """The checked arguments of a call. Where `edges` is None the states are off, zero and on."""
+    """The checked arguments of a call of `count_states` or `activation_states`.
+
+    Attributes:
+        activation: a key of `activations.ACTIVATIONS`; "identity" for `count_states`.
+        parameters: the parameters of the activation, in the order of the table.
+        weight: the slopes of prelu, `[neurons]` or `[1]`. None for other activations.
+        channel_axis: the axis of the neurons, not negative.
+        mask: bool, with the shape of `x` without the channel axis. None to count all positions.
+        edges: the edges of the histogram. None to count off, zero and on.
+        impl: "auto", "triton", "numba" or "reference".
+    """
 
     activation: str
     parameters: tuple[float, ...]
     weight: Tensor | None
-    channel_axis: int  # not negative
+    channel_axis: int
     mask: Tensor | None
     edges: tuple[float, ...] | None
     impl: str
@@ -41,7 +51,10 @@ def count_request(
     edges: Sequence[float] | None,
     impl: str,
 ) -> Request:
-    """Check the arguments of `count_states` and return them as a request."""
+    """Check the arguments of `count_states` and return them as a request.
+
+    The arguments are those of `count_states`. If one does not fit, TypeError or ValueError is raised.
+    """
     _check_implementation(impl)
     channel_axis = _checked_axis(x, channel_axis)
     checked_edges = None if edges is None else _checked_edges(edges)
@@ -64,7 +77,12 @@ def activation_request(
     inplace: bool,
     impl: str,
 ) -> Request:
-    """Check the arguments of `activation_states` and return them as a request."""
+    """Check the arguments of `activation_states` and return them as a request.
+
+    The arguments are those of `activation_states`, with its keyword arguments in the dictionary `parameters`. For
+    `states="regions"`, the linear regions become the edges of the request. If an argument does not fit, TypeError or
+    ValueError is raised.
+    """
     values = checked_parameters(activation, parameters)
     if states not in ("sign", "regions"):
         raise ValueError(f"states: got {states!r}, expected 'sign' or 'regions'")
