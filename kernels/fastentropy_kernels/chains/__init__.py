@@ -1,1 +1,1 @@
-"""Run a linearised chain of operators as one operator."""
+"""Run a chain, a stretch of convolutions or linear layers without an activation in between, as one operator."""

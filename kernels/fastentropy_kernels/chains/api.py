@@ -1,6 +1,7 @@
-"""The public functions that run a linearised chain of operators as one.
+"""The public functions that run a chain of linear operators as one operator.
 
-On a GPU, what lies between two operators of a chain is never written to memory.
+A chain is a stretch of a network without an activation between its convolutions or linear layers. On a GPU, the values between
+two operators of a chain are never written to memory.
 """
 
 from __future__ import annotations
@@ -32,26 +33,28 @@ def conv_pointwise(
     """Return a convolution followed by a 1 x 1 convolution, a residual and an activation.
 
     The result is activation(pointwise(conv(x) + bias) + pointwise_bias + residual). Sums and activation are computed in
-    float32. Triton rounds what lies between the two convolutions to the dtype of `x`, because the matrix units multiply
-    that dtype; the reference does not round it. There is no backward pass. torch.compile (fullgraph) and torch.export
-    can trace the function.
+    float32. Triton rounds the values between the two convolutions to the dtype of `x`, because the matrix units multiply this
+    dtype. The reference does not round them. There is no backward pass. torch.compile (fullgraph) and torch.export can trace
+    the function.
 
     Args:
-        x: `[batch, in, height, width]`, float16, bfloat16 or float32. Contiguous and channels-last images are read in
-            place, and so are slices of them without gaps in the fastest axis; all others are copied. All other
-            tensors have the dtype and the device of `x`.
-        weight: `[hidden, in / groups, kernel height, kernel width]`. Without groups, a weight in channels-last is read
-            in place, and any other is copied in each call.
+        x: `[batch, in, height, width]`, float16, bfloat16 or float32. Contiguous and channels-last images are read in place,
+            and so are slices of them without gaps in the fastest axis. All other images are copied. All other tensors have the
+            dtype and the device of `x`.
+        weight: `[hidden, in / groups, kernel height, kernel width]`. With `groups=1`, a weight in channels-last is read in
+            place, and any other is copied in each call.
         bias: `[hidden]`, or None.
         pointwise_weight: `[out, hidden]` or `[out, hidden, 1, 1]`.
         pointwise_bias: `[out]`, or None.
         stride: step of the first convolution in pixels, along height and width.
-        padding: rows of zeros at the top and at the bottom, and columns of zeros on the left and on the right.
-        dilation: distance in pixels between two taps of the first convolution, along height and width.
-        groups: 1, or `in` for a depthwise convolution, where `hidden` is `in` too.
-        residual: `[batch, out, out height, out width]`, or None.
-        activation: a name of an activation as in `activation_states`, except prelu, with the default parameters.
-        impl: "auto" takes Triton on CUDA and the reference elsewhere. "triton" and "reference" run as named or raise.
+        padding: number of rows of zeros at the top and at the bottom each, and of columns of zeros on the left and on the
+            right each.
+        dilation: distance in pixels between neighbouring elements of the first convolution's kernel, along height and width.
+        groups: 1, or `in` for a depthwise convolution. `hidden` must then equal `in`.
+        residual: `[batch, out, out height, out width]`, which is added before the activation, or None.
+        activation: the name of an activation as in `activation_states`, except prelu. Its parameters have their defaults.
+        impl: "auto" chooses Triton on CUDA and the reference elsewhere. "triton" and "reference" choose one of these, or raise
+            if it cannot run.
 
     Returns:
         `[batch, out, out height, out width]`, in the dtype and memory format of `x`.
@@ -97,41 +100,45 @@ def conv_bordered(
     counts: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """Return a convolution with a bias for each tap inside of the image, a residual and an activation.
+    """Return a convolution with a bias for each tap that lies inside the image, a residual and an activation.
 
-    The result is activation(conv(x) + bias + the sum of `tap_bias` over the taps inside of the image + residual). With
-    `tap_bias`, two merged convolutions are exact at the border as well: the bias of the first one acts only through
-    the taps of the second one that read its output, and not through those that read the padding around that output.
-    Sums and activation are computed in float32. There is no backward pass. torch.compile (fullgraph) and torch.export
-    can trace the function.
+    A tap is one element of the convolution's kernel. At the border, some taps read the padding. The result is
+    activation(conv(x) + bias + residual + s), where s is the sum of `tap_bias` over the taps that lie inside the image.
+    `tap_bias` makes the merging of two convolutions exact at the border too: the bias of the first convolution reaches an
+    output only through those taps of the second that read an output of the first, not through those that read padding.
+
+    Sums and activation are computed in float32. There is no backward pass. torch.compile (fullgraph) and torch.export can
+    trace the function.
 
     Args:
-        x: `[batch, in, height, width]`, float16, bfloat16 or float32. Contiguous and channels-last images are read in
-            place, and so are slices of them without gaps in the fastest axis; all others are copied. All other
-            tensors but `counts` have the dtype and the device of `x`.
-        weight: `[out, in / groups, kernel height, kernel width]`. Without groups, a weight in channels-last is read in
-            place, and any other is copied in each call.
+        x: `[batch, in, height, width]`, float16, bfloat16 or float32. Contiguous and channels-last images are read in place,
+            and so are slices of them without gaps in the fastest axis. All other images are copied. All other tensors but
+            `counts` have the dtype and the device of `x`.
+        weight: `[out, in / groups, kernel height, kernel width]`. With `groups=1`, a weight in channels-last is read in place,
+            and any other is copied in each call.
         bias: `[out]`, or None.
-        tap_bias: `[out, kernel height, kernel width]`, or None: what each tap adds to an output where the tap does not
-            lie in the padding.
+        tap_bias: `[out, kernel height, kernel width]`, or None. Each element is added to an output if its tap lies inside the
+            image.
         stride: step of the convolution in pixels, along height and width.
-        padding: rows of zeros at the top and at the bottom, and columns of zeros on the left and on the right.
-        dilation: distance in pixels between two taps, along height and width.
-        groups: 1, or `in` for a depthwise convolution, where `out` is `in` too.
-        residual: `[batch, out, out height, out width]`, or None.
-        activation: a name of an activation as in `activation_states`, except prelu, with the default parameters.
-        counts: int64 `[out, 3]`, contiguous, on the device of `x`, or None: columns off, zero, on. The states of the
-            activation's argument, rounded to the dtype of `x`, are added to it in place. These are the states that
-            `activation_states` would count after the convolution.
-        impl: "auto" takes Triton on CUDA and the reference elsewhere. "triton" and "reference" run as named or raise.
+        padding: number of rows of zeros at the top and at the bottom each, and of columns of zeros on the left and on the
+            right each.
+        dilation: distance in pixels between neighbouring taps, along height and width.
+        groups: 1, or `in` for a depthwise convolution. `out` must then equal `in`.
+        residual: `[batch, out, out height, out width]`, which is added before the activation, or None.
+        activation: the name of an activation as in `activation_states`, except prelu. Its parameters have their defaults.
+        counts: int64 `[out, 3]`, contiguous, on the device of `x`, or None. The states of the activation's argument are
+            counted, and the counts of off, zero and on are added to the columns. The argument is rounded to the dtype of `x`
+            first, so the counts are those of `activation_states` after the convolution.
+        impl: "auto" chooses Triton on CUDA and the reference elsewhere. "triton" and "reference" choose one of these, or raise
+            if it cannot run.
 
     Returns:
         `[batch, out, out height, out width]`, in the dtype and memory format of `x`.
 
     Raises:
-        TypeError: a dtype or device does not fit.
-        ValueError: any other argument does not fit, or a tensor requires a gradient outside of torch.no_grad(). In both
-            cases `counts` is unchanged.
+        TypeError: a dtype or device does not fit. `counts` is unchanged.
+        ValueError: any other argument does not fit, or a tensor requires a gradient outside of torch.no_grad(). `counts` is
+            unchanged.
 
     Examples:
         A 1 x 1 convolution and a padded 3 x 3 convolution, merged into one:
@@ -172,12 +179,12 @@ def linear_pair(
     activation: str = "identity",
     impl: str = "auto",
 ) -> Tensor:
-    """Return two linear layers one after the other, a residual and an activation.
+    """Return two linear layers in sequence, a residual and an activation.
 
-    The result is activation(linear2(linear1(x)) + residual): the product with a matrix of low rank, given as its two
-    factors. Sums and activation are computed in float32. Triton rounds what lies between the two layers to the dtype of
-    `x`, because the matrix units multiply that dtype; the reference does not round it. There is no backward pass.
-    torch.compile (fullgraph) and torch.export can trace the function.
+    The result is activation(linear2(linear1(x)) + residual). If `hidden` is small, the two layers are a weight of low rank,
+    given by its two factors. Sums and activation are computed in float32. Triton rounds the values between the two layers to
+    the dtype of `x`, because the matrix units multiply this dtype. The reference does not round them. There is no backward
+    pass. torch.compile (fullgraph) and torch.export can trace the function.
 
     Args:
         x: `[..., in]`, float16, bfloat16 or float32. All other tensors have its dtype and device.
@@ -185,9 +192,10 @@ def linear_pair(
         bias1: `[hidden]`, or None.
         weight2: `[out, hidden]`.
         bias2: `[out]`, or None.
-        residual: `[..., out]`, or None.
-        activation: a name of an activation as in `activation_states`, except prelu, with the default parameters.
-        impl: "auto" takes Triton on CUDA and the reference elsewhere. "triton" and "reference" run as named or raise.
+        residual: `[..., out]`, which is added before the activation, or None.
+        activation: the name of an activation as in `activation_states`, except prelu. Its parameters have their defaults.
+        impl: "auto" chooses Triton on CUDA and the reference elsewhere. "triton" and "reference" choose one of these, or raise
+            if it cannot run.
 
     Returns:
         `[..., out]`, contiguous, in the dtype of `x`.

@@ -1,16 +1,17 @@
-"""GPU: linearised chains that begin with a convolution, in one kernel each. What lies between operators stays in registers.
+"""GPU: chains that begin with a convolution, each in one kernel. Values between two operators stay in registers.
 
-Convolutions are implicit matrix products: a tile of output positions by output channels, summed in float32 over the taps
-of the kernel and over blocks of input channels. Both memory formats are read and written along their fastest axis. The
-values between two operators are rounded to the dtype of x, because the second product takes them so, but they never go to
-memory.
+A convolution is computed as an implicit matrix product. A tile has output positions along one axis and output channels along
+the other. Its sums, in float32, run over the taps (elements of the convolution's kernel) and over blocks of input channels.
+Images in either memory format are read and written along their fastest axis. The values between two operators are rounded to
+the dtype of x, because the second product takes this dtype.
 
-The functions here share three values:
+Three arguments are shared by the functions of this file:
 
-- `tile`: image (int64), pixel, row and column (int32) of each position of the program, and whether the position exists.
-- `geometry`: (height, width) of x, the four strides of x, and stride, padding and dilation of the convolution, each along
-  height and width.
-- `weight_strides`: the four strides of the weight.
+- `tile` describes the positions of the program: a tuple of image (int64), pixel, row and column (int32) and inside (bool),
+  each `[BLOCK_POSITIONS]`. A position is one pixel of one output image. `inside` is whether the position exists.
+- `geometry` describes the convolution: a tuple of the size (height, width) of x, the four strides of x, and the stride,
+  padding and dilation of the convolution, each along height and width.
+- `weight_strides` are the four strides of the weight, in elements.
 """
 
 # Kernels have no types, and Triton's decorator has none either.
@@ -54,22 +55,23 @@ def conv_pointwise_kernel(
     BLOCK_HIDDEN: tl.constexpr,
     BLOCK_INPUTS: tl.constexpr,
 ):
-    """Write activation(pointwise(conv(x) + bias) + pointwise_bias + residual).
+    """Write activation(pointwise(conv(x) + bias) + pointwise_bias + residual) to y.
 
-    One program owns BLOCK_POSITIONS positions of y by BLOCK_OUTPUTS of its channels. It makes the hidden channels
-    BLOCK_HIDDEN at a time. Where y has more channels than BLOCK_OUTPUTS, the programs that share positions each make all
-    hidden channels: the convolution is computed once for every block of outputs.
+    One program computes BLOCK_POSITIONS positions of y for BLOCK_OUTPUTS of its channels. It computes the hidden channels
+    BLOCK_HIDDEN at a time. If y has more than BLOCK_OUTPUTS channels, several programs share their positions. Each of them
+    computes all hidden channels, so the first convolution is repeated for every block of outputs.
 
     Args:
-        x_ptr: `[batch, inputs, height, width]`, float32, bfloat16 or float16, as all tensors; any strides, in `geometry`.
-        weight_ptr: `[hidden, inputs / groups, KERNEL_HEIGHT, KERNEL_WIDTH]`, with `weight_strides`.
+        x_ptr: `[batch, inputs, height, width]`, float32, bfloat16 or float16, with the strides in `geometry`. All other
+            tensors have its dtype.
+        weight_ptr: `[hidden, inputs / groups, KERNEL_HEIGHT, KERNEL_WIDTH]`, with the strides `weight_strides`.
         bias_ptr: `[hidden]`, contiguous, or None.
         pointwise_ptr: `[outputs, hidden]`, contiguous.
         pointwise_bias_ptr: `[outputs]`, contiguous, or None.
         residual_ptr: `[batch, outputs, y height, y_width]`, with the strides of y, or None.
-        y_ptr: `[batch, outputs, y height, y_width]`, without gaps in the format CHANNELS_LAST.
+        y_ptr: `[batch, outputs, y height, y_width]`, channels-last if CHANNELS_LAST, otherwise contiguous.
         positions: number of positions of y: batch * y height * y width.
-        pixel_multiples: pixels of an image of y, divided by PIXEL_MULTIPLE.
+        pixel_multiples: number of pixels of an image of y, divided by PIXEL_MULTIPLE.
         y_width: width of y.
         geometry: see the head of this file.
         weight_strides: see the head of this file.
@@ -80,12 +82,12 @@ def conv_pointwise_kernel(
         ACTIVATION: name of the activation.
         KERNEL_HEIGHT: height of the weight.
         KERNEL_WIDTH: width of the weight.
-        DEPTHWISE: whether each channel is convolved alone.
-        CHANNELS_LAST: whether x, residual and y are channels-last; otherwise columns are the fastest axis.
-        PIXEL_MULTIPLE: largest power of two, up to 16, that divides the pixels of an image of y.
-        BLOCK_POSITIONS: positions of a program.
-        BLOCK_OUTPUTS: channels of y of a program.
-        BLOCK_HIDDEN: hidden channels that are made at a time.
+        DEPTHWISE: whether the convolution is depthwise (each channel has its own kernel).
+        CHANNELS_LAST: whether channels are the fastest axis of x, residual and y; otherwise columns are.
+        PIXEL_MULTIPLE: largest power of two, up to 16, that divides the number of pixels of an image of y.
+        BLOCK_POSITIONS: positions of y that a program computes.
+        BLOCK_OUTPUTS: channels of y that a program computes.
+        BLOCK_HIDDEN: hidden channels that are computed at a time.
         BLOCK_INPUTS: channels of x that are summed over at a time.
     """
     program, output = _own_channels(outputs, BLOCK_OUTPUTS)
@@ -172,22 +174,22 @@ def conv_bordered_kernel(
     BLOCK_OUTPUTS: tl.constexpr,
     BLOCK_INPUTS: tl.constexpr,
 ):
-    """Write activation(conv(x) + bias + the sum of tap_bias over the taps inside of the image + residual), and count states.
+    """Write activation(conv(x) + bias + tap bias + residual) to y, and count the states of the activation's argument.
 
-    One program owns BLOCK_POSITIONS positions of y by BLOCK_OUTPUTS of its channels. It adds each of its counts by one
-    atomic.
+    The tap bias of an output is the sum of `tap_bias` over the taps that lie inside the image. One program computes
+    BLOCK_POSITIONS positions of y for BLOCK_OUTPUTS of its channels. It adds to each count with one atomic addition.
 
     Args:
-        x_ptr: `[batch, inputs, height, width]`, float32, bfloat16 or float16, as all tensors but the counts; any strides,
-            in `geometry`.
-        weight_ptr: `[outputs, inputs / groups, KERNEL_HEIGHT, KERNEL_WIDTH]`, with `weight_strides`.
+        x_ptr: `[batch, inputs, height, width]`, float32, bfloat16 or float16, with the strides in `geometry`. All other
+            tensors but the counts have its dtype.
+        weight_ptr: `[outputs, inputs / groups, KERNEL_HEIGHT, KERNEL_WIDTH]`, with the strides `weight_strides`.
         bias_ptr: `[outputs]`, contiguous, or None.
         tap_bias_ptr: `[outputs, KERNEL_HEIGHT, KERNEL_WIDTH]`, contiguous, or None.
         residual_ptr: `[batch, outputs, y height, y_width]`, with the strides of y, or None.
-        y_ptr: `[batch, outputs, y height, y_width]`, without gaps in the format CHANNELS_LAST.
-        counts_ptr: int64 `[outputs, 3]`, contiguous, columns off, zero, on, or None.
+        y_ptr: `[batch, outputs, y height, y_width]`, channels-last if CHANNELS_LAST, otherwise contiguous.
+        counts_ptr: int64 `[outputs, 3]`, contiguous; the counts of off, zero and on are added to it. None not to count.
         positions: number of positions of y: batch * y height * y width.
-        pixel_multiples: pixels of an image of y, divided by PIXEL_MULTIPLE.
+        pixel_multiples: number of pixels of an image of y, divided by PIXEL_MULTIPLE.
         y_width: width of y.
         geometry: see the head of this file.
         weight_strides: see the head of this file.
@@ -197,11 +199,11 @@ def conv_bordered_kernel(
         ACTIVATION: name of the activation.
         KERNEL_HEIGHT: height of the weight.
         KERNEL_WIDTH: width of the weight.
-        DEPTHWISE: whether each channel is convolved alone.
-        CHANNELS_LAST: whether x, residual and y are channels-last; otherwise columns are the fastest axis.
-        PIXEL_MULTIPLE: largest power of two, up to 16, that divides the pixels of an image of y.
-        BLOCK_POSITIONS: positions of a program.
-        BLOCK_OUTPUTS: channels of y of a program.
+        DEPTHWISE: whether the convolution is depthwise (each channel has its own kernel).
+        CHANNELS_LAST: whether channels are the fastest axis of x, residual and y; otherwise columns are.
+        PIXEL_MULTIPLE: largest power of two, up to 16, that divides the number of pixels of an image of y.
+        BLOCK_POSITIONS: positions of y that a program computes.
+        BLOCK_OUTPUTS: channels of y that a program computes.
         BLOCK_INPUTS: channels of x that are summed over at a time.
     """
     program, output = _own_channels(outputs, BLOCK_OUTPUTS)
@@ -247,7 +249,17 @@ def conv_bordered_kernel(
 
 @triton.jit
 def _own_channels(channels, BLOCK_CHANNELS: tl.constexpr):
-    """Return the number of the program's block of positions, and its channels. Neighbours share positions, not channels."""
+    """Return the index of the program's block of positions, and the channels of the program.
+
+    Consecutive programs have the same positions and different channels.
+
+    Args:
+        channels: number of channels of y.
+        BLOCK_CHANNELS: number of channels of a program.
+
+    Returns:
+        The index, int64; the channels, int64 `[BLOCK_CHANNELS]`. Those of the last block may exceed the number of channels.
+    """
     program = tl.program_id(0).to(tl.int64)
     blocks = tl.cdiv(channels, BLOCK_CHANNELS)
     return program // blocks, program % blocks * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
@@ -262,15 +274,24 @@ def _own_positions(
     PIXEL_MULTIPLE: tl.constexpr,
     BLOCK_POSITIONS: tl.constexpr,
 ):
-    """Return `tile` for the block of positions with the number `program`."""
+    """Return `tile`, the description of the positions of a program.
+
+    Args:
+        program: index of the program's block of positions, int64.
+        positions: number of positions of y.
+        pixels: number of pixels of an image of y.
+        y_width: width of y.
+        PIXEL_MULTIPLE: largest power of two, up to 16, that divides `pixels`.
+        BLOCK_POSITIONS: number of positions in a block.
+    """
     first = program * BLOCK_POSITIONS
     lane = tl.arange(0, BLOCK_POSITIONS)
-    # 64-bit divisions are slow: only the block as a whole takes one, and its lanes divide in 32 bits.
+    # 64-bit divisions are slow. Only the start of the block is divided in 64 bits, and its lanes are divided in 32 bits.
     pixel = (first % pixels).to(tl.int32) + lane
     image = first // pixels + pixel // pixels
     pixel = pixel % pixels
     row, column = pixel // y_width, pixel % y_width
-    # Images and blocks begin at multiples of PIXEL_MULTIPLE, which the compiler does not see through the division.
+    # Images and blocks begin at multiples of PIXEL_MULTIPLE. The compiler cannot derive this through the division.
     pixel = tl.max_contiguous(tl.multiple_of(pixel, PIXEL_MULTIPLE), PIXEL_MULTIPLE)
     image = tl.max_constancy(image, PIXEL_MULTIPLE)
     inside = tl.max_constancy(first + lane < positions, PIXEL_MULTIPLE)
@@ -279,7 +300,18 @@ def _own_positions(
 
 @triton.jit
 def _tap(tile, geometry, tap_row, tap_column):
-    """Return where in x each position reads a tap (int64, without the channel), and whether that is inside of the image."""
+    """Return where each position reads x for one tap, and whether this pixel lies inside the image.
+
+    Args:
+        tile: see the head of this file.
+        geometry: see the head of this file.
+        tap_row: row of the tap in the kernel of the convolution.
+        tap_column: column of the tap in the kernel of the convolution.
+
+    Returns:
+        The distance from the first value of x to the first channel of the pixel, in values, int64; a bool that is false if the
+        pixel is padding or the position does not exist.
+    """
     image, _, row, column, inside = tile
     x_size, x_strides, stride, padding, dilation = geometry
     x_row = row * stride[0] - padding[0] + tap_row * dilation[0]
@@ -304,7 +336,27 @@ def _convolve(
     CHANNELS_LAST: tl.constexpr,
     BLOCK_INPUTS: tl.constexpr,
 ):
-    """Return the sums [positions, channels] over taps and inputs. One loop runs over both, so that its loads run ahead."""
+    """Return the sums of a convolution over its taps and inputs, without a bias.
+
+    One loop runs over both taps and blocks of inputs, so the compiler can load ahead across taps.
+
+    Args:
+        x_ptr: `[batch, inputs, height, width]`, with the strides in `geometry`.
+        weight_ptr: `[channels, inputs, KERNEL_HEIGHT, KERNEL_WIDTH]`, with the strides `weight_strides`.
+        weight_strides: see the head of this file.
+        tile: see the head of this file.
+        geometry: see the head of this file.
+        channel: `[block]`, the output channels to compute.
+        channels: number of output channels.
+        inputs: number of channels of x.
+        KERNEL_HEIGHT: height of the weight.
+        KERNEL_WIDTH: width of the weight.
+        CHANNELS_LAST: whether channels are the fastest axis of x.
+        BLOCK_INPUTS: channels of x that are summed over at a time.
+
+    Returns:
+        float32 `[positions, block]`.
+    """
     sums = tl.zeros((tile[0].shape[0], channel.shape[0]), tl.float32)
     blocks = tl.cdiv(inputs, BLOCK_INPUTS)
     for step in range(KERNEL_HEIGHT * KERNEL_WIDTH * blocks):
@@ -337,7 +389,25 @@ def _convolve_depthwise(
     KERNEL_WIDTH: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
 ):
-    """Return the sums over taps, in the order of memory: [positions, channels] or [channels, positions]."""
+    """Return the sums of a depthwise convolution over its taps, with the tap bias.
+
+    Args:
+        x_ptr: `[batch, channels, height, width]`, with the strides in `geometry`.
+        weight_ptr: `[channels, 1, KERNEL_HEIGHT, KERNEL_WIDTH]`, with the strides `weight_strides`.
+        tap_bias_ptr: `[channels, KERNEL_HEIGHT, KERNEL_WIDTH]`, contiguous, or None. An element is added if its tap lies
+            inside the image.
+        weight_strides: see the head of this file.
+        tile: see the head of this file.
+        geometry: see the head of this file.
+        channel: `[block]`, the channels to compute.
+        channels: number of channels.
+        KERNEL_HEIGHT: height of the weight.
+        KERNEL_WIDTH: width of the weight.
+        CHANNELS_LAST: whether channels are the fastest axis of x.
+
+    Returns:
+        float32 `[positions, block]` if CHANNELS_LAST, otherwise `[block, positions]`.
+    """
     positions, channels_axis = spread(tile[0], channel, CHANNELS_LAST)
     sums = tl.zeros((positions + channels_axis).shape, tl.float32)
     for tap_row in range(KERNEL_HEIGHT):
@@ -366,7 +436,23 @@ def _add_tap_bias(
     KERNEL_HEIGHT: tl.constexpr,
     KERNEL_WIDTH: tl.constexpr,
 ):
-    """Add tap_bias over the taps inside of the image: the matrix product of `is the tap inside` (0 or 1) and tap_bias."""
+    """Add the tap bias: for each position and channel, the sum of `tap_bias` over the taps that lie inside the image.
+
+    The sum is computed as a matrix product. Its left factor `[positions, taps]` is 1 if a tap lies inside the image, else 0.
+
+    Args:
+        sums: float32 `[positions, block]`.
+        tap_bias_ptr: `[channels, KERNEL_HEIGHT, KERNEL_WIDTH]`, contiguous.
+        tile: see the head of this file.
+        geometry: see the head of this file.
+        channel: `[block]`, the output channels of `sums`.
+        channels: number of output channels.
+        KERNEL_HEIGHT: height of the weight.
+        KERNEL_WIDTH: width of the weight.
+
+    Returns:
+        The new sums, float32 `[positions, block]`.
+    """
     taps: tl.constexpr = KERNEL_HEIGHT * KERNEL_WIDTH
     image, pixel, row, column, inside = tile
     tile = (image[:, None], pixel[:, None], row[:, None], column[:, None], inside[:, None])
@@ -393,7 +479,24 @@ def _finish(
     ACTIVATION: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
 ):
-    """Add bias and residual, count the states of the sum rounded to y's dtype, and write the activation of the sum."""
+    """Add bias and residual to the sums, count the states of the result, and write its activation to y.
+
+    The states are those of the result rounded to the dtype of y. The activation is computed before rounding.
+
+    Args:
+        values: float32 sums, `[positions, block]` if CHANNELS_LAST, otherwise `[block, positions]`.
+        bias_ptr: `[channels]`, contiguous, or None.
+        residual_ptr: `[batch, channels, y height, y width]`, with the strides of y, or None.
+        y_ptr: `[batch, channels, y height, y width]`, channels-last if CHANNELS_LAST, otherwise contiguous.
+        counts_ptr: int64 `[channels, 3]`, contiguous; the counts of off, zero and on are added to it. None not to count.
+        tile: see the head of this file.
+        pixels: number of pixels of an image of y.
+        channel: `[block]`, the channels of `values`.
+        channels: number of channels of y.
+        parameters: tuple of the activation's parameters.
+        ACTIVATION: name of the activation.
+        CHANNELS_LAST: whether channels are the fastest axis of residual and y.
+    """
     image, pixel, _, _, inside = tile
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + channel, mask=channel < channels, other=0).to(tl.float32)
@@ -415,9 +518,17 @@ def _finish(
 
 @triton.jit
 def _add_tile_counts(counts_ptr, x, channel, channels, AXIS: tl.constexpr):
-    """Add the states of the tile `x`, summed over AXIS, to `counts_ptr` [channels, 3].
+    """Count the off, zero and on values of the tile `x` along AXIS, and add the counts to memory.
 
-    A tile has fewer positions than a lane can count, so that one sum holds all three packed counters.
+    The three counts are packed into 10-bit fields of one int32 and summed in one reduction. No field overflows, because a tile
+    has fewer than 1,024 positions (at most 64 in the table of launches).
+
+    Args:
+        counts_ptr: int64 `[channels, 3]`, contiguous.
+        x: float32 tile of positions and channels. NaN is not counted.
+        channel: `[block]`, the channels of the tile.
+        channels: number of channels of y.
+        AXIS: the axis of `x` that runs over positions.
     """
     counts = tl.sum(count_lanes((tl.zeros(x.shape, tl.int32),), x, (), 1, 0)[0], AXIS)
     for state in tl.static_range(3):

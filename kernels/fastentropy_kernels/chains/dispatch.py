@@ -1,4 +1,4 @@
-"""The choice of the implementation that runs a fused chain."""
+"""Choose the implementation that runs a fused chain."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ from fastentropy_kernels.dispatch import unavailable_reason
 
 @cache
 def chain_kernels(impl: str, device_type: str) -> ModuleType:
-    """Return the module that runs fused chains: for "auto" Triton on CUDA, and the reference elsewhere.
+    """Return the module with the fused chains of an implementation.
+
+    Args:
+        impl: "triton", "reference", or "auto" for Triton on CUDA and the reference elsewhere.
+        device_type: the type of the tensors' device, such as "cuda".
 
     Raises:
         ValueError: the implementation does not run on this type of device.

@@ -1,4 +1,4 @@
-"""GPU: two linear layers in one kernel. What lies between them stays in registers."""
+"""GPU: two linear layers in one kernel. The values between them stay in registers."""
 
 # Kernels have no types, and Triton's decorator has none either.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -33,31 +33,32 @@ def linear_pair_kernel(
     BLOCK_HIDDEN: tl.constexpr,
     BLOCK_INPUTS: tl.constexpr,
 ):
-    """Write activation(linear2(linear1(x)) + residual).
+    """Write activation(linear2(linear1(x)) + residual) to y.
 
-    One program owns BLOCK_ROWS whole rows of y. It computes all their hidden values once, rounds them to the dtype of x,
-    which the second product takes, and then makes y BLOCK_OUTPUTS columns at a time.
+    One program computes BLOCK_ROWS whole rows of y. It first computes all hidden values of these rows and rounds them to the
+    dtype of x, in which the second product takes them. It then computes y in blocks of BLOCK_OUTPUTS columns.
 
     Args:
-        x_ptr: `[rows, inputs]`, float32, bfloat16 or float16, as all tensors; values of a row lie side by side.
+        x_ptr: `[rows, inputs]`, float32, bfloat16 or float16, with row stride `x_row_stride` and column stride 1. All other
+            tensors have its dtype.
         weight1_ptr: `[hidden, inputs]`, contiguous.
         bias1_ptr: `[hidden]`, contiguous, or None.
         weight2_ptr: `[outputs, hidden]`, contiguous.
         bias2_ptr: `[outputs]`, contiguous, or None.
-        residual_ptr: `[rows, outputs]`, values of a row side by side, or None.
+        residual_ptr: `[rows, outputs]`, with row stride `residual_row_stride` and column stride 1, or None.
         y_ptr: `[rows, outputs]`, contiguous.
         rows: number of rows of x, of the residual and of y.
         inputs: number of columns of x.
-        hidden: number of values between the two layers, at most BLOCK_HIDDEN.
+        hidden: number of hidden values of a row, at most BLOCK_HIDDEN.
         outputs: number of columns of y.
-        x_row_stride: distance between two rows of x in values.
-        residual_row_stride: distance between two rows of the residual in values; 0 without a residual.
+        x_row_stride: distance between two rows of x, in values.
+        residual_row_stride: distance between two rows of the residual, in values; 0 without a residual.
         parameters: tuple of the activation's parameters.
         ACTIVATION: name of the activation.
-        BLOCK_ROWS: rows of a program.
-        BLOCK_OUTPUTS: columns of y that are made at a time.
-        BLOCK_HIDDEN: hidden values of a row, rounded up to a power of two.
-        BLOCK_INPUTS: columns of x that are summed over at a time.
+        BLOCK_ROWS: number of rows of a program.
+        BLOCK_OUTPUTS: number of columns of y that are computed at a time.
+        BLOCK_HIDDEN: number of hidden values of a row, rounded up to a power of two.
+        BLOCK_INPUTS: number of columns of x that are summed over at a time.
     """
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     inside = row < rows

@@ -1,4 +1,4 @@
-"""The operators at the head of a chain, each in one tuple with its arguments, and the outputs that belong to them."""
+"""The first operators of a chain: a convolution or two linear layers, each in one tuple with all its tensors and arguments."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from fastentropy_kernels.layout import is_channels_last
 
 
 class Convolution(NamedTuple):
-    """A convolution of images: the arguments of `torch.nn.functional.conv2d`, in its order."""
+    """A convolution of images: the arguments of `torch.nn.functional.conv2d`, in the same order."""
 
     x: Tensor  # [batch, in, height, width]
     weight: Tensor  # [channels, in / groups, kernel height, kernel width]
     bias: Tensor | None  # [channels]
-    stride: Sequence[int]  # along height and width, as are the next two
+    stride: Sequence[int]  # along height and width; padding and dilation, too
     padding: Sequence[int]
     dilation: Sequence[int]
     groups: int
@@ -33,14 +33,18 @@ class Convolution(NamedTuple):
         return height, width
 
     def empty_output(self, channels: int) -> Tensor:
-        """Return uninitialised images for the output, with the dtype, device and memory format of `x`."""
+        """Return uninitialised memory for the output, with the dtype, device and memory format of `x`.
+
+        Args:
+            channels: number of channels of the output. It differs from that of the weight if a second operator follows.
+        """
         memory_format = torch.channels_last if is_channels_last(self.x) else torch.contiguous_format
         shape = (self.x.shape[0], channels, *self.output_size())
         return torch.empty(shape, dtype=self.x.dtype, device=self.x.device, memory_format=memory_format)
 
 
 class LinearPair(NamedTuple):
-    """Two linear layers, the second behind the first."""
+    """An input and two linear layers, which are applied to it one after the other."""
 
     x: Tensor  # [..., in]
     weight1: Tensor  # [hidden, in]
@@ -49,5 +53,5 @@ class LinearPair(NamedTuple):
     bias2: Tensor | None  # [out]
 
     def empty_output(self) -> Tensor:
-        """Return uninitialised memory for the output [..., out], with the dtype and device of `x`."""
+        """Return uninitialised memory for the output, `[..., out]`, with the dtype and device of `x`."""
         return self.x.new_empty((*self.x.shape[:-1], self.weight2.shape[0]))

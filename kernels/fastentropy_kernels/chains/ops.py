@@ -1,7 +1,7 @@
-"""The fused chains as PyTorch operators, which torch.compile and torch.export trace. They have no gradients.
+"""The fused chains as registered operators, which torch.compile and torch.export trace. They have no gradients.
 
-The functions of `api` call them with checked and complete arguments, except in plain eager mode: there the kernels are
-launched directly.
+The functions of `api` call them with checked and complete arguments. In plain eager mode, `api` bypasses them and launches the
+kernels directly.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def conv_pointwise(
     activation: str,
     impl: str,
 ) -> Tensor:
-    """Return y."""
+    """Return the output of the public `conv_pointwise`, whose arguments these are."""
     convolution = Convolution(x, weight, bias, stride, padding, dilation, groups)
     kernels = chain_kernels(impl, x.device.type)
     y: Tensor = kernels.conv_pointwise(convolution, pointwise_weight, pointwise_bias, residual, activation)
@@ -59,7 +59,13 @@ def conv_bordered(
     counted: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    """Return y and the counts of this call: [out, 3], or [0, 3] unless `counted`."""
+    """Return the output of the public `conv_bordered` and the counts of this call.
+
+    The arguments are those of the public function. `counted` says whether it was called with counts.
+
+    Returns:
+        The output; the counts of off, zero and on, int64 `[out, 3]` if `counted`, otherwise `[0, 3]`.
+    """
     convolution = Convolution(x, weight, bias, stride, padding, dilation, groups)
     counts = _counters(x, weight, counted)
     kernels = chain_kernels(impl, x.device.type)
@@ -74,6 +80,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, tap_bias: Tensor | None, *
 
 
 def _counters(x: Tensor, weight: Tensor, counted: bool) -> Tensor:
+    """Return zeros for the counts: int64 `[out, 3]` if `counted`, otherwise `[0, 3]`."""
     return x.new_zeros((weight.shape[0] if counted else 0, 3), dtype=torch.int64)
 
 
@@ -88,7 +95,7 @@ def linear_pair(
     activation: str,
     impl: str,
 ) -> Tensor:
-    """Return y."""
+    """Return the output of the public `linear_pair`, whose arguments these are."""
     pair = LinearPair(x, weight1, bias1, weight2, bias2)
     y: Tensor = chain_kernels(impl, x.device.type).linear_pair(pair, residual, activation)
     return y

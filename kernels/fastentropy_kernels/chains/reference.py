@@ -1,6 +1,7 @@
-"""The reference of the fused chains, in plain PyTorch: float32 from the first operator to the activation, rounded once.
+"""The reference of the fused chains, in plain PyTorch. The tests compare the kernels with it.
 
-float64 is computed in float64. On a GPU, float32 is multiplied as PyTorch's settings for TF32 say.
+All operators are computed in float32, or in float64 for float64, and the result is rounded once to the dtype of the input. On
+a GPU, PyTorch's settings decide whether float32 products use TF32.
 """
 
 from __future__ import annotations
@@ -23,7 +24,15 @@ def conv_pointwise(
     residual: Tensor | None,
     activation: str,
 ) -> Tensor:
-    """Return activation(pointwise(convolution) + residual), with pointwise_weight [out, hidden]."""
+    """Return activation(pointwise(convolution) + pointwise_bias + residual).
+
+    Args:
+        convolution: the first convolution with its arguments.
+        pointwise_weight: `[out, hidden]`.
+        pointwise_bias: `[out]`, or None.
+        residual: `[batch, out, out height, out width]`, or None.
+        activation: the name of the activation.
+    """
     with activations.no_autocast(convolution.x.device.type):
         hidden = _convolve(convolution)
         values = F.conv2d(hidden, _wide(pointwise_weight)[:, :, None, None], _wide(pointwise_bias))
@@ -37,15 +46,20 @@ def conv_bordered(
     activation: str,
     counts: Tensor | None,
 ) -> Tensor:
-    """Return activation(convolution + the sum of tap_bias over the taps inside of the image + residual).
+    """Return activation(convolution + residual + the sum of `tap_bias` over the taps that lie inside the image).
 
-    The states of the activation's argument, rounded to the dtype of x, are added to `counts` [out, 3].
+    Args:
+        convolution: the convolution with its arguments.
+        tap_bias: `[out, kernel height, kernel width]`, or None. A tap is one element of the convolution's kernel.
+        residual: `[batch, out, out height, out width]`, or None.
+        activation: the name of the activation.
+        counts: int64 `[out, 3]`, or None. The states of the activation's argument, rounded to the dtype of x, are added to it.
     """
     x = convolution.x
     with activations.no_autocast(x.device.type):
         values = _convolve(convolution)
         if tap_bias is not None:
-            # In an image of ones, a tap reads 1 inside of the image, and in the padding it reads 0.
+            # In an image of ones, a tap reads 1 if it lies inside the image and 0 if it lies in the padding.
             ones = values.new_ones((1, 1, *x.shape[2:]))
             values = values + _convolve(convolution._replace(x=ones, weight=tap_bias[:, None], bias=None, groups=1))
         values = _sum(values, residual)
@@ -55,7 +69,13 @@ def conv_bordered(
 
 
 def linear_pair(pair: LinearPair, residual: Tensor | None, activation: str) -> Tensor:
-    """Return activation(linear2(linear1(x)) + residual), contiguous."""
+    """Return activation(linear2(linear1(x)) + residual), contiguous.
+
+    Args:
+        pair: the two linear layers with their input.
+        residual: `[..., out]`, or None.
+        activation: the name of the activation.
+    """
     x, weight1, bias1, weight2, bias2 = pair
     with activations.no_autocast(x.device.type):
         hidden = F.linear(_wide(x), _wide(weight1), _wide(bias1))
@@ -64,6 +84,7 @@ def linear_pair(pair: LinearPair, residual: Tensor | None, activation: str) -> T
 
 
 def _convolve(convolution: Convolution) -> Tensor:
+    """Return the output of a convolution in float32, or in float64 for float64."""
     x, weight, bias, stride, padding, dilation, groups = convolution
     return F.conv2d(_wide(x), _wide(weight), _wide(bias), tuple(stride), tuple(padding), tuple(dilation), groups)
 
@@ -85,14 +106,16 @@ def _sum(values: Tensor, residual: Tensor | None) -> Tensor:
 
 
 def _activated(values: Tensor, activation: str, x: Tensor) -> Tensor:
+    """Return the activation of `values`, with its default parameters, in the dtype of `x`."""
     parameters = tuple(activations.ACTIVATIONS[activation].parameters.values())
     return activations.activate(values, activation, parameters).to(x.dtype)
 
 
 def _formatted(y: Tensor, convolution: Convolution) -> Tensor:
-    """Return images in the memory format of x, which PyTorch's convolutions do not always keep.
+    """Return the images `y` in the memory format of the convolution's input.
 
-    The strides are exactly those that tracers are told, also for sizes of 1, where several strides mean the same.
+    PyTorch's convolutions do not always keep the format. The strides are exactly those that `empty_output` tells tracers, also
+    for axes of size 1, whose strides have no effect.
     """
     output = convolution.empty_output(y.shape[1])
     return y if y.stride() == output.stride() else output.copy_(y)

@@ -1,4 +1,7 @@
-"""Checks of all arguments of the fused chains, before anything runs. What does not fit is refused in one line."""
+"""Check all arguments of the fused chains before anything runs.
+
+The message of an error is one line. It names the argument, the value that was given and the value that was expected.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +16,10 @@ from fastentropy_kernels.chains.operators import Convolution, LinearPair
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 IMPLEMENTATIONS = ("auto", "triton", "reference")
 MOST_MIDDLES = 128
-"""The most hidden values that `linear_pair` takes: a program keeps all of them in registers, for each of its rows."""
+"""The most hidden features that `linear_pair` takes, because a program keeps all of them in registers for its rows."""
 
 MOST_PIXELS = 2**31 - 2**10
-"""The most pixels of an image: the kernels count pixels in 32 bits."""
+"""The most pixels of an output image, because the kernels number the pixels of an image in 32 bits."""
 
 
 def check_conv_pointwise(
@@ -27,7 +30,19 @@ def check_conv_pointwise(
     activation: str,
     impl: str,
 ) -> Tensor:
-    """Check the arguments of `conv_pointwise` and return pointwise_weight as [out, hidden]."""
+    """Check the arguments of `conv_pointwise`.
+
+    Args:
+        convolution: the first convolution with its arguments.
+        pointwise_weight: as for `conv_pointwise`.
+        pointwise_bias: as for `conv_pointwise`.
+        residual: as for `conv_pointwise`.
+        activation: as for `conv_pointwise`.
+        impl: as for `conv_pointwise`.
+
+    Returns:
+        `pointwise_weight` with the shape `[out, hidden]`.
+    """
     x, weight, bias, *_ = convolution
     tensors = {
         "weight": weight,
@@ -60,7 +75,16 @@ def check_conv_bordered(
     counts: Tensor | None,
     impl: str,
 ) -> None:
-    """Check the arguments of `conv_bordered`."""
+    """Check the arguments of `conv_bordered`.
+
+    Args:
+        convolution: the convolution with its arguments.
+        tap_bias: as for `conv_bordered`.
+        residual: as for `conv_bordered`.
+        activation: as for `conv_bordered`.
+        counts: as for `conv_bordered`.
+        impl: as for `conv_bordered`.
+    """
     x, weight, bias, *_ = convolution
     _check_common(x, {"weight": weight, "bias": bias, "tap_bias": tap_bias, "residual": residual}, activation, impl)
     size = _checked_output_size(convolution)
@@ -77,7 +101,14 @@ def check_conv_bordered(
 
 
 def check_linear_pair(pair: LinearPair, residual: Tensor | None, activation: str, impl: str) -> None:
-    """Check the arguments of `linear_pair`."""
+    """Check the arguments of `linear_pair`.
+
+    Args:
+        pair: the two linear layers with their input.
+        residual: as for `linear_pair`.
+        activation: as for `linear_pair`.
+        impl: as for `linear_pair`.
+    """
     x, weight1, bias1, weight2, bias2 = pair
     tensors = {"weight1": weight1, "bias1": bias1, "weight2": weight2, "bias2": bias2, "residual": residual}
     _check_common(x, tensors, activation, impl)
@@ -96,7 +127,14 @@ def check_linear_pair(pair: LinearPair, residual: Tensor | None, activation: str
 
 
 def _check_common(x: Tensor, tensors: dict[str, Tensor | None], activation: str, impl: str) -> None:
-    """Check dtype, device, gradients, activation and implementation."""
+    """Check what all fused chains require of dtypes, devices, gradients, activation and implementation.
+
+    Args:
+        x: the input.
+        tensors: the other tensors by the name of their argument, without `counts`. They must have the dtype and device of `x`.
+        activation: the name of the activation.
+        impl: the name of the implementation.
+    """
     if x.dtype not in DTYPES:
         raise TypeError(f"x: got {x.dtype}, expected one of {', '.join(map(str, DTYPES))}")
     for name, tensor in tensors.items():
@@ -114,7 +152,7 @@ def _check_common(x: Tensor, tensors: dict[str, Tensor | None], activation: str,
 
 
 def _checked_output_size(convolution: Convolution) -> tuple[int, int]:
-    """Check the convolution and return the height and width of its output."""
+    """Check the arguments of a convolution, and return the height and width of its output."""
     x, weight, _, stride, padding, dilation, groups = convolution
     if x.ndim != 4 or 0 in x.shape[1:]:
         raise ValueError(f"x: got shape {list(x.shape)}, expected [batch, in, height, width] (or x[None] for one image)")
@@ -141,6 +179,7 @@ def _checked_output_size(convolution: Convolution) -> tuple[int, int]:
 
 
 def _check_pair(name: str, values: Sequence[int], least: int) -> None:
+    """Check that `values`, the argument called `name`, is a pair of integers that are at least `least`."""
     if not isinstance(values, (tuple, list)) or len(values) != 2 or not all(isinstance(value, int) for value in values):
         raise TypeError(f"{name}: got {values!r}, expected two integers, such as {name}=({least}, {least})")
     if min(values) < least:
@@ -148,5 +187,6 @@ def _check_pair(name: str, values: Sequence[int], least: int) -> None:
 
 
 def _check_shape(name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> None:
+    """Check that `tensor`, the argument called `name`, is None or has this shape."""
     if tensor is not None and tensor.shape != shape:
         raise ValueError(f"{name}: got shape {list(tensor.shape)}, expected {list(shape)}")
