@@ -1,11 +1,15 @@
-"""Compile every kernel and configuration for GPUs that need not be there, and report what the compiler made of them.
+"""Compile every kernel in every configuration for GPUs that need not be present, and report on the compiled code.
 
     python -m fastentropy_kernels.aot [--arch sm_80 sm_90 sm_100 gfx942]
 
-Each kernel gets a row: the registers and local bytes (spills, stack) of a thread, the shared bytes of a program, and the bytes
-of an access to global memory. Rows of the state kernels show the accesses of the main loop, its instructions per element, and
-these as a share of what the GPU can issue while its memory moves the element. Where that share is small, memory is the bound.
-The exit status is 1 if a kernel spills or uses local memory.
+Each configuration is one row of a table. It shows the registers and the local memory (spills and stack, in bytes) of a thread,
+the shared memory of a program in bytes, and the bytes of one load and one store of global memory.
+
+For the kernels that count states, loads and stores are those of the main loop. Two columns are added: the instructions of this
+loop per element, and their share of the instructions that the GPU can issue while its memory moves the element. If the share
+is small, the kernel is limited by memory bandwidth.
+
+The exit status is 1 if a kernel spills registers or uses local memory.
 """
 
 # Triton has no types, so its CompiledKernel is Any.
@@ -33,26 +37,34 @@ from fastentropy_kernels.states.validation import MOST_EDGES
 
 
 class Gpu(NamedTuple):
-    """The rates of a GPU that bound a kernel which reads and writes each value once."""
+    """The rates of a GPU that limit a kernel which reads and writes each value once.
+
+    Attributes:
+        multiprocessors: number of multiprocessors.
+        clock: boost clock in Hz.
+        bandwidth: memory bandwidth in bytes per second.
+    """
 
     multiprocessors: int
-    clock: float  # Hz, boost
-    bandwidth: float  # bytes per second
+    clock: float
+    bandwidth: float
 
 
-# From NVIDIA's datasheets, whose FP32 rate gives the clock. A100 80 GB SXM: 19.5 TFLOPS = 108 multiprocessors x 64 lanes x 2
-# x 1.41 GHz, 2,039 GB/s. H100 SXM: 67 TFLOPS = 132 x 128 x 2 x 1.98 GHz, 3.35 TB/s.
+# From NVIDIA's datasheets. The clock follows from the FP32 rate. A100 80 GB SXM: 19.5 TFLOPS = 108 multiprocessors x 64 lanes
+# x 2 x 1.41 GHz; 2,039 GB/s. H100 SXM: 67 TFLOPS = 132 multiprocessors x 128 lanes x 2 x 1.98 GHz; 3.35 TB/s.
 GPUS = {"sm_80": Gpu(108, 1.41e9, 2.039e12), "sm_90": Gpu(132, 1.98e9, 3.35e12)}
 
-# Each of the four schedulers of a multiprocessor issues one instruction per cycle, for the 32 threads of a warp.
+# Instructions of threads per cycle and multiprocessor. Each of its four schedulers issues one instruction per cycle for the 32
+# threads of a warp.
 ISSUED_PER_CYCLE = 4 * 32
 
-# Comparisons, selections and integer operations go to units half as wide as the schedulers (CUDA C++ Programming Guide, table
-# of throughputs: 64 per cycle for compute capability 8.0 and 9.0). Below half of the issue rate these are no bound either.
+# Comparisons, selections and integer operations run on units half as wide as the schedulers (CUDA C++ Programming Guide, table
+# of throughputs: 64 per cycle for compute capability 8.0 and 9.0). Below half of the issue rate, these units do not limit a
+# kernel either.
 ISSUE_LIMIT = 0.5
 
 SHAPES = {"rows": (64 * 56 * 56, 256), "planes": (64, 256, 56 * 56)}
-# Without alignment there are no wide accesses. A size of 1 becomes a constant of the kernel.
+# Sizes that are not aligned allow no wide accesses. A size of 1 becomes a compile-time constant of the kernel.
 ODD_SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
     "rows": {"37 wide": (1023, 37), "1 row": (1, 256)},
     "planes": {"7x7": (64, 256, 7 * 7), "11x93": (3, 37, 11 * 93), "1 image": (1, 256, 56 * 56)},
@@ -60,24 +72,42 @@ ODD_SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
 
 
 class Variant(NamedTuple):
-    """One configuration of a state kernel."""
+    """One configuration of a kernel that counts states.
 
-    line: str  # of launch_triton.LAUNCHES
-    dtype: str  # of DTYPES
-    activation: str | None  # None to count alone
+    Attributes:
+        line: a key of `launch_triton.LAUNCHES`.
+        dtype: a key of `DTYPES`.
+        activation: a key of `activations.ACTIVATIONS`, or None to count only.
+        shape: shape of x, `[rows, channels]` or `[outer, channels, inner]`.
+        edges: the number of edges of the histogram; 0 to count off, zero and on.
+        mask: whether there is a mask.
+        nan: whether NaN values are counted.
+        note: the difference from the plain configuration, in words.
+    """
+
+    line: str
+    dtype: str
+    activation: str | None
     shape: tuple[int, ...]
-    edges: int = 0  # of the histogram; 0 for signs
+    edges: int = 0
     mask: bool = False
     nan: bool = False
-    note: str = ""  # how it differs from the plain variant
+    note: str = ""
 
     def __str__(self) -> str:
-        """Return a name of one line."""
+        """Return the name of the configuration in one line."""
         return " ".join(filter(None, (self.activation or "count", self.dtype, self.line, self.note)))
 
 
 def variants() -> list[Variant]:
-    """Return all configurations of the state kernels. Those that do not depend on the activation are there with ReLU only."""
+    """Return all configurations of the kernels that count states.
+
+    Masks, NaN counts, unaligned shapes, small tensors and histograms do not depend on the activation. They are combined with
+    ReLU only.
+
+    Returns:
+        A list of configurations for both layouts and all dtypes.
+    """
     found = []
     for layout, dtype in product(SHAPES, DTYPES):
         plain = Variant(layout, dtype, "relu", SHAPES[layout])
@@ -91,7 +121,17 @@ def variants() -> list[Variant]:
 
 
 def compile_variant(variant: Variant, arch: str) -> CompiledKernel:
-    """Compile what `launch_triton.add_states` launches for `variant`, by calling it on tensors without memory."""
+    """Compile the kernel that `launch_triton.add_states` would launch for `variant`.
+
+    `add_states` is called on tensors of the meta device, which have no memory.
+
+    Args:
+        variant: the configuration.
+        arch: a key of `TARGETS`, such as "sm_90".
+
+    Returns:
+        The compiled kernel.
+    """
 
     def tensor(shape: tuple[int, ...], dtype: torch.dtype = DTYPES[variant.dtype]) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -115,10 +155,18 @@ def compile_variant(variant: Variant, arch: str) -> CompiledKernel:
 
 
 def issue_share(variant: Variant, arch: str, instructions: float | None) -> float | None:
-    """Return the instructions per element as a share of those that the GPU can issue while memory moves the element.
+    """Return the instructions per element, relative to those that the GPU can issue while memory moves the element.
 
     The GPU issues 9.6 (A100) or 10.0 (H100) instructions per byte, and so about 40 for a bfloat16 element that is read and
-    written. Above 1 the schedulers are the bound. The result is None where GPUS lacks `arch`.
+    written. Above 1, the schedulers limit the kernel.
+
+    Args:
+        variant: the configuration. Its dtype and activation determine how many bytes an element moves.
+        arch: the architecture, such as "sm_90".
+        instructions: instructions of the main loop per element, or None if they are unknown.
+
+    Returns:
+        The ratio. None if `GPUS` lacks `arch` or `instructions` is None.
     """
     if arch not in GPUS or instructions is None:
         return None
@@ -128,7 +176,18 @@ def issue_share(variant: Variant, arch: str, instructions: float | None) -> floa
 
 
 def examine(variant: Variant | ChainVariant, arch: str) -> Findings:
-    """Compile and inspect a variant."""
+    """Compile a configuration and inspect the compiled code.
+
+    Args:
+        variant: a configuration of a kernel that counts states or of a fused chain.
+        arch: a key of `TARGETS`.
+
+    Returns:
+        The findings.
+
+    Raises:
+        RuntimeError: the configuration does not compile.
+    """
     try:
         if isinstance(variant, ChainVariant):
             return inspect(compile_chain(variant, arch))
@@ -138,7 +197,14 @@ def examine(variant: Variant | ChainVariant, arch: str) -> Findings:
 
 
 def examine_all(work: Sequence[tuple[Variant | ChainVariant, str]]) -> Iterator[Findings]:
-    """Examine on all cores, in separate processes. Yield the findings in the order of `work`."""
+    """Examine configurations in parallel, in one process per core.
+
+    Args:
+        work: pairs of a configuration and an architecture.
+
+    Yields:
+        The findings, in the order of `work`.
+    """
     with ProcessPoolExecutor(len(os.sched_getaffinity(0)), get_context("spawn")) as pool:
         yield from pool.map(examine, *zip(*work, strict=True))
 
@@ -150,14 +216,20 @@ CHAIN_HEADINGS = "chain type with regs local smem in out"
 
 
 def heading(variant: Variant | ChainVariant) -> str:
-    """Return the heading above the rows of variants of this kind."""
+    """Return the heading of the table for configurations of this kind."""
     if isinstance(variant, ChainVariant):
         return CHAIN_COLUMNS.format(*CHAIN_HEADINGS.split())
     return COLUMNS.format(*HEADINGS.split())
 
 
 def table_row(variant: Variant | ChainVariant, arch: str, findings: Findings) -> str:
-    """Return the row of a variant in the table of an architecture."""
+    """Return the row of a configuration in the table of an architecture.
+
+    Args:
+        variant: the configuration.
+        arch: the architecture.
+        findings: what the compiled code shows.
+    """
     if isinstance(variant, ChainVariant):
         cells: tuple[object, ...] = (variant.kernel, variant.dtype, variant.note, *_numbers(findings))
         return CHAIN_COLUMNS.format(*("-" if cell == "" else cell for cell in cells))
@@ -172,13 +244,20 @@ def table_row(variant: Variant | ChainVariant, arch: str, findings: Findings) ->
 
 
 def _numbers(findings: Findings) -> tuple[object, ...]:
-    """Return the cells that the rows of both kinds of variants share."""
+    """Return the cells that both kinds of tables share: registers, local and shared bytes, loads and stores."""
     widths = ("+".join(map(str, widths)) for widths in (findings.loads, findings.stores))
     return (findings.registers, findings.local_bytes, findings.shared_bytes, *widths)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status: 0, 1 if a kernel spills, 2 for a wrong argument or environment."""
+    """Run the command line and return its exit status.
+
+    Args:
+        arguments: the arguments after the name of the command. None for those of the process.
+
+    Returns:
+        0, 1 if a kernel spills registers or uses local memory, or 2 for a wrong argument or environment.
+    """
     parser = argparse.ArgumentParser(
         "python -m fastentropy_kernels.aot", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -192,12 +271,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _refuse(reason: str) -> int:
+    """Print the reason why the command cannot run to stderr, and return the exit status 2."""
     print(reason, file=sys.stderr)
     return 2
 
 
 def _report(work: Sequence[tuple[Variant | ChainVariant, str]]) -> int:
-    """Print a table for each architecture, and then what is slow or spills. Return the exit status."""
+    """Print a table for each architecture, then a list of the slow configurations and a list of those that spill.
+
+    Args:
+        work: pairs of a configuration and an architecture.
+
+    Returns:
+        The exit status: 1 if a kernel spills registers or uses local memory, else 0.
+    """
     slow, spilled = [], []
     shown: object = None
     for number, ((variant, arch), findings) in enumerate(zip(work, examine_all(work), strict=True), 1):
@@ -219,6 +306,6 @@ def _report(work: Sequence[tuple[Variant | ChainVariant, str]]) -> int:
 
 
 def _progress(text: str) -> None:
-    """Replace the line of progress where stderr is a terminal."""
+    """Replace the progress line by `text` if stderr is a terminal."""
     if sys.stderr.isatty():
         print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)

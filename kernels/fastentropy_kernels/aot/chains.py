@@ -1,4 +1,8 @@
-"""The fused chains that `aot` compiles: each kernel in its default configuration, on layers of known networks."""
+"""The configurations of the fused chains that `aot` compiles.
+
+Each kernel of a chain (a stretch of convolutions or linear layers that runs as one operator) is compiled with its default
+launch for layers of known networks and for awkward sizes.
+"""
 
 from __future__ import annotations
 
@@ -15,16 +19,23 @@ from fastentropy_kernels.chains.operators import Convolution, LinearPair
 
 
 class Layer(NamedTuple):
-    """The sizes of the tensors of a chain."""
+    """The sizes of the tensors of a chain.
+
+    Attributes:
+        x: shape of the input.
+        weight: shape of the first operator's weight.
+        outputs: number of output channels or columns of the chain.
+        groups: groups of the convolution; 1 for linear layers.
+    """
 
     x: tuple[int, ...]
-    weight: tuple[int, ...]  # of the first operator
-    outputs: int  # of the second, where there is one
+    weight: tuple[int, ...]
+    outputs: int
     groups: int = 1
 
 
-# The first layer of each kernel is from a known network. The second has no alignment, so that there are no wide accesses
-# and every value has an address of its own. In the third, sizes of 1 become constants of the kernel.
+# The first layer of each kernel is from a known network. The second has sizes without alignment, which allow no wide accesses:
+# each value is loaded from its own address. In the third, sizes of 1 become compile-time constants of the kernel.
 LAYERS: dict[str, dict[str, Layer]] = {
     "pointwise": {
         "": Layer((64, 128, 28, 28), (128, 128, 3, 3), 512),  # a bottleneck of ResNet-50
@@ -55,44 +66,69 @@ LAYERS: dict[str, dict[str, Layer]] = {
 
 
 class ChainVariant(NamedTuple):
-    """What a chain kernel is compiled for."""
+    """One configuration of a kernel of fused chains.
 
-    kernel: str  # of LAYERS
-    dtype: str  # of DTYPES
-    size: str  # of LAYERS
+    Attributes:
+        kernel: a key of `LAYERS`.
+        dtype: a key of `DTYPES`.
+        size: a key of `LAYERS[kernel]`.
+        channels_last: whether the images are channels-last; otherwise they are contiguous.
+        everything: whether the chain has a residual and GELU, and also tap_bias and counts if the kernel takes them.
+    """
+
+    kernel: str
+    dtype: str
+    size: str
     channels_last: bool = False
-    everything: bool = False  # with a residual and GELU, and with tap_bias and counts where the kernel has them
+    everything: bool = False
 
     @property
     def layer(self) -> Layer:
-        """The sizes of its tensors."""
+        """The sizes of the tensors."""
         return LAYERS[self.kernel][self.size]
 
     @property
     def note(self) -> str:
-        """What sets it apart from the other variants of its kernel, in words."""
+        """The difference from the plain configuration of the same kernel, in words."""
         notes = ("channels last" if self.channels_last else "", self.size, "everything" if self.everything else "")
         return ", ".join(filter(None, notes))
 
     def __str__(self) -> str:
-        """Return its name in one line."""
+        """Return the name of the configuration in one line."""
         return f"{self.kernel} {self.dtype} {self.note}".rstrip()
 
 
 def chain_variants() -> list[ChainVariant]:
-    """Return every kernel and size in both memory formats, alone and with everything, without what would be the same."""
+    """Return the configurations of all kernels of fused chains.
+
+    They combine kernels, dtypes, sizes and memory formats, each with and without `everything`. The awkward sizes are combined
+    with `everything` only. A configuration is left out if another one compiles to nearly the same code.
+
+    Returns:
+        A list of configurations.
+    """
     return [
         ChainVariant(kernel, dtype, size, channels_last, everything)
         for kernel, sizes in LAYERS.items()
         for dtype, size, channels_last, everything in product(DTYPES, sizes, (False, True), (False, True))
-        if not (channels_last and kernel == "linear pair")  # rows have no formats
-        and not (everything and dtype == "fp16")  # the code of bf16, with other instructions of the same size
+        if not (channels_last and kernel == "linear pair")  # rows have no memory format
+        and not (everything and dtype == "fp16")  # the code is that of bf16, but for the names of instructions
         and not (size and (dtype == "fp16" or not everything))
     ]
 
 
 def compile_chain(variant: ChainVariant, arch: str) -> CompiledKernel:
-    """Compile the kernel that `launch_triton` launches for `variant`, by that launch, on tensors without memory."""
+    """Compile the kernel that `launch_triton` would launch for `variant`.
+
+    The function of `launch_triton` is called on tensors of the meta device, which have no memory.
+
+    Args:
+        variant: the configuration.
+        arch: a key of `TARGETS`, such as "sm_90".
+
+    Returns:
+        The compiled kernel.
+    """
     x, weight, outputs, groups = variant.layer
     hidden, everything = weight[0], variant.everything
 

@@ -1,6 +1,7 @@
-"""Compile, for a GPU that need not be there, what the kernels' own launches ask for, and read the compiler's output.
+"""Compile kernels for a GPU that need not be present, and read the compiler's output.
 
-Inside `compiling_for` a launch compiles its kernel and does not start it. So what is inspected is what will run.
+Inside of `compiling_for`, a launch compiles its kernel and does not start it. The inspected code is therefore the code that a
+launch would run.
 """
 
 from __future__ import annotations
@@ -48,12 +49,13 @@ class Findings(NamedTuple):
 
     Attributes:
         registers: registers of a thread.
-        spills: instructions that access local memory; on AMD, spilled registers.
-        local_bytes: local memory of a thread, stack included.
-        shared_bytes: shared memory of a program.
-        loads: bytes of one load from global memory, copies to shared memory included: every width that occurs, widest first.
-        stores: the same for stores.
-        instructions: instructions of the main loop per element; None on AMD, and for kernels that do more than stream.
+        spills: number of instructions that access local memory; on AMD, number of spilled registers.
+        local_bytes: bytes of local memory of a thread, including its stack.
+        shared_bytes: bytes of shared memory of a program.
+        loads: every width in bytes of a load from global memory, widest first. Copies to shared memory are included.
+        stores: every width in bytes of a store to global memory, widest first.
+        instructions: instructions of the main loop per element. None on AMD, and for kernels that do more than read, activate,
+            count and write.
     """
 
     registers: int
@@ -66,13 +68,23 @@ class Findings(NamedTuple):
 
     @property
     def spilled(self) -> bool:
-        """Return whether the registers did not suffice."""
+        """Return whether the registers were too few, so that the kernel uses local memory."""
         return self.spills > 0 or self.local_bytes > 0
 
 
 @contextmanager
 def compiling_for(arch: str) -> Iterator[list[CompiledKernel]]:
-    """Make launches compile for `arch` without a start. The list receives the compiled kernels."""
+    """Return a context in which a launch of a kernel compiles it for `arch` and does not start it.
+
+    Args:
+        arch: a key of `TARGETS`, such as "sm_90".
+
+    Yields:
+        A list, to which each launch appends its compiled kernel.
+
+    Raises:
+        RuntimeError: the kernels run in Triton's interpreter, so there is no compiler.
+    """
     if activations_triton.INTERPRETED:
         raise RuntimeError(NO_COMPILER)
     compiled: list[CompiledKernel] = []
@@ -92,9 +104,12 @@ def compiling_for(arch: str) -> Iterator[list[CompiledKernel]]:
 
 
 class _AbsentDriver(NamedTuple):
-    """The part of a GPU's driver that Triton's compiler asks for.
+    """A replacement for the driver of a GPU, with the functions that Triton's compiler calls.
 
-    Triton caches kernels by device, so each architecture is a device.
+    Triton caches compiled kernels by device. The name of the architecture therefore serves as the device.
+
+    Attributes:
+        arch: a key of `TARGETS`.
     """
 
     arch: str
@@ -110,15 +125,21 @@ class _AbsentDriver(NamedTuple):
 
 
 def inspect(compiled: CompiledKernel, streamed: int | None = None) -> Findings:
-    """Read the compiler's output.
+    """Read registers, memory and accesses from a compiled kernel.
 
-    `streamed` is the number of bytes of an element, for a kernel that streams. Its main loop alone is read. Of other kernels
-    all code is read.
+    Args:
+        compiled: the compiled kernel.
+        streamed: for a kernel that reads and writes each element once in a loop, the bytes of an element. Accesses and
+            instructions are then those of the main loop. None for other kernels, of which all code is read.
+
+    Returns:
+        The findings.
     """
     return _inspect_amd(compiled) if "amdgcn" in compiled.asm else _inspect_nvidia(compiled, streamed)
 
 
 def _inspect_nvidia(compiled: CompiledKernel, streamed: int | None) -> Findings:
+    """Inspect a kernel for an NVIDIA GPU. The arguments are those of `inspect`."""
     sass = disassemble(compiled)
     code = main_loop(sass) if streamed else sass.splitlines()
     loads, stores = accesses(code, "LDG"), accesses(code, "STG")
@@ -129,13 +150,21 @@ def _inspect_nvidia(compiled: CompiledKernel, streamed: int | None) -> Findings:
         shared_bytes=compiled.metadata.shared,
         loads=_widths(loads),
         stores=_widths(stores),
-        # Stores write y. Where there are none, loads read x alone, since no variant that only counts has a mask.
+        # Stores write y, so the bytes that are stored give the number of elements. If there are no stores, the loads do: they
+        # read only x, because no configuration that only counts has a mask.
         instructions=len(code) / (sum(stores or loads) // streamed) if streamed else None,
     )
 
 
 def disassemble(compiled: CompiledKernel) -> str:
-    """Return the machine code and its resources as text, from the cuobjdump that comes with Triton."""
+    """Return the machine code and the resource usage of a kernel as text.
+
+    Args:
+        compiled: a kernel for an NVIDIA GPU.
+
+    Returns:
+        The output of the `cuobjdump` that comes with Triton.
+    """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -144,9 +173,15 @@ def disassemble(compiled: CompiledKernel) -> str:
 
 
 def main_loop(sass: str) -> list[str]:
-    """Return the instructions of the loop that reads most bytes, from the target of its backward branch to the branch.
+    """Return the instructions of the loop that loads the most bytes.
 
-    The compiler may remove a loop that runs once. Without a loop, the whole kernel is returned.
+    A loop extends from the target of a backward branch to the branch. The compiler may remove a loop that runs only once.
+
+    Args:
+        sass: the output of `disassemble`.
+
+    Returns:
+        The instructions, one a string. They are all those of the kernel if it has no loop.
     """
     lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]+?)\s*;", sass)
     code = {int(address, 16): instruction for address, instruction in lines}
@@ -159,13 +194,22 @@ def main_loop(sass: str) -> list[str]:
 
 
 def accesses(code: Iterable[str], opcode: str) -> list[int]:
-    """Return the bytes of each access: 16 for LDG.E.128, LDGSTS.E.128 and STG.E.128, 4 for a plain LDG.E, 2 for LDG.E.U16."""
+    """Return how many bytes each access to global memory moves.
+
+    Args:
+        code: instructions in NVIDIA's assembly language SASS.
+        opcode: "LDG" for loads (LDGSTS, a copy to shared memory, included) or "STG" for stores.
+
+    Returns:
+        The bytes of each access: 16 for LDG.E.128, LDGSTS.E.128 and STG.E.128, 4 for a plain LDG.E, 2 for LDG.E.U16.
+    """
     widths = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}
     found = filter(None, (re.search(rf"\b{opcode}(?!DEPBAR)([.\w]*)", instruction) for instruction in code))
     return [next((widths[suffix] for suffix in match[1].split(".") if suffix in widths), 4) for match in found]
 
 
 def _inspect_amd(compiled: CompiledKernel) -> Findings:
+    """Inspect a kernel for an AMD GPU."""
     text = compiled.asm["amdgcn"]
     widths = {"byte": 1, "short": 2, "dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16}
 
@@ -185,10 +229,12 @@ def _inspect_amd(compiled: CompiledKernel) -> Findings:
 
 
 def _number(pattern: str, text: str) -> int:
+    """Return the number that the first group of `pattern` matches in `text`. The pattern must match."""
     match = re.search(pattern, text)
     assert match, f"no {pattern} in the output of the compiler"
     return int(match[1])
 
 
 def _widths(sizes: Iterable[int]) -> tuple[int, ...]:
+    """Return the distinct sizes, largest first."""
     return tuple(sorted(set(sizes), reverse=True))
