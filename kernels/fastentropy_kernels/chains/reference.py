@@ -102,6 +102,7 @@ def _wide(tensor: Tensor | None) -> Tensor | None:
 
 
 def _sum(values: Tensor, residual: Tensor | None) -> Tensor:
+    """Return `values` plus the residual, if there is one."""
     return values if residual is None else values + residual
 
 

@@ -113,6 +113,7 @@ class ActivationPlan:
         return y
 
     def _fits_mask(self, mask: Tensor) -> bool:
+        """Return whether `mask` is contiguous, aligned, and otherwise like the mask for which the plan was made."""
         return (
             mask.shape == self._mask_shape
             and mask.dtype is torch.bool

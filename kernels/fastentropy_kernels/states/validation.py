@@ -103,6 +103,7 @@ def _check_implementation(impl: str) -> None:
 
 
 def _checked_axis(x: Tensor, channel_axis: int) -> int:
+    """Check that `channel_axis` is an axis of `x`, and return it as a number that is not negative."""
     if x.dtype not in DTYPES:
         raise TypeError(f"x: got {x.dtype}, expected one of {', '.join(map(str, DTYPES))}")
     if not -x.ndim <= channel_axis < x.ndim:
@@ -111,6 +112,7 @@ def _checked_axis(x: Tensor, channel_axis: int) -> int:
 
 
 def _checked_edges(edges: Sequence[float]) -> tuple[float, ...]:
+    """Check that there are 1 to MOST_EDGES edges in rising order, none of them NaN, and return them as floats."""
     try:
         values = tuple(float(edge) for edge in edges)
     except (TypeError, ValueError):
@@ -123,6 +125,7 @@ def _checked_edges(edges: Sequence[float]) -> tuple[float, ...]:
 
 
 def _check_counters(x: Tensor, counts: Tensor, nan: Tensor | None, channel_axis: int, states: int) -> None:
+    """Check dtype, shape, strides and device of `counts` `[neurons, states]` and, if given, of `nan` `[neurons]`."""
     neurons = x.shape[channel_axis]
     where = f"for axis {channel_axis} of x"
     _check_counter("counts", counts, x)
@@ -135,6 +138,7 @@ def _check_counters(x: Tensor, counts: Tensor, nan: Tensor | None, channel_axis:
 
 
 def _check_counter(name: str, counter: Tensor, x: Tensor) -> None:
+    """Check dtype, strides and device of `counter`, the argument called `name`."""
     if counter.dtype != torch.int64:
         raise TypeError(f"{name}: got {counter.dtype}, expected torch.int64")
     if not counter.is_contiguous():
@@ -144,6 +148,7 @@ def _check_counter(name: str, counter: Tensor, x: Tensor) -> None:
 
 
 def _check_mask(x: Tensor, mask: Tensor | None, channel_axis: int) -> None:
+    """Check that `mask` is None, or a bool tensor with the shape of `x` without its channel axis, on the device of `x`."""
     if mask is None:
         return
     shape = [*x.shape[:channel_axis], *x.shape[channel_axis + 1 :]]
@@ -156,6 +161,7 @@ def _check_mask(x: Tensor, mask: Tensor | None, channel_axis: int) -> None:
 
 
 def _check_weight(x: Tensor, activation: str, weight: Tensor | None, channel_axis: int) -> None:
+    """Check that prelu has 1 or `neurons` slopes with the dtype and device of `x`, and other activations none."""
     if activation != "prelu":
         if weight is not None:
             raise TypeError(f"weight: not a parameter of {activation}, only of prelu")
@@ -170,6 +176,7 @@ def _check_weight(x: Tensor, activation: str, weight: Tensor | None, channel_axi
 
 
 def _check_inplace(x: Tensor, weight: Tensor | None) -> None:
+    """Check that no gradient is required, and that no two elements of `x` share memory."""
     if torch.is_grad_enabled() and (x.requires_grad or (weight is not None and weight.requires_grad)):
         raise ValueError("inplace: got True with a gradient required, expected False (or use torch.no_grad())")
     if x.is_contiguous():
