@@ -1,4 +1,4 @@
-"""The fixture of all suites: a measured, synchronised call, with its bandwidth next to that of a copy."""
+"""The fixture of all suites, which times an operation with pytest-benchmark and compares its bandwidth with that of a copy."""
 
 import statistics
 
@@ -11,10 +11,15 @@ from fastentropy.benchmarks.measurements import skip_reason
 
 @pytest.fixture
 def measured(benchmark):
-    """Return measured(case, operation), which runs the operation under pytest-benchmark and waits for the GPU.
+    """Return a function `measured(case, operation)`, which times an operation of a case with pytest-benchmark.
 
-    The extra information holds the facts of the case. If the case has a roof, it also holds the bytes that the operation moves,
-    its GB/s, and its percentage of the bandwidth that the roof reached just before. A baseline that does not run is skipped.
+    A call of the operation includes a synchronisation with the GPU. The extra information of the benchmark holds the facts of
+    the case about the operation. If the case has a roof (an operation that reaches the highest bandwidth), it also holds the
+    bytes that the operation moves, its GB/s, and its percentage of the roof's bandwidth, which is measured just before. The
+    test is skipped if the operation is a baseline that raises.
+
+    Args:
+        benchmark: the fixture of pytest-benchmark.
     """
 
     def run(case, operation):

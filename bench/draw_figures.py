@@ -1,8 +1,9 @@
-"""Write the measured sections of README.md and docs/results.md from the records in bench/results, and draw their plots.
+"""Write the sections with measured figures of README.md and docs/results.md, and draw their plots, from bench/results.
 
 python bench/draw_figures.py
 
-The sections lie between <!-- NAME --> and <!-- /NAME --> and are written by this script alone. A test checks the pages.
+A section lies between <!-- NAME --> and <!-- /NAME -->. Do not edit it by hand, because a test checks that it is what this
+script writes.
 """
 
 import re
@@ -18,7 +19,7 @@ PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
 
 
 def main() -> None:
-    """Write the pages and draw the plots."""
+    """Rewrite the sections of the pages, and draw the plots."""
     for path in PAGES:
         path.write_text(rewrite_sections(path.read_text(encoding="utf-8"), path_to_records(path)), encoding="utf-8")
     for name in (*(f"kernels-{machine}" for machine in MACHINES), *(f"fuse-{machine}" for machine in MACHINES)):
@@ -28,7 +29,15 @@ def main() -> None:
 
 
 def rewrite_sections(page: str, results: str) -> str:
-    """Return the page with its sections rewritten from the records. `results` is the path from the page to the records."""
+    """Rewrite the sections of a page from the records.
+
+    Args:
+        page: the text of the page.
+        results: the path from the page to the folder of the records, for links.
+
+    Returns:
+        The new text of the page.
+    """
 
     def section(match: re.Match[str]) -> str:
         name = match[1]
@@ -38,7 +47,7 @@ def rewrite_sections(page: str, results: str) -> str:
 
 
 def path_to_records(path: Path) -> str:
-    """Return the path from a page to the records."""
+    """Return the relative path from a page to the folder of the records, for links."""
     return "bench/results" if path.parent == ROOT else "../bench/results"
 
 

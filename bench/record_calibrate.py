@@ -1,10 +1,11 @@
-"""Measure tokens per second with and without collecting, and the time of a sum over ranks, with 1, 2 and 4 processes on a CPU.
+"""Measure how collecting statistics scales to 1, 2 and 4 processes on a CPU.
 
 python bench/record_calibrate.py [--rounds N] [--name NAME]
 
-The model is a Llama of 32 million random parameters on 8 rows of 256 tokens, with one thread per process. Two sums
-are measured: of its counters, and of those of a decoder of seven billion parameters. With --name the record is kept as
-bench/results/calibrate-NAME.json.
+Two things are measured: the tokens per second with and without collecting, and the time to sum the counters over all processes
+(ranks). The model is a Llama of 32 million random parameters. Each process runs it on 8 rows of 256 tokens, with one thread.
+The sum is measured twice: for the counters of this model, and for as many counters as a decoder of seven billion parameters
+has. With --name the record is written to bench/results/calibrate-NAME.json.
 """
 
 import argparse
@@ -30,12 +31,12 @@ from fastentropy.sites.sharding import RankShare
 PROCESSES = (1, 2, 4)
 ROWS, TOKENS = 8, 256
 SYNCS = 21
-#: Layers of Llama 7B, and neurons per layer.
+#: The number of layers of Llama 7B, and of neurons per layer.
 LARGE = (32, 11008)
 
 
 def main() -> None:
-    """Print one line for each number of processes, and write the record if it has a name."""
+    """Measure every number of processes, print a line for each, and write the record if --name is given."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--name")
@@ -50,7 +51,7 @@ def main() -> None:
 
 
 def measure(processes: int, rounds: int) -> dict[str, object]:
-    """Return the figures of one number of processes."""
+    """Start this number of processes, and return what they measured in this number of rounds, for the record."""
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(work, (processes, rounds, folder), nprocs=processes)
         ranks = [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(processes)]
@@ -71,7 +72,16 @@ def measure(processes: int, rounds: int) -> dict[str, object]:
 
 
 def work(rank: int, processes: int, rounds: int, folder: str) -> None:
-    """Run one rank: the same batch with and without collecting, in turns, then sums of counters over the ranks."""
+    """Measure in one process, and save the seconds to a file.
+
+    The same batch is run with and without collecting, in alternation. Then counters are summed over all processes.
+
+    Args:
+        rank: the number of this process, from 0.
+        processes: the number of processes.
+        rounds: the number of passes of each kind that are measured.
+        folder: the folder of the file, which is named after the rank.
+    """
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=processes)
     model, inputs = llama(rank)
@@ -100,7 +110,7 @@ def work(rank: int, processes: int, rounds: int, folder: str) -> None:
 
 
 def llama(rank: int) -> tuple[nn.Module, dict[str, torch.Tensor]]:
-    """Return the model, the same on all ranks, and a batch that differs between ranks."""
+    """Return the model, which is the same in all processes, and the arguments of a call, which differ between processes."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=8000,
@@ -117,7 +127,7 @@ def llama(rank: int) -> tuple[nn.Module, dict[str, torch.Tensor]]:
 
 
 def line(case: dict) -> str:
-    """Write the figures of one number of processes."""
+    """Return the figures of one number of processes as a line of text."""
     speed, ratio = case["tokens_per_second"], case["collecting_over_plain"]
     return (
         f"{plural(case['processes'], 'process', 'processes')}: {speed['plain']:.0f} tokens per second, "

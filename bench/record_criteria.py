@@ -1,10 +1,11 @@
-"""Compare the criteria of `prune` on the digits: removals, accuracy and latency, over some seeds.
+"""Compare the criteria by which `prune` chooses activations, on the recipe digits: removals, accuracy and latency.
 
 python bench/record_criteria.py [--seeds 5] [--epochs 15] [--name criteria-MACHINE]
 
-For each seed, all criteria start from the same trained network. It is trained for two schedules, so that the fine-tuning of the
-first removal alone is no gain. One run goes on to the widest limit on the loss of validation accuracy; what tighter limits keep
-is read from its steps. The kept networks are fused and timed side by side.
+For each seed, all criteria start from the same trained network. This network is trained for two schedules of the given number
+of epochs, because otherwise the first fine-tuning would raise the accuracy merely by training longer. Each criterion runs once,
+with the largest limit on the loss of validation accuracy. The result for a smaller limit is read from the steps of that run.
+The networks that are kept are fused and timed side by side.
 """
 
 import argparse
@@ -28,7 +29,7 @@ LIMITS = (0.005, 0.01)
 
 
 def main() -> None:
-    """Measure, print a table, and write the record if it has a name."""
+    """Run all seeds, print a line for each limit and criterion, and write the record if --name is given."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=Digits.epochs)
@@ -45,7 +46,15 @@ def main() -> None:
 
 
 def runs_of_seed(seed: int, epochs: int) -> list[dict[str, Any]]:
-    """Return a run of each criterion from one dense network, with the fused latency of the network that each limit keeps."""
+    """Train a dense network, and prune it once with each criterion.
+
+    Args:
+        seed: the random seed.
+        epochs: the number of epochs of a fine-tuning.
+
+    Returns:
+        A run per criterion: its steps, and the fused latency of the network that it keeps for each limit.
+    """
     recipe = Digits(torch.device("cpu"))
     torch.manual_seed(seed)
     dense = recipe.build_model()
@@ -73,7 +82,18 @@ def runs_of_seed(seed: int, epochs: int) -> list[dict[str, Any]]:
 def prune_to_the_widest_limit(
     dense: nn.Module, recipe: Digits, criterion: Any, epochs: int, models: list[nn.Module]
 ) -> list[dict[str, Any]]:
-    """Return the steps of a run, and append the network of each to `models`."""
+    """Prune a network until its validation accuracy falls by more than the largest of `LIMITS`, or no activation is left.
+
+    Args:
+        dense: the trained network.
+        recipe: the data, and how to train and evaluate on it.
+        criterion: the criterion by which activations are chosen.
+        epochs: the number of epochs of each fine-tuning.
+        models: a list to which a copy of the network after each step is appended, first the dense network.
+
+    Returns:
+        For each step, the removed activations, and the validation and test accuracy.
+    """
 
     def measure(model: nn.Module) -> dict[str, float]:
         models.append(copy.deepcopy(model))
@@ -93,13 +113,16 @@ def prune_to_the_widest_limit(
 
 
 def kept_step(steps: Sequence[dict[str, Any]], limit: float) -> int:
-    """Return the last step before the first one whose validation accuracy falls by more than the limit."""
+    """Return the index of the step that a run with this limit would keep.
+
+    It is the last step before the first one whose validation accuracy is below that of the dense network by more than `limit`.
+    """
     falls = [steps[0]["validation"] - step["validation"] > limit + 1e-9 for step in steps]
     return falls.index(True) - 1 if True in falls else len(steps) - 1
 
 
 def fused_times(models: dict[tuple[str, int], nn.Module], recipe: Digits) -> dict[tuple[str, int], float]:
-    """Return milliseconds of one call of each network in its fastest form, measured side by side."""
+    """Fuse the networks, and return the milliseconds of one call of each, measured in alternation, by the same keys."""
     inputs = recipe.example_inputs()
     fused = {key: fuse(model, inputs) for key, model in models.items()}
     with torch.inference_mode():
@@ -107,7 +130,7 @@ def fused_times(models: dict[tuple[str, int], nn.Module], recipe: Digits) -> dic
 
 
 def summarize(runs: Sequence[dict[str, Any]], criterion: str, limit: float) -> dict[str, float]:
-    """Return means over the seeds for the networks that a limit keeps."""
+    """Return the means over the seeds for the networks that a criterion keeps for a limit, and the range of the speedups."""
     own = [run for run in runs if run["criterion"] == criterion]
     kept = [run["kept"][str(limit)] for run in own]
     last = [run["steps"][each["step"]] for run, each in zip(own, kept, strict=True)]
@@ -123,7 +146,7 @@ def summarize(runs: Sequence[dict[str, Any]], criterion: str, limit: float) -> d
 
 
 def consume(values: Any) -> None:
-    """Run an iterator to its end."""
+    """Iterate over the values, and discard them."""
     for _ in values:
         pass
 

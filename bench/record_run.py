@@ -1,4 +1,4 @@
-"""Keep a finished run as bench/results/NAME.json, and draw the plots of a pruning run next to it.
+"""Copy the record of a finished run to bench/results/NAME.json. For a pruning run, also draw its plots, as NAME.png.
 
 fastentropy prune --output RUN && python bench/record_run.py RUN digits
 fastentropy calibrate MODEL --data DATA --output RUN && python bench/record_run.py RUN minilm
@@ -16,7 +16,12 @@ from fastentropy.reporting.run_report import plot_summary
 
 
 def main(folder: str, name: str) -> None:
-    """Record the run in a folder, without the path of its data."""
+    """Copy the record of a run to bench/results, without the local path of its data.
+
+    Args:
+        folder: the folder of a run of `fastentropy prune` or `fastentropy calibrate`.
+        name: the name of the record, without a suffix.
+    """
     if (Path(folder) / "summary.json").exists():
         record_calibration(json.loads((Path(folder) / "summary.json").read_text(encoding="utf-8")), name)
         return
@@ -27,7 +32,7 @@ def main(folder: str, name: str) -> None:
 
 
 def record_calibration(summary: dict, name: str) -> None:
-    """Record a calibration, with the names of its model and data instead of their paths."""
+    """Write the summary of a calibration to bench/results. Paths of the model and the data are replaced by their last parts."""
     names = {key: Path(summary[key]).name for key in ("model", "data")}
     save_json(summary | names, RESULTS / f"{name}.json")
 

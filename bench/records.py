@@ -1,4 +1,4 @@
-"""Records of measurements: where they are kept, and what each holds besides its figures."""
+"""Write records of measurements to bench/results, with the machine and the command that they were made with."""
 
 import shlex
 import sys
@@ -11,7 +11,15 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def save_record(name: str, device: str, **figures: object) -> None:
-    """Write bench/results/NAME.json: the machine, the date, the version, the commit and the command, then the figures."""
+    """Write the record bench/results/NAME.json.
+
+    It holds the machine, the date, the version of PyTorch, the commit and the command line, and then the figures.
+
+    Args:
+        name: the name of the record, without a suffix.
+        device: the device that was measured, such as "cpu".
+        figures: what was measured, as values that JSON can represent.
+    """
     machine = describe_machine(device)
     record = {
         "machine": machine["device"],

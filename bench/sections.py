@@ -1,4 +1,9 @@
-"""The measured sections of README.md and docs/results.md as Markdown, most of them a table of a record."""
+"""The sections with measured figures of README.md and docs/results.md, as Markdown.
+
+A record is a JSON file in bench/results. Most sections are tables of one record. In a record of `fastentropy bench`, a case is
+a group of operations that were timed side by side, and the ratio of an operation is its time relative to that of a reference
+operation of its case. The argument `results` of the functions is the path from the page to bench/results, for links.
+"""
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,52 +18,59 @@ from fastentropy.benchmarks.tables import format_quartiles
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
-#: The machines of which there is a record of each benchmark.
+#: The machines for which there is a record of each benchmark.
 MACHINES = ("epyc", "h100")
-#: The baselines that a table shows, in its order.
+#: The baselines that the tables of the kernels and of collecting show, in the order of their columns.
 KERNEL_BASELINES = ("PyTorch counting", "torch.compile", "published procedure", "histogram observer")
 COLLECT_BASELINES = ("PyTorch hooks", "compiled hooks", "histogram observer", "published procedure")
-#: The first words of the fused networks that the README shows.
+#: The beginnings of the names of the cases of fusing that the README shows.
 FUSED = ("mobilenet_v2 features.2,", "mobilenet_v2 features.12", "mobilenet_v2 all blocks", "mobilenet_v2 half", "vit_b_16 MLP")
-#: The networks that the fused one of a run is compared with.
+#: The networks with which the fused network of a pruning run is compared: key of its time in the history → text.
 DIGITS = {"dense": "the dense network", "dense_fused": "that with batch norm folded", "pruned": "the pruned one before fusing"}
 
 
 def load_json(name: str) -> dict[str, Any]:
-    """Read a record that is not one of `fastentropy bench`."""
+    """Read bench/results/NAME.json, for a record that was not made by `fastentropy bench`."""
     values: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
     return values
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a table in Markdown."""
+    """Return a table in Markdown, from the texts of its head and its rows."""
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
 
 
 def quartiles(values: Quartiles, digits: int = 2) -> str:
-    """Write a median, and the quartiles in brackets."""
+    """Return a median and, in brackets, its quartiles as text, such as "1.00 (0.98 to 1.03)"."""
     return f"{values.median:.{digits}f} ({format_quartiles(values, digits)})"
 
 
 def inverse(values: Quartiles) -> Quartiles:
-    """Turn ratios of times into ratios of speeds."""
+    """Return the quartiles of the reciprocals: from ratios of times to ratios of speeds."""
     return Quartiles(1 / values.upper, 1 / values.median, 1 / values.lower)
 
 
 def origin(name: str, machine: str, date: str, commit: str | None, command: str, results: str) -> str:
-    """Return the line on the origin of figures: machine, date, commit, record and command."""
+    """Return a line that tells where figures come from: machine, date, commit, a link to the record `name`, and command."""
     at = f", commit {commit}" if commit else ""
     return f"{machine}, {date}{at}: [{name}.json]({results}/{name}.json), by `{command}`."
 
 
 def of_record(name: str, record: Record, results: str) -> str:
-    """Return the line on the origin of the figures of a record of `fastentropy bench`."""
+    """Return a line that tells where the figures of a record of `fastentropy bench` come from, and if it is incomplete."""
     stopped = "" if record.complete else " The run is incomplete."
     return origin(name, record.machine, record.date, record.commit, record.command, results) + stopped
 
 
 def for_each_machine(kind: str, head: Sequence[str], rows: Callable[[Record], Iterable[Sequence[str]]], results: str) -> str:
-    """Return a table for the record of each machine, below the line on its origin."""
+    """Return a table for the record of each machine, below a line that tells where its figures come from.
+
+    Args:
+        kind: the name of the benchmark: "kernels", "collect" or "fuse".
+        head: the head of the table.
+        rows: a function from a record to the rows of its table.
+        results: the path from the page to bench/results.
+    """
     parts = []
     for name in (f"{kind}-{machine}" for machine in MACHINES):
         record = Record.load(RESULTS / f"{name}.json")
@@ -67,28 +79,34 @@ def for_each_machine(kind: str, head: Sequence[str], rows: Callable[[Record], It
 
 
 def case_rows(row: Callable[[str, dict[str, Measurement]], Sequence[str]], record: Record) -> Iterator[Sequence[str]]:
-    """Return a row for each case."""
+    """Yield `row(case, operations)` for each case of a record. `operations` are its measurements, by operation."""
     return (row(case, by_operation(measurements)) for case, measurements in record.cases().items())
 
 
 def by_operation(measurements: Iterable[Measurement]) -> dict[str, Measurement]:
-    """Return the measurements of one case that were not skipped, by operation."""
+    """Return the measurements of one case by the name of the operation, without skipped operations."""
     return {each.operation: each for each in measurements if each.ratio}
 
 
 def median(measurement: Measurement | None) -> str:
-    """Write the median ratio, or a dash if there is none."""
+    """Return the median ratio of a measurement as text, or a dash if there is no measurement."""
     return f"{measurement.ratio.median:.2f}" if measurement and measurement.ratio else "–"
 
 
 def kernels(results: str) -> str:
-    """Return the table of activations with their states at the largest size, relative to the activation alone."""
+    """Return the table of the kernels: the time at the largest size, relative to that of the activation alone.
+
+    The kernels compute an activation and count the states (off, zero or on) of its input.
+    """
     head = ("", "`activation_states`", "as eager calls", "of a copy's bandwidth", *KERNEL_BASELINES)
     return for_each_machine("kernels", head, kernel_rows, results)
 
 
 def kernel_rows(record: Record) -> Iterator[Sequence[str]]:
-    """Yield a row for each layout, dtype and activation. On a GPU the baselines are eager calls, and ours is a CUDA graph."""
+    """Yield a row for each layout, dtype and activation.
+
+    On a GPU, `activation_states` is measured as a CUDA graph and as eager calls, and the baselines as eager calls.
+    """
     for title, ours, eager in largest_cases(record):
         fused, baselines = ours["activation_states"], [median(eager.get(name)) for name in KERNEL_BASELINES]
         eagerly = "–" if eager is ours else median(eager["activation_states"])
@@ -97,7 +115,12 @@ def kernel_rows(record: Record) -> Iterator[Sequence[str]]:
 
 
 def largest_cases(record: Record) -> Iterator[tuple[str, dict[str, Measurement], dict[str, Measurement]]]:
-    """Yield the cases of the largest size: a title, the measurements to quote, and those of eager calls."""
+    """Yield the measurements at the largest size, for each activation, layout and dtype.
+
+    Yields:
+        A title, the measurements of fastentropy's operations, and the measurements of eager calls, both by operation. The
+        former are CUDA graphs if there are any. Otherwise the two are the same object.
+    """
     cases = [by_operation(each) for each in record.cases().values()]
     groups: dict[tuple[str, ...], list[dict[str, Measurement]]] = {}
     for case in cases:
@@ -112,26 +135,29 @@ def largest_cases(record: Record) -> Iterator[tuple[str, dict[str, Measurement],
 
 
 def collecting(results: str) -> str:
-    """Return the table of inference while collecting, relative to plain inference, with the memory that it adds."""
+    """Return the table of collecting: the time of inference relative to that without collecting, and the added memory."""
     head = ("", "collecting", *COLLECT_BASELINES, "memory added", "published")
     return for_each_machine("collect", head, partial(case_rows, collect_row), results)
 
 
 def collect_row(case: str, operations: dict[str, Measurement]) -> Sequence[str]:
-    """Return the row of one network."""
+    """Return the row of one network in the table of collecting."""
     baselines = [median(operations.get(name)) for name in COLLECT_BASELINES]
     memory = [added_megabytes(operations, name) for name in ("collecting", "published procedure")]
     return case, quartiles(operations["collecting"].ratio), *baselines, *memory
 
 
 def added_megabytes(operations: dict[str, Measurement], name: str) -> str:
-    """Write the memory that a procedure adds to the peak of plain inference."""
+    """Return, as text, by how much the peak memory of a procedure exceeds that of plain inference, or a dash if unknown."""
     peaks = [operations[each].facts.get("peak_bytes") for each in ("plain", name) if each in operations]
     return f"{(peaks[1] - peaks[0]) / 1e6:.2f} MB" if len(peaks) == 2 and None not in peaks else "–"
 
 
 def fusing(results: str) -> str:
-    """Return the table of linearised networks, relative to the same with batch norm folded."""
+    """Return the table of fusing, for networks with activations replaced by the identity.
+
+    Times are relative to those of the same network with batch norm folded.
+    """
     head = (
         "",
         "batch norm folded",
@@ -145,7 +171,7 @@ def fusing(results: str) -> str:
 
 
 def fuse_row(case: str, operations: dict[str, Measurement]) -> Sequence[str]:
-    """Return the row of one network."""
+    """Return the row of one network in the table of fusing."""
     folded, fused, frozen = operations["folded"], operations["fused"], operations.get("torch.compile, frozen")
     counts = fused.facts["multiplications_folded"], fused.facts["multiplications"]
     return (
@@ -160,7 +186,7 @@ def fuse_row(case: str, operations: dict[str, Measurement]) -> Sequence[str]:
 
 
 def baselines(results: str) -> str:
-    """Return the table of the README: kernels, whole models and fused networks next to their baselines."""
+    """Return the table of the README, with the ratios of kernels, whole models and fused networks, and of their baselines."""
     rows = []
     for machine in MACHINES:
         kernel, collect, fuse = (Record.load(RESULTS / f"{each}-{machine}.json") for each in ("kernels", "collect", "fuse"))
@@ -183,7 +209,7 @@ def baselines(results: str) -> str:
 
 
 def missing(results: str) -> str:
-    """Return a line that names the incomplete records."""
+    """Return a line with links to the records of incomplete runs."""
     names = [f"{kind}-{machine}" for kind in ("kernels", "collect", "fuse") for machine in MACHINES]
     stopped = [name for name in names if not Record.load(RESULTS / f"{name}.json").complete]
     links = ", ".join(f"[{name}.json]({results}/{name}.json)" for name in stopped)
@@ -191,7 +217,7 @@ def missing(results: str) -> str:
 
 
 def goals(results: str) -> str:
-    """Return the table of goals: how many cases of each kind reach the goal, and the worst of them."""
+    """Return the table of the performance goals: how many cases of each kind reach the goal, and the worst ratio."""
     rows = []
     for machine in MACHINES:
         kernel, collect, fuse = (Record.load(RESULTS / f"{each}-{machine}.json") for each in ("kernels", "collect", "fuse"))
@@ -217,14 +243,21 @@ def goals(results: str) -> str:
 
 
 def goal(machine: str, what: str, measurements: Sequence[Measurement], limit: float) -> Sequence[str]:
-    """Return the row of one goal: a ratio that no median should exceed."""
+    """Return the row of one goal.
+
+    Args:
+        machine: the name of the machine.
+        what: the operations whose times are compared, such as "fused / folded".
+        measurements: the measurements to which the goal applies.
+        limit: the ratio that no median should exceed.
+    """
     ratios = [each.ratio.median for each in measurements]
     reached = sum(ratio <= limit for ratio in ratios)
     return machine, what, f"≤ {limit:.2f}", f"{reached} of {len(ratios)}", f"{max(ratios):.3f}"
 
 
 def digits(results: str) -> str:
-    """Return a paragraph on the recorded run of `fastentropy prune`."""
+    """Return a paragraph on the recorded run of `fastentropy prune digits`."""
     history = load_json("digits")
     dense, kept, times = history["steps"][0], history["steps"][history["kept_step"]], history["latency_ms"]
     removed = sum(len(step["removed"]) for step in history["steps"][: history["kept_step"] + 1])
@@ -242,7 +275,7 @@ def digits(results: str) -> str:
 
 
 def minilm(results: str) -> str:
-    """Return the entropies of MiniLM on the texts of Python's own help."""
+    """Return a paragraph and a table on the recorded calibration of MiniLM, with the entropy of each activation."""
     record = load_json("minilm")
     machine, overhead = record["machine"], record["overhead"]
     rows = [(name, f"{bits:.3f}") for name, bits in record["layer_entropy"].items()]
@@ -256,7 +289,7 @@ def minilm(results: str) -> str:
 
 
 def calibrate(results: str) -> str:
-    """Return the table of tokens per second with several processes."""
+    """Return the table of `record_calibrate.py`: tokens per second and the time of a sum over ranks, by number of processes."""
     record = load_json("calibrate-epyc")
     rows = [
         (
@@ -274,7 +307,7 @@ def calibrate(results: str) -> str:
 
 
 def criteria(results: str) -> str:
-    """Return the table of the criteria on the digits."""
+    """Return the table of `record_criteria.py`, with a row for each limit and criterion."""
     record = load_json("criteria-epyc")
     seeds = {run["seed"] for run in record["runs"]}
     rows = [
@@ -301,7 +334,7 @@ def criteria(results: str) -> str:
 
 
 def cifar10(results: str) -> str:
-    """Return the table of the steps of the run on CIFAR-10."""
+    """Return the table of the steps of the recorded run of `fastentropy prune cifar10`."""
     history = load_json("cifar10-resnet8")
     machine, times = history["machine"], history["latency_ms"]
     rows = [

@@ -1,9 +1,9 @@
-"""A pass over a corpus: the model alone, `fastentropy calibrate`, and the baselines.
+"""The time of a pass over a corpus: with the model alone, with `fastentropy calibrate`, and with the baselines.
 
 pytest bench/test_bench_calibrate.py --benchmark-group-by=group
 
-The corpus is random words, and the model a Llama of 13 million random parameters. `record_calibrate.py` measures several
-processes.
+The corpus consists of random words. The model is a Llama of 13 million random parameters. `record_calibrate.py` measures
+several processes.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ ROWS, TOKENS, BATCHES = 8, 256, 2
 
 
 class Silent:
-    """A display that shows nothing."""
+    """A display of the progress that shows nothing."""
 
     def show(self, read, tokens, tokens_per_second, overhead):
         """Do nothing."""
@@ -32,7 +32,7 @@ class Silent:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Return a folder with the model and its tokenizer, and a text that fills the batches when it is packed."""
+    """Return a folder with a model, its tokenizer, and a text that fills the batches exactly if it is packed into rows."""
     folder = tmp_path_factory.mktemp("calibrate")
     backend = Tokenizer(models.WordLevel({word: number for number, word in enumerate(["<eos>", *WORDS])}, unk_token="<eos>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -44,7 +44,7 @@ def folder(tmp_path_factory):
 
 
 def llama():
-    """Return the same model each time."""
+    """Return a Llama with random weights, which are the same in every call."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=len(WORDS) + 1,
@@ -67,7 +67,7 @@ def test_a_loop(benchmark, procedure):
 
 
 def test_fastentropy_calibrate(benchmark, folder):
-    """Reading, tokenizing, checkpoints and the report are included."""
+    """Time the whole command, including reading, tokenizing, checkpoints and the report."""
     benchmark.group = "calibrate"
     options = Options(str(folder / "model"), str(folder / "text.txt"), batch_size=ROWS, max_length=TOKENS, packing=True)
 

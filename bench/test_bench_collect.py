@@ -1,8 +1,9 @@
-"""The cost of collecting from whole models, next to inference alone and to the baselines.
+"""The time of inference while statistics are collected from whole models, next to plain inference and the baselines.
 
 pytest bench/test_bench_collect.py --benchmark-group-by=group
 
-The batches are small, for a quick look. `fastentropy bench collect` measures in turns, for ratios to quote, and the memory.
+The batches are small, for a quick look. For ratios that can be quoted, run `fastentropy bench collect`, which measures the
+operations in alternation. It also measures the memory.
 """
 
 import contextlib

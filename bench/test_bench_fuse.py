@@ -1,8 +1,9 @@
-"""Fused chains next to the same with batch norm folded, the original, and torch.compile.
+"""The time of fused networks, next to the same networks with batch norm folded, the originals, and torch.compile.
 
 pytest bench/test_bench_fuse.py --benchmark-group-by=group
 
-`fastentropy bench fuse` measures more of them, in turns, for ratios to quote.
+For ratios that can be quoted, run `fastentropy bench fuse`, which measures the forms of a network in alternation. It also
+measures more networks.
 """
 
 import functools

@@ -1,8 +1,9 @@
-"""The state kernels next to the activation alone, a copy, and the baselines.
+"""The time of the kernels that count the states (off, zero or on) of values, next to an activation, a copy and the baselines.
 
 pytest bench/test_bench_kernels.py --benchmark-group-by=group
 
-`fastentropy bench kernels` measures the same in turns, for ratios to quote, and draws the roofline.
+For ratios that can be quoted, run `fastentropy bench kernels`, which measures the same operations in alternation. It also draws
+a roofline.
 """
 
 import pytest
