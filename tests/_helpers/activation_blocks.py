@@ -1,4 +1,4 @@
-"""Small modules that call activations in several ways, and comparisons of models made of them."""
+"""Small modules that call activations in several ways, and functions that compare models or list their sites."""
 
 import contextlib
 import warnings
@@ -13,7 +13,7 @@ VECTOR = (4, 3)
 
 
 class Block(nn.Module):
-    """Two linear layers and activations to call; subclasses have the forward."""
+    """The base class of small modules: two linear layers and a GELU module. Subclasses define the forward."""
 
     def __init__(self):
         super().__init__()
@@ -35,19 +35,19 @@ class Helper(Block):
 
 
 def outputs_equal(left, right, x):
-    """Return whether two models give the same bits in eval mode."""
+    """Return whether two models have equal outputs for `x`, without a tolerance. Both models are put into eval mode."""
     with torch.no_grad():
         return torch.equal(left.eval()(x.clone()), right.eval()(x.clone()))
 
 
 @contextlib.contextmanager
 def no_warnings():
-    """Turn warnings into errors."""
+    """Raise every warning of the `with` block as an error."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         yield
 
 
 def names(model, x):
-    """Return the names of the sites of a model."""
+    """Return the names of the sites (calls of an activation) of a model with the input `x`, in call order."""
     return [site.name for site in find_sites(model, (x,))]

@@ -1,4 +1,8 @@
-"""Random chains of operators, and what plain PyTorch computes from their numbers."""
+"""Hypothesis strategies for random chains of affine operators, and their outputs as computed by plain PyTorch.
+
+A chain is a tuple of elements that are applied one after the other: affine operators (convolutions, batch norm, average
+pooling, linear layers), sums of branches, and flattening. The argument `axes` is the number of spatial axes of its values.
+"""
 
 from dataclasses import replace
 
@@ -20,7 +24,7 @@ from tests._helpers.operators import (
 
 
 def pytorch_chain(chain, x):
-    """Return the output of a chain as plain PyTorch computes it from its numbers: the oracle."""
+    """Return the output of a chain, computed from its weights by plain PyTorch. It is the expected value of the tests."""
     for element in chain:
         if isinstance(element, Sum):
             x = sum(pytorch_chain(branch, x) for branch in element.branches)
@@ -31,7 +35,7 @@ def pytorch_chain(chain, x):
 
 @st.composite
 def batch_norms(draw, channels, axes):
-    """Draw a batch norm: small and large variances, means far from zero, weights of both signs."""
+    """Draw a batch norm in eval mode, with small and large variances, means far from zero, and weights of both signs."""
     seed = draw(SEEDS)
     mean, weight, bias = (normal(channels, seed=seed + index) * by for index, by in enumerate((3, 1, 1)))
     scale = weight / (normal(channels, seed=seed + 3).exp() + 1e-5).sqrt()
@@ -39,13 +43,13 @@ def batch_norms(draw, channels, axes):
 
 
 def _unit_geometry(axes):
-    """Return stride, padding and dilation of an operator that has none."""
+    """Return the stride, padding and dilation of an operator without any of them: ones, zeros and ones."""
     return (1,) * axes, (0,) * axes, (1,) * axes
 
 
 @st.composite
 def same_convolutions(draw, in_channels, out_channels, axes):
-    """Draw a convolution that keeps the spatial size, with its padding on any side."""
+    """Draw a convolution that keeps the spatial size. Its padding is distributed over the two sides at random."""
     kernel, dilation = (tuple(draw(st.integers(1, most)) for _ in range(axes)) for most in (3, 2))
     reach = [(k - 1) * d for k, d in zip(kernel, dilation, strict=True)]
     before = [draw(st.one_of(st.just(r // 2), st.integers(0, r))) for r in reach]
@@ -58,7 +62,13 @@ def same_convolutions(draw, in_channels, out_channels, axes):
 
 @st.composite
 def residuals(draw, channels, axes, depth=1):
-    """Draw a sum of two or three branches that keep the shape; at a depth of 1 its branches may hold sums themselves."""
+    """Draw a sum of two or three branches, all of which keep the shape of their input. One of them may be the identity.
+
+    Args:
+        channels: the number of channels of the input and the output.
+        axes: the number of spatial axes.
+        depth: how deeply sums may be nested: 1 allows sums inside the branches, 0 allows none.
+    """
     paths = []
     for _ in range(draw(st.integers(1, 2))):
         path, width = [], channels
@@ -78,7 +88,7 @@ def residuals(draw, channels, axes, depth=1):
 
 @st.composite
 def average_pools(draw, channels, axes):
-    """Draw average pooling as PyTorch allows it: at most half of the kernel is padding."""
+    """Draw average pooling. Its padding is at most half of the kernel, because PyTorch allows no more."""
     kernel, stride = (tuple(draw(st.integers(1, 3)) for _ in range(axes)) for _ in range(2))
     pool = average(channels, *kernel, stride=stride)
     return replace(pool, padding=tuple(draw(st.integers(0, k // 2)) for k in kernel))
@@ -86,7 +96,13 @@ def average_pools(draw, channels, axes):
 
 @st.composite
 def elements(draw, channels, axes, kinds):
-    """Draw one element of a chain that takes a number of channels, of one of the given kinds."""
+    """Draw one element of a chain.
+
+    Args:
+        channels: the number of channels of its input.
+        axes: the number of spatial axes.
+        kinds: the kinds to draw from, out of `STRIDED` and `TRANSPOSED`.
+    """
     kind = draw(st.sampled_from(kinds))
     if kind in ("strided", "pointwise", "transposed"):
         return draw(convolutions(axes, channels, kind, step=2))
@@ -102,14 +118,25 @@ def elements(draw, channels, axes, kinds):
     return draw(residuals(channels, axes))
 
 
-#: The kinds of elements of a chain: one with strides has no inserted zeros, unless both kinds are mixed.
+#: The kinds of elements of two sorts of chains: those with strides, and those with transposed convolutions, which insert zeros
+#: between the values.
 STRIDED = ("strided", "same", "pointwise", "batch norm", "residual", "pool", "downsample")
 TRANSPOSED = ("transposed", "same", "batch norm", "residual")
 
 
 @st.composite
 def chains(draw, shortest=2, longest=5, kinds=None, largest=(14, 14, 5), flatten=True, batch=2, most_axes=3):
-    """Draw a chain, an input with any spatial size from 1×1 on, and the output that plain PyTorch computes."""
+    """Draw a chain, an input, and the output that plain PyTorch computes.
+
+    Args:
+        shortest: the least number of elements.
+        longest: the largest number of elements, without those that `flatten` adds.
+        kinds: the kinds of elements. None draws strided, transposed or mixed kinds.
+        largest: the largest spatial size of an input along each axis, for 1, 2 and 3 spatial axes. The smallest is 1.
+        flatten: whether the chain may end with a convolution over all positions and a flattening, as in a classifier.
+        batch: the batch size of the input.
+        most_axes: the largest number of spatial axes.
+    """
     axes = draw(st.integers(1, most_axes))
     kinds = kinds or draw(st.sampled_from([STRIDED, STRIDED, STRIDED, TRANSPOSED, STRIDED + TRANSPOSED]))
     size = [draw(st.integers(1, largest[axes - 1])) for _ in range(axes)]

@@ -1,4 +1,4 @@
-"""Read corpora as tests need them, and write their parquet files."""
+"""Read all of a corpus, which is divided into chunks of documents, and write parquet files for one."""
 
 import itertools
 import os
@@ -14,7 +14,16 @@ def contents(corpus, first=0, step=1):
 
 
 def by_chunk(corpus, ranks, first=0):
-    """Read a corpus with some ranks, which take turns; return the documents and problems of each chunk."""
+    """Read a corpus as several ranks would, each of which reads every `ranks`-th chunk.
+
+    Args:
+        corpus: the corpus.
+        ranks: the number of ranks.
+        first: the number of the first chunk to read.
+
+    Returns:
+        The documents and the problems of each chunk, by the number of the chunk.
+    """
     readers = [corpus.read(first + rank, ranks) for rank in range(ranks)]
     found = {}
     for chunk in filter(None, itertools.chain.from_iterable(itertools.zip_longest(*readers))):
@@ -24,7 +33,7 @@ def by_chunk(corpus, ranks, first=0):
 
 
 def problems_of(corpus):
-    """Return the problems of a corpus and of all its chunks."""
+    """Return the problems of a corpus and of all its chunks: (file name, kind of problem) → (first position, how often)."""
     problems = Problems(corpus.problems)
     for chunk in corpus.read():
         list(chunk.documents)

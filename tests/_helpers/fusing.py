@@ -1,4 +1,4 @@
-"""Networks to fuse, and the comparison of a fused network with the network."""
+"""Networks to fuse, and a comparison of a fused network with the original one."""
 
 import torch
 from torch import nn
@@ -7,7 +7,15 @@ from tests._helpers.networks import Reads
 
 
 def randomize_batch_norm(model, seed=0):
-    """Give batch norm statistics as after a long training, and return the model in eval mode."""
+    """Give every batch norm of a model random statistics, weights and biases, as after a training.
+
+    Args:
+        model: the model, which is changed.
+        seed: the seed of the random values.
+
+    Returns:
+        The model, in eval mode.
+    """
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -19,7 +27,14 @@ def randomize_batch_norm(model, seed=0):
 
 
 def assert_equal(fused, model, *inputs, tolerance=1e-5):
-    """Raise if the outputs differ by more than `tolerance` of the largest expected value."""
+    """Assert that a fused network computes what the original one computes.
+
+    Args:
+        fused: the fused network.
+        model: the original network.
+        inputs: the positional inputs of a call.
+        tolerance: the largest allowed difference, relative to the largest absolute output of `model`.
+    """
     with torch.no_grad():
         actual, expected = fused(*inputs), model(*inputs)
     assert actual.shape == expected.shape
@@ -27,13 +42,18 @@ def assert_equal(fused, model, *inputs, tolerance=1e-5):
 
 
 def two_layers(forward):
-    """Return two linear layers, `a` and `b`, used by a forward function."""
+    """Return a network with linear layers `a` and `b` (8 to 8 features). `forward(network, x)` is its forward."""
     torch.manual_seed(0)
     return Reads(forward, a=nn.Linear(8, 8), b=nn.Linear(8, 8)).eval()
 
 
 def inverted_residual(channels=3, size=9):
-    """Return a network whose merged chain has a bias that depends on the position, and its input."""
+    """Return a network with an inverted residual block, and an input.
+
+    Its three convolutions and the addition of its input make a chain (a stretch of linear operators) that merges into one
+    convolution. The bias of this convolution depends on the position, because the second convolution pads a value to which a
+    bias was added.
+    """
     torch.manual_seed(0)
     expand, depthwise = nn.Conv2d(channels, 8, 1), nn.Conv2d(8, 8, 3, padding=1, groups=8)
     model = Reads(
@@ -47,7 +67,11 @@ def inverted_residual(channels=3, size=9):
 
 
 def ringed():
-    """Return a network whose merged chain has a border that is recomputed, and its input."""
+    """Return a network of two 3×3 convolutions and an activation, and an input.
+
+    The two convolutions merge into one, whose output is wrong at the border of an image, because the second convolution pads
+    the intermediate value with zeros. The fused network recomputes the border.
+    """
     torch.manual_seed(0)
     layers = nn.Conv2d(2, 16, 3, padding=1), nn.Conv2d(16, 2, 3, padding=1), nn.ReLU()
     return nn.Sequential(*layers).eval(), torch.randn(3, 2, 11, 12)

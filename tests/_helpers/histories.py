@@ -1,4 +1,4 @@
-"""Made-up histories of pruning runs."""
+"""Histories (`history.json`) of pruning runs, with made-up figures."""
 
 import copy
 
@@ -17,12 +17,20 @@ FUSION = {
         {"names": ["alone"], "candidates": {}, "choice": "keep", "note": ""},
     ],
 }
-#: Texts that would be markup, formulas or templates if they were not escaped.
+#: Texts that a page must escape: they look like HTML, formulas or templates, or are not ASCII.
 HOSTILE = ["<script>alert(1)</script>", '"><b>&', "$x_1$", "a\\b{{ 7 * 7 }}", "名前.relu"]
 
 
 def make_history(sites, steps, *, kept_step=None, fusion=FUSION, per_step=1):
-    """Return the history of a run that removes the first `per_step` of the remaining sites in each step after step 0."""
+    """Return the history of a run that removes sites (calls of an activation) in the given order.
+
+    Args:
+        sites: the names of the sites of the dense network.
+        steps: the number of steps, including step 0, the dense network.
+        kept_step: the index of the kept step; None for the last step.
+        fusion: the report on fusing the kept network; None for an unfinished run.
+        per_step: the number of sites that each step after step 0 removes.
+    """
     history = {
         "recipe": "digits",
         "seed": 7,
@@ -49,7 +57,18 @@ def make_history(sites, steps, *, kept_step=None, fusion=FUSION, per_step=1):
 
 
 def make_run(sites=6, steps=4, fused=1.6, test=0.0, recipe="digits", machine="a processor", seed=0, **options):
-    """Return a history whose last step is rejected if it has several; unfinished with finished=False."""
+    """Return a history in which the last step is rejected, if there is more than one step.
+
+    Args:
+        sites: the number of sites of the dense network.
+        steps: the number of steps.
+        fused: the milliseconds of a call of the fused network.
+        test: a number that is added to the test accuracy of every step.
+        recipe: the recipe of the run.
+        machine: the device of the run.
+        seed: the seed of the run.
+        options: further options of the run. `finished=False` makes the run unfinished instead.
+    """
     finished = options.pop("finished", True)
     history = copy.deepcopy(make_history([f"stage{index}.relu" for index in range(sites)], steps, kept_step=max(steps - 2, 0)))
     history |= {"recipe": recipe, "seed": seed}

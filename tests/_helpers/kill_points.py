@@ -7,7 +7,11 @@ from pathlib import Path
 
 
 def die_at(fatal_moment):
-    """Kill this process at moment 0 or 1, before or after the first file replacement; 2 or 3 are the second one, and so on."""
+    """Make this process kill itself before or after one of its file replacements (`Path.replace`).
+
+    Args:
+        fatal_moment: 0 is before and 1 is after the first replacement, 2 is before and 3 is after the second one, and so on.
+    """
     replace, moments = Path.replace, itertools.count()
 
     def die_if_fatal():

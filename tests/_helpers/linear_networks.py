@@ -1,4 +1,7 @@
-"""Networks with linear stretches of every kind, as functions of a few modules."""
+"""Networks with chains (stretches of linear operators) of every kind, and the chains that must be found in them.
+
+Most networks are given by a forward function of a few modules.
+"""
 
 import torch
 from torch import nn
@@ -10,18 +13,28 @@ ROWS = torch.randn(2, 3, 4)
 
 
 def conv2d(channels=4, **options):
-    """Return a 3×3 convolution of 4 channels that keeps the spatial size."""
+    """Return a 3×3 convolution from 4 to `channels` channels that keeps the spatial size."""
     return nn.Conv2d(4, channels, 3, padding=1, **options)
 
 
 def image_network(forward, **modules):
-    """Return a network for images, with convolutions `a` and `b`, whose forward is a function of it and its input."""
+    """Return a network for images `[batch, 4, 6, 6]`, with convolutions `a`, `b` and `whole`, a batch norm and two ReLU.
+
+    Args:
+        forward: the forward of the network: `forward(network, x)`.
+        modules: further modules, which become attributes of the network.
+    """
     modules |= {"whole": nn.Conv2d(4, 4, 6), "norm": nn.BatchNorm2d(4), "relu": nn.ReLU(), "relu_": nn.ReLU(inplace=True)}
     return Reads(forward, a=conv2d(), b=conv2d(), **modules)
 
 
 def row_network(forward, **constants):
-    """Return a network for rows, with linear layers and constants, whose forward is a function of it and its input."""
+    """Return a network for rows `[..., 4]`, with linear layers `a`, `b` and `c`, and a batch norm `norm`.
+
+    Args:
+        forward: the forward of the network: `forward(network, x)`.
+        constants: tensors, which become buffers of the network.
+    """
     model = Reads(forward, a=nn.Linear(4, 5), b=nn.Linear(5, 4), c=nn.Linear(4, 4), norm=nn.BatchNorm1d(4))
     for name, value in constants.items():
         model.register_buffer(name, value)
@@ -29,7 +42,11 @@ def row_network(forward, **constants):
 
 
 class LayerScale(nn.Module):
-    """A scale of channels that were permuted to axis 1, as in torchvision's ConvNeXt; `first` puts the scale on the left."""
+    """Multiply each channel (axis 1 of 4) by a parameter, as torchvision's ConvNeXt does.
+
+    Args:
+        first: whether the parameter is the left operand of the multiplication.
+    """
 
     def __init__(self, first=True):
         super().__init__()
@@ -41,7 +58,7 @@ class LayerScale(nn.Module):
 
 
 class Conv1D(nn.Module):
-    """A linear layer as in GPT-2: `addmm` on flattened rows."""
+    """A linear layer as in GPT-2, which calls `addmm` on rows with all axes but the last flattened."""
 
     def __init__(self, in_features, out_features):
         super().__init__()
@@ -52,7 +69,7 @@ class Conv1D(nn.Module):
         return torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight).view(*x.shape[:-1], len(self.bias))
 
 
-#: By description: a network, an input, and the names of the operators of each of its chains.
+#: For each description, a network, an input, and for each of its chains the names of the operators.
 NETWORKS = {
     "GPT-2's MLP": (nn.Sequential(Conv1D(4, 8), Conv1D(8, 4)), ROWS, [("0", "1")]),
     "GPT-2's MLP with an activation": (nn.Sequential(Conv1D(4, 8), nn.GELU(), Conv1D(8, 4)), ROWS, [("0",), ("2",)]),

@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 
 class Residual(nn.Module):
-    """A network with everything the loop meets: convolutions, batch norm, a residual addition, a linear classifier."""
+    """A small network with convolutions, batch norm, a residual addition, three activations and a linear classifier."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -25,7 +25,12 @@ class Residual(nn.Module):
 
 
 class Reads(nn.Module):
-    """A network given as a function of itself and its inputs; its modules are attributes."""
+    """A network that is given by a function.
+
+    Args:
+        forward: the forward of the network. It is called as `forward(network, *inputs)`.
+        modules: the modules of the network, which become its attributes.
+    """
 
     def __init__(self, forward, **modules):
         super().__init__()
@@ -38,7 +43,7 @@ class Reads(nn.Module):
 
 
 def plain_inputs(model, images):
-    """What `Residual` feeds its activations, computed step by step."""
+    """Return the inputs of the activations of a `Residual`, by name, computed step by step without hooks."""
     x1 = model.bn1(model.conv1(images))
     y1 = x1.clone().relu()
     x2 = model.bn2(model.conv2(y1)) + y1
@@ -47,5 +52,5 @@ def plain_inputs(model, images):
 
 
 def make_part():
-    """A small network with an activation in it and one in a part of it."""
+    """Return a small network with one activation at the top level and one inside a nested `Sequential`."""
     return nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Sequential(nn.Linear(4, 5), nn.GELU()))

@@ -1,6 +1,7 @@
-"""Every rectifier call of a forward pass, caught with no code of fastentropy.
+"""A record of every rectifier call of a forward pass, made without any code of fastentropy.
 
-`nn.Module.__call__` and the functions of PyTorch are patched for the length of the pass.
+A rectifier is an activation such as ReLU or GELU. `nn.Module.__call__` and the functions of PyTorch are patched while the pass
+runs.
 """
 
 import contextlib
@@ -43,23 +44,34 @@ PATCHED = [(owner, name) for owner in (nn.functional, torch, Tensor) for name in
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a rectifier: its site's name (None where no rule gives one), its neuron axis, its counts [neurons, 3]."""
+    """One call of a rectifier.
+
+    Attributes:
+        name: the name that the call must have as a site, or None if the rules of naming do not determine one.
+        axis: the axis of the input that holds the neurons.
+        counts: the numbers of off, zero and on values of each neuron, int64 `[neurons, 3]`.
+    """
 
     name: str | None
     axis: int
     counts: Tensor
 
     def __add__(self, other: "Call") -> "Call":
-        """The same call in two passes."""
+        """Return the call with the counts of two passes added up."""
         assert (self.name, self.axis) == (other.name, other.axis)
         return Call(self.name, self.axis, self.counts + other.counts)
 
 
 def recorded_calls(model: nn.Module, run: Callable[[], object], widths: Mapping[str, int] | None = None) -> list[Call]:
-    """The calls of one forward pass, in order.
+    """Return the rectifier calls of one forward pass, in order.
 
-    The neurons of a call are the channels that the last module with weights made, or half of them where a gate was split off.
-    widths gives their number where that is not so, by a pattern (of fnmatch) for the call's name.
+    By default, a call has as many neurons as the output of the last module with weights has channels, or half as many, if the
+    model splits off a gate.
+
+    Args:
+        model: the model.
+        run: a function that runs the forward pass.
+        widths: the number of neurons of calls for which the default is wrong, by a pattern (fnmatch) of the call's name.
     """
     calls: list[Call] = []
 
@@ -75,19 +87,23 @@ def recorded_calls(model: nn.Module, run: Callable[[], object], widths: Mapping[
 
 @contextlib.contextmanager
 def observed_calls(model: nn.Module, observe: Callable[[str, bool, Tensor, int], None]) -> Iterator[None]:
-    """Call observe(name, named, x, channels) before each rectifier runs; channels are those that were made last.
+    """Call `observe(name, named, x, channels)` before each rectifier call of the `with` block.
 
-    named is False where the name is a guess: of a function called like a submodule, of a module that the model does not own.
+    Args:
+        model: the model that runs in the block.
+        observe: the function to call. `name` is the name of the call, and `x` its input. `channels` is the number of output
+            channels of the last module with weights. `named` is False if the name is a guess, because a function has the same
+            path as a submodule, or because the called module is not part of the model.
     """
     paths = {module: path for path, module in model.named_modules()}
-    running: list[nn.Module] = []  # modules of the model whose forward is under way
+    running: list[nn.Module] = []  # modules of the model whose forward is running, the outermost first
     seen = Counter[str]()
     inside, channels = False, 0
     module_call = nn.Module.__call__
 
     @contextlib.contextmanager
     def rectifier(name: str, named: bool, x: Tensor) -> Iterator[None]:
-        """Observe a call, unless a rectifier makes it to do its own work."""
+        """Observe a call, unless it is made inside another rectifier, as part of its implementation."""
         nonlocal inside
         if inside:
             yield
@@ -140,7 +156,7 @@ def observed_calls(model: nn.Module, observe: Callable[[str, bool, Tensor, int],
 
 
 def made_channels(module: nn.Module) -> int | None:
-    """How many channels a module with a weight of its own makes; None for containers and for what has no weight."""
+    """Return the number of output channels of a module that owns a weight, or None if the module owns none."""
     weight = (module._parameters | module._buffers).get("weight")
     if weight is None:
         return None
@@ -149,7 +165,10 @@ def made_channels(module: nn.Module) -> int | None:
 
 
 def neuron_axis(x: Tensor, channels: int) -> int:
-    """The one axis of x, after the batch, with that many entries, or with half as many."""
+    """Return the axis of the neurons: the only axis of `x` after the batch axis that has `channels` entries.
+
+    If there is none, return the only axis with half as many entries. Raise AssertionError if no axis or several axes fit.
+    """
     for size in (channels, channels / 2):
         axes = [axis for axis in range(1, x.ndim) if x.shape[axis] == size]
         if axes:
@@ -160,7 +179,10 @@ def neuron_axis(x: Tensor, channels: int) -> int:
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """Small inputs are no work to share, and threads that wait for each other on a busy machine take minutes."""
+    """Run the `with` block on one thread.
+
+    Small inputs gain nothing from several threads, and on a busy machine threads that wait for each other take minutes.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

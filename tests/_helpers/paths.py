@@ -1,4 +1,4 @@
-"""Where the repository lies, and how a process of its own finds the tests."""
+"""The root of the repository, and the PYTHONPATH with which a subprocess can import the tests."""
 
 import os
 from pathlib import Path

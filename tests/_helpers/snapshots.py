@@ -1,10 +1,13 @@
-"""What a user could see of a model, before and after."""
+"""Snapshots of a model, which show whether a function changed it."""
 
 import torch
 
 
 def snapshot(model):
-    """All that a user could see of a model: weights, modules and their order, modes, hooks and attributes."""
+    """Return a snapshot of a model: its weights, its modules, and the numbers of their hooks.
+
+    The modules are given in order, each with its name, identity, training mode and attribute names.
+    """
     return (
         {name: value.clone() for name, value in model.state_dict().items()},
         [(name, id(module), module.training, sorted(vars(module))) for name, module in model.named_modules()],
@@ -13,7 +16,7 @@ def snapshot(model):
 
 
 def assert_unchanged(model, before):
-    """Raise where `snapshot(model)` is not what it was."""
+    """Assert that a model equals `before`, an earlier `snapshot` of it."""
     weights, modules, hooks = snapshot(model)
     assert (modules, hooks) == before[1:]
     assert list(weights) == list(before[0])

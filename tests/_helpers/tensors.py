@@ -1,13 +1,16 @@
-"""Random tensors, their bits, and their equality."""
+"""Random tensors, and comparisons of tensors bit by bit."""
 
 import torch
 
-#: The integers that a floating dtype is seen as.
+#: The integer dtype of the same size, by floating-point dtype.
 INTEGER = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 
 
 def random_values(shape, dtype, seed=0):
-    """Every bit pattern is as likely as any other, but for zeros of both signs, which are every eighth value."""
+    """Return a random tensor in which every bit pattern occurs, including infinities and NaN.
+
+    All patterns are equally likely, except that about every eighth value is 0.0 or -0.0.
+    """
     generator = torch.Generator().manual_seed(seed)
     limits = torch.iinfo(INTEGER[dtype])
     x = torch.randint(limits.min, limits.max + 1, shape, generator=generator).to(INTEGER[dtype]).view(dtype)
@@ -16,10 +19,13 @@ def random_values(shape, dtype, seed=0):
 
 
 def bits(x):
-    """The bits of a tensor: -0.0 is not 0.0, and one NaN is as good as another (PyTorch changes their payload)."""
+    """Return the bits of a tensor as integers of the same size.
+
+    0.0 and -0.0 differ. All NaN become the same bits, because PyTorch does not preserve the payload of a NaN.
+    """
     return x.masked_fill(x.isnan(), torch.nan).contiguous().view(INTEGER[x.dtype])
 
 
 def assert_same(actual, expected):
-    """Assert that tensors, or collections of tensors, are equal; NaN equals NaN."""
+    """Assert that two tensors, or two collections of tensors, are equal without a tolerance. NaN equals NaN."""
     torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
