@@ -1,7 +1,9 @@
-"""Turn each chain of linear operators of a network into the form that runs fastest, verified against the network.
+"""Rewrite each chain (stretch of linear operators) of a network into its fastest form, and verify the result.
 
-`tracing` reads the network, `chains` finds and rewrites its chains, `planner` chooses a form for each, `forms` makes the whole
-networks that `api.fuse` compares, `verification` compares them, and `fused_model` runs and saves the result.
+A form is one way to compute the same function: with batch norm folded, as one merged operator, or as fused kernels, for
+example. `tracing` traces the network. `chains` finds and rewrites its chains. `planner` chooses a form for each chain. `forms`
+makes the whole networks that `api.fuse` times. `verification` compares their outputs with those of the network. `fused_model`
+runs and saves the result.
 """
 
 from fastentropy.fusion.api import fuse

@@ -1,4 +1,8 @@
-"""Fuse the chains of a network: trace it, make its forms, time them, and return the fastest that is verified."""
+"""Fuse the chains of a network: trace it, make its forms, time them, and return the fastest form that is verified.
+
+A chain is a stretch of linear operators. A form is one way to compute the same network, such as the network with batch norm
+folded.
+"""
 
 import copy
 import functools
@@ -34,34 +38,35 @@ def fuse(
     dynamic_sizes: bool = False,
     borders: Borders = "exact",
 ) -> FusedModel:
-    """Return the same network with each chain of linear operators in the form that runs fastest on the example inputs.
+    """Rewrite each chain (stretch of linear operators) of a network into the form that runs fastest on the example inputs.
 
-    Batch norm is folded into the operator beside it. A chain becomes one operator where that is measured to be faster; what
-    one operator would get wrong near a border is corrected. The result is compared with the model on the example inputs and
-    on random inputs, at three batch sizes if the model takes them. The model is not changed and shares no memory with the
-    result.
+    Batch norm is folded into the operator next to it. A chain is merged into one operator if that is faster. Zero padding
+    inside a chain makes one operator wrong near the border of an image, so the outputs there are corrected. The result is
+    compared with the model on the example inputs and on random inputs, at three batch sizes if the model allows them. The
+    model is not changed, and shares no memory with the result.
 
     Args:
         model: any module in eval mode that `torch.export` can trace.
-        example_inputs: the positional inputs of one call, batch first. Use the sizes and the device that the model is to run
-            fast on.
+        example_inputs: the positional inputs of one call. Axis 0 of each tensor is the batch. The result is the fastest for
+            their sizes and their device.
         tolerance: the largest relative error allowed. The default depends on the dtype of most weights: 1e-10 in float64,
             1e-5 in float32, 1e-2 in float16 and 5e-2 in bfloat16.
-        measure: choose by measured times. False chooses by counted multiplications and bytes, for a machine other than this
-            one.
-        dynamic_sizes: leave the sizes of images and sequences free as well as the batch size, where the model allows it.
+        measure: choose the forms by measured times. False chooses them by counted multiplications and bytes, which suits a
+            result for another machine.
+        dynamic_sizes: leave the sizes of images and sequences free as well as the batch size, as far as the model allows it.
             Fewer chains can be merged then.
-        borders: "exact", or "train", which moves all zero padding to the front of each merged chain. Outputs near the border
-            then differ, by as much as the report says, and the result has parameters to train afterwards.
+        borders: "exact" or "train". "train" moves all zero padding to the front of each merged chain. Outputs near the border
+            then differ from the model by the error in the report, and the weights of the result are parameters, so that it
+            can be trained afterwards.
 
     Returns:
-        The fused network, for any batch size that the model takes. Its `report` says what was tried and chosen.
+        The fused network, for any batch size that the model allows. Its `report` says what was tried and chosen.
 
     Raises:
         ValueError: an argument is invalid, or the model is in training mode, does not run on the example inputs, cannot be
-            copied or traced, or updates buffers as it runs.
-        RuntimeError: even the trace of the model differs from the model by more than the tolerance, or this release of
-            PyTorch does not tell for which sizes a trace holds.
+            copied or traced, or updates buffers when it runs.
+        RuntimeError: even the unchanged trace of the model differs from the model by more than the tolerance, or this release
+            of PyTorch does not tell for which input sizes a trace is correct.
 
     Examples:
         >>> import torch
@@ -113,6 +118,7 @@ def fuse(
 
 
 def _check_options(model: nn.Module, tolerance: float | None, borders: Borders) -> None:
+    """Raise ValueError if an argument of `fuse` is invalid."""
     if not isinstance(model, nn.Module):
         raise ValueError(f"model must be a torch.nn.Module, not a {type(model).__name__}")
     if tolerance is not None and not (isinstance(tolerance, int | float) and tolerance >= 0):
@@ -122,7 +128,10 @@ def _check_options(model: nn.Module, tolerance: float | None, borders: Borders) 
 
 
 def _copy_that_runs(model: nn.Module, example_inputs: Inputs) -> nn.Module:
-    """Return a copy of the model that has run on the example inputs."""
+    """Return a copy of the model after it has run on the example inputs once.
+
+    Raises ValueError if the model is in training mode, cannot be copied or does not run on the inputs.
+    """
     if not isinstance(example_inputs, tuple):
         raise ValueError(f"example_inputs must be a tuple of positional inputs, not a {type(example_inputs).__name__}: (x,)")
     if model.training:
@@ -141,7 +150,7 @@ def _copy_that_runs(model: nn.Module, example_inputs: Inputs) -> nn.Module:
 
 
 def _default_tolerance(model: nn.Module) -> float:
-    """Return the tolerance for the dtype of most weights."""
+    """Return the default tolerance for the dtype that most weights of the model have."""
     sizes: dict[torch.dtype, int] = {}
     for parameter in model.parameters():
         sizes[parameter.dtype] = sizes.get(parameter.dtype, 0) + parameter.numel()
@@ -152,9 +161,16 @@ def _default_tolerance(model: nn.Module) -> float:
 def _smallest_sizes(
     program: ExportedProgram, check: EquivalenceCheck, traced: nn.Module, example_inputs: Inputs
 ) -> tuple[str, ...]:
-    """Return guards for the smallest free sizes.
+    """Return the guards (conditions on input sizes) that keep each free size from being too small.
 
-    A trace is made at sizes of 2 and more. It is used for a batch of one only where it was compared with the model on one.
+    A trace is made at sizes of 2 and more. It is used for a batch of one only if its outputs were compared with the model's on
+    a batch of one and agreed. Otherwise `check` compares no batch of one from now on, unless the example is one.
+
+    Args:
+        program: the exported model.
+        check: compares the outputs of a form with those of the model.
+        traced: the graph of `program`, as `inference_module` returns it.
+        example_inputs: the positional inputs of one call.
     """
     takes_one = check.holds_for_one(traced)
     if not takes_one and batch_size(example_inputs) != 1:
@@ -164,12 +180,21 @@ def _smallest_sizes(
 
 
 def _times(forms: Mapping[Form, nn.Module], example_inputs: Inputs) -> dict[Form, float]:
+    """Return the milliseconds of one call of each form, measured side by side."""
     inputs = clone(example_inputs)
     return measure_times({name: functools.partial(form, *inputs) for name, form in forms.items()})
 
 
 def _best(forms: Mapping[Form, nn.Module], times: Mapping[Form, float]) -> dict[str, Form]:
-    """Return fused, folded and original, each in its fastest memory format, with the fastest first."""
+    """Choose the fastest memory format for each of fused, folded and original.
+
+    Args:
+        forms: all forms.
+        times: milliseconds of each form; empty if nothing was measured.
+
+    Returns:
+        The form of each of the three names, the fastest first. Without times, the order is fused, folded, original.
+    """
     order = sorted(times, key=lambda form: times[form]) if times else list(forms)[::-1]
     best: dict[str, Form] = {}
     for form in order:

@@ -1,4 +1,4 @@
-"""The forms of a network that `fuse` compares: as given, with batch norm folded, and fused, each in two memory formats."""
+"""Make the forms of a network that `fuse` compares: original, with batch norm folded, and fused, in two memory formats."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -14,7 +14,7 @@ from fastentropy.fusion.memory_format import with_channels_last_weights
 from fastentropy.fusion.report import ChainReport
 from fastentropy.fusion.tracing import in_channels_last, rewrite, values_of
 
-#: One of original, folded and fused, and one of contiguous and channels_last.
+#: The name of a form: "original", "folded" or "fused", and its memory format: "contiguous" or "channels_last".
 Form: TypeAlias = tuple[str, str]
 
 
@@ -29,20 +29,21 @@ def make_forms(
 ) -> tuple[dict[Form, nn.Module], dict[str, tuple[ChainReport, ...]]]:
     """Make every form of a model.
 
-    The original and the folded form come in both memory formats too, so that fusing gets no credit for a gain that a user
-    could have without it.
+    The original and the folded form are made in both memory formats too. Fusing thus gets no credit for a gain that comes from
+    the memory format alone.
 
     Args:
-        model: the model as given, in eval mode.
+        model: the model in eval mode.
         traced: its trace, as `inference_module` returns it.
         example_inputs: the positional inputs of one call.
-        plan: chooses the form of a chain for a value of its source; None makes no fused form.
-        is_equal: returns whether a form computes what the model computes. Where it rejects all planned chains together, it is
-            asked for each alone, and the rejected ones stay as they are in the trace.
-        channels_last: whether to make the forms in channels-last too, if the model has convolutions of images or volumes.
+        plan: chooses the form of a chain (stretch of linear operators), given the chain and its input; returns the form and a
+            report. Without it, no fused form is made.
+        is_equal: returns whether a form has the same outputs as the model. If it rejects the network with all chains
+            rewritten, it is called for each chain rewritten alone, and the rejected chains stay as they are in the trace.
+        channels_last: whether to make the forms in channels-last too. This needs a convolution of images or volumes.
 
     Returns:
-        The forms, and the reports on the chains by memory format.
+        The forms, and the reports on all chains by memory format.
     """
     chains = [chain for chain in find_chains(traced) if len(operators(chain.elements)) > 1]
     graphs = {"contiguous": traced, "channels_last": in_channels_last(traced) if channels_last else None}
@@ -75,7 +76,18 @@ def _fuse(
     sources: Mapping[Node, Tensor],
     is_equal: Callable[[nn.Module], bool],
 ) -> tuple[GraphModule, list[FoundChain]]:
-    """Return the graph with its chains rewritten, and which chains these are: all, or those that alone change no output."""
+    """Rewrite the chains of a graph, except those that change the outputs of the model.
+
+    Args:
+        graph: the trace of the model.
+        planned: the new form of each chain.
+        sources: the input of each chain on the example inputs, by its node.
+        is_equal: as in `make_forms`.
+
+    Returns:
+        The rewritten graph, and the chains that were rewritten: all of them if `is_equal` accepts that, otherwise those that
+        it accepts one by one.
+    """
     fused = rewrite(graph, planned, sources)
     if is_equal(fused):
         return fused, list(planned)
@@ -84,4 +96,5 @@ def _fuse(
 
 
 def _kept(report: ChainReport) -> ChainReport:
+    """Return the report on a chain that stays as it is because its new form changes the outputs of the model."""
     return dataclasses.replace(report, choice="keep", note="left as it was: rewriting it changes the outputs of the model")

@@ -1,4 +1,4 @@
-"""The module that `fuse` returns: it runs, refuses inputs that it was not fused for, and writes itself to files."""
+"""Define the module that `fuse` returns. It runs the fused network, checks its inputs and writes itself to files."""
 
 import copy
 from collections.abc import Collection
@@ -15,11 +15,13 @@ from fastentropy.fusion.tracing import CHAIN_PREFIX, inference_module
 
 
 class FusedModel(nn.Module):
-    """Run a network whose chains are single operators; `fuse` makes it and `load` reads it back.
+    """Run a network whose chains (stretches of linear operators) have the form that `fuse` chose.
+
+    `fuse` makes it, and `load` reads it from a file.
 
     Attributes:
         graph_module: the graph of ATen operators that runs, a `torch.fx.GraphModule`.
-        report: what `fuse` tried and chose, a `FusionReport`.
+        report: the `FusionReport` on what `fuse` tried and chose.
 
     Examples:
         >>> import torch
@@ -33,11 +35,11 @@ class FusedModel(nn.Module):
     """
 
     def __init__(self, program: ExportedProgram, report: FusionReport, guards: tuple[str, ...] = ()) -> None:
-        """Run an exported program.
+        """Make the module from an exported program.
 
         Args:
-            program: the network. Saving the model writes the module's present weights into it.
-            report: what `fuse` tried and chose.
+            program: the fused network. Saving the module first writes its present weights into the program.
+            report: the report on what `fuse` tried and chose.
             guards: conditions on the sizes of the inputs, as `guards_of` returns them.
         """
         super().__init__()
@@ -50,22 +52,26 @@ class FusedModel(nn.Module):
         """Run the network.
 
         Args:
-            *inputs: the positional inputs of the original model, of the sizes and dtypes that it was fused for. The batch
-                size is free, and with `dynamic_sizes` the other sizes are free too. What is no tensor must be as it was.
+            *inputs: the positional inputs of the original model, with the sizes and dtypes of the example inputs of `fuse`.
+                The batch size is free; with `dynamic_sizes`, the other sizes are free too. An input that is not a tensor must
+                equal the one in the example inputs.
 
         Returns:
-            What the original model returns.
+            The outputs of the original model.
 
         Raises:
-            ValueError: an input has a size or a value that the model was not fused for, or sizes for which the original
-                model could take another branch than the trace did.
+            ValueError: an input has a size or a value that the model was not fused for, or a size for which the original
+                model might take another branch than it took when it was traced.
         """
         if refusal := self._conditions.refusal(inputs):
             raise ValueError(refusal)
         return self.graph_module(*inputs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "FusedModel":
-        """Return a copy that has weights of its own and shares the program, which is only written to when it is saved."""
+        """Return a copy with its own weights.
+
+        The exported program is shared. It is only written to when a model is saved.
+        """
         memo |= {id(shared): shared for shared in (self.report, self._program, self._conditions)}
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
@@ -73,29 +79,29 @@ class FusedModel(nn.Module):
         return copied
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write the model and its report as a `torch.export` archive without pickled objects, for `load`.
+        """Write the model and its report to a file that `load` reads: a `torch.export` archive without pickled objects.
 
-        The file is read back, compared with the model and only then put in place, so that a failure leaves an older file.
+        The file is written under another name, read back and compared with the model. Only then it replaces an older file.
 
         Args:
-            path: the file to write, whose name ends in `.pt2`.
+            path: the file to write. Its name must end in `.pt2`.
 
         Raises:
-            ValueError: the name does not end in `.pt2`, or the weights were converted after fusing.
-            RuntimeError: the written file gives other outputs than the model.
+            ValueError: the name does not end in `.pt2`, or the weights were converted to another dtype or device after fusing.
+            RuntimeError: the written model gives other outputs than this one.
         """
         serialization.write(path, self._current_program(), self.report, self._conditions.guards)
 
     def save_package(self, path: str | PathLike[str]) -> None:
         """Compile the model for this machine with AOTInductor and write the package, checked as in `save`.
 
-        `torch._inductor.aoti_load_package` reads it.
+        `torch._inductor.aoti_load_package` reads the package.
 
         Args:
             path: the file to write.
 
         Raises:
-            ValueError: the weights were converted after fusing.
+            ValueError: the weights were converted to another dtype or device after fusing.
             RuntimeError: the package gives other outputs than the model.
         """
         serialization.write_package(path, self._current_program())
@@ -108,13 +114,16 @@ class FusedModel(nn.Module):
 
         Raises:
             ImportError: onnx, onnxscript or onnxruntime is missing.
-            ValueError: the weights were converted after fusing.
+            ValueError: the weights were converted to another dtype or device after fusing.
             RuntimeError: the written file gives other outputs than the model.
         """
         serialization.write_onnx(path, self._current_program())
 
     def _current_program(self) -> ExportedProgram:
-        """Return the program with the weights that the module has now; ValueError where these were converted."""
+        """Return the exported program with the present weights of the module.
+
+        Raises ValueError if a weight was converted to another dtype or device.
+        """
         stored = {**self._program.state_dict, **self._program.constants}
         for name, value in [*self.graph_module.named_parameters(), *self.graph_module.named_buffers()]:
             if (value.dtype, value.device) != (stored[name].dtype, stored[name].device):
@@ -127,7 +136,12 @@ class FusedModel(nn.Module):
 
 
 def make_trainable(model: FusedModel, names: Collection[str]) -> None:
-    """Make parameters of the weights in `names` and of the weights of chains."""
+    """Turn weights of a fused model, which are buffers, into parameters.
+
+    Args:
+        model: the fused model, which is changed.
+        names: names of the buffers that become parameters, in addition to the weights of all rewritten chains.
+    """
     for name, weight in list(model.graph_module.named_buffers()):
         if name in names or name.startswith(CHAIN_PREFIX):
             path, _, own = name.rpartition(".")
@@ -137,7 +151,7 @@ def make_trainable(model: FusedModel, names: Collection[str]) -> None:
 
 
 def load(path: str | PathLike[str]) -> FusedModel:
-    """Read a model that `FusedModel.save` wrote. No code in the file is run.
+    """Read a model that `FusedModel.save` wrote, without running code from the file.
 
     Args:
         path: the `.pt2` file.
@@ -147,7 +161,7 @@ def load(path: str | PathLike[str]) -> FusedModel:
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: the file is no such archive, is damaged, or holds more than `save` writes.
+        ValueError: the file is not such an archive, is damaged, or holds an entry that `save` does not write.
 
     Examples:
         >>> import torch

@@ -1,7 +1,9 @@
 """Decide whether a traced model may be called with given inputs.
 
-The inputs must have the sizes and constants of the trace and meet its guards: conditions on sizes under which the model takes
-the branches that the trace took. Guards are stored in files: they are text that is parsed and evaluated here, never executed.
+The inputs must have the sizes of the trace. Inputs that are not tensors must have the values of the trace. The inputs must
+also meet the guards of the trace: conditions on sizes under which the model takes the branches that were traced.
+
+Guards are stored in files. They are text that is parsed and evaluated here, and never executed.
 """
 
 import ast
@@ -19,6 +21,7 @@ from fastentropy._utils.text import plural
 from fastentropy.fusion.inputs import Inputs
 from fastentropy.fusion.tracing import fits, input_sizes, user_inputs
 
+#: The operations that a guard may contain, by the class of their syntax node.
 _OPERATIONS: dict[type[ast.AST], Callable[..., Any]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -34,6 +37,7 @@ _OPERATIONS: dict[type[ast.AST], Callable[..., Any]] = {
     ast.Not: operator.not_,
     ast.USub: operator.neg,
 }
+#: The functions that a guard may call, by name.
 _FUNCTIONS: dict[str, Callable[..., Any]] = {"sym_max": max, "sym_min": min}
 
 
@@ -41,13 +45,21 @@ class Conditions:
     """The conditions on the inputs of a traced model."""
 
     def __init__(self, program: ExportedProgram, guards: tuple[str, ...]) -> None:
-        """Take the sizes and constants from a program, and guards as `guards_of` returns them."""
+        """Take over the conditions of an exported program.
+
+        Args:
+            program: gives the sizes of the tensors, and the values of all other inputs.
+            guards: further conditions, as `guards_of` returns them.
+        """
         self.guards = guards
         self._inputs = list(zip(user_inputs(program), input_sizes(program), strict=True))
         self._met: set[tuple[torch.Size, ...]] = set()
 
     def refusal(self, inputs: Inputs) -> str:
-        """Return why the model cannot be called with these inputs; empty if it can."""
+        """Return the reason why the model cannot be called with these inputs, or "" if it can.
+
+        Guards are not checked while `torch.compile` traces the call.
+        """
         leaves = tree_leaves(inputs)
         if len(leaves) != len(self._inputs):
             return f"this model was fused for {plural(len(self._inputs), 'input')}, but is called with {len(leaves)}"
@@ -60,6 +72,10 @@ class Conditions:
         return "" if torch.compiler.is_compiling() else self._unmet(leaves)
 
     def _unmet(self, leaves: Sequence[Any]) -> str:
+        """Return a message about the first guard that is false for inputs in flat order, or "" if all are true.
+
+        Shapes that met all guards are remembered.
+        """
         shapes = tuple(leaf.shape for leaf in leaves if isinstance(leaf, Tensor))
         if shapes in self._met:
             return ""
@@ -72,18 +88,31 @@ class Conditions:
 
 
 def _is_same(value: Any, constant: Any) -> bool:
+    """Return whether an input that is not a tensor has the type and the value of the trace."""
     return type(value) is type(constant) and not isinstance(value, Tensor) and bool(value == constant)
 
 
 def _describe(value: Any) -> str:
+    """Return what an error message says of an input: its shape, or its value if it is not a tensor."""
     return f"has shape {list(value.shape)}" if isinstance(value, Tensor) else f"is {value!r}"
 
 
 def guards_of(program: ExportedProgram, model: nn.Module, inputs: Inputs) -> tuple[str, ...]:
-    """Return the conditions under which a trace of a model computes what the model computes.
+    """Return the guards of a trace: the conditions on input sizes under which it computes the same as the model.
 
-    `leaf_i` stands for input i in flat order. If `holds` cannot read one of the conditions, all sizes but the batch must be
-    those of the inputs instead. Raises RuntimeError if this release of PyTorch does not give the conditions.
+    If `holds` cannot evaluate one of them, other conditions are returned instead: every size except the batch size (axis 0)
+    must be that of the inputs.
+
+    Args:
+        program: the trace.
+        model: the model that was traced.
+        inputs: the positional inputs with which it was traced.
+
+    Returns:
+        The conditions as Python expressions, in which `leaf_i` stands for input i in flat order.
+
+    Raises:
+        RuntimeError: this release of PyTorch does not give the conditions of a trace.
     """
     leaves = tree_leaves(inputs)
     bound = inspect.signature(model.forward).bind(*inputs).arguments
@@ -106,9 +135,15 @@ def guards_of(program: ExportedProgram, model: nn.Module, inputs: Inputs) -> tup
 
 
 def holds(guard: str, leaves: Sequence[Any]) -> bool:
-    """Return whether a condition is true of the inputs, given in flat order.
+    """Return whether a guard is true for inputs.
 
-    Raises ValueError for anything but arithmetic and comparisons of sizes, since a condition may come from a file.
+    Args:
+        guard: the condition, as `guards_of` returns it.
+        leaves: the inputs in flat order.
+
+    Raises:
+        ValueError: the guard contains anything but arithmetic and comparisons of sizes. It may come from a file, and must not
+            be able to run code.
     """
     try:
         return bool(_value(ast.parse(guard, mode="eval").body, leaves))
@@ -117,6 +152,7 @@ def holds(guard: str, leaves: Sequence[Any]) -> bool:
 
 
 def _value(node: ast.AST, leaves: Sequence[Any]) -> Any:
+    """Return the value of a part of a guard, given as a syntax node."""
     match node:
         case ast.Constant(int() | float() as number):
             return number
@@ -140,6 +176,7 @@ def _value(node: ast.AST, leaves: Sequence[Any]) -> Any:
 
 
 def _size(leaf: str, axis: int, leaves: Sequence[Any]) -> int:
+    """Return the size of an axis of the input with the name `leaf_i`; raise TypeError if it is not a tensor."""
     value = leaves[int(leaf.removeprefix("leaf_"))]
     if not isinstance(value, Tensor):
         raise TypeError(f"{leaf} is not a tensor")

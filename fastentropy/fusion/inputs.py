@@ -1,4 +1,4 @@
-"""The inputs of a model as nested tuples, lists and dicts: their batch size, and other inputs made from them."""
+"""Handle the inputs of a model: find their batch size, and make inputs of other sizes and values from them."""
 
 from typing import Any, TypeAlias
 
@@ -7,22 +7,26 @@ from torch import Tensor
 
 from fastentropy._compat import tree_leaves, tree_map
 
+#: The positional inputs of one call. Each is a tensor, another value, or a nested tuple, list or dict of these.
 Inputs: TypeAlias = "tuple[Any, ...]"
 
 
 def batch_size(inputs: Inputs) -> int | None:
-    """Return the first size of the first tensor that has axes; None if there is none."""
+    """Return the batch size: the size of axis 0 of the first tensor that has axes, or None if there is no such tensor."""
     tensors = (value for value in tree_leaves(inputs) if isinstance(value, Tensor) and value.ndim)
     return next((tensor.shape[0] for tensor in tensors), None)
 
 
 def has_batch(value: Any, batch: int | None) -> bool:
-    """Return whether a value is a tensor whose first size is `batch`."""
+    """Return whether a value is a tensor whose axis 0 has the size `batch`."""
     return isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == batch
 
 
 def with_batch_size(inputs: Inputs, size: int) -> Inputs:
-    """Return the inputs with another batch size: the samples are repeated or cut off."""
+    """Return the inputs with another batch size, by repeating samples or leaving out the last ones.
+
+    Tensors whose axis 0 does not have the present batch size stay as they are.
+    """
     batch = batch_size(inputs)
 
     def resize(value: Any) -> Any:
@@ -34,9 +38,10 @@ def with_batch_size(inputs: Inputs, size: int) -> Inputs:
 
 
 def with_longer_axes(inputs: Inputs) -> Inputs:
-    """Return the inputs with each axis after the batch longer by one: its first position is repeated at the end.
+    """Return the inputs with every axis behind the batch axis longer by one: its first position is repeated at the end.
 
-    Axes of size one stay, and so does axis 1 of tensors with three axes or more: no model takes another number of channels.
+    Axes of size one keep their size. Axis 1 of tensors with three or more axes keeps its size too, because it may hold the
+    channels, and no model takes another number of channels.
     """
 
     def extend(value: Any) -> Any:
@@ -51,7 +56,7 @@ def with_longer_axes(inputs: Inputs) -> Inputs:
 
 
 def random_like(inputs: Inputs, seed: int) -> Inputs:
-    """Return the inputs with standard normal values in every floating-point tensor."""
+    """Return the inputs with every floating-point tensor replaced by standard normal values drawn with a seed."""
     generator = torch.Generator().manual_seed(seed)
 
     def randomize(value: Any) -> Any:
@@ -63,12 +68,12 @@ def random_like(inputs: Inputs, seed: int) -> Inputs:
 
 
 def clone(inputs: Inputs) -> Inputs:
-    """Return copies of the inputs, for a model that may overwrite them."""
+    """Return a copy of the inputs, because a model may overwrite its inputs."""
     return tuple(tree_map(lambda value: value.clone() if isinstance(value, Tensor) else value, inputs))
 
 
 def to_double(inputs: Inputs) -> Inputs:
-    """Return the inputs with every floating-point tensor in float64."""
+    """Return the inputs with every floating-point tensor converted to float64."""
     return tuple(tree_map(lambda value: value.double() if is_float(value) else value, inputs))
 
 

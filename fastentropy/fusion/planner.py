@@ -1,4 +1,8 @@
-"""Choose the form of a chain that runs fastest, by times or by counted costs, among the forms within the tolerance."""
+"""Choose the fastest form of a chain among those within the tolerance, by measured times or by counted costs.
+
+A chain is a stretch of linear operators. A form is one way to compute it, as a chain of other elements. The price of a form is
+its time or its counted cost.
+"""
 
 import contextlib
 import functools
@@ -18,32 +22,38 @@ from fastentropy.fusion.chains.passes import fuse_pairs, move_pools_forward
 from fastentropy.fusion.report import Candidate, ChainReport
 from fastentropy.fusion.verification import full_precision, relative_error
 
-#: The share by which another form must be faster than the folded chain to replace it.
+#: Another form replaces the chain with batch norm folded only if it saves at least this share of the chain's price.
 TIE = 0.02
 
-#: How many multiplications take as long as moving one byte, in float32 on a server's CPU.
+#: The number of multiplications that take as long as moving one byte to or from memory, in float32 on a server's CPU.
 MULTIPLICATIONS_PER_BYTE = 10
 
-#: The same on a GPU: the tensor cores of an H100 do 70 in tf32, PyTorch's default for convolutions, and 150 in 16 bits.
+#: The same number on a GPU. The tensor cores of an H100 do 70 in TF32 (PyTorch's default for convolutions), 150 in 16 bits.
 MULTIPLICATIONS_PER_BYTE_ON_A_GPU = 100
 
-#: A merged operator is not composed if its counted cost is more than this many times that of the chain: it cannot be faster.
+#: A merged operator is not composed if its counted cost is more than this many times that of the chain, because it would
+#: not be faster.
 MAX_COST_RATIO = 1.5
 
-#: Nor is it composed if its weight has more elements than this and than all weights of the chain, counted before the taps that
-#: only read padding are removed.
+#: A merged operator is not composed either if its weight has more elements than this number, and more than all weights of the
+#: chain. Taps that only read padding count as well, although they are removed later.
 MOST_NUMBERS = 2**26
 
-#: After this many unpromising lengths in a row, no longer stretch is tried. One is not enough: an expansion, a depthwise
-#: convolution and a projection are worth merging, the first two alone are not.
+#: From each element on, merging is tried for 1, 2, 3, … elements, until this many lengths in a row are too costly. One costly
+#: length must not end the search. An example is a 1×1 convolution that increases the channels, a depthwise convolution, and a
+#: 1×1 convolution that reduces the channels: all three are worth merging, the first two alone are not.
 MAX_UNPROMISING = 4
 
 
 class Merged(NamedTuple):
-    """A chain as one operator for inputs of one size.
+    """A chain merged into one operator for inputs of one spatial size.
 
-    `form` has placeholder weights and is only for timing: most forms that are timed are not chosen, and composing their weights
-    would take longer than timing them. `materialize` returns the form with its real weights.
+    Most merged operators are only timed and never chosen, and composing their weights takes longer than timing them. The
+    weights are therefore composed on demand.
+
+    Attributes:
+        form: the merged chain with placeholder weights, for timing only.
+        materialize: returns the merged chain with its real weights.
     """
 
     form: Chain
@@ -51,14 +61,14 @@ class Merged(NamedTuple):
 
 
 class PlanContext(NamedTuple):
-    """How the forms of a chain are made and compared.
+    """The settings with which the forms of a chain are made and compared, and a cache of merged chains.
 
     Attributes:
-        price: returns the time or the counted cost of each form on its input.
+        price: returns the time or the counted cost of each form, given the forms and their inputs by the same keys.
         borders: as in `fuse`.
-        fixed_size: whether the spatial size is fixed; otherwise a merged operator must be exact at every size.
-        merged: each merged chain by its spatial size and the identities of its elements, with the chain, which keeps these
-            identities in use.
+        fixed_size: whether all inputs have the same spatial size. If not, a merged operator must be exact at every size.
+        merged: the cache. The key is the spatial size and the `id` of each element of a chain. The value is that chain, which
+            must stay alive so that no other object gets these ids, and the merged chain.
     """
 
     price: Callable[[Mapping[Any, Chain], Mapping[Any, Tensor]], dict[Any, float]]
@@ -67,7 +77,10 @@ class PlanContext(NamedTuple):
     merged: dict[tuple[Any, ...], tuple[Chain, Merged]]
 
     def merge(self, chain: Chain, x: Tensor) -> Chain:
-        """Return the chain as one operator for inputs like x, with placeholder weights; see `materialize`."""
+        """Merge a chain into one operator for inputs of the size of x, with placeholder weights; see `materialize`.
+
+        Raises ValueError if the chain cannot be merged.
+        """
         size = spatial_size(chain, x) if self.fixed_size else None
         key = (size, *map(id, chain))
         if key not in self.merged:
@@ -77,7 +90,7 @@ class PlanContext(NamedTuple):
         return self.merged[key][1].form
 
     def materialize(self, form: Chain) -> Chain:
-        """Return the form with the real weights of each operator in it that `merge` made."""
+        """Return a form with the real weights in place of all placeholders that `merge` made."""
         made = {id(merged.form[0]): merged for _, merged in self.merged.values()}
 
         def materialized(element: Element) -> Element:
@@ -103,21 +116,21 @@ def plan_chain(
     The candidates are:
         keep: the chain with batch norm folded.
         merge: one operator for the whole chain.
-        split: the chain divided into stretches, each merged or kept, so that the sum of their times is least.
-        reorder: the same after average pooling was moved forward.
-        kernel: on a GPU, the chain with pairs of operators in fused kernels.
-        masked: on a GPU, one kernel that leaves out, at the border, what the merged operator would add for padding.
+        split: the chain divided into stretches, each merged or kept, such that the sum of their prices is smallest.
+        reorder: a split of the chain after average pooling was moved forward.
+        kernel: on a GPU, the chain with each suitable pair of operators in one kernel.
+        masked: on a GPU, one operator with a bias per tap, which is left out where the tap reads padding (`TapBiased`).
 
     Args:
-        found: the chain.
-        x: a value of the chain's source.
-        tolerance: the largest relative error of a form that may be chosen.
-        measure: compare times; otherwise counted costs.
+        found: the chain, as `find_chains` returns it.
+        x: an input of the chain.
+        tolerance: the largest relative error that the chosen form may have.
+        measure: compare measured times. False compares counted costs.
         borders: as in `fuse`.
-        merged: what was merged before, to be reused for the same chain and size in another memory format.
+        merged: the cache of merged chains (see `PlanContext`). Two calls for the same chain in two memory formats can share it.
 
     Returns:
-        The chosen form, and the report.
+        The chosen form, and the report on all candidates.
     """
     kept = found.folded
     if len(operators(kept)) == 1:
@@ -145,7 +158,10 @@ def plan_chain(
 
 
 def measured(forms: Mapping[Key, Chain], inputs: Mapping[Key, Tensor]) -> dict[Key, float]:
-    """Return the milliseconds of each form on its input, timed side by side."""
+    """Return the milliseconds of each form on the input with the same key; all are timed side by side.
+
+    More than six forms are timed more coarsely.
+    """
     gpu = next((x.device for x in inputs.values() if x.is_cuda), None)
     if len(forms) <= 6:
         return measure_times(calls(forms, inputs), graphs_on=gpu)
@@ -153,22 +169,29 @@ def measured(forms: Mapping[Key, Chain], inputs: Mapping[Key, Tensor]) -> dict[K
 
 
 def calls(forms: Mapping[Key, Chain], inputs: Mapping[Key, Tensor]) -> dict[Key, Callable[[], Tensor]]:
-    """Return a call of each form on its input, to be timed."""
+    """Return, for each form, a function that runs the compiled form on the input with the same key."""
     return {key: functools.partial(compile_chain(form, inputs[key]), inputs[key]) for key, form in forms.items()}
 
 
 def counted(forms: Mapping[Key, Chain], inputs: Mapping[Key, Tensor]) -> dict[Key, float]:
-    """Return the cost of each form on its input, in multiplications: a stand-in for its time that counts bytes as well."""
+    """Return the counted cost of each form on the input with the same key, as an estimate of its time.
+
+    The cost is the number of multiplications, plus the number of those that take as long as moving the bytes.
+    """
     return {key: _counted_cost(form, inputs[key]) for key, form in forms.items()}
 
 
 def _counted_cost(form: Chain, x: Tensor) -> float:
+    """Return the cost of one form on x; see `counted`."""
     multiplications, moved = cost(form, x.shape, x.element_size())
     return multiplications + (MULTIPLICATIONS_PER_BYTE_ON_A_GPU if x.is_cuda else MULTIPLICATIONS_PER_BYTE) * moved
 
 
 def _chain_error(form: Chain, chain: Chain, x: Tensor) -> float:
-    """Return the relative error of a form on the first sample of x and on a random one of the same size."""
+    """Return the relative error of a compiled form on the first sample of x and on a random sample of the same size.
+
+    The reference is `chain`, run in float64.
+    """
     batched = x.ndim > len(operators(chain)[0].axes) + 1
     generator = torch.Generator().manual_seed(0)
     given = x[:1] if batched else x
@@ -179,7 +202,16 @@ def _chain_error(form: Chain, chain: Chain, x: Tensor) -> float:
 
 
 def _forms(kept: Chain, x: Tensor, context: PlanContext) -> tuple[dict[str, Chain], str]:
-    """Return the candidates by name, and why the chain cannot be merged; empty if it can."""
+    """Make the candidates of `plan_chain`.
+
+    Args:
+        kept: the chain with batch norm folded.
+        x: an input of the chain.
+        context: the settings.
+
+    Returns:
+        The candidates by name, and the reason why the chain is not merged as a whole, or "" if it is.
+    """
     forms: dict[str, Chain] = {"keep": kept}
     note = ""
     try:
@@ -204,16 +236,16 @@ def _forms(kept: Chain, x: Tensor, context: PlanContext) -> tuple[dict[str, Chai
 
 
 def _is_known(split: Chain, forms: Mapping[str, Chain]) -> bool:
-    """Return whether a split is the chain as it is or the one operator of the merged chain, which are candidates already."""
+    """Return whether a split is a candidate already: the chain as it is, or the merged chain."""
     merged = "merge" in forms and len(split) == len(forms["merge"]) and not isinstance(split[0], Sum)
     return merged or list(map(id, operators(split))) == list(map(id, operators(forms["keep"])))
 
 
 def _fastest_split(chain: Chain, x: Tensor, context: PlanContext) -> Chain:
-    """Divide a chain into stretches, each merged or kept, so that the sum of their times is least.
+    """Divide a chain into stretches, each merged or kept, such that the sum of their prices is smallest.
 
-    This is dynamic programming over the places between elements. The branches of a sum that is not merged are divided in the
-    same way.
+    This is dynamic programming over the positions between elements. The branches of a sum are divided in the same way, unless
+    the sum is merged. x is an input of the chain. Merged stretches in the result have placeholder weights.
     """
     inputs = [x]
     for element in chain:
@@ -230,7 +262,16 @@ def _fastest_split(chain: Chain, x: Tensor, context: PlanContext) -> Chain:
 
 
 def _stretches(chain: Chain, inputs: list[Tensor], context: PlanContext) -> dict[tuple[int, int, bool], Chain]:
-    """Return each element and each merged stretch chain[start:stop] that may be worth it, by (start, stop, is merged)."""
+    """Return each element of a chain, and each merged stretch chain[start:stop] that may be faster than its elements.
+
+    Args:
+        chain: the chain.
+        inputs: the input of each element, and the output of the chain.
+        context: the settings.
+
+    Returns:
+        The forms by (start, stop, whether the stretch is merged).
+    """
     stretches: dict[tuple[int, int, bool], Chain] = {}
     sketches = [sketch(element) for element in chain]
     for start, element in enumerate(chain):
@@ -246,9 +287,9 @@ def _stretches(chain: Chain, inputs: list[Tensor], context: PlanContext) -> dict
 
 
 def sketch(element: Element) -> AffineOperator | None:
-    """Return an element as one operator on the meta device.
+    """Return an element as one operator on the meta device, which has shapes but no values.
 
-    None where it is no single operator, as when the sizes of its branches agree for some inputs only.
+    Returns None if the element is not a single operator: a `Flatten`, or a sum whose branches have no common operator.
     """
     try:
         return None if isinstance(element, Flatten) else composed_shape((element,))
@@ -257,12 +298,12 @@ def sketch(element: Element) -> AffineOperator | None:
 
 
 def promising_stops(chain: Chain, sketches: list[AffineOperator | None], x: Tensor) -> Iterator[int]:
-    """Yield how many elements, counted from the first, may be worth merging.
+    """Yield each number n for which merging the first n elements may make the chain faster.
 
     Args:
         chain: the elements.
-        sketches: each element as `sketch` returns it.
-        x: the input of the first element.
+        sketches: what `sketch` returns for each element.
+        x: an input of the first element.
     """
     merged, unpromising = sketches[0], 0
     for stop in range(1, len(chain) + 1):
@@ -281,7 +322,13 @@ def promising_stops(chain: Chain, sketches: list[AffineOperator | None], x: Tens
 
 
 def _is_unpromising(merged: AffineOperator, chain: Chain, x: Tensor) -> bool:
-    """Return whether a merged operator, given on the meta device, would cost too much more than the chain to be composed."""
+    """Return whether a merged operator would be too large or too costly to be worth composing.
+
+    Args:
+        merged: the operator on the meta device.
+        chain: the chain that it would replace.
+        x: an input of the chain.
+    """
     if merged.weight.numel() > max(MOST_NUMBERS, sum(operator.weight.numel() for operator in operators(chain))):
         return True
     cropped = crop_kernel(merged, spatial_size(chain, x))

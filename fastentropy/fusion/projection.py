@@ -1,8 +1,9 @@
-"""Approximate a linearised stretch of convolutions by one convolution that is smaller and faster than the exact operator.
+"""Approximate a series of convolutions by one convolution that is smaller and faster than the exact merged operator.
 
-Two 3×3 convolutions merge into a 5×5 one, which takes more multiplications than both. Its centre is a 3×3 convolution. The
-3×3 convolution that is nearest to the stretch on the network's data is found by least squares: a regression from patches to
-outputs.
+There are no activations between the convolutions. Two 3×3 convolutions merge into a 5×5 convolution, which takes more
+multiplications than the two. A 3×3 convolution can only approximate them. The centre of the 5×5 kernel is a first guess. The
+3×3 convolution with the smallest squared error on the network's own data is found by least squares: a linear regression from
+input patches to outputs.
 """
 
 import collections
@@ -29,39 +30,39 @@ from fastentropy.fusion.tracing import export, inference_module
 _CONVOLUTIONS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _BATCH_NORMS: tuple[type[nn.Module], ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
-#: Observations that the first batch gives per fitted number of an output. The second batch gives half as many, the third a
-#: third, and so on.
+#: The number of observations (a patch and its output) taken from the first batch for each number that is fitted per output
+#: channel. Half as many are taken from the second batch, a third from the third batch, and so on.
 OBSERVATIONS_PER_NUMBER = 8
 
-#: Each batch gives at least this many observations, if it has them.
+#: At least this many observations are taken from each batch, if the batch has so many positions.
 MIN_OBSERVATIONS = 64
 
-#: One of this many observations is held out: it serves to measure the error, not for the fit.
+#: One of this many observations is held out: the error is measured on it, and it is not fitted.
 HELD_OUT_EVERY = 4
 
-#: Ridge penalty, relative to the mean square of the inputs. It pulls what the data leave open towards the centre of the exact
-#: kernel.
+#: The ridge penalty, relative to the mean square of the inputs. It pulls weights that the data do not determine towards the
+#: centre of the exact kernel.
 RIDGE = 1e-6
 
 
 @dataclass(frozen=True)
 class Projection:
-    """A stretch of modules that one convolution approximates.
+    """A series of modules that one convolution approximates.
 
-    The convolution takes the place of the first convolution among the modules. If a batch norm follows this first one, a new
-    batch norm takes its place. All other modules become the identity.
+    The new convolution replaces the first convolution among the modules. If the modules behind it include a batch norm, a new
+    batch norm replaces the first of these. All other modules become the identity.
 
     Attributes:
-        modules: paths of the modules.
-        in_channels: number of input channels of the convolution.
-        out_channels: number of output channels of the convolution.
+        modules: paths of the modules, in call order.
+        in_channels: number of input channels of the new convolution.
+        out_channels: number of its output channels.
         kernel: size of its kernel along each spatial axis.
         stride: its stride along each spatial axis.
-        padding: number of zeros on each side, along each spatial axis.
+        padding: number of zeros that it pads on each side, along each spatial axis.
         groups: its number of groups.
-        relative_error: root mean square of the difference to the output of the stretch, relative to the root mean square of
-            that output. It is measured before any training, at positions of the calibration data that were not fitted.
-        centre_error: the same error of the centre of the exact kernel.
+        relative_error: root mean square of the difference between its output and the output of the modules, divided by the
+            root mean square of the latter. It is measured before any training, on observations that were not fitted.
+        centre_error: the same error for the centre of the exact kernel in place of the fitted convolution.
 
     Examples:
         >>> import torch
@@ -87,10 +88,10 @@ class Projection:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Projection":
-        """Make a projection from its fields.
+        """Make a projection from its fields, as they are read from JSON.
 
         Args:
-            values: the fields by name; JSON's lists stand for tuples.
+            values: the fields by name. Lists are converted to tuples.
 
         Returns:
             The projection.
@@ -103,17 +104,19 @@ class Projection:
 
 
 def central_kernel(chain: Chain, composed: Callable[[Chain], AffineOperator] = compose_chain) -> AffineOperator:
-    """Return the centre of the merged kernel of a chain of convolutions, as large as the largest kernel among them.
+    """Return the centre of the merged kernel of a series of convolutions.
+
+    Along each axis, the centre is as large as the largest kernel among the convolutions.
 
     Args:
-        chain: operators with spatial axes.
-        composed: makes the operator of a chain, as in `merging.merge`.
+        chain: the convolutions, as operators with spatial axes.
+        composed: returns the operator of a chain, as in `merging.merge`.
 
     Returns:
-        A convolution with the output size of the chain.
+        A convolution with the same output size as the chain, for every input size.
 
     Raises:
-        ValueError: the chain holds something else, or no smaller convolution has its output size.
+        ValueError: the chain holds another element, or no smaller convolution has its output size.
     """
     if not all(isinstance(element, AffineOperator) and element.axes for element in chain):
         raise ValueError("only a series of convolutions can be approximated by one convolution")
@@ -130,7 +133,15 @@ def central_kernel(chain: Chain, composed: Callable[[Chain], AffineOperator] = c
 
 
 def replaceable_modules(model: nn.Module, traced: GraphModule) -> set[str]:
-    """Return the paths of the modules that may be replaced: plain convolutions and batch norms, called once, without hooks."""
+    """Return the paths of the modules that may be replaced.
+
+    These are convolutions with zero padding and batch norms, if they are called once and have no hooks. Subclasses are left
+    out.
+
+    Args:
+        model: the model in eval mode.
+        traced: its trace.
+    """
     calls = collections.Counter(module_path(node) for node in traced.graph.nodes if node.op == "call_function")
     paths = collections.Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
     return {
@@ -145,15 +156,16 @@ def replaceable_modules(model: nn.Module, traced: GraphModule) -> set[str]:
 
 @torch.no_grad()
 def project(model: nn.Module, names: Sequence[str], calibrate: Callable[[nn.Module], object]) -> Projection:
-    """Replace a series of modules, in place, by the one convolution that is nearest to it on the calibration data.
+    """Replace a series of modules by the one convolution with the smallest squared error on the calibration data.
 
     Args:
-        model: the model, in eval mode. An error leaves it as it was.
-        names: paths of the modules. Each gives its output to the next one and to nothing else, and all of them are affine.
-        calibrate: calibrate(model) makes forward passes on the training data.
+        model: the model in eval mode. It is changed in place; if an error is raised, it stays as it was.
+        names: paths of the modules in call order. All of them must be affine. The output of each must go to the next one
+            and nowhere else.
+        calibrate: called as `calibrate(model)`; makes forward passes on the training data.
 
     Returns:
-        The new convolution and its errors.
+        The shape of the new convolution and its errors.
 
     Raises:
         ValueError: no convolution can replace the modules, or calibrate made no forward pass.
@@ -201,7 +213,16 @@ def project(model: nn.Module, names: Sequence[str], calibrate: Callable[[nn.Modu
 
 
 def _set_moments(norm: Any, mean: Tensor, variance: Tensor, bias: Tensor) -> None:
-    """Set a batch norm so that it only adds a bias in eval mode; in training mode it normalises as usual."""
+    """Set the statistics and weights of a batch norm such that it only adds a bias in eval mode.
+
+    In training mode it normalises as usual.
+
+    Args:
+        norm: a batch norm, which is changed.
+        mean: `[channels]`, the mean of its input.
+        variance: `[channels]`, the variance of its input.
+        bias: `[channels]`, what it adds.
+    """
     norm.running_mean.copy_(mean)
     norm.running_var.copy_(variance)
     norm.weight.copy_((norm.running_var + norm.eps).sqrt())
@@ -209,7 +230,15 @@ def _set_moments(norm: Any, mean: Tensor, variance: Tensor, bias: Tensor) -> Non
 
 
 def install(model: nn.Module, projection: Projection) -> tuple[Any, Any]:
-    """Put the convolution of a projection in the place of its modules; return it and the new batch norm, or None."""
+    """Replace the modules of a projection by a new convolution, whose weights are not set yet.
+
+    Args:
+        model: the model, which is changed in place.
+        projection: names the modules, and gives the shape of the convolution.
+
+    Returns:
+        The new convolution, and the new batch norm behind it, or None if there is none.
+    """
     modules = {name: model.get_submodule(name) for name in projection.modules}
     first = next(name for name, module in modules.items() if isinstance(module, _CONVOLUTIONS))
     from_first = itertools.dropwhile(lambda name: name != first, modules)
@@ -236,9 +265,17 @@ def install(model: nn.Module, projection: Projection) -> tuple[Any, Any]:
 
 
 class _WeightedSums:
-    """Weighted sums over observations of u uᵀ, u rᵀ, r² and y².
+    """Weighted sums over observations, from which a regression and its error are computed.
 
-    u is a patch with a one behind it, y the wanted output, and r the part of y that a first guess leaves.
+    An observation has a vector u (the values of a patch, and a one for the bias), the wanted output y, and the residual r: the
+    difference between y and the output of a first guess.
+
+    Attributes:
+        products: the sum of u uᵀ, `[groups, unknowns, unknowns]`.
+        residuals: the sum of u rᵀ, `[groups, unknowns, outputs]`.
+        square_residual: the sum of r².
+        square_output: the sum of y².
+        observations: the sum of the weights.
     """
 
     def __init__(self, groups: int, unknowns: int, outputs: int, like: Tensor) -> None:
@@ -247,7 +284,14 @@ class _WeightedSums:
         self.square_residual = self.square_output = self.observations = 0.0
 
     def add(self, u: Tensor, left: Tensor, wanted: Tensor, weight: float) -> None:
-        """Add n observations of each group: u [groups, n, unknowns], r and y [groups, n, outputs]."""
+        """Add n observations of each group.
+
+        Args:
+            u: `[groups, n, unknowns]`.
+            left: r, `[groups, n, outputs]`.
+            wanted: y, `[groups, n, outputs]`.
+            weight: the weight of each observation.
+        """
         self.products += weight * torch.bmm(u.mT, u)
         self.residuals += weight * torch.bmm(u.mT, left)
         self.square_residual += weight * float(left.square().sum())
@@ -256,10 +300,13 @@ class _WeightedSums:
 
 
 class _Regression:
-    """Fits the weight of a convolution to inputs and wanted outputs by least squares, in float64.
+    """A least-squares fit of the weight and bias of a convolution to inputs and wanted outputs, in float64.
 
-    It solves for the difference to a first guess, for each group separately, and keeps sums only. The error is measured on
-    observations that were not fitted.
+    The unknowns are the differences to a first guess. Each group of channels is a regression of its own. Only sums are kept,
+    not the observations. The error is measured on observations that were not fitted.
+
+    Attributes:
+        centre: the first guess, the centre of the exact kernel.
     """
 
     def __init__(self, guess: AffineOperator) -> None:
@@ -271,7 +318,14 @@ class _Regression:
         self._batches = 0
 
     def add(self, x: Tensor, y: Tensor) -> None:
-        """Sample positions of a batch; each gets the weight of the positions that it represents."""
+        """Add observations at random positions of a batch.
+
+        The fewer positions of a batch are drawn, the larger is the weight of each.
+
+        Args:
+            x: input of the modules, `[batch, in_channels, *spatial]`.
+            y: their output, `[batch, out_channels, *output_size]`.
+        """
         self._batches += 1
         patches, wanted = self._sample(x, y, max(OBSERVATIONS_PER_NUMBER * self._unknowns // self._batches, MIN_OBSERVATIONS))
         weight = y.numel() / wanted.numel()
@@ -282,7 +336,7 @@ class _Regression:
             sums.add(u[:, part], left[:, part], wanted[:, part], weight)
 
     def solve(self) -> AffineOperator:
-        """Return the operator with the least squared error."""
+        """Return the operator with the smallest squared error on the fitted observations."""
         products = self._fitted.products
         ridge = RIDGE * products.diagonal(dim1=1, dim2=2).mean() * torch.eye(self._unknowns).to(products)
         difference = torch.linalg.solve(products + ridge, self._fitted.residuals)
@@ -291,13 +345,19 @@ class _Regression:
         return replace(self.centre, weight=weight, bias=coefficients[:, -1].flatten())
 
     def error(self, operator: AffineOperator) -> float:
-        """Return the root mean square error of an operator, relative to the root mean square of the output."""
+        """Return the root mean square error of an operator on the held-out observations.
+
+        It is divided by the root mean square of the wanted output.
+        """
         sums, step = self._held_out, self._coefficients(operator) - self._coefficients(self.centre)
         explained = 2 * (step * sums.residuals).sum() - (step * torch.bmm(sums.products, step)).sum()
         return float((max(sums.square_residual - float(explained), 0.0) / max(sums.square_output, 1e-300)) ** 0.5)
 
     def moments(self, operator: AffineOperator) -> tuple[Tensor, Tensor]:
-        """Return the mean and the variance of each output channel without its bias, over the fitted observations."""
+        """Return the mean and the variance of an operator's output without its bias, over the fitted observations.
+
+        Both have the shape `[out_channels]`.
+        """
         products, observations = self._fitted.products, self._fitted.observations
         weight = self._coefficients(operator)
         weight[:, -1] = 0
@@ -306,12 +366,21 @@ class _Regression:
         return mean, (square - mean.square()).clamp_min(0)
 
     def _coefficients(self, operator: AffineOperator) -> Tensor:
-        """Return weight and bias of an operator as [groups, unknowns, outputs], where the bias is the last unknown."""
+        """Return the weight and bias of an operator as `[groups, unknowns, outputs]`. The last unknown is the bias."""
         both = torch.cat([operator.weight.flatten(1), operator.bias.unsqueeze(1)], 1)
         return both.reshape(self._groups, -1, both.shape[1]).mT
 
     def _sample(self, x: Tensor, y: Tensor, most: int) -> tuple[Tensor, Tensor]:
-        """Return patches [groups, positions, inputs] and outputs [groups, positions, outputs] at random positions."""
+        """Return the patches and the wanted outputs at random positions of a batch.
+
+        Args:
+            x: `[batch, in_channels, *spatial]`.
+            y: `[batch, out_channels, *output_size]`.
+            most: the largest number of positions to draw.
+
+        Returns:
+            Patches `[groups, positions, inputs]` and outputs `[groups, positions, outputs]`, in float64.
+        """
         operator = self.centre
         windows = F.pad(x, [zeros for axis in reversed(operator.axes) for zeros in (axis.before, axis.after)])
         for index, axis in enumerate(operator.axes):

@@ -1,4 +1,7 @@
-"""What `fuse` tried, measured and chose, as text and as JSON."""
+"""Report what `fuse` tried, measured and chose, as text and as JSON.
+
+A chain is a stretch of linear operators. A form is one way to compute a chain or the whole network.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +14,15 @@ from fastentropy._utils.text import plural
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """One form of a chain, and what one call on the example inputs costs.
+    """One form of a chain, and the cost of one call of it on the example inputs.
 
     Attributes:
-        milliseconds: the median time of the call; None if nothing was measured.
-        operators: the number of operators that run.
-        multiplications: the number of multiplications, counted for the whole batch.
-        bytes: the number of bytes read and written, counted for the whole batch.
-        relative_error: the largest difference from the chain run in float64, divided by the chain's largest absolute value.
+        milliseconds: the median time of the call, or None if nothing was measured.
+        operators: the number of operators in the form.
+        multiplications: the number of multiplications for the whole batch, counted from the shapes.
+        bytes: the number of bytes read and written for the whole batch, counted from the shapes.
+        relative_error: the largest absolute difference between the outputs of the form and those of the chain run in float64,
+            divided by the largest absolute value of the latter. With `borders="train"` the form itself is run in float64.
 
     Examples:
         >>> import torch
@@ -38,13 +42,16 @@ class Candidate:
 
 @dataclasses.dataclass(frozen=True)
 class ChainReport:
-    """What was tried for one chain, and what was chosen.
+    """The forms that were tried for one chain, and the form that was chosen.
 
     Attributes:
-        names: the paths of the chain's modules, in call order.
-        candidates: the forms by name: `keep`, `merge`, `split`, `reorder`, `kernel` and `masked`, as far as they exist.
+        names: the paths of the chain's convolutions and linear layers, in call order.
+        candidates: the forms by name. `keep` has batch norm folded, `merge` is one operator, `split` merges stretches of the
+            chain, `reorder` is a split after average pooling was moved forward, `kernel` runs pairs of operators in one
+            kernel, and `masked` is one operator whose bias depends on the padding it reads. Only the forms that the chain
+            allows are there.
         choice: the name of the chosen form.
-        note: why another form was not possible; empty if there is nothing to say.
+        note: the reason why a form was not possible or not chosen, or "".
 
     Examples:
         >>> import torch
@@ -61,7 +68,7 @@ class ChainReport:
     note: str = ""
 
     def __str__(self) -> str:
-        """Return the names on one line, then a line for each candidate."""
+        """Return a line with the first and last name, then a line for each candidate, then the note."""
         lines = [
             f"  {'*' if name == self.choice else ' '} {name:<7} {_milliseconds(candidate.milliseconds):>12}"
             f"{plural(candidate.operators, 'operator'):>14}{candidate.multiplications / 1e6:>10.2f} M multiplications"
@@ -75,18 +82,18 @@ class ChainReport:
 
 @dataclasses.dataclass(frozen=True)
 class FusionReport:
-    """What `fuse` tried, measured and chose; it prints as a table.
+    """The forms of a network that `fuse` tried, their times, and the form that was chosen. It prints as a table.
 
     Attributes:
         chains: the report on each chain.
-        milliseconds: the median time of one call on the example inputs, measured side by side, of the model as given
-            (`original`), with batch norm folded only (`folded`) and with every chain in its chosen form (`fused`); empty if
-            nothing was measured.
-        memory_formats: the fastest memory format of each of these three: `contiguous` or `channels_last`.
-        choice: which of the three was kept.
-        max_relative_error: the largest error of the kept one on any of the inputs that it was compared on, relative to the
-            largest absolute value of the output. An error above the tolerance is taken again relative to the model run in
-            float64, if that runs.
+        milliseconds: the median time of one call on the example inputs, by form: `original` (the model as given), `folded`
+            (only batch norm folded) and `fused` (every chain in its chosen form). The three are measured side by side. Empty
+            if nothing was measured.
+        memory_formats: the fastest memory format of each of the three forms: `contiguous` or `channels_last`.
+        choice: the form that `fuse` returned: `original`, `folded` or `fused`.
+        max_relative_error: the largest absolute difference between an output of this form and that of the model, on all
+            inputs on which the two were compared, divided by the largest absolute value of the output. If it is above the
+            tolerance, the model is also run in float64, and the smaller of the two errors counts.
 
     Examples:
         >>> import torch
@@ -107,30 +114,30 @@ class FusionReport:
 
     @property
     def speedup(self) -> float | None:
-        """Return the time of the original divided by that of the kept one; None if nothing was measured."""
+        """Return the time of the original divided by the time of the chosen form, or None if nothing was measured."""
         return self.milliseconds["original"] / self.milliseconds[self.choice] if self.milliseconds else None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the report as a dict of types that JSON has.
+        """Return the report as a dict that can be written as JSON.
 
         Returns:
-            The fields, those of chains and candidates included, and `speedup`.
+            The fields by name, and `speedup`. Chains and candidates are dicts too.
         """
         return {**dataclasses.asdict(self), "speedup": self.speedup}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> FusionReport:
-        """Return the report that `to_dict` turned into a dict.
+        """Make a report from the dict that `to_dict` returned.
 
         Args:
-            values: what `to_dict` returned, or what JSON made of it.
+            values: the dict, which may have been written to JSON and read back.
 
         Returns:
-            An equal report.
+            A report equal to the original one.
 
         Raises:
             KeyError: a field is missing.
-            TypeError: a candidate has other fields.
+            TypeError: a candidate has a missing or an unknown field.
         """
         chains = tuple(
             ChainReport(
@@ -145,7 +152,7 @@ class FusionReport:
         return cls(chains, *(values[name] for name in names))
 
     def __str__(self) -> str:
-        """Return each chain with its candidates, then the times of the whole model and what was kept."""
+        """Return each chain with its candidates, then the times of the whole model, then the chosen form."""
         chains = [str(chain) for chain in self.chains]
         times = ", ".join(f"{name} {value:.3f} ms ({self.memory_formats[name]})" for name, value in self.milliseconds.items())
         gain = f", {self.speedup:.2f}× as fast as the original" if self.speedup else ""
@@ -155,4 +162,5 @@ class FusionReport:
 
 
 def _milliseconds(value: float | None) -> str:
+    """Return a time as text, or "-" for None."""
     return "-" if value is None else f"{value:.3f} ms"

@@ -1,4 +1,4 @@
-"""Write fused models to files and read them: torch.export archives without pickled objects, AOTInductor packages, ONNX."""
+"""Write fused models as torch.export archives without pickled objects, AOTInductor packages or ONNX, and read archives."""
 
 import functools
 import json
@@ -23,7 +23,7 @@ from fastentropy.fusion.report import FusionReport
 from fastentropy.fusion.tracing import inference_module, sample_inputs
 from fastentropy.fusion.verification import TOLERANCE, full_precision, largest_error
 
-#: The names of the entries of an archive that `write` writes, without the top folder.
+#: The names of the entries that `write` puts into an archive, without the top folder.
 _OWN_ENTRIES = re.compile(
     r"models/model\.json|extra/(report|guards)\.json|data/(weights|constants)/model_(weights|constants)_config\.json"
     r"|data/weights/weight_\d+|data/constants/tensor_\d+|archive_format|archive_version|byteorder"
@@ -32,9 +32,19 @@ _OWN_ENTRIES = re.compile(
 
 
 def write(path: str | PathLike[str], program: ExportedProgram, report: FusionReport, guards: tuple[str, ...]) -> None:
-    """Write a program with its report and guards, whole or not at all.
+    """Write a fused model as a torch.export archive, completely or not at all.
 
-    The file is put in place after it was read back and gave the same outputs. Raises RuntimeError if it gave others.
+    The archive is written under another name, read back and run. It gets its own name only if the outputs agree.
+
+    Args:
+        path: the file to write. Its name must end in `.pt2`.
+        program: the network. Its sample inputs are removed.
+        report: the report on the fusion.
+        guards: conditions on the input sizes, as `guards_of` returns them.
+
+    Raises:
+        ValueError: the name does not end in `.pt2`.
+        RuntimeError: the archive gives other outputs than the program.
     """
     if Path(path).suffix != ".pt2":
         raise ValueError(f"{path}: the name of a fused model must end in .pt2")
@@ -43,7 +53,7 @@ def write(path: str | PathLike[str], program: ExportedProgram, report: FusionRep
 
     def save(file: Path) -> None:
         with warnings.catch_warnings():
-            # PyTorch takes weights in channels-last for parts of larger ones; the file is read back and compared.
+            # PyTorch mistakes weights in channels-last for parts of larger tensors. The file is read back and compared.
             warnings.filterwarnings("ignore", message="No complete tensor found in the group")
             torch.export.save(program, file, extra_files=texts)
         _check_equal(program, inference_module(read(file)[0]))
@@ -85,6 +95,7 @@ def write_onnx(path: str | PathLike[str], program: ExportedProgram) -> None:
 
 
 def _run_onnx(file: Path, *inputs: Any) -> list[Tensor]:
+    """Run an ONNX file with onnxruntime and return its outputs. Inputs that are not tensors are left out."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(file)
@@ -94,7 +105,12 @@ def _run_onnx(file: Path, *inputs: Any) -> list[Tensor]:
 
 
 def _check_equal(program: ExportedProgram, written: Callable[..., Any]) -> None:
-    """Raise RuntimeError if the written model does not compute what the program computes."""
+    """Raise RuntimeError if the outputs of a written model differ from those of the program on random inputs.
+
+    Args:
+        program: the program.
+        written: runs the written model on the same positional inputs.
+    """
     inputs = sample_inputs(program)
     with full_precision():
         expected = tree_leaves(inference_module(program)(*clone(inputs)))
@@ -105,9 +121,17 @@ def _check_equal(program: ExportedProgram, written: Callable[..., Any]) -> None:
 
 
 def read(path: str | PathLike[str]) -> tuple[ExportedProgram, FusionReport, tuple[str, ...]]:
-    """Read what `write` wrote.
+    """Read an archive that `write` wrote, without running code from it.
 
-    Raises ValueError for a file that is no such archive, is damaged, or holds more than `write` writes.
+    Args:
+        path: the file.
+
+    Returns:
+        The program, the report and the guards.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: the file is not such an archive, is damaged, or holds an entry that `write` does not write.
     """
     try:
         _refuse_foreign_entries(path)
@@ -122,7 +146,10 @@ def read(path: str | PathLike[str]) -> tuple[ExportedProgram, FusionReport, tupl
 
 
 def _refuse_foreign_entries(path: str | PathLike[str]) -> None:
-    """Raise ValueError if an archive holds anything that `write` does not write: reading a pickle can run any code."""
+    """Raise ValueError if an archive holds an entry that `write` does not write.
+
+    Such an entry could be a pickle, and reading a pickle can run any code.
+    """
     with zipfile.ZipFile(path) as archive:
         for entry in archive.infolist():
             name = entry.filename.partition("/")[2]

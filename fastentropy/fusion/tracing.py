@@ -1,4 +1,4 @@
-"""Trace a model into a graph of ATen operators, run the graph, and rewrite its chains."""
+"""Trace a model into a graph of ATen operators, run the graph, and rewrite its chains (stretches of linear operators)."""
 
 import copy
 import sys
@@ -21,18 +21,26 @@ from fastentropy.fusion.chains.lowering import Lowering
 from fastentropy.fusion.inputs import Inputs, batch_size, clone, has_batch, with_batch_size
 from fastentropy.fusion.memory_format import CHANNELS_LAST
 
-#: The prefix of the names of the constants that a rewritten chain has.
+#: The prefix of the names of the constants of rewritten chains.
 CHAIN_PREFIX = "fastentropy_chain_"
 
-#: The sizes that an axis may have: at least the first and below the second, None for no limit.
+#: The sizes that an axis may have: at least the first number and less than the second. None as the second means no limit.
 Sizes = tuple[int, int | None]
 
 
 def export(model: nn.Module, example_inputs: Inputs, dynamic_sizes: bool = False) -> ExportedProgram:
-    """Trace a model with a free batch size, or with that of the example if the model takes no other.
+    """Trace a model with a free batch size, or with the batch size of the example if the model allows no other.
 
-    With `dynamic_sizes`, the other sizes are free too, where the model allows it.
-    Raises ValueError if torch.export cannot trace the model.
+    Args:
+        model: the model.
+        example_inputs: the positional inputs of one call. Axis 0 of each tensor is the batch.
+        dynamic_sizes: leave the other sizes free too, as far as the model allows it.
+
+    Returns:
+        The exported program.
+
+    Raises:
+        ValueError: torch.export cannot trace the model.
     """
     inputs = clone(example_inputs)
     try:
@@ -44,6 +52,7 @@ def export(model: nn.Module, example_inputs: Inputs, dynamic_sizes: bool = False
 
 
 def _trace(model: nn.Module, inputs: Inputs, dynamic_sizes: bool) -> ExportedProgram:
+    """Trace a model on these inputs; the arguments are as in `export`."""
     # The constructor of ShapesCollection has no annotations.
     shapes, batch = ShapesCollection(), batch_size(inputs)  # type: ignore[no-untyped-call]
     for value in tree_leaves(inputs):
@@ -58,7 +67,11 @@ def _trace(model: nn.Module, inputs: Inputs, dynamic_sizes: bool) -> ExportedPro
 
 
 def _trace_single(model: nn.Module, inputs: Inputs, dynamic_sizes: bool) -> ExportedProgram:
-    """Trace for a batch of one, at a batch of two where the model takes it: torch.export treats a size of one as constant."""
+    """Trace a model whose example inputs are a batch of one.
+
+    torch.export treats a size of one as a constant. The model is therefore traced on a batch of two, unless it allows no other
+    batch size than one.
+    """
     try:
         program = _trace(model, with_batch_size(inputs, 2), dynamic_sizes)
         if free_axes(program):
@@ -69,7 +82,7 @@ def _trace_single(model: nn.Module, inputs: Inputs, dynamic_sizes: bool) -> Expo
 
 
 def free_axes(program: ExportedProgram) -> list[tuple[int, int]]:
-    """Return each free size as the index of its input, in flat order, and its axis."""
+    """Return the axes with free sizes, each as the index of an input in flat order and the index of its axis."""
     sizes = enumerate(input_sizes(program))
     return [
         (index, axis) for index, each in sizes for axis, (low, high) in enumerate(each or ()) if high is None or high > low + 1
@@ -77,7 +90,10 @@ def free_axes(program: ExportedProgram) -> list[tuple[int, int]]:
 
 
 def own_constants(program: ExportedProgram) -> ExportedProgram:
-    """Give a program copies of its constants, which may be tensors that the code of the model refers to, and return it."""
+    """Replace the constants of a program by copies and return the program.
+
+    A constant may be a tensor that the code of the model refers to, and the result must not share memory with it.
+    """
     for name, value in program.constants.items():
         if isinstance(value, Tensor):
             program.constants[name] = value.clone()
@@ -85,13 +101,19 @@ def own_constants(program: ExportedProgram) -> ExportedProgram:
 
 
 def inference_module(program: ExportedProgram) -> GraphModule:
-    """Return the graph of a program as a module with weights as buffers and without checks of the input shapes."""
+    """Return the graph of a program as a module. Its weights are buffers, and it does not check the shapes of its inputs."""
     module = program.module(check_guards=False)
     return _with_constants(module, module.graph, {})
 
 
 def _with_constants(module: nn.Module, graph: torch.fx.Graph, added: Mapping[str, Tensor]) -> GraphModule:
-    """Return the graph as a module that owns the constants it reads: `added` by name, and the others of the given module."""
+    """Return a graph as a module with the constants that it reads.
+
+    Args:
+        module: holds the constants that are not in `added`.
+        graph: the graph. Nodes whose values are not used are removed from it.
+        added: further constants by name.
+    """
     graph.eliminate_dead_code()
     names = {str(node.target) for node in graph.nodes if node.op == "get_attr"} - set(added)
     constants: dict[str, Any] = {name: attrgetter(name)(module) for name in names}
@@ -100,12 +122,13 @@ def _with_constants(module: nn.Module, graph: torch.fx.Graph, added: Mapping[str
 
 
 def rewrite(traced: GraphModule, forms: Mapping[FoundChain, Chain], sources: Mapping[Node, Tensor]) -> GraphModule:
-    """Return the same graph with chains in other forms.
+    """Return a copy of a graph with chains rewritten.
 
     Args:
-        traced: the graph, which is left as it is.
+        traced: the graph, which is not changed.
         forms: the new form of each chain, in the order of the graph.
-        sources: the value of each chain's source, which gives the dtype, memory format and device of the form.
+        sources: an example of each chain's input, by its node. The constants of a new form get its dtype, memory format and
+            device.
     """
     graph = copy.deepcopy(traced.graph)
     copies = {node.name: node for node in graph.nodes}
@@ -127,7 +150,15 @@ def rewrite(traced: GraphModule, forms: Mapping[FoundChain, Chain], sources: Map
 
 
 def _view_again(graph: torch.fx.Graph, view: Node, copies: Mapping[str, Node], value: Node, features: int) -> Node:
-    """Apply a view of a chain to the result of its new form: a permutation, or a reshape to its number of features."""
+    """Apply a view of a chain to the output of its new form.
+
+    Args:
+        graph: the graph that is rewritten.
+        view: the node of the view in the original graph: a permutation, or a reshape of all axes but the last.
+        copies: the nodes of `graph`, by their names in the original graph.
+        value: the node of the output.
+        features: the size of the last axis of the output. A reshape keeps it.
+    """
     if view.target is torch.ops.aten.permute.default:
         return graph.call_function(view.target, (value, view.args[1]))
     sizes = view.args[1]
@@ -137,9 +168,9 @@ def _view_again(graph: torch.fx.Graph, view: Node, copies: Mapping[str, Node], v
 
 
 def in_channels_last(traced: GraphModule) -> GraphModule | None:
-    """Return the same graph with the weights of 2-d and 3-d convolutions in channels-last, which their outputs then are too.
+    """Return a copy of a graph with the weights of its 2-d and 3-d convolutions in channels-last.
 
-    None if the graph has no such convolution.
+    The outputs of these convolutions are then in channels-last too. Returns None if the graph has no such convolution.
     """
     weights = {str(node.args[1].target) for node in traced.graph.nodes if _is_spatial_convolution(node, traced)}
     if not weights:
@@ -150,6 +181,7 @@ def in_channels_last(traced: GraphModule) -> GraphModule | None:
 
 
 def _is_spatial_convolution(node: Node, traced: GraphModule) -> bool:
+    """Return whether a node is a 2-d or 3-d convolution with a constant weight."""
     if node.op != "call_function" or ".conv" not in f".{str(node.target).removeprefix('aten')}":
         return False
     weight = node.args[1]
@@ -159,7 +191,11 @@ def _is_spatial_convolution(node: Node, traced: GraphModule) -> bool:
 
 
 class _Recorder(Interpreter):
-    """Run a graph and keep the values of some of its nodes."""
+    """Runs a graph and keeps the values of some of its nodes.
+
+    Attributes:
+        values: the kept values by the name of their node.
+    """
 
     def __init__(self, module: GraphModule, nodes: Iterable[Node]) -> None:
         super().__init__(module)
@@ -174,25 +210,37 @@ class _Recorder(Interpreter):
 
 
 def values_of(traced: GraphModule, nodes: Sequence[Node], inputs: Inputs) -> dict[Node, Tensor]:
-    """Return the values of nodes for some inputs. The nodes may belong to the graph that the given one is a copy of."""
+    """Run a graph and return the values of some nodes.
+
+    Args:
+        traced: the graph.
+        nodes: nodes of the graph, or nodes with the same names in a graph of which it is a copy.
+        inputs: the positional inputs of the call.
+    """
     recorder = _Recorder(traced, nodes)
     recorder.run(*tree_leaves(inputs), enable_io_processing=False)
     return {node: recorder.values[node.name] for node in nodes}
 
 
 def input_sizes(program: ExportedProgram) -> list[tuple[Sizes, ...] | None]:
-    """Return the sizes that the axes of each input may have, and None for an input that is no tensor."""
+    """Return the sizes that each axis of each input may have; None for an input that is not a tensor.
+
+    The inputs are in flat order.
+    """
     return [_sizes(value, program) for value in user_inputs(program)]
 
 
 def user_inputs(program: ExportedProgram) -> list[Any]:
-    """Return each input as the trace knows it: a tensor without memory, or a constant."""
+    """Return the inputs of a trace in flat order. Each is a fake tensor (a shape without memory) or a constant."""
     placeholders = zip(program.graph_signature.input_specs, program.graph.find_nodes(op="placeholder"), strict=True)
     return [node.meta.get("val") for spec, node in placeholders if spec.kind is InputKind.USER_INPUT]
 
 
 def sample_inputs(program: ExportedProgram) -> Inputs:
-    """Return positional inputs that a program takes: random floats, zeros for integers, and 2 or more for each free size."""
+    """Return positional inputs with which a program can be called.
+
+    Floating-point tensors are random, all other tensors are zeros, and each free size is the smallest allowed one from 2 on.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def sample(value: Any, sizes: tuple[Sizes, ...] | None) -> Any:
@@ -208,7 +256,12 @@ def sample_inputs(program: ExportedProgram) -> Inputs:
 
 
 def fits(value: Any, sizes: tuple[Sizes, ...] | None) -> bool:
-    """Return whether an input has allowed sizes; any value has where `sizes` is None."""
+    """Return whether an input is a tensor whose sizes are all allowed.
+
+    Args:
+        value: the input.
+        sizes: the allowed sizes per axis, or None to allow every value.
+    """
     if sizes is None:
         return True
     if not isinstance(value, Tensor) or value.ndim != len(sizes):
@@ -217,17 +270,19 @@ def fits(value: Any, sizes: tuple[Sizes, ...] | None) -> bool:
 
 
 def _sizes(value: Any, program: ExportedProgram) -> tuple[Sizes, ...] | None:
+    """Return the sizes that each axis of one input of a trace may have; None if it is not a tensor."""
     if not isinstance(value, Tensor):
         return None
     return tuple(_allowed(size, program) for size in value.shape)
 
 
 def _allowed(size: int | torch.SymInt, program: ExportedProgram) -> Sizes:
+    """Return the values that a size of a trace may have."""
     if (constant := fixed_size(size)) is not None:
         return constant, constant + 1
     assert isinstance(size, torch.SymInt)
     bounds = program.range_constraints.get(size.node.expr)
     lowest, highest = (int(bounds.lower), bounds.upper) if bounds else (0, None)
     limit = int(highest) + 1 if highest is not None and highest < sys.maxsize else None
-    # A trace reports sizes from 2 on; its guards decide whether it also holds for 1.
+    # A trace reports sizes from 2 on. Its guards decide whether it is also correct for 1.
     return 1 if lowest <= 2 else lowest, limit

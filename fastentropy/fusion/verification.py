@@ -1,4 +1,4 @@
-"""Compare a rewritten network with the network on samples: given and random inputs, at several batch sizes."""
+"""Compare the outputs of a rewritten network with those of the original, on given and random inputs of several sizes."""
 
 import contextlib
 import copy
@@ -22,9 +22,14 @@ from fastentropy.fusion.inputs import (
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """Return the largest absolute difference at any position, divided by the largest finite absolute value expected.
+    """Return the largest absolute difference between two tensors, divided by the largest finite absolute value of `expected`.
 
-    The error is infinite if the shapes differ, or if a position is NaN or infinite in one of the two only.
+    The error is infinite if the shapes differ, if an element is NaN in only one of the two, or if an element is infinite in one
+    and not the same in the other.
+
+    Args:
+        actual: the tensor to judge; it is converted to the dtype of `expected`.
+        expected: the reference, floating point.
     """
     if actual.shape != expected.shape:
         return torch.inf
@@ -39,7 +44,10 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 @contextlib.contextmanager
 def full_precision() -> Iterator[None]:
-    """Compute float32 products in float32: the rounding of tf32, in which a GPU may compute them, would hide other errors."""
+    """Turn TF32 off for convolutions and matrix products while the context is active.
+
+    The rounding of TF32 would hide other errors.
+    """
     # PyTorch adds `conv` at import, which its annotations do not show.
     backends = torch.backends.cudnn.conv, torch.backends.cuda.matmul  # type: ignore[attr-defined]
     before = [backend.fp32_precision for backend in backends]
@@ -57,12 +65,22 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, tor
 
 
 class EquivalenceCheck:
-    """The outputs of a model on sample inputs, which another form of it must reproduce."""
+    """A comparison of other forms of a model with the model, on sample inputs.
+
+    The outputs of the model are computed once and stored.
+    """
 
     def __init__(self, model: nn.Module, example_inputs: Inputs, takes: Callable[[Inputs], bool], tolerance: float) -> None:
-        """Run the model on the example inputs and on random ones.
+        """Run the model on the example inputs, on random inputs, and on inputs of other sizes.
 
-        Where `takes` accepts them, it also runs on random inputs at two other batch sizes and on inputs longer by one.
+        The other sizes are two further batch sizes with random values, and the example inputs with each axis longer by one.
+        They are left out if `takes` rejects them or the model raises on them.
+
+        Args:
+            model: the model in eval mode.
+            example_inputs: the positional inputs of one call.
+            takes: returns whether inputs have sizes that the trace of the model allows.
+            tolerance: the largest relative error at which a form counts as equal.
         """
         batch = batch_size(example_inputs) or 0
         others = [random_like(with_batch_size(example_inputs, n), seed=n) for n in sorted({1, batch + 1} - {batch})]
@@ -75,15 +93,22 @@ class EquivalenceCheck:
     def error(self, form: Callable[..., Any]) -> float:
         """Return the largest relative error of any output of a form on any of the inputs.
 
-        A network can amplify rounding so much that its own outputs are far from exact. Where a form differs by more than the
-        tolerance, its outputs are therefore compared with those of the model in float64, if that runs.
+        A network can amplify rounding so much that its own outputs are far from exact. If a form differs by more than the
+        tolerance, it is therefore also compared with the model in float64 (if the model runs in float64), and the smaller error
+        counts.
+
+        Args:
+            form: called with the same positional inputs as the model.
         """
         return max(self._case_error(_outputs(form, inputs), inputs, expected) for inputs, expected in self._cases)
 
     def holds_for_one(self, form: Callable[..., Any]) -> bool:
-        """Return whether a form was compared on a batch of one and is within the tolerance there.
+        """Return whether a form was compared with the model on a batch of one and is within the tolerance there.
 
-        A trace made at other batch sizes may lack a branch that the model takes for a batch of one.
+        A model can take another branch for a batch of one. A trace that was made at another batch size lacks this branch.
+
+        Args:
+            form: called with the same positional inputs as the model.
         """
         single = [(inputs, expected) for inputs, expected in self._cases if batch_size(inputs) == 1]
         return bool(single) and all(
@@ -91,10 +116,17 @@ class EquivalenceCheck:
         )
 
     def leave_out_one(self) -> None:
-        """Do not compare on a batch of one from now on."""
+        """Leave the inputs with a batch of one out of all later comparisons."""
         self._cases = [(inputs, expected) for inputs, expected in self._cases if batch_size(inputs) != 1]
 
     def _case_error(self, actual: list[Any] | None, inputs: Inputs, expected: list[Any] | None) -> float:
+        """Return the relative error of a form's outputs on one of the inputs; see `error`.
+
+        Args:
+            actual: the outputs of the form, or None if the call failed.
+            inputs: the inputs.
+            expected: the outputs of the model, or None if the call failed.
+        """
         error = largest_error(actual, expected)
         if error <= self._tolerance or (double := _in_double(self._model)) is None:
             return error
@@ -102,14 +134,17 @@ class EquivalenceCheck:
 
 
 def largest_error(actual: list[Any] | None, expected: list[Any] | None) -> float:
-    """Return the largest relative error of any pair of outputs; infinite if a call failed or gave another number of outputs."""
+    """Return the largest relative error of any pair of outputs.
+
+    It is infinite if a call failed (its outputs are None) or the numbers of outputs differ.
+    """
     if actual is None or expected is None or len(actual) != len(expected):
         return torch.inf
     return max(map(_error, actual, expected), default=0.0)
 
 
 def _error(actual: Any, expected: Any) -> float:
-    """Return the relative error of a floating-point tensor; for any other value, 0 if it is the same and infinity if not."""
+    """Return the relative error of one output if it is a floating-point tensor. Otherwise return 0 if it is equal, else inf."""
     if not isinstance(expected, Tensor):
         return 0.0 if actual == expected else torch.inf
     if is_float(expected) and is_float(actual):
@@ -118,7 +153,10 @@ def _error(actual: Any, expected: Any) -> float:
 
 
 def _outputs(model: Callable[..., Any], inputs: Inputs) -> list[Any] | None:
-    """Return the outputs of a call; None if it raises, as for a size that the model does not take or for lack of memory."""
+    """Return the outputs of a call in flat order, or None if the call raises an exception.
+
+    A call raises if, for example, the model does not allow a size or the memory does not suffice.
+    """
     try:
         with full_precision():
             return tree_leaves(model(*clone(inputs)))
@@ -127,6 +165,7 @@ def _outputs(model: Callable[..., Any], inputs: Inputs) -> list[Any] | None:
 
 
 def _in_double(model: nn.Module) -> nn.Module | None:
+    """Return a copy of a model in float64, or None if it cannot be made."""
     try:
         return copy.deepcopy(model).double()
     except Exception:  # no memory, or weights that do not convert
