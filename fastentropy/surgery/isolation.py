@@ -1,4 +1,4 @@
-"""Give every activation call of a model a module of its own, so that each can be counted and removed by itself."""
+"""Give every activation call of a model a module of its own, so that each call can be counted and removed by itself."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ from fastentropy.sites.site import Call
 from fastentropy.sites.watcher import NoObserver, SiteWatcher
 from fastentropy.surgery.rewriting import Arguments, CannotBeRewrittenError, MethodRewriter, Place
 
-#: Activation -> the module for the function, and the names of the function's arguments after the input, in order.
+#: Name of an activation function -> the class of the module that computes the same, and the names of the function's arguments
+#: after the input, in order.
 _MODULES: dict[str, tuple[Callable[..., nn.Module], tuple[str, ...]]] = {
     "relu": (nn.ReLU, ("inplace",)),
     "relu6": (nn.ReLU6, ("inplace",)),
@@ -44,7 +45,7 @@ _MODULES: dict[str, tuple[Callable[..., nn.Module], tuple[str, ...]]] = {
     "hardtanh": (nn.Hardtanh, ("min_val", "max_val", "inplace")),
 }
 
-#: Files whose frames come between the code that calls an activation and the observer of the call.
+#: Source files of the stack frames between the code that calls an activation and the observer that sees the call.
 _BETWEEN = (
     __file__,
     *(str(module.__file__) for module in (finding, interception, watcher)),
@@ -56,30 +57,30 @@ _BETWEEN = (
 
 
 def isolate(model: nn.Module, example_inputs: tuple[Any, ...] | Mapping[str, Any]) -> nn.Module:
-    """Return a model of the same function in which each call of an activation has a module of its own.
+    """Return a copy of a model in which each call of an activation has a module of its own.
 
-    The given model is not changed. The new one has modules of its own and shares parameters and buffers: training one trains
-    both, an optimizer stays valid, and the state dict has the same keys. A module whose methods call an activation function, or
-    one activation module several times, gets a subclass of its class with these methods rewritten: F.relu(x) becomes
-    self.relu(x), and further calls become self.relu_1(x), …
+    The copy computes the same as the given model, which is not changed. The two share parameters and buffers, but no modules:
+    training one trains both, an optimizer stays valid, and the state dict has the same keys. If the methods of a module call an
+    activation function, or call one activation module several times, the module gets a subclass of its class with these methods
+    rewritten: F.relu(x) becomes self.relu(x), and further calls become self.relu_1(x), …
 
-    Warns, and names the calls, where some cannot be isolated:
+    Some calls cannot be isolated. They stay as they are, and a warning names them:
 
-    - in a loop, or in a module that is itself called several times;
-    - outside the methods of a module, or in code without a source file (typed into a prompt);
-    - with arguments that are not constants;
-    - of a function that has no module in torch.nn, such as one that was registered.
+    - calls in a loop, or in a module that is itself called several times;
+    - calls outside the methods of a module, or in code without a source file (typed into a prompt);
+    - calls with arguments that are not constants;
+    - calls of a function that has no module in torch.nn, such as a registered function.
 
     Args:
         model: any module.
-        example_inputs: the positional inputs of one call, or a mapping of its keyword inputs. Calls are isolated that the model
-            makes for these in eval mode.
+        example_inputs: the positional inputs of one call, or a mapping of its keyword inputs. Only the calls that the model
+            makes for these inputs in eval mode are isolated.
 
     Returns:
-        The new model.
+        The copy.
 
     Raises:
-        RuntimeError: the model is compiled, or the new model computes something else on the example.
+        RuntimeError: the model is compiled, or the copy computes something else on the example.
 
     Examples:
         >>> import torch
@@ -114,25 +115,26 @@ def isolate(model: nn.Module, example_inputs: tuple[Any, ...] | Mapping[str, Any
 
 
 class _Traced(NamedTuple):
-    """One activation call of the example, with the code that makes it."""
+    """One activation call in the pass on the example, with the code that makes it."""
 
-    name: str  # of the site
-    activation: str
-    module: nn.Module | None
-    function: str  # without underscores; empty for a module
-    inplace: bool
-    code: CodeType
-    place: Place | None  # None where the call cannot be identified in its code
-    caller: nn.Module | None  # the code is a method of this module
+    name: str  # name of the site
+    activation: str  # name of the activation
+    module: nn.Module | None  # the activation module; None if a function is called
+    function: str  # name of the function, without underscores at its ends; empty if a module is called
+    inplace: bool  # whether the function works in place, such as relu_
+    code: CodeType  # the code object that makes the call
+    place: Place | None  # position of the call in the source; None if it cannot be identified
+    caller: nn.Module | None  # the module of which the code is a method; None if it is no method of a module
 
 
 class _Tracer(NoObserver):
-    """Records who calls each activation."""
+    """Record which code calls each activation."""
 
     def __init__(self) -> None:
         self.calls: list[_Traced] = []
 
     def run_activation(self, forward_pass: None, call: Call) -> Any:
+        """Record the code that calls an activation, then run the activation."""
         frame = _calling_frame()
         code = frame.f_code
         caller = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
@@ -152,12 +154,12 @@ class _Tracer(NoObserver):
 
 
 def copy_sharing_tensors(model: nn.Module) -> nn.Module:
-    """Return a copy with modules of its own and the same parameters and buffers."""
+    """Return a copy of a model with new modules, but with the same parameters and buffers."""
     return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
 
 
 def _separate_places(model: nn.Module) -> None:
-    """Give each place of an activation module a copy of its own where the model holds it in several; share parameters."""
+    """Put a copy of an activation module into each further place in which the model holds it. Copies share parameters."""
     seen: set[int] = set()
     for module in list(model.modules()):
         for name, child in children_of(module).items():
@@ -168,6 +170,7 @@ def _separate_places(model: nn.Module) -> None:
 
 
 def _trace(model: nn.Module, example_inputs: tuple[Any, ...] | Mapping[str, Any]) -> _Tracer:
+    """Run the model on the example, and return a tracer with all activation calls."""
     tracer = _Tracer()
     watcher = SiteWatcher(model, tracer)
     with warnings.catch_warnings():
@@ -181,7 +184,7 @@ def _trace(model: nn.Module, example_inputs: tuple[Any, ...] | Mapping[str, Any]
 
 
 def _calling_frame() -> FrameType:
-    """Return the innermost frame that is neither of this package nor of the functions that PyTorch puts around a call."""
+    """Return the innermost stack frame whose code is neither the watcher's nor PyTorch's code around an activation call."""
     frame = inspect.currentframe()
     while frame is not None and frame.f_code.co_filename in _BETWEEN:
         frame = frame.f_back
@@ -190,7 +193,12 @@ def _calling_frame() -> FrameType:
 
 
 def _isolate_calls(caller: nn.Module, calls: Sequence[_Traced]) -> None:
-    """Give modules of their own to the calls that the methods of one module make, as far as possible."""
+    """Isolate the activation calls that the methods of one module make, as far as possible.
+
+    Args:
+        caller: the module. If a method is rewritten, the class of the module is replaced by a subclass.
+        calls: all activation calls that its methods make in the pass on the example.
+    """
     if isinstance(caller, nn.Sequential | nn.ModuleList | nn.ModuleDict):
         return  # a new module would be one more in the sequence
     times = Counter((call.code, call.place) for call in calls)
@@ -206,7 +214,22 @@ def _isolate_calls(caller: nn.Module, calls: Sequence[_Traced]) -> None:
 
 
 def _isolate_in_method(caller: nn.Module, code: CodeType, calls: Sequence[_Traced]) -> dict[str, Any]:
-    """Return the method with this code, by its names, with calls of new modules, which become attributes of the caller."""
+    """Give each traced call in one method of `caller` a new module, which is stored as an attribute of `caller`.
+
+    The method is rewritten so that it calls the new modules. A call that cannot be rewritten stays as it is. If the called
+    function is an attribute of `caller` itself, the new module replaces this attribute, and the call need not be rewritten.
+
+    Args:
+        caller: the module whose method makes the calls.
+        code: the code object of the method.
+        calls: the calls in this method to isolate.
+
+    Returns:
+        The rewritten method, under every name that it has in the class. Empty if no call had to be rewritten.
+
+    Raises:
+        CannotBeRewrittenError: the method cannot be rewritten at all.
+    """
     rewriter = MethodRewriter(caller, code)
     added: dict[str, nn.Module] = {}
     for call in calls:
@@ -227,7 +250,13 @@ def _isolate_in_method(caller: nn.Module, code: CodeType, calls: Sequence[_Trace
 
 
 def _check_is_called(call: _Traced, value: Any, node: ast.Call) -> None:
-    """Raise where the code may call something else than the example did: another module, function or tensor method."""
+    """Raise CannotBeRewrittenError if the code may call something else than it did in the pass on the example.
+
+    Args:
+        call: the call in that pass.
+        value: the called object, as far as it is known before the method runs; otherwise None.
+        node: the call in the syntax tree.
+    """
     if value is None and call.module is None and isinstance(node.func, ast.Attribute):
         value = getattr(Tensor, node.func.attr, None)
         if node.args:
@@ -239,6 +268,7 @@ def _check_is_called(call: _Traced, value: Any, node: ast.Call) -> None:
 
 
 def _module_for(call: _Traced, arguments: Arguments) -> nn.Module:
+    """Return the new module for a call: a copy of the called module, or a module that computes the same as the function."""
     if call.module is None:
         return _as_module(call, arguments.constants())
     if any(True for _ in (*call.module.parameters(), *call.module.buffers())):
@@ -247,7 +277,15 @@ def _module_for(call: _Traced, arguments: Arguments) -> nn.Module:
 
 
 def _as_module(call: _Traced, constants: tuple[Sequence[Any], Mapping[str, Any]]) -> nn.Module:
-    """Return the module that computes the same as a call of a function, from its constant arguments after the input."""
+    """Return the module that computes the same as a call of an activation function.
+
+    Args:
+        call: the call.
+        constants: its arguments after the input: the positional ones, and the keyword arguments by name.
+
+    Raises:
+        CannotBeRewrittenError: torch.nn has no module for the function, or not with these arguments.
+    """
     if call.activation not in _MODULES:
         raise CannotBeRewrittenError
     kind, names = _MODULES[call.activation]
@@ -259,13 +297,14 @@ def _as_module(call: _Traced, constants: tuple[Sequence[Any], Mapping[str, Any]]
 
 
 def _unused_attribute(module: nn.Module, added: Mapping[str, nn.Module], name: str) -> str:
+    """Return the first of `name`, `name_1`, `name_2`, … that is neither an attribute of the module nor in `added`."""
     taken = {*dir(module), *added}
     candidates = itertools.chain([name], (f"{name}_{index}" for index in itertools.count(1)))
     return next(candidate for candidate in candidates if candidate not in taken)
 
 
 def _compare(model: nn.Module, isolated: nn.Module, example_inputs: tuple[Any, ...] | Mapping[str, Any]) -> None:
-    """Raise where the two models differ on the example."""
+    """Raise RuntimeError if the outputs of the two models differ on the example."""
     expected, actual = (tree_leaves(call_once(each, example_inputs)) for each in (model, isolated))
     if len(expected) != len(actual):
         raise _different(model, f"{len(expected)} of them, then {len(actual)}")
@@ -278,10 +317,12 @@ def _compare(model: nn.Module, isolated: nn.Module, example_inputs: tuple[Any, .
 
 
 def _different(model: nn.Module, how: str) -> RuntimeError:
+    """Return the error for a model whose copy computes something else; `how` tells the difference."""
     return RuntimeError(
         f"{type(model).__name__} cannot be isolated: its outputs would differ ({how}); does it return the same each time?"
     )
 
 
 def _not_isolated(model: nn.Module, example_inputs: tuple[Any, ...] | Mapping[str, Any]) -> list[str]:
+    """Return the names of the sites that have no module of their own."""
     return [call.name for call in _trace(model, example_inputs).calls if call.module is None or ":" in call.name]

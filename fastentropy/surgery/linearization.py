@@ -13,11 +13,11 @@ from fastentropy.sites.interception import replace_activation
 def linearize(model: nn.Module, names: Sequence[str]) -> None:
     """Replace the named activation modules by the identity, in place.
 
-    All are replaced, or none where this raises.
+    If an error is raised, no module has been replaced.
 
     Args:
         model: the model, which is changed.
-        names: the names of sites that are modules, such as those of `find_sites`.
+        names: the names of sites (calls of activations) that are modules, such as those of `find_sites`.
 
     Raises:
         ValueError: a name is not an activation module of the model (the error tells the nearest names), the model holds the

@@ -1,4 +1,7 @@
-"""Rewrite a method of one module so that it calls other modules of it: its syntax tree is changed and compiled."""
+"""Rewrite a method of a module so that it calls attributes of the module instead of functions.
+
+The syntax tree of the method is changed and compiled.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +17,11 @@ from torch import nn
 
 
 class CannotBeRewrittenError(Exception):
-    """A call has to stay as it is."""
+    """A call cannot be rewritten, so it stays as it is."""
 
 
 class Place(NamedTuple):
-    """Where in its file a call is written: lines count from 1, columns from 0 in bytes of UTF-8."""
+    """The position of a call in its source file. Lines count from 1; columns count from 0, in bytes of UTF-8."""
 
     line: int
     end_line: int | None
@@ -27,25 +30,32 @@ class Place(NamedTuple):
 
     @classmethod
     def of(cls, frame: FrameType) -> Place | None:
-        """Return the place of the call that a frame is making; None where that call cannot be identified."""
+        """Return the position of the call that a stack frame is making; None if this call cannot be identified."""
         node = Source.executing(frame).node
         return cls.at(node) if isinstance(node, ast.Call) else None
 
     @classmethod
     def at(cls, call: ast.Call) -> Place:
-        """Return the place of a call in a syntax tree of the file."""
+        """Return the position of a call in the syntax tree of its file."""
         return cls(call.lineno, call.end_lineno, call.col_offset, call.end_col_offset)
 
 
 class Arguments(NamedTuple):
-    """The arguments of a call of an activation, as expressions."""
+    """The arguments of an activation call, as expressions of the syntax tree."""
 
     input: ast.expr
-    positional: Sequence[ast.expr]
-    keywords: Sequence[ast.keyword]
+    positional: Sequence[ast.expr]  # the positional arguments after the input
+    keywords: Sequence[ast.keyword]  # the keyword arguments other than the input
 
     def constants(self) -> tuple[list[Any], dict[str, Any]]:
-        """Return the arguments after the input as values: the positional ones, and the others by name."""
+        """Evaluate the arguments after the input.
+
+        Returns:
+            The values of the positional arguments, and those of the keyword arguments by name.
+
+        Raises:
+            CannotBeRewrittenError: an argument is not a constant.
+        """
         try:
             values = [ast.literal_eval(argument) for argument in self.positional]
             return values, {keyword.arg or "": ast.literal_eval(keyword.value) for keyword in self.keywords}
@@ -54,25 +64,30 @@ class Arguments(NamedTuple):
 
 
 class MethodRewriter:
-    """Rewrites the method of a module's class that has some code.
+    """Rewrite one method of a module, which is identified by its code object.
 
     Attributes:
-        names: the names of the method in the class.
-        changed: a call has been replaced.
+        names: the names under which the class of the module has the method.
+        changed: whether a call has been replaced.
     """
 
     def __init__(self, module: nn.Module, code: CodeType) -> None:
         """Read the source of the method.
 
+        Args:
+            module: the module.
+            code: the code object of the method.
+
         Raises:
-            CannotBeRewrittenError: the code is not a method of the module's class, or it has no source.
+            CannotBeRewrittenError: the code is not a method of the module's class, its source cannot be read, or it uses names
+                such as `__name`, which Python mangles.
         """
         self._module = module
         self.names, self._function, self._decorated = _method(type(module), code)
         self.changed = False
         try:
             lines = inspect.getsource(self._function)
-            # Inside a block the source keeps its indentation, so that columns are those of the file.
+            # In a block the source may keep its indentation. Then the columns are those of the file.
             block = ast.parse("if True:\n" + lines if lines[0].isspace() else "\n" + lines)
         except (OSError, TypeError, SyntaxError, tokenize.TokenError):
             raise CannotBeRewrittenError from None
@@ -82,14 +97,20 @@ class MethodRewriter:
         self._definition = ast.increment_lineno(definition, code.co_firstlineno - 2)
 
     def find(self, place: Place | None) -> ast.Call:
-        """Return the call at a place."""
+        """Return the call at a position. Raises CannotBeRewrittenError if there is no such call, or more than one."""
         calls = [node for node in ast.walk(self._definition) if isinstance(node, ast.Call) and Place.at(node) == place]
         if len(calls) != 1:
             raise CannotBeRewrittenError
         return calls[0]
 
     def arguments(self, call: ast.Call) -> Arguments:
-        """Return the input and the further arguments of a call of a function, a module or a method of a tensor."""
+        """Return the input and the further arguments of an activation call.
+
+        The call may be one of a function, of a module, or of a method of a tensor. In the last case the tensor is the input.
+
+        Raises:
+            CannotBeRewrittenError: the call has no input, or it unpacks arguments with * or **.
+        """
         positional, keywords = list(call.args), list(call.keywords)
         if any(isinstance(argument, ast.Starred) for argument in positional) or any(
             keyword.arg is None for keyword in keywords
@@ -105,21 +126,28 @@ class MethodRewriter:
         return Arguments(given[0].value, [], [keyword for keyword in keywords if keyword is not given[0]])
 
     def own_function(self, call: ast.Call) -> str | None:
-        """Return the attribute of the module itself that holds the called function; None where it is held elsewhere."""
+        """Return the attribute's name if the call is `self.<attribute>(…)` and the attribute is in the module's own __dict__.
+
+        For any other call, return None.
+        """
         func = call.func
         if not isinstance(func, ast.Attribute) or not self._is_self(func.value):
             return None
         return func.attr if func.attr in vars(self._module) else None
 
     def replace(self, call: ast.Call, attribute: str, argument: ast.expr) -> None:
-        """Turn a call into the call of a module that is an attribute of this one."""
+        """Replace `call` by `self.<attribute>(argument)`, where `self` is the module whose method is rewritten."""
         receiver = ast.Name(self._function.__code__.co_varnames[0], ast.Load())
         call.func = ast.copy_location(ast.Attribute(receiver, attribute, ast.Load()), call.func)
         call.args, call.keywords = [argument], []
         self.changed = True
 
     def compile(self) -> Any:
-        """Return the rewritten method, with the original's decorators, globals, closure and defaults."""
+        """Compile the rewritten method. It has the decorators, globals, closure and defaults of the original.
+
+        Raises:
+            CannotBeRewrittenError: the method refers to names that the original did not have, or a decorator raises.
+        """
         function, definition = self._function, self._definition
         cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
         code = self._compiled_definition(cells)
@@ -139,7 +167,10 @@ class MethodRewriter:
         return method
 
     def _compiled_definition(self, cells: Iterable[str]) -> CodeType:
-        """Return the code of the definition alone, compiled inside a function that has the names of its closure."""
+        """Return the code object of the rewritten method, without decorators, annotations and default values.
+
+        The definition is compiled inside a function with the parameters `cells`, so that these names become closure variables.
+        """
         definition = self._definition
         definition.returns = None
         for argument in (*definition.args.posonlyargs, *definition.args.args, *definition.args.kwonlyargs):
@@ -147,7 +178,7 @@ class MethodRewriter:
         definition.args.defaults = [ast.Constant(None) for _ in definition.args.defaults]
         definition.args.kw_defaults = [default and ast.Constant(None) for default in definition.args.kw_defaults]
         factory = ast.parse(f"def factory({', '.join(cells)}):\n    pass")
-        # The statement that was parsed is a function.
+        # The first statement is the definition of `factory`.
         factory.body[0].body = [definition]  # type: ignore[attr-defined]
         compiled = compile(ast.fix_missing_locations(factory), self._function.__code__.co_filename, "exec")
         (outer,) = (constant for constant in compiled.co_consts if isinstance(constant, CodeType))
@@ -155,7 +186,11 @@ class MethodRewriter:
         return next(code for code in codes if code.co_name == definition.name)
 
     def value(self, expression: ast.expr) -> Any:
-        """Return the value of a name, an attribute or an item where it is known before the method runs; else None."""
+        """Return the value of an expression if it is known before the method runs; otherwise None.
+
+        It can be known for names, for attributes, and for items of a Sequential, ModuleList or ModuleDict with a constant
+        index.
+        """
         if isinstance(expression, ast.Name):
             return self._names().get(expression.id)
         if isinstance(expression, ast.Attribute):
@@ -168,6 +203,7 @@ class MethodRewriter:
         return None
 
     def _names(self) -> Mapping[str, Any]:
+        """Return the values of the names in the method. Local variables are None; the first parameter is the module."""
         function = self._function
         local = dict.fromkeys(function.__code__.co_varnames)
         try:
@@ -177,11 +213,19 @@ class MethodRewriter:
         return {**function.__globals__, **closure, **local, function.__code__.co_varnames[0]: self._module}
 
     def _is_self(self, expression: ast.expr) -> bool:
+        """Return whether an expression is the first parameter of the method, which is usually named `self`."""
         return isinstance(expression, ast.Name) and expression.id == self._function.__code__.co_varnames[0]
 
 
 def _method(kind: type, code: CodeType) -> tuple[list[str], FunctionType, bool]:
-    """Return the names of a class's method with this code, its function without decorators, and whether it is decorated."""
+    """Find the method of a class that has a given code object.
+
+    Returns:
+        The names of the method in the class, its function without decorators, and whether it is decorated.
+
+    Raises:
+        CannotBeRewrittenError: there is no such method, or several methods differ in their decorators.
+    """
     methods = {name: inspect.getattr_static(kind, name) for ancestor in kind.__mro__ for name in vars(ancestor)}
     found = {name: value for name, value in methods.items() if getattr(_undecorated(value), "__code__", None) is code}
     if not found or len(set(found.values())) > 1:
@@ -193,12 +237,16 @@ def _method(kind: type, code: CodeType) -> tuple[list[str], FunctionType, bool]:
 
 
 def _undecorated(value: Any) -> Any:
+    """Return the function inside the decorators of a method; None for a static method or a value that is not callable."""
     is_method = callable(value) and not isinstance(value, staticmethod)
     return inspect.unwrap(value) if is_method else None
 
 
 def _has_mangled_names(definition: ast.FunctionDef) -> bool:
-    """Return whether a name is mangled in a class: `__name` there means another name than outside."""
+    """Return whether the definition uses a name such as `__name`.
+
+    Python mangles such names inside a class, so they would mean other names after the rewriting.
+    """
     nodes = list(ast.walk(definition))
     names = [node.attr for node in nodes if isinstance(node, ast.Attribute)]
     names += [node.id for node in nodes if isinstance(node, ast.Name)]
