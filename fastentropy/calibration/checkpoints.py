@@ -1,4 +1,7 @@
-"""Checkpoints: one file with the counts and the position in the data, from which a killed run continues."""
+"""Checkpoints: one file with the counts and the position in the data, from which a killed run continues.
+
+The data is read in chunks, numbered pieces of the corpus. A checkpoint holds the number of the next chunk.
+"""
 
 import json
 from dataclasses import asdict, dataclass, field, replace
@@ -12,12 +15,22 @@ from fastentropy.calibration.data.batching import Batch
 from fastentropy.calibration.data.documents import Problem, Problems
 from fastentropy.collector.statistics import Statistics
 
+#: The key in the file's metadata under which everything but the statistics is stored, as JSON.
 _KEY = "fastentropy_calibration"
 
 
 @dataclass
 class Tally:
-    """The totals of a run: batches, tokens (or images), documents, truncated documents, tokens cut off, and problems."""
+    """The totals of a run, or of one rank's part of it.
+
+    Attributes:
+        batches: the batches that the model has run on.
+        tokens: the tokens in these batches without padding; for a corpus of images, the images.
+        documents: the documents (texts or images) that begin in these batches.
+        truncated: how many of the documents were truncated.
+        tokens_cut: how many tokens were removed by truncation.
+        problems: what was wrong with files and documents, one entry per file and kind of problem.
+    """
 
     batches: int = 0
     tokens: int = 0
@@ -27,7 +40,7 @@ class Tally:
     problems: list[Problem] = field(default_factory=list)
 
     def add(self, batch: Batch) -> None:
-        """Add a batch."""
+        """Add the numbers of a batch to the totals."""
         self.batches += 1
         self.tokens += batch.tokens
         self.documents += batch.documents
@@ -35,25 +48,28 @@ class Tally:
         self.tokens_cut += batch.tokens_cut
 
     def add_problems(self, problems: Problems) -> None:
-        """Add the problems of a chunk."""
+        """Add the problems that occurred while a chunk was read."""
         self.problems = list(Problems([*self.problems, *problems]))
 
     def __add__(self, other: "Tally") -> "Tally":
-        """Return the sum. Problems are sorted by path, because the order in which they occur depends on the number of ranks."""
+        """Return the sum of both totals.
+
+        Problems are sorted by path, because the order in which they occur depends on the number of ranks.
+        """
         numbers = {name: value + getattr(other, name) for name, value in vars(self).items() if name != "problems"}
         return Tally(**numbers, problems=sorted(Problems([*self.problems, *other.problems])))
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The state of a run.
+    """The state of a run between two chunks.
 
     Attributes:
-        settings: the settings that determine the counts. A run with other settings is another run.
-        statistics: the counts of all chunks before `chunk`, and of no others.
-        tally: the totals of these chunks.
-        chunk: the number of the next chunk to read.
-        seconds: the time spent on the run so far.
+        settings: the settings that determine the counts, by name. A checkpoint cannot be continued with other settings.
+        statistics: the counts of the activations in all chunks before `chunk`, summed over ranks.
+        tally: the totals of these chunks, summed over ranks.
+        chunk: the number of the next chunk to read. It has no meaning once the run is at its end.
+        seconds: the time spent on the run so far, including the parts before interruptions.
     """
 
     settings: dict[str, Any]
@@ -63,7 +79,7 @@ class Checkpoint:
     seconds: float = 0.0
 
     def save(self, path: Path) -> None:
-        """Write a safetensors file, either completely or not at all. `Statistics.load` can read it too."""
+        """Write a safetensors file atomically. `Statistics.load` can read the statistics from it."""
         tensors = self.statistics.state_dict()
         sites = json.dumps(tensors.pop("sites"))
         rest = {"settings": self.settings, "tally": asdict(self.tally), "chunk": self.chunk, "seconds": self.seconds}
@@ -71,10 +87,10 @@ class Checkpoint:
 
     @classmethod
     def load(cls, path: Path) -> "Checkpoint":
-        """Read a file that `save` wrote.
+        """Read a checkpoint from a file that `save` wrote.
 
         Raises:
-            ValueError: the file is damaged or something else.
+            ValueError: the file is damaged, or it is not a checkpoint.
         """
         try:
             statistics = Statistics.load(path)

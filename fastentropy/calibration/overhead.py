@@ -1,4 +1,4 @@
-"""Measure the overhead of collecting during the run itself: some batches are also run without it."""
+"""Measure the overhead of counting activations during a run: some batches are run once with counting and once without."""
 
 import statistics
 from collections import deque
@@ -7,29 +7,30 @@ from collections.abc import Callable
 from fastentropy._utils.timing import measure_seconds
 from fastentropy.collector.collector import EntropyCollector
 
-#: The first batches of a rank to run twice, when nothing is compiled any more; after that, every multiple of the last.
+#: The numbers, counted from 1, of the first batches that a rank runs twice. After them, it runs every multiple of the last one
+#: twice. The earliest batches are not measured, because kernels are compiled during them.
 RUN_TWICE = (4, 8, 16, 32, 64)
-#: How many ratios are kept for the median.
+#: How many of the latest ratios are kept. The overhead is their median.
 MAX_RATIOS = 1001
 
 
 class Overhead:
-    """Runs batches while a collector counts, and a few of them a second time without it."""
+    """Runs batches while a collector counts their activations, and runs a few of them a second time without the collector."""
 
     def __init__(self, collector: EntropyCollector) -> None:
-        """Measure a collector that is attached to the model."""
+        """Measure the overhead of a collector, which is attached to the model whenever `run` is called."""
         self._collector, self._batches = collector, 0
         self._ratios: deque[float] = deque(maxlen=MAX_RATIOS)
-        #: How many batches were run twice, and the seconds that the runs without the collector took.
+        #: The number of batches that were run twice, and the seconds that their runs without the collector took together.
         self.samples, self.plain_seconds = 0, 0.0
 
     @property
     def ratio(self) -> float | None:
-        """The median ratio of the time of a batch with collecting to that without; None if too few batches were run."""
+        """The median of the time of a batch with counting divided by its time without; None if no batch was run twice yet."""
         return statistics.median(self._ratios) if self._ratios else None
 
     def run(self, forward: Callable[[], object]) -> None:
-        """Run a batch, and count it once."""
+        """Run a batch by calling `forward`, once or twice. In either case its activations are counted once."""
         self._batches += 1
         if self._batches not in RUN_TWICE and self._batches % RUN_TWICE[-1]:
             forward()
@@ -43,6 +44,7 @@ class Overhead:
         self.plain_seconds += plain
 
     def _plain(self, forward: Callable[[], object]) -> float:
+        """Run a batch without the collector, and return the seconds that it took."""
         self._collector.detach()
         try:
             return measure_seconds(forward)

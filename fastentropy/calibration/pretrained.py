@@ -1,4 +1,4 @@
-"""A model of the transformers library, from a folder or the hub, with its tokenizer or image processor."""
+"""Load a model of the transformers library, from a folder or the Hugging Face Hub, with its tokenizer or image processor."""
 
 import contextlib
 import hashlib
@@ -16,31 +16,32 @@ from torch import Tensor, nn
 from fastentropy._utils.errors import one_line
 from fastentropy._utils.optional import require
 
-#: The default length of a row in tokens, unless the limit of the model is lower.
+#: The default length of a row of a batch in tokens. If the limit of the model is lower, the limit is used.
 MAX_LENGTH = 512
+#: The dtype of the weights by the name of the option. "auto" is the dtype in which the weights are stored.
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-#: The name of a model's main argument -> the kind of data that it reads.
+#: The kind of data that a model reads, by the name of its main argument.
 KINDS = {"input_ids": "text", "pixel_values": "images"}
-#: The kind of data -> the processor that makes the inputs of a model, and its class in transformers.
+#: What makes the inputs of a model, by the kind of data: its name for messages, and its class in transformers.
 PROCESSORS = {"text": ("tokenizer", "AutoTokenizer"), "images": ("image processor", "AutoImageProcessor")}
-#: Python code that comes with a model is not run, and transformers does not ask whether to run it.
+#: With this option, transformers does not run Python code that comes with a model, and does not ask the user about it.
 NO_REMOTE_CODE = {"trust_remote_code": False}
-#: How many evenly spaced values of a tensor enter the fingerprint.
+#: How many evenly spaced values of a tensor are hashed, at least, for the fingerprint of a model; all if it has fewer.
 SAMPLED_VALUES = 1024
-#: Keys of a configuration that do not affect the model.
+#: Keys of a configuration that do not affect the model, and are left out of its fingerprint.
 IGNORED_KEYS = ("_name_or_path", "transformers_version")
 
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A model in eval mode.
+    """A loaded model in eval mode, and what is needed to run it.
 
     Attributes:
-        name: the folder or the name on the hub.
+        name: the folder of the model, or its name on the Hub.
         model: the model.
-        kind: the data that it reads, "text" or "images".
-        processor: its tokenizer or image processor.
-        options: keyword arguments of every forward pass.
+        kind: the kind of data that it reads, "text" or "images".
+        processor: its tokenizer or image processor, of transformers.
+        options: keyword arguments of every forward pass, besides the inputs.
     """
 
     name: str
@@ -56,43 +57,45 @@ class Pretrained:
 
     @property
     def device(self) -> torch.device:
-        """The device of the inputs."""
+        """The device of the first parameter, on which the inputs must be."""
         return next(self.model.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the weights, and so of images."""
+        """The dtype of the first parameter, to which images are converted."""
         return next(self.model.parameters()).dtype
 
     @property
     def _config(self) -> Any:
+        """The configuration of the model, of transformers."""
         return self.model.config
 
     @property
     def _text_config(self) -> Any:
-        """The part of the configuration for text, if it has several parts."""
+        """The part of the configuration that describes the text model, if there are several parts; otherwise all of it."""
         return self._config.get_text_config() if hasattr(self._config, "get_text_config") else self._config
 
     @property
     def max_length(self) -> int | None:
-        """The largest number of tokens in a row, or None if there is no limit."""
+        """The largest number of tokens that the configuration and the tokenizer allow in a row; None if neither has a limit."""
         config = self._text_config
         limits = [getattr(config, "max_position_embeddings", None), getattr(self.processor, "model_max_length", None)]
         known = [limit for limit in limits if isinstance(limit, int) and 0 < limit < 1 << 40]
         return min(known, default=None)
 
     def takes_argument(self, name: str) -> bool:
-        """Return whether the forward of the model, or of a module in it, takes an argument of that name."""
+        """Return whether the `forward` of the model, or of any of its submodules, has an argument of the given name."""
         return any(name in _arguments(module) for module in self.model.modules())
 
     def forward(self, inputs: dict[str, Tensor]) -> object:
-        """Run the model on a batch, without work that only serves outputs nobody reads."""
+        """Run the model on a batch. `options` switches off outputs that are not used, such as the key-value cache."""
         return self.model(**inputs, **self.options)
 
     def fingerprint(self) -> str:
-        """Return a digest, 16 hexadecimal digits, of the configuration, the processor, and all parameters and buffers.
+        """Return a hash of the model, as 16 hexadecimal digits.
 
-        Parameters and buffers enter with their names, shapes, dtypes and SAMPLED_VALUES values.
+        It covers the configuration, the processor, and the names, shapes, dtypes and some evenly spaced values of each
+        parameter and buffer.
         """
         digest = hashlib.sha256()
         for text in (self._config.to_dict(), _description(self.processor)):
@@ -106,7 +109,7 @@ class Pretrained:
 
     @property
     def has_experts(self) -> bool:
-        """Return whether the model is a mixture of experts, by the names under which configurations give their number."""
+        """Return whether the model is a mixture of experts: its configuration states a number of experts above 1."""
         return any(
             (getattr(self._text_config, name, None) or 0) > 1
             for name in ("num_experts", "num_local_experts", "n_routed_experts")
@@ -114,14 +117,20 @@ class Pretrained:
 
 
 def load_pretrained(name: str, *, kind: str, dtype: str, device: torch.device, device_map: str | None = None) -> Pretrained:
-    """Load a model from a folder, or download it from the hub. Only safetensors are read, and no code of a model is run.
+    """Load a model and its tokenizer or image processor from a folder, or download them from the Hugging Face Hub.
+
+    Weights are read from safetensors files only. Python code that comes with a model is not run.
 
     Args:
-        name: the folder, or the name on the hub.
-        kind: the data that the model must read, "text" or "images".
-        dtype: a name in DTYPES.
+        name: the folder of the model, or its name on the Hub.
+        kind: the kind of data that the model must read, "text" or "images".
+        dtype: the dtype of the weights, a name in `DTYPES`.
         device: where the model is placed.
-        device_map: a device map of accelerate, which replaces `device`; or None.
+        device_map: how the accelerate library spreads the model over several devices, such as "auto". If it is given, `device`
+            is ignored.
+
+    Returns:
+        The model in eval mode with its processor.
 
     Raises:
         ValueError: the model is missing or damaged, lacks weights, or reads another kind of data. The message is one line.
@@ -153,7 +162,7 @@ def load_pretrained(name: str, *, kind: str, dtype: str, device: torch.device, d
 
 
 def _description(processor: Any) -> dict[str, Any]:
-    """Return what determines the inputs that a tokenizer or an image processor makes."""
+    """Return the settings of a tokenizer or an image processor that affect the inputs it makes, for the fingerprint."""
     backend = getattr(processor, "backend_tokenizer", None)
     if backend is not None:
         return {"tokenizer": backend.to_str(), "special": processor.special_tokens_map}
@@ -161,14 +170,27 @@ def _description(processor: Any) -> dict[str, Any]:
 
 
 def _architecture_class(library: Any, config: Any) -> Any:
-    """Return the class that the model was saved as, so that all its weights are used; AutoModel if it is unknown."""
+    """Return the class of transformers that the model was saved as, or AutoModel if the class is unknown.
+
+    AutoModel would leave out some of the weights, such as those of the head.
+
+    Args:
+        library: the module `transformers`.
+        config: the configuration of the model.
+    """
     name, *_ = config.architectures or [""]
     found = getattr(library, name, None)
     return found if isinstance(found, type) and issubclass(found, library.PreTrainedModel) else library.AutoModel
 
 
 def _load(name: str, what: str, load: Callable[[], Any]) -> Any:
-    """Call a loader of transformers; turn any error into a ValueError of one line."""
+    """Call a function that loads something by transformers, and turn any error into a ValueError with a message of one line.
+
+    Args:
+        name: the folder of the model, or its name on the Hub.
+        what: what is loaded, for the message.
+        load: the function.
+    """
     with _quiet(are_bars_hidden=os.path.isdir(name)):  # without a download, each rank would draw bars
         try:
             return load()
@@ -178,7 +200,7 @@ def _load(name: str, what: str, load: Callable[[], Any]) -> Any:
 
 @contextlib.contextmanager
 def _quiet(are_bars_hidden: bool) -> Iterator[None]:
-    """Silence transformers while it loads; problems that matter are raised as errors."""
+    """Silence the messages of transformers in a block, and its progress bars if `are_bars_hidden`. Errors are still raised."""
     logging = require("transformers.utils.logging", "loading a model")
     verbosity, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
@@ -193,7 +215,11 @@ def _quiet(are_bars_hidden: bool) -> Iterator[None]:
 
 
 def _prepare_tokenizer(name: str, tokenizer: Any, model: Any) -> None:
-    """Make the tokenizer pad on the right, where tokens keep their positions; raise ValueError if it is of another model."""
+    """Make the tokenizer pad on the right, so the tokens keep their positions. `name` is the model's name, for the message.
+
+    Raises:
+        ValueError: the tokenizer has more tokens than the model, so it belongs to another model.
+    """
     tokenizer.padding_side = "right"
     known = model.get_input_embeddings().num_embeddings
     largest = max(tokenizer.get_vocab().values(), default=0)
@@ -202,13 +228,13 @@ def _prepare_tokenizer(name: str, tokenizer: Any, model: Any) -> None:
 
 
 def _forward_options(model: nn.Module) -> dict[str, Any]:
-    """Return the options that the model takes of these: no key-value cache, and the logits of one token only."""
+    """Return those of two options that `forward` takes: use no key-value cache, and compute the logits of one token only."""
     arguments = _arguments(model)
     return {key: value for key, value in {"use_cache": False, "logits_to_keep": 1}.items() if key in arguments}
 
 
 def _arguments(module: nn.Module) -> list[str]:
-    """Return the names of the arguments of a module's forward; none if it is written in C and has no signature."""
+    """Return the names of the arguments of a module's `forward`. The list is empty if `forward` has no Python signature."""
     try:
         return list(inspect.signature(module.forward).parameters)
     except (TypeError, ValueError):

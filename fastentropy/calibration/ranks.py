@@ -1,4 +1,7 @@
-"""The processes of a run under torchrun: collective calls whose errors end all ranks with one message."""
+"""The ranks of a run: the processes that torchrun started.
+
+All ranks must make the calls of `Ranks` together. If a call fails on one rank, all ranks end, and only rank 0 shows a message.
+"""
 
 import contextlib
 import datetime
@@ -14,30 +17,31 @@ from fastentropy._utils.errors import one_line
 
 T = TypeVar("T")
 
-#: How long a rank waits at a checkpoint for another, whose chunks may take longer. A rank that dies is noticed at once.
+#: How long a rank waits for the others in a collective call. It is long because some ranks may take much longer than others for
+#: their chunks (pieces of the data). The death of a rank is noticed at once, not after this time.
 SYNC_TIMEOUT = datetime.timedelta(days=7)
-#: Sent to the other ranks, in place of a message, for an error that the user cannot fix.
+#: What a rank sends to the others instead of a message if it raised an error that the user cannot fix.
 _UNEXPECTED = ""
 
 
 class RemoteRankError(Exception):
-    """Ends this rank without a message, because another rank raises the error."""
+    """Raised to end this rank without a message, because another rank raises the error itself."""
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """The rank of this process and the number of ranks; a process without torchrun is rank 0 of 1."""
+    """The rank of this process and the number of ranks. Without torchrun, the process is rank 0 of 1."""
 
     rank: int
     world_size: int
 
     @property
     def is_first(self) -> bool:
-        """Return whether this rank writes files and messages for all."""
+        """Return whether this is rank 0, which writes the files and messages of all ranks."""
         return self.rank == 0
 
     def gather(self, value: T) -> list[T]:
-        """Return the values of all ranks, on every rank."""
+        """Return, on every rank, the list of the values that all ranks passed. A value is any object that can be pickled."""
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
@@ -45,7 +49,7 @@ class Ranks:
         return values
 
     def broadcast(self, value: T) -> T:
-        """Return the value of rank 0, on every rank."""
+        """Return, on every rank, the value that rank 0 passed. The values of the other ranks are ignored."""
         if self.world_size == 1:
             return value
         values = [value]
@@ -59,8 +63,10 @@ class Ranks:
             What the function returned on this rank.
 
         Raises:
-            ValueError: on rank 0, with one line, if any rank raised ValueError or OSError: errors that the user can fix.
-            RemoteRankError: on the other ranks then, and if another rank raised any other exception.
+            ValueError: on rank 0, if the function raised ValueError or OSError on any rank. These are errors that the user can
+                fix. The message is one line and names the rank.
+            RemoteRankError: on the other ranks in this case. If a rank raised any other exception, it raises that exception
+                again, and all other ranks raise RemoteRankError.
         """
         try:
             result, error = function(), None
@@ -79,19 +85,19 @@ class Ranks:
         return result  # type: ignore[return-value]
 
     def run_on_first(self, function: Callable[[], T]) -> T:
-        """Run on rank 0 and broadcast the result. Raises what `run_on_all` raises."""
-        # The value of rank 0 is the function's, not None.
+        """Call a function on rank 0 only, and return its result on every rank. Errors are raised as by `run_on_all`."""
+        # The value that rank 0 passes is the result of the function, not None.
         return self.broadcast(self.run_on_all(lambda: function() if self.is_first else None))  # type: ignore[return-value]
 
     def require_equal(self, settings: Mapping[str, Any]) -> None:
-        """End all ranks, with a ValueError on rank 0, if they have different settings."""
+        """End all ranks if they have different settings. Rank 0 raises a ValueError that names the differences."""
         first, *others = self.gather(settings)
         for rank, other in enumerate(others, 1):
             if names := differing(first, other):
                 self.fail(f"ranks 0 and {rank} differ in {', '.join(names)}; give all ranks the same files and arguments")
 
     def fail(self, message: str) -> NoReturn:
-        """End all ranks: rank 0 raises ValueError, the others RemoteRankError. All ranks must call it."""
+        """End all ranks: rank 0 raises ValueError(message), and the others raise RemoteRankError. All ranks must call it."""
         if self.is_first:
             raise ValueError(message)
         raise RemoteRankError
@@ -99,7 +105,7 @@ class Ranks:
 
 @contextlib.contextmanager
 def init_ranks() -> Iterator[Ranks]:
-    """Join the ranks that torchrun started, for the duration of the block; without torchrun, this process alone."""
+    """Join the process group of the ranks that torchrun started, for the duration of a block. Without torchrun, do nothing."""
     if "TORCHELASTIC_RUN_ID" not in os.environ and "WORLD_SIZE" not in os.environ:
         yield Ranks(0, 1)
         return
@@ -113,5 +119,5 @@ def init_ranks() -> Iterator[Ranks]:
 
 
 def differing(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
-    """Return the names of the settings in which two runs differ."""
+    """Return the names of the settings whose values differ between two mappings. A missing setting counts as None."""
     return [name for name in {**first, **second} if first.get(name) != second.get(name)]

@@ -1,4 +1,4 @@
-"""The report of a calibration: one HTML page, made from the statistics and the summary alone."""
+"""Write the report of a calibration run: one HTML page, made from the statistics and the summary of the run."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -10,12 +10,18 @@ from fastentropy.collector.statistics import Statistics
 from fastentropy.reporting.pages import draw_svg, write_page
 from fastentropy.reporting.plots import MARGIN, ROW, draw_distributions, draw_layer_entropy
 
-#: How many activations a notice names.
+#: How many activations a notice names at most.
 MAX_NAMED = 3
 
 
 def write_report(statistics: Statistics, summary: Mapping[str, Any], path: str | PathLike[str]) -> None:
-    """Write one self-contained HTML page. `summary` is the content of `summary.json`."""
+    """Write the report as one HTML page that needs no other files.
+
+    Args:
+        statistics: the counts of the run, by activation.
+        summary: the content of the run's `summary.json`.
+        path: the file to create or to replace.
+    """
     entropies = {name: site.entropy() for name, site in statistics.items()}
     bits = statistics.layer_entropy()
     height = MARGIN + ROW * max(len(entropies), 5)
@@ -42,7 +48,7 @@ def write_report(statistics: Statistics, summary: Mapping[str, Any], path: str |
 
 
 def format_overhead(summary: Mapping[str, Any]) -> str:
-    """Describe the overhead of collecting in one phrase."""
+    """Describe the overhead of counting the activations in one phrase. `summary` is the content of the run's `summary.json`."""
     overhead = summary["overhead"]
     if overhead["ratio"] is None:
         return "not measured: too few batches"
@@ -50,11 +56,13 @@ def format_overhead(summary: Mapping[str, Any]) -> str:
 
 
 def _headline(bits: Mapping[str, float]) -> str:
+    """Return the sentence at the top of the report. `bits` holds the entropy of each activation."""
     lowest = min(bits, key=bits.__getitem__)
     return f"{plural(len(bits), 'activation')}; the lowest entropy is {bits[lowest]:.3f} bits, of {lowest}."
 
 
 def _numbers(statistics: Statistics, bits: Mapping[str, float], summary: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """Return the main figures of the report: by title, the figure and a remark about it."""
     neurons = sum(site.neurons for site in statistics.values())
     overhead = summary["overhead"]["ratio"]
     return {
@@ -75,7 +83,7 @@ def _numbers(statistics: Statistics, bits: Mapping[str, float], summary: Mapping
 
 
 def _notices(statistics: Statistics, summary: Mapping[str, Any]) -> list[str]:
-    """Return what a reader should know before relying on the figures."""
+    """Return sentences about what limits the validity of the figures: notices, NaN, truncated documents, unusable files."""
     found = [f"{notice[:1].upper()}{notice[1:]}." for notice in summary["notices"]]
     if nan := [name for name, site in statistics.items() if site.nan]:
         others = f" and {len(nan) - MAX_NAMED} more" if len(nan) > MAX_NAMED else ""
@@ -92,6 +100,7 @@ def _notices(statistics: Statistics, summary: Mapping[str, Any]) -> list[str]:
 
 
 def _words(summary: Mapping[str, Any]) -> dict[str, str]:
+    """Return the texts about the conditions of the run, by title."""
     settings = ", ".join(f"{name} {value}" for name, value in summary["settings"].items() if value not in (None, False))
     machine = summary["machine"]
     return {

@@ -1,4 +1,7 @@
-"""A calibration in its folder: a checkpoint during the run; at the end statistics, a summary and a report."""
+"""Run a calibration in a folder.
+
+During the run, the folder holds a checkpoint. At the end, it holds the statistics, a summary and a report instead.
+"""
 
 import contextlib
 import os
@@ -21,12 +24,28 @@ from fastentropy.calibration.report import write_report
 from fastentropy.collector.collector import collect
 from fastentropy.collector.statistics import Statistics
 
+#: The names of the files in the folder.
 CHECKPOINT, STATISTICS, SUMMARY, PAGE = "checkpoint.safetensors", "statistics.safetensors", "summary.json", "report.html"
 
 
 @dataclass(frozen=True)
 class Options:
-    """The options of `fastentropy calibrate`; see its --help. `max_length` None is the default for the model."""
+    """The options of the command `fastentropy calibrate`.
+
+    Attributes:
+        model: the folder of a transformers model, or its name on the Hugging Face Hub.
+        data: the texts or images: a file, a folder, a glob pattern, or the name of a data set on the Hub.
+        column: the column (or JSON key) that holds the documents; None for the default of `open_corpus`.
+        batch_size: the rows of a batch.
+        max_length: the largest number of tokens in a row; None for 512 or the limit of the model, whichever is lower.
+        packing: whether rows are filled with several documents instead of padded.
+        max_tokens: end the run after this many tokens (or images), counted over all ranks; None for all data.
+        dtype: the dtype of the weights, a name in `DTYPES`.
+        device: the device of PyTorch on which the model is placed.
+        device_map: how the accelerate library spreads the model over several devices; None for `device` alone.
+        mask: the name of the model's argument that holds the padding mask; None counts padding too.
+        checkpoint_every: how many chunks (pieces of the data) each rank reads between two checkpoints.
+    """
 
     model: str
     data: str
@@ -52,27 +71,36 @@ class Options:
 
     @property
     def default_folder(self) -> Path:
-        """The folder, named after the model and the data, so that the same command continues an interrupted run."""
+        """The folder for a run that names none: runs/calibrate-MODEL-DATA.
+
+        The name is the same each time, so repeating a command continues its interrupted run.
+        """
         names = [os.path.basename(os.path.abspath(source)).partition(":")[0] for source in (self.model, self.data)]
         return Path("runs") / re.sub(r"[^\w.-]+", "_", "-".join(["calibrate", *names]))
 
 
-#: Makes the display of a run from two arguments: how much there is to do, in bytes of the corpus or in units, or None if it is
-#: unknown; and the unit, tokens or images.
+#: A function that opens the display of a run. Its arguments are the amount of work, and the unit of the data: "tokens" or
+#: "images". The amount is `max_tokens` if that is set, otherwise the size of the corpus in bytes, or None if that is unknown.
 OpenDisplay = Callable[[int | None, str], contextlib.AbstractContextManager[Display]]
 
 
 def run_calibration(
     options: Options, folder: Path, ranks: Ranks, open_display: OpenDisplay
 ) -> tuple[Statistics, dict[str, Any]]:
-    """Begin a run in a new or empty folder, or continue the run that the folder holds. All ranks must call it.
+    """Measure the activation statistics of a model over a corpus. All ranks must call it.
+
+    Args:
+        options: the options of the run.
+        folder: a new or empty folder, or the folder of an interrupted run, which is then continued.
+        ranks: the rank of this process and the number of ranks.
+        open_display: opens the display of the progress.
 
     Returns:
-        The statistics and the summary, which the folder holds at the end.
+        The statistics and the summary, as they are written to the folder.
 
     Raises:
-        ValueError: on rank 0, for an error that the user can fix.
-        RemoteRankError: on the other ranks.
+        ValueError: on rank 0, for an error that the user can fix on any rank.
+        RemoteRankError: on a rank that ends because of an error that is raised on another rank.
     """
     ranks.run_on_first(lambda: _check_folder(folder))
     corpus = ranks.run_on_all(lambda: open_corpus(options.data, column=options.column))
@@ -100,7 +128,10 @@ def run_calibration(
 
 
 def _check_folder(folder: Path) -> None:
-    """Raise ValueError if the folder holds something other than an interrupted run, or cannot be created."""
+    """Check that a run can use the folder: raise ValueError if it holds other files or cannot be written to.
+
+    Temporary files of a killed run are removed.
+    """
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not existing.is_dir():
         raise ValueError(f"{existing} is a file; name a folder with --output")
@@ -115,6 +146,16 @@ def _check_folder(folder: Path) -> None:
 
 
 def _load(options: Options, kind: str, ranks: Ranks) -> Pretrained:
+    """Load the model, and check the options that depend on it.
+
+    Args:
+        options: the options of the run.
+        kind: the kind of data in the corpus, "text" or "images".
+        ranks: the rank of this process and the number of ranks.
+
+    Raises:
+        ValueError: the model cannot be loaded, or an option does not fit it.
+    """
     if options.device_map is not None and ranks.world_size > 1:
         raise ValueError("--device-map spreads the model of one process over all devices; leave it out under torchrun")
     pretrained = load_pretrained(
@@ -129,6 +170,7 @@ def _load(options: Options, kind: str, ranks: Ranks) -> Pretrained:
 
 
 def _batches(options: Options, pretrained: Pretrained) -> TextBatches | ImageBatches:
+    """Return the object that makes batches for the model."""
     if pretrained.kind == "images":
         return ImageBatches(pretrained.processor, batch_size=options.batch_size)
     return TextBatches(
@@ -140,11 +182,12 @@ def _batches(options: Options, pretrained: Pretrained) -> TextBatches | ImageBat
 
 
 def _max_length(options: Options, pretrained: Pretrained) -> int:
+    """Return the largest number of tokens in a row: the option, or the default for the model."""
     return options.max_length or min(MAX_LENGTH, pretrained.max_length or MAX_LENGTH)
 
 
 def _settings(options: Options, pretrained: Pretrained, corpus: Corpus) -> dict[str, Any]:
-    """Return the settings that determine the counts; they must be the same when a run is continued."""
+    """Return the settings that determine the counts, by name. An interrupted run can be continued only with equal settings."""
     of_text = {"max length": _max_length(options, pretrained), "packing": options.packing, "mask": options.mask}
     return {
         "model": pretrained.fingerprint(),
@@ -159,6 +202,16 @@ def _settings(options: Options, pretrained: Pretrained, corpus: Corpus) -> dict[
 def _summary(
     options: Options, settings: dict[str, Any], outcome: Outcome, ranks: Ranks, pretrained: Pretrained, notice: str | None
 ) -> dict[str, Any]:
+    """Return the content of `summary.json`.
+
+    Args:
+        options: the options of the run.
+        settings: the settings that determine the counts, from `_settings`.
+        outcome: the result of the run.
+        ranks: the rank of this process and the number of ranks.
+        pretrained: the model.
+        notice: what the user should know about the padding, or None.
+    """
     neurons = sum(site.neurons for site in outcome.statistics.values())
     numbers = {name: value for name, value in asdict(outcome.tally).items() if name != "problems"}
     return {
@@ -181,7 +234,13 @@ def _summary(
 
 
 def _notices(pretrained: Pretrained, mask: str | None, notice: str | None) -> list[str]:
-    """Return what a reader should know before relying on the figures."""
+    """Return sentences about what limits the validity of the figures.
+
+    Args:
+        pretrained: the model.
+        mask: the name of the model's argument that holds the padding mask, or None.
+        notice: what the user should know about the padding, or None.
+    """
     notices = [] if notice is None else [notice]
     if pretrained.has_experts and pretrained.unit == "tokens" and mask is not None:
         notices.append(
@@ -192,7 +251,7 @@ def _notices(pretrained: Pretrained, mask: str | None, notice: str | None) -> li
 
 
 def _finish(folder: Path, statistics: Statistics, summary: dict[str, Any]) -> None:
-    """Write the results, and remove the checkpoint last."""
+    """Write statistics, report and summary to the folder, then remove the checkpoint, which marks the run as unfinished."""
     statistics.save(folder / STATISTICS)
     write_report(statistics, summary, folder / PAGE)
     save_json(summary, folder / SUMMARY)

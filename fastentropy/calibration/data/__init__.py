@@ -1,1 +1,1 @@
-"""Read a corpus, and make batches of it."""
+"""Read a corpus of texts or images in chunks, and make batches of its documents for a model."""

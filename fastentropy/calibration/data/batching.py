@@ -1,6 +1,6 @@
-"""Make batches of the documents of a chunk: token sequences, padded or packed, or images.
+"""Make batches of the documents of a chunk (a piece of the corpus): padded or packed sequences of tokens, or images.
 
-The batches depend on the chunk alone, so that they are the same on any rank.
+The batches depend on the chunk alone, so they do not change with the number of ranks.
 """
 
 import io
@@ -14,23 +14,24 @@ from torch import Tensor
 from fastentropy._utils.optional import require
 from fastentropy.calibration.data.documents import Chunk, Document, Problems
 
-#: How many documents are passed to the tokenizer at a time.
+#: The largest number of texts that are passed to the tokenizer in one call.
 MAX_TOKENIZED = 64
-#: How many characters are passed to it at a time: a tokenizer needs some hundred bytes per token.
+#: No further text is added to a call once it has this many characters. Larger calls would take much memory, because a tokenizer
+#: needs some hundred bytes per token.
 MAX_CHARACTERS = 1 << 20
-#: The decoders of pillow that may be used; some others start programs.
+#: The formats that pillow may decode. Others are excluded, because some of their decoders start programs.
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 
 
 class Batch(NamedTuple):
-    """The arguments of a model, on the CPU, and what they contain.
+    """The inputs of a model for one forward pass, and how much data they hold.
 
     Attributes:
-        inputs: keyword arguments of the model.
-        tokens: tokens without padding, special tokens included; in a batch of images, the images.
-        documents: documents that begin in the batch.
-        truncated: how many of them were truncated.
-        tokens_cut: tokens lost by that.
+        inputs: keyword arguments of the model, tensors on the CPU.
+        tokens: the number of tokens, with special tokens and without padding; in a batch of images, the number of images.
+        documents: the number of documents (texts or images) that begin in the batch.
+        truncated: how many of these documents were truncated.
+        tokens_cut: how many tokens were removed by truncation.
     """
 
     inputs: dict[str, Tensor]
@@ -41,7 +42,13 @@ class Batch(NamedTuple):
 
 
 class Row(NamedTuple):
-    """The tokens of one row of a batch, the number of documents that begin in it, and of tokens that were cut off."""
+    """The tokens of one row of a batch.
+
+    Attributes:
+        tokens: the ids of the tokens, without padding.
+        documents: the number of documents that begin in the row. The separator before a document counts as its beginning.
+        cut: how many tokens were removed from the document by truncation.
+    """
 
     tokens: list[int]
     documents: int
@@ -49,27 +56,31 @@ class Row(NamedTuple):
 
 
 class TextBatches:
-    """Makes batches of texts: input_ids and attention_mask, int64 [rows, tokens].
+    """Makes batches of texts. The inputs of a batch are `input_ids` and `attention_mask`, both int64 [rows, tokens].
 
-    Padded: each row is a document, truncated to max_length, and padded to the longest of the batch on the tokenizer's side.
-    Packed: the documents of a chunk form one sequence, with EOS between them, which is cut into rows of max_length. No token
-    is lost, and only the last row is padded.
+    Without packing, each row holds one document. It is truncated to `max_length` tokens, and padded to the longest row of the
+    batch on the side that the tokenizer prescribes.
+
+    With packing, the documents of a chunk are joined to one sequence, with an EOS token between them unless the tokenizer ends
+    documents with a special token anyway. The sequence is cut into rows of `max_length` tokens. No token is lost, and only the
+    last row of a chunk may be padded.
 
     Attributes:
-        notice: what the user should know about the padding, or None.
+        notice: a sentence for the user about the padding token, or None.
     """
 
     def __init__(self, tokenizer: Any, *, batch_size: int, max_length: int, packing: bool = False) -> None:
-        """Make batches with a tokenizer of transformers.
+        """Prepare to make batches.
 
         Args:
-            tokenizer: the tokenizer.
-            batch_size: rows of a batch.
-            max_length: the largest number of tokens in a row.
-            packing: fill rows with several documents, instead of padding them.
+            tokenizer: a tokenizer of transformers.
+            batch_size: the number of rows in a batch. The last batch of a chunk may have fewer.
+            max_length: the largest number of tokens in a row, special tokens included.
+            packing: whether rows are filled with several documents instead of padded.
 
         Raises:
-            ValueError: the tokenizer lacks the special tokens that this needs, or max_length leaves no room for text.
+            ValueError: the tokenizer lacks a special token that padding or packing needs, or `max_length` leaves no room for
+                text.
         """
         self._tokenizer, self._batch_size, self._max_length, self._packing = tokenizer, batch_size, max_length, packing
         self._special = tokenizer.num_special_tokens_to_add()
@@ -82,27 +93,37 @@ class TextBatches:
         self._padding, self.notice = _padding(tokenizer, is_needed=batch_size > 1 and not packing)
 
     def batches(self, chunk: Chunk) -> Iterator[Batch]:
-        """Yield the batches of a chunk, without documents that have no tokens."""
+        """Yield the batches of a chunk. Documents that consist of special tokens only are left out."""
         sequences = self._tokenized(chunk.documents)
         rows = self._packed(sequences) if self._packing else self._truncated(sequences)
         while group := list(itertools.islice(rows, self._batch_size)):
             yield self._stack(group)
 
     def _tokenized(self, documents: Iterable[Document]) -> Iterator[tuple[str, list[int]]]:
-        """Yield each text with all its tokens."""
+        """Yield each text with the ids of all its tokens. Texts that consist of special tokens only are left out."""
         for texts in _groups(documents):
             for text, tokens in zip(texts, self._encode(texts), strict=True):
                 if len(tokens) > self._special:
                     yield text, tokens
 
     def _truncated(self, sequences: Iterable[tuple[str, list[int]]]) -> Iterator[Row]:
+        """Yield one row for each text, truncated to `max_length` tokens.
+
+        Args:
+            sequences: what `_tokenized` yields.
+        """
         for text, tokens in sequences:
             cut = max(len(tokens) - self._max_length, 0)
-            if cut:  # the tokenizer knows the side to cut, and which special tokens stay
+            if cut:  # the tokenizer knows which side to cut and which special tokens to keep
                 tokens = self._encode([text], truncation=True, max_length=self._max_length)[0]
             yield Row(tokens, 1, cut)
 
     def _packed(self, sequences: Iterable[tuple[str, list[int]]]) -> Iterator[Row]:
+        """Join all texts to one sequence of tokens, and yield rows of `max_length` tokens. The last one may be shorter.
+
+        Args:
+            sequences: what `_tokenized` yields.
+        """
         row: list[int] = []
         documents = 0
         for index, (_, tokens) in enumerate(sequences):
@@ -117,10 +138,12 @@ class TextBatches:
             yield Row(row, documents)
 
     def _encode(self, texts: list[str], **options: Any) -> list[list[int]]:
+        """Return the ids of the tokens of each text, special tokens included. `options` are passed to the tokenizer."""
         encoded = self._tokenizer(texts, return_attention_mask=False, return_token_type_ids=False, verbose=False, **options)
         return list(encoded["input_ids"])
 
     def _stack(self, rows: Sequence[Row]) -> Batch:
+        """Pad rows to the length of the longest one, and return them as a batch."""
         width = max(len(row.tokens) for row in rows)
         input_ids = torch.full((len(rows), width), self._padding)
         attention_mask = torch.zeros_like(input_ids)
@@ -138,13 +161,17 @@ class TextBatches:
 
 
 class ImageBatches:
-    """Makes batches of images: pixel_values, in the dtype and shape that the image processor returns."""
+    """Makes batches of images. The input is `pixel_values`, with the dtype and the shape that the image processor returns."""
 
-    #: Images need no notice.
+    #: A sentence for the user, as in `TextBatches`. There is none for images.
     notice = None
 
     def __init__(self, image_processor: Any, *, batch_size: int) -> None:
-        """Make batches with an image processor of transformers.
+        """Prepare to make batches.
+
+        Args:
+            image_processor: an image processor of transformers.
+            batch_size: the number of images in a batch. The last batch of a chunk may have fewer.
 
         Raises:
             ValueError: pillow is not installed.
@@ -153,14 +180,14 @@ class ImageBatches:
         self._pillow = require("PIL.Image", "reading images"), require("PIL.ImageOps", "reading images")
 
     def batches(self, chunk: Chunk) -> Iterator[Batch]:
-        """Yield the batches of a chunk. An image that cannot be decoded is skipped, and added to the chunk's problems."""
+        """Yield the batches of a chunk. An image that cannot be decoded is left out and added to the problems of the chunk."""
         images = self._decoded(chunk.documents, chunk.problems)
         while group := list(itertools.islice(images, self._batch_size)):
             pixels = self._processor(images=group, return_tensors="pt")["pixel_values"]
             yield Batch({"pixel_values": pixels}, tokens=len(group), documents=len(group))
 
     def _decoded(self, documents: Iterable[Document], problems: Problems) -> Iterator[Any]:
-        """Yield the images, RGB and upright."""
+        """Yield the images as RGB images of pillow, turned upright by their EXIF data. Add undecodable ones to `problems`."""
         image_module, operations = self._pillow
         for content, place in documents:
             try:
@@ -173,7 +200,7 @@ class ImageBatches:
 
 
 def _groups(documents: Iterable[Document]) -> Iterator[list[str]]:
-    """Yield lists of texts that are tokenised in one call."""
+    """Divide texts into lists, and yield the lists. Each is short enough to be tokenised in one call."""
     group: list[str] = []
     characters = 0
     for content, _ in documents:
@@ -187,10 +214,12 @@ def _groups(documents: Iterable[Document]) -> Iterator[list[str]]:
 
 
 def _separator(tokenizer: Any) -> list[int]:
-    """Return the tokens between documents: EOS, or none if the tokenizer ends each document with a special token.
+    """Return the ids of the tokens to insert between documents when they are packed into rows.
+
+    This is EOS, or nothing if the tokenizer ends each document with a special token anyway.
 
     Raises:
-        ValueError: the tokenizer has neither.
+        ValueError: the tokenizer has no EOS token and ends documents with no special token.
     """
     mask = tokenizer("a", return_special_tokens_mask=True)["special_tokens_mask"]
     if mask and mask[-1]:
@@ -204,9 +233,14 @@ def _separator(tokenizer: Any) -> list[int]:
 
 
 def _padding(tokenizer: Any, is_needed: bool) -> tuple[int, str | None]:
-    """Return the token to pad with, and a notice if it is not the tokenizer's padding token.
+    """Choose the token to pad with. Any token that the model knows would do, because padding is masked.
 
-    Since padding is masked, any token that the model knows would do.
+    Args:
+        tokenizer: a tokenizer of transformers.
+        is_needed: whether rows will be padded.
+
+    Returns:
+        The id of the token, and a sentence for the user if EOS replaces a missing padding token; otherwise None.
 
     Raises:
         ValueError: padding is needed, but the tokenizer has neither a padding token nor EOS.
@@ -224,4 +258,5 @@ def _padding(tokenizer: Any, is_needed: bool) -> tuple[int, str | None]:
 
 
 def _name(tokenizer: Any) -> str:
+    """Return the name of a tokenizer for a message."""
     return tokenizer.name_or_path or type(tokenizer).__name__

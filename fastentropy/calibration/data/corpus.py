@@ -1,7 +1,8 @@
-"""A corpus: the data that the user named, in chunks that any number of ranks read without overlap, starting at any chunk.
+"""Read a corpus: the texts or images that the user named.
 
-Rank r reads the chunks r, r + world size, r + 2 × world size and so on. The chunks depend on the files alone, so that a run can
-be continued with another number of ranks, and any number gives the same batches.
+A corpus is divided into numbered chunks, each of which can be read without the earlier ones. Rank r of a run reads the chunks
+r, r + world size, r + 2 × world size and so on. The chunks depend on the files alone, so every number of ranks gives the same
+batches, and a run can be continued with another number of ranks.
 """
 
 import bisect
@@ -24,7 +25,7 @@ from fastentropy.calibration.data.parquet import ParquetFile, RowGroup, open_par
 from fastentropy.calibration.data.streaming import is_dataset_name, open_stream
 from fastentropy.calibration.data.text import TEXT_CHUNK, TextFile, parse_json, parse_line
 
-#: The suffix of a file's name -> how the file is read.
+#: How a file is read, by the suffix of its name.
 FORMATS = {
     **dict.fromkeys((".txt", ".text", ".md"), "lines"),
     **dict.fromkeys((".jsonl", ".ndjson", ".json-lines"), "json"),
@@ -37,15 +38,16 @@ FilePart = TextFile | ParquetFile | ImageFiles
 
 @dataclass(frozen=True)
 class Corpus:
-    """Texts or images in numbered chunks.
+    """Texts or images, divided into numbered chunks.
 
     Attributes:
-        source: what the user named.
-        kind: "text" or "images".
-        size: bytes of all files, or None if it is unknown.
-        fingerprint: 16 hexadecimal digits, which differ for other files, sizes or columns.
-        parts: the files, or the stream, in order.
-        problems: of files that are left out. They are the same on every rank, so only one rank may report them.
+        source: what the user named: a path, a glob pattern or the name of a data set.
+        kind: the kind of the documents, "text" or "images".
+        size: the size of all files in bytes, or None if it is unknown.
+        fingerprint: a hash of the names and sizes of all files, or of the name of the data set, and of the column, as 16
+            hexadecimal digits. Runs over corpora with different fingerprints cannot continue each other.
+        parts: what the corpus is read from, in order: files, groups of image files, or one stream.
+        problems: the reasons why files are left out. They are the same on every rank, so only one rank may report them.
     """
 
     source: str
@@ -57,16 +59,23 @@ class Corpus:
 
     @property
     def chunks(self) -> int | None:
-        """The number of chunks, or None if only reading to the end shows it."""
+        """The number of chunks, or None if it is unknown until the corpus has been read to its end."""
         return None if self._ends is None else self._ends[-1]
 
     def read(self, first: int = 0, step: int = 1) -> Iterator[Chunk]:
-        """Yield the chunks first, first + step, first + 2 × step and so on, to the end; earlier chunks are not read.
+        """Yield the chunks with the numbers first, first + step, first + 2 × step and so on, up to the end of the corpus.
 
-        Documents are read while they are iterated.
+        The documents of a chunk are read while the caller iterates over them.
+
+        Args:
+            first: the number of the first chunk to yield.
+            step: the distance between the numbers of two chunks.
+
+        Returns:
+            An iterator over the chunks.
 
         Raises:
-            OSError: a streamed data set breaks off.
+            OSError: a streamed data set cannot be read any further.
         """
         for number in itertools.count(first, step):
             located = self._locate(number)
@@ -80,7 +89,7 @@ class Corpus:
             yield Chunk(number, part.size_of(chunk), documents, problems)
 
     def _locate(self, number: int) -> tuple[Part, int] | None:
-        """Return the part that holds a chunk, and the number of the chunk in the part."""
+        """Return the part that holds a chunk, and the number of the chunk within the part; None if there is no such chunk."""
         if self._ends is None:
             return self.parts[0], number
         if number >= self._ends[-1]:
@@ -90,24 +99,27 @@ class Corpus:
 
     @functools.cached_property
     def _ends(self) -> list[int] | None:
-        """How many chunks precede each part, and the number of all chunks; None if it is unknown."""
+        """For each part, the number of chunks before it; then the number of all chunks. None if any of these is unknown."""
         counts = [part.chunks for part in self.parts]
         known = [count for count in counts if count is not None]
         return list(itertools.accumulate(known, initial=0)) if len(known) == len(counts) else None
 
 
 def open_corpus(source: str, *, column: str | None = None) -> Corpus:
-    """Open a corpus. Files that cannot be used become problems of the corpus.
+    """Open a corpus. A file that cannot be used is left out, and the reason is added to the problems of the corpus.
 
     Args:
-        source: a file; a folder, which stands for all files in and below it of the kinds in FORMATS, without names that begin
-            with a dot; a glob pattern; or the name of a data set (org/name, org/name:config or org/name:config:split), which
-            the `datasets` library streams.
-        column: the key of JSON lines (`text` by default), or the column of tables (by default the first of `text`, `image` and
-            `img`), that holds the documents.
+        source: one of four: a file; a folder, for all files of the kinds in `FORMATS` in and below it, except names that begin
+            with a dot; a glob pattern; or the name of a data set (org/name, org/name:config or org/name:config:split), to
+            stream it by the `datasets` library.
+        column: the column of a table, or the key of a JSON line, that holds the document. With None, it is `text` for JSON
+            lines, and the first of `text`, `image` and `img` that a table has.
+
+    Returns:
+        The corpus. `Corpus.read` reads its documents.
 
     Raises:
-        ValueError: nothing can be used, or texts and images are mixed.
+        ValueError: no file can be used, texts and images are mixed, or the data set cannot be opened.
     """
     problems = Problems()
     paths = _find(source, problems)
@@ -121,7 +133,11 @@ def open_corpus(source: str, *, column: str | None = None) -> Corpus:
 
 
 def _find(source: str, problems: Problems) -> list[str] | None:
-    """Return the sorted paths that a source stands for, or None if it is neither a path nor a pattern."""
+    """Return the sorted paths of the files that a source stands for.
+
+    The result is None if the source is neither an existing path nor a glob pattern. Folders that cannot be read are added to
+    `problems`. If the source is a single file of an unknown kind, a ValueError is raised.
+    """
     if os.path.isdir(source):
         return sorted(_files_below(source, problems))
     if os.path.exists(source):
@@ -138,9 +154,13 @@ def _find(source: str, problems: Problems) -> list[str] | None:
 
 
 def _files_below(folder: str, problems: Problems) -> Iterator[str]:
-    """Yield the files of known kinds in and below a folder. Links to files, as in the Hub's cache, are followed; others not."""
+    """Yield the paths of the files of known kinds in and below a folder. Add folders that cannot be read to `problems`.
+
+    Symbolic links to files are followed, because the cache of the Hugging Face Hub consists of them. Links to folders are not.
+    """
 
     def note(error: OSError) -> None:
+        """Add a folder that cannot be read to the problems."""
         problems.add(Place(str(error.filename), "byte", 0), f"cannot be read: {error.strerror}")
 
     for root, folders, names in os.walk(folder, onerror=note):
@@ -151,7 +171,17 @@ def _files_below(folder: str, problems: Problems) -> Iterator[str]:
 
 
 def _open_files(source: str, paths: Sequence[str], column: str | None, problems: Problems) -> Corpus:
-    """Open the files of a corpus, and add what is wrong with any of them to `problems`."""
+    """Open a corpus of files.
+
+    Args:
+        source: what the user named, for messages.
+        paths: the paths of the files.
+        column: the column or key of the documents, or None for the default.
+        problems: receives the reason for each file that is left out.
+
+    Raises:
+        ValueError: no file can be used, or texts and images are mixed.
+    """
     files = list(_usable(paths, problems))
     parts = list(_parts(files, column, problems))
     if not parts:
@@ -163,7 +193,7 @@ def _open_files(source: str, paths: Sequence[str], column: str | None, problems:
 
 
 def _usable(paths: Iterable[str], problems: Problems) -> Iterator[tuple[str, int]]:
-    """Yield the files that are not empty and may be read, with their sizes in bytes."""
+    """Yield the path and the size in bytes of each file that is not empty and may be read. Add the others to `problems`."""
     for path in paths:
         try:
             status = os.stat(path)
@@ -182,7 +212,13 @@ def _usable(paths: Iterable[str], problems: Problems) -> Iterator[tuple[str, int
 
 
 def _parts(files: Iterable[tuple[str, int]], column: str | None, problems: Problems) -> Iterator[FilePart]:
-    """Yield the parts of a corpus, in the order of its files. Consecutive image files form one part."""
+    """Yield the parts of a corpus in the order of its files. Consecutive image files form one part.
+
+    Args:
+        files: the path and the size in bytes of each file.
+        column: the column or key of the documents, or None for the default.
+        problems: receives the reason for each file that cannot be opened.
+    """
     cursor = row_group_cursor()
     for are_images, group in itertools.groupby(files, key=lambda file: _format(file[0]) == "image"):
         if are_images:
@@ -196,6 +232,14 @@ def _parts(files: Iterable[tuple[str, int]], column: str | None, problems: Probl
 
 
 def _open_file(path: str, size: int, column: str | None, cursor: Cursor[RowGroup, Any]) -> TextFile | ParquetFile:
+    """Open a file of texts, or a parquet file. Raise ValueError if it cannot be used.
+
+    Args:
+        path: the path of the file.
+        size: its size in bytes.
+        column: the column or key of the documents, or None for the default.
+        cursor: reads the rows of all parquet files.
+    """
     match _format(path):
         case "parquet":
             return open_parquet(path, size, column, cursor)
@@ -206,7 +250,7 @@ def _open_file(path: str, size: int, column: str | None, cursor: Cursor[RowGroup
 
 
 def _common_kind(source: str, parts: Iterable[FilePart]) -> str:
-    """Return "text" or "images"; raise ValueError if there are both."""
+    """Return the kind of all parts, "text" or "images". Raise ValueError if the parts have both kinds."""
     examples = {part.kind: part.path for part in parts}
     if len(examples) > 1:
         raise ValueError(
@@ -217,15 +261,20 @@ def _common_kind(source: str, parts: Iterable[FilePart]) -> str:
 
 
 def _fingerprint(files: Sequence[tuple[str, int]], column: str | None) -> str:
-    """Return a digest of all that determines the chunks, with names relative to the common folder of all files."""
+    """Return a hash of everything that determines the chunks.
+
+    File names are taken relative to the common folder of all files, so the hash does not change if this folder is moved.
+    """
     folder = os.path.commonpath([os.path.dirname(path) for path, _ in files])
     names = [[os.path.relpath(path, folder or os.curdir), size] for path, size in files]
     return _digest([names, column, TEXT_CHUNK, ROWS_PER_CHUNK])
 
 
 def _digest(values: object) -> str:
+    """Return a hash of values that JSON can represent, as 16 hexadecimal digits."""
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
 
 
 def _format(path: str) -> str | None:
+    """Return how a file is read, a value of `FORMATS`, or None if the suffix of its name is unknown."""
     return FORMATS.get(os.path.splitext(path)[1].lower())

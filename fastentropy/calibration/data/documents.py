@@ -1,18 +1,26 @@
-"""What reading a corpus gives: chunks of documents, and the problems that occurred."""
+"""The types that reading a corpus returns: documents, the chunks into which a corpus is divided, and problems."""
 
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple, Protocol
 
-#: Rows of a table, or image files, per chunk: about as much work as a chunk of text, and enough chunks for many ranks.
+#: The number of rows of a table, or of image files, in a chunk. Such a chunk is about as much work as one of a text file, and a
+#: corpus has enough chunks for many ranks.
 ROWS_PER_CHUNK = 256
-#: Longer texts, in bytes or characters, are skipped: they are probably broken files, and their tokens would fill memory.
+#: The greatest length of a text: bytes of a line in a file, or characters of a cell in a table. Longer texts are skipped,
+#: because they are probably damaged, and their tokens would fill memory.
 MAX_TEXT = 16 << 20
-#: How many problems are listed separately; problems of the same kind in further files are counted together.
+#: How many problems are listed separately. After that, the problems of one kind in all further files are counted as one.
 MAX_PROBLEMS = 1000
 
 
 class Place(NamedTuple):
-    """A position in a file: the byte or the row of that number, from 0."""
+    """A position in a file.
+
+    Attributes:
+        path: the path of the file, or the name of a data set.
+        unit: what `position` counts, "byte" or "row".
+        position: the number of the byte or row, from 0.
+    """
 
     path: str
     unit: str
@@ -20,14 +28,22 @@ class Place(NamedTuple):
 
 
 class Document(NamedTuple):
-    """A text or the bytes of an encoded image, and the place where it was found."""
+    """A text, or the content of an image file as bytes; and the place where the document was found."""
 
     content: str | bytes
     place: Place
 
 
 class Problem(NamedTuple):
-    """What is wrong with a file or its documents, how many times, and the byte or row where it first occurred."""
+    """A problem with a file or with documents in it.
+
+    Attributes:
+        path: the path of the file, or the name of a data set.
+        what: what is wrong, as a phrase.
+        unit: what `position` counts, "byte" or "row".
+        position: the number of the byte or row where the problem first occurred, from 0.
+        times: how many times it occurred.
+    """
 
     path: str
     what: str
@@ -41,19 +57,22 @@ class Problem(NamedTuple):
 
 
 class Problems:
-    """Problems by path and kind, which add up over chunks, ranks and restarts. Iterated in the order of their occurrence."""
+    """A collection of problems, with one entry for each file and kind of problem, in the order in which they first occurred.
+
+    The collections of several chunks, ranks or parts of a run can be added up.
+    """
 
     def __init__(self, problems: Iterable[Problem] = ()) -> None:
-        """Begin with some problems, for example those read from a checkpoint."""
+        """Create a collection that holds the given problems."""
         self._problems: dict[tuple[str, str, str], Problem] = {}
         self.update(problems)
 
     def add(self, place: Place, what: str, times: int = 1) -> None:
-        """Count a problem."""
+        """Add a problem that occurred `times` times at a place. `what` says what is wrong, as a phrase."""
         self.update([Problem(place.path, what, place.unit, place.position, times)])
 
     def update(self, problems: Iterable[Problem]) -> None:
-        """Add problems. Those of one path and kind become one, at the smallest position."""
+        """Add problems. Problems with the same path, phrase and unit become one entry with the smallest of their positions."""
         for problem in problems:
             if problem[:3] not in self._problems and len(self._problems) >= MAX_PROBLEMS:
                 problem = problem._replace(path="further files", position=0)
@@ -62,22 +81,22 @@ class Problems:
             self._problems[problem[:3]] = problem._replace(position=position, times=times)
 
     def __iter__(self) -> Iterator[Problem]:
-        """Iterate over the problems, one for each path and kind."""
+        """Iterate over the entries."""
         return iter(self._problems.values())
 
     def __len__(self) -> int:
-        """Return the number of paths and kinds."""
+        """Return the number of entries."""
         return len(self._problems)
 
 
 class Chunk(NamedTuple):
-    """A piece of a corpus: what one rank reads at a time.
+    """A piece of a corpus. It is the unit of work that is given to a rank.
 
     Attributes:
-        number: the number of the chunk, from 0.
-        size: its size in bytes of the files; 0 if it is unknown.
-        documents: its documents, which can be iterated once.
-        problems: its problems, complete once the documents are exhausted.
+        number: the number of the chunk in the corpus, from 0.
+        size: how many bytes it takes up in the files of the corpus; 0 if that is unknown.
+        documents: the documents of the chunk. They can be iterated over only once, and are read while this is done.
+        problems: the problems of the chunk. They are complete after the iteration over the documents.
     """
 
     number: int
@@ -87,18 +106,26 @@ class Chunk(NamedTuple):
 
 
 class Part(Protocol):
-    """A file, or another source that is divided into chunks."""
+    """A part of a corpus that is divided into chunks: a file, a group of image files, or a streamed data set."""
 
     @property
     def chunks(self) -> int | None:
-        """The number of chunks, or None if only reading to the end shows it."""
+        """The number of chunks, or None if it is unknown until the part has been read to its end."""
 
     def size_of(self, chunk: int) -> int:
-        """Return the size of a chunk in bytes of the file."""
+        """Return how many bytes a chunk takes up in the files; 0 if unknown. `chunk` is its number in the part, from 0."""
 
     def read(self, chunk: int, problems: Problems) -> Iterator[Document] | None:
-        """Read the documents of a chunk, and add problems to `problems`; return None if there is no such chunk."""
+        """Return an iterator that reads the documents of a chunk.
+
+        Args:
+            chunk: the number of the chunk within the part, from 0.
+            problems: receives the problems that occur while the documents are read.
+
+        Returns:
+            The documents. None if `chunks` is None and the part ends before this chunk.
+        """
 
 
 class DocumentError(ValueError):
-    """A document that cannot be used; the message is the problem."""
+    """Raised for a document that cannot be used. The message is the phrase that says what is wrong."""

@@ -1,4 +1,7 @@
-"""Parquet files: a chunk is a range of rows within a row group, of which only one column is read."""
+"""Read parquet files. A chunk, the unit of work of a rank, is a range of rows within one row group.
+
+Only the column that holds the documents is read.
+"""
 
 import bisect
 import itertools
@@ -13,14 +16,21 @@ from fastentropy.calibration.data.columns import choose_column, documents_of
 from fastentropy.calibration.data.cursor import Cursor
 from fastentropy.calibration.data.documents import ROWS_PER_CHUNK, Document, Place, Problems
 
-#: Rows decoded at a time. Only these are in memory; a row group may have a million.
+#: How many rows are decoded at a time. Only these are in memory, because a row group may have a million rows.
 ROWS_DECODED = 64
-#: Bytes of a file read at a time. Without a buffer, pyarrow reads the column of a whole row group.
+#: How many bytes of a file are read at a time. Without a buffer, pyarrow would read the whole column of a row group.
 BUFFER = 1 << 20
 
 
 class RowGroup(NamedTuple):
-    """A column in a row group of a file. If the column is a struct, `inner` is the field with the images."""
+    """The column to read in a row group of a file.
+
+    Attributes:
+        path: the path of the file.
+        number: the number of the row group in the file, from 0.
+        column: the name of the column.
+        inner: the field that holds the images if the column is a struct, otherwise None.
+    """
 
     path: str
     number: int
@@ -30,7 +40,17 @@ class RowGroup(NamedTuple):
 
 @dataclass(frozen=True)
 class ParquetFile:
-    """A file of `size` bytes whose row groups have `rows` rows; `kind` is "text" or "images"."""
+    """A parquet file as a part of a corpus.
+
+    Attributes:
+        path: the path of the file.
+        size: the size of the file in bytes.
+        kind: the kind of the documents, "text" or "images".
+        column: the name of the column that holds them.
+        inner: the field that holds the images if the column is a struct, otherwise None.
+        rows: the number of rows in each row group.
+        cursor: reads rows of row groups. All parquet files of a corpus share it.
+    """
 
     path: str
     size: int
@@ -42,23 +62,38 @@ class ParquetFile:
 
     @property
     def chunks(self) -> int:
-        """The number of chunks."""
+        """The number of chunks into which the file is divided."""
         return self._ends[-1]
 
     def size_of(self, chunk: int) -> int:
-        """Return the size of a chunk in bytes: its share of the rows, rounded so that all chunks add up to the file."""
+        """Return the size of a chunk in bytes, estimated from its share of the rows. `chunk` is its number, from 0.
+
+        The sizes are rounded in such a way that their sum is the size of the file.
+        """
         total = sum(self.rows)
         before, rows = self._rows_of(chunk)[1:]
         first, last = before + rows.start, before + rows.stop
         return self.size * last // total - self.size * first // total
 
     def read(self, chunk: int, problems: Problems) -> Iterator[Document]:
-        """Yield the documents of a chunk."""
+        """Yield the documents of a chunk.
+
+        Args:
+            chunk: the number of the chunk, from 0.
+            problems: receives the problems of documents and rows that cannot be read.
+        """
         group, before, rows = self._rows_of(chunk)
         yield from documents_of(self._cells(group, before, rows, problems), self.path, self.column, self.kind, problems)
 
     def _cells(self, group: int, before: int, rows: range, problems: Problems) -> Iterator[tuple[int, Any]]:
-        """Yield the cells of rows of a row group, with their row numbers in the file; the group starts at row `before`."""
+        """Yield cells of the column, each as its row number in the file and its value as a Python object.
+
+        Args:
+            group: the number of the row group.
+            before: how many rows of the file precede the row group.
+            rows: the numbers of the rows within the row group.
+            problems: receives the problems of cells that cannot be read.
+        """
         arrow = require("pyarrow", "reading parquet")
         wanted = rows.start
         try:
@@ -75,22 +110,36 @@ class ParquetFile:
             problems.add(Place(self.path, "row", before + wanted), f"cannot be read: {one_line(error)}", rows.stop - wanted)
 
     def _rows_of(self, chunk: int) -> tuple[int, int, range]:
-        """Return the row group of a chunk, how many rows of the file precede the group, and the rows within the group."""
+        """Locate a chunk.
+
+        Returns:
+            The number of its row group, how many rows of the file precede this row group, and the numbers of the chunk's rows
+            within the row group.
+        """
         group = bisect.bisect_right(self._ends, chunk) - 1
         start = (chunk - self._ends[group]) * ROWS_PER_CHUNK
         return group, sum(self.rows[:group]), range(start, min(start + ROWS_PER_CHUNK, self.rows[group]))
 
     @cached_property
     def _ends(self) -> list[int]:
-        """How many chunks precede each row group, and the number of all chunks."""
+        """For each row group, the number of chunks before it; then the number of all chunks."""
         return list(itertools.accumulate((-(-rows // ROWS_PER_CHUNK) for rows in self.rows), initial=0))
 
 
 def open_parquet(path: str, size: int, column: str | None, cursor: Cursor[RowGroup, Any]) -> ParquetFile:
-    """Open a file by its metadata.
+    """Open a parquet file. Only its metadata is read.
+
+    Args:
+        path: the path of the file.
+        size: its size in bytes.
+        column: the column that holds the documents, or None for the default of `choose_column`.
+        cursor: reads the rows, from `row_group_cursor`.
+
+    Returns:
+        The file as a part of a corpus.
 
     Raises:
-        ValueError: the file cannot be used. The message is a phrase without the path.
+        ValueError: the file cannot be used. The message has no subject; the caller puts the path before it.
     """
     arrow, parquet = require("pyarrow", "reading parquet"), require("pyarrow.parquet", "reading parquet")
     try:
@@ -107,12 +156,17 @@ def open_parquet(path: str, size: int, column: str | None, cursor: Cursor[RowGro
 
 
 def row_group_cursor() -> Cursor[RowGroup, Any]:
-    """Return a cursor for the row groups of any number of files; one file is open at a time."""
+    """Return a cursor that reads the row groups of any number of files. Only one file is open at a time."""
     return Cursor(_open_row_group)
 
 
 def _open_row_group(source: RowGroup, start: int) -> Generator[Any, None, None]:
-    """Yield the cells, as pyarrow scalars, from a row on. Earlier rows are decoded, but not converted."""
+    """Yield the cells of a column in a row group as pyarrow scalars. Earlier rows are decoded too, but not yielded.
+
+    Args:
+        source: the column and the row group.
+        start: the number of the first row to yield, within the row group.
+    """
     parquet = require("pyarrow.parquet", "reading parquet")
     leaf = source.column if source.inner is None else f"{source.column}.{source.inner}"
     with parquet.ParquetFile(source.path, buffer_size=BUFFER) as file:
@@ -122,7 +176,18 @@ def _open_row_group(source: RowGroup, start: int) -> Generator[Any, None, None]:
 
 
 def _kind(types: Any, column: Any) -> tuple[str, str | None]:
-    """Return "text" or "images", and the field of a struct with the images; raise ValueError if the column is neither."""
+    """Find out what a column holds.
+
+    Args:
+        types: the module `pyarrow.types`.
+        column: the pyarrow field of the column.
+
+    Returns:
+        "text" or "images", and the field that holds the images if the column is a struct, otherwise None.
+
+    Raises:
+        ValueError: the column holds neither texts nor images. The message has no subject; the path is put before it.
+    """
     inner = "bytes" if types.is_struct(column.type) and column.type.get_field_index("bytes") >= 0 else None
     cells = column.type if inner is None else column.type.field(inner).type
     cells = cells.value_type if types.is_dictionary(cells) else cells

@@ -1,7 +1,8 @@
-"""Streamed data sets of the `datasets` library: a chunk is a shard if there are many, and otherwise a range of rows.
+"""Stream data sets by the `datasets` library.
 
-A rank reads only its own shards. Ranges of rows let any number of ranks share a single file; since it has no index, each rank
-also reads the rows of the others, and skips them.
+A chunk, the unit of work of a rank, is a shard of the data set if there are many shards, and otherwise a range of rows. If
+chunks are shards, a rank reads only its own ones. If chunks are ranges of rows, any number of ranks can share a single file.
+Each rank then also reads the rows of the other ranks, because the file has no index, and skips them.
 """
 
 import itertools
@@ -16,7 +17,8 @@ from fastentropy.calibration.data.columns import choose_column, documents_of
 from fastentropy.calibration.data.cursor import Cursor
 from fastentropy.calibration.data.documents import ROWS_PER_CHUNK, Document, Problems
 
-#: With at least this many shards, a shard is a chunk; with fewer, too many ranks would have nothing to do.
+#: If a data set has at least this many shards, a shard is a chunk. With fewer shards, many ranks would have nothing to do, so
+#: a chunk is a range of rows.
 MANY_SHARDS = 64
 
 _NAME = re.compile(r"(?P<path>\w[\w.-]*(/\w[\w.-]*)?)(:(?P<config>[\w.-]*))?(:(?P<split>[\w.-]+))?")
@@ -24,7 +26,14 @@ _NAME = re.compile(r"(?P<path>\w[\w.-]*(/\w[\w.-]*)?)(:(?P<config>[\w.-]*))?(:(?
 
 @dataclass(frozen=True)
 class Shards:
-    """A data set of many shards, each of which is a chunk."""
+    """A data set of many shards as the only part of a corpus. Each shard is a chunk.
+
+    Attributes:
+        name: the name of the data set, as the user gave it.
+        column: the name of the column that holds the documents.
+        kind: the kind of the documents, "text" or "images".
+        stream: the data set, an `IterableDataset` of the `datasets` library.
+    """
 
     name: str
     column: str
@@ -33,15 +42,20 @@ class Shards:
 
     @property
     def chunks(self) -> int:
-        """The number of chunks."""
+        """The number of chunks, which is the number of shards."""
         return int(self.stream.num_shards)
 
     def size_of(self, chunk: int) -> int:
-        """Return 0: the size is unknown."""
+        """Return 0, because the size is unknown."""
         return 0
 
     def read(self, chunk: int, problems: Problems) -> Iterator[Document]:
-        """Yield the documents of a shard."""
+        """Return an iterator over the documents of a shard.
+
+        Args:
+            chunk: the number of the shard, from 0.
+            problems: receives the problems of documents that cannot be used.
+        """
         shard = self.stream.shard(num_shards=self.chunks, index=chunk)
         cells = enumerate(_cells(shard, self.name, self.column))
         return documents_of(cells, f"{self.name}, shard {chunk}", self.column, self.kind, problems)
@@ -49,7 +63,14 @@ class Shards:
 
 @dataclass(frozen=True)
 class Rows:
-    """A data set of few shards, of which a range of rows is a chunk."""
+    """A data set of few shards as the only part of a corpus. A range of `ROWS_PER_CHUNK` rows is a chunk.
+
+    Attributes:
+        name: the name of the data set, as the user gave it.
+        column: the name of the column that holds the documents.
+        kind: the kind of the documents, "text" or "images".
+        cursor: reads the rows of the data set. The source that it is given is always None, because there is only one.
+    """
 
     name: str
     column: str
@@ -58,15 +79,20 @@ class Rows:
 
     @property
     def chunks(self) -> None:
-        """None: only reading to the end shows how many there are."""
+        """None, because the number is unknown until the data set has been read to its end."""
         return
 
     def size_of(self, chunk: int) -> int:
-        """Return 0: the size is unknown."""
+        """Return 0, because the size is unknown."""
         return 0
 
     def read(self, chunk: int, problems: Problems) -> Iterator[Document] | None:
-        """Return the documents of a range of rows, or None if the data set ends before it."""
+        """Return an iterator over the documents of a range of rows, or None if the data set ends before the range.
+
+        Args:
+            chunk: the number of the chunk, from 0.
+            problems: receives the problems of documents that cannot be used.
+        """
         start = chunk * ROWS_PER_CHUNK
         rows = self.cursor.rows(None, start, start + ROWS_PER_CHUNK)
         first = next(rows, None)
@@ -76,15 +102,24 @@ class Rows:
 
 
 def is_dataset_name(source: str) -> bool:
-    """Return whether a string is a name for `datasets`: name or org/name, optionally followed by :config and :split."""
+    """Return whether `source` looks like the name of a data set: name or org/name, optionally with :config or :config:split."""
     return _NAME.fullmatch(source) is not None
 
 
 def open_stream(source: str, column: str | None) -> Shards | Rows:
-    """Open the data set of that name. The default split is train. Only the rows that are read are downloaded.
+    """Open a data set. Its rows are downloaded only as they are read.
+
+    Args:
+        source: the name of the data set: name or org/name, optionally followed by :config or :config:split. The default split
+            is train.
+        column: the column that holds the documents, or None for the default of `choose_column`.
+
+    Returns:
+        `Shards` if the data set has many shards, otherwise `Rows`.
 
     Raises:
-        ValueError: `datasets` is not installed, cannot open the data set, or the data set holds no documents.
+        ValueError: `datasets` is not installed or cannot open the data set, or the data set holds neither texts nor images in
+            that column.
     """
     library = require("datasets", f"the data set {source}")
     parts = _NAME.fullmatch(source)
@@ -105,18 +140,28 @@ def open_stream(source: str, column: str | None) -> Shards | Rows:
         return Shards(source, name, kind, stream)
 
     def open_rows(_: None, start: int) -> Generator[Any, None, None]:
+        """Yield the cells of the data set from the row `start` on."""
         return _cells(stream.skip(start), source, name)
 
     return Rows(source, name, kind, Cursor(open_rows))
 
 
 def _with_many_shards(stream: Any) -> Any:
-    """Make the row groups of parquet files shards if there are few files, whose footers are read for that."""
+    """If a data set has few shards, make each row group of its parquet files a shard. This reads the footers of all files."""
     return stream if stream.num_shards >= MANY_SHARDS else stream.reshard()
 
 
 def _kind(cells: Iterable[Any], source: str, column: str) -> str:
-    """Return "text" or "images", by the first cell that is either."""
+    """Return "text" or "images", whichever the first cell with a known type holds.
+
+    Args:
+        cells: the values of the first cells of the column.
+        source: the name of the data set, for the message.
+        column: the name of the column, for the message.
+
+    Raises:
+        ValueError: no cell holds a text or an image.
+    """
     for value in cells:
         if isinstance(value, str):
             return "text"
@@ -126,7 +171,16 @@ def _kind(cells: Iterable[Any], source: str, column: str) -> str:
 
 
 def _cells(stream: Iterable[Any], name: str, column: str) -> Generator[Any, None, None]:
-    """Yield the cells of a column. If the stream breaks for any reason, raise OSError: the rest would be lost."""
+    """Yield the values of the cells of a column.
+
+    Args:
+        stream: yields the rows of the data set as dicts.
+        name: the name of the data set, for the message.
+        column: the name of the column.
+
+    Raises:
+        OSError: the stream raised any exception. The run must end then, because the remaining rows would be missing.
+    """
     try:
         for row in stream:
             yield row[column]

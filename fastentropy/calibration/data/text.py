@@ -1,4 +1,7 @@
-"""Text and JSON lines, read by ranges of bytes: a line belongs to the chunk that contains its first byte."""
+"""Read files with one document per line, as plain text or as JSON.
+
+A chunk, the unit of work of a rank, is a range of bytes. A line belongs to the chunk that contains its first byte.
+"""
 
 import json
 from collections.abc import Callable, Iterator
@@ -8,8 +11,8 @@ from typing import BinaryIO
 from fastentropy.calibration.data.columns import text_of
 from fastentropy.calibration.data.documents import MAX_TEXT, Document, DocumentError, Place, Problems
 
-#: Bytes per chunk: some 60 thousand tokens. A chunk has several batches, of which only the last is not full, and a corpus of a
-#: few megabytes still has a chunk for each of several GPUs.
+#: The number of bytes in a chunk, which are some 60 thousand tokens. A chunk is large enough for several batches, because the
+#: last batch of a chunk is not full. It is small enough that a corpus of a few megabytes has a chunk for each of several GPUs.
 TEXT_CHUNK = 256 << 10
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -17,7 +20,15 @@ _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 @dataclass(frozen=True)
 class TextFile:
-    """A file of `size` bytes with one document per line; `parse` turns a line into the text."""
+    """A file with one document per line, as a part of a corpus.
+
+    Attributes:
+        path: the path of the file.
+        size: the size of the file in bytes.
+        parse: a function that returns the text in a line. It may raise DocumentError.
+        chunk_size: the number of bytes in a chunk.
+        kind: "text", the kind of the documents.
+    """
 
     path: str
     size: int
@@ -27,15 +38,20 @@ class TextFile:
 
     @property
     def chunks(self) -> int:
-        """The number of chunks."""
+        """The number of chunks into which the file is divided."""
         return -(-self.size // self.chunk_size)
 
     def size_of(self, chunk: int) -> int:
-        """Return the size of a chunk in bytes."""
+        """Return the size of a chunk in bytes. `chunk` is its number, from 0."""
         return min(self.chunk_size, self.size - chunk * self.chunk_size)
 
     def read(self, chunk: int, problems: Problems) -> Iterator[Document]:
-        """Yield the documents of a chunk, without blank lines."""
+        """Yield the documents of a chunk, without blank ones.
+
+        Args:
+            chunk: the number of the chunk, from 0.
+            problems: receives the problems of lines that cannot be used.
+        """
         start = chunk * self.chunk_size
         try:
             with open(self.path, "rb") as file:
@@ -52,7 +68,15 @@ class TextFile:
             problems.add(Place(self.path, "byte", start), f"cannot be read: {error.strerror}")
 
     def _text(self, line: bytes, position: int) -> str:
-        """Return the text of a line, or an empty string if it is blank."""
+        """Return the text of a line, or an empty string if the line is blank.
+
+        Args:
+            line: the bytes of the line, with its line break.
+            position: the position of its first byte in the file.
+
+        Raises:
+            DocumentError: the line is too long, is not UTF-8, or holds no text.
+        """
         if position == 0:
             line = line.removeprefix(_BYTE_ORDER_MARK)
         line = line.removesuffix(b"\n").removesuffix(b"\r")
@@ -66,10 +90,19 @@ class TextFile:
 
 
 def lines(file: BinaryIO, start: int, stop: int, limit: int) -> Iterator[tuple[int, bytes]]:
-    r"""Yield the lines whose first byte lies between `start` and `stop`, exclusive, with the position of that byte.
+    r"""Yield the lines of a file whose first byte lies in a range of positions.
 
-    A line includes its \n. Of a line longer than `limit` bytes, only a prefix is read, which is longer than `limit` too. Bytes
-    after `stop` are read only for a line that extends there; before `start`, only one byte is read.
+    The bytes after `stop` are read only as far as a line extends there. Of the bytes before `start`, only one is read.
+
+    Args:
+        file: a file opened for reading bytes.
+        start: the first position of the range.
+        stop: the position after the last one of the range.
+        limit: the greatest length of a line in bytes. Of a longer line, only the first `limit + 2` bytes are yielded, by which
+            the caller can tell that it is too long.
+
+    Returns:
+        An iterator over the position of each line's first byte and the bytes of the line, including its \n.
     """
     position = start
     if start:  # the byte before shows whether a line begins here
@@ -83,15 +116,22 @@ def lines(file: BinaryIO, start: int, stop: int, limit: int) -> Iterator[tuple[i
 
 
 def parse_line(line: str) -> str:
-    """Return a line of a text file, which is the document."""
+    """Return a line of a plain text file unchanged, because the line itself is the document."""
     return line
 
 
 def parse_json(line: str, column: str) -> str:
-    """Return the text under the key `column` of a line that is a JSON object.
+    """Return the text in a line that is a JSON object.
+
+    Args:
+        line: the line.
+        column: the key of the object under which the text is.
+
+    Returns:
+        The text, or an empty string if there is only white space.
 
     Raises:
-        DocumentError: the line is not a JSON object, or holds no text under that key.
+        DocumentError: the line is not a JSON object, or has no usable text under the key.
     """
     try:
         row = json.loads(line)
