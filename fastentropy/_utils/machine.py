@@ -40,6 +40,7 @@ def source_commit() -> str | None:
     folder = Path(__file__).parent.parent
 
     def git(*arguments: str) -> str:
+        """Return the output of a git command that runs in the folder of the package."""
         return subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, check=True, text=True).stdout.strip()
 
     try:

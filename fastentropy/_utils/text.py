@@ -18,6 +18,9 @@ def format_table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int =
         left: how many columns, counted from the first, are aligned to the left. The other columns are aligned to the right.
         width: the largest number of characters in a line. If a line would be longer, the cells of the first column are
             shortened. The other columns are never shortened, and may therefore exceed the width.
+
+    Returns:
+        The lines, separated by line breaks.
     """
     others = [max(len(row[column]) for row in [head, *rows]) for column in range(1, len(head))]
     room = max(width - sum(len(GAP) + other for other in others), len(head[0]))

@@ -225,15 +225,18 @@ class Run:
         """Prune the dense network with the methods of the recipe. The history and the report are written after each step."""
 
         def train(model: nn.Module) -> None:
+            """Fine-tune the network by the recipe, and show the progress."""
             epochs = self.settings.epochs
             for _ in display.track(recipe.train(model, epochs), epochs, "fine-tune"):
                 pass
 
         def calibrate(model: nn.Module) -> None:
+            """Run the training set forward through the network, and show the progress."""
             for _ in display.track(recipe.calibrate(model), recipe.calibration_batches, "measure entropies"):
                 pass
 
         def finish_step(steps: Sequence[Step]) -> None:
+            """Write the history and the report after a step, and show its score."""
             history = self._history(steps)
             save_json(history, self.folder / "history.json")
             write_report(history, self.folder / "report.html")
