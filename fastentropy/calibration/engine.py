@@ -252,7 +252,7 @@ class Calibration:
         self._show()
 
     def _end_chunk(self, chunk: Chunk) -> None:
-        """Add the problems of a chunk, whose documents have all been read, to the totals of this rank."""
+        """Add the problems of a chunk, whose batches have been run, to the totals of this rank, and show the progress."""
         self._tally.add_problems(chunk.problems)
         self._read += chunk.size * self._ranks.world_size
         self._show()
@@ -266,7 +266,7 @@ class Calibration:
         }
 
     def _checkpoint(self, before: Checkpoint, chunk: int) -> Checkpoint:
-        """Sum the counts and totals of all ranks, and write the checkpoint if there are any.
+        """Sum the counts and totals of all ranks, and write the checkpoint if any tokens (or images) were counted.
 
         Args:
             before: the checkpoint that this part of the run began with. Its totals are added to those of the ranks. Its

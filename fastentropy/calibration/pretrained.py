@@ -40,7 +40,7 @@ class Pretrained:
         name: the folder of the model, or its name on the Hub.
         model: the model.
         kind: the kind of data that it reads, "text" or "images".
-        processor: its tokenizer or image processor, of transformers.
+        processor: the tokenizer or image processor of transformers that belongs to the model.
         options: keyword arguments of every forward pass, besides the inputs.
     """
 
@@ -67,7 +67,7 @@ class Pretrained:
 
     @property
     def _config(self) -> Any:
-        """The configuration of the model, of transformers."""
+        """The configuration of the model, an object of transformers."""
         return self.model.config
 
     @property

@@ -64,7 +64,7 @@ class Ranks:
 
         Raises:
             ValueError: on rank 0, if the function raised ValueError or OSError on any rank. These are errors that the user can
-                fix. The message is one line and names the rank.
+                fix. The message is one line. It names the rank unless that is rank 0.
             RemoteRankError: on the other ranks in this case. If a rank raised any other exception, it raises that exception
                 again, and all other ranks raise RemoteRankError.
         """
