@@ -1,4 +1,4 @@
-"""Remove the activations of lowest entropy one by one, as EASIER does."""
+"""Linearise activations (replace them by the identity) one by one, those of lowest entropy first, as EASIER does."""
 
 from fastentropy.pruning.api import PruningResult, prune
 from fastentropy.pruning.steps import Step

@@ -1,4 +1,4 @@
-"""The EASIER loop (arXiv 2404.18949): linearise the activation of lowest entropy, fine-tune, validate, repeat."""
+"""The loop of EASIER (arXiv 2404.18949): linearise an activation (replace it by the identity), fine-tune, validate, repeat."""
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,9 +24,11 @@ class PruningResult:
 
     Attributes:
         model: the network that was kept, in eval mode.
-        removed: the names of the sites that are linearised in `model`, in the order of their removal.
+        removed: the names of the sites (calls of activations) that are linearised in `model`, in the order of their removal. A
+            linearised activation is replaced by the identity.
         steps: every step that was run; step 0 is the dense network.
-        kept_step: the index in `steps` of the step that `model` comes from. If a later step exists, its score fell too far.
+        kept_step: the index in `steps` of the step that `model` comes from. If there is a later step, its score fell by more
+            than `max_drop`.
 
     Examples:
         >>> import torch
@@ -79,47 +81,51 @@ def prune(
 ) -> PruningResult:
     """Linearise the activations of lowest entropy, step by step, until the score falls by more than `max_drop`.
 
-    This is the loop of EASIER (arXiv 2404.18949): linearise the activation of lowest entropy (equation 4), fine-tune,
-    validate, repeat. `prune` works on a copy of the trained model, and evaluates the copy before it removes anything.
+    To linearise an activation is to replace it by the identity. This is the loop of EASIER (arXiv 2404.18949): linearise the
+    activation of lowest layer entropy (equation 4), fine-tune, validate, repeat. `prune` works on a copy of the trained model,
+    and evaluates the copy before it removes anything. Activations are named by their sites; a site is a call of an activation.
 
     Args:
         model: the trained model. It is not changed.
         train: a function `train(model)` that fine-tunes the model in place for one schedule. It is called after each removal,
             in training mode.
-        evaluate: a function `evaluate(model) -> float`; a higher score is better. It is called once per step, in eval mode
-            and without gradients.
+        evaluate: a function `evaluate(model) -> float`; a higher score is better. It is called once per step, in eval mode and
+            without gradients.
         calibrate: a function `calibrate(model)` that runs the training data forward through the model; the entropies are
-            measured in these passes. It is called in eval mode and without gradients. With None, the entropies are measured
-            in the passes of `train`, which is then called as `train(model, collector)`: `collector.reset()` starts the
-            counts again, for example at the last epoch, and `collector.paused()` leaves passes out. None requires
-            `statistics`.
+            measured in these passes. It is called in eval mode and without gradients. With None, the entropies are measured in
+            the passes of `train`, which is then called as `train(model, collector)`: `collector.reset()` starts the counts
+            again, for example at the last epoch, and `collector.paused()` leaves passes out. None requires `statistics`.
         example_inputs: the positional inputs of one call of the model. Latency is measured for their shapes and device.
         max_drop: stop when the score is more than this below the score of the dense model. In the units of `evaluate`.
         max_removed: the largest number of sites to remove. None sets no limit.
         per_step: how many sites to remove in each step. With `per_step` equal to `max_removed`, there is one step.
         criterion: which sites are removed first.
             "entropy": those of lowest layer entropy; among equals, the first in call order.
-            "entropy-per-latency": the set of sites that loses the least entropy per millisecond saved. The saving includes the
-            activations themselves and what `fuse` makes of the rest, measured on the device. `per_step` counts such sets.
-            "random" and "uniform": controls, which ignore the entropies.
-            A function `(model, statistics) -> {site: score}`: those with the lowest scores. `checkpoint_dir` identifies it by
-            its name.
+            "entropy-per-latency": the set of sites that loses the least entropy per millisecond saved. The saved time is that
+            of the removed activations and of the operators that `fuse` merges after the removal. It is predicted from times
+            that are measured on the device of `example_inputs`. `per_step` is then the number of such sets in each step.
+            "random": sites in random order, as a control for comparison. "uniform": the site farthest from all removed sites
+            and from both ends of the network, as a second control.
+            A function `criterion(model, statistics)` that returns a dict from site to score: those with the lowest scores.
+            Sites that are missing from the dict are kept. `checkpoint_dir` identifies the function by its name.
         zeros_together: also remove, in each step, all sites whose entropy is exactly 0, as the code of the paper does.
         protect: the names of sites that are never removed.
-        target_speedup: stop when a call is predicted to be this many times as fast as a call of the given model. Only sites of
-            the set that reaches this speed-up at the least loss of entropy are removed; the set is chosen anew in each step,
-            and is optimal for the entropies of that step. `max_drop` and `max_removed` may stop the run earlier. Requires the
-            criterion "entropy-per-latency". None sets no target.
-        max_latency_ms: the same, as a limit in milliseconds for one call. Give at most one of the two.
-        collapse: "project" replaces a linearised series of convolutions by one convolution where the exact merged operator
-            would be slower. The convolution is fitted by least squares on the calibration data, before the fine-tuning. None
+        target_speedup: stop when a call is predicted to be this many times as fast as a call of the given model. Each step
+            computes the set of sites that reaches this speed-up at the least loss of entropy, with the entropies of that step,
+            and removes only sites of this set. `max_drop` and `max_removed` may stop the run earlier. Requires the criterion
+            "entropy-per-latency". None sets no target.
+        max_latency_ms: stop when a call is predicted to take at most this many milliseconds. The sites are chosen as with
+            `target_speedup`, and only one of the two may be given. None sets no limit.
+        collapse: "project" replaces a linearised series of convolutions by one convolution if the exact merged operator would
+            be slower. The convolution is fitted by least squares on the calibration data, before the fine-tuning. None
             approximates nothing.
         statistics: the statistics of the dense model, if they are known already. Step 0 then needs no calibration.
         checkpoint_dir: a folder to which every finished step is written. If it already holds steps of a run with the same
             options, the run continues after them. The result is the same as without the interruption if `train` draws its
             random numbers from torch's default generators. None writes nothing.
-        measure: a function `measure(model) -> dict` of further figures, which are stored with each step.
-        on_step: a function `on_step(steps)` that is called after each step with the steps so far.
+        measure: a function `measure(model)` that returns a dict of further figures by name. They are stored with each step.
+            None measures nothing.
+        on_step: a function `on_step(steps)` that is called after each step with all steps so far. None calls nothing.
 
     Returns:
         The kept network and all steps.
@@ -187,7 +193,13 @@ def prune(
 
 
 def check_names(names: Sequence[str], sites: Sequence[str], option: str) -> None:
-    """Raise ValueError if an option names something that is not a site of the model."""
+    """Raise ValueError if an option names something that is not a site of the model.
+
+    Args:
+        names: the names that were given.
+        sites: the names of all sites of the model.
+        option: the name of the option, for the message.
+    """
     for name in names:
         if name not in sites:
             nearest = nearest_names(name, sites)
@@ -195,6 +207,7 @@ def check_names(names: Sequence[str], sites: Sequence[str], option: str) -> None
 
 
 def _check_statistics(calibrate: object, statistics: Statistics | None, sites: Sequence[str], collapse: object) -> None:
+    """Raise ValueError if the entropies cannot be measured with these options, or `statistics` are of another model."""
     if calibrate is None and (statistics is None or collapse):
         lacking = "collapse needs calibrate" if collapse else "without calibrate, the dense model's statistics= are needed"
         raise ValueError(f"{lacking}; collect them in its last epoch with fe.collect, or give a function calibrate(model)")
@@ -204,6 +217,7 @@ def _check_statistics(calibrate: object, statistics: Statistics | None, sites: S
 
 
 def _check_own_modules(model: nn.Module, sites: Sequence[str]) -> None:
+    """Raise ValueError if a site is not a module that is called once per forward pass."""
     modules = activation_modules(model)
     if others := [name for name in sites if name not in modules]:
         raise ValueError(

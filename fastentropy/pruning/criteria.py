@@ -1,4 +1,4 @@
-"""Which activations are removed next: the criterion of the paper, one by latency, two controls, or a function."""
+"""Choose the sites (calls of activations) that are removed next: by entropy, by latency, by a control, or by a function."""
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -12,7 +12,7 @@ from fastentropy.fusion.latency import LatencyTable
 
 NamedCriterion = Literal["entropy", "entropy-per-latency", "random", "uniform"]
 
-#: A function of the current model and its statistics that scores the sites that may be removed; the lowest are removed first.
+#: A function of the current model and its statistics. It returns a dict from site to score; the lowest are removed first.
 Score: TypeAlias = Callable[[nn.Module, Statistics], Mapping[str, float]]
 Criterion: TypeAlias = NamedCriterion | Score
 
@@ -20,21 +20,24 @@ CRITERIA: tuple[str, ...] = get_args(NamedCriterion)
 
 
 def scores(criterion: Criterion, model: nn.Module, statistics: Statistics, sites: Sequence[str]) -> dict[str, float]:
-    """Score the sites that are left, by a criterion that judges each site on its own.
+    """Score each site (call of an activation) that has not been removed yet.
 
     Args:
-        criterion: "entropy" is the layer entropy (arXiv 2404.18949, equation 4); "random" draws from torch's default
-            generator; "uniform" prefers the site farthest from all removed sites and from both ends of the network; a
-            function is called with the model and the statistics.
-        model: the current model.
-        statistics: the statistics of the sites that are left.
-        sites: all sites of the dense model in call order.
+        criterion: how the sites are scored.
+            "entropy": by the layer entropy (arXiv 2404.18949, equation 4).
+            "random": by a number from torch's default generator.
+            "uniform": the site farthest from all removed sites and from both ends of the network has the lowest score.
+            A function is called as `criterion(model, statistics)` and returns a dict from site to score. Sites that are missing
+            from the dict are not removed.
+        model: the current model, without the activations that have been removed.
+        statistics: the statistics of the remaining sites.
+        sites: the names of all sites of the dense model, in call order.
 
     Returns:
-        Scores by site, in call order; the lowest are removed first. A function may leave sites out.
+        The scores by name of the site, in call order. Sites with the lowest scores are removed first.
 
     Raises:
-        ValueError: a function returns something other than numbers for sites of the model.
+        ValueError: the function returns something other than numbers for remaining sites.
     """
     names = list(statistics)
     if criterion == "entropy":
@@ -56,7 +59,10 @@ def scores(criterion: Criterion, model: nn.Module, statistics: Statistics, sites
 
 
 def lowest(scored: Mapping[str, float], count: int) -> tuple[str, ...]:
-    """Return the names of the `count` sites with the lowest scores; among equals, those that come first."""
+    """Return the names of the `count` sites with the lowest scores.
+
+    Among equal scores, the sites that come first in the dict are taken.
+    """
     return tuple(sorted(scored, key=lambda name: scored[name])[: max(count, 0)])
 
 
@@ -66,12 +72,13 @@ def best_trade(
     """Return the set of sites that loses the least entropy per millisecond saved; an empty set if none saves any time.
 
     Args:
-        table: the measured latencies.
-        losses: the entropy, in bits, of each site that may be removed.
-        removed: the sites that are removed already.
-        limit: the largest number of sites in the set.
-        budget: how many milliseconds one call may take, or None. With a budget, only sites of the set of least loss that
-            meets it are considered; sets of at most `limit` sites are preferred.
+        table: the measured latencies of the dense network and of its parts.
+        losses: the layer entropy, in bits, of each site that may be removed. It is the loss of the removal.
+        removed: the names of the sites that have been removed.
+        limit: the largest number of sites in the result.
+        budget: how many milliseconds one call may take, or None. With a budget, the result is a part of a larger set: the sites
+            whose removal meets the budget at the least loss. If the budget can be met by removing at most `limit` further
+            sites, only such sets are considered.
     """
     now = table.fastest(removed).milliseconds
     wanted = losses.keys() if budget is None else _optimum(table, losses, removed, limit, budget)
@@ -87,7 +94,7 @@ def best_trade(
 
 
 def check_budget(table: LatencyTable, sites: Collection[str], budget: float) -> None:
-    """Raise ValueError if even the removal of all these sites is predicted to miss a budget in milliseconds."""
+    """Raise ValueError if the network is predicted to miss a budget in milliseconds even without all of `sites`."""
     least = max(table.fastest(sites).milliseconds, 1e-9)
     if least > budget:
         raise ValueError(
@@ -99,7 +106,10 @@ def check_budget(table: LatencyTable, sites: Collection[str], budget: float) -> 
 def _optimum(
     table: LatencyTable, losses: Mapping[str, float], removed: Collection[str], limit: int, budget: float
 ) -> frozenset[str]:
-    """Return the sites of least loss without which the network meets a budget."""
+    """Return the sites whose removal meets the budget at the least loss. The arguments are those of `best_trade`.
+
+    If no choice of sites meets the budget, all sites are returned.
+    """
     choices = table.choices({**losses, **dict.fromkeys(removed, 0.0)})
     enough = [choice.removed for choice in choices if choice.milliseconds <= budget]
     small = [sites for sites in enough if len(sites - set(removed)) <= limit]
@@ -107,6 +117,11 @@ def _optimum(
 
 
 def _nearness(sites: Sequence[str], left: Collection[str]) -> dict[str, float]:
-    """Return minus the distance, in sites, of each remaining site to the nearest removed site or end of the network."""
+    """Score each remaining site by minus its distance to the nearest removed site or end of the network.
+
+    Args:
+        sites: the names of all sites of the dense model, in call order. The distance is counted in sites.
+        left: the names of the remaining sites.
+    """
     taken = [-1, *(index for index, name in enumerate(sites) if name not in left), len(sites)]
     return {name: -min(abs(index - other) for other in taken) for index, name in enumerate(sites) if name in left}

@@ -1,4 +1,4 @@
-"""The loop of `prune`: its state, and what happens in one step."""
+"""The loop of `prune`: the state of a run, and the work of one step."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +19,7 @@ from fastentropy.surgery.linearization import linearize
 
 
 class Functions(NamedTuple):
-    """The functions that the user gives to `prune`."""
+    """The functions that the user gives to `prune`, under the names of its arguments."""
 
     train: Callable[..., object]
     evaluate: Callable[[nn.Module], Any]
@@ -31,10 +31,20 @@ class Functions(NamedTuple):
 def latency_table(
     model: nn.Module, example_inputs: tuple[Any, ...], sites: Sequence[str], options: Options, folder: StepFolder | None
 ) -> LatencyTable | None:
-    """Time a dense model in eval mode, or read the times that the run began with; return None if the options need none.
+    """Measure the latency of a dense model and of its parts, or read the latencies that a resumed run began with.
+
+    Args:
+        model: the dense model in eval mode.
+        example_inputs: the positional inputs of one call, for whose shapes and device the latency is measured.
+        sites: the names of all sites (calls of activations) of the model.
+        options: the options of the run.
+        folder: the folder of the run, or None. Measured latencies are written to it.
+
+    Returns:
+        The latencies, or None if the options need none.
 
     Raises:
-        ValueError: a budget cannot be met, or the folder holds the times of another model.
+        ValueError: a budget cannot be met, or the folder holds the latencies of another model.
     """
     if not options.needs_latency:
         return None
@@ -50,7 +60,12 @@ def latency_table(
 
 
 class PruningLoop:
-    """The state of a run: the current network, the finished steps, and the random state that the next step starts from."""
+    """The state of a run: the current network, the finished steps, and the random state that the next step starts from.
+
+    Attributes:
+        model: the current network.
+        steps: the finished steps.
+    """
 
     def __init__(
         self,
@@ -65,11 +80,11 @@ class PruningLoop:
 
         Args:
             model: the dense model.
-            sites: its sites in call order.
+            sites: the names of its sites (calls of activations), in call order.
             functions: the user's functions.
             options: the options of the run.
             folder: where the steps are stored, or None.
-            table: the latency of the dense model, or None if the options do not need it.
+            table: the latencies of the dense model, or None if the options do not need them.
         """
         self.model, self.steps = model, list[Step]()
         self._sites, self._functions, self._options = sites, functions, options
@@ -79,11 +94,15 @@ class PruningLoop:
 
     @property
     def removed(self) -> list[str]:
-        """The sites that are linearised so far."""
+        """Return the names of the sites that are linearised so far, in the order of their removal."""
         return [name for step in self.steps for name in step.removed]
 
     def resume(self) -> None:
-        """Continue from the steps that are on disk."""
+        """Load the finished steps of an interrupted run from the folder, so that the run continues after them.
+
+        Raises:
+            ValueError: the folder is damaged, or it holds a run of another model.
+        """
         if self._folder is None:
             return
         self.steps = self._folder.load()
@@ -97,7 +116,18 @@ class PruningLoop:
             self._random_state = self._folder.restore_random_state(last)
 
     def restore(self, model: nn.Module, index: int) -> nn.Module:
-        """Change a copy of the dense model, in place, into the network at the end of a step, and return it."""
+        """Turn a copy of the dense model, in place, into the network at the end of a finished step.
+
+        Args:
+            model: the copy, which is changed.
+            index: the index of the step.
+
+        Returns:
+            The same model.
+
+        Raises:
+            ValueError: the folder is damaged, or its step does not fit the model.
+        """
         assert self._folder is not None
         for step in self.steps[: index + 1]:
             linearize(model, step.removed)
@@ -111,11 +141,11 @@ class PruningLoop:
         return model
 
     def within_max_drop(self) -> bool:
-        """Return whether the last score is at most max_drop below the dense model's, apart from rounding."""
+        """Return whether the last score is at most `max_drop` below the score of the dense model, apart from rounding."""
         return self.steps[0].score - self.steps[-1].score <= self._options.max_drop + 1e-9
 
     def next_sites(self) -> tuple[str, ...]:
-        """Return the sites to remove next; none at the end."""
+        """Return the names of the sites to remove in the next step. If there are none, the run is at its end."""
         options = self._options
         losses = {name: bits for name, bits in self.steps[-1].layer_entropy.items() if name not in options.protect}
         left = len(losses) if options.max_removed is None else options.max_removed - len(self.removed)
@@ -132,9 +162,11 @@ class PruningLoop:
         return names
 
     def run_step(self, names: tuple[str, ...], statistics: Statistics | None = None) -> None:
-        """Linearise, fine-tune, evaluate and calibrate; then store the step.
+        """Linearise the sites with these names, fine-tune, evaluate and calibrate, and store the step.
 
-        Without names, only evaluate and calibrate; `statistics` replaces the calibration.
+        Args:
+            names: the sites to linearise. If there are none (in step 0), the model is only evaluated and calibrated.
+            statistics: in step 0, the statistics of the dense model if they are known. They replace the calibration.
         """
         collapsed: tuple[Projection, ...] = ()
         if names:
@@ -155,7 +187,12 @@ class PruningLoop:
             self._functions.on_step(tuple(self.steps))
 
     def _best_trades(self, losses: Mapping[str, float], left: int) -> tuple[str, ...]:
-        """Return the sites of the best sets, in call order."""
+        """Return the sites to remove by the criterion "entropy-per-latency", in call order.
+
+        Args:
+            losses: the layer entropy, in bits, of each site that may be removed.
+            left: how many sites may still be removed.
+        """
         assert self._table is not None
         budget, chosen = self._options.budget(self._table), set[str]()
         for _ in range(self._options.per_step):
@@ -166,7 +203,17 @@ class PruningLoop:
         return tuple(name for name in self._sites if name in chosen)
 
     def _collapse(self, removed: Sequence[str]) -> tuple[Projection, ...]:
-        """Replace each stretch of modules that is fastest as one fitted convolution."""
+        """Replace modules by fitted convolutions, as the option `collapse` asks for.
+
+        A series of modules is replaced if the network without `removed` is predicted to be fastest with one convolution in its
+        place.
+
+        Args:
+            removed: the names of all sites that are linearised, including those of this step.
+
+        Returns:
+            The replacements.
+        """
         if self._options.collapse is None:
             return ()
         assert self._table is not None
@@ -177,13 +224,13 @@ class PruningLoop:
         return tuple(project(self.model, modules, self._functions.calibrate) for modules in stretches)
 
     def _update_table(self, collapsed: Sequence[Projection]) -> None:
-        """Predict latencies with these approximations from now on."""
+        """Note in the table of latencies that these series of modules are now fitted convolutions."""
         for projection in collapsed:
             assert self._table is not None
             self._table = self._table.collapsed(projection.modules)
 
     def _train(self) -> Statistics | None:
-        """Fine-tune. Return the statistics of the passes if there is no calibration function."""
+        """Fine-tune the model. Return the statistics of these passes if there is no calibration function; otherwise None."""
         before = {name: type(module) for name, module in self.model.named_modules()}
         statistics = None
         self.model.train()
@@ -205,6 +252,11 @@ class PruningLoop:
 
     @torch.no_grad()
     def _score(self, names: tuple[str, ...]) -> float:
+        """Return the score that `evaluate` gives the model. Raise ValueError if it is not a finite number.
+
+        Args:
+            names: the sites that this step has linearised, for the message.
+        """
         value = self._functions.evaluate(self.model)
         when = f"after the removal of {', '.join(names) or 'nothing'}"
         try:
@@ -218,6 +270,7 @@ class PruningLoop:
 
     @torch.no_grad()
     def _calibrate(self) -> Statistics:
+        """Return the statistics of the passes that `calibrate` makes."""
         assert self._functions.calibrate is not None
         if not activation_modules(self.model):
             return Statistics({})  # no activation is left
@@ -226,11 +279,22 @@ class PruningLoop:
         return _compute(collector, "calibrate")
 
     def _metrics(self, names: tuple[str, ...]) -> dict[str, float]:
+        """Return the figures to store with a step: the predicted latency, if there is a table, and those of `measure`.
+
+        Args:
+            names: the sites that this step has linearised.
+        """
         predicted = {"predicted_ms": self._table.fastest([*self.removed, *names]).milliseconds} if self._table else {}
         return predicted | (dict(self._functions.measure(self.model)) if self._functions.measure else {})
 
 
 def _compute(collector: EntropyCollector, function: str) -> Statistics:
+    """Return the statistics of a collector. Raise ValueError if nothing was counted.
+
+    Args:
+        collector: the collector.
+        function: the name of the user's function that should have run the model, for the message.
+    """
     try:
         return collector.compute()
     except RuntimeError as error:

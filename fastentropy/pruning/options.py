@@ -10,7 +10,10 @@ from fastentropy.pruning.criteria import CRITERIA, Criterion
 
 @dataclass(frozen=True)
 class Options:
-    """The options that determine the outcome of a run, together with the model and the user's functions."""
+    """The options that determine the outcome of a run, together with the model and the user's functions.
+
+    They have the names and the meaning of the arguments of `prune`.
+    """
 
     max_drop: float
     max_removed: int | None
@@ -44,15 +47,22 @@ class Options:
 
     @property
     def needs_latency(self) -> bool:
-        """Return whether the network must be timed before the first step."""
+        """Return whether the latency of the network must be measured before the first step."""
         return self.criterion == "entropy-per-latency" or self.collapse is not None
 
     def budget(self, table: LatencyTable) -> float | None:
-        """Return how many milliseconds one call may take, or None if there is no limit."""
+        """Return how many milliseconds one call may take, or None if there is no limit.
+
+        Args:
+            table: the measured latencies of the dense network.
+        """
         return self.max_latency_ms if self.target_speedup is None else table.original / self.target_speedup
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the options as JSON types. A function as the criterion is represented by its name."""
+        """Return the options by name, as values of JSON types.
+
+        If the criterion is a function, its name stands for it.
+        """
         name = getattr(self.criterion, "__qualname__", type(self.criterion).__qualname__)
         criterion = self.criterion if isinstance(self.criterion, str) else name
         values = {field.name: getattr(self, field.name) for field in fields(self)}

@@ -1,4 +1,4 @@
-"""The steps of a pruning run, and how they are stored: one folder each, in which `step.json` is written last."""
+"""The steps of a pruning run, and how they are stored. Each step has a folder, in which `step.json` is written last."""
 
 import json
 import math
@@ -22,15 +22,19 @@ from fastentropy.fusion.projection import Projection
 
 @dataclass(frozen=True)
 class Step:
-    """One step of `prune`: what it linearised, and the network after its fine-tuning. Step 0 is the dense network.
+    """One step of `prune`: the sites it linearised, and figures of the network after its fine-tuning.
+
+    To linearise a site (call of an activation) is to replace the activation by the identity. Step 0 is the dense network, with
+    no site linearised.
 
     Attributes:
         removed: the names of the sites that this step linearised.
-        layer_entropy: the layer entropy (arXiv 2404.18949, equation 4), in bits, of each remaining site, in call order.
+        layer_entropy: the layer entropy (arXiv 2404.18949, equation 4), in bits, of each remaining site, by name in call order.
         score: the value that `evaluate` returned.
-        metrics: the figures that `measure` returned, and `predicted_ms`, the predicted latency in milliseconds, if the run
-            measured the latency of the network.
-        collapsed: the series of modules that were replaced by one fitted convolution before the fine-tuning.
+        metrics: the figures that `measure` returned, by name. If the run measured the latency of the network, `predicted_ms` is
+            among them: the predicted time of one call in milliseconds.
+        collapsed: the approximations of this step. Each is a series of modules that was replaced by one fitted convolution
+            before the fine-tuning.
 
     Examples:
         >>> import fastentropy as fe
@@ -47,16 +51,22 @@ class Step:
 
 
 class StepFolder:
-    """The options of a run, and in subfolders 00, 01, … the model, statistics and random state of each finished step.
+    """A folder with the options of a run and its finished steps.
 
-    All files are safetensors or JSON. Reading a damaged file raises a ValueError that names it.
+    Subfolders 00, 01, … hold the model, the statistics and the random state of each finished step. All files are safetensors or
+    JSON. If a file is damaged, reading it raises a ValueError that names the file.
     """
 
     def __init__(self, path: str | PathLike[str], options: Mapping[str, Any]) -> None:
-        """Use a folder. If it does not exist, the first step creates it.
+        """Use a folder. If it does not exist, it is created when something is written.
+
+        Args:
+            path: the folder.
+            options: the options of the run, as values of JSON types.
 
         Raises:
-            ValueError: the folder holds a run with other options, whose steps these options might not give.
+            ValueError: the folder holds a run with other options. The run cannot continue, because its steps depend on its
+                options.
         """
         self.path, self._options = Path(path), dict(options)
         if (self.path / "options.json").exists():
@@ -65,7 +75,14 @@ class StepFolder:
                 raise ValueError(f"{self.path} holds a run with the options {options}, not {self._options}; name another")
 
     def save(self, index: int, step: Step, model: nn.Module, statistics: Statistics, random_state: dict[str, Tensor]) -> None:
-        """Write a step, which counts as finished once it is complete.
+        """Write a step. The step counts as finished only when all its files are written.
+
+        Args:
+            index: the index of the step.
+            step: the step.
+            model: the network at the end of the step.
+            statistics: its statistics.
+            random_state: the states of torch's random generators at the end of the step, by device.
 
         Raises:
             ValueError: the model's state_dict holds something other than tensors.
@@ -83,13 +100,16 @@ class StepFolder:
         save_json(values, folder / "step.json")
 
     def save_latency(self, table: LatencyTable) -> None:
-        """Write the latencies that were measured before the first step, so that a resumed run decides by the same ones."""
+        """Write the latencies that were measured before the first step.
+
+        A resumed run reads them, because other measurements could lead it to other decisions.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
         save_json(self._options, self.path / "options.json")
         save_json(table.to_dict(), self.path / "latency.json")
 
     def load_latency(self) -> LatencyTable | None:
-        """Return the latency table of the run, or None if it was not written yet."""
+        """Return the latencies that were measured before the first step, or None if they have not been written."""
         path = self.path / "latency.json"
         if not path.exists():
             return None
@@ -99,11 +119,11 @@ class StepFolder:
             raise ValueError(f"{path} is damaged: {error!r}; delete {self.path} to start the run again") from error
 
     def load_statistics(self, index: int) -> Statistics:
-        """Read the statistics of a step."""
+        """Return the statistics of the step with this index."""
         return Statistics.load(self._folder(index) / "statistics.safetensors")
 
     def load(self) -> list[Step]:
-        """Read the finished steps. Temporary files that a killed run left behind are removed."""
+        """Return the finished steps. Temporary files that a killed run left in the folder are removed."""
         for folder in (self.path, *self.path.glob("[0-9][0-9]*")):
             remove_leftovers(folder)
         steps: list[Step] = []
@@ -112,7 +132,12 @@ class StepFolder:
         return steps
 
     def load_weights(self, index: int, model: nn.Module) -> None:
-        """Load the weights of a step into a model whose activations are linearised already."""
+        """Load the weights of a step into a model.
+
+        Args:
+            index: the index of the step.
+            model: a model in which the activations that are removed in this step and before it are already linearised.
+        """
         path = self._folder(index) / "model.safetensors"
         try:
             model.load_state_dict(_load_tensors(path))
@@ -120,7 +145,14 @@ class StepFolder:
             raise ValueError(f"{path} does not fit the model: {one_line(error)}") from error
 
     def restore_random_state(self, index: int) -> dict[str, Tensor]:
-        """Set torch's random generators to their states at the end of a step, and return these states by device."""
+        """Set torch's random generators to their states at the end of a step.
+
+        Args:
+            index: the index of the step.
+
+        Returns:
+            These states, by device.
+        """
         path = self._folder(index) / "random_state.safetensors"
         states = _load_tensors(path)
         try:
@@ -130,6 +162,7 @@ class StepFolder:
         return states
 
     def _load_step(self, index: int) -> Step:
+        """Read the step with this index from its folder."""
         folder = self._folder(index)
         entropies = self.load_statistics(index).layer_entropy()
         path = folder / "step.json"
@@ -145,11 +178,12 @@ class StepFolder:
         return step
 
     def _folder(self, index: int) -> Path:
+        """Return the folder of the step with this index."""
         return self.path / f"{index:02d}"
 
 
 def random_state() -> dict[str, Tensor]:
-    """Return the states of torch's default random generators, by device."""
+    """Return the states of torch's default random generators, by name of the device ("cpu", "cuda:0", …)."""
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         states |= {f"cuda:{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())}
@@ -157,7 +191,7 @@ def random_state() -> dict[str, Tensor]:
 
 
 def set_random_state(states: dict[str, Tensor]) -> None:
-    """Set torch's default random generators to states that `random_state` returned. Absent devices are skipped."""
+    """Set torch's default random generators to states that `random_state` returned. Devices that are absent are skipped."""
     for device, state in states.items():
         if device == "cpu":
             torch.set_rng_state(state)
@@ -166,6 +200,7 @@ def set_random_state(states: dict[str, Tensor]) -> None:
 
 
 def _load_json(path: Path) -> dict[str, Any]:
+    """Read a JSON file. Raise a ValueError that names it if it is damaged."""
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (TypeError, ValueError) as error:
@@ -173,6 +208,7 @@ def _load_json(path: Path) -> dict[str, Any]:
 
 
 def _load_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file. Raise a ValueError that names it if it is damaged or missing."""
     try:
         return load_file(path)
     except (SafetensorError, FileNotFoundError) as error:
