@@ -1,6 +1,7 @@
-"""Find the layers that a network does not need, at the speed of inference, and take them out so that it really runs faster.
+"""Find the activations that a network does not need, and remove them so that the network really runs faster.
 
-collect -> Statistics -> prune -> fuse. See README.md for an example of each.
+The steps are: `collect` measures `Statistics`, `prune` removes activations, and `fuse` merges what became linear into fewer
+operators. README.md has an example of each.
 """
 
 from fastentropy.collector.collector import EntropyCollector, collect
