@@ -1,4 +1,4 @@
-"""How long each part of a network takes, and how long it would take without its activations."""
+"""Measure how long each part of a network takes, and predict how long the network would take without some activations."""
 
 from fastentropy.fusion.latency.profiler import measure_latency
 from fastentropy.fusion.latency.table import LatencyTable

@@ -1,4 +1,9 @@
-"""Measure how long the parts of a network take, and how long each stretch would take without its activations."""
+"""Measure how long the parts of a network take, and how long series of parts take as one operator without activations.
+
+A site is a call of an activation. A chain is a stretch of linear operators; here it continues through the activations of the
+given sites, which may be removed. The table calls a measured chain a section, the elements of the chain parts, and a series of
+parts that can run as one operator a stretch (see `table`).
+"""
 
 import contextlib
 import copy
@@ -23,14 +28,16 @@ from fastentropy.fusion.projection import central_kernel, replaceable_modules
 from fastentropy.fusion.tracing import export, in_channels_last, inference_module, values_of
 from fastentropy.sites.interception import replace_activation
 
-#: Activations that may be timed in place: run again, they leave their output as it is. Others would drive it towards zero.
+#: Activations that may be timed in place, because applying them to their own output changes nothing. Other activations would
+#: change the input of each further repetition.
 _IDEMPOTENT = (nn.ReLU, nn.Hardtanh)
 
 
 class _ActivationMarker(nn.Module):
-    """Takes the place of an activation in a trace."""
+    """A stand-in for an activation in a trace. It leaves an `aten.alias` node, by which `find_chains` finds the activation."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return x."""
         # The operators of torch.ops are not annotated.
         return torch.ops.aten.alias.default(x)  # type: ignore[no-any-return]
 
@@ -40,22 +47,22 @@ class _ActivationMarker(nn.Module):
 def measure_latency(
     model: nn.Module, example_inputs: Inputs, sites: Sequence[str], *, approximate: bool = False
 ) -> LatencyTable:
-    """Time a model, its parts, and the stretches that become one operator without the activations of some sites.
+    """Time a model, its parts, and the series of parts that can become one operator when some activations are removed.
 
-    Everything is timed in the memory format in which the dense model runs fastest.
+    All parts are timed in the memory format of the form of the model that `fuse` chooses.
 
     Args:
-        model: a model in eval mode; it is not changed.
-        example_inputs: inputs of the size and on the device to measure for.
-        sites: names of the sites whose activations may be removed.
-        approximate: also time the convolution by which `projection` would approximate a stretch, and keep it where it is
-            faster than the exact operator.
+        model: a model in eval mode, which is not changed.
+        example_inputs: the positional inputs of one call, in the sizes and on the device to measure for.
+        sites: names of the sites (calls of an activation) whose activations may be removed.
+        approximate: also time, for each series of convolutions, the smaller convolution by which `projection` would
+            approximate it. It is put into the table if it is faster than the exact operators.
 
     Returns:
         The table of times, in milliseconds.
 
     Raises:
-        ValueError: `fuse` refuses the model, or the trace does not show one of the sites.
+        ValueError: `fuse` rejects the model, or the activation of a site does not appear in the trace.
 
     Examples:
         >>> import torch
@@ -88,7 +95,10 @@ def measure_latency(
 
 
 def _repeatable(module: nn.Module) -> nn.Module:
-    """Copy an activation so that it can be called again and again on the same tensor."""
+    """Return a copy of an activation that can be called repeatedly on the same tensor with the same result.
+
+    In-place activations become out-of-place, except for those in `_IDEMPOTENT`.
+    """
     copied = copy.deepcopy(module)
     if getattr(copied, "inplace", False) and not isinstance(copied, _IDEMPOTENT):
         # Attributes of a Module are annotated as tensors or modules.
@@ -97,13 +107,22 @@ def _repeatable(module: nn.Module) -> nn.Module:
 
 
 class _Profiler:
-    """Times the sections of a model, and the approximations of those modules that may be replaced."""
+    """Times chains of a model, and the convolutions that can approximate series of its modules."""
 
     def __init__(self, replaceable: set[str]) -> None:
+        """Take the paths of the modules that an approximation may replace; empty to time no approximations."""
         self._replaceable = replaceable
 
     def section(self, chain: Chain, x: Tensor) -> tuple[Section, Tensor]:
-        """Return the section of a chain that is applied to x, and the output of the chain."""
+        """Time a chain and return its section: the times of its elements, and of series of them that run as one operator.
+
+        Args:
+            chain: the chain, with batch norm folded.
+            x: its input.
+
+        Returns:
+            The section, and the output of the chain for x.
+        """
         inputs, branches = [x], {}
         for index, element in enumerate(chain):
             if isinstance(element, Sum):
@@ -121,9 +140,14 @@ class _Profiler:
         return without_slow_approximations(Section(parts, tuple(self._stretches(chain, inputs))), TIE), inputs[-1]
 
     def _stretches(self, chain: Chain, inputs: Sequence[Tensor]) -> Iterator[Stretch]:
-        """Time each stretch that may run as one operator, side by side with those that begin at the same position.
+        """Time each stretch: a series of elements that can run as one operator when the activations in it are removed.
 
-        Timing all of them at once would need memory for every merged weight of the network.
+        The stretches with the same first element are timed side by side. To time all stretches at once would need memory for
+        all merged weights at the same time.
+
+        Args:
+            chain: the chain.
+            inputs: the input of each element, and the output of the chain.
         """
         positions = [index for index, element in enumerate(chain) if not isinstance(element, Activation | Flatten)]
         linear = tuple(_linearized(chain[index]) for index in positions)
@@ -144,7 +168,15 @@ class _Profiler:
                 yield Stretch(start, stop, milliseconds, _sites(chain[start:stop]), modules)
 
     def _projected(self, chain: Chain, linear: Chain) -> "Chain | None":
-        """Return the convolution that would approximate a series of modules, or None if there is none."""
+        """Return the convolution that would approximate a series of modules, with placeholder weights.
+
+        Args:
+            chain: the elements that were read from the modules.
+            linear: the same elements without activations.
+
+        Returns:
+            A chain of one operator, or None if no smaller convolution can replace the modules.
+        """
         names = set(_modules(chain))
         if not names or not names - _sites(chain) <= self._replaceable:
             return None
@@ -156,7 +188,14 @@ class _Profiler:
 
 
 def _merged_forms(chain: Chain, x: Tensor) -> Iterator[tuple[str, Chain]]:
-    """Yield the forms in which a linearised stretch may run as one, by kind; their weights are for timing only."""
+    """Yield the forms in which a stretch without activations may run, each with the name of its kind.
+
+    The weights of a form may be placeholders. They serve for timing only.
+
+    Args:
+        chain: the linear elements of the stretch.
+        x: their input.
+    """
     with contextlib.suppress(ValueError):
         yield "merged", merge(chain, spatial_size(chain, x), composed=placeholder_weights)
     if x.is_cuda:
@@ -166,13 +205,13 @@ def _merged_forms(chain: Chain, x: Tensor) -> Iterator[tuple[str, Chain]]:
 
 
 def _times(forms: Mapping[Any, Chain], inputs: Mapping[Any, Tensor]) -> dict[Any, float]:
-    """Return the milliseconds of each form on its input, measured side by side."""
+    """Return the milliseconds of each form on the input with the same key; all are timed side by side."""
     gpu = next((x.device for x in inputs.values() if x.is_cuda), None)
     return measure_times(calls(forms, inputs), rounds=11, round_seconds=0.001, graphs_on=gpu)
 
 
 def _alone(element: Element) -> Element:
-    """Return what to time for an element: of branches their addition only, since their elements are timed apart."""
+    """Return the element to time as a part. For a sum this is the addition alone, because its branches are timed separately."""
     return Sum(((),) * len(element.branches)) if isinstance(element, Sum) else element
 
 
@@ -185,7 +224,7 @@ def _linearized(element: Element) -> Element:
 
 
 def _sites(chain: Chain) -> frozenset[str]:
-    """Return the sites in a chain and in its branches."""
+    """Return the names of all sites in a chain, including those inside its branches."""
     names: set[str] = set()
     for element in chain:
         if isinstance(element, Activation):
@@ -196,7 +235,10 @@ def _sites(chain: Chain) -> frozenset[str]:
 
 
 def _modules(chain: Chain) -> tuple[str, ...]:
-    """Return the paths of the modules that the elements were read from; empty unless each comes from modules of its own."""
+    """Return the paths of the modules from which the elements of a chain were read.
+
+    The result is empty if an element was not read from modules, or if two elements were read from the same module.
+    """
     names: list[str] = []
     for element in chain:
         if isinstance(element, Activation):

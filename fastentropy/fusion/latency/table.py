@@ -1,7 +1,12 @@
-"""Predict the latency of a network without some of its activations, from a table of measured stretches.
+"""Predict the latency of a network without some of its activations, from a table of measured times.
 
-The optimum under a budget is that of depth compression (Kim et al., arXiv 2301.12187): dynamic programming over the positions
-at which an activation may stay. Here it covers all exchange rates of loss and time at once, and branches too.
+A site is a call of an activation. A section is a chain: a portion of the network that would be linear without its
+activations. A stretch is a series of parts of a section that can run as one operator once the activations among them are
+removed.
+
+Depth compression (Kim et al., arXiv 2301.12187) finds the best sites to remove under a time budget, by dynamic programming
+over the positions at which an activation may stay. The search here returns the best choices for all budgets at once, and
+handles branches too.
 """
 
 import functools
@@ -12,14 +17,14 @@ from typing import Any, NamedTuple
 
 
 class Stretch(NamedTuple):
-    """Parts of a section that run as one operator once the activations among them are removed.
+    """A series of parts of a section that run as one operator once the activations among them are removed.
 
     Attributes:
         start: index of the first part.
-        stop: index behind the last part.
+        stop: index after the last part.
         milliseconds: time of the one operator.
-        sites: the activations among the parts.
-        modules: the modules that the operator approximates; empty if it is exact.
+        sites: names of the sites among the parts, including those inside branches.
+        modules: paths of the modules that the operator approximates; empty if the operator is exact.
     """
 
     start: int
@@ -30,12 +35,12 @@ class Stretch(NamedTuple):
 
 
 class Part(NamedTuple):
-    """One part of a section: an operator, the activation of a site, or branches that are added.
+    """One part of a section: an operator, an activation, or branches whose outputs are added.
 
     Attributes:
-        milliseconds: time of the operator, of the activation or of the addition.
-        site: name of the site of an activation, otherwise empty.
-        branches: what is added, otherwise empty.
+        milliseconds: time of the operator, of the activation, or of the addition without the branches.
+        site: name of the site if the part is an activation; otherwise empty.
+        branches: the branches if the part is a sum; otherwise empty.
     """
 
     milliseconds: float
@@ -44,13 +49,19 @@ class Part(NamedTuple):
 
 
 class Section(NamedTuple):
-    """Parts that run one after the other, and the stretches of them that can run as one operator."""
+    """Parts of a network that run one after the other, and the stretches of them that can run as one operator.
+
+    Attributes:
+        parts: the parts, in the order in which they run.
+        stretches: the stretches, which may overlap.
+    """
 
     parts: tuple[Part, ...]
     stretches: tuple[Stretch, ...]
 
 
-#: The most choices that are kept; of more, every nth is kept. Where loss is proportional to time, each site doubles them.
+#: The largest number of choices that are kept; if there are more, every nth is kept. Without a limit, each further site can
+#: double their number.
 MAX_CHOICES = 500
 
 
@@ -58,10 +69,10 @@ class Choice(NamedTuple):
     """A set of sites to remove.
 
     Attributes:
-        loss: sum of the losses of these sites.
-        milliseconds: predicted time of one call without them.
-        removed: names of the sites.
-        projected: for each operator that is an approximation, the modules that it approximates.
+        loss: sum of the losses of the removed sites.
+        milliseconds: predicted time of one call without their activations.
+        removed: names of the removed sites.
+        projected: one entry per operator that is only an approximation: the paths of the modules that it approximates.
     """
 
     loss: float
@@ -72,12 +83,12 @@ class Choice(NamedTuple):
 
 @dataclass(frozen=True)
 class LatencyTable:
-    """Milliseconds of one call of a network and of its parts, measured on one device for inputs of one size.
+    """The time of one call of a network and of each of its parts, measured on one device for inputs of one size.
 
     Attributes:
-        original: time of the dense network as given, in milliseconds.
+        original: time of the network as given, with all activations, in milliseconds.
         rest: time of everything that is in no section, in milliseconds.
-        sections: the chains that the network would have without any activation.
+        sections: the portions of the network that would be linear without their activations.
 
     Examples:
         >>> from fastentropy.fusion.latency import LatencyTable
@@ -95,17 +106,18 @@ class LatencyTable:
 
     @classmethod
     def from_parts(cls, original: float, fused: float, sections: Sequence[Section]) -> "LatencyTable":
-        """Make the table of a dense network from the times of its parts.
+        """Make the table of a network from the times of its sections.
 
-        Parts that take longer one by one than all of them together are scaled down to the time of the whole.
+        If the sections, timed one by one, take longer than the whole network, their times are scaled down to the time of the
+        network.
 
         Args:
             original: time of the network as given, in milliseconds.
-            fused: time of its fastest form, in milliseconds.
+            fused: time of its fastest form with all activations, in milliseconds.
             sections: the measured sections.
 
         Returns:
-            The table, whose `rest` is the difference between `fused` and the time of the sections.
+            The table. Its `rest` is the difference between `fused` and the time of the sections.
         """
         parts = sum(_choices_of_section(section, {})[0].milliseconds for section in sections)
         if parts <= fused:
@@ -113,62 +125,69 @@ class LatencyTable:
         return cls(original, 0.0, tuple(_scaled(section, fused / parts) for section in sections))
 
     def choices(self, losses: Mapping[str, float]) -> list[Choice]:
-        """Return the sets of sites that no other set beats in both loss and time.
+        """Return the Pareto-optimal sets of sites to remove.
+
+        No other set is better in loss or time without being worse in the other.
 
         Args:
-            losses: for each site that may be removed, what its removal loses, 0 or more. Losses add up.
+            losses: the loss of removing each site that may be removed, 0 or more, by name of the site. The loss of a set is
+                the sum of the losses of its sites.
 
         Returns:
-            The choices by rising loss; of more than `MAX_CHOICES` some are left out.
+            The choices by rising loss and falling time. If there are more than `MAX_CHOICES`, some are left out.
         """
         fronts = (_choices_of_section(section, losses) for section in self.sections)
         return functools.reduce(_combine, fronts, [Choice(0.0, self.rest)])
 
     def fastest(self, removed: Iterable[str]) -> Choice:
-        """Return the fastest way to run the network without some sites.
+        """Return the fastest way to run the network if the activations of some sites may be removed.
 
         Args:
-            removed: names of the sites whose activations are removed.
+            removed: names of these sites.
 
         Returns:
-            The choice with the least time; its loss is 0.
+            The choice with the smallest time. Its loss is 0. An activation may be kept if its removal saves no time.
         """
         return self.choices(dict.fromkeys(removed, 0.0))[0]
 
     def candidates(self) -> list[frozenset[str]]:
-        """Return the sets of sites whose removal may save time: those of each stretch, and each site alone."""
+        """Return the sets of sites whose removal may save time: the sites of each stretch together, and each site alone."""
         sets = itertools.chain.from_iterable(map(_candidates, self.sections))
         return list(dict.fromkeys(sets))
 
     @property
     def sites(self) -> set[str]:
-        """Return the sites of all sections."""
+        """Return the names of the sites in all sections."""
         return set().union(*self.candidates())
 
     def collapsed(self, modules: tuple[str, ...]) -> "LatencyTable":
-        """Return the table of the network in which one operator permanently replaces some modules.
+        """Return the table of the network after one operator has permanently replaced some modules.
 
         Args:
-            modules: the `modules` of one of the stretches.
+            modules: paths of the modules, which must be the `modules` of one of the stretches.
 
         Returns:
-            A table without the stretches that would cut through these modules.
+            The table in which that stretch is a single part. Stretches that contain only some of its parts are left out.
         """
         return LatencyTable(self.original, self.rest, tuple(_collapsed(section, modules) for section in self.sections))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the table in the types of JSON."""
+        """Return the table as a dict that can be written as JSON.
+
+        Returns:
+            The fields by name. Sections, parts and stretches are dicts too.
+        """
         return {"original": self.original, "rest": self.rest, "sections": [_section_to_dict(each) for each in self.sections]}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "LatencyTable":
-        """Return the table that `to_dict` wrote.
+        """Make a table from the dict that `to_dict` returned.
 
         Args:
-            values: what `to_dict` returned, possibly written to JSON and read back.
+            values: the dict, which may have been written to JSON and read back.
 
         Returns:
-            A table equal to the one that was written.
+            A table equal to the original one.
 
         Raises:
             KeyError: an entry is missing.
@@ -180,7 +199,10 @@ class LatencyTable:
 
 
 def _choices_of_section(section: Section, losses: Mapping[str, float]) -> list[Choice]:
-    """Return the choices for a section that no other beats, by dynamic programming over the positions between its parts."""
+    """Return the Pareto-optimal choices for a section, by dynamic programming over the positions between its parts.
+
+    `losses` is as in `LatencyTable.choices`.
+    """
     best = [[Choice(0.0, 0.0)]]
     for stop, part in enumerate(section.parts, 1):
         choices = _combine(best[-1], _choices_of_part(part, losses))
@@ -193,6 +215,7 @@ def _choices_of_section(section: Section, losses: Mapping[str, float]) -> list[C
 
 
 def _choices_of_part(part: Part, losses: Mapping[str, float]) -> list[Choice]:
+    """Return the Pareto-optimal choices for one part: an activation is kept or removed, choices of branches are combined."""
     kept = [Choice(0.0, part.milliseconds)]
     if part.site in losses:
         return _pareto_front([*kept, Choice(losses[part.site], 0.0, frozenset([part.site]))])
@@ -200,10 +223,12 @@ def _choices_of_part(part: Part, losses: Mapping[str, float]) -> list[Choice]:
 
 
 def _combine(first: list[Choice], second: list[Choice]) -> list[Choice]:
+    """Return the Pareto-optimal choices for two things that run one after the other, given the choices for each."""
     return _pareto_front(_pairwise_sums(first, second))
 
 
 def _pairwise_sums(first: list[Choice], second: list[Choice]) -> list[Choice]:
+    """Return every combination of a choice from each list; their losses and times add up."""
     return [
         Choice(a.loss + b.loss, a.milliseconds + b.milliseconds, a.removed | b.removed, a.projected + b.projected)
         for a in first
@@ -212,7 +237,10 @@ def _pairwise_sums(first: list[Choice], second: list[Choice]) -> list[Choice]:
 
 
 def _pareto_front(choices: list[Choice]) -> list[Choice]:
-    """Return the choices that no other equals or beats in both loss and time."""
+    """Return the Pareto-optimal choices by rising loss and falling time, at most about `MAX_CHOICES` of them.
+
+    Of choices with equal loss and time, one is returned.
+    """
     front: list[Choice] = []
     for choice in sorted(choices, key=lambda each: each[:2]):
         if not front or choice.milliseconds < front[-1].milliseconds:
@@ -224,6 +252,7 @@ def _pareto_front(choices: list[Choice]) -> list[Choice]:
 
 
 def _scaled(section: Section, factor: float) -> Section:
+    """Return a section with all times multiplied by a factor."""
     parts = tuple(
         Part(part.milliseconds * factor, part.site, tuple(_scaled(branch, factor) for branch in part.branches))
         for part in section.parts
@@ -233,7 +262,11 @@ def _scaled(section: Section, factor: float) -> Section:
 
 
 def _collapsed(section: Section, modules: tuple[str, ...]) -> Section:
-    """Return a section with one part in the place of a stretch, without the stretches that would cut through this part."""
+    """Return a section in which the stretch that approximates some modules is a single part.
+
+    Stretches that contain only some of its parts are left out. `modules` are the paths of the modules. A section without such
+    a stretch stays as it is, except inside its branches.
+    """
     branched = (
         part._replace(branches=tuple(_collapsed(branch, modules) for branch in part.branches)) for part in section.parts
     )
@@ -252,6 +285,7 @@ def _collapsed(section: Section, modules: tuple[str, ...]) -> Section:
 
 
 def _candidates(section: Section) -> Iterator[frozenset[str]]:
+    """Yield the sets of sites of one section; see `LatencyTable.candidates`. A set may come twice."""
     yield from (stretch.sites for stretch in section.stretches if stretch.sites)
     for part in section.parts:
         if part.site:
@@ -261,7 +295,12 @@ def _candidates(section: Section) -> Iterator[frozenset[str]]:
 
 
 def without_slow_approximations(section: Section, gain: float) -> Section:
-    """Drop the approximations of a section that save less than a share `gain` of the time of the fastest exact form."""
+    """Return a section without the approximating stretches that are not clearly faster than an exact form.
+
+    Args:
+        section: the section.
+        gain: the share of the time of the fastest exact form of the same parts that an approximation must save, 0 to 1.
+    """
     exact = [stretch for stretch in section.stretches if not stretch.modules]
 
     def fastest_exact(start: int, stop: int, sites: frozenset[str]) -> float:
@@ -275,12 +314,14 @@ def without_slow_approximations(section: Section, gain: float) -> Section:
 
 
 def _section_to_dict(section: Section) -> dict[str, Any]:
+    """Return a section as a dict that can be written as JSON."""
     parts = [part._asdict() | {"branches": [_section_to_dict(branch) for branch in part.branches]} for part in section.parts]
     stretches = [stretch._asdict() | {"sites": sorted(stretch.sites)} for stretch in section.stretches]
     return {"parts": parts, "stretches": stretches}
 
 
 def _section_from_dict(values: Mapping[str, Any]) -> Section:
+    """Make a section from the dict that `_section_to_dict` returned."""
     parts = (Part(**part | {"branches": tuple(map(_section_from_dict, part["branches"]))}) for part in values["parts"])
     stretches = (
         Stretch(**stretch | {"sites": frozenset(stretch["sites"]), "modules": tuple(stretch["modules"])})
