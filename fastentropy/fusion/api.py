@@ -38,7 +38,7 @@ def fuse(
     dynamic_sizes: bool = False,
     borders: Borders = "exact",
 ) -> FusedModel:
-    """Rewrite each chain (stretch of linear operators) of a network into the form that runs fastest on the example inputs.
+    """Return a copy of a network in which each chain (stretch of linear operators) has the form that runs fastest.
 
     Batch norm is folded into the operator next to it. A chain is merged into one operator if that is faster. Zero padding
     inside a chain makes one operator wrong near the border of an image, so the outputs there are corrected. The result is

@@ -38,7 +38,7 @@ def with_batch_size(inputs: Inputs, size: int) -> Inputs:
 
 
 def with_longer_axes(inputs: Inputs) -> Inputs:
-    """Return the inputs with every axis behind the batch axis longer by one: its first position is repeated at the end.
+    """Return the inputs with every axis after the batch axis longer by one: its first position is repeated at the end.
 
     Axes of size one keep their size. Axis 1 of tensors with three or more axes keeps its size too, because it may hold the
     channels, and no model takes another number of channels.

@@ -49,7 +49,7 @@ RIDGE = 1e-6
 class Projection:
     """A series of modules that one convolution approximates.
 
-    The new convolution replaces the first convolution among the modules. If the modules behind it include a batch norm, a new
+    The new convolution replaces the first convolution among the modules. If the modules after it include a batch norm, a new
     batch norm replaces the first of these. All other modules become the identity.
 
     Attributes:
@@ -237,7 +237,7 @@ def install(model: nn.Module, projection: Projection) -> tuple[Any, Any]:
         projection: names the modules, and gives the shape of the convolution.
 
     Returns:
-        The new convolution, and the new batch norm behind it, or None if there is none.
+        The new convolution, and the new batch norm after it, or None if there is none.
     """
     modules = {name: model.get_submodule(name) for name in projection.modules}
     first = next(name for name, module in modules.items() if isinstance(module, _CONVOLUTIONS))
@@ -279,6 +279,14 @@ class _WeightedSums:
     """
 
     def __init__(self, groups: int, unknowns: int, outputs: int, like: Tensor) -> None:
+        """Begin with sums of zero, in the dtype and on the device of `like`.
+
+        Args:
+            groups: number of groups of channels.
+            unknowns: length of u.
+            outputs: number of output channels per group.
+            like: a tensor.
+        """
         self.products = like.new_zeros(groups, unknowns, unknowns)
         self.residuals = like.new_zeros(groups, unknowns, outputs)
         self.square_residual = self.square_output = self.observations = 0.0
@@ -302,14 +310,15 @@ class _WeightedSums:
 class _Regression:
     """A least-squares fit of the weight and bias of a convolution to inputs and wanted outputs, in float64.
 
-    The unknowns are the differences to a first guess. Each group of channels is a regression of its own. Only sums are kept,
-    not the observations. The error is measured on observations that were not fitted.
+    The unknowns are the differences to a first guess. Each group of channels is fitted separately. Only sums are kept, not
+    the observations. The error is measured on observations that were not fitted.
 
     Attributes:
         centre: the first guess, the centre of the exact kernel.
     """
 
     def __init__(self, guess: AffineOperator) -> None:
+        """Begin with no observations and this first guess."""
         self.centre = guess
         self._groups, self._unknowns = guess.groups, guess.weight[0].numel() + 1
         sizes = (self._groups, self._unknowns, guess.out_channels // self._groups)

@@ -26,7 +26,7 @@ class Axis(NamedTuple):
         kernel: number of taps.
         stride: distance between the input positions that two neighbouring outputs read.
         before: number of zeros padded before the first position; a negative number removes positions instead.
-        after: number of zeros padded behind the last position; a negative number removes positions instead.
+        after: number of zeros padded after the last position; a negative number removes positions instead.
         dilation: distance between two neighbouring taps.
         upsampling: distance between two neighbouring input values after zeros are inserted between them; 1 inserts none.
     """
@@ -189,9 +189,10 @@ def identity(channels: int, like: AffineOperator) -> AffineOperator:
 def compose(first: AffineOperator, second: AffineOperator) -> AffineOperator:
     """Return one operator that computes second(first(x)), exact except near the borders.
 
-    The result is exact at every output position at which `second` reads no zero of its own padding or upsampling. Where
-    `second` reads such a zero, the result reads what `first` would compute at the position of that zero: the bias of `first`,
-    plus values of x if the taps of `first` reach x from there. `borders.valid_range` tells which positions are exact.
+    The result is exact at every output position at which `second` reads no zero of its own padding or upsampling. If
+    `second` reads such a zero, the result instead reads the value that `first` would compute at the position of the zero: the
+    bias of `first`, plus values of x if the taps of `first` reach x from there. `borders.valid_range` returns the exact
+    positions.
 
     Args:
         first: the operator that is applied to x.

@@ -179,6 +179,7 @@ def _per_axis(values: Any, axes: int) -> tuple[int, ...]:
 
 
 def _read_convolution(node: Node, module: GraphModule) -> AffineNode | None:
+    """Read a convolution with constant weight and bias."""
     if (named := _arguments(node, "weight", "bias", module=module)) is None:
         return None
     (values, tensors), axes = named, _AXES[node.target]
@@ -211,6 +212,7 @@ def _padding(padding: Any, kernel: Sequence[int], dilation: Sequence[int]) -> tu
 
 
 def _read_transposed_convolution(node: Node, module: GraphModule) -> AffineNode | None:
+    """Read a transposed convolution as a convolution with upsampling, whose kernel is flipped."""
     if (named := _arguments(node, "weight", "bias", module=module)) is None:
         return None
     (values, tensors), axes = named, _AXES[node.target]
@@ -231,6 +233,7 @@ def _read_transposed_convolution(node: Node, module: GraphModule) -> AffineNode 
 
 
 def _read_linear(node: Node, module: GraphModule) -> AffineNode | None:
+    """Read a linear layer with constant weight and bias."""
     if (named := _arguments(node, "weight", "bias", module=module)) is None or named[1]["weight"].ndim != 2:
         return None
     values, tensors = named
@@ -252,6 +255,7 @@ def _read_addmm(node: Node, module: GraphModule) -> AffineNode | None:
 
 
 def _read_matrix_product(node: Node, module: GraphModule) -> AffineNode | None:
+    """Read x · matrix with a constant matrix as a linear layer without bias."""
     operand, matrix = node.args[:2]
     value = constant(matrix, module)
     if value is None or value.ndim != 2 or len(shape_of(operand) or ()) < 2:

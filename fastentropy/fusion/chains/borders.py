@@ -1,11 +1,11 @@
 """Find the positions near the border at which a merged operator differs from its chain, and correct them.
 
 A chain is a stretch of linear operators. The merged operator is the single operator composed from them (`affine.compose`).
-The two treat zero padding inside the chain differently. Where an operator of the chain reads its own padding, the chain reads
-zeros. The merged operator reads what the operators before would compute outside of the image.
+The two treat zero padding inside the chain differently. If an operator of the chain reads its own padding, it reads zeros. In
+the merged operator, these zeros are replaced by the values that the preceding operators would compute outside of the image.
 
-If they would compute only their bias there, the merged operator needs another bias at these positions (`zero_response`).
-Otherwise these positions are recomputed with the chain (`border_strips`).
+If these values are only a bias, the merged operator needs another bias at the affected output positions (`zero_response`).
+Otherwise the affected outputs are recomputed with the chain (`border_strips`).
 """
 
 import math
@@ -27,7 +27,7 @@ class ValidRange(NamedTuple):
 
     Attributes:
         start: the first exact position.
-        stop: the position behind the last exact one.
+        stop: the position after the last exact one.
         size: number of all positions.
         zero_before: whether the merged operator computes zeros at the positions before 0, as the next padding assumes.
         zero_after: whether the merged operator computes zeros at the positions from `size` on.
@@ -90,7 +90,7 @@ def _propagate_operator(axis: Axis, valid: ValidRange, stays_zero_before: bool, 
         axis: the geometry of the operator.
         valid: the range of its input.
         stays_zero_before: whether its outputs before position 0 are zero if its inputs before position 0 are zero.
-        stays_zero_after: the same for the positions behind the last one.
+        stays_zero_after: the same for the positions after the last one.
     """
     stuffed = (valid.size - 1) * axis.upsampling + 1
     first = (valid.start - 1) * axis.upsampling + 1 if valid.start else (None if valid.zero_before else 0)

@@ -136,6 +136,7 @@ def run(chain: Chain, x: Tensor) -> Tensor:
 
 
 def _run_element(element: Element, x: Tensor) -> Tensor:
+    """Apply one element to x."""
     match element:
         case Sum(branches):
             total, *others = (run(branch, x) for branch in branches)
@@ -212,6 +213,7 @@ def cost(chain: Chain, shape: Sequence[int], itemsize: int) -> Cost:
 
 
 def _costs(element: Element, shape: Sequence[int], itemsize: int) -> Iterator[Cost]:
+    """Yield the cost of each operation of an element; the arguments are as in `cost`."""
     match element:
         case Sum(branches):
             yield from (cost(branch, shape, itemsize) for branch in branches)
@@ -239,6 +241,7 @@ def _costs(element: Element, shape: Sequence[int], itemsize: int) -> Iterator[Co
 
 
 def _operator_cost(operator: AffineOperator, shape: Sequence[int], itemsize: int) -> Cost:
+    """Return the cost of one operator. A bias map is added in a further pass over the output."""
     output = math.prod(operator.output_shape(shape))
     bias_map = 2 * output + operator.bias.numel() if operator.bias.ndim > 1 else operator.bias.numel()
     values = math.prod(shape) + operator.weight.numel() + output + bias_map
@@ -251,6 +254,7 @@ def operators(chain: Chain) -> list[AffineOperator]:
 
 
 def _operators(element: Element) -> list[AffineOperator]:
+    """Return all affine operators of one element; see `operators`."""
     match element:
         case Sum(branches):
             return [operator for branch in branches for operator in operators(branch)]

@@ -94,7 +94,7 @@ class _Segment:
         members: the nodes so far, without the source.
         views: as in `FoundChain`.
         flat: the spatial size that the value had before it was flattened, or None if it was not flattened. A linear layer
-            behind the flattening becomes a convolution whose kernel has this size.
+            after the flattening becomes a convolution whose kernel has this size.
     """
 
     source: Node

@@ -106,7 +106,7 @@ class Lowering:
         return self._graph.call_function(_aten.addcmul.default, (self._constant(shift), value, self._constant(scale)))
 
     def _convolution(self, operator: AffineOperator, value: Node) -> Node:
-        """Append a convolution. Padding that differs between the two ends of an axis becomes a node of its own."""
+        """Append a convolution. Padding that differs between the two ends of an axis becomes a separate node."""
         padding = [max(min(axis.before, axis.after), 0) for axis in operator.axes]
         more = [margin - own for axis, own in zip(operator.axes, padding, strict=True) for margin in (axis.before, axis.after)]
         for part in ([max(n, 0) for n in more], [min(n, 0) for n in more]):  # zeros on one side only, then cropping
@@ -253,7 +253,7 @@ def _geometry(operator: AffineOperator) -> list[Any]:
 
 
 def _covers(operator: AffineOperator, shape: Sequence[int]) -> bool:
-    """Return whether the kernel of an operator covers its whole input, so that the operator is a linear layer of the values.
+    """Return whether the kernel of an operator covers its whole input. The operator is then a linear layer of all values.
 
     `shape` is the shape of the input, `[batch, channels, *spatial]`.
     """

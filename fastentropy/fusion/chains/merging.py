@@ -172,7 +172,7 @@ def _without_extent(operator: AffineOperator) -> AffineOperator:
 
 
 def with_tap_bias(chain: Chain) -> TapBiased:
-    """Merge pointwise operators and the operators behind them into one operator that is exact for inputs of every size.
+    """Merge pointwise operators and the operators after them into one operator that is exact for inputs of every size.
 
     Args:
         chain: pointwise operators, then one operator that may pad its input, then operators without padding. A residual block
