@@ -39,6 +39,7 @@ def _fails_closed(function: Callable[P, T]) -> Callable[P, T]:
 
     @functools.wraps(function)
     def checked(*args: P.args, **kwargs: P.kwargs) -> T:
+        """Call the function, and raise RuntimeError if a name is missing."""
         try:
             return function(*args, **kwargs)
         except (AttributeError, ImportError) as error:
@@ -116,7 +117,7 @@ def add_to_each(tensors: Sequence[Tensor], values: Sequence[Tensor | int]) -> No
 
 @_fails_closed
 def storage_id(x: Tensor) -> int:
-    """Return a number that is the same for all tensors in one storage.
+    """Return a number that is the same for all tensors in the storage of `x`.
 
     The address of the data would not do, because it is 0 for every tensor on the meta device.
     """
@@ -163,7 +164,7 @@ def path_when_uncompiled(path: str) -> str:
 
 @_fails_closed
 def operator_schema(target: object) -> torch._C.FunctionSchema | None:
-    """Return the schema of an overload of an operator, such as `torch.ops.aten.relu.default`; None for anything else."""
+    """Return the schema of an overload of an operator, such as `torch.ops.aten.relu.default`; None if `target` is none."""
     return target._schema if isinstance(target, torch._ops.OpOverload) else None
 
 
@@ -201,7 +202,7 @@ def compile_package(program: ExportedProgram, path: Path) -> None:
 
 @_fails_closed
 def load_package(path: Path) -> Callable[..., Any]:
-    """Return the compiled program in a package that `compile_package` wrote."""
+    """Return the compiled program in the package at `path`, which `compile_package` wrote."""
     from torch._inductor import aoti_load_package
 
     program: Callable[..., Any] = aoti_load_package(str(path))
@@ -248,13 +249,13 @@ def without_waiting(x: Tensor) -> Tensor:
 
 @_fails_closed
 def local_part(x: DTensor) -> Tensor:
-    """Return the tensor that this rank holds of a DTensor. No operator runs that a mode or autograd would see."""
+    """Return the tensor that this rank holds of the DTensor `x`. No operator runs that a mode or autograd would see."""
     return x._local_tensor
 
 
 @_fails_closed
 def local_shape_and_offset(x: DTensor) -> tuple[Sequence[int], Sequence[int]]:
-    """Return the shape of this rank's part of a DTensor, and the index on each axis at which it begins in the whole tensor."""
+    """Return the shape of this rank's part of the DTensor `x`, and the index on each axis at which the part begins."""
     from torch.distributed.tensor import _utils
 
     shape, offset = _utils.compute_local_shape_and_global_offset(x.shape, x.device_mesh, x.placements)

@@ -284,6 +284,7 @@ class EntropyCollector:
         return Statistics({name: reduce(add, sites) for name, sites in parts.items()})
 
     def _recommend_isolation(self) -> None:
+        """Warn, once, if the model calls activations as functions, because these are counted more slowly."""
         self._watcher.registry.recommend_isolation(original_class(self._model).__name__)
 
 

@@ -90,18 +90,27 @@ class Counters:
         self.host_positions[site.name] = self.host_positions.get(site.name, 0) + positions
 
     def add_masked_positions(self, counter: SiteCounters, mask: Tensor) -> None:
-        """Record that each neuron had as many values as `mask` has True entries; `flush` adds this number on the device.
+        """Record how many values of each neuron were read; `flush` adds this number on the device.
 
-        The host does not read the number, because it would have to wait for the device.
+        The number is that of the True entries of `mask`. The host does not read it, because it would have to wait for the
+        device.
+
+        Args:
+            counter: the counters of the site on the device of the mask.
+            mask: bool, True at the positions that were counted.
         """
         if id(mask) not in self._tokens:
             self._tokens[id(mask)] = (mask, mask.sum())
         self._masked.append((counter.positions, self._tokens[id(mask)][1]))
 
     def add_repeated_positions(self, counter: SiteCounters, positions: int) -> None:
-        """Record that `positions` values of each neuron were read; `flush` adds this number on the device.
+        """Record how many values of each neuron were read; `flush` adds this number on the device.
 
         While a CUDA graph is captured, this addition becomes a part of the graph, so each replay repeats it.
+
+        Args:
+            counter: the counters of the site on the device of the graph.
+            positions: the number of values of each neuron.
         """
         self._repeated.append((counter.positions, positions))
 
@@ -116,6 +125,7 @@ class Counters:
         self._forget_notes()
 
     def _forget_notes(self) -> None:
+        """Delete the numbers that `flush` would add."""
         self._tokens.clear()
         self._masked.clear()
         self._repeated.clear()

@@ -52,7 +52,15 @@ class PassCounting:
             return self._idle.pop() if self._idle else Counters(self._layout)
 
     def run_activation(self, counters: Counters | None, call: Call) -> Any:
-        """Run an activation and count the states of its input in the counters of the pass. Return the output."""
+        """Run an activation and count the states of its input.
+
+        Args:
+            counters: the counters of the pass, or None if the pass is not counted.
+            call: the call of the activation.
+
+        Returns:
+            The output of the activation.
+        """
         return call.run() if counters is None else _run_and_count(call, counters)
 
     def end_pass(self, counters: Counters | None, completed: bool) -> None:
@@ -79,7 +87,7 @@ class PassCounting:
             self._batches.clear()
 
     def statistics(self, sites: Mapping[str, Site]) -> dict[str, SiteStatistics]:
-        """Return the total of each site, by name, on the CPU."""
+        """Return the total of each site in `sites`, by name, on the CPU."""
         with self._lock:
             return {name: self._site_statistics(site) for name, site in list(sites.items())}
 

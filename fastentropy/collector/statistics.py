@@ -184,6 +184,7 @@ class Statistics(Mapping[str, SiteStatistics]):
         return f"<Statistics: {self._size()}>"
 
     def _size(self) -> str:
+        """Return the numbers of sites and neurons as text."""
         return f"{plural(len(self), 'site')}, {plural(sum(site.neurons for site in self.values()), 'neuron')}"
 
     def __add__(self, other: Statistics) -> Statistics:

@@ -59,9 +59,11 @@ def scores(criterion: Criterion, model: nn.Module, statistics: Statistics, sites
 
 
 def lowest(scored: Mapping[str, float], count: int) -> tuple[str, ...]:
-    """Return the names of the `count` sites with the lowest scores.
+    """Return the names of the sites with the lowest scores.
 
-    Among equal scores, the sites that come first in the dict are taken.
+    Args:
+        scored: the score of each site, by name.
+        count: how many names to return. Among equal scores, the first sites in `scored` are taken.
     """
     return tuple(sorted(scored, key=lambda name: scored[name])[: max(count, 0)])
 
@@ -94,7 +96,13 @@ def best_trade(
 
 
 def check_budget(table: LatencyTable, sites: Collection[str], budget: float) -> None:
-    """Raise ValueError if the network is predicted to miss a budget in milliseconds even without all of `sites`."""
+    """Raise ValueError if the network is predicted to miss a budget even when all of `sites` are removed.
+
+    Args:
+        table: the measured latencies of the dense network.
+        sites: the names of all sites that may be removed.
+        budget: how many milliseconds one call may take.
+    """
     least = max(table.fastest(sites).milliseconds, 1e-9)
     if least > budget:
         raise ValueError(

@@ -100,7 +100,7 @@ class StepFolder:
         save_json(values, folder / "step.json")
 
     def save_latency(self, table: LatencyTable) -> None:
-        """Write the latencies that were measured before the first step.
+        """Write `table`, the latencies that were measured before the first step.
 
         A resumed run reads them, because other measurements could lead it to other decisions.
         """

@@ -189,4 +189,5 @@ def activation_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _full_name(kind: type) -> str:
+    """Return the name of a class with its module, such as "torch.nn.modules.activation.ReLU"."""
     return f"{kind.__module__}.{kind.__qualname__}"

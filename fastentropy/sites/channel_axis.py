@@ -66,7 +66,7 @@ class AxisTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return self._axes.get(_place(x), 1 if x.ndim >= 4 else x.ndim - 1)
 
     def sharding_of(self, x: Tensor) -> Sharding | None:
-        """Return how a plain tensor that comes from a DTensor is divided among ranks; None if it comes from none."""
+        """Return how the plain tensor `x`, which comes from a DTensor, is divided among ranks; None if it comes from none."""
         return self._shardings.get(_place(x))
 
     @contextlib.contextmanager

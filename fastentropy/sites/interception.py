@@ -32,9 +32,11 @@ class _Intercepted(NamedTuple):
     handler: Handler
 
     def __deepcopy__(self, memo: object) -> None:
+        """Put None into a copy of the module."""
         return None
 
     def __reduce__(self) -> tuple[Any, ...]:
+        """Put None into a pickle of the module."""
         return type(None), ()
 
 
@@ -143,10 +145,12 @@ class _Eager:
     """
 
     def __init__(self) -> None:
+        """Begin with no interception attached."""
         self._lock, self._inside = threading.RLock(), set[int]()
         self._stance = contextlib.ExitStack()
 
     def enter(self, who: object) -> None:
+        """Register the interception `who`. If it is the first, make compiled code run eagerly."""
         with self._lock:
             if not self._inside:
                 self._stance.enter_context(torch.compiler.set_stance("force_eager"))
@@ -154,6 +158,7 @@ class _Eager:
         weakref.finalize(who, self._leave, id(who)).atexit = False
 
     def leave(self, who: object) -> None:
+        """Remove the interception `who`. If it was the last, let compiled code run again."""
         self._leave(id(who))
 
     def _leave(self, who: int) -> None:
@@ -171,7 +176,10 @@ _EAGER = _Eager()
 
 
 def fast_paths(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
-    """List the attributes that let nn.TransformerEncoder run a whole layer in one kernel, which hides its activation.
+    """List the attributes that let the transformer layers of a model run in one kernel each, which hides their activations.
+
+    Args:
+        model: any module. Only nn.TransformerEncoder and nn.TransformerEncoderLayer inside it have such attributes.
 
     Returns:
         (module, attribute, value) for each such attribute. With this value, the layers call their activations.

@@ -19,7 +19,12 @@ class MaskArgument(NamedTuple):
     place: int | None  # its index among the positional arguments; None if it can be given by name only
 
     def given(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[bool, Any]:
-        """Return whether a call with these arguments gives the mask, and the mask (None if it is not given)."""
+        """Return whether a call gives this argument, and its value (None if it is not given).
+
+        Args:
+            args: the positional arguments of the call.
+            kwargs: its keyword arguments.
+        """
         if self.name in kwargs:
             return True, kwargs[self.name]
         if self.place is not None and len(args) > self.place:

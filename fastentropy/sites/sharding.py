@@ -89,7 +89,7 @@ class Sharding:
 
     @classmethod
     def of(cls, x: DTensor) -> Sharding:
-        """Return the sharding of a DTensor."""
+        """Return the sharding of the DTensor `x`."""
         sizes, starts = local_shape_and_offset(x)
         axes = tuple(_divided_axis(placement, x.ndim) for placement in x.placements)
         if tuple(sizes) != tuple(local_part(x).shape):  # from_local() was not given the shape of the whole
@@ -185,7 +185,7 @@ class Sharding:
             if not _is_divided(axis) or axis not in self.shards or axis >= positions.ndim:
                 continue
             if positions.shape[axis] != shape[axis]:
-                chunks = positions.chunk(self.mesh.size(mesh_axis), axis)  # as a DTensor is divided
+                chunks = positions.chunk(self.mesh.size(mesh_axis), axis)  # in the same way as a DTensor
                 coordinate = self.mesh.get_local_rank(mesh_axis)
                 positions = chunks[coordinate] if coordinate < len(chunks) else positions.narrow(axis, 0, 0)
         return positions if positions.shape == tuple(shape[:-1]) else None
@@ -228,7 +228,7 @@ def is_dtensor(x: object) -> TypeGuard[DTensor]:
 
 
 def local_tensor(x: T) -> T:
-    """Return this rank's part of a DTensor, and any other tensor as it is. No operator runs that a mode would see."""
+    """Return this rank's part of `x` if it is a DTensor; otherwise `x` itself. No operator runs that a mode would see."""
     return local_part(x) if is_dtensor(x) else x
 
 
@@ -263,27 +263,32 @@ class _ToLocal:
     """
 
     def __init__(self) -> None:
+        """Begin with no thread inside."""
         self._lock = threading.Lock()
         self._inside: list[tuple[int, Show]] = []
         self._original: Any = None
 
     def enter(self, show: Show) -> None:
+        """Show the results of `DTensor.to_local` in this thread to `show` from now on."""
         with self._lock:
             if not self._inside:
                 self._replace()
             self._inside.append((threading.get_ident(), show))
 
     def leave(self, show: Show) -> None:
+        """Stop showing results to `show`. If no thread is left inside, restore `DTensor.to_local`."""
         with self._lock:
             self._inside.remove((threading.get_ident(), show))
             if not self._inside:
                 _dtensor().to_local = self._original
 
     def _replace(self) -> None:
+        """Replace `DTensor.to_local` by a function that shows its result."""
         original = self._original = _dtensor().to_local
 
         @functools.wraps(original)
         def to_local(x: DTensor, **kwargs: Any) -> Tensor:
+            """Return the local tensor of `x`, and show both to the functions that this thread has entered with."""
             local: Tensor = original(x, **kwargs)
             for thread, show in list(self._inside):
                 if thread == threading.get_ident():

@@ -26,7 +26,10 @@ P = TypeVar("P")
 
 
 class Observer(Protocol[P]):
-    """Receive the forward passes of a model. The other two methods are given the value that `begin_pass` returned."""
+    """Receive the forward passes of a model.
+
+    `run_activation` and `end_pass` are given, as `forward_pass`, the value that `begin_pass` returned.
+    """
 
     def begin_pass(self) -> P:
         """Prepare for a pass, which begins when the model, or a part of it, is called from outside."""
@@ -179,7 +182,16 @@ class SiteWatcher(Generic[P]):
         return self._show(current, name, activation, x, module, "", lambda: original(module, *args, **kwargs))
 
     def run_function(self, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """Run a PyTorch function that is called during a pass. If it is an activation, report it to the observer."""
+        """Run a PyTorch function that is called during a pass. If it is an activation, report it to the observer.
+
+        Args:
+            function: the function, or the method of Tensor.
+            args: its positional arguments.
+            kwargs: its keyword arguments.
+
+        Returns:
+            The output of the function.
+        """
         current: _Pass[P] | None = getattr(self._thread, "current", None)
         activation = function_name(function)
         x = args[0] if args else kwargs.get("input")
@@ -301,6 +313,7 @@ class _FunctionCalls(TorchFunctionMode):
     """Hand every PyTorch function that is called while this mode is active to a watcher, which runs it."""
 
     def __init__(self, watcher: SiteWatcher[Any]) -> None:
+        """Prepare to hand functions to `watcher`."""
         super().__init__()
         self._watcher = watcher
 

@@ -131,6 +131,7 @@ class _Tracer(NoObserver):
     """Record which code calls each activation."""
 
     def __init__(self) -> None:
+        """Begin without calls."""
         self.calls: list[_Traced] = []
 
     def run_activation(self, forward_pass: None, call: Call) -> Any:
@@ -200,7 +201,7 @@ def _isolate_calls(caller: nn.Module, calls: Sequence[_Traced]) -> None:
         calls: all activation calls that its methods make in the pass on the example.
     """
     if isinstance(caller, nn.Sequential | nn.ModuleList | nn.ModuleDict):
-        return  # a new module would be one more in the sequence
+        return  # an attribute of a container would become one more of its entries
     times = Counter((call.code, call.place) for call in calls)
     needy = [call for call in calls if times[call.code, call.place] == 1 and (call.module is None or ":" in call.name)]
     methods: dict[str, Any] = {}
@@ -260,7 +261,7 @@ def _check_is_called(call: _Traced, value: Any, node: ast.Call) -> None:
     if value is None and call.module is None and isinstance(node.func, ast.Attribute):
         value = getattr(Tensor, node.func.attr, None)
         if node.args:
-            raise CannotBeRewrittenError  # of some other object: the input would not be the receiver
+            raise CannotBeRewrittenError  # perhaps a function of an unknown object, whose input is the argument
     if call.module is not None and value is not call.module:
         raise CannotBeRewrittenError
     if call.module is None and (not callable(value) or function_name(value) != call.activation):

@@ -97,7 +97,14 @@ class MethodRewriter:
         self._definition = ast.increment_lineno(definition, code.co_firstlineno - 2)
 
     def find(self, place: Place | None) -> ast.Call:
-        """Return the call at a position. Raises CannotBeRewrittenError if there is no such call, or more than one."""
+        """Return the call at a position in the method.
+
+        Args:
+            place: the position, or None if it is not known.
+
+        Raises:
+            CannotBeRewrittenError: there is no call at this position, or more than one.
+        """
         calls = [node for node in ast.walk(self._definition) if isinstance(node, ast.Call) and Place.at(node) == place]
         if len(calls) != 1:
             raise CannotBeRewrittenError
@@ -162,7 +169,7 @@ class MethodRewriter:
             expression = compile(ast.Expression(decorator), function.__code__.co_filename, "eval")
             try:
                 method = eval(expression, function.__globals__, inspect.getclosurevars(function).nonlocals)(method)
-            except Exception as error:  # a decorator may ask for anything
+            except Exception as error:  # a decorator may raise anything
                 raise CannotBeRewrittenError from error
         return method
 
