@@ -267,7 +267,8 @@ class EntropyCollector:
     def _shares(self) -> dict[str, RankShare]:
         """Return, by name of the site, where this rank's counts belong in the counts of all ranks.
 
-        If a loaded state places a site elsewhere than the model does, the share of this site says so in `trouble`.
+        A state that was loaded has shares of its own. If a share differs from the one that the model has now, the state was
+        saved by another rank. The share then has this as its `trouble`, and `sync` raises.
         """
         shares = {site.name: self._watcher.registry.share(site) for site in list(self._watcher.sites.values())}
         for name, share in self._restored_shares.items():
@@ -300,9 +301,9 @@ def collect(
     After the block the model is as it was before, even if the block raises. Inside the block, parts that were compiled with
     torch.compile run eagerly.
 
-    In a gated MLP (SwiGLU, GeGLU) the site (call of an activation) is the activation of the gate, and the state is the sign of
-    the gate's pre-activation. Such an MLP multiplies gate and value, so it is not linear even if the gate never changes its
-    state.
+    In a gated MLP (SwiGLU, GeGLU) the site (call of an activation) is the activation of the gate, and the counted state (off,
+    zero or on) is the sign of the gate's pre-activation. Such an MLP multiplies gate and value, so it is not linear even if
+    the gate never changes its state.
 
     Args:
         model: any module.

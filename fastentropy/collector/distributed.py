@@ -72,7 +72,7 @@ def _all_ranks(statistics: Statistics, shares: Mapping[str, RankShare], modules:
 def _check(ranks: Sequence[_Rank]) -> None:
     """Raise ValueError if the ranks' sites do not fit together.
 
-    A site's first rank is the first that has it. Each rank is compared with the first ranks of all its sites.
+    For each of its sites, a rank is compared with the first rank that also has this site.
     """
     first_ranks: dict[str, int] = {}
     for number, rank in enumerate(ranks):

@@ -63,7 +63,7 @@ class SiteStatistics:
 
     @property
     def dead(self) -> Tensor:
-        """Return a bool tensor [neurons]: True if the neuron was observed and never on.
+        """Return a bool tensor [neurons]: True if the neuron was never on, but had a value that was not NaN.
 
         Zero counts as off here, because relu returns 0 for both.
         """
@@ -71,7 +71,7 @@ class SiteStatistics:
 
     @property
     def always_on(self) -> Tensor:
-        """Return a bool tensor [neurons]: True if the neuron was observed and every value was on.
+        """Return a bool tensor [neurons]: True if the neuron had a value, and every value except NaN was on.
 
         For such a neuron relu is the identity.
         """

@@ -193,7 +193,10 @@ class _Operator(NamedTuple):
         return {axis: axis for axis in range(left.ndim - 1)}, {**batches, columns: self.y.ndim - 1}
 
     def moves(self, x: Tensor) -> bool:
-        """Return whether the operator moves or removes axes of its input `x`. Reshapes are handled separately."""
+        """Return whether the operator moves or removes axes of its input `x`, as `permute` and `sum` do.
+
+        Reshapes do not count here; `reshaped_axis` handles them.
+        """
         reduces = self.y.ndim < x.ndim and self.argument("dim") is not None
         return reduces or self.name in ("permute", "transpose", "t", "stack")
 

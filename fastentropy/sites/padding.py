@@ -13,7 +13,7 @@ Mask = str | Callable[[tuple[Any, ...], Mapping[str, Any]], Tensor | None] | Non
 
 
 class MaskArgument(NamedTuple):
-    """The argument of a forward that holds the padding mask."""
+    """The parameter of a module's forward that takes the padding mask."""
 
     name: str
     place: int | None  # its index among the positional arguments; None if it can be given by name only

@@ -263,7 +263,7 @@ class _ToLocal:
     """
 
     def __init__(self) -> None:
-        """Begin with no thread inside."""
+        """Begin with no thread that has entered."""
         self._lock = threading.Lock()
         self._inside: list[tuple[int, Show]] = []
         self._original: Any = None
