@@ -14,7 +14,8 @@ from fastentropy.cli.console import ProgressDisplay, print_history
 from fastentropy.cli.options import chosen_device, one_line_errors
 from fastentropy.pruning.criteria import CRITERIA
 from fastentropy.recipes import RECIPES, load_recipe
-from fastentropy.recipes.run import Run, Settings, create_run, open_run
+from fastentropy.recipes.run import Run, create_run, open_run
+from fastentropy.recipes.settings import Settings
 
 
 def prune(
