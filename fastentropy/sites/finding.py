@@ -9,8 +9,9 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from fastentropy._compat import buffers_of
+from fastentropy.sites.observer import NoObserver
 from fastentropy.sites.site import Site
-from fastentropy.sites.watcher import NoObserver, SiteWatcher
+from fastentropy.sites.watcher import SiteWatcher
 
 
 def find_sites(model: nn.Module, example_inputs: tuple[Any, ...] | Mapping[str, Any]) -> list[Site]:

@@ -6,7 +6,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, Protocol, TypeGuard, TypeVar
+from typing import Any, Generic, TypeGuard, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -17,31 +17,13 @@ from fastentropy._compat import in_backward, is_compiled, is_functorch_tensor, p
 from fastentropy.sites.activations import activation_name, function_name
 from fastentropy.sites.channel_axis import AxisTracker
 from fastentropy.sites.interception import Interception, original_class
+from fastentropy.sites.observer import Observer
 from fastentropy.sites.padding import Mask, mask_argument, token_mask
 from fastentropy.sites.registry import SiteRegistry
 from fastentropy.sites.sharding import local_tensor
 from fastentropy.sites.site import Call, Site
 
 P = TypeVar("P")
-
-
-class Observer(Protocol[P]):
-    """Receive the forward passes of a model.
-
-    `run_activation` and `end_pass` are given, as `forward_pass`, the value that `begin_pass` returned.
-    """
-
-    def begin_pass(self) -> P:
-        """Prepare for a pass, which begins when the model, or a part of it, is called from outside."""
-        ...
-
-    def run_activation(self, forward_pass: P, call: Call) -> Any:
-        """Run an activation and return its output. The observer may read the input before or after it runs the activation."""
-        ...
-
-    def end_pass(self, forward_pass: P, completed: bool) -> None:
-        """Finish a pass. `completed` is True if the call returned, and False if it raised."""
-        ...
 
 
 @dataclass
@@ -322,20 +304,6 @@ class _FunctionCalls(TorchFunctionMode):
     ) -> Any:
         """Let the watcher run `func`, because it reports the function if it is an activation."""
         return self._watcher.run_function(func, args, kwargs or {})
-
-
-class NoObserver:
-    """An observer that runs every activation and records nothing. Use it to discover sites."""
-
-    def begin_pass(self) -> None:
-        """Do nothing: no state is kept for a pass."""
-
-    def run_activation(self, forward_pass: None, call: Call) -> Any:
-        """Run the activation and return its output."""
-        return call.run()
-
-    def end_pass(self, forward_pass: None, completed: bool) -> None:
-        """Do nothing, because no state was kept for the pass."""
 
 
 def _is_plain(module: nn.Module) -> bool:

@@ -24,8 +24,9 @@ from fastentropy.sites import finding, interception, watcher
 from fastentropy.sites.activations import activation_name, function_name
 from fastentropy.sites.finding import call_once
 from fastentropy.sites.interception import fast_paths
+from fastentropy.sites.observer import NoObserver
 from fastentropy.sites.site import Call
-from fastentropy.sites.watcher import NoObserver, SiteWatcher
+from fastentropy.sites.watcher import SiteWatcher
 from fastentropy.surgery.rewriting import Arguments, CannotBeRewrittenError, MethodRewriter, Place
 
 #: Name of an activation function -> the class of the module that computes the same, and the names of the function's arguments

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fastentropy.sites.channel_axis import AxisTracker, reshaped_axis
-from fastentropy.sites.watcher import NoObserver, SiteWatcher
+from fastentropy.sites.observer import NoObserver
+from fastentropy.sites.watcher import SiteWatcher
 from tests._helpers.networks import Reads
 
 

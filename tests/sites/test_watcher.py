@@ -4,7 +4,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastentropy import Site, find_sites
-from fastentropy.sites.watcher import NoObserver, SiteWatcher
+from fastentropy.sites.observer import NoObserver
+from fastentropy.sites.watcher import SiteWatcher
 from tests._helpers.networks import Reads
 from tests._helpers.snapshots import assert_unchanged, snapshot
 
