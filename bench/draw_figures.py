@@ -9,7 +9,8 @@ script writes.
 import re
 from pathlib import Path
 
-from sections import MACHINES, RESULTS, ROOT, SECTIONS, load_json
+from markdown_tables import MACHINES, RESULTS, ROOT, load_json
+from sections import SECTIONS
 
 from fastentropy.benchmarks.plots import plot_record
 from fastentropy.benchmarks.records import Record
