@@ -12,41 +12,13 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-class Axis(NamedTuple):
-    """The geometry of an operator along one spatial axis.
-
-    Attributes:
-        kernel: number of taps.
-        stride: distance between the input positions that two neighbouring outputs read.
-        before: number of zeros padded before the first position; a negative number removes positions instead.
-        after: number of zeros padded after the last position; a negative number removes positions instead.
-        dilation: distance between two neighbouring taps.
-        upsampling: distance between two neighbouring input values after zeros are inserted between them; 1 inserts none.
-    """
-
-    kernel: int
-    stride: int = 1
-    before: int = 0
-    after: int = 0
-    dilation: int = 1
-    upsampling: int = 1
-
-    @property
-    def reach(self) -> int:
-        """Return the distance from the first tap to the last, in positions."""
-        return (self.kernel - 1) * self.dilation
-
-    def output_size(self, size: int) -> int:
-        """Return the number of output positions for an input with `size` positions."""
-        stuffed = (size - 1) * self.upsampling + 1
-        return (stuffed + self.before + self.after - self.reach - 1) // self.stride + 1
+from fastentropy.fusion.chains.geometry import Axis, add_axes, compose_axes, is_transposed, sizes_agree
 
 
 @dataclass(frozen=True, eq=False)
@@ -206,7 +178,7 @@ def compose(first: AffineOperator, second: AffineOperator) -> AffineOperator:
     """
     if first.out_channels != second.in_channels or len(first.axes) != len(second.axes):
         raise ValueError(f"{_describe(second)} cannot follow {_describe(first)}")
-    axes = [_compose_axes(*pair) for pair in zip(first.axes, second.axes, strict=True)]
+    axes = [compose_axes(*pair) for pair in zip(first.axes, second.axes, strict=True)]
     groups = math.gcd(first.groups, second.groups)
     weight = first.weight.new_zeros((second.out_channels, first.in_channels // groups, *(axis.kernel for axis in axes)))
     spread = [b.upsampling * a.dilation for a, b in zip(first.axes, second.axes, strict=True)]
@@ -222,23 +194,6 @@ def compose(first: AffineOperator, second: AffineOperator) -> AffineOperator:
     return _from_axes(weight, second.bias + through.flatten(), axes, groups, first.names + second.names)
 
 
-def _compose_axes(first: Axis, second: Axis) -> Axis:
-    """Return the geometry of a composition along one axis; raise ValueError if no convolution has that geometry."""
-    if second.upsampling > 1 and first.stride > 1:
-        raise ValueError("a transposed convolution behind a strided one: together they are no convolution")
-    stride, upsampling = first.stride * second.stride, first.upsampling * second.upsampling
-    if stride > 1 and upsampling > 1:
-        raise ValueError("a strided convolution behind a transposed one: together they are no convolution")
-    spread, spacing = second.upsampling * first.dilation, first.stride * second.dilation
-    dilation = _common_step(first.kernel, spread, second.kernel, spacing) or max(first.dilation, second.dilation)
-    kernel = ((first.kernel - 1) * spread + (second.kernel - 1) * spacing) // dilation + 1
-    before, after = (
-        second.upsampling * inner + first.stride * outer
-        for inner, outer in ((first.before, second.before), (first.after, second.after))
-    )
-    return Axis(kernel, stride, before, after, dilation, upsampling)
-
-
 def add(left: AffineOperator, right: AffineOperator) -> AffineOperator:
     """Return one operator that computes left(x) + right(x), exact at every position.
 
@@ -246,9 +201,9 @@ def add(left: AffineOperator, right: AffineOperator) -> AffineOperator:
         ValueError: the numbers of channels differ, or the sizes of the two outputs differ for some input size.
     """
     channels_agree = left.in_channels == right.in_channels and left.out_channels == right.out_channels
-    if not channels_agree or not all(_sizes_agree(*pair) for pair in zip(left.axes, right.axes, strict=True)):
+    if not channels_agree or not all(sizes_agree(*pair) for pair in zip(left.axes, right.axes, strict=True)):
         raise ValueError(f"{_describe(left)} and {_describe(right)} give outputs of different sizes and cannot be added")
-    axes = [_add_axes(*pair) for pair in zip(left.axes, right.axes, strict=True)]
+    axes = [add_axes(*pair) for pair in zip(left.axes, right.axes, strict=True)]
     groups = math.gcd(left.groups, right.groups)
     blocks = [_blocks(operator, groups) for operator in (left, right)]
     weight = blocks[0].new_zeros((*blocks[0].shape[:3], *(axis.kernel for axis in axes)))
@@ -259,38 +214,18 @@ def add(left: AffineOperator, right: AffineOperator) -> AffineOperator:
     return _from_axes(weight.flatten(0, 1), left.bias + right.bias, axes, groups)
 
 
-def _sizes_agree(left: Axis, right: Axis) -> bool:
-    """Return whether two operators give the same output size along an axis for every input size."""
-    margins = {axis.reach - axis.before - axis.after for axis in (left, right)}
-    return len(margins) == 1 and (left.stride, left.upsampling) == (right.stride, right.upsampling)
-
-
-def _add_axes(left: Axis, right: Axis) -> Axis:
-    """Return the geometry along one axis of a kernel that contains the taps of both operators."""
-    step = _common_step(left.kernel, left.dilation, right.kernel, right.dilation)
-    dilation = math.gcd(step, left.before - right.before) or max(left.dilation, right.dilation)
-    before, after = max(left.before, right.before), max(left.after, right.after)
-    reach = left.reach - left.before - left.after + before + after
-    return Axis(reach // dilation + 1, left.stride, before, after, dilation, left.upsampling)
-
-
 def _from_axes(weight: Tensor, bias: Tensor, axes: Sequence[Axis], groups: int, names: tuple[str, ...] = ()) -> AffineOperator:
     """Return the operator with the given weight, bias and geometry; raise ValueError if PyTorch has no such operator."""
     if any(axis.upsampling > 1 for axis in axes):
         if any(axis.stride > 1 for axis in axes):
             raise ValueError("a strided and a transposed convolution: together they are no convolution")
-        if not all(_is_transposed(axis) for axis in axes):
+        if not all(is_transposed(axis) for axis in axes):
             raise ValueError("a padded convolution behind a transposed one: together they are no transposed convolution")
     stride, dilation, upsampling = (
         tuple(getattr(axis, name) for axis in axes) for name in ("stride", "dilation", "upsampling")
     )
     padding = tuple((axis.before, axis.after) for axis in axes)
     return AffineOperator(weight, bias, stride, padding, dilation, groups, upsampling, names)
-
-
-def _is_transposed(axis: Axis) -> bool:
-    """Return whether PyTorch's transposed convolution has a padding and an output padding for this geometry."""
-    return axis.before <= axis.reach and 0 <= axis.after - axis.before < max(axis.upsampling, axis.dilation)
 
 
 def _multiply(first: AffineOperator, matrix: Tensor, matrix_groups: int) -> Tensor:
@@ -333,14 +268,6 @@ def _blocks(operator: AffineOperator, groups: int) -> Tensor:
     own = operator.weight.reshape(groups, ratio, out, in_, *operator.kernel)
     diagonal = torch.eye(ratio, dtype=own.dtype, device=own.device)
     return torch.einsum("gaoi...,ab->gaobi...", own, diagonal).reshape(groups, ratio * out, ratio * in_, *operator.kernel)
-
-
-def _common_step(k1: int, d1: int, k2: int, d2: int) -> int:
-    """Return the largest dilation whose grid contains the taps of two kernels, or 0 if each kernel has one tap.
-
-    k1 and k2 are the numbers of taps along an axis, d1 and d2 the distances between neighbouring taps.
-    """
-    return math.gcd(d1 if k1 > 1 else 0, d2 if k2 > 1 else 0)
 
 
 def _window(kernel: Sequence[int], offset: Sequence[int], spread: Sequence[int], dilation: Sequence[int]) -> tuple[Any, ...]:

@@ -15,8 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastentropy.fusion.chains.affine import AffineOperator, Axis
+from fastentropy.fusion.chains.affine import AffineOperator
 from fastentropy.fusion.chains.elements import BorderStrip, Chain, Sum, operators, run
+from fastentropy.fusion.chains.geometry import Axis
 
 
 class ValidRange(NamedTuple):

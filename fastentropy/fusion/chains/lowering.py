@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
-from fastentropy.fusion.chains.affine import AffineOperator, Axis
+from fastentropy.fusion.chains.affine import AffineOperator
 from fastentropy.fusion.chains.aten import AVERAGE_POOLS, CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
 from fastentropy.fusion.chains.elements import (
     Activation,
@@ -21,6 +21,7 @@ from fastentropy.fusion.chains.elements import (
     TapBiased,
     output_shape,
 )
+from fastentropy.fusion.chains.geometry import Axis
 from fastentropy.fusion.memory_format import like_format
 
 _aten = torch.ops.aten

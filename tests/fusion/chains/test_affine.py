@@ -8,7 +8,8 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from fastentropy.fusion.chains.affine import AffineOperator, Axis, add, compose, identity
+from fastentropy.fusion.chains.affine import AffineOperator, add, compose, identity
+from fastentropy.fusion.chains.geometry import Axis
 from tests._helpers.operators import (
     NO_CONVOLUTION,
     SEEDS,
