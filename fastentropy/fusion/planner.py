@@ -37,7 +37,7 @@ MAX_COST_RATIO = 1.5
 
 #: A merged operator is not composed either if its weight has more elements than this number, and more than all weights of the
 #: chain. Taps that only read padding count as well, although they are removed later.
-MOST_NUMBERS = 2**26
+MAX_NUMBERS = 2**26
 
 #: From each element on, merging is tried for 1, 2, 3, … elements, until this many lengths in a row are too costly. One costly
 #: length must not end the search. An example is a 1×1 convolution that increases the channels, a depthwise convolution, and a
@@ -329,7 +329,7 @@ def _is_unpromising(merged: AffineOperator, chain: Chain, x: Tensor) -> bool:
         chain: the chain that it would replace.
         x: an input of the chain.
     """
-    if merged.weight.numel() > max(MOST_NUMBERS, sum(operator.weight.numel() for operator in operators(chain))):
+    if merged.weight.numel() > max(MAX_NUMBERS, sum(operator.weight.numel() for operator in operators(chain))):
         return True
     cropped = crop_kernel(merged, spatial_size(chain, x))
     return _counted_cost((cropped,), x) > MAX_COST_RATIO * _counted_cost(chain, x)

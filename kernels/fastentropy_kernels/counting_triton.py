@@ -1,7 +1,7 @@
 """GPU: counters of the states of a tile, three to each int32.
 
 Each lane (an element of the tile of counters) packs three 10-bit counters into one int32. The three counts therefore take one
-register, and counting a value takes a selection and an addition. A lane can count at most MOST_COUNTED values before a counter
+register, and counting a value takes a selection and an addition. A lane can count at most MAX_COUNTED values before a counter
 overflows.
 """
 
@@ -17,7 +17,7 @@ _FIRST: tl.constexpr = tl.constexpr(1)
 _SECOND: tl.constexpr = tl.constexpr(1 << 10)
 _THIRD: tl.constexpr = tl.constexpr(1 << 20)
 # The largest count that a 10-bit counter can hold.
-MOST_COUNTED: tl.constexpr = tl.constexpr((1 << 10) - 1)
+MAX_COUNTED: tl.constexpr = tl.constexpr((1 << 10) - 1)
 
 
 @triton.jit
@@ -98,7 +98,7 @@ def _three_at_least(x, edges, FIRST: tl.constexpr):
 @triton.jit
 def unpack(counts, PLACE: tl.constexpr):
     """Return one of the three counters of each int32 of `counts`: the one with index PLACE (0, 1 or 2)."""
-    return counts // (1 << 10 * PLACE) & MOST_COUNTED
+    return counts // (1 << 10 * PLACE) & MAX_COUNTED
 
 
 @triton.jit

@@ -33,7 +33,7 @@ from fastentropy_kernels.activations import ACTIVATIONS
 from fastentropy_kernels.aot.chains import ChainVariant, chain_variants, compile_chain
 from fastentropy_kernels.aot.inspection import DTYPES, NO_COMPILER, TARGETS, Findings, compiling_for, inspect
 from fastentropy_kernels.states import launch_triton
-from fastentropy_kernels.states.validation import MOST_EDGES
+from fastentropy_kernels.states.validation import MAX_EDGES
 
 
 class Gpu(NamedTuple):
@@ -116,7 +116,7 @@ def variants() -> list[Variant]:
         found += [plain._replace(mask=True, note="mask"), plain._replace(nan=True, note="nan")]
         found += [plain._replace(shape=shape, note=note) for note, shape in ODD_SHAPES[layout].items()]
         found += [plain._replace(line=f"small {layout}")]
-        found += [histogram._replace(edges=edges, note=f"{edges} edges") for edges in (1, MOST_EDGES)]
+        found += [histogram._replace(edges=edges, note=f"{edges} edges") for edges in (1, MAX_EDGES)]
     return found
 
 

@@ -18,7 +18,7 @@ IMPLEMENTATIONS = ("auto", "triton", "reference")
 MOST_MIDDLES = 128
 """The most hidden features that `linear_pair` takes, because a program keeps all of them in registers for its rows."""
 
-MOST_PIXELS = 2**31 - 2**10
+MAX_PIXELS = 2**31 - 2**10
 """The most pixels of an output image, because the kernels number the pixels of an image in 32 bits."""
 
 
@@ -173,8 +173,8 @@ def _checked_output_size(convolution: Convolution) -> tuple[int, int]:
         raise ValueError(
             f"x: got images of {list(x.shape[2:])}, smaller than the kernel of {list(weight.shape[2:])}; give more padding"
         )
-    if size[0] * size[1] > MOST_PIXELS:
-        raise ValueError(f"x: got images that become {size[0]} x {size[1]}, expected at most {MOST_PIXELS} pixels")
+    if size[0] * size[1] > MAX_PIXELS:
+        raise ValueError(f"x: got images that become {size[0]} x {size[1]}, expected at most {MAX_PIXELS} pixels")
     return size
 
 

@@ -16,13 +16,13 @@ from fastentropy_kernels.counting_triton import atomic_add, count_lanes, unpack,
 
 # The lanes of a tile with more rows than this are summed with wide (21-bit) counters. With 10-bit counters, a strip could be
 # only a few tiles long.
-MOST_NARROW: tl.constexpr = tl.constexpr(128)
+MAX_NARROW: tl.constexpr = tl.constexpr(128)
 
 # A wide sum packs three 21-bit counters into one int64. Adding _WIDE_SECOND or _WIDE_THIRD adds one to the second or third
-# counter. MOST_SUMMED is the largest count that a counter can hold.
+# counter. MAX_SUMMED is the largest count that a counter can hold.
 _WIDE_SECOND: tl.constexpr = tl.constexpr(1 << 21)
 _WIDE_THIRD: tl.constexpr = tl.constexpr(1 << 42)
-MOST_SUMMED: tl.constexpr = tl.constexpr((1 << 21) - 1)
+MAX_SUMMED: tl.constexpr = tl.constexpr((1 << 21) - 1)
 
 
 @triton.jit
@@ -98,7 +98,7 @@ def states_rows_kernel(
         if nan_ptr is not None:
             positions += counted
         counts = count_lanes(counts, x, edges, REPEATS, 0)
-    _add_counts(counts_ptr, nan_ptr, counts, positions, 0, BLOCK_ROWS > MOST_NARROW, first_channel, channel, channels, edges)
+    _add_counts(counts_ptr, nan_ptr, counts, positions, 0, BLOCK_ROWS > MAX_NARROW, first_channel, channel, channels, edges)
 
 
 @triton.jit
@@ -304,7 +304,7 @@ def _sum_packed(counts, AXIS: tl.constexpr, IS_WIDE: tl.constexpr):
         first, second, third = unpack(counts, 0), unpack(counts, 1), unpack(counts, 2)
         wide = first.to(tl.int64) + second.to(tl.int64) * _WIDE_SECOND + third.to(tl.int64) * _WIDE_THIRD
         sums = tl.sum(wide, AXIS)
-        return sums & MOST_SUMMED, sums // _WIDE_SECOND & MOST_SUMMED, sums // _WIDE_THIRD
+        return sums & MAX_SUMMED, sums // _WIDE_SECOND & MAX_SUMMED, sums // _WIDE_THIRD
 
 
 @triton.jit

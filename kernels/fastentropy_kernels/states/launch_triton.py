@@ -16,9 +16,9 @@ import torch
 import triton
 from torch import Tensor
 
-from fastentropy_kernels.counting_triton import MOST_COUNTED
+from fastentropy_kernels.counting_triton import MAX_COUNTED
 from fastentropy_kernels.layout import largest_power_of_2
-from fastentropy_kernels.states.kernels_triton import MOST_NARROW, MOST_SUMMED, states_planes_kernel, states_rows_kernel
+from fastentropy_kernels.states.kernels_triton import MAX_NARROW, MAX_SUMMED, states_planes_kernel, states_rows_kernel
 
 
 class Launch(NamedTuple):
@@ -210,7 +210,7 @@ def _rows_arguments(values, y, weight_stride: int, constants: dict[str, int], la
     rows, channels = values.shape
     channel_blocks = triton.cdiv(channels, constants["BLOCK_CHANNELS"])
     tiles = triton.cdiv(rows, constants["BLOCK_ROWS"])
-    longest = _longest_strip(constants["REPEATS"], constants["BLOCK_ROWS"], constants["BLOCK_ROWS"] > MOST_NARROW.value)
+    longest = _longest_strip(constants["REPEATS"], constants["BLOCK_ROWS"], constants["BLOCK_ROWS"] > MAX_NARROW.value)
     strip_rows = constants["BLOCK_ROWS"] * min(longest, _strip(values, tiles, channel_blocks, launch))
     y_row_stride = channels if y is None else y.stride(0)
     sizes = (rows, channels, values.stride(0), y_row_stride, weight_stride, strip_rows)
@@ -295,8 +295,8 @@ def _longest_strip(repeats: int, positions: int, is_wide: bool) -> int:
         positions: how many values of a tile belong to one channel.
         is_wide: whether the lanes are summed with 21-bit counters. Otherwise the sum keeps the 10-bit counters of a lane.
     """
-    most_counted, most_summed = int(MOST_COUNTED.value), int(MOST_SUMMED.value)
-    return min(most_counted // repeats, (most_summed if is_wide else most_counted) // positions)
+    max_counted, max_summed = int(MAX_COUNTED.value), int(MAX_SUMMED.value)
+    return min(max_counted // repeats, (max_summed if is_wide else max_counted) // positions)
 
 
 def _multiprocessors(values: Tensor) -> int:

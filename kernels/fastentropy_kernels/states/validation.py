@@ -17,7 +17,7 @@ from fastentropy_kernels.dispatch import IMPLEMENTATIONS
 States = Literal["sign", "regions"]
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-MOST_EDGES = 15
+MAX_EDGES = 15
 
 
 class Request(NamedTuple):
@@ -112,13 +112,13 @@ def _checked_axis(x: Tensor, channel_axis: int) -> int:
 
 
 def _checked_edges(edges: Sequence[float]) -> tuple[float, ...]:
-    """Check that there are 1 to MOST_EDGES edges in rising order, none of them NaN, and return them as floats."""
+    """Check that there are 1 to MAX_EDGES edges in rising order, none of them NaN, and return them as floats."""
     try:
         values = tuple(float(edge) for edge in edges)
     except (TypeError, ValueError):
-        raise TypeError(f"edges: got {edges!r}, expected 1 to {MOST_EDGES} numbers") from None
-    if not 1 <= len(values) <= MOST_EDGES:
-        raise ValueError(f"edges: got {len(values)} of them, expected 1 to {MOST_EDGES}")
+        raise TypeError(f"edges: got {edges!r}, expected 1 to {MAX_EDGES} numbers") from None
+    if not 1 <= len(values) <= MAX_EDGES:
+        raise ValueError(f"edges: got {len(values)} of them, expected 1 to {MAX_EDGES}")
     if any(edge != edge for edge in values) or list(values) != sorted(set(values)):
         raise ValueError(f"edges: got {list(values)}, expected numbers in rising order, each once")
     return values

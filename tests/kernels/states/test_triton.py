@@ -184,7 +184,7 @@ def test_counters_of_a_lane_filled_up(monkeypatch):
 def test_no_counter_can_overflow(shape, element_size, warps):
     constants = launch_triton.tile(shape, element_size, Launch(32768, 32768, warps, 1))
     positions = constants["BLOCK_ROWS"] if len(shape) == 2 else constants["BLOCK_INNER"]
-    is_wide = positions > kernels_triton.MOST_NARROW.value
+    is_wide = positions > kernels_triton.MAX_NARROW.value
     assert is_wide == (shape != (1, 256))
     longest = launch_triton._longest_strip(constants["REPEATS"], positions, is_wide)
     assert longest * constants["REPEATS"] < 2**10
