@@ -1,4 +1,4 @@
-"""Write records of measurements to bench/results, with the machine and the command that they were made with."""
+"""Write records of measurements to bench/results. A record also names the machine and the command that measured it."""
 
 import shlex
 import sys

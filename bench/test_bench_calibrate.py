@@ -24,7 +24,7 @@ ROWS, TOKENS, BATCHES = 8, 256, 2
 
 
 class Silent:
-    """A display of the progress that shows nothing."""
+    """Receive the progress of a calibration and show nothing."""
 
     def show(self, read, tokens, tokens_per_second, overhead):
         """Do nothing."""

@@ -1,4 +1,4 @@
-"""What MkDocs does besides: files from outside of this folder, formulas as MathML, and the help of each command."""
+"""Hooks of MkDocs. They add files from outside this folder, turn formulas into MathML, and insert the help of each command."""
 
 import html
 import re
@@ -44,7 +44,7 @@ def _mathml(formula: re.Match[str]) -> str:
 
 
 def _help() -> Iterator[str]:
-    """A section for each command with what `fastentropy COMMAND --help` prints."""
+    """Yield a section for each command, with the text that `fastentropy COMMAND --help` prints."""
     from fastentropy.cli import app  # imports PyTorch
 
     commands: Any = typer.main.get_command(app)

@@ -26,7 +26,7 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
 
 @pytest.fixture
 def drawn():
-    """Random numbers of another seed each time, which is printed where a test fails."""
+    """Return a random number generator with a new seed. The seed is printed, so that pytest shows it if the test fails."""
     seed = random.randrange(2**32)
     print(f"seed {seed}")
     return random.Random(seed)
@@ -34,7 +34,7 @@ def drawn():
 
 @pytest.fixture(scope="session")
 def server():
-    """What forks the ranks of calibrations; one for all tests of a process."""
+    """Start a `Server`, which runs the ranks of calibrations. All tests of a process share it."""
     from tests.calibration import cases  # transformers takes seconds to import
 
     server = cases.Server()
@@ -44,7 +44,7 @@ def server():
 
 @pytest.fixture
 def network():
-    """A `Residual` with odd batch-norm statistics, in training mode as a new module is."""
+    """Return a `Residual` with random batch-norm parameters and statistics. It is in training mode, as a new module is."""
     torch.manual_seed(0)
     model = Residual()
     for module in model.modules():
@@ -58,13 +58,13 @@ def network():
 
 @pytest.fixture
 def images():
-    """Inputs of `network`."""
+    """Return a batch of inputs for `network`."""
     return torch.randn(4, 1, 5, 5, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture
 def counted_costs(monkeypatch):
-    """Counted costs stand for the times of a network and of its parts, so that the same sites pay at every run."""
+    """Replace the times of a network and of its parts by counted costs, so that the same sites pay in every run."""
 
     def fuse_by_counting(model, example_inputs):
         times = {"original": 2e9, "folded": 2e9, "fused": 1e9}

@@ -15,5 +15,8 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-for command in (prune.prune, calibrate.calibrate, bench.bench, report.report, doctor.doctor):
-    app.command()(command)
+app.command()(prune.prune)
+app.command()(calibrate.calibrate)
+app.command()(bench.bench)
+app.command()(report.report)
+app.command()(doctor.doctor)

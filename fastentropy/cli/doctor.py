@@ -56,7 +56,7 @@ def examine() -> list[Finding]:
             version if sys.version_info >= (3, 10) else f"{version}: 3.10 or newer is needed",
             sys.version_info >= (3, 10),
         ),
-        *map(_library, ("torch", "numpy", "safetensors", "numba", "scikit-learn", "matplotlib", "jinja2")),
+        *map(_library, ("torch", "numpy", "safetensors", "numba", "executing", "scikit-learn", "matplotlib", "jinja2")),
         _library("triton", needed=False),
         *(finding for device in devices for finding in _device(device)),
     ]

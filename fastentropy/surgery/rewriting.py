@@ -12,7 +12,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from types import CodeType, FrameType, FunctionType
 from typing import Any, NamedTuple
 
-from executing import Source
 from torch import nn
 
 
@@ -31,6 +30,8 @@ class Place(NamedTuple):
     @classmethod
     def of(cls, frame: FrameType) -> Place | None:
         """Return the position of the call that a stack frame is making; None if this call cannot be identified."""
+        from executing import Source  # only isolating needs it
+
         node = Source.executing(frame).node
         return cls.at(node) if isinstance(node, ast.Call) else None
 

@@ -10,7 +10,7 @@ from fastentropy.cli import app
 def test_doctor_lists_what_runs():
     result = CliRunner().invoke(app, ["doctor"])
     assert result.exit_code == 0, result.output
-    for word in ("python", "torch", "triton", "numba", "cpu", "reference"):
+    for word in ("python", "torch", "triton", "numba", "executing", "cpu", "reference"):
         assert word in result.output
 
 
