@@ -22,8 +22,9 @@ from torch.fx import GraphModule
 from fastentropy._compat import has_hooks
 from fastentropy.fusion.chains.affine import AffineOperator
 from fastentropy.fusion.chains.elements import Chain
-from fastentropy.fusion.chains.finding import find_chains, module_path
+from fastentropy.fusion.chains.finding import find_chains
 from fastentropy.fusion.chains.merging import compose_chain
+from fastentropy.fusion.chains.nodes import module_path
 from fastentropy.fusion.memory_format import like_format
 from fastentropy.fusion.tracing import export, inference_module
 

@@ -14,10 +14,10 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from fastentropy._compat import tree_leaves, tree_unflatten
 from fastentropy._utils.errors import one_line
-from fastentropy.fusion.chains.aten import fixed_size
 from fastentropy.fusion.chains.elements import Chain, output_shape
 from fastentropy.fusion.chains.finding import FoundChain
 from fastentropy.fusion.chains.lowering import Lowering
+from fastentropy.fusion.chains.nodes import fixed_size
 from fastentropy.fusion.inputs import Inputs, batch_size, clone, has_batch, with_batch_size
 from fastentropy.fusion.memory_format import CHANNELS_LAST
 

@@ -42,6 +42,19 @@ class Reads(nn.Module):
         return self._function(self, *inputs)
 
 
+class Holder(nn.Module):
+    """A network that is a function of itself and an input, with constants as buffers."""
+
+    def __init__(self, function, **constants):
+        super().__init__()
+        self._function = function
+        for name, value in constants.items():
+            self.register_buffer(name, value)
+
+    def forward(self, x):
+        return self._function(self, x)
+
+
 def plain_inputs(model, images):
     """Return the inputs of the activations of a `Residual`, by name, computed step by step without hooks."""
     x1 = model.bn1(model.conv1(images))

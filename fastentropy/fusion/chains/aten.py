@@ -6,7 +6,6 @@ A node is read as an affine operator if its ATen operator is affine in one opera
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch.fx import GraphModule, Node
 
 from fastentropy._compat import operator_schema
 from fastentropy.fusion.chains.affine import AffineOperator
+from fastentropy.fusion.chains.nodes import arguments, constant, device_of, same_dtype, shape_of
 
 _aten = torch.ops.aten
 
@@ -105,61 +105,9 @@ def read_node(node: Node, module: GraphModule) -> AffineNode | None:
     return next((reader(node, module) for targets, reader in readers if node.target in targets), None)
 
 
-def shape_of(node: Any) -> tuple[int | torch.SymInt, ...] | None:
-    """Return the shape of the tensor that a node computes, or None if it computes no tensor.
-
-    A size is an int if the trace fixed it, and symbolic if it is free.
-    """
-    value = node.meta.get("val") if isinstance(node, Node) else None
-    if not isinstance(value, Tensor):
-        return None
-    return tuple(size if (fixed := fixed_size(size)) is None else fixed for size in value.shape)
-
-
-def fixed_size(size: int | torch.SymInt) -> int | None:
-    """Return a size as an int if the trace fixed it, or None if the size is free.
-
-    A symbolic size is fixed if the conditions of the trace leave only one value for it.
-    """
-    return size if isinstance(size, int) else size.node.maybe_as_int()
-
-
-def constant(argument: Any, module: GraphModule) -> Tensor | None:
-    """Return the value of an argument if it is a constant of the model and a dense, real floating-point tensor.
-
-    Returns None for every other argument.
-    """
-    if not (isinstance(argument, Node) and argument.op == "get_attr"):
-        return None
-    value = attrgetter(str(argument.target))(module)
-    is_dense = isinstance(value, Tensor) and value.layout is torch.strided and value.is_floating_point()
-    return value.detach() if is_dense else None
-
-
 def _affine_in(operand: Any, axes: int | None, *further: Any, **options: Any) -> AffineNode | None:
     """Return an `AffineNode` with these fields, or None if the operand is not a node."""
     return AffineNode(operand, axes, *further, **options) if isinstance(operand, Node) else None
-
-
-def _arguments(node: Node, *tensors: str, module: GraphModule) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-    """Return the arguments of a node by name, and some of its tensors in float64.
-
-    Args:
-        node: the node.
-        *tensors: names of the arguments that must be constants, if they are given.
-        module: the traced model, which holds the constants.
-
-    Returns:
-        All arguments by name, and the values of `tensors` by name, without the arguments that are None. None if one of
-        `tensors` is not a constant.
-    """
-    arguments = node.normalized_arguments(module, normalize_to_only_use_kwargs=True)
-    assert arguments is not None
-    values = dict(arguments.kwargs)
-    found = {name: constant(values[name], module) for name in tensors if values.get(name) is not None}
-    if any(value is None for value in found.values()):
-        return None
-    return values, {name: value.double() for name, value in found.items() if value is not None}
 
 
 def _path(node: Any) -> str:
@@ -180,7 +128,7 @@ def _per_axis(values: Any, axes: int) -> tuple[int, ...]:
 
 def _read_convolution(node: Node, module: GraphModule) -> AffineNode | None:
     """Read a convolution with constant weight and bias."""
-    if (named := _arguments(node, "weight", "bias", module=module)) is None:
+    if (named := arguments(node, "weight", "bias", module=module)) is None:
         return None
     (values, tensors), axes = named, _AXES[node.target]
     stride, dilation = (_per_axis(values[name], axes) for name in ("stride", "dilation"))
@@ -213,7 +161,7 @@ def _padding(padding: Any, kernel: Sequence[int], dilation: Sequence[int]) -> tu
 
 def _read_transposed_convolution(node: Node, module: GraphModule) -> AffineNode | None:
     """Read a transposed convolution as a convolution with upsampling, whose kernel is flipped."""
-    if (named := _arguments(node, "weight", "bias", module=module)) is None:
+    if (named := arguments(node, "weight", "bias", module=module)) is None:
         return None
     (values, tensors), axes = named, _AXES[node.target]
     stride, padding, output_padding, dilation = (
@@ -234,7 +182,7 @@ def _read_transposed_convolution(node: Node, module: GraphModule) -> AffineNode 
 
 def _read_linear(node: Node, module: GraphModule) -> AffineNode | None:
     """Read a linear layer with constant weight and bias."""
-    if (named := _arguments(node, "weight", "bias", module=module)) is None or named[1]["weight"].ndim != 2:
+    if (named := arguments(node, "weight", "bias", module=module)) is None or named[1]["weight"].ndim != 2:
         return None
     values, tensors = named
     weight = tensors["weight"]
@@ -266,7 +214,7 @@ def _read_matrix_product(node: Node, module: GraphModule) -> AffineNode | None:
 
 def _read_batch_norm(node: Node, module: GraphModule) -> AffineNode | None:
     """Read batch norm in eval mode: y = (x − mean) / sqrt(var + eps) · weight + bias (Ioffe and Szegedy, arXiv 1502.03167)."""
-    named = _arguments(node, "weight", "bias", "running_mean", "running_var", module=module)
+    named = arguments(node, "weight", "bias", "running_mean", "running_var", module=module)
     if named is None or named[0]["training"] or not {"running_mean", "running_var"} <= set(named[1]):
         return None
     values, tensors = named
@@ -288,7 +236,7 @@ def _channelwise(scale: Tensor, shift: Tensor, axes: int) -> AffineOperator:
 
 def _read_pool(node: Node, module: GraphModule) -> AffineNode | None:
     """Read average pooling that divides by the size of its kernel at every position."""
-    named = _arguments(node, module=module)
+    named = arguments(node, module=module)
     assert named is not None
     values, axes = named[0], _AXES[node.target]
     kernel, padding = _per_axis(values["kernel_size"], axes), _per_axis(values["padding"], axes)
@@ -337,7 +285,7 @@ def _average(operand: Any, kernel: tuple[int, ...], stride: tuple[int, ...], pad
         return None
 
     def build(axes: int) -> AffineOperator:
-        weight = torch.full((channels, 1, *kernel), 1 / math.prod(kernel), dtype=torch.float64, device=_device(operand))
+        weight = torch.full((channels, 1, *kernel), 1 / math.prod(kernel), dtype=torch.float64, device=device_of(operand))
         return AffineOperator(weight, weight.new_zeros(channels), stride, padding, (1,) * axes, groups=channels)
 
     return _affine_in(operand, len(kernel), build)
@@ -349,9 +297,9 @@ def _read_scale_or_shift(node: Node, module: GraphModule) -> AffineNode | None:
     if node.target in _COMMUTATIVE and constant(operand, module) is not None:
         operand, other = other, operand
     is_number = isinstance(other, int | float)
-    value = torch.tensor(other, dtype=torch.float64, device=_device(operand)) if is_number else constant(other, module)
+    value = torch.tensor(other, dtype=torch.float64, device=device_of(operand)) if is_number else constant(other, module)
     shape = shape_of(operand)
-    if value is None or node.kwargs or shape is None or shape_of(node) != shape or not _same_dtype(node, operand):
+    if value is None or node.kwargs or shape is None or shape_of(node) != shape or not same_dtype(node, operand):
         return None
     axes = _axes_behind_channels(value)
     if value.numel() != 1 and axes not in (0, len(shape) - 2):
@@ -377,14 +325,3 @@ def _axes_behind_channels(value: Tensor) -> int | None:
     """
     behind = [value.ndim - 1 - axis for axis, size in enumerate(value.shape) if size != 1]
     return behind[0] if len(behind) == 1 else None
-
-
-def _device(operand: Any) -> torch.device:
-    """Return the device of the tensor that a node computes."""
-    device: torch.device = operand.meta["val"].device
-    return device
-
-
-def _same_dtype(node: Node, operand: Any) -> bool:
-    """Return whether the tensors of two nodes have the same dtype."""
-    return bool(node.meta["val"].dtype == operand.meta["val"].dtype)

@@ -17,8 +17,9 @@ from torch.fx import GraphModule, Node
 
 from fastentropy._compat import operator_schema
 from fastentropy.fusion.chains.affine import AffineOperator
-from fastentropy.fusion.chains.aten import AffineNode, read_node, shape_of
+from fastentropy.fusion.chains.aten import AffineNode, read_node
 from fastentropy.fusion.chains.elements import Activation, Chain, Element, Flatten, Sum, operators
+from fastentropy.fusion.chains.nodes import module_path, shape_of
 from fastentropy.fusion.chains.passes import fold
 
 _aten = torch.ops.aten
@@ -217,12 +218,6 @@ def _with_path(build: Callable[[int], AffineOperator], node: Node) -> Callable[[
     """Return a `build` function whose operators also carry the path of the module that calls the node."""
     path = module_path(node)
     return lambda axes: replace(build(axes), names=(path,))
-
-
-def module_path(node: Node) -> str:
-    """Return the path of the module whose forward calls the operator of a node; empty for the traced model itself."""
-    stack = node.meta.get("nn_module_stack") or {"": ("", None)}
-    return str(list(stack.values())[-1][0])
 
 
 def _extend_channelwise(before: _Segment, affine: AffineNode, dimensions: int, members: frozenset[Node]) -> _Segment | None:

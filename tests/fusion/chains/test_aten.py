@@ -9,22 +9,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from fastentropy.fusion.chains.aten import constant, read_node, shape_of
-from tests._helpers.networks import Reads
+from fastentropy.fusion.chains.aten import read_node
+from tests._helpers.networks import Holder, Reads
 from tests._helpers.operators import CONVOLUTIONS, SEEDS, TRANSPOSED, close, normal
-
-
-class Holder(nn.Module):
-    """A network that is a function of itself and an input, with constants as buffers."""
-
-    def __init__(self, function, **constants):
-        super().__init__()
-        self._function = function
-        for name, value in constants.items():
-            self.register_buffer(name, value)
-
-    def forward(self, x):
-        return self._function(self, x)
 
 
 def traced(model, x):
@@ -347,40 +334,6 @@ def test_circular_padding_is_not_zero_padding():
     assert linear.build(2).padding == ((0, 0), (0, 0))
     assert read_node(linear.operand, traced(conv, normal(2, 3, 4, 5, seed=0))) is None
     assert linear.operand is node.args[0]
-
-
-@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state")
-def test_a_sparse_weight_is_not_a_constant():
-    module = traced(Holder(lambda m, x: F.linear(x, m.weight), weight=normal(3, 4, seed=0)), normal(2, 4, seed=1))
-    (node,) = (n for n in module.graph.nodes if n.op == "get_attr")
-    assert torch.equal(constant(node, module), module.weight)
-    for other in (module.weight.to_sparse(), module.weight.to_sparse_csr(), module.weight.long(), module.weight.bool()):
-        module.weight = other
-        assert constant(node, module) is None
-
-
-@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
-def test_a_quantised_weight_is_not_a_constant():
-    module = traced(Holder(lambda m, x: F.linear(x, m.weight), weight=normal(3, 4, seed=0)), normal(2, 4, seed=1))
-    (node,) = (n for n in module.graph.nodes if n.op == "get_attr")
-    module.weight = torch.quantize_per_tensor(torch.randn(3, 4), 0.1, 0, torch.qint8)
-    assert constant(node, module) is None
-
-
-def test_a_value_is_not_a_constant():
-    module = traced(Holder(lambda m, x: x.relu()), normal(2, 4, seed=0))
-    for node in module.graph.nodes:
-        assert constant(node, module) is None
-    assert constant(3.0, module) is None
-    assert constant(None, module) is None
-
-
-def test_only_tensors_have_a_shape():
-    module = traced(Holder(lambda m, x: x.relu()), normal(2, 4, seed=0))
-    shapes = {node.op: shape_of(node) for node in module.graph.nodes}
-    assert shapes["placeholder"] == shapes["call_function"] == (2, 4)
-    assert shapes["output"] is None
-    assert shape_of(3) is None
 
 
 def test_name_is_the_path_of_the_module():

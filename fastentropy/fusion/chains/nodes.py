@@ -1,0 +1,80 @@
+"""Read what a traced graph notes about a node: its shape, dtype and device, its constant arguments, and the module it is from.
+
+These facts do not depend on what the operator of the node computes.
+"""
+
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+
+def shape_of(node: Any) -> tuple[int | torch.SymInt, ...] | None:
+    """Return the shape of the tensor that a node computes, or None if it computes no tensor.
+
+    A size is an int if the trace fixed it, and symbolic if it is free.
+    """
+    value = node.meta.get("val") if isinstance(node, Node) else None
+    if not isinstance(value, Tensor):
+        return None
+    return tuple(size if (fixed := fixed_size(size)) is None else fixed for size in value.shape)
+
+
+def fixed_size(size: int | torch.SymInt) -> int | None:
+    """Return a size as an int if the trace fixed it, or None if the size is free.
+
+    A symbolic size is fixed if the conditions of the trace leave only one value for it.
+    """
+    return size if isinstance(size, int) else size.node.maybe_as_int()
+
+
+def constant(argument: Any, module: GraphModule) -> Tensor | None:
+    """Return the value of an argument if it is a constant of the model and a dense, real floating-point tensor.
+
+    Returns None for every other argument.
+    """
+    if not (isinstance(argument, Node) and argument.op == "get_attr"):
+        return None
+    value = attrgetter(str(argument.target))(module)
+    is_dense = isinstance(value, Tensor) and value.layout is torch.strided and value.is_floating_point()
+    return value.detach() if is_dense else None
+
+
+def arguments(node: Node, *tensors: str, module: GraphModule) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+    """Return the arguments of a node by name, and some of its tensors in float64.
+
+    Args:
+        node: the node.
+        *tensors: names of the arguments that must be constants, if they are given.
+        module: the traced model, which holds the constants.
+
+    Returns:
+        All arguments by name, and the values of `tensors` by name, without the arguments that are None. None if one of
+        `tensors` is not a constant.
+    """
+    normalized = node.normalized_arguments(module, normalize_to_only_use_kwargs=True)
+    assert normalized is not None
+    values = dict(normalized.kwargs)
+    found = {name: constant(values[name], module) for name in tensors if values.get(name) is not None}
+    if any(value is None for value in found.values()):
+        return None
+    return values, {name: value.double() for name, value in found.items() if value is not None}
+
+
+def module_path(node: Node) -> str:
+    """Return the path of the module whose forward calls the operator of a node; empty for the traced model itself."""
+    stack = node.meta.get("nn_module_stack") or {"": ("", None)}
+    return str(list(stack.values())[-1][0])
+
+
+def device_of(operand: Any) -> torch.device:
+    """Return the device of the tensor that a node computes."""
+    device: torch.device = operand.meta["val"].device
+    return device
+
+
+def same_dtype(node: Node, operand: Any) -> bool:
+    """Return whether the tensors of two nodes have the same dtype."""
+    return bool(node.meta["val"].dtype == operand.meta["val"].dtype)
