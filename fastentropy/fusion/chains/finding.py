@@ -5,7 +5,7 @@ segment that ends with it.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from operator import getitem
@@ -16,11 +16,11 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from fastentropy._compat import operator_schema
-from fastentropy.fusion.chains.affine import AffineOperator
-from fastentropy.fusion.chains.aten import AffineNode, read_node
-from fastentropy.fusion.chains.elements import Activation, Chain, Element, Flatten, Sum, operators
+from fastentropy.fusion.chains.aten import read_node
+from fastentropy.fusion.chains.elements import Activation, Chain, Flatten, operators
 from fastentropy.fusion.chains.nodes import module_path, shape_of
 from fastentropy.fusion.chains.passes import fold
+from fastentropy.fusion.chains.segments import Segment, Step, Steps, build_elements, extend, step_names
 
 _aten = torch.ops.aten
 
@@ -66,51 +66,6 @@ class FoundChain:
         return all(isinstance(size, int) for size in shape[len(shape) - axes :])
 
 
-@dataclass(frozen=True, eq=False)
-class _Step:
-    """An element of a segment. It is built later, when the number of spatial axes is known.
-
-    Attributes:
-        build: returns the element for a number of spatial axes.
-        name: path of the convolution, linear layer or activation, or empty for any other operator. A segment is a chain only
-            if one of its steps has a name.
-    """
-
-    build: Callable[[int], Element]
-    name: str
-
-
-#: The steps of a segment in order. A tuple in place of a step is a sum: it holds the steps of each branch.
-_Steps = tuple["_Step | tuple[_Steps, ...]", ...]
-
-
-@dataclass(frozen=True, eq=False)
-class _Segment:
-    """A chain that may still grow.
-
-    Attributes:
-        source: the node whose value is the input.
-        steps: the elements so far.
-        axes: number of spatial axes, None until an operator fixes it.
-        members: the nodes so far, without the source.
-        views: as in `FoundChain`.
-        flat: the spatial size that the value had before it was flattened, or None if it was not flattened. A linear layer
-            after the flattening becomes a convolution whose kernel has this size.
-    """
-
-    source: Node
-    steps: _Steps
-    axes: int | None
-    members: frozenset[Node]
-    views: tuple[Node, ...] = ()
-    flat: tuple[int, ...] | None = None
-
-    @property
-    def is_permuted(self) -> bool:
-        """Return whether the last view moves the channels from the last axis to axis 1."""
-        return bool(self.views) and self.views[-1].target is _aten.permute.default
-
-
 def find_chains(module: GraphModule, activations: Mapping[str, nn.Module] | None = None) -> list[FoundChain]:
     """Find the longest chains of a graph of ATen operators as `torch.export` makes it.
 
@@ -131,13 +86,13 @@ def find_chains(module: GraphModule, activations: Mapping[str, nn.Module] | None
         >>> [chain.names for chain in find_chains(program.module())]
         [('0', '1'), ('3',)]
     """
-    segments: dict[Node, _Segment] = {}
+    segments: dict[Node, Segment] = {}
     for node in module.graph.nodes:
         segment = _segment_to(node, segments, module, activations or {})
         if segment is not None:
             segments[node] = segment
     inner = {member for end, segment in segments.items() for member in segment.members if member is not end}
-    ends = [end for end, segment in segments.items() if end not in inner and _names(segment.steps)]
+    ends = [end for end, segment in segments.items() if end not in inner and step_names(segment.steps)]
     return [_found_chain(end, segments[end], module) for end in ends]
 
 
@@ -147,21 +102,21 @@ def overwritten_constants(module: GraphModule) -> list[str]:
     return [str(node.target) for node in constants if any(_overwrites(user, node) for user in node.users)]
 
 
-def _found_chain(end: Node, segment: _Segment, module: GraphModule) -> FoundChain:
+def _found_chain(end: Node, segment: Segment, module: GraphModule) -> FoundChain:
     """Return the chain of a segment that grows no further and ends with the node `end`."""
     members = tuple(node for node in module.graph.nodes if node in segment.members)
-    elements = _elements(segment.steps, segment.axes or 0)
+    elements = build_elements(segment.steps, segment.axes or 0)
     if segment.flat is not None:
         elements += (Flatten(),)
-    return FoundChain(segment.source, end, members, elements, _names(segment.steps), segment.views)
+    return FoundChain(segment.source, end, members, elements, step_names(segment.steps), segment.views)
 
 
 def _segment_to(
     node: Node,
-    segments: Mapping[Node, _Segment],
+    segments: Mapping[Node, Segment],
     module: GraphModule,
     activations: Mapping[str, nn.Module],
-) -> _Segment | None:
+) -> Segment | None:
     """Return the segment that ends with a node, or None if the node belongs to no segment.
 
     Args:
@@ -175,95 +130,20 @@ def _segment_to(
     affine = read_node(node, module)
     if affine is None:
         return _segment_to_sum(node, segments) if node.target in _ADDITIONS else None
-    start = _Segment(affine.operand, (), None, frozenset())
+    start = Segment(affine.operand, (), None, frozenset())
     before = segments.get(affine.operand) if len(affine.operand.users) == 1 else None
     if (path := module_path(node)) in activations:
         activation, before = Activation(path, activations[path]), before or start
-        return replace(before, steps=(*before.steps, _Step(lambda _: activation, path)), members=before.members | {node})
+        return replace(before, steps=(*before.steps, Step(lambda _: activation, path)), members=before.members | {node})
     overwrites = _overwrites(node, affine.operand)
-    if before and (before.steps or not overwrites) and (extended := _extend(before, node, affine)):
+    if before and (before.steps or not overwrites) and (extended := extend(before, node, affine)):
         return extended
     if overwrites or _is_overwritten(affine.operand):
         return None
-    return _extend(start, node, affine)
+    return extend(start, node, affine)
 
 
-def _extend(before: _Segment, node: Node, affine: AffineNode) -> _Segment | None:
-    """Append an operator to a segment.
-
-    Args:
-        before: the segment.
-        node: the node of the operator.
-        affine: that node, read as an affine operator.
-
-    Returns:
-        The longer segment, or None if the operator acts on another axis than the channels of the segment.
-    """
-    members, shape = before.members | {node}, shape_of(affine.operand) or ()
-    if affine.build is None and affine.axes is None:
-        return replace(before, members=members)
-    if before.is_permuted:
-        return _extend_channelwise(before, affine, len(shape), members)
-    if before.flat is not None:
-        return _extend_flat(before, affine, members)
-    if None not in (affine.axes, before.axes) and affine.axes != before.axes:
-        return None
-    axes = before.axes if affine.axes is None else affine.axes
-    steps = before.steps if affine.build is None else (*before.steps, _Step(_with_path(affine.build, node), affine.name))
-    flat = (1,) * (affine.axes or 0) if affine.flattens else None
-    return replace(before, steps=steps, axes=axes, members=members, flat=flat)
-
-
-def _with_path(build: Callable[[int], AffineOperator], node: Node) -> Callable[[int], AffineOperator]:
-    """Return a `build` function whose operators also carry the path of the module that calls the node."""
-    path = module_path(node)
-    return lambda axes: replace(build(axes), names=(path,))
-
-
-def _extend_channelwise(before: _Segment, affine: AffineNode, dimensions: int, members: frozenset[Node]) -> _Segment | None:
-    """Append an operator that scales and shifts channels to a segment whose last view moved the channels to axis 1.
-
-    Args:
-        before: the segment.
-        affine: the operator.
-        dimensions: number of axes of its input.
-        members: the nodes of the longer segment.
-
-    Returns:
-        The longer segment, or None if the operator does more than scale and shift channels. The operator is applied before
-        the view, to the last axis.
-    """
-    build, spatial = affine.build, dimensions - 2
-    if affine.name or build is None or affine.axes not in (None, spatial) or not build(spatial).is_channelwise:
-        return None
-
-    def build_last(_: int) -> AffineOperator:
-        operator = build(spatial)
-        return AffineOperator(operator.weight.flatten(1), operator.bias, groups=operator.groups)
-
-    return replace(before, steps=(*before.steps, _Step(build_last, "")), members=members)
-
-
-def _extend_flat(before: _Segment, affine: AffineNode, members: frozenset[Node]) -> _Segment | None:
-    """Append a layer to a segment whose value was flattened, as a convolution whose kernel covers the whole image.
-
-    Returns None if the operator is not such a layer. A scale of single features is one only if the image is one position.
-    """
-    sizes, build = before.flat or (), affine.build
-    is_dense = bool(affine.name)
-    if affine.axes not in (None, 0) or build is None or not (is_dense or math.prod(sizes) == 1):
-        return None
-
-    def build_covering(axes: int) -> AffineOperator:
-        operator, ones = build(0), (1,) * axes
-        weight = operator.weight.reshape(operator.weight.shape[0], -1, *sizes)
-        return AffineOperator(weight, operator.bias, ones, (0,) * axes, ones, operator.groups)
-
-    step = _Step(build_covering, affine.name)
-    return replace(before, steps=(*before.steps, step), members=members, flat=(1,) * len(sizes))
-
-
-def _segment_to_view(node: Node, segments: Mapping[Node, _Segment]) -> _Segment | None:
+def _segment_to_view(node: Node, segments: Mapping[Node, Segment]) -> Segment | None:
     """Return the segment that ends with a view, or None if the view belongs to no segment.
 
     Three views belong to segments: a reshape of all axes but the last, a flattening of channels and positions, and a
@@ -285,10 +165,10 @@ def _segment_to_view(node: Node, segments: Mapping[Node, _Segment]) -> _Segment 
         return None
     if before and before.axes in (None, 0) and before.flat is None and not before.is_permuted:
         return replace(before, axes=0, members=before.members | {node}, views=(node,))
-    return None if _is_overwritten(operand) else _Segment(operand, (), 0, frozenset({node}), (node,))
+    return None if _is_overwritten(operand) else Segment(operand, (), 0, frozenset({node}), (node,))
 
 
-def _flatten(before: _Segment, node: Node, shape: tuple[Any, ...], result: tuple[Any, ...]) -> _Segment | None:
+def _flatten(before: Segment, node: Node, shape: tuple[Any, ...], result: tuple[Any, ...]) -> Segment | None:
     """Append a flattening of `[batch, channels, *spatial]` to a segment, or return None if the view is another one.
 
     `shape` and `result` are the shapes before and after the view.
@@ -301,7 +181,7 @@ def _flatten(before: _Segment, node: Node, shape: tuple[Any, ...], result: tuple
     return replace(before, members=before.members | {node}, flat=spatial)
 
 
-def _segment_to_sum(node: Node, segments: Mapping[Node, _Segment]) -> _Segment | None:
+def _segment_to_sum(node: Node, segments: Mapping[Node, Segment]) -> Segment | None:
     """Return the segment that ends with an addition of two branches of the same value, or None if there are no such branches.
 
     The segment continues the one that computes this value, unless a node outside of the branches reads the value too.
@@ -317,22 +197,22 @@ def _segment_to_sum(node: Node, segments: Mapping[Node, _Segment]) -> _Segment |
         return None
     if not all(_keeps_shape(branch, operand) for branch, operand in zip(branches, (left, right), strict=True)):
         return None
-    steps: _Steps = (tuple(branch.steps for branch in branches),)
+    steps: Steps = (tuple(branch.steps for branch in branches),)
     before = segments.get(source)
     continues = before and members.issuperset(source.users) and before.axes in (None, *axes)
     if before and continues and before.flat is None and not before.views:
-        return _Segment(before.source, before.steps + steps, axes.pop(), before.members | members)
-    return _Segment(source, steps, axes.pop(), members)
+        return Segment(before.source, before.steps + steps, axes.pop(), before.members | members)
+    return Segment(source, steps, axes.pop(), members)
 
 
-def _branch_to(operand: Node, segments: Mapping[Node, _Segment]) -> _Segment:
+def _branch_to(operand: Node, segments: Mapping[Node, Segment]) -> Segment:
     """Return the segment that ends with an operand of an addition. It is empty if other nodes read the operand too."""
     if operand in segments and len(operand.users) == 1:
         return segments[operand]
-    return _Segment(operand, (), None, frozenset())
+    return Segment(operand, (), None, frozenset())
 
 
-def _keeps_shape(branch: _Segment, operand: Node) -> bool:
+def _keeps_shape(branch: Segment, operand: Node) -> bool:
     """Return whether a branch, with its views applied, has the shape of its source in all axes but the channels."""
     if branch.flat is not None or branch.is_permuted:
         return False
@@ -369,22 +249,3 @@ def _is_view(node: Node) -> bool:
     if schema is not None:
         return not schema.is_mutable and any(returned.alias_info for returned in schema.returns)
     return node.target is getitem  # one of the views that split or chunk returns
-
-
-def _names(steps: _Steps) -> tuple[str, ...]:
-    """Return the paths of the convolutions, linear layers and activations among the steps."""
-    names: list[str] = []
-    for step in steps:
-        if isinstance(step, _Step):
-            names += [step.name] * bool(step.name)
-        else:
-            names += [name for branch in step for name in _names(branch)]
-    return tuple(names)
-
-
-def _elements(steps: _Steps, axes: int) -> Chain:
-    """Build the elements of steps for a number of spatial axes."""
-    return tuple(
-        step.build(axes) if isinstance(step, _Step) else Sum(tuple(_elements(branch, axes) for branch in step))
-        for step in steps
-    )
