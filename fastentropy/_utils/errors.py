@@ -1,13 +1,17 @@
 """Shorten error messages to one line, and suggest names for a misspelt one."""
 
 import difflib
-import textwrap
 from collections.abc import Iterable
 
 
 def one_line(error: BaseException) -> str:
-    """Return the message of an error on one line, cut to 300 characters. An error without a message gives its class name."""
-    return textwrap.shorten(str(error), 300, placeholder=" …") or type(error).__name__
+    """Return the first line of the message of an error, or the name of its class if the message is empty."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def joined_lines(error: BaseException) -> str:
+    """Return the whole message of an error in one line, for messages whose first line alone says little."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def nearest_names(name: str, names: Iterable[str]) -> str:

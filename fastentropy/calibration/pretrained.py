@@ -6,6 +6,7 @@ import inspect
 import itertools
 import json
 import os
+import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastentropy._utils.errors import one_line
 from fastentropy._utils.optional import require
 
 #: The default length of a row of a batch in tokens. If the limit of the model is lower, the limit is used.
@@ -195,7 +195,8 @@ def _load(name: str, what: str, load: Callable[[], Any]) -> Any:
         try:
             return load()
         except Exception as error:  # of the client of the hub, of safetensors, of classes with a wrong configuration
-            raise ValueError(f"{name} has no {what} that can be loaded: {one_line(error)}") from error
+            reason = textwrap.shorten(str(error), 200, placeholder=" …")
+            raise ValueError(f"{name} has no {what} that can be loaded: {reason}") from error
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fastentropy._utils.errors import one_line
+from fastentropy._utils.errors import joined_lines
 from fastentropy._utils.files import remove_leftovers, save_json, save_tensors
 from fastentropy.collector.statistics import Statistics
 from fastentropy.fusion.latency import LatencyTable
@@ -142,7 +142,7 @@ class StepFolder:
         try:
             model.load_state_dict(_load_tensors(path))
         except RuntimeError as error:
-            raise ValueError(f"{path} does not fit the model: {one_line(error)}") from error
+            raise ValueError(f"{path} does not fit the model: {joined_lines(error)}") from error
 
     def restore_random_state(self, index: int) -> dict[str, Tensor]:
         """Set torch's random generators to their states at the end of a step.

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from fastentropy._utils.errors import one_line
+from fastentropy._utils.errors import joined_lines
 from fastentropy._utils.files import remove_leftovers, save_json, save_tensors
 from fastentropy._utils.machine import describe_machine
 from fastentropy._utils.timing import measure_times
@@ -304,4 +304,4 @@ def _load_weights(model: nn.Module, path: Path) -> None:
     try:
         model.load_state_dict(load_file(path))
     except (SafetensorError, RuntimeError) as error:
-        raise ValueError(f"{path} is damaged or of another network: {one_line(error)}") from error
+        raise ValueError(f"{path} is damaged or of another network: {joined_lines(error)}") from error

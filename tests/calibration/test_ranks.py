@@ -56,9 +56,9 @@ def refuse(ranks, *refusing, kind=ValueError):
     ("refusing", "kind", "outcomes"),
     [
         ([], ValueError, [0, 1, 2]),
-        ([0], ValueError, [(ValueError, "no 0 but"), QUIET, QUIET]),
-        ([2], OSError, [(ValueError, "rank 2: no 2 but"), QUIET, QUIET]),
-        ([0, 1, 2], ValueError, [(ValueError, "no 0 but"), QUIET, QUIET]),
+        ([0], ValueError, [(ValueError, "no 0"), QUIET, QUIET]),
+        ([2], OSError, [(ValueError, "rank 2: no 2"), QUIET, QUIET]),
+        ([0, 1, 2], ValueError, [(ValueError, "no 0"), QUIET, QUIET]),
         ([1], KeyError, [QUIET, (KeyError, repr("no 1\nbut")), QUIET]),
         ([0], KeyError, [(KeyError, repr("no 0\nbut")), QUIET, QUIET]),
     ],
@@ -69,7 +69,7 @@ def test_run_on_all(refusing, kind, outcomes):
 
 def test_run_on_first():
     assert on_ranks(3, lambda ranks: ranks.run_on_first(lambda: ranks.rank + 5)) == [5, 5, 5]
-    assert on_ranks(2, lambda ranks: ranks.run_on_first(lambda: refuse(ranks, 0))) == [(ValueError, "no 0 but"), QUIET]
+    assert on_ranks(2, lambda ranks: ranks.run_on_first(lambda: refuse(ranks, 0))) == [(ValueError, "no 0"), QUIET]
 
 
 def test_require_equal():
@@ -84,7 +84,7 @@ def test_single_rank():
     assert ranks.run_on_all(lambda: 3) == ranks.run_on_first(lambda: 3) == 3
     assert ranks.gather(3) == [3]
     ranks.require_equal({"a": 1})
-    with pytest.raises(ValueError, match=r"^no 0 but$"):
+    with pytest.raises(ValueError, match=r"^no 0$"):
         ranks.run_on_all(lambda: refuse(ranks, 0))
     with pytest.raises(KeyError):
         ranks.run_on_all(lambda: refuse(ranks, 0, kind=KeyError))
