@@ -11,6 +11,9 @@ counts.
 from __future__ import annotations
 
 import ctypes
+import hashlib
+import inspect
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -18,6 +21,7 @@ from numba import carray, cfunc, from_dtype, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from fastentropy_kernels.states import loops_numba
 from fastentropy_kernels.states.loops_numba import LONGEST_RUN, count_run, count_strip, ordered
 
 
@@ -52,6 +56,16 @@ class JobStructure(ctypes.Structure):
 _Job = from_dtype(np.dtype(JobStructure))
 
 
+@cache
+def loops_digest() -> int:
+    """Return a number that changes with the source of `loops_numba`.
+
+    Numba inlines those loops into the tasks. Its cache on disk only notices a change of the file in which a task is defined,
+    and of the values that the task takes from the function around it. Each task therefore takes this number.
+    """
+    return int.from_bytes(hashlib.sha256(inspect.getsource(loops_numba).encode()).digest()[:4], "big")
+
+
 def compile_rows_task(kind: Any, writes: bool, inplace: bool, clipped: bool, masked: bool) -> Any:
     """Compile the function that a thread runs for rows: while a task is left, take it and count its rows.
 
@@ -68,8 +82,11 @@ def compile_rows_task(kind: Any, writes: bool, inplace: bool, clipped: bool, mas
     """
     floats = kind is np.float32
 
+    digest = loops_digest()
+
     @cfunc(types.void(types.CPointer(_Job)), cache=True)
     def rows_task(job_pointer):
+        _ = digest  # part of the key of Numba's cache
         job = carray(job_pointer, 1)[0]
         rows, channels, inner, fold = job.outer, job.channels, job.inner, job.fold
         x_row_stride, y_row_stride = job.x_row_stride, job.y_row_stride
@@ -120,8 +137,11 @@ def compile_planes_task(kind: Any, writes: bool, inplace: bool, clipped: bool, m
     """
     floats = kind is np.float32
 
+    digest = loops_digest()
+
     @cfunc(types.void(types.CPointer(_Job)), cache=True)
     def planes_task(job_pointer):
+        _ = digest  # part of the key of Numba's cache
         job = carray(job_pointer, 1)[0]
         channels, inner = job.channels, job.inner
         size = job.outer * channels * inner
@@ -169,8 +189,11 @@ def compile_histogram_task(signed: Any, masked: bool) -> Any:
     """
     positive = signed(np.iinfo(signed).max)
 
+    digest = loops_digest()
+
     @cfunc(types.void(types.CPointer(_Job)), cache=True)
     def histogram_task(job_pointer):
+        _ = digest  # part of the key of Numba's cache
         job = carray(job_pointer, 1)[0]
         channels, inner, stride = job.channels, job.inner, job.x_row_stride
         x = carray(_pointer(job.x), (job.outer - 1) * stride + channels * inner, signed)
@@ -210,8 +233,11 @@ def compile_adder() -> Any:
     job.
     """
 
+    digest = loops_digest()
+
     @cfunc(types.void(types.CPointer(_Job)), cache=True)
     def add_tiles(job_pointer):
+        _ = digest  # part of the key of Numba's cache
         job = carray(job_pointer, 1)[0]
         channels, columns = job.channels, job.columns
         states = columns - 1 if job.thresholds else columns

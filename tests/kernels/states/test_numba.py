@@ -4,6 +4,7 @@ import logging
 import math
 import threading
 
+import numba
 import numpy as np
 import pytest
 import torch
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastentropy_kernels import activations
-from fastentropy_kernels.states import launch_numba, reference
+from fastentropy_kernels.states import launch_numba, reference, tasks_numba
 from tests._helpers.tensors import INTEGER, bits, random_values
 
 FUSED = ("identity", "relu", "relu6")
@@ -202,3 +203,12 @@ def test_long_compilation_is_reported_once(monkeypatch, caplog):
         for _ in range(2):
             launch_numba.add_states(torch.ones(2, 3), torch.zeros(3, 3, dtype=torch.int64))
     assert [record.message.split(" in ")[0] for record in caplog.records] == ["fastentropy compiled a CPU loop"]
+
+
+def test_disk_cache_notices_changed_loops(tmp_path, monkeypatch):
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
+    hits = []
+    for digest in (1, 1, 2):
+        monkeypatch.setattr(tasks_numba, "loops_digest", lambda digest=digest: digest)
+        hits.append(tasks_numba.compile_adder().cache_hits)
+    assert hits == [0, 1, 0]
