@@ -1,19 +1,25 @@
-"""The private names of PyTorch and of the C library that the kernels use, each wrapped in one function.
+"""The private names of PyTorch, of Triton and of the C library that the kernels use, each wrapped in one function.
 
-A release of PyTorch may drop a private name. `is_plain_eager` then raises RuntimeError, because any default answer could lead
-to wrong counts without an error. `openmp_parallel` returns None if its name is missing, and its caller then runs on one
-thread.
+A release may drop a private name. The functions for PyTorch and Triton then raise RuntimeError, because any default answer
+could lead to wrong counts without an error. `openmp_parallel` returns None, and its caller then runs on one thread: the counts
+are right, and the user is told on Linux, where the name is always there.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
+from typing import Any
 
 import torch
 from torch import _C, Tensor
 from torch.autograd import forward_ad
+
+_logger = logging.getLogger(__name__)
 
 
 def is_plain_eager(x: Tensor) -> bool:
@@ -55,8 +61,36 @@ def openmp_parallel() -> Callable[[int, int, int, int], None] | None:
     """
     try:
         parallel = ctypes.CDLL(None).GOMP_parallel
-    except (AttributeError, OSError, TypeError):
+    except (AttributeError, OSError, TypeError) as error:
+        if sys.platform.startswith("linux"):
+            _logger.warning("fastentropy finds no OpenMP in this process (%s): its CPU kernels run on one thread", error)
         return None
     parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
     parallel.restype = None
     return parallel
+
+
+@contextmanager
+def triton_driver(driver: Any) -> Iterator[None]:
+    """Make `driver` the active driver of Triton inside the block, and the one before it afterwards.
+
+    Triton has a public method that sets the active driver. Its public property that returns it fails without a GPU.
+
+    Args:
+        driver: an object with the methods of a Triton driver that the block uses.
+
+    Raises:
+        RuntimeError: this release of Triton lacks the private name of the active driver.
+    """
+    import triton
+
+    config = triton.runtime.driver
+    try:
+        before = config._active
+    except AttributeError as error:
+        raise RuntimeError(f"Triton {triton.__version__} no longer tells which driver is active ({error})") from error
+    config.set_active(driver)
+    try:
+        yield
+    finally:
+        config.set_active(before)

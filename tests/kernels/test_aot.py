@@ -239,9 +239,9 @@ def test_main_loop_reads_most():
 
 
 def test_launches_are_restored():
-    driver = inspection.driver._active
+    driver = triton.runtime.driver._active
     aot.compile_variant(variant("rows"), "sm_90")
-    assert inspection.driver._active is driver
+    assert triton.runtime.driver._active is driver
     assert "run" not in vars(kernels_triton.states_rows_kernel)
 
 

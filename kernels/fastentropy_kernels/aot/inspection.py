@@ -17,9 +17,9 @@ import torch
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
-from triton.runtime import driver
 
 from fastentropy_kernels import activations_triton
+from fastentropy_kernels._compat import triton_driver
 from fastentropy_kernels.chains import conv_triton, linear_triton
 from fastentropy_kernels.states import kernels_triton
 
@@ -92,13 +92,12 @@ def compiling_for(arch: str) -> Iterator[list[CompiledKernel]]:
     def compile_only(run: Any) -> Any:
         return lambda *arguments, warmup, **options: compiled.append(run(*arguments, warmup=True, **options))
 
-    driver.set_active(_AbsentDriver(arch))
     for kernel in KERNELS:
         kernel.run = compile_only(kernel.run)
     try:
-        yield compiled
+        with triton_driver(_AbsentDriver(arch)):
+            yield compiled
     finally:
-        driver.set_active(None)  # Triton finds the driver of the GPU again on the next use
         for kernel in KERNELS:
             del kernel.run
 

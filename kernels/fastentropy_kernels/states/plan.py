@@ -85,12 +85,12 @@ class ActivationPlan:
         """
         return (
             type(x) is Tensor
+            and is_plain_eager(x)  # first: a tracer would note the comparisons of sizes
             and x.shape == self._shape
             and x.dtype is self._dtype
             and x.stride() == self._strides
             and x.device == self._device
             and not x.is_neg()
-            and is_plain_eager(x)
             and x.data_ptr() % self._alignment == 0
             and not (x.requires_grad and torch.is_grad_enabled())
             and self._launch.is_current()
