@@ -1,16 +1,22 @@
 """Canaries: what the private names of PyTorch mean to us, and that a name that is gone is an error and not a guess."""
 
+import copyreg
 import re
+import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch._dynamo
+import torch._inductor.config
 import torch.distributed as dist
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
+from torch.distributed import _functional_collectives
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import Shard, _utils, distribute_tensor
 from torch.utils import _python_dispatch
 from torch.utils.checkpoint import checkpoint
 
@@ -26,6 +32,14 @@ class Branching(nn.Module):
 class Mode(_compat.TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture(autouse=True)
+def found_anew():
+    """A name that was found before is looked up again, in the test and after it."""
+    _compat._named.cache_clear()
+    yield
+    _compat._named.cache_clear()
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +68,14 @@ def test_plain_eager():
     torch.func.vmap(lambda row: seen.append(kernels_compat.is_plain_eager(row)) or row)(torch.ones(2, 2))
     torch.jit.trace(lambda x: seen.append(kernels_compat.is_plain_eager(x)) or x * 2, x, check_trace=False)
     assert seen == [False, False]
+
+
+def test_driver_of_triton_is_restored():
+    driver = pytest.importorskip("triton").runtime.driver
+    before, ours = driver._active, object()
+    with kernels_compat.triton_driver(ours):
+        assert driver.active is ours
+    assert driver._active is before
 
 
 def test_openmp_of_pytorch():
@@ -206,6 +228,14 @@ GONE = [
     (torch._subclasses, "FakeTensor", lambda: _compat.is_fake(torch.ones(1))),
     (torch, "_foreach_add_", lambda: _compat.add_to_each([torch.ones(1)], [1])),
     (torch._ops, "OpOverload", lambda: _compat.operator_schema(torch.ops.aten.relu.default)),
+    (torch._inductor, "aoti_compile_and_package", lambda: _compat.compile_package(None, "a.pt2")),
+    (torch._inductor, "aoti_load_package", lambda: _compat.load_package("a.pt2")),
+    (torch._inductor, "config", lambda: _compat.with_frozen_weights()),
+    (torch._dynamo, "OptimizedModule", lambda: _compat.is_compiled(nn.ReLU())),
+    (_functional_collectives, "AsyncCollectiveTensor", lambda: _compat.wait_tensor(nn.Parameter(torch.ones(1)))),
+    (_functional_collectives, "AsyncCollectiveTensor", lambda: _compat.without_waiting(nn.Parameter(torch.ones(1)))),
+    (_utils, "compute_local_shape_and_global_offset", lambda: _compat.local_shape_and_offset(SimpleNamespace())),
+    (copyreg, "_reconstructor", lambda: _compat.as_original_class(nn.ReLU, copyreg.__newobj__, ())),
     (torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda: _compat.composite_kernel(torch.ops.aten.relu.default)),
 ]
 
@@ -213,13 +243,46 @@ GONE = [
 @pytest.mark.parametrize(("owner", "name", "call"), GONE, ids=lambda value: value if isinstance(value, str) else "")
 def test_a_name_that_is_gone_is_an_error(owner, name, call, monkeypatch):
     monkeypatch.delattr(owner, name)
-    with pytest.raises(RuntimeError, match=f"PyTorch {re.escape(torch.__version__)}.*{name}") as error:
+    with pytest.raises(RuntimeError, match=f"PyTorch {re.escape(torch.__version__)} .*{name}") as error:
         call()
     assert "\n" not in str(error.value)
 
 
-def test_guards_that_are_gone_are_not_taken_for_none(program, monkeypatch):
-    monkeypatch.delattr(program, "_guards_code", raising=False)
-    monkeypatch.delattr(type(program), "_guards_code", raising=False)
-    with pytest.raises(RuntimeError, match="_guards_code"):
-        _compat.export_guards(program)
+ATTRIBUTES = {
+    "_cdata": lambda without: _compat.storage_id(SimpleNamespace(untyped_storage=lambda: without)),
+    "_buffers": _compat.buffers_of,
+    "_modules": _compat.children_of,
+    "_forward_hooks": _compat.has_hooks,
+    "_compiled_call_impl": _compat.is_compiled,
+    "_guards_code": _compat.export_guards,
+    "_local_tensor": _compat.local_part,
+}
+
+
+@pytest.mark.parametrize("name", ATTRIBUTES)
+def test_an_attribute_that_is_gone_is_an_error(name):
+    with pytest.raises(RuntimeError, match=rf"PyTorch {re.escape(torch.__version__)} has no SimpleNamespace\.{name}"):
+        ATTRIBUTES[name](SimpleNamespace())
+
+
+@pytest.mark.parametrize("name", ["tree_leaves", "tree_map", "tree_unflatten", "tree_flatten_with_path", "keystr"])
+def test_functions_for_nested_values_that_are_gone(name):
+    program = f"import torch.utils._pytree as pytree; del pytree.{name}; import fastentropy"
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert run.returncode == 1
+    assert run.stderr.splitlines()[-1].startswith(f"ImportError: fastentropy does not work with PyTorch {torch.__version__}: ")
+    assert name in run.stderr.splitlines()[-1]
+
+
+def test_nested_values():
+    value = {"a": [1, (2, 3)], "b": None}
+    assert _compat.tree_leaves(value) == [1, 2, 3, None]
+    assert _compat.tree_map(str, value) == {"a": ["1", ("2", "3")], "b": "None"}
+    entries, spec = _compat.tree_flatten_with_path(value)
+    assert [(_compat.keystr(path), leaf) for path, leaf in entries] == [
+        ("['a'][0]", 1),
+        ("['a'][1][0]", 2),
+        ("['a'][1][1]", 3),
+        ("['b']", None),
+    ]
+    assert _compat.tree_unflatten([4, 5, 6, 7], spec) == {"a": [4, (5, 6)], "b": 7}
