@@ -27,6 +27,7 @@ def public_objects():
 
 
 OBJECTS = dict(public_objects())
+FUNCTIONS = [name for name in OBJECTS if not inspect.isclass(OBJECTS[name])]
 TOP_LEVEL = [name for name in OBJECTS if name.count(".") == 1]
 
 
@@ -47,14 +48,14 @@ def test_summary_is_one_line(name):
     assert not rest or not rest[0]
 
 
-@pytest.mark.parametrize("name", [name for name in OBJECTS if inspect.isfunction(OBJECTS[name])])
+@pytest.mark.parametrize("name", FUNCTIONS)
 def test_every_parameter_is_described(name):
     parameters = parameters_of(OBJECTS[name])
     described = re.findall(r"^    \*{0,2}(\w+)(?: \(.*\))?:", sections(OBJECTS[name]).get("Args", ""), re.MULTILINE)
     assert described == parameters
 
 
-@pytest.mark.parametrize("name", [name for name in OBJECTS if inspect.isfunction(OBJECTS[name])])
+@pytest.mark.parametrize("name", FUNCTIONS)
 def test_result_is_described(name):
     returned = inspect.signature(OBJECTS[name]).return_annotation
     assert ("Returns" in sections(OBJECTS[name])) == (returned not in (None, "None"))
