@@ -1,4 +1,4 @@
-"""Small networks that several test modules use."""
+"""The order of the tests, and fixtures that tests of several folders use."""
 
 import os
 import random
@@ -22,6 +22,11 @@ hypothesis.settings.load_profile("fastentropy")
 # Processes that share the cores must not wait for each other's threads.
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+
+
+def pytest_collection_modifyitems(items):
+    """Put the longest tests first, so that no process runs them at the end while the others have nothing left to do."""
+    items.sort(key=lambda item: item.name != "test_in_the_interpreter")
 
 
 @pytest.fixture
