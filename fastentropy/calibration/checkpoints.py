@@ -62,12 +62,12 @@ class Tally:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The state of a run between two chunks.
+    """The state of a calibration between two chunks.
 
     Attributes:
         settings: the settings that determine the counts, by name. A checkpoint cannot be continued with other settings.
-        statistics: the counts of the activations in all chunks before `chunk`, summed over ranks.
-        tally: the totals of these chunks, summed over ranks.
+        statistics: how often each neuron was in each state, in all chunks before `chunk`, summed over ranks.
+        tally: how many batches, documents and tokens these chunks held, summed over ranks.
         chunk: the number of the next chunk to read. It has no meaning once the run is at its end.
         seconds: the time spent on the run so far, including the parts before interruptions.
     """

@@ -62,7 +62,7 @@ def write(path: str | PathLike[str], program: ExportedProgram, report: FusionRep
 
 
 def write_package(path: str | PathLike[str], program: ExportedProgram) -> None:
-    """Compile a program for this machine with AOTInductor and write the package, checked as in `write`."""
+    """Compile a program for this machine with AOTInductor, and write the package if its outputs are those of the program."""
 
     def save(file: Path) -> None:
         package = file.with_name(f"{file.name}.pt2")  # AOTInductor refuses other names

@@ -120,12 +120,12 @@ class EquivalenceCheck:
         self._cases = [(inputs, expected) for inputs, expected in self._cases if batch_size(inputs) != 1]
 
     def _case_error(self, actual: list[Any] | None, inputs: Inputs, expected: list[Any] | None) -> float:
-        """Return the relative error of a form's outputs on one of the inputs; see `error`.
+        """Return the relative error of the outputs of one call; see `error`.
 
         Args:
-            actual: the outputs of the form, or None if the call failed.
-            inputs: the inputs.
-            expected: the outputs of the model, or None if the call failed.
+            actual: the outputs of the form under test (such as the fused network), or None if its call failed.
+            inputs: the arguments of the call.
+            expected: the outputs of the original model on the same inputs, or None if its call failed.
         """
         error = largest_error(actual, expected)
         if error <= self._tolerance or (double := _in_double(self._model)) is None:

@@ -273,7 +273,7 @@ class PruningLoop:
 
     @torch.no_grad()
     def _calibrate(self) -> Statistics:
-        """Return the statistics of the passes that `calibrate` makes."""
+        """Call the user's function `calibrate`, and return the statistics of the forward passes that it makes."""
         assert self._functions.calibrate is not None
         if not activation_modules(self.model):
             return Statistics({})  # no activation is left

@@ -107,10 +107,10 @@ class Flatten:
 
 @dataclass(frozen=True, eq=False)
 class Activation:
-    """An activation that may be removed. Only chains that `find_chains` found with `activations=` contain it.
+    """An activation that may be removed. Only chains found by `find_chains(..., activations=...)` contain such elements.
 
     Attributes:
-        name: name of its site (call of an activation), which is the path of its module.
+        name: path of the activation's module in the model. It is also the name of its site (call of an activation).
         module: the activation itself.
     """
 

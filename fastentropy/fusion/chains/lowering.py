@@ -133,7 +133,7 @@ class Lowering:
         return self._with_bias_map(operator, self._graph.call_function(TRANSPOSED_CONVOLUTIONS[len(axes) - 1], arguments))
 
     def _with_bias_map(self, operator: AffineOperator, output: Node) -> Node:
-        """Add the bias to the output of a convolution if it depends on the position (a bias map).
+        """Add a bias that depends on the position (a bias map) to the output of a convolution. Any other bias is already in it.
 
         The addition is in place, because no other node reads the output.
         """

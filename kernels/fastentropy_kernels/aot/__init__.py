@@ -37,7 +37,7 @@ from fastentropy_kernels.states.validation import MAX_EDGES
 
 
 class Gpu(NamedTuple):
-    """The rates of a GPU that limit a kernel which reads and writes each value once.
+    """The figures of a GPU that limit the speed of a kernel which reads and writes each value once.
 
     Attributes:
         multiprocessors: number of multiprocessors.

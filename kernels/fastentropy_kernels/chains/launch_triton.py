@@ -22,15 +22,15 @@ from fastentropy_kernels.layout import is_channels_last, largest_power_of_2
 
 
 class Launch(NamedTuple):
-    """How a kernel is tiled, and how its programs run.
+    """How a kernel with input x and output y is tiled, and how its programs run.
 
-    The block sizes are upper bounds, because smaller tensors get smaller blocks.
+    The first four attributes are block sizes. They are upper bounds, because smaller tensors get smaller blocks.
 
     Attributes:
-        positions: positions of y of a program: pixels, or rows of linear layers.
-        outputs: channels of y of a program. For linear layers, columns of y that a program computes at a time.
-        hidden: channels between the two operators that a program computes at a time.
-        inputs: channels of x that a program sums over at a time.
+        positions: how many positions of y each program computes: pixels of images, or rows of a linear layer's output.
+        outputs: how many channels of y each program computes. For linear layers, how many columns it computes at a time.
+        hidden: how many channels between the two operators a program computes at a time.
+        inputs: how many channels of x a program sums over at a time.
         num_warps: warps of a program.
         num_stages: stages of Triton's software pipeline.
     """

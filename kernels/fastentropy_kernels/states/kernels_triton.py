@@ -47,7 +47,7 @@ def states_rows_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
 ):
-    """Count the states of rows for each channel, and write their activation if `y_ptr` is given.
+    """Count, for each channel, how many values of x are in each state, and write the activation of x if `y_ptr` is given.
 
     One program counts a strip: `strip_rows` rows of BLOCK_CHANNELS channels, in tiles of BLOCK_ROWS x BLOCK_CHANNELS.
     Consecutive programs read neighbouring channels of the same rows. The counts stay in registers until the end of the strip.
@@ -68,10 +68,11 @@ def states_rows_kernel(
         weight_stride: distance between two slopes, in elements; 0 if all channels share one slope.
         strip_rows: number of rows in a strip, a multiple of BLOCK_ROWS.
         parameters: tuple of float32 numbers, the parameters of the activation.
-        edges: tuple of float32 numbers in rising order; empty to count off, zero and on.
+        edges: tuple of float32 numbers in rising order, which divide the values of x into len(edges) + 1 states. A value that
+            equals an edge belongs to the state above it. Empty for the states off (x < 0), zero and on (x > 0).
         ACTIVATION: a key of `activations.ACTIVATIONS`.
-        STAGES: how many tiles are loaded ahead.
-        REPEATS: how many rows of a tile each lane counts.
+        STAGES: `num_stages` of the loop over tiles.
+        REPEATS: how many rows of a tile are added into the same counter.
         BLOCK_ROWS: number of rows in a tile.
         BLOCK_CHANNELS: number of channels in a tile.
     """
@@ -147,9 +148,10 @@ def states_planes_kernel(
         weight_stride: distance between two slopes, in elements; 0 if all channels share one slope.
         strip: number of tiles in a strip.
         parameters: tuple of float32 numbers, the parameters of the activation.
-        edges: tuple of float32 numbers in rising order; empty to count off, zero and on.
+        edges: tuple of float32 numbers in rising order, which divide the values of x into len(edges) + 1 states. A value that
+            equals an edge belongs to the state above it. Empty for the states off (x < 0), zero and on (x > 0).
         ACTIVATION: a key of `activations.ACTIVATIONS`.
-        STAGES: how many tiles are loaded ahead.
+        STAGES: `num_stages` of the loop over tiles.
         REPEATS: how many positions of a plane each lane counts in a tile.
         INNER_MULTIPLE: a power of two that divides the length of a plane.
         BLOCK_CHANNELS: number of channels in a tile.
