@@ -229,7 +229,10 @@ def _prepare_tokenizer(name: str, tokenizer: Any, model: Any) -> None:
 
 
 def _forward_options(model: nn.Module) -> dict[str, Any]:
-    """Return those of two options that `forward` takes: use no key-value cache, and compute the logits of one token only."""
+    """Return arguments for `forward` that turn off the key-value cache and limit the logits to one token.
+
+    An argument that `forward` does not take is left out.
+    """
     arguments = _arguments(model)
     return {key: value for key, value in {"use_cache": False, "logits_to_keep": 1}.items() if key in arguments}
 

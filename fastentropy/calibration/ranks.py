@@ -37,7 +37,7 @@ class Ranks:
 
     @property
     def is_first(self) -> bool:
-        """Return whether this is rank 0, which writes the files and messages of all ranks."""
+        """Return whether this is rank 0, the only rank that writes files and messages."""
         return self.rank == 0
 
     def gather(self, value: T) -> list[T]:

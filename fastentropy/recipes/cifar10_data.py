@@ -79,7 +79,9 @@ def read_images(folder: Path, split: str) -> tuple[Tensor, Tensor]:
 
 
 def hold_out(labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Split the training images: hold out 10 % of each class, rounded up, for validation. Equal labels give equal splits.
+    """Split the training images: hold out 10 % of each class, rounded up, for validation.
+
+    The split depends on `labels` alone, so it is the same in every run.
 
     Args:
         labels: int64 [n], the class of each image, from 0 to 9.

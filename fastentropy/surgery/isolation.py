@@ -161,7 +161,10 @@ def copy_sharing_tensors(model: nn.Module) -> nn.Module:
 
 
 def _separate_places(model: nn.Module) -> None:
-    """Put a copy of an activation module into each further place in which the model holds it. Copies share parameters."""
+    """Replace an activation module that the model holds in several places by copies in all but the first place.
+
+    The copies share its parameters.
+    """
     seen: set[int] = set()
     for module in list(model.modules()):
         for name, child in children_of(module).items():

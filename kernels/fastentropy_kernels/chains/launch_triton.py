@@ -240,7 +240,7 @@ def _grid(y: Tensor, constants: dict[str, Any]) -> tuple[int]:
 
 
 def _sizes(convolution: Convolution, y: Tensor) -> tuple[Any, ...]:
-    """Return the arguments `positions` to `inputs`, which both kernels of convolutions have."""
+    """Return the kernel arguments from `positions` through `inputs`, which the two convolution kernels have in common."""
     x, weight, _, stride, padding, dilation, _ = convolution
     batch, _, height, width = y.shape
     pixels = height * width

@@ -28,7 +28,7 @@ from fastentropy_kernels.states.loops_numba import LONGEST_RUN, count_run, count
 class JobStructure(ctypes.Structure):
     """The description of a call of `add_states`, which all threads of a team read.
 
-    Addresses are 0 if the tensor is missing. Sizes and strides are in elements. The comments describe the fields.
+    The address of a tensor that is not given is 0. Sizes and strides are in elements. The comments below describe the fields.
     """
 
     _fields_ = (
