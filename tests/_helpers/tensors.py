@@ -6,7 +6,7 @@ import torch
 #: The integer dtype of the same size, by floating-point dtype.
 INTEGER = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 #: The dtypes of `INTEGER` as parameters of tests. Numba compiles its loops for each dtype, which takes seconds.
-DTYPES = [torch.float32, *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in (torch.bfloat16, torch.float16))]
+FUSED_DTYPES = [torch.float32, *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in (torch.bfloat16, torch.float16))]
 
 
 def random_values(shape, dtype, seed=0):

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import fastentropy_kernels
 from fastentropy_kernels import activation_states, activations, count_states, linear_regions
 from fastentropy_kernels.states import ops
+from tests._helpers.tensors import FUSED_DTYPES
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -139,7 +140,7 @@ def test_prelu_slopes_along_any_axis(slope, shape, where):
         torch.testing.assert_close(y, expected, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", FUSED_DTYPES, ids=str)
 @pytest.mark.parametrize("activation", ["identity", "relu", "relu6"])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("masked", [False, True])

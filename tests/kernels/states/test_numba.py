@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from fastentropy_kernels import activations
 from fastentropy_kernels.states import launch_numba, reference, tasks_numba
-from tests._helpers.tensors import DTYPES, INTEGER, bits, random_values
+from tests._helpers.tensors import FUSED_DTYPES, INTEGER, bits, random_values
 
 FUSED = ("identity", "relu", "relu6")
 EDGES = st.lists(st.floats(allow_nan=False), min_size=1, max_size=15, unique=True).map(sorted) | st.sampled_from(
@@ -111,7 +111,7 @@ def test_planes(outer, channels, inner, offset, dtype, masked, edges, seed):
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 37), (2, 1023), (37, 3), (1, 1, 2), (3, 2, 37), (2, 1, 1023)])
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", FUSED_DTYPES, ids=str)
 def test_awkward_values_at_every_position(dtype, masked, shape):
     awkward = awkward_values(dtype)
     positions = torch.arange(math.prod(shape)).view(shape)
