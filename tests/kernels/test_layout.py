@@ -220,6 +220,7 @@ def test_dense_layouts_are_not_copied(layout):
     assert arrange(x, axis % x.ndim, None).values.data_ptr() == x.data_ptr()
 
 
+@pytest.mark.slow
 def test_mask_of_any_layout():
     x = fresh(4, 5, 6, 7)
     for mask in (

@@ -200,6 +200,7 @@ def around(edges, dtype):
     return torch.cat([middle, torch.nextafter(middle, infinity), torch.nextafter(middle, -infinity)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("activation", [None, "relu", pytest.param("silu", marks=pytest.mark.slow)])
 @settings(max_examples=40)
 @given(

@@ -120,6 +120,7 @@ def test_awkward_values_at_every_position(dtype, masked, shape):
         check_signs(awkward[(positions + shift) % awkward.numel()], mask)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(70_000, 3), (200_000, 1), (140_000, 16), (1, 2, 100_000), (2, 32_768)])
 def test_narrow_sums_do_not_overflow(shape):
     check_signs(torch.ones(shape, dtype=torch.bfloat16), None)
