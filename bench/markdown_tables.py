@@ -39,6 +39,7 @@ def inverse(values: Quartiles) -> Quartiles:
 def origin(name: str, machine: str, date: str, commit: str | None, command: str, results: str) -> str:
     """Return a line that tells where figures come from: machine, date, commit, a link to the record `name`, and command."""
     at = f", commit {commit}" if commit else ""
+    machine = machine.replace(", 1 threads", ", 1 thread")  # as older records have it
     return f"{machine}, {date}{at}: [{name}.json]({results}/{name}.json), by `{command}`."
 
 
