@@ -12,6 +12,7 @@ import contextlib
 import io
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -92,7 +93,10 @@ def _run_python(block: Block, file: Path, namespace: dict[str, object]) -> str:
 def _run_commands(block: Block, where: str) -> str:
     """Run a block with the programs of this interpreter's environment and return its stdout."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    alone = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    with socket.socket() as free:  # torchrun takes one port for all runs otherwise, and tests may run at the same time
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    alone = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(torch.get_num_threads()), "PET_MASTER_PORT": port}
     command = ["bash", "-e", "-c", commands(block.code)]
     ran = subprocess.run(
         command, env={**os.environ, **alone, "PATH": path}, capture_output=True, text=True, timeout=_TIMEOUT, check=False
