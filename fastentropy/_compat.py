@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 # Passed on unchanged: the base class of dispatch modes, which is documented, and the functions for nested values (pytrees).
-# The documented base class of modes, and the functions for nested values that torch.export uses, lie in private modules.
 try:
     from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
     from torch.utils._pytree import keystr as keystr
