@@ -1,6 +1,7 @@
 """The docstrings of public names are complete, and their examples run."""
 
 import doctest
+import importlib
 import inspect
 import re
 
@@ -29,6 +30,15 @@ def public_objects():
 OBJECTS = dict(public_objects())
 FUNCTIONS = [name for name in OBJECTS if not inspect.isclass(OBJECTS[name])]
 TOP_LEVEL = [name for name in OBJECTS if name.count(".") == 1]
+#: The modules whose examples run, also those of methods: all that define a public name, and the documented ones of fusion.
+DOCUMENTED = ("chains.finding", "chains.lowering", "latency.profiler", "latency.table", "projection")
+MODULES = sorted({OBJECTS[name].__module__ for name in TOP_LEVEL} | {f"fastentropy.fusion.{module}" for module in DOCUMENTED})
+EXAMPLES = {
+    example.name: example
+    for module in MODULES
+    for example in doctest.DocTestFinder().find(importlib.import_module(module), globs={})
+    if example.examples
+}
 
 
 def sections(value):
@@ -62,12 +72,21 @@ def test_result_is_described(name):
 
 
 @pytest.mark.parametrize("name", TOP_LEVEL)
+def test_public_name_has_an_example(name):
+    assert f"{OBJECTS[name].__module__}.{OBJECTS[name].__qualname__}" in EXAMPLES
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_module_has_an_example(module):
+    assert any(name.startswith(f"{module}.") for name in EXAMPLES)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
 def test_example_runs(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (example,) = doctest.DocTestFinder(recurse=False).find(OBJECTS[name], name, globs={})
-    assert example.examples, "no example"
     printed = []
-    outcome = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(example, out=printed.append, clear_globs=False)
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
+    outcome = runner.run(EXAMPLES[name], out=printed.append, clear_globs=False)
     assert outcome.failed == 0, "".join(printed)
 
 
