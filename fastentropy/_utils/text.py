@@ -9,7 +9,9 @@ WIDTH = 80
 GAP = "  "
 
 
-def format_table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1, width: int = WIDTH) -> str:
+def format_table(
+    head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1, width: int = WIDTH, marks: Sequence[str] | None = None
+) -> str:
     """Return a table as lines of text: the head, a row of dashes, and the rows.
 
     Args:
@@ -18,13 +20,16 @@ def format_table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int =
         left: how many columns, counted from the first, are aligned to the left. The other columns are aligned to the right.
         width: the largest number of characters in a line. If a line would be longer, the cells of the first column are
             shortened. The other columns are never shortened, and may therefore exceed the width.
+        marks: for each row, a text that follows the cell in the first column, such as an asterisk. It is never shortened.
 
     Returns:
         The lines, separated by line breaks.
     """
     others = [max(len(row[column]) for row in [head, *rows]) for column in range(1, len(head))]
     room = max(width - sum(len(GAP) + other for other in others), len(head[0]))
-    names = shorten_names([row[0] for row in rows], room)
+    marks = marks or [""] * len(rows)
+    names = shorten_names([row[0] for row in rows], room - max(map(len, marks), default=0))
+    names = [name + mark for name, mark in zip(names, marks, strict=True)]
     widths = [max(map(len, [head[0], *names])), *others]
     lines = [head, ["-" * size for size in widths], *([name, *row[1:]] for name, row in zip(names, rows, strict=True))]
     return "\n".join(GAP.join(_align(line, widths, left)).rstrip() for line in lines)

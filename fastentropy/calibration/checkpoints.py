@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from fastentropy._utils.files import save_tensors
 from fastentropy.calibration.data.batching import Batch
 from fastentropy.calibration.data.documents import Problem, Problems
-from fastentropy.collector.statistics import Statistics
+from fastentropy.collector.statistics import Statistics, file_content
 
 #: The key in the file's metadata under which everything but the statistics is stored, as JSON.
 _KEY = "fastentropy_calibration"
@@ -80,10 +80,9 @@ class Checkpoint:
 
     def save(self, path: Path) -> None:
         """Write a safetensors file atomically. `Statistics.load` can read the statistics from it."""
-        tensors = self.statistics.state_dict()
-        sites = json.dumps(tensors.pop("sites"))
+        tensors, metadata = file_content(self.statistics)
         rest = {"settings": self.settings, "tally": asdict(self.tally), "chunk": self.chunk, "seconds": self.seconds}
-        save_tensors(tensors, path, {"fastentropy_sites": sites, _KEY: json.dumps(rest)})
+        save_tensors(tensors, path, {**metadata, _KEY: json.dumps(rest)})
 
     @classmethod
     def load(cls, path: Path) -> "Checkpoint":

@@ -1,6 +1,6 @@
 """Write the report of a calibration run: one HTML page, made from the statistics and the summary of the run."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from os import PathLike
 from typing import Any
@@ -85,9 +85,11 @@ def _numbers(statistics: Statistics, bits: Mapping[str, float], summary: Mapping
 def _notices(statistics: Statistics, summary: Mapping[str, Any]) -> list[str]:
     """Return sentences about what limits the validity of the figures: notices, NaN, truncated documents, unusable files."""
     found = [f"{notice[:1].upper()}{notice[1:]}." for notice in summary["notices"]]
+    found += [f"{note[:1].upper()}{note[1:]}." for note in statistics.notes]
+    if inferred := [name for name, site in statistics.items() if site.axis_is_inferred]:
+        found.append(f"The channel axis of {_named(inferred)} is a default, because nothing told where the neurons lie.")
     if nan := [name for name, site in statistics.items() if site.nan]:
-        others = f" and {len(nan) - MAX_NAMED} more" if len(nan) > MAX_NAMED else ""
-        found.append(f"NaN occurred in {', '.join(nan[:MAX_NAMED])}{others}: such values count in no state.")
+        found.append(f"NaN occurred in {_named(nan)}: such values count in no state.")
     if summary["truncated"]:
         found.append(
             f"{plural(summary['truncated'], 'document')} did not fit into a row: {format_count(summary['tokens_cut'])} tokens "
@@ -97,6 +99,12 @@ def _notices(statistics: Statistics, summary: Mapping[str, Any]) -> list[str]:
         times = sum(problem["times"] for problem in summary["problems"])
         found.append(f"{plural(times, 'document or file', 'documents or files')} could not be used; the last table lists them.")
     return found
+
+
+def _named(names: Sequence[str]) -> str:
+    """Return the first `MAX_NAMED` names as text, and the number of the others."""
+    others = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
+    return f"{', '.join(names[:MAX_NAMED])}{others}"
 
 
 def _words(summary: Mapping[str, Any]) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """Count the states (off, zero, on) of every activation's input while the user's own loop runs the model."""
 
 import contextlib
+import warnings
 from collections.abc import Iterator, Mapping
 from functools import reduce
 from operator import add
@@ -61,9 +62,10 @@ class EntropyCollector:
         if average not in ("dataset", "batch"):
             raise ValueError(f"average={average!r}: expected 'dataset' or 'batch'")
         self._model = model
-        self._counting = PassCounting(average == "batch", self._recommend_isolation)
+        self._counting = PassCounting(average == "batch", self._recommend_isolation, self._note)
         self._watcher = SiteWatcher(model, self._counting, channel_axis, mask)
         self._restored, self._restored_shares = Statistics({}), dict[str, RankShare]()
+        self._notes: list[str] = []
 
     def attach(self) -> None:
         """Begin to count.
@@ -144,6 +146,7 @@ class EntropyCollector:
         The counters keep their addresses in memory, so a CUDA graph that was captured before still counts.
         """
         self._counting.reset()
+        self._notes.clear()
         self._restored, self._restored_shares = Statistics({}), {}
 
     def compute(self) -> Statistics:
@@ -282,7 +285,14 @@ class EntropyCollector:
         counted = {name: site for name, site in counted.items() if site.observations + site.nan}
         names = [*self._restored, *(name for name in counted if name not in self._restored)]
         parts = {name: [part[name] for part in (self._restored, counted) if name in part] for name in names}
-        return Statistics({name: reduce(add, sites) for name, sites in parts.items()})
+        notes = tuple(dict.fromkeys((*self._restored.notes, *self._notes)))
+        return Statistics({name: reduce(add, sites) for name, sites in parts.items()}, notes)
+
+    def _note(self, text: str) -> None:
+        """Add a sentence to the notes and warn of it, unless it is among them already."""
+        if text not in self._notes:
+            self._notes.append(text)
+            warnings.warn(text, stacklevel=2)
 
     def _recommend_isolation(self) -> None:
         """Warn, once, if the model calls activations as functions, because these are counted more slowly."""

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,15 +29,16 @@ class PassCounting:
         has_counted: whether any pass has been counted.
     """
 
-    def __init__(self, per_batch: bool, after_pass: Callable[[], None]) -> None:
+    def __init__(self, per_batch: bool, after_pass: Callable[[], None], note: Callable[[str], None]) -> None:
         """Begin with nothing counted.
 
         Args:
             per_batch: whether to sum the neuron entropies of each pass as well.
             after_pass: a function that is called after each counted pass.
+            note: a function that is given a sentence about an input that could not be counted.
         """
         self.is_paused = self.has_counted = False
-        self._per_batch, self._after_pass = per_batch, after_pass
+        self._per_batch, self._after_pass, self._note = per_batch, after_pass, note
         self._layout, self._lock = Layout(), threading.Lock()
         self._total = Counters(self._layout)
         self._idle: list[Counters] = []
@@ -96,9 +98,10 @@ class PassCounting:
         counts, positions = self._total.total(site)
         nan = positions * site.neurons - int(counts.sum())
         entropies = self._batch_entropies.get(site.name)
+        statistics = SiteStatistics(site.activation, counts, nan, axis_is_inferred=site.axis_is_inferred)
         if entropies is None:
-            return SiteStatistics(site.activation, counts, nan)
-        return SiteStatistics(site.activation, counts, nan, entropies.clone(), self._batches[site.name])
+            return statistics
+        return replace(statistics, batch_entropies=entropies.clone(), batches=self._batches[site.name])
 
     def _keep(self, counters: Counters) -> None:
         """Keep cleared counters for another pass.
@@ -133,7 +136,7 @@ def _run_and_count(call: Call, counters: Counters) -> Any:
     local = local_tensor(x)
     if local.is_meta or (type(local) is not Tensor and is_fake(local)):
         return call.run()
-    mask = positions_to_count(call.is_token, local, site.channel_axis)
+    mask = positions_to_count(call.is_token, local, site.channel_axis, call.token_axes)
     plan = counters.plans.get(site.name)
     if plan is not None and plan.inplace is getattr(call.module, "inplace", False) and plan.fits(x, mask):
         y = plan(x, mask)
@@ -141,11 +144,13 @@ def _run_and_count(call: Call, counters: Counters) -> Any:
         return y
     counter = counters.of(site, local.device)
     fused = _fused(call)
-    if fused is None:
+    if fused is None or site.channel_axis is None:
         with torch.no_grad(), without_modes():
             local = wait_tensor(local)
             values = local if local.dtype in _COUNTABLE else local.float()
-            count_states(values.detach(), counter.counts, channel_axis=site.channel_axis, mask=mask)
+            axis = site.channel_axis
+            values = values.detach() if axis is not None else values.detach().unsqueeze(-1)
+            count_states(values, counter.counts, channel_axis=-1 if axis is None else axis, mask=mask)
             _add_positions(counters, site, local, mask)
         return call.run()
     options = {"channel_axis": site.channel_axis, "mask": mask, "inplace": fused.inplace, **fused.parameters}

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ class _Entry(NamedTuple):
     activation: str
     share: RankShare  # where the rank's counts belong in the counts of all ranks
     tells_batches_apart: bool  # the rank has entropies per batch, of whole batches
+    axis_is_inferred: bool  # the axis of the neurons is a default
 
 
 class _Rank(NamedTuple):
@@ -26,6 +28,7 @@ class _Rank(NamedTuple):
 
     modules: Mapping[str, str]  # dotted path of each activation module in the rank's model -> name of the activation
     sites: dict[str, _Entry]  # by name of the site
+    notes: tuple[str, ...]  # what the rank could not count
 
 
 def sum_over_ranks(statistics: Statistics, shares: Mapping[str, RankShare], modules: Mapping[str, str]) -> Statistics:
@@ -54,18 +57,24 @@ def sum_over_ranks(statistics: Statistics, shares: Mapping[str, RankShare], modu
     for name in dict.fromkeys(name for rank in ranks for name in rank.sites):
         entries = [rank.sites[name] for rank in ranks if name in rank.sites]
         keeps_batches = all(entry.tells_batches_apart for entry in entries)
-        parts[name] = _part(statistics.get(name), shares.get(name), entries[0], keeps_batches)
-    return _summed(parts)
+        entry = entries[0]._replace(axis_is_inferred=any(entry.axis_is_inferred for entry in entries))
+        parts[name] = _part(statistics.get(name), shares.get(name), entry, keeps_batches)
+    return Statistics(_summed(parts), tuple(dict.fromkeys(note for rank in ranks for note in rank.notes)))
 
 
 def _all_ranks(statistics: Statistics, shares: Mapping[str, RankShare], modules: Mapping[str, str]) -> list[_Rank]:
     """Send this rank's information to all ranks, and return the information of each, by rank."""
     sites = {
-        name: _Entry(site.activation, shares[name], site.batch_entropies is not None and shares[name].has_whole_batches)
+        name: _Entry(
+            site.activation,
+            shares[name],
+            site.batch_entropies is not None and shares[name].has_whole_batches,
+            site.axis_is_inferred,
+        )
         for name, site in statistics.items()
     }
-    ranks = [_Rank({}, {})] * dist.get_world_size()
-    dist.all_gather_object(ranks, _Rank(modules, sites))
+    ranks = [_Rank({}, {}, ())] * dist.get_world_size()
+    dist.all_gather_object(ranks, _Rank(modules, sites, statistics.notes))
     return ranks
 
 
@@ -133,18 +142,17 @@ def _part(site: SiteStatistics | None, share: RankShare | None, entry: _Entry, k
     neurons = entry.share.neurons
     counts = torch.zeros(neurons, 3, dtype=torch.int64)
     entropies = torch.zeros(neurons, 2, dtype=torch.float64) if keeps_batches else None
+    part = SiteStatistics(entry.activation, counts, 0, entropies, axis_is_inferred=entry.axis_is_inferred)
     if site is None or share is None or not share.is_counted:
-        return SiteStatistics(entry.activation, counts, 0, entropies)
+        return part
     place = slice(share.start, share.start + site.neurons)
     counts[place] = site.counts
     if entropies is not None and site.batch_entropies is not None:
         entropies[place] = site.batch_entropies
-    return SiteStatistics(
-        entry.activation, counts, site.nan, entropies, site.batches if keeps_batches and share.is_first else 0
-    )
+    return replace(part, nan=site.nan, batches=site.batches if keeps_batches and share.is_first else 0)
 
 
-def _summed(parts: Mapping[str, SiteStatistics]) -> Statistics:
+def _summed(parts: Mapping[str, SiteStatistics]) -> dict[str, SiteStatistics]:
     """Sum the parts of each site over all ranks.
 
     All integers take one collective operation; the entropies per batch, if there are any, take a second one.
@@ -152,18 +160,16 @@ def _summed(parts: Mapping[str, SiteStatistics]) -> Statistics:
     numbers = torch.tensor([[part.nan, part.batches] for part in parts.values()], dtype=torch.int64)
     numbers, *counts = _all_reduce([numbers, *(part.counts for part in parts.values())])
     entropies = iter(_all_reduce([part.batch_entropies for part in parts.values() if part.batch_entropies is not None]))
-    return Statistics(
-        {
-            name: SiteStatistics(
-                part.activation,
-                counts[place],
-                int(numbers[place, 0]),
-                None if part.batch_entropies is None else next(entropies),
-                int(numbers[place, 1]),
-            )
-            for place, (name, part) in enumerate(parts.items())
-        }
-    )
+    return {
+        name: replace(
+            part,
+            counts=counts[place],
+            nan=int(numbers[place, 0]),
+            batch_entropies=None if part.batch_entropies is None else next(entropies),
+            batches=int(numbers[place, 1]),
+        )
+        for place, (name, part) in enumerate(parts.items())
+    }
 
 
 def _all_reduce(tensors: Sequence[Tensor]) -> list[Tensor]:

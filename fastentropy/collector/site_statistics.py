@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -26,6 +26,7 @@ class SiteStatistics:
         batch_entropies: float64 [neurons, 2], the neuron entropies of each batch, in bits, summed over batches. The first
             column discards zeros, the second counts them as on. None if entropies per batch were not collected.
         batches: the number of batches in `batch_entropies`.
+        axis_is_inferred: whether the axis of the neurons is a default, because nothing told where they lie.
 
     Examples:
         >>> import torch
@@ -42,6 +43,7 @@ class SiteStatistics:
     nan: int = 0
     batch_entropies: Tensor | None = None
     batches: int = 0
+    axis_is_inferred: bool = False
 
     @property
     def neurons(self) -> int:
@@ -120,11 +122,16 @@ class SiteStatistics:
             raise ValueError(
                 f"{self.activation} with {self.neurons} neurons and {other.activation} with {other.neurons} are not one site"
             )
-        counts, nan = self.counts + other.counts, self.nan + other.nan
+        both = SiteStatistics(
+            self.activation,
+            self.counts + other.counts,
+            self.nan + other.nan,
+            axis_is_inferred=self.axis_is_inferred or other.axis_is_inferred,
+        )
         if self.batch_entropies is None or other.batch_entropies is None:
-            return SiteStatistics(self.activation, counts, nan)
+            return both
         batch_entropies, batches = self.batch_entropies + other.batch_entropies, self.batches + other.batches
-        return SiteStatistics(self.activation, counts, nan, batch_entropies, batches)
+        return replace(both, batch_entropies=batch_entropies, batches=batches)
 
 
 def state_entropy(counts: Tensor, zero: Zero = "discard") -> Tensor:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from fastentropy._utils.files import save_tensors
-from fastentropy._utils.text import format_count, format_integer, format_share, format_table, plural, shorten_names
+from fastentropy._utils.text import WIDTH, format_count, format_integer, format_share, format_table, plural, shorten_names
 from fastentropy.collector.site_statistics import Average, SiteStatistics, Zero
 
 if TYPE_CHECKING:
@@ -20,6 +22,10 @@ if TYPE_CHECKING:
 
 #: The columns of `Statistics.to_dict` and `Statistics.to_pandas`.
 _FIGURES = ["activation", "neurons", "observations", "nan", "entropy", "dead", "always_on", "off", "zero", "on"]
+#: The keys in the metadata of a file under which the sites and the notes are stored, as JSON.
+_SITES, _NOTES = "fastentropy_sites", "fastentropy_notes"
+#: The line below a table in which names have an asterisk.
+_INFERRED = "* its channel axis is a default, for lack of evidence; give it as channel_axis="
 
 
 class Statistics(Mapping[str, SiteStatistics]):
@@ -29,6 +35,10 @@ class Statistics(Mapping[str, SiteStatistics]):
 
     Args:
         sites: the statistics of each site, by name, in call order.
+        notes: sentences about what could not be counted, and why.
+
+    Attributes:
+        notes: the notes, each once.
 
     Examples:
         >>> import torch
@@ -47,9 +57,10 @@ class Statistics(Mapping[str, SiteStatistics]):
         1 site, 2 neurons, mean layer entropy 0.500 bits
     """
 
-    def __init__(self, sites: Mapping[str, SiteStatistics]) -> None:
-        """Hold the statistics of `sites`."""
+    def __init__(self, sites: Mapping[str, SiteStatistics], notes: Iterable[str] = ()) -> None:
+        """Hold the statistics of `sites`, and the notes."""
         self._sites = dict(sites)
+        self.notes = tuple(dict.fromkeys(notes))
 
     def __getitem__(self, name: str) -> SiteStatistics:
         """Return the statistics of one site."""
@@ -154,9 +165,10 @@ class Statistics(Mapping[str, SiteStatistics]):
         return plot_entropies({name: site.entropy(zero, average) for name, site in self.items()}, path)
 
     def __str__(self) -> str:
-        """Return a table of at most 80 columns with a row for each site, followed by a line that sums up all sites."""
+        """Return a table of at most 80 columns with a row for each site, a line that sums up all sites, and the notes."""
+        notes = "".join(f"\n{line}" for note in self.notes for line in textwrap.wrap(note, WIDTH, subsequent_indent="  "))
         if not self:
-            return "no sites: nothing was counted"
+            return f"no sites: nothing was counted{notes}"
         sites = self.to_dict()
         activations = shorten_names([site["activation"] for site in sites.values()], 12)
         head = ["site", "activation", "neurons", "values", "bits", "dead", "always on"]
@@ -177,7 +189,10 @@ class Statistics(Mapping[str, SiteStatistics]):
             for row, site in zip(rows, sites.values(), strict=True):
                 row.append(format_count(site["nan"]))
         mean = sum(site["entropy"] for site in sites.values()) / len(sites)
-        return f"{format_table(head, rows, left=2)}\n\n{self._size()}, mean layer entropy {mean:.3f} bits"
+        marks = ["*" if site.axis_is_inferred else "" for site in self.values()]
+        table = format_table(head, rows, left=2, marks=marks)
+        legend = f"\n{_INFERRED}" if any(marks) else ""
+        return f"{table}\n\n{self._size()}, mean layer entropy {mean:.3f} bits{legend}{notes}"
 
     def __repr__(self) -> str:
         """Return the numbers of sites and neurons in angle brackets."""
@@ -192,14 +207,15 @@ class Statistics(Mapping[str, SiteStatistics]):
         if list(self) != list(other):
             different = sorted(set(self) ^ set(other)) or list(self)
             raise ValueError(f"statistics of different sites cannot be added; they differ in {', '.join(different)}")
-        return Statistics({name: site + other[name] for name, site in self.items()})
+        return Statistics({name: site + other[name] for name, site in self.items()}, (*self.notes, *other.notes))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the statistics as tensors and plain values.
 
         Returns:
             A dict. `SITE/counts` and, if there are any, `SITE/batch_entropies` hold the tensors of the site with the name SITE.
-            `sites` is a list of dicts in call order, with the name and the other values of each site.
+            `sites` is a list of dicts in call order, with the name and the other values of each site. `notes` is the list of
+            the notes, if there are any.
 
         Examples:
             >>> import torch
@@ -213,10 +229,16 @@ class Statistics(Mapping[str, SiteStatistics]):
             if site.batch_entropies is not None:
                 tensors[f"{name}/batch_entropies"] = site.batch_entropies
         sites = [
-            {"name": name, "activation": site.activation, "nan": site.nan, "batches": site.batches}
+            {
+                "name": name,
+                "activation": site.activation,
+                "nan": site.nan,
+                "batches": site.batches,
+                "axis_is_inferred": site.axis_is_inferred,
+            }
             for name, site in self.items()
         ]
-        return {"sites": sites, **tensors}
+        return {"sites": sites, **({"notes": list(self.notes)} if self.notes else {}), **tensors}
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> Statistics:
@@ -239,8 +261,8 @@ class Statistics(Mapping[str, SiteStatistics]):
             <Statistics: 1 site, 1 neuron>
         """
         try:
-            sites = state["sites"]
-            return cls({site["name"]: _site_from_state_dict(site, state) for site in sites})
+            sites, notes = state["sites"], [str(note) for note in state.get("notes", ())]
+            return cls({site["name"]: _site_from_state_dict(site, state) for site in sites}, notes)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"not the state of statistics (make one with stats.state_dict()): {error!r}") from error
 
@@ -262,8 +284,8 @@ class Statistics(Mapping[str, SiteStatistics]):
             ...     fe.Statistics.load(f"{folder}/statistics.safetensors")
             <Statistics: 1 site, 1 neuron>
         """
-        tensors = self.state_dict()
-        save_tensors(tensors, path, {"fastentropy_sites": json.dumps(tensors.pop("sites"))})
+        tensors, metadata = file_content(self)
+        save_tensors(tensors, path, metadata)
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Statistics:
@@ -281,12 +303,22 @@ class Statistics(Mapping[str, SiteStatistics]):
         """
         try:
             with safe_open(path, framework="pt") as file:
-                sites = json.loads((file.metadata() or {})["fastentropy_sites"])
-                return cls.from_state_dict({"sites": sites, **{key: file.get_tensor(key) for key in file.keys()}})  # noqa: SIM118
+                metadata = file.metadata() or {}
+                state = {"sites": json.loads(metadata[_SITES]), "notes": json.loads(metadata.get(_NOTES, "[]"))}
+                return cls.from_state_dict({**state, **{key: file.get_tensor(key) for key in file.keys()}})  # noqa: SIM118
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{path} is damaged or not a statistics file (write one with stats.save(path)): {error}"
             ) from error
+
+
+def file_content(statistics: Statistics) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors and the metadata of a safetensors file from which `Statistics.load` reads the statistics."""
+    tensors = statistics.state_dict()
+    metadata = {_SITES: json.dumps(tensors.pop("sites"))}
+    if notes := tensors.pop("notes", None):
+        metadata[_NOTES] = json.dumps(notes)
+    return tensors, metadata
 
 
 def _figures(site: SiteStatistics, entropy: float) -> dict[str, Any]:
@@ -303,4 +335,11 @@ def _site_from_state_dict(site: Mapping[str, Any], state: Mapping[str, Any]) -> 
     counts, batch_entropies = state[f"{site['name']}/counts"], state.get(f"{site['name']}/batch_entropies")
     if counts.dtype != torch.int64 or counts.ndim != 2 or counts.shape[1] != 3:
         raise ValueError(f"counts are {counts.dtype} {list(counts.shape)}, expected torch.int64 [neurons, 3]")
-    return SiteStatistics(site["activation"], counts, int(site["nan"]), batch_entropies, int(site["batches"]))
+    return SiteStatistics(
+        site["activation"],
+        counts,
+        int(site["nan"]),
+        batch_entropies,
+        int(site["batches"]),
+        bool(site.get("axis_is_inferred", False)),
+    )

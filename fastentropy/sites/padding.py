@@ -12,6 +12,17 @@ from torch import Tensor, nn
 Mask = str | Callable[[tuple[Any, ...], Mapping[str, Any]], Tensor | None] | None
 
 
+class TokenAxes(NamedTuple):
+    """The axes of a tensor along which the positions of a batch of token sequences lie."""
+
+    batch: int  # the axis of the sequences
+    tokens: int  # the axis of the tokens; equal to `batch` if both are one axis, on which the tokens of a sequence are adjacent
+
+
+#: The token axes of a tensor whose values come from tokens, but could not be followed: its shape decides.
+BY_SHAPE = TokenAxes(-1, -1)
+
+
 class MaskArgument(NamedTuple):
     """The parameter of a module's forward that takes the padding mask."""
 
@@ -68,19 +79,24 @@ def token_mask(mask: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Ten
     return None if is_token.device.type == "cpu" and bool(is_token.all()) else is_token
 
 
-def positions_to_count(is_token: Tensor | None, x: Tensor, channel_axis: int) -> Tensor | None:
+def positions_to_count(
+    is_token: Tensor | None, x: Tensor, channel_axis: int | None, token_axes: TokenAxes | None = BY_SHAPE
+) -> Tensor | None:
     """Return the mask for the kernels: True at the positions of `x` that are counted.
 
     Args:
         is_token: bool [batch, tokens], False at padding; or None.
         x: the input of an activation, [batch, tokens, neurons] or [batch * tokens, neurons].
-        channel_axis: the axis of the neurons in `x`.
+        channel_axis: the axis of the neurons in `x`. None if all values belong to one neuron.
+        token_axes: where the positions of `is_token` lie in `x`. None if `x` has none of them.
 
     Returns:
-        bool, with the shape of `x` without its channel axis, on the device of `x`. None if there is no mask or if it does not
-        fit `x`.
+        bool, with the shape of `x` without its channel axis (if it has one), on the device of `x`. None if there is no mask, or
+            if it does not fit `x`.
     """
-    if is_token is None or channel_axis != x.ndim - 1:
+    if channel_axis is None:
+        x, channel_axis = x.unsqueeze(-1), x.ndim
+    if is_token is None or token_axes is None or channel_axis != x.ndim - 1:
         return None
     if x.ndim == 3 and x.shape[:2] == is_token.shape:
         return is_token.to(x.device)

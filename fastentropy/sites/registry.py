@@ -61,7 +61,7 @@ class SiteRegistry:
                 site = self.sites[name] = self._discover(name, path, activation, x, tracker)
         elif local.ndim != self._ranks[name]:
             site = self._with_other_rank(site, local)
-        if local.shape[site.channel_axis] != site.neurons:
+        if site.channel_axis is not None and local.shape[site.channel_axis] != site.neurons:
             raise _changed_shape(site, local)
         return site, local
 
@@ -72,7 +72,7 @@ class SiteRegistry:
         to hold the same input. Then only the first of these ranks is counted.
         """
         sharding = self._shardings[site.name]
-        if sharding is not None:
+        if sharding is not None and site.channel_axis is not None:
             return sharding.share(site.channel_axis, site.neurons)
         return RankShare(0, site.neurons, is_counted=not any(any(mesh.get_coordinate() or ()) for mesh in self._meshes))
 
@@ -88,8 +88,8 @@ class SiteRegistry:
             RuntimeError: the tokens are divided among ranks, and it is not known which part of the mask belongs to `x`.
         """
         sharding = self._shardings[site.name]
-        may_be_tokens = x.ndim in (2, 3) and site.channel_axis == x.ndim - 1
-        if sharding is None or not may_be_tokens or not sharding.divides(site.channel_axis):
+        axis = site.channel_axis
+        if sharding is None or axis is None or x.ndim not in (2, 3) or axis != x.ndim - 1 or not sharding.divides(axis):
             return is_token
         part = sharding.tokens(is_token, x.shape)
         if part is None:
@@ -175,6 +175,8 @@ class SiteRegistry:
         The channel axis keeps its index, counted from the front or from the back. The number of neurons decides which of the
         two. If the user gave the channel axis, that one is used.
         """
+        if site.channel_axis is None:
+            return site
         named = self._channel_axis.get(site.name)
         candidates = (
             [site.channel_axis, x.ndim - self._ranks[site.name] + site.channel_axis] if named is None else [named % x.ndim]

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from fastentropy.sites.padding import BY_SHAPE, TokenAxes
+
 
 @dataclass(frozen=True)
 class Site:
@@ -16,20 +18,23 @@ class Site:
             the name of the function. If the same forward pass calls it again, the further sites have :1, :2, … at the end.
         activation: the name of the activation, such as "relu"; `register_activation` adds names.
         neurons: the number of neurons of the site. If ranks of torch.distributed divide the neurons, the number on this rank.
-        channel_axis: the axis of the activation's input whose entries are the neurons.
+        channel_axis: the axis of the activation's input whose entries are the neurons. None if the site is one neuron to which
+            all values of the input belong, because the axis of size 1 was squeezed away.
+        axis_is_inferred: whether the channel axis is a default. It is if nothing told where the neurons lie.
 
     Examples:
         >>> import torch
         >>> import fastentropy as fe
         >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU())
         >>> fe.find_sites(model, (torch.zeros(1, 3),))
-        [Site(name='1', activation='relu', neurons=4, channel_axis=1)]
+        [Site(name='1', activation='relu', neurons=4, channel_axis=1, axis_is_inferred=False)]
     """
 
     name: str
     activation: str
     neurons: int
-    channel_axis: int
+    channel_axis: int | None
+    axis_is_inferred: bool = False
 
 
 class Call(NamedTuple):
@@ -41,3 +46,4 @@ class Call(NamedTuple):
     module: nn.Module | None  # the activation module; None if a function is called
     function: str  # the name of the function; empty if a module is called
     run: Callable[[], Any]  # runs the activation and returns its output
+    token_axes: TokenAxes | None = BY_SHAPE  # where the positions of `is_token` lie in x; None if x has none of them

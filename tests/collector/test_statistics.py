@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 import sys
@@ -7,9 +8,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from fastentropy import SiteStatistics, Statistics
 from fastentropy.collector.site_statistics import state_entropy
+from fastentropy.collector.statistics import file_content
 
 COUNTS = st.lists(st.tuples(*[st.integers(0, 2**40)] * 3), min_size=1, max_size=8)
 
@@ -262,3 +265,61 @@ def test_loaded_statistics_look_as_they_did(tmp_path):
     statistics = make(1, batches=3)
     statistics.save(tmp_path / "s")
     assert str(Statistics.load(tmp_path / "s")) == str(statistics)
+
+
+NOTES = ("conv.relu: COO tensors were not counted", f"{'encoder.' * 30}relu was not counted", "a note of two\nlines")
+
+
+def with_notes(case="long names", notes=NOTES):
+    sites = dict(make_hard(case))
+    marked = {
+        name: dataclasses.replace(site, axis_is_inferred=not index % 2) for index, (name, site) in enumerate(sites.items())
+    }
+    return Statistics(marked, notes)
+
+
+@pytest.mark.parametrize("case", HARD)
+def test_table_marks_inferred_axes_and_shows_notes(case):
+    statistics = with_notes(case)
+    lines = str(statistics).splitlines()
+    assert max(map(len, lines)) <= 80
+    rows = lines[2 : 2 + len(statistics)]
+    assert [row.split()[0].endswith("*") for row in rows] == [site.axis_is_inferred for site in statistics.values()]
+    assert len({row.split()[0] for row in rows}) == len(statistics)
+    assert sum(line.startswith("* ") for line in lines) == 1
+    shown = "".join("".join(lines[3 + len(statistics) :]).split())
+    assert all("".join(note.split()) in shown for note in NOTES)
+
+
+def test_table_without_inferred_axes_has_no_asterisk():
+    assert "*" not in str(make())
+    assert str(Statistics({}, ["nothing could be counted"])).splitlines()[1:] == ["nothing could be counted"]
+
+
+def test_notes_and_marks_are_saved(tmp_path):
+    statistics = with_notes()
+    statistics.save(tmp_path / "s")
+    for loaded in (Statistics.load(tmp_path / "s"), Statistics.from_state_dict(statistics.state_dict())):
+        assert loaded.notes == NOTES
+        assert [site.axis_is_inferred for site in loaded.values()] == [site.axis_is_inferred for site in statistics.values()]
+
+
+def test_files_without_notes_and_marks_load(tmp_path):
+    statistics = make(1, batches=2)
+    tensors, metadata = file_content(statistics)
+    sites = [
+        {key: value for key, value in site.items() if key != "axis_is_inferred"} for site in statistics.state_dict()["sites"]
+    ]
+    save_file(tensors, tmp_path / "s", {"fastentropy_sites": json.dumps(sites)})
+    assert set(metadata) == {"fastentropy_sites"}
+    loaded = Statistics.load(tmp_path / "s")
+    assert_same(loaded, statistics)
+    assert loaded.notes == ()
+    assert not any(site.axis_is_inferred for site in loaded.values())
+
+
+def test_sum_keeps_each_note_once_and_every_mark():
+    left, right = with_notes(notes=["a", "b"]), Statistics(make_hard("long names"), ["b", "c"])
+    for both in (left + right, right + left):
+        assert sorted(both.notes) == ["a", "b", "c"]
+        assert [site.axis_is_inferred for site in both.values()] == [site.axis_is_inferred for site in left.values()]
