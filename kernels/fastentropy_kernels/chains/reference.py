@@ -84,9 +84,14 @@ def linear_pair(pair: LinearPair, residual: Tensor | None, activation: str) -> T
 
 
 def _convolve(convolution: Convolution) -> Tensor:
-    """Return the output of a convolution in float32, or in float64 for float64."""
+    """Return the output of a convolution in float32, or in float64 for float64.
+
+    The bias is added apart: with a bias, PyTorch crashes on images one pixel wide whose padding alone fills an output (issue
+    195394 of pytorch/pytorch).
+    """
     x, weight, bias, stride, padding, dilation, groups = convolution
-    return F.conv2d(_wide(x), _wide(weight), _wide(bias), tuple(stride), tuple(padding), tuple(dilation), groups)
+    values = F.conv2d(_wide(x), _wide(weight), None, tuple(stride), tuple(padding), tuple(dilation), groups)
+    return values if bias is None else values + _wide(bias)[:, None, None]
 
 
 @overload

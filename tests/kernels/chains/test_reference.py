@@ -70,6 +70,12 @@ def randn(size, dtype):
     return random_tensor((size,), dtype)
 
 
+def test_narrow_image_with_outputs_of_padding_alone():
+    x, weight, bias = random_tensor((2, 20, 11, 1), torch.float32, True), torch.zeros(1, 20, 5, 1), torch.ones(1)
+    y = conv_pointwise(x, weight, bias, torch.full((3, 1), 2.0), None, stride=(3, 2), padding=(0, 1), dilation=(2, 2))
+    assert torch.equal(y, torch.full((2, 3, 1, 2), 2.0))
+
+
 @settings(max_examples=60)
 @given(
     layer=convolutions(),
