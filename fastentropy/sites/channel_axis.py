@@ -11,9 +11,13 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from fastentropy._compat import TorchDispatchMode, composite_kernel, operator_schema, storage_id, tree_leaves
+from fastentropy.sites.padding import BY_SHAPE, TokenAxes
 from fastentropy.sites.sharding import Sharding, is_dtensor, joined, shown_local_tensors, stored
 
 Note = TypeVar("Note")
+
+#: The channel axis of a tensor whose channel axis had size 1 and was squeezed away.
+NO_AXIS = -1
 
 
 # TorchDispatchMode and its constructor have no annotations.
@@ -58,12 +62,25 @@ class AxisTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._shardings: dict[tuple[Any, ...], Sharding] = {}
         self._weights = {_storage(weight) for weight in weights}
 
-    def axis_of(self, x: Tensor) -> int:
-        """Return the channel axis of `x`.
+    def axis_of(self, x: Tensor) -> int | None:
+        """Return the channel axis of `x`: NO_AXIS if it was squeezed away, None if nothing tells where it lies."""
+        return self._axes.get(_place(x))
 
-        If the origin of `x` is unknown, this is axis 1 for tensors with at least 4 axes (images), else the last axis.
+    def follow_tokens(self, tokens: Tensor) -> None:
+        """Begin to follow the positions of `tokens`: ids [batch, tokens] or embeddings [batch, tokens, features]."""
+
+    def token_axes(self, x: Tensor) -> TokenAxes | None:
+        """Return where the positions of the followed tokens lie in `x`.
+
+        Returns:
+            The axes. None if the values of `x` do not belong to token positions, BY_SHAPE if it is not known.
         """
-        return self._axes.get(_place(x), 1 if x.ndim >= 4 else x.ndim - 1)
+        return BY_SHAPE
+
+    def keep(self, outputs: object) -> None:
+        """Forget all notes but those of the tensors in the nested `outputs`, which may be inputs of what is followed next."""
+        kept = [(_place(y), self._axes.get(_place(y))) for y in tree_leaves(outputs) if isinstance(y, Tensor)]
+        self._axes = {place: axis for place, axis in kept if axis is not None}
 
     def sharding_of(self, x: Tensor) -> Sharding | None:
         """Return how the plain tensor `x`, which comes from a DTensor, is divided among ranks; None if it comes from none."""

@@ -79,6 +79,24 @@ def token_mask(mask: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Ten
     return None if is_token.device.type == "cpu" and bool(is_token.all()) else is_token
 
 
+def find_tokens(mask: Tensor | None, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """Return the tensor of a call whose positions a padding mask is about, or None if there is none.
+
+    Args:
+        mask: the padding mask of the call, or None if the call has none.
+        args: the positional arguments of the call.
+        kwargs: its keyword arguments.
+
+    Returns:
+        Token ids [batch, tokens], or embeddings [batch, tokens, features].
+    """
+    for value in _tensors(args, kwargs):
+        is_tokens = value.ndim == 3 if value.is_floating_point() else value.ndim == 2
+        if value is not mask and is_tokens and (mask is None or value.shape[0] == mask.shape[0]):
+            return value
+    return None
+
+
 def positions_to_count(
     is_token: Tensor | None, x: Tensor, channel_axis: int | None, token_axes: TokenAxes | None = BY_SHAPE
 ) -> Tensor | None:

@@ -158,6 +158,8 @@ class SiteRegistry:
         axis, sharding = self._siblings.get(kind, (None, None))
         if tracker is not None:
             axis, sharding = tracker.axis_of(x), tracker.sharding_of(x)
+            if axis is None:
+                axis = 1 if x.ndim >= 4 else x.ndim - 1
         axis, sharding = self._channel_axis.get(name, axis), Sharding.of(x) if is_dtensor(x) else sharding
         if axis is None:
             raise RuntimeError(

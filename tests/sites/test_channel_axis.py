@@ -310,7 +310,7 @@ def test_outputs_are_the_same_bits_while_they_are_followed(module, context):
 
 def test_unknown_tensors():
     tracker = AxisTracker()
-    assert [tracker.axis_of(torch.zeros([2] * ndim)) for ndim in (1, 2, 3, 4, 5)] == [0, 1, 2, 1, 1]
+    assert [tracker.axis_of(torch.zeros([2] * ndim)) for ndim in (1, 2, 3, 4, 5)] == [None] * 5
 
 
 def test_a_view_is_known_by_its_place_in_memory():
