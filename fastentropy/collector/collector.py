@@ -14,6 +14,7 @@ from fastentropy.collector.distributed import sum_over_ranks
 from fastentropy.collector.site_statistics import Average
 from fastentropy.collector.statistics import Statistics
 from fastentropy.sites.finding import no_sites
+from fastentropy.sites.inputs import check_model
 from fastentropy.sites.interception import original_class
 from fastentropy.sites.padding import Mask
 from fastentropy.sites.sharding import RankShare
@@ -36,6 +37,7 @@ class EntropyCollector:
         mask: the name of the argument that holds the padding mask; a function that returns this mask; or None. See `collect`.
 
     Raises:
+        TypeError: `model` is not a module.
         ValueError: `average` is neither "dataset" nor "batch".
 
     Examples:
@@ -59,6 +61,7 @@ class EntropyCollector:
         mask: Mask = "attention_mask",
     ) -> None:
         """Prepare to count; see `collect` for the arguments."""
+        check_model(model)
         if average not in ("dataset", "batch"):
             raise ValueError(f"average={average!r}: expected 'dataset' or 'batch'")
         self._model = model
@@ -329,6 +332,7 @@ def collect(
         A collector that is not attached yet.
 
     Raises:
+        TypeError: `model` is not a module.
         ValueError: `average` is neither "dataset" nor "batch".
 
     Examples:

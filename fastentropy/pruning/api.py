@@ -4,7 +4,7 @@ import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
-from typing import Any, Literal
+from typing import Literal
 
 from torch import nn
 
@@ -16,6 +16,7 @@ from fastentropy.pruning.options import Options
 from fastentropy.pruning.steps import Step, StepFolder
 from fastentropy.sites.activations import activation_modules
 from fastentropy.sites.finding import find_sites
+from fastentropy.sites.inputs import ExampleInputs, check_function, check_inputs, check_model, described, site_names
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def prune(
     train: Callable[..., object],
     evaluate: Callable[[nn.Module], float],
     calibrate: Callable[[nn.Module], object] | None,
-    example_inputs: tuple[Any, ...],
+    example_inputs: ExampleInputs,
     max_drop: float = 0.01,
     max_removed: int | None = None,
     per_step: int = 1,
@@ -95,7 +96,8 @@ def prune(
             measured in these passes. It is called in eval mode and without gradients. With None, the entropies are measured in
             the passes of `train`, which is then called as `train(model, collector)`: `collector.reset()` starts the counts
             again, for example at the last epoch, and `collector.paused()` leaves passes out. None requires `statistics`.
-        example_inputs: the positional inputs of one call of the model. Latency is measured for their shapes and device.
+        example_inputs: a tuple of the positional inputs of one call of the model, or a mapping of its keyword inputs. Latency
+            is measured for their shapes and device.
         max_drop: stop when the score is more than this below the score of the dense model. In the units of `evaluate`.
         max_removed: the largest number of sites to remove. None sets no limit.
         per_step: how many sites to remove in each step. With `per_step` equal to `max_removed`, there is one step.
@@ -131,6 +133,7 @@ def prune(
         The kept network and all steps.
 
     Raises:
+        TypeError: `model`, `example_inputs` or a function is of another kind, or the model takes other inputs.
         ValueError: the model calls no known activation, or an activation that is not a module of its own (see `isolate`); an
             option is out of range; a latency cannot be reached; `calibrate` makes no forward pass; `train` replaces modules; a
             score is not a finite number; `checkpoint_dir` is damaged, or holds a run of another model or with other options.
@@ -163,19 +166,28 @@ def prune(
         >>> result.steps[0].layer_entropy["1"]
         0.0
     """
-    if isinstance(protect, str):
-        raise ValueError(f"protect must be a list of site names, not the string {protect!r}: [{protect!r}]")
+    check_model(model)
+    inputs = check_inputs(example_inputs, "fe.prune(model, example_inputs={}, …)")
+    functions = Functions(train, evaluate, calibrate, measure, on_step)
+    _check_functions(functions)
     options = Options(
-        max_drop, max_removed, per_step, criterion, zeros_together, tuple(protect), target_speedup, max_latency_ms, collapse
+        max_drop,
+        max_removed,
+        per_step,
+        criterion,
+        zeros_together,
+        site_names(protect, "protect"),
+        target_speedup,
+        max_latency_ms,
+        collapse,
     )
-    sites = [site.name for site in find_sites(model, example_inputs)]
+    sites = [site.name for site in find_sites(model, inputs)]
     _check_own_modules(model, sites)
     check_names(options.protect, sites, "protect")
     _check_statistics(calibrate, statistics, sites, collapse)
     folder = None if checkpoint_dir is None else StepFolder(checkpoint_dir, options.to_dict())
-    functions = Functions(train, evaluate, calibrate, measure, on_step)
     dense = copy.deepcopy(model).eval()
-    loop = PruningLoop(dense, sites, functions, options, folder, latency_table(dense, example_inputs, sites, options, folder))
+    loop = PruningLoop(dense, sites, functions, options, folder, latency_table(dense, inputs, sites, options, folder))
     loop.resume()
     if not loop.steps:
         loop.run_step((), statistics)
@@ -206,8 +218,25 @@ def check_names(names: Sequence[str], sites: Sequence[str], option: str) -> None
             raise ValueError(f"{option} names {name!r}, which is not a site of the model; the nearest are {nearest}")
 
 
+def _check_functions(functions: Functions) -> None:
+    """Raise TypeError if something else was given in place of one of the user's functions."""
+    uses = {
+        "train": "train(model)",
+        "evaluate": "evaluate(model)",
+        "calibrate": "calibrate(model)",
+        "measure": "measure(model)",
+        "on_step": "on_step(steps)",
+    }
+    for name, use in uses.items():
+        function = getattr(functions, name)
+        if function is not None or name in ("train", "evaluate"):
+            check_function(function, name, use)
+
+
 def _check_statistics(calibrate: object, statistics: Statistics | None, sites: Sequence[str], collapse: object) -> None:
     """Raise ValueError if the entropies cannot be measured with these options, or `statistics` are of another model."""
+    if statistics is not None and not isinstance(statistics, Mapping):
+        raise TypeError(f"statistics: got {described(statistics)}, expected Statistics: fe.Statistics.load(path)")
     if calibrate is None and (statistics is None or collapse):
         lacking = "collapse needs calibrate" if collapse else "without calibrate, the dense model's statistics= are needed"
         raise ValueError(f"{lacking}; collect them in its last epoch with fe.collect, or give a function calibrate(model)")

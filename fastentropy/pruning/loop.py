@@ -29,13 +29,14 @@ class Functions(NamedTuple):
 
 
 def latency_table(
-    model: nn.Module, example_inputs: tuple[Any, ...], sites: Sequence[str], options: Options, folder: StepFolder | None
+    model: nn.Module, example_inputs: Any, sites: Sequence[str], options: Options, folder: StepFolder | None
 ) -> LatencyTable | None:
     """Measure the latency of a dense model and of its parts, or read the latencies that a resumed run began with.
 
     Args:
         model: the dense model in eval mode.
-        example_inputs: the positional inputs of one call, for whose shapes and device the latency is measured.
+        example_inputs: the positional inputs of one call, or a mapping of its keyword inputs. The latency is measured for
+            their shapes and device.
         sites: the names of all sites (calls of activations) of the model.
         options: the options of the run.
         folder: the folder of the run, or None. Measured latencies are written to it.

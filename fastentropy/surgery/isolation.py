@@ -23,6 +23,7 @@ from fastentropy._utils.errors import one_line
 from fastentropy.sites import finding, interception, watcher
 from fastentropy.sites.activations import activation_name, function_name
 from fastentropy.sites.finding import call_once
+from fastentropy.sites.inputs import ExampleInputs, check_inputs, check_model, explained
 from fastentropy.sites.interception import fast_paths
 from fastentropy.sites.observer import NoObserver
 from fastentropy.sites.site import Call
@@ -57,7 +58,7 @@ _BETWEEN = (
 )
 
 
-def isolate(model: nn.Module, example_inputs: tuple[Any, ...] | Mapping[str, Any]) -> nn.Module:
+def isolate(model: nn.Module, example_inputs: ExampleInputs) -> nn.Module:
     """Return a copy of a model in which each call of an activation has a module of its own.
 
     The copy computes the same as the given model, which is not changed. The two share parameters and buffers, but no modules:
@@ -74,13 +75,15 @@ def isolate(model: nn.Module, example_inputs: tuple[Any, ...] | Mapping[str, Any
 
     Args:
         model: any module.
-        example_inputs: the positional inputs of one call, or a mapping of its keyword inputs. Only the calls that the model
-            makes for these inputs in eval mode are isolated.
+        example_inputs: a tuple of the positional inputs of one call, or a mapping of its keyword inputs. Only the calls that
+            the model makes for these inputs in eval mode are isolated.
 
     Returns:
         The copy.
 
     Raises:
+        TypeError: `model` is not a module, `example_inputs` are of another kind (such as a single tensor), or the model takes
+            other inputs.
         RuntimeError: the model is compiled, or the copy computes something else on the example.
 
     Examples:
@@ -93,19 +96,21 @@ def isolate(model: nn.Module, example_inputs: tuple[Any, ...] | Mapping[str, Any
         >>> [site.name for site in fe.find_sites(fe.isolate(model, x), x)]
         ['1', '3']
     """
+    check_model(model)
+    inputs = check_inputs(example_inputs, "fe.isolate(model, {})")
     if compiled := [name for name, module in model.named_modules() if is_compiled(module)]:
         raise RuntimeError(
             f"{compiled[0] or type(model).__name__!r} is compiled; isolate the model as it was before torch.compile"
         )
     isolated = copy_sharing_tensors(model)
     _separate_places(isolated)
-    calls = _trace(isolated, example_inputs).calls
+    calls = _trace(isolated, inputs).calls
     for caller in {id(call.caller): call.caller for call in calls if call.caller is not None}.values():
         _isolate_calls(caller, [call for call in calls if call.caller is caller])
     for module, name, value in fast_paths(isolated):
         setattr(module, name, value)
-    _compare(model, isolated, example_inputs)
-    if left := _not_isolated(isolated, example_inputs):
+    _compare(model, isolated, inputs)
+    if left := _not_isolated(isolated, inputs):
         warnings.warn(
             f"{len(left)} activation calls of {type(model).__name__} have no module of their own: {', '.join(left)} "
             "(in a loop, in a module that is called several times, with arguments that are not constants, or in code without "
@@ -174,17 +179,18 @@ def _separate_places(model: nn.Module) -> None:
                 seen.add(id(child))
 
 
-def _trace(model: nn.Module, example_inputs: tuple[Any, ...] | Mapping[str, Any]) -> _Tracer:
+def _trace(model: nn.Module, inputs: tuple[Any, ...] | Mapping[str, Any]) -> _Tracer:
     """Run the model on the example, and return a tracer with all activation calls."""
     tracer = _Tracer()
     watcher = SiteWatcher(model, tracer)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the recommendation to isolate
-        watcher.attach()
-        try:
-            call_once(model, example_inputs)
-        finally:
-            watcher.detach()
+        with explained(model, inputs):
+            watcher.attach()
+            try:
+                call_once(model, inputs)
+            finally:
+                watcher.detach()
     return tracer
 
 
@@ -308,9 +314,9 @@ def _unused_attribute(module: nn.Module, added: Mapping[str, nn.Module], name: s
     return next(candidate for candidate in candidates if candidate not in taken)
 
 
-def _compare(model: nn.Module, isolated: nn.Module, example_inputs: tuple[Any, ...] | Mapping[str, Any]) -> None:
+def _compare(model: nn.Module, isolated: nn.Module, inputs: tuple[Any, ...] | Mapping[str, Any]) -> None:
     """Raise RuntimeError if the outputs of the two models differ on the example."""
-    expected, actual = (tree_leaves(call_once(each, example_inputs)) for each in (model, isolated))
+    expected, actual = (tree_leaves(call_once(each, inputs)) for each in (model, isolated))
     if len(expected) != len(actual):
         raise _different(model, f"{len(expected)} of them, then {len(actual)}")
     for left, right in zip(expected, actual, strict=True):
@@ -328,6 +334,6 @@ def _different(model: nn.Module, how: str) -> RuntimeError:
     )
 
 
-def _not_isolated(model: nn.Module, example_inputs: tuple[Any, ...] | Mapping[str, Any]) -> list[str]:
+def _not_isolated(model: nn.Module, inputs: tuple[Any, ...] | Mapping[str, Any]) -> list[str]:
     """Return the names of the sites that have no module of their own."""
-    return [call.name for call in _trace(model, example_inputs).calls if call.module is None or ":" in call.name]
+    return [call.name for call in _trace(model, inputs).calls if call.module is None or ":" in call.name]

@@ -7,6 +7,7 @@ from torch import nn
 from fastentropy._utils.errors import nearest_names
 from fastentropy.sites.activations import activation_modules
 from fastentropy.sites.finding import no_sites
+from fastentropy.sites.inputs import check_model, site_names
 from fastentropy.sites.interception import replace_activation
 
 
@@ -22,6 +23,7 @@ def linearize(model: nn.Module, names: Sequence[str]) -> None:
     Raises:
         ValueError: a name is not an activation module of the model (the error tells the nearest names), the model holds the
             module under several names, or `names` is a string.
+        TypeError: `model` is not a module, or `names` holds something other than strings.
 
     Examples:
         >>> import torch
@@ -31,13 +33,14 @@ def linearize(model: nn.Module, names: Sequence[str]) -> None:
         >>> model[1]
         Identity()
     """
-    if isinstance(names, str):
-        raise ValueError(f"names must be a list of site names, not the string {names!r}: [{names!r}]")
+    check_model(model)
+    names = site_names(names, "names")
     if not names:
         return
     modules = activation_modules(model)
     if not modules:
-        raise ValueError(no_sites(model))
+        lack = no_sites(model, "has no module of a known activation")
+        raise ValueError(f"{lack}; functions that it calls become modules with fe.isolate(model, example_inputs)")
     paths = [id(module) for _, module in model.named_modules(remove_duplicate=False)]
     for name in names:
         if name not in modules:
