@@ -147,6 +147,14 @@ def is_compiled(module: nn.Module) -> bool:
     )
 
 
+def uncompiled(module: nn.Module) -> nn.Module:
+    """Return the module that `torch.compile` wrapped in `module`, or `module` itself if it is not wrapped."""
+    if "torch._dynamo" not in sys.modules or not isinstance(module, _named("torch._dynamo", "OptimizedModule")):
+        return module
+    original: nn.Module = _attribute(module, "_orig_mod")
+    return original
+
+
 def path_when_uncompiled(path: str) -> str:
     """Return the dotted path that a module has in the model before torch.compile, without the parts `_orig_mod`."""
     return ".".join(part for part in path.split(".") if part != "_orig_mod")
@@ -172,6 +180,15 @@ def composite_kernel(operator: object) -> Callable[..., Any] | None:
     if not _named("torch._C", "_dispatch_has_kernel_for_dispatch_key")(operator.name(), key):
         return None
     return functools.partial(_attribute(operator, "_op_dk"), key)
+
+
+def tree_node(spec: Any) -> tuple[Any, Any, list[Any]]:
+    """Return the root of a structure of nested values (a TreeSpec): its type, what belongs to it, and the parts below it.
+
+    The type is None for a value that is not nested. The keys belong to a dict.
+    """
+    parts = _attribute(spec, "children")() if hasattr(spec, "children") else _attribute(spec, "children_specs")
+    return _attribute(spec, "type"), _attribute(spec, "context"), parts
 
 
 def export_guards(program: ExportedProgram) -> list[str]:

@@ -150,6 +150,7 @@ def test_compiled_modules():
     assert [_compat.is_compiled(module) for module in (model, model[0], model[1])] == [False, True, True]
     paths = [_compat.path_when_uncompiled(name) for name, _ in model.named_modules()]
     assert paths == ["", "0", "0", "0.0", "1"]
+    assert [type(_compat.uncompiled(module)) for module in model] == [nn.Sequential, nn.ReLU]
 
 
 def test_operator_schema():
@@ -232,6 +233,7 @@ GONE = [
     (torch._inductor, "aoti_load_package", lambda: _compat.load_package("a.pt2")),
     (torch._inductor, "config", lambda: _compat.with_frozen_weights()),
     (torch._dynamo, "OptimizedModule", lambda: _compat.is_compiled(nn.ReLU())),
+    (torch._dynamo, "OptimizedModule", lambda: _compat.uncompiled(nn.ReLU())),
     (_functional_collectives, "AsyncCollectiveTensor", lambda: _compat.wait_tensor(nn.Parameter(torch.ones(1)))),
     (_functional_collectives, "AsyncCollectiveTensor", lambda: _compat.without_waiting(nn.Parameter(torch.ones(1)))),
     (_utils, "compute_local_shape_and_global_offset", lambda: _compat.local_shape_and_offset(SimpleNamespace())),
@@ -256,6 +258,7 @@ ATTRIBUTES = {
     "_compiled_call_impl": _compat.is_compiled,
     "_guards_code": _compat.export_guards,
     "_local_tensor": _compat.local_part,
+    "children_specs": _compat.tree_node,
 }
 
 
@@ -286,3 +289,7 @@ def test_nested_values():
         ("['b']", None),
     ]
     assert _compat.tree_unflatten([4, 5, 6, 7], spec) == {"a": [4, (5, 6)], "b": 7}
+    kind, keys, (first, last) = _compat.tree_node(spec)
+    assert (kind, keys, _compat.tree_node(last)) == (dict, ["a", "b"], (None, None, []))
+    assert [_compat.tree_node(part)[0] for part in _compat.tree_node(first)[2]] == [None, tuple]
+    assert (spec.num_leaves, first.num_leaves) == (4, 3)

@@ -13,25 +13,28 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
+from fastentropy._compat import uncompiled
 from fastentropy._utils.errors import one_line
 from fastentropy._utils.timing import measure_times
+from fastentropy.fusion.binding import Signature
 from fastentropy.fusion.chains.finding import overwritten_constants
 from fastentropy.fusion.chains.merging import Borders
 from fastentropy.fusion.forms import Form, make_forms
 from fastentropy.fusion.fused_model import FusedModel, make_trainable
 from fastentropy.fusion.guards import Conditions, guards_of
-from fastentropy.fusion.inputs import Inputs, batch_size, clone
+from fastentropy.fusion.inputs import Inputs, clone
 from fastentropy.fusion.planner import plan_chain
 from fastentropy.fusion.report import FusionReport
 from fastentropy.fusion.tracing import export, free_axes, inference_module, own_constants
 from fastentropy.fusion.verification import TOLERANCE, EquivalenceCheck
+from fastentropy.sites.inputs import ExampleInputs, check_inputs, check_model, is_exported, misfit
 
 
 @torch.inference_mode(False)
 @torch.no_grad()
 def fuse(
     model: nn.Module,
-    example_inputs: Inputs,
+    example_inputs: ExampleInputs,
     *,
     tolerance: float | None = None,
     measure: bool = True,
@@ -47,8 +50,8 @@ def fuse(
 
     Args:
         model: any module in eval mode that `torch.export` can trace.
-        example_inputs: the positional inputs of one call. Axis 0 of each tensor is the batch. The result is the fastest for
-            their sizes and their device.
+        example_inputs: a tuple of the positional inputs of one call, or a mapping of its keyword inputs. Axis 0 of each tensor
+            is the batch, if it has the size of the outputs' axis 0. The result is the fastest for their sizes and their device.
         tolerance: the largest relative error allowed. The default depends on the dtype of most weights: 1e-10 in float64,
             1e-5 in float32, 1e-2 in float16 and 5e-2 in bfloat16.
         measure: choose the forms by measured times. False chooses them by counted multiplications and bytes, which suits a
@@ -63,6 +66,7 @@ def fuse(
         The fused network, for any batch size that the model allows. Its `report` says what was tried and chosen.
 
     Raises:
+        TypeError: `model` is not a module, or `example_inputs` are of another kind, such as a single tensor.
         ValueError: an argument is invalid, or the model is in training mode, does not run on the example inputs, cannot be
             copied or traced, or updates buffers when it runs.
         RuntimeError: even the unchanged trace of the model differs from the model by more than the tolerance, or this release
@@ -79,31 +83,33 @@ def fuse(
         >>> torch.allclose(fused(x), model(x), atol=1e-5)
         True
     """
-    _check_options(model, tolerance, borders)
-    original = _copy_that_runs(model, example_inputs)
-    program = own_constants(export(original, example_inputs, dynamic_sizes))
+    check_model(model)
+    _check_options(tolerance, borders)
+    original, inputs = _copy_that_runs(model, Inputs.of(check_inputs(example_inputs, "fe.fuse(model, {})")))
+    program = own_constants(export(original, inputs, dynamic_sizes))
     traced = inference_module(program)
     if updated := overwritten_constants(traced):
         raise ValueError(f"the model updates {', '.join(updated)} as it runs: its outputs do not depend on its inputs alone")
     tolerance = _default_tolerance(model) if tolerance is None else tolerance
-    guards = guards_of(program, original, example_inputs)
+    signature = Signature.of(original)
+    guards = guards_of(program, original, inputs)
     conditions = Conditions(program, guards)
-    check = EquivalenceCheck(original, example_inputs, lambda inputs: not conditions.refusal(inputs), tolerance)
-    guards += _smallest_sizes(program, check, traced, example_inputs)
+    check = EquivalenceCheck(original, inputs, lambda given: not conditions.refusal(given.leaves), tolerance)
+    guards += _smallest_sizes(program, check, traced, inputs)
     plan = functools.partial(plan_chain, tolerance=tolerance, measure=measure, borders=borders, merged={})
 
     def is_equal(form: nn.Module) -> bool:
         return borders == "train" or check.error(form) <= tolerance
 
-    forms, reports = make_forms(original, traced, example_inputs, plan, is_equal, channels_last=measure)
-    times = _times(forms, example_inputs) if measure else {}
+    forms, reports = make_forms(original, traced, inputs, plan, is_equal, channels_last=measure)
+    times = _times(forms, inputs) if measure else {}
     best = _best(forms, times)
     names = ("original", "folded", "fused")
     memory_formats = {name: best[name][1] for name in names}
     milliseconds = {name: times[best[name]] for name in names} if measure else {}
     for choice, form in best.items():
-        exported = own_constants(export(forms[form], example_inputs, dynamic_sizes))
-        fused = FusedModel(exported, FusionReport((), {}, {}, choice, 0.0), guards)
+        exported = own_constants(export(forms[form], inputs, dynamic_sizes))
+        fused = FusedModel(exported, FusionReport((), {}, {}, choice, 0.0), guards, signature)
         error = check.error(fused)
         differs_at_borders = borders == "train" and choice == "fused"
         if error <= tolerance or (differs_at_borders and check.error(forms[best["folded"]]) <= tolerance):
@@ -117,36 +123,35 @@ def fuse(
     )
 
 
-def _check_options(model: nn.Module, tolerance: float | None, borders: Borders) -> None:
+def _check_options(tolerance: float | None, borders: Borders) -> None:
     """Raise ValueError if an argument of `fuse` is invalid."""
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"model must be a torch.nn.Module, not a {type(model).__name__}")
     if tolerance is not None and not (isinstance(tolerance, int | float) and tolerance >= 0):
         raise ValueError(f"tolerance must be a relative error of 0 or more, not {tolerance!r}")
     if borders not in get_args(Borders):
         raise ValueError(f"borders must be 'exact' or 'train', not {borders!r}")
 
 
-def _copy_that_runs(model: nn.Module, example_inputs: Inputs) -> nn.Module:
-    """Return a copy of the model after it has run on the example inputs once.
+def _copy_that_runs(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, Inputs]:
+    """Return a copy of the model after it has run on the example inputs once, and these inputs with the batch of its outputs.
 
-    Raises ValueError if the model is in training mode, cannot be copied or does not run on the inputs.
+    Raises ValueError if the model is in training mode, cannot be copied or does not run, or if the inputs hold no sample.
     """
-    if not isinstance(example_inputs, tuple):
-        raise ValueError(f"example_inputs must be a tuple of positional inputs, not a {type(example_inputs).__name__}: (x,)")
-    if model.training:
+    if model.training and not is_exported(model):
         raise ValueError("the model is in training mode, where batch norm and dropout are not linear; call model.eval() first")
-    if batch_size(example_inputs) == 0:
-        raise ValueError("example_inputs hold a batch of no samples; give at least one")
     try:
-        original = copy.deepcopy(model)
+        original = copy.deepcopy(uncompiled(model))
     except Exception as error:
         raise ValueError(f"{type(model).__name__} cannot be copied by copy.deepcopy: {one_line(error)}") from error
+    given = clone(inputs)
     try:
-        original(*clone(example_inputs))
+        outputs = original(*given.args, **given.kwargs)
     except Exception as error:
-        raise ValueError(f"the model does not run on example_inputs: {one_line(error)}") from error
-    return original
+        reason = misfit(original, inputs.args, inputs.kwargs, error) or one_line(error)
+        raise ValueError(f"the model does not run on example_inputs: {reason}") from error
+    inputs = inputs.with_batch_of(outputs)
+    if inputs.batch == 0:
+        raise ValueError("example_inputs hold a batch of no samples; give at least one")
+    return original, inputs
 
 
 def _default_tolerance(model: nn.Module) -> float:
@@ -158,9 +163,7 @@ def _default_tolerance(model: nn.Module) -> float:
     return TOLERANCE.get(dtype, TOLERANCE[torch.float32])
 
 
-def _smallest_sizes(
-    program: ExportedProgram, check: EquivalenceCheck, traced: nn.Module, example_inputs: Inputs
-) -> tuple[str, ...]:
+def _smallest_sizes(program: ExportedProgram, check: EquivalenceCheck, traced: nn.Module, inputs: Inputs) -> tuple[str, ...]:
     """Return the guards (conditions on input sizes) that keep each free size from being too small.
 
     A trace is made at sizes of 2 and more. It is used for a batch of one only if its outputs were compared with the model's on
@@ -170,19 +173,19 @@ def _smallest_sizes(
         program: the exported model.
         check: compares the outputs of a form with those of the model.
         traced: the graph of `program`, as `inference_module` returns it.
-        example_inputs: the positional inputs of one call.
+        inputs: the inputs of one call.
     """
     takes_one = check.holds_for_one(traced)
-    if not takes_one and batch_size(example_inputs) != 1:
+    if not takes_one and inputs.batch != 1:
         check.leave_out_one()
     least = 1 if takes_one else 2
     return tuple(f"leaf_{leaf}.size()[{axis}] >= {2 if axis else least}" for leaf, axis in free_axes(program))
 
 
-def _times(forms: Mapping[Form, nn.Module], example_inputs: Inputs) -> dict[Form, float]:
+def _times(forms: Mapping[Form, nn.Module], inputs: Inputs) -> dict[Form, float]:
     """Return the milliseconds of one call of each form, measured side by side."""
-    inputs = clone(example_inputs)
-    return measure_times({name: functools.partial(form, *inputs) for name, form in forms.items()})
+    inputs = clone(inputs)
+    return measure_times({name: functools.partial(form, *inputs.args, **inputs.kwargs) for name, form in forms.items()})
 
 
 def _best(forms: Mapping[Form, nn.Module], times: Mapping[Form, float]) -> dict[str, Form]:

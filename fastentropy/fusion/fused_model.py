@@ -9,9 +9,11 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from fastentropy.fusion import serialization
+from fastentropy.fusion.binding import Binding, Signature
 from fastentropy.fusion.guards import Conditions
 from fastentropy.fusion.report import FusionReport
 from fastentropy.fusion.tracing import CHAIN_PREFIX, inference_module
+from fastentropy.sites.inputs import described
 
 
 class FusedModel(nn.Module):
@@ -34,45 +36,55 @@ class FusedModel(nn.Module):
         ['aten.conv2d.default', 'aten.relu.default']
     """
 
-    def __init__(self, program: ExportedProgram, report: FusionReport, guards: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, program: ExportedProgram, report: FusionReport, guards: tuple[str, ...] = (), signature: Signature | None = None
+    ) -> None:
         """Make the module from an exported program.
 
         Args:
             program: the fused network. Saving the module first writes its present weights into the program.
             report: the report on what `fuse` tried and chose.
             guards: conditions on the sizes of the inputs, as `guards_of` returns them.
+            signature: the parameters of the original model. Without it, positional inputs cannot be given by name, nor the
+                reverse.
         """
         super().__init__()
         self.graph_module = inference_module(program)
         self.report = report
         self._program = program
         self._conditions = Conditions(program, guards)
+        self._binding = Binding(program, signature or Signature())
+        self.eval()
 
-    def forward(self, *inputs: Any) -> Any:
+    def forward(self, *inputs: Any, **keywords: Any) -> Any:
         """Run the network.
 
         Args:
             *inputs: the positional inputs of the original model, with the sizes and dtypes of the example inputs of `fuse`.
                 The batch size is free; with `dynamic_sizes`, the other sizes are free too. An input that is not a tensor must
                 equal the one in the example inputs.
+            **keywords: the keyword inputs, likewise. An input may be given by its position or by its name, as in a call of the
+                original model.
 
         Returns:
             The outputs of the original model.
 
         Raises:
-            ValueError: an input has a size or a value that the model was not fused for, or a size for which the original
-                model might take another branch than it took when it was traced.
+            ValueError: an input is missing, or is not among the example inputs; an input has a size or a value that the model
+                was not fused for, or a size for which the original model might take another branch than it took when it was
+                traced.
         """
-        if refusal := self._conditions.refusal(inputs):
+        inputs, keywords, leaves = self._binding.bind(inputs, keywords)
+        if refusal := self._conditions.refusal(leaves):
             raise ValueError(refusal)
-        return self.graph_module(*inputs)
+        return self.graph_module(*inputs, **keywords)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "FusedModel":
         """Return a copy with its own weights.
 
         The exported program is shared. It is only written to when a model is saved.
         """
-        memo |= {id(shared): shared for shared in (self.report, self._program, self._conditions)}
+        memo |= {id(shared): shared for shared in (self.report, self._program, self._conditions, self._binding)}
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
         copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
@@ -90,7 +102,7 @@ class FusedModel(nn.Module):
             ValueError: the name does not end in `.pt2`, or the weights were converted to another dtype or device after fusing.
             RuntimeError: the written model gives other outputs than this one.
         """
-        serialization.write(path, self._current_program(), self.report, self._conditions.guards)
+        serialization.write(path, self._current_program(), self.report, self._conditions.guards, self._binding.signature)
 
     def save_package(self, path: str | PathLike[str]) -> None:
         """Compile the model for this machine with AOTInductor and write the package, checked as in `save`.
@@ -160,6 +172,7 @@ def load(path: str | PathLike[str]) -> FusedModel:
         The model with its report.
 
     Raises:
+        TypeError: `path` is not the name of a file.
         OSError: the file cannot be read.
         ValueError: the file is not such an archive, is damaged, or holds an entry that `save` does not write.
 
@@ -173,4 +186,6 @@ def load(path: str | PathLike[str]) -> FusedModel:
         >>> torch.equal(loaded(x), fused(x)), loaded.report == fused.report
         (True, True)
     """
+    if not (isinstance(path, str | PathLike) or hasattr(path, "read")):
+        raise TypeError(f"path: got {described(path)}, expected the name of a .pt2 file that fused.save wrote")
     return FusedModel(*serialization.read(path))

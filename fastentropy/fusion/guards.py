@@ -9,17 +9,17 @@ Guards are stored in files. They are text that is parsed and evaluated here, and
 import ast
 import inspect
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from fastentropy._compat import export_guards, keystr, tree_flatten_with_path, tree_leaves
-from fastentropy._utils.text import plural
-from fastentropy.fusion.inputs import Inputs
+from fastentropy._compat import export_guards, keystr, tree_flatten_with_path, tree_node, tree_unflatten
+from fastentropy.fusion.inputs import Inputs, is_same
 from fastentropy.fusion.tracing import fits, input_sizes, user_inputs
+from fastentropy.sites.inputs import described
 
 #: The operations that a guard may contain, by the class of their syntax node.
 _OPERATIONS: dict[type[ast.AST], Callable[..., Any]] = {
@@ -53,22 +53,23 @@ class Conditions:
         """
         self.guards = guards
         self._inputs = list(zip(user_inputs(program), input_sizes(program), strict=True))
+        self._names = _names(program)
         self._met: set[tuple[torch.Size, ...]] = set()
 
-    def refusal(self, inputs: Inputs) -> str:
-        """Return the reason why the model cannot be called with these inputs, or "" if it can.
+    def refusal(self, leaves: Sequence[Any]) -> str:
+        """Return the reason why the model cannot be called with inputs, or "" if it can.
 
         Guards are not checked while `torch.compile` traces the call.
+
+        Args:
+            leaves: the inputs in flat order, as many as the trace has.
         """
-        leaves = tree_leaves(inputs)
-        if len(leaves) != len(self._inputs):
-            return f"this model was fused for {plural(len(self._inputs), 'input')}, but is called with {len(leaves)}"
-        for leaf, (constant, sizes) in zip(leaves, self._inputs, strict=True):
-            if sizes is None and not _is_same(leaf, constant):
-                return f"an input {_describe(leaf)}, but this model was fused for {constant!r}; fuse it again"
+        for leaf, name, (constant, sizes) in zip(leaves, self._names, self._inputs, strict=True):
+            if sizes is None and not is_same(leaf, constant):
+                return f"{name} {_describe(leaf)}, but this model was fused for {constant!r}; fuse it again"
             if sizes is not None and not fits(leaf, sizes):
                 wanted = [low if high == low + 1 else "any" for low, high in sizes]
-                return f"an input {_describe(leaf)}, but this model was fused for {wanted}; fuse it again"
+                return f"{name} {_describe(leaf)}, but this model was fused for {wanted}; fuse it again"
         return "" if torch.compiler.is_compiling() else self._unmet(leaves)
 
     def _unmet(self, leaves: Sequence[Any]) -> str:
@@ -87,14 +88,20 @@ class Conditions:
         return ""
 
 
-def _is_same(value: Any, constant: Any) -> bool:
-    """Return whether an input that is not a tensor has the type and the value of the trace."""
-    return type(value) is type(constant) and not isinstance(value, Tensor) and bool(value == constant)
+def _names(program: ExportedProgram) -> list[str]:
+    """Return what an error message calls each input of a trace, in flat order: keyword inputs have names."""
+    _, _, (args, kwargs) = tree_node(program.call_spec.in_spec)
+    _, names, parts = tree_node(kwargs)
+    keywords = [f"the input {name!r}" for name, part in zip(names or (), parts, strict=True) for _ in range(part.num_leaves)]
+    return ["an input"] * args.num_leaves + keywords
 
 
 def _describe(value: Any) -> str:
     """Return what an error message says of an input: its shape, or its value if it is not a tensor."""
-    return f"has shape {list(value.shape)}" if isinstance(value, Tensor) else f"is {value!r}"
+    if isinstance(value, Tensor):
+        return f"has shape {list(value.shape)}"
+    hint = " (the values of a mapping are given by their names: **inputs)" if isinstance(value, Mapping) else ""
+    return f"is {value!r}" if isinstance(value, bool | int | float | str) else f"is {described(value)}{hint}"
 
 
 def guards_of(program: ExportedProgram, model: nn.Module, inputs: Inputs) -> tuple[str, ...]:
@@ -106,7 +113,7 @@ def guards_of(program: ExportedProgram, model: nn.Module, inputs: Inputs) -> tup
     Args:
         program: the trace.
         model: the model that was traced.
-        inputs: the positional inputs with which it was traced.
+        inputs: the inputs with which it was traced.
 
     Returns:
         The conditions as Python expressions, in which `leaf_i` stands for input i in flat order.
@@ -114,13 +121,14 @@ def guards_of(program: ExportedProgram, model: nn.Module, inputs: Inputs) -> tup
     Raises:
         RuntimeError: this release of PyTorch does not give the conditions of a trace.
     """
-    leaves = tree_leaves(inputs)
-    bound = inspect.signature(model.forward).bind(*inputs).arguments
-    paths = [keystr(path) for path, _ in tree_flatten_with_path(bound)[0]]
+    leaves = inputs.leaves
+    args, kwargs = tree_unflatten(list(range(len(leaves))), program.call_spec.in_spec)
+    bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments
+    paths = {keystr(path): index for path, index in tree_flatten_with_path(bound)[0]}
     guards = []
     for guard in export_guards(program):
-        for index in sorted(range(len(paths)), key=lambda index: -len(paths[index])):
-            guard = guard.replace(f"L{paths[index]}", f"leaf_{index}")
+        for path in sorted(paths, key=len, reverse=True):
+            guard = guard.replace(f"L{path}", f"leaf_{paths[path]}")
         guards.append(guard)
     try:
         all(holds(guard, leaves) for guard in guards)

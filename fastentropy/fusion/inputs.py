@@ -1,20 +1,68 @@
 """Handle the inputs of a model: find their batch size, and make inputs of other sizes and values from them."""
 
-from typing import Any, TypeAlias
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastentropy._compat import tree_leaves, tree_map
 
-#: The positional inputs of one call. Each is a tensor, another value, or a nested tuple, list or dict of these.
-Inputs: TypeAlias = "tuple[Any, ...]"
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """The inputs of one call. Each is a tensor, another value, or a nested tuple, list or dict of these.
+
+    Attributes:
+        args: the positional inputs.
+        kwargs: the keyword inputs.
+        batch_leaf: the index, in flat order, of a tensor whose axis 0 is the batch; None for the first tensor that has axes.
+    """
+
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    batch_leaf: int | None = None
+
+    @classmethod
+    def of(cls, inputs: tuple[Any, ...] | Mapping[str, Any]) -> Inputs:
+        """Return the inputs of a call from a tuple of positional inputs or a mapping of keyword inputs."""
+        return cls(kwargs=dict(inputs)) if isinstance(inputs, Mapping) else cls(args=inputs)
+
+    @property
+    def leaves(self) -> list[Any]:
+        """Return the tensors and other values in flat order: first those of the positional inputs."""
+        return tree_leaves((self.args, self.kwargs))
+
+    @property
+    def batch(self) -> int | None:
+        """Return the batch size, or None if no input is a tensor that has axes."""
+        if self.batch_leaf is not None:
+            return int(self.leaves[self.batch_leaf].shape[0])
+        return next(iter(_sizes(self.leaves).values()), None)
+
+    def map(self, change: Callable[[Any], Any]) -> Inputs:
+        """Return the inputs with every tensor and every other value replaced by the result of `change` for it."""
+        args, kwargs = tree_map(change, (self.args, self.kwargs))
+        return dataclasses.replace(self, args=args, kwargs=kwargs)
+
+    def with_batch_of(self, outputs: Any) -> Inputs:
+        """Return the inputs with the batch that the outputs of the model have too.
+
+        An input that comes before the batch, such as a table, may have another size along its axis 0.
+        """
+        sizes = _sizes(self.leaves)
+        for size in _sizes(tree_leaves(outputs)).values():
+            if leaf := [index for index, each in sizes.items() if each == size]:
+                return dataclasses.replace(self, batch_leaf=leaf[0])
+        return self
 
 
-def batch_size(inputs: Inputs) -> int | None:
-    """Return the batch size: the size of axis 0 of the first tensor that has axes, or None if there is no such tensor."""
-    tensors = (value for value in tree_leaves(inputs) if isinstance(value, Tensor) and value.ndim)
-    return next((tensor.shape[0] for tensor in tensors), None)
+def _sizes(leaves: list[Any]) -> dict[int, int]:
+    """Return the size of axis 0 of each tensor that has axes, by its index among the leaves."""
+    return {index: value.shape[0] for index, value in enumerate(leaves) if isinstance(value, Tensor) and value.ndim}
 
 
 def has_batch(value: Any, batch: int | None) -> bool:
@@ -27,14 +75,14 @@ def with_batch_size(inputs: Inputs, size: int) -> Inputs:
 
     Tensors whose axis 0 does not have the present batch size stay as they are.
     """
-    batch = batch_size(inputs)
+    batch = inputs.batch
 
     def resize(value: Any) -> Any:
         if not has_batch(value, batch):
             return value
         return value.repeat(-(-size // value.shape[0]), *(1,) * (value.ndim - 1))[:size].contiguous()
 
-    return tuple(tree_map(resize, inputs))
+    return inputs.map(resize)
 
 
 def with_longer_axes(inputs: Inputs) -> Inputs:
@@ -52,7 +100,7 @@ def with_longer_axes(inputs: Inputs) -> Inputs:
                 value = torch.cat([value, value.narrow(axis, 0, 1)], axis)
         return value
 
-    return tuple(tree_map(extend, inputs))
+    return inputs.map(extend)
 
 
 def random_like(inputs: Inputs, seed: int) -> Inputs:
@@ -64,19 +112,24 @@ def random_like(inputs: Inputs, seed: int) -> Inputs:
             return value
         return torch.randn(value.shape, generator=generator).to(value)
 
-    return tuple(tree_map(randomize, inputs))
+    return inputs.map(randomize)
 
 
 def clone(inputs: Inputs) -> Inputs:
     """Return a copy of the inputs, because a model may overwrite its inputs."""
-    return tuple(tree_map(lambda value: value.clone() if isinstance(value, Tensor) else value, inputs))
+    return inputs.map(lambda value: value.clone() if isinstance(value, Tensor) else value)
 
 
 def to_double(inputs: Inputs) -> Inputs:
     """Return the inputs with every floating-point tensor converted to float64."""
-    return tuple(tree_map(lambda value: value.double() if is_float(value) else value, inputs))
+    return inputs.map(lambda value: value.double() if is_float(value) else value)
 
 
 def is_float(value: Any) -> bool:
     """Return whether a value is a real floating-point tensor."""
     return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def is_same(value: Any, constant: Any) -> bool:
+    """Return whether a value that is not a tensor has the type and the value of a constant."""
+    return type(value) is type(constant) and not isinstance(value, Tensor) and bool(value == constant)

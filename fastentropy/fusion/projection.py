@@ -23,6 +23,7 @@ from fastentropy.fusion.chains.elements import Chain
 from fastentropy.fusion.chains.finding import find_chains
 from fastentropy.fusion.chains.merging import compose_chain
 from fastentropy.fusion.chains.nodes import module_path
+from fastentropy.fusion.inputs import Inputs
 from fastentropy.fusion.memory_format import like_format
 from fastentropy.fusion.regression import Regression
 from fastentropy.fusion.tracing import export, inference_module
@@ -163,7 +164,7 @@ def project(model: nn.Module, names: Sequence[str], calibrate: Callable[[nn.Modu
         nonlocal regression
         x = inputs[0] if inputs else named["input"]
         if regression is None:
-            program = export(stretch, (x[:2].clone(),))
+            program = export(stretch, Inputs((x[:2].clone(),)))
             (chain,) = find_chains(inference_module(program))
             regression = Regression(central_kernel(chain.elements))
         regression.add(x, stretch(x.clone()))

@@ -18,6 +18,7 @@ from torch.export import ExportedProgram
 from fastentropy._compat import compile_package, load_package, tree_leaves
 from fastentropy._utils.errors import one_line
 from fastentropy._utils.files import replace_file
+from fastentropy.fusion.binding import Signature
 from fastentropy.fusion.inputs import clone, is_float
 from fastentropy.fusion.report import FusionReport
 from fastentropy.fusion.tracing import inference_module, sample_inputs
@@ -25,13 +26,15 @@ from fastentropy.fusion.verification import TOLERANCE, full_precision, largest_e
 
 #: The names of the entries that `write` puts into an archive, without the top folder.
 _OWN_ENTRIES = re.compile(
-    r"models/model\.json|extra/(report|guards)\.json|data/(weights|constants)/model_(weights|constants)_config\.json"
+    r"models/model\.json|extra/(report|guards|signature)\.json|data/(weights|constants)/model_(weights|constants)_config\.json"
     r"|data/weights/weight_\d+|data/constants/tensor_\d+|archive_format|archive_version|byteorder"
     r"|\.data/(version|serialization_id)"
 )
 
 
-def write(path: str | PathLike[str], program: ExportedProgram, report: FusionReport, guards: tuple[str, ...]) -> None:
+def write(
+    path: str | PathLike[str], program: ExportedProgram, report: FusionReport, guards: tuple[str, ...], signature: Signature
+) -> None:
     """Write a fused model as a torch.export archive, completely or not at all.
 
     The archive is written under another name, read back and run. It gets its own name only if the outputs agree.
@@ -41,6 +44,7 @@ def write(path: str | PathLike[str], program: ExportedProgram, report: FusionRep
         program: the network. Its sample inputs are removed.
         report: the report on the fusion.
         guards: conditions on the input sizes, as `guards_of` returns them.
+        signature: the signature of the original model.
 
     Raises:
         ValueError: the name does not end in `.pt2`.
@@ -49,6 +53,7 @@ def write(path: str | PathLike[str], program: ExportedProgram, report: FusionRep
     if Path(path).suffix != ".pt2":
         raise ValueError(f"{path}: the name of a fused model must end in .pt2")
     texts = {"report.json": json.dumps(report.to_dict()), "guards.json": json.dumps(guards)}
+    texts["signature.json"] = json.dumps(signature.to_dict())
     program.example_inputs = None
 
     def save(file: Path) -> None:
@@ -94,12 +99,12 @@ def write_onnx(path: str | PathLike[str], program: ExportedProgram) -> None:
     replace_file(path, save)
 
 
-def _run_onnx(file: Path, *inputs: Any) -> list[Tensor]:
+def _run_onnx(file: Path, *inputs: Any, **keywords: Any) -> list[Tensor]:
     """Run an ONNX file with onnxruntime and return its outputs. Inputs that are not tensors are left out."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(file)
-    tensors = [value.numpy(force=True) for value in tree_leaves(inputs) if isinstance(value, Tensor)]
+    tensors = [value.numpy(force=True) for value in tree_leaves((inputs, keywords)) if isinstance(value, Tensor)]
     names = [each.name for each in session.get_inputs()]
     return [torch.from_numpy(output) for output in session.run(None, dict(zip(names, tensors, strict=True)))]
 
@@ -109,25 +114,27 @@ def _check_equal(program: ExportedProgram, written: Callable[..., Any]) -> None:
 
     Args:
         program: the program.
-        written: runs the written model on the same positional inputs.
+        written: runs the written model on the same inputs.
     """
     inputs = sample_inputs(program)
+    given, again = clone(inputs), clone(inputs)
     with full_precision():
-        expected = tree_leaves(inference_module(program)(*clone(inputs)))
-        error = largest_error(tree_leaves(written(*clone(inputs))), expected)
+        expected = tree_leaves(inference_module(program)(*given.args, **given.kwargs))
+        error = largest_error(tree_leaves(written(*again.args, **again.kwargs)), expected)
     tolerance = TOLERANCE.get(next((value.dtype for value in expected if is_float(value)), torch.float32), 1e-5)
     if not error <= tolerance:
         raise RuntimeError(f"the written model differs by {error:.1e} (relative), above {tolerance:.0e}, and was not kept")
 
 
-def read(path: str | PathLike[str]) -> tuple[ExportedProgram, FusionReport, tuple[str, ...]]:
+def read(path: str | PathLike[str]) -> tuple[ExportedProgram, FusionReport, tuple[str, ...], Signature]:
     """Read an archive that `write` wrote, without running code from it.
 
     Args:
         path: the file.
 
     Returns:
-        The program, the report and the guards.
+        The program, the report, the guards and the signature of the original model. A file of an older version has none; then
+        the signature is empty.
 
     Raises:
         OSError: the file cannot be read.
@@ -135,10 +142,11 @@ def read(path: str | PathLike[str]) -> tuple[ExportedProgram, FusionReport, tupl
     """
     try:
         _refuse_foreign_entries(path)
-        extra_files = {"report.json": "", "guards.json": ""}
+        extra_files = {"report.json": "", "guards.json": "", "signature.json": ""}
         program = torch.export.load(path, extra_files=extra_files)
         report, guards = (json.loads(extra_files[name]) for name in ("report.json", "guards.json"))
-        return program, FusionReport.from_dict(report), tuple(map(str, guards))
+        signature = Signature.from_dict(json.loads(text)) if (text := extra_files["signature.json"]) else Signature()
+        return program, FusionReport.from_dict(report), tuple(map(str, guards)), signature
     except OSError:
         raise
     except Exception as error:

@@ -12,13 +12,13 @@ from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.export.graph_signature import InputKind
 from torch.fx import GraphModule, Interpreter, Node
 
-from fastentropy._compat import tree_leaves, tree_unflatten
+from fastentropy._compat import tree_unflatten
 from fastentropy._utils.errors import one_line
 from fastentropy.fusion.chains.elements import Chain, output_shape
 from fastentropy.fusion.chains.finding import FoundChain
 from fastentropy.fusion.chains.lowering import Lowering
 from fastentropy.fusion.chains.nodes import fixed_size
-from fastentropy.fusion.inputs import Inputs, batch_size, clone, has_batch, with_batch_size
+from fastentropy.fusion.inputs import Inputs, clone, has_batch, with_batch_size
 from fastentropy.fusion.memory_format import CHANNELS_LAST
 
 #: The prefix of the names of the constants of rewritten chains.
@@ -33,7 +33,7 @@ def export(model: nn.Module, example_inputs: Inputs, dynamic_sizes: bool = False
 
     Args:
         model: the model.
-        example_inputs: the positional inputs of one call. Axis 0 of each tensor is the batch.
+        example_inputs: the inputs of one call. Axis 0 of each tensor of the batch size is the batch.
         dynamic_sizes: leave the other sizes free too, as far as the model allows it.
 
     Returns:
@@ -44,7 +44,7 @@ def export(model: nn.Module, example_inputs: Inputs, dynamic_sizes: bool = False
     """
     inputs = clone(example_inputs)
     try:
-        if batch_size(inputs) == 1:
+        if inputs.batch == 1:
             return _trace_single(model, inputs, dynamic_sizes)
         return _trace(model, inputs, dynamic_sizes)
     except Exception as error:
@@ -54,8 +54,8 @@ def export(model: nn.Module, example_inputs: Inputs, dynamic_sizes: bool = False
 def _trace(model: nn.Module, inputs: Inputs, dynamic_sizes: bool) -> ExportedProgram:
     """Trace a model on these inputs; the arguments are as in `export`."""
     # The constructor of ShapesCollection has no annotations.
-    shapes, batch = ShapesCollection(), batch_size(inputs)  # type: ignore[no-untyped-call]
-    for value in tree_leaves(inputs):
+    shapes, batch = ShapesCollection(), inputs.batch  # type: ignore[no-untyped-call]
+    for value in inputs.leaves:
         if not isinstance(value, Tensor):
             continue
         free = {0: Dim.AUTO} if has_batch(value, batch) else {}
@@ -63,7 +63,7 @@ def _trace(model: nn.Module, inputs: Inputs, dynamic_sizes: bool) -> ExportedPro
             free |= dict.fromkeys(range(1, value.ndim), Dim.AUTO)
         if free:
             shapes[value] = free
-    return torch.export.export(model, inputs, dynamic_shapes=shapes)
+    return torch.export.export(model, inputs.args, inputs.kwargs, dynamic_shapes=shapes)
 
 
 def _trace_single(model: nn.Module, inputs: Inputs, dynamic_sizes: bool) -> ExportedProgram:
@@ -78,7 +78,7 @@ def _trace_single(model: nn.Module, inputs: Inputs, dynamic_sizes: bool) -> Expo
             return program
     except Exception:  # whatever a model raises for another batch size
         pass
-    return torch.export.export(model, inputs)
+    return torch.export.export(model, inputs.args, inputs.kwargs)
 
 
 def free_axes(program: ExportedProgram) -> list[tuple[int, int]]:
@@ -215,10 +215,10 @@ def values_of(traced: GraphModule, nodes: Sequence[Node], inputs: Inputs) -> dic
     Args:
         traced: the graph.
         nodes: nodes of the graph, or nodes with the same names in a graph of which it is a copy.
-        inputs: the positional inputs of the call.
+        inputs: the inputs of the call.
     """
     recorder = _Recorder(traced, nodes)
-    recorder.run(*tree_leaves(inputs), enable_io_processing=False)
+    recorder.run(*inputs.leaves, enable_io_processing=False)
     return {node: recorder.values[node.name] for node in nodes}
 
 
@@ -237,7 +237,7 @@ def user_inputs(program: ExportedProgram) -> list[Any]:
 
 
 def sample_inputs(program: ExportedProgram) -> Inputs:
-    """Return positional inputs with which a program can be called.
+    """Return inputs with which a program can be called.
 
     Floating-point tensors are random, all other tensors are zeros, and each free size is the smallest allowed one from 2 on.
     """
@@ -251,8 +251,8 @@ def sample_inputs(program: ExportedProgram) -> Inputs:
         return drawn.to(value.device, value.dtype)
 
     leaves = list(map(sample, user_inputs(program), input_sizes(program)))
-    arguments, _ = tree_unflatten(leaves, program.call_spec.in_spec)
-    return tuple(arguments)
+    args, kwargs = tree_unflatten(leaves, program.call_spec.in_spec)
+    return Inputs(args, kwargs)
 
 
 def fits(value: Any, sizes: tuple[Sizes, ...] | None) -> bool:

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from fastentropy._compat import tree_leaves
 from fastentropy.fusion.inputs import (
     Inputs,
-    batch_size,
     clone,
     is_float,
     random_like,
@@ -78,11 +77,11 @@ class EquivalenceCheck:
 
         Args:
             model: the model in eval mode.
-            example_inputs: the positional inputs of one call.
+            example_inputs: the inputs of one call.
             takes: returns whether inputs have sizes that the trace of the model allows.
             tolerance: the largest relative error at which a form counts as equal.
         """
-        batch = batch_size(example_inputs) or 0
+        batch = example_inputs.batch or 0
         others = [random_like(with_batch_size(example_inputs, n), seed=n) for n in sorted({1, batch + 1} - {batch})]
         others.append(with_longer_axes(example_inputs))
         cases = [(inputs, _outputs(model, inputs)) for inputs in others if takes(inputs)]
@@ -98,7 +97,7 @@ class EquivalenceCheck:
         counts.
 
         Args:
-            form: called with the same positional inputs as the model.
+            form: called with the same inputs as the model.
         """
         return max(self._case_error(_outputs(form, inputs), inputs, expected) for inputs, expected in self._cases)
 
@@ -108,16 +107,16 @@ class EquivalenceCheck:
         A model can take another branch for a batch of one. A trace that was made at another batch size lacks this branch.
 
         Args:
-            form: called with the same positional inputs as the model.
+            form: called with the same inputs as the model.
         """
-        single = [(inputs, expected) for inputs, expected in self._cases if batch_size(inputs) == 1]
+        single = [(inputs, expected) for inputs, expected in self._cases if inputs.batch == 1]
         return bool(single) and all(
             self._case_error(_outputs(form, inputs), inputs, expected) <= self._tolerance for inputs, expected in single
         )
 
     def leave_out_one(self) -> None:
         """Leave the inputs with a batch of one out of all later comparisons."""
-        self._cases = [(inputs, expected) for inputs, expected in self._cases if batch_size(inputs) != 1]
+        self._cases = [(inputs, expected) for inputs, expected in self._cases if inputs.batch != 1]
 
     def _case_error(self, actual: list[Any] | None, inputs: Inputs, expected: list[Any] | None) -> float:
         """Return the relative error of the outputs of one call; see `error`.
@@ -159,7 +158,8 @@ def _outputs(model: Callable[..., Any], inputs: Inputs) -> list[Any] | None:
     """
     try:
         with full_precision():
-            return tree_leaves(model(*clone(inputs)))
+            copied = clone(inputs)
+            return tree_leaves(model(*copied.args, **copied.kwargs))
     except Exception:  # whatever a model raises
         return None
 

@@ -15,6 +15,7 @@ from fastentropy.pruning.criteria import best_trade, check_budget, lowest, score
 from fastentropy.pruning.options import Options
 from fastentropy.pruning.steps import Step, StepFolder, random_state, set_random_state
 from fastentropy.sites.activations import activation_modules
+from fastentropy.sites.inputs import ExampleInputs
 from fastentropy.surgery.linearization import linearize
 
 
@@ -29,7 +30,7 @@ class Functions(NamedTuple):
 
 
 def latency_table(
-    model: nn.Module, example_inputs: Any, sites: Sequence[str], options: Options, folder: StepFolder | None
+    model: nn.Module, example_inputs: ExampleInputs, sites: Sequence[str], options: Options, folder: StepFolder | None
 ) -> LatencyTable | None:
     """Measure the latency of a dense model and of its parts, or read the latencies that a resumed run began with.
 

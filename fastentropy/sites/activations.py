@@ -139,7 +139,7 @@ def register_activation(activation: type[nn.Module] | Callable[..., Tensor], nam
         >>> fe.find_sites(model, (torch.zeros(1, 3),))[0].activation
         'squared_relu'
     """
-    if not name.isidentifier():
+    if not (isinstance(name, str) and name.isidentifier()):
         raise ValueError(f"name: got {name!r}, expected an identifier such as 'squared_relu'")
     if isinstance(activation, type):
         if not issubclass(activation, nn.Module):

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from fastentropy._compat import buffers_of, tree_leaves
+from fastentropy._compat import buffers_of, tree_leaves, uncompiled
 from fastentropy.sites.activations import activation_modules
 from fastentropy.sites.inputs import ExampleInputs, check_inputs, check_model, explained, is_exported, split_inputs
 from fastentropy.sites.observer import NoObserver
@@ -120,7 +120,7 @@ def no_sites(model: nn.Module, lack: str = "calls no known activation") -> str:
         model: the model.
         lack: what the message says of the model.
     """
-    model = getattr(model, "_orig_mod", model)  # of torch.compile
+    model = uncompiled(model)
     modules = list(model.modules())
     reason = _why_hidden(model, modules) or "; ".join(itertools.islice(_unknown(model, modules), 2))
     fallback = "none of its modules is one; make yours known with fe.register_activation(YourModule, 'name')"
@@ -130,11 +130,11 @@ def no_sites(model: nn.Module, lack: str = "calls no known activation") -> str:
 def _why_hidden(model: nn.Module, modules: Sequence[nn.Module]) -> str:
     """Return why the activations of a model were not seen, or "" if it has none. `modules` are all modules of the model."""
     if any(map(is_exported, modules)):
-        return "it is a graph of operators, in which activations may be taken apart; use the model from before torch.export"
+        return "it is a graph of operators, where activations may be taken apart; use the model before torch.export or fe.fuse"
     if any(isinstance(module, torch.jit.ScriptModule) for module in modules):
-        return "it is compiled by TorchScript, where calls cannot be seen; use the model from before torch.jit"
+        return "it is compiled by TorchScript, where calls cannot be seen; use the model before torch.jit"
     if kinds := _kinds(module for module in modules if "quantized" in type(module).__module__.split(".")):
-        return f"it is quantised ({kinds}), and only floating-point values are counted; use the model from before quantisation"
+        return f"it is quantised ({kinds}), and only floating-point values are counted; use the model before quantisation"
     if names := [name or "itself" for name in activation_modules(model)]:
         return f"its activation modules ({_listed(names)}) were not called, or not with floating-point values"
     return ""

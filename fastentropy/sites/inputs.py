@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import Graph
 
-from fastentropy._compat import operator_schema
+from fastentropy._compat import operator_schema, tree_leaves
+from fastentropy._utils.errors import one_line
 from fastentropy._utils.text import plural
 from fastentropy.sites.site import Site
 
@@ -89,7 +90,7 @@ def check_function(function: object, argument: str, use: str) -> None:
 
 @contextlib.contextmanager
 def explained(model: nn.Module, inputs: tuple[Any, ...] | Mapping[str, Any]) -> Iterator[None]:
-    """Turn a TypeError inside the block into one that names the parameters of the model, if the model takes other inputs.
+    """Turn an error inside the block into a TypeError that names the parameters of the model, if it takes other inputs.
 
     This is not checked before the call, because a hook may turn inputs that the forward does not take into others.
 
@@ -99,9 +100,8 @@ def explained(model: nn.Module, inputs: tuple[Any, ...] | Mapping[str, Any]) -> 
     """
     try:
         yield
-    except TypeError as error:
-        args, kwargs = split_inputs(inputs)
-        if text := misfit(model, args, kwargs):
+    except (AttributeError, TypeError) as error:
+        if text := misfit(model, *split_inputs(inputs), error):
             raise TypeError(f"example_inputs: {text}") from error
         raise
 
@@ -111,27 +111,20 @@ def split_inputs(inputs: tuple[Any, ...] | Mapping[str, Any]) -> tuple[tuple[Any
     return ((), dict(inputs)) if isinstance(inputs, Mapping) else (inputs, {})
 
 
-def misfit(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
-    """Return the reason why the forward of a model does not take inputs, or "" if it does or its parameters are unknown.
+def misfit(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], error: Exception) -> str:
+    """Return how the inputs of a call that failed differ from what the model takes, or "" if that is not the reason.
 
     Args:
         model: the model.
         args: the positional inputs.
         kwargs: the keyword inputs.
+        error: the error of the call.
     """
-    try:
-        signature = inspect.signature(model.forward)
-    except (TypeError, ValueError):  # a forward without a signature, written in C
-        return ""
-    try:
-        signature.bind(*args, **kwargs)
-    except TypeError as error:
-        given = f"the keywords {', '.join(kwargs)}" if kwargs else plural(len(args), "positional input")
-        taken = ", ".join(map(_parameter, signature.parameters.values()))
-        text = f"got {given}, but {type(model).__name__} takes ({taken}): {error}"
-        single = [each for each in signature.parameters.values() if each.kind not in (each.VAR_KEYWORD, each.KEYWORD_ONLY)]
-        is_own_input = kwargs and not args and len(single) == 1
-        return f"{text}; pass a mapping that is itself an input as (inputs,)" if is_own_input else text
+    if isinstance(error, TypeError) and (text := _other_parameters(model, args, kwargs)):
+        return text
+    leaves = tree_leaves((args, kwargs))
+    if leaves and isinstance(error, AttributeError | TypeError) and not any(isinstance(leaf, Tensor) for leaf in leaves):
+        return f"got no tensor ({one_line(error)}); a tokenizer returns tensors with return_tensors='pt'"
     return ""
 
 
@@ -159,6 +152,24 @@ def described(value: object) -> str:
         return f"an array of shape {list(getattr(value, 'shape', ()))}"
     kind = type(value).__name__
     return f"{'an' if kind[0] in 'AEIOUaeiou' else 'a'} {kind}"
+
+
+def _other_parameters(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
+    """Return the reason why the forward of a model does not take inputs, or "" if it does or its parameters are unknown."""
+    try:
+        signature = inspect.signature(model.forward)
+    except (TypeError, ValueError):  # a forward without a signature, written in C
+        return ""
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        given = f"the keywords {', '.join(kwargs)}" if kwargs else plural(len(args), "positional input")
+        taken = ", ".join(map(_parameter, signature.parameters.values()))
+        text = f"got {given}, but {type(model).__name__} takes ({taken}): {error}"
+        single = [each for each in signature.parameters.values() if each.kind not in (each.VAR_KEYWORD, each.KEYWORD_ONLY)]
+        is_own_input = kwargs and not args and len(single) == 1
+        return f"{text}; pass a mapping that is itself an input as (inputs,)" if is_own_input else text
+    return ""
 
 
 def _parameter(parameter: inspect.Parameter) -> str:

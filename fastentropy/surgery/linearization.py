@@ -7,7 +7,7 @@ from torch import nn
 from fastentropy._utils.errors import nearest_names
 from fastentropy.sites.activations import activation_modules
 from fastentropy.sites.finding import no_sites
-from fastentropy.sites.inputs import check_model, site_names
+from fastentropy.sites.inputs import check_model, is_exported, site_names
 from fastentropy.sites.interception import replace_activation
 
 
@@ -39,8 +39,9 @@ def linearize(model: nn.Module, names: Sequence[str]) -> None:
         return
     modules = activation_modules(model)
     if not modules:
-        lack = no_sites(model, "has no module of a known activation")
-        raise ValueError(f"{lack}; functions that it calls become modules with fe.isolate(model, example_inputs)")
+        text = no_sites(model, "has no module of a known activation")
+        isolated = "; functions that it calls become modules with fe.isolate(model, example_inputs)"
+        raise ValueError(text if any(map(is_exported, model.modules())) else text + isolated)
     paths = [id(module) for _, module in model.named_modules(remove_duplicate=False)]
     for name in names:
         if name not in modules:

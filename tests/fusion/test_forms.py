@@ -10,6 +10,7 @@ from fastentropy import fuse, linearize, load
 from fastentropy.fusion import api, verification
 from fastentropy.fusion.chains import finding
 from fastentropy.fusion.forms import make_forms
+from fastentropy.fusion.inputs import Inputs
 from fastentropy.fusion.tracing import export, inference_module
 from tests._helpers.fusing import assert_equal
 from tests._helpers.networks import Reads
@@ -92,7 +93,7 @@ def test_overflowing_fold_is_not_kept():
 
 
 def test_forms_without_a_plan(network, images):
-    forms, reports = make_forms(network.eval(), inference_module(export(network, (images,))), (images,))
+    forms, reports = make_forms(network.eval(), inference_module(export(network, Inputs((images,)))), Inputs((images,)))
     assert list(forms) == [
         ("original", "contiguous"),
         ("folded", "contiguous"),

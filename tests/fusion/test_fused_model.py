@@ -53,3 +53,27 @@ def test_fused_model_compiles(build, merged):
     compiled = torch.compile(fuse(model, (x,)), backend="aot_eager", fullgraph=True)
     for batch in (3, 5):
         assert_equal(compiled, model, torch.randn(batch, *x.shape[1:]))
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        lambda model, x: torch.compile(model, backend="eager"),
+        lambda model, x: fuse(model, (x,)),
+        lambda model, x: torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim.AUTO},)).module(),
+    ],
+    ids=["compiled", "fused", "exported"],
+)
+def test_other_forms_of_a_model_are_fused(changed, merged):
+    model, x = ringed()
+    fused = fuse(changed(model, x), (x,))
+    assert not any("_orig_mod" in name for chain in fused.report.chains for name in chain.names)
+    assert_equal(fused, model, torch.randn(5, *x.shape[1:]))
+
+
+@pytest.mark.parametrize("path", [None, 3, torch.nn.Linear(2, 2)], ids=["None", "3", "model"])
+def test_loading_something_other_than_a_file(path):
+    with pytest.raises(
+        TypeError, match=r"^path: got (None|3|a Linear), expected the name of a \.pt2 file that fused\.save wrote$"
+    ):
+        load(path)

@@ -6,6 +6,7 @@ import torch
 from fastentropy import fuse
 from fastentropy.fusion import api
 from fastentropy.fusion.guards import Conditions, guards_of, holds
+from fastentropy.fusion.inputs import Inputs
 from fastentropy.fusion.tracing import export
 
 LEAVES = [torch.zeros(3, 8), 2.0, torch.zeros(4)]
@@ -53,15 +54,15 @@ class Branches(torch.nn.Module):
 
 
 def test_guards_name_the_inputs_in_flat_order():
-    inputs = (torch.zeros(3, 5), {"y": torch.zeros(3, 5)})
+    inputs = Inputs((torch.zeros(3, 5), {"y": torch.zeros(3, 5)}))
     program = export(Branches(), inputs)
     conditions = Conditions(program, guards_of(program, Branches(), inputs))
-    accepted = [n for n in range(2, 12) if not conditions.refusal((torch.zeros(n, 5), {"y": torch.zeros(n, 5)}))]
+    accepted = [n for n in range(2, 12) if not conditions.refusal([torch.zeros(n, 5), torch.zeros(n, 5)])]
     assert accepted == [2, 3, 5, 6, 7, 9, 10, 11]
 
 
 def test_unreadable_guard_fixes_all_sizes_but_the_batch():
-    inputs = (torch.zeros(3, 5), {"y": torch.zeros(3, 5)})
+    inputs = Inputs((torch.zeros(3, 5), {"y": torch.zeros(3, 5)}))
     program = export(Branches(), inputs)
     program._guards_code = ["f(L['x'])"]
     assert guards_of(program, Branches(), inputs) == ("leaf_0.size()[1] == 5", "leaf_1.size()[1] == 5")

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from fastentropy.fusion.chains.finding import find_chains
+from fastentropy.fusion.inputs import Inputs
 from fastentropy.fusion.projection import Projection, central_kernel, install, project, replaceable_modules
 from fastentropy.fusion.tracing import export, inference_module
 from tests._helpers.series import NAMES, rms, series, smooth
@@ -50,7 +51,7 @@ def test_the_centre_stays_where_the_data_say_nothing():
 
 
 def centre_of(model):
-    (chain,) = find_chains(inference_module(export(model, (torch.randn(2, 4, 8, 8),))))
+    (chain,) = find_chains(inference_module(export(model, Inputs((torch.randn(2, 4, 8, 8),)))))
     return central_kernel(chain.elements)
 
 
@@ -73,7 +74,7 @@ def test_some_convolutions_have_no_centre(second):
 
 def test_linear_layers_have_no_centre():
     model = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 4)).eval()
-    (chain,) = find_chains(inference_module(export(model, (torch.randn(2, 4),))))
+    (chain,) = find_chains(inference_module(export(model, Inputs((torch.randn(2, 4),)))))
     with pytest.raises(ValueError, match="only a series of convolutions"):
         central_kernel(chain.elements)
 
@@ -101,7 +102,7 @@ class Mixed(nn.Module):
 
 def test_only_plain_modules_called_once_are_replaceable():
     model = Mixed().eval()
-    assert replaceable_modules(model, inference_module(export(model, (torch.randn(2, 1, 6, 6),)))) == {"conv", "norm"}
+    assert replaceable_modules(model, inference_module(export(model, Inputs((torch.randn(2, 1, 6, 6),))))) == {"conv", "norm"}
 
 
 def test_a_stretch_that_is_no_larger_becomes_exact():

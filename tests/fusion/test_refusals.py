@@ -15,7 +15,6 @@ pytestmark = pytest.mark.usefixtures("counted_times")
 @pytest.mark.parametrize(
     ("model", "options", "text"),
     [
-        (None, {}, "model must be a torch.nn.Module, not a NoneType"),
         (nn.Linear(2, 2).eval(), {"tolerance": "a"}, "tolerance must be a relative error of 0 or more, not 'a'"),
         (nn.Linear(2, 2).eval(), {"tolerance": -1.0}, "tolerance must be a relative error of 0 or more, not -1.0"),
         (nn.Linear(2, 2).eval(), {"tolerance": float("nan")}, "tolerance must be a relative error of 0 or more, not nan"),
@@ -76,9 +75,9 @@ def assert_equal_or_refused(model, x):
     ("change", "inputs", "text"),
     [
         (lambda m: m.train(), (torch.zeros(2, 1, 5, 5),), r"training mode.*call model\.eval\(\) first"),
-        (lambda m: m, torch.zeros(2, 1, 5, 5), r"must be a tuple of positional inputs, not a Tensor: \(x,\)"),
         (lambda m: m, (torch.zeros(2, 3, 5, 5),), "does not run on example_inputs"),
-        (lambda m: m, (), "does not run on example_inputs"),
+        (lambda m: m, (), r"does not run on example_inputs: got 0 positional inputs, but Residual takes \(x\): missing"),
+        (lambda m: m, {"y": torch.zeros(2, 1, 5, 5)}, r"example_inputs: got the keywords y, but Residual takes \(x\): missing"),
         (lambda m: m, (torch.zeros(0, 1, 5, 5),), "a batch of no samples"),
     ],
 )

@@ -12,6 +12,7 @@ from fastentropy.fusion.chains.elements import spatial_size
 from fastentropy.fusion.chains.finding import find_chains
 from fastentropy.fusion.chains.merging import merge
 from fastentropy.fusion.chains.passes import fold
+from fastentropy.fusion.inputs import Inputs
 from fastentropy.fusion.memory_format import is_channels_last
 from fastentropy.fusion.tracing import (
     export,
@@ -42,7 +43,7 @@ X = torch.randn(2, 3, 6, 5, generator=torch.Generator().manual_seed(0))
 @pytest.mark.parametrize("batch", [1, 2, 3])
 def test_batch_size_is_free(batch):
     model = convolutions(nn.ReLU())
-    program = export(model, (X[:batch] if batch < 3 else torch.cat([X, X[:1]]),))
+    program = export(model, Inputs((X[:batch] if batch < 3 else torch.cat([X, X[:1]]),)))
     module = inference_module(program)
     for size in (1, 2, 5):
         x = torch.randn(size, 3, 6, 5)
@@ -54,7 +55,7 @@ def test_batch_size_is_free(batch):
 
 def test_dynamic_sizes():
     model = convolutions(nn.ReLU())
-    program = export(model, (X,), dynamic_sizes=True)
+    program = export(model, Inputs((X,)), dynamic_sizes=True)
     module = inference_module(program)
     for shape in [(1, 3, 9, 7), (4, 3, 6, 5)]:
         x = torch.randn(shape)
@@ -67,7 +68,7 @@ def test_dynamic_sizes():
 def test_model_of_one_batch_size(dynamic_sizes):
     model = Reads(lambda m, x: m.a(x.reshape(2, 15)), a=nn.Linear(15, 3)).eval()
     x = torch.randn(2, 3, 5)
-    program = export(model, (x,), dynamic_sizes)
+    program = export(model, Inputs((x,)), dynamic_sizes)
     close(inference_module(program)(x), model(x))
     ((batch, *_),) = input_sizes(program)
     assert batch == (2, 3)
@@ -76,25 +77,25 @@ def test_model_of_one_batch_size(dynamic_sizes):
 def test_model_of_single_samples():
     model = Reads(lambda m, x: m.a(x.reshape(15)), a=nn.Linear(15, 3)).eval()
     x = torch.randn(1, 3, 5)
-    program = export(model, (x,))
+    program = export(model, Inputs((x,)))
     close(inference_module(program)(x), model(x))
 
 
 def test_untraceable_model_is_named_in_one_line():
     with pytest.raises(ValueError, match=r"^torch.export cannot trace Reads: .*") as caught:
-        export(Reads(lambda m, x: x if x.sum() > 0 else -x), (X,))
+        export(Reads(lambda m, x: x if x.sum() > 0 else -x), Inputs((X,)))
     assert "\n" not in str(caught.value)
 
 
 def test_example_is_not_overwritten():
     x = X.clone()
-    export(Reads(lambda m, x: x.mul_(2)), (x,))
+    export(Reads(lambda m, x: x.mul_(2)), Inputs((x,)))
     assert torch.equal(x, X)
 
 
 def test_inference_module_owns_what_the_graph_reads():
     model = Reads(lambda m, x: m.a(x), a=nn.Conv2d(3, 4, 1), unused=nn.Linear(4, 4)).eval()
-    module = inference_module(export(model, (X,)))
+    module = inference_module(export(model, Inputs((X,))))
     assert sorted(name for name, _ in module.named_buffers()) == ["a.bias", "a.weight"]
     assert not list(module.parameters())
     assert not module(X).requires_grad
@@ -102,9 +103,9 @@ def test_inference_module_owns_what_the_graph_reads():
 
 
 def rewritten(model, x, form=lambda elements, x: elements):
-    traced = inference_module(export(model, (x,)))
+    traced = inference_module(export(model, Inputs((x,))))
     chains = find_chains(traced)
-    sources = values_of(traced, [chain.source for chain in chains], (x,))
+    sources = values_of(traced, [chain.source for chain in chains], Inputs((x,)))
     return rewrite(traced, {chain: form(chain.elements, sources[chain.source]) for chain in chains}, sources), traced
 
 
@@ -138,10 +139,10 @@ def test_rewritten_graph_at_every_batch_size(name):
 
 def test_rewriting_leaves_the_given_graph():
     model = convolutions(nn.ReLU())
-    traced = inference_module(export(model, (X,)))
+    traced = inference_module(export(model, Inputs((X,))))
     before, weights = str(traced.graph), {name: value.clone() for name, value in traced.named_buffers()}
     chains = find_chains(traced)
-    sources = values_of(traced, [chain.source for chain in chains], (X,))
+    sources = values_of(traced, [chain.source for chain in chains], Inputs((X,)))
     result = rewrite(traced, {chain: fold(chain.elements) for chain in chains}, sources)
     assert str(traced.graph) == before
     assert all(torch.equal(value, weights[name]) for name, value in traced.named_buffers())
@@ -187,7 +188,7 @@ VOLUMES = torch.randn(2, 2, 3, 4, 5)
     ],
 )
 def test_weights_in_channels_last(model, x):
-    traced = inference_module(export(model.eval(), (x,)))
+    traced = inference_module(export(model.eval(), Inputs((x,))))
     result = in_channels_last(traced)
     weights = [value for value in result.buffers() if value.ndim in (4, 5) and max(value.shape[2:]) > 1]
     assert weights
@@ -198,24 +199,24 @@ def test_weights_in_channels_last(model, x):
 
 @pytest.mark.parametrize("model", [nn.Linear(5, 3), nn.Sequential(nn.Flatten(2), nn.Conv1d(3, 3, 1)), nn.ReLU()])
 def test_channels_last_without_images(model):
-    assert in_channels_last(inference_module(export(model.eval(), (X,)))) is None
+    assert in_channels_last(inference_module(export(model.eval(), Inputs((X,))))) is None
 
 
 def test_values_of_nodes():
     model = convolutions(nn.ReLU())
-    traced = inference_module(export(model, (X,)))
+    traced = inference_module(export(model, Inputs((X,))))
     nodes = {str(node.target): node for node in traced.graph.nodes}
-    values = values_of(traced, [nodes["x" if "x" in nodes else "input"], nodes["aten.relu.default"]], (X,))
+    values = values_of(traced, [nodes["x" if "x" in nodes else "input"], nodes["aten.relu.default"]], Inputs((X,)))
     given, between = values.values()
     assert torch.equal(given, X)
     close(between, F.relu(model[0](X)))
 
 
 def test_values_of_a_copied_graph():
-    traced = inference_module(export(convolutions(nn.ReLU()), (X,)))
+    traced = inference_module(export(convolutions(nn.ReLU()), Inputs((X,))))
     (relu,) = (node for node in traced.graph.nodes if node.target is torch.ops.aten.relu.default)
     other = in_channels_last(traced)
-    close(values_of(other, [relu], (X,))[relu], values_of(traced, [relu], (X,))[relu])
+    close(values_of(other, [relu], Inputs((X,)))[relu], values_of(traced, [relu], Inputs((X,)))[relu])
 
 
 @pytest.mark.parametrize(
@@ -240,7 +241,7 @@ def test_allowed_sizes(value, sizes, expected):
 
 def test_constants_have_no_sizes():
     model = Reads(lambda m, x, scale, pair: x * scale + pair[0] if pair[1] is None else x)
-    program = export(model, (X, 2.5, (X, None)))
+    program = export(model, Inputs((X, 2.5, (X, None))))
     sizes = input_sizes(program)
     assert len(sizes) == 4
     assert [each is None for each in sizes] == [False, True, False, True]
@@ -249,8 +250,8 @@ def test_constants_have_no_sizes():
 @pytest.mark.parametrize("dynamic_sizes", [False, True])
 def test_sample_inputs(dynamic_sizes):
     model = Reads(lambda m, x, ids: m.a(x).mean((2, 3)) + m.t(ids), a=nn.Conv2d(3, 4, 3), t=nn.Embedding(5, 4)).eval()
-    program = export(model, (X, torch.tensor([4, 1])), dynamic_sizes)
+    program = export(model, Inputs((X, torch.tensor([4, 1]))), dynamic_sizes)
     inputs = sample_inputs(program)
-    assert all(map(fits, inputs, input_sizes(program)))
-    assert [value.dtype for value in inputs] == [torch.float32, torch.int64]
-    close(inference_module(program)(*inputs), model(*inputs))
+    assert all(map(fits, inputs.leaves, input_sizes(program)))
+    assert [value.dtype for value in inputs.args] == [torch.float32, torch.int64]
+    close(inference_module(program)(*inputs.args), model(*inputs.args))

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from fastentropy.fusion.inputs import Inputs
 from fastentropy.fusion.verification import TOLERANCE, EquivalenceCheck, full_precision, relative_error
 from tests._helpers.networks import Reads
 
@@ -20,7 +21,7 @@ def everything(inputs):
 
 
 def check(model, *inputs, takes=everything, tolerance=1e-5):
-    return EquivalenceCheck(model, inputs or (X,), takes, tolerance)
+    return EquivalenceCheck(model, Inputs(inputs or (X,)), takes, tolerance)
 
 
 def layer():
@@ -158,13 +159,13 @@ def test_three_batch_sizes():
 
 
 def test_only_accepted_sizes_are_tried():
-    assert seen_sizes(takes=lambda inputs: inputs[0].shape != (4, 4)) == {(3, 4), (1, 4), (3, 5)}
+    assert seen_sizes(takes=lambda inputs: inputs.args[0].shape != (4, 4)) == {(3, 4), (1, 4), (3, 5)}
     assert seen_sizes(takes=lambda inputs: False) == {(3, 4)}
 
 
 def test_longer_inputs_where_all_sizes_are_free():
     assert (3, 5) in seen_sizes()
-    assert (3, 5) not in seen_sizes(takes=lambda inputs: inputs[0].shape[1] == 4)
+    assert (3, 5) not in seen_sizes(takes=lambda inputs: inputs.args[0].shape[1] == 4)
 
 
 def test_sizes_that_the_model_refuses():

@@ -120,6 +120,7 @@ def test_a_function_that_the_user_registers_is_a_site():
     ("activation", "name", "error", "message"),
     [
         (nn.Identity, "not a name", ValueError, "'not a name', expected an identifier"),
+        ("mine", nn.Identity, ValueError, "got <class '.*Identity'>, expected an identifier"),
         (nn.Identity(), "mine", TypeError, "an object of Identity, expected a subclass"),
         (int, "mine", TypeError, "the class int, expected a subclass"),
         (3, "mine", TypeError, "an object of int"),

@@ -63,7 +63,7 @@ def unflattened():
 
 
 MODELS = {
-    "exported": (taken_apart, "it is a graph of operators, in which activations may be taken apart; use the model"),
+    "exported": (taken_apart, "it is a graph of operators, where activations may be taken apart; use the model"),
     "unflattened": (unflattened, "it is a graph of operators"),
     "scripted": (
         lambda: torch.jit.script(nn.Sequential(nn.Tanh())),

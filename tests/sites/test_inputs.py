@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fastentropy as fe
+from fastentropy.fusion.latency import measure_latency
 from tests._helpers.snapshots import assert_unchanged, snapshot
 
 
@@ -30,6 +31,10 @@ X, MASK = torch.randn(7, 6), torch.ones(7, 1)
 Pair = collections.namedtuple("Pair", ["x", "mask"])
 
 
+def latency(model, inputs):
+    return measure_latency(model, inputs, ["relu"])
+
+
 def prune(model, inputs):
     functions = {"train": lambda m: None, "evaluate": lambda m: 1.0, "calibrate": lambda m: m(X)}
     return fe.prune(model, **functions, example_inputs=inputs, max_removed=1).removed
@@ -39,6 +44,8 @@ def prune(model, inputs):
 TAKERS = {
     "fe.find_sites(model, (x,))": fe.find_sites,
     "fe.isolate(model, (x,))": fe.isolate,
+    "fe.fuse(model, (x,))": fe.fuse,
+    "measure_latency(model, (x,), sites)": latency,
     "fe.prune(model, example_inputs=(x,), …)": prune,
 }
 takers = pytest.mark.parametrize(("call", "take"), TAKERS.items(), ids=lambda value: getattr(value, "__name__", ""))
@@ -95,7 +102,7 @@ def test_tuples_lists_and_mappings(inputs):
 )
 @takers
 def test_other_inputs_are_refused_in_one_line(call, take, given, text):
-    model = Masked()
+    model = Masked().eval()
     before = snapshot(model)
     message = refusal(TypeError, take, model, given)
     assert message.startswith(f"example_inputs: {text.format(call)}")
@@ -125,13 +132,23 @@ def test_shown_call_for_a_loader_and_for_a_shape():
 )
 @takers
 def test_inputs_that_the_model_does_not_take(call, take, inputs, text):
-    model = Masked().train()
+    model = Masked().train(take not in (fe.fuse, latency))
     before = snapshot(model)
-    assert refusal(TypeError, take, model, inputs) == f"example_inputs: {text.format('Masked takes (x, mask=…, scale=…)')}"
+    kind, start = (TypeError, "example_inputs") if model.training else (ValueError, "the model does not run on example_inputs")
+    assert refusal(kind, take, model, inputs) == f"{start}: {text.format('Masked takes (x, mask=…, scale=…)')}"
     assert_unchanged(model, before)
     with fe.collect(model) as collector:  # no collector was left attached
         model(X)
     assert collector.compute()["relu"].observations == 35
+
+
+@pytest.mark.parametrize("inputs", [{"x": [[1, 2]]}, ([1.0, 2.0],), (np.zeros((2, 6)),)], ids=["encoding", "list", "array"])
+@pytest.mark.parametrize("take", [fe.find_sites, fe.isolate])
+def test_inputs_without_a_tensor(take, inputs):
+    text = refusal(TypeError, take, Masked(), inputs)
+    assert text.startswith("example_inputs: got no tensor (linear(): argument 'input'")
+    assert text.endswith("; a tokenizer returns tensors with return_tensors='pt'")
+    assert "got no tensor" in refusal(ValueError, fe.fuse, Masked().eval(), inputs)
 
 
 def test_mapping_that_is_itself_an_input():
@@ -193,6 +210,8 @@ class Pipeline:
         lambda model: fe.find_sites(model, (X,)),
         lambda model: fe.isolate(model, (X,)),
         lambda model: prune(model, (X,)),
+        lambda model: fe.fuse(model, (X,)),
+        lambda model: latency(model, (X,)),
         lambda model: fe.linearize(model, ["0"]),
         fe.collect,
     ],

@@ -26,6 +26,7 @@ from fastentropy.fusion.latency.table import LatencyTable, Part, Section, Stretc
 from fastentropy.fusion.planner import TIE, calls, promising_stops, sketch
 from fastentropy.fusion.projection import central_kernel, replaceable_modules
 from fastentropy.fusion.tracing import export, in_channels_last, inference_module, values_of
+from fastentropy.sites.inputs import ExampleInputs, check_inputs, check_model, site_names
 from fastentropy.sites.interception import replace_activation
 
 #: Activations that may be timed in place, because applying them to their own output changes nothing. Other activations would
@@ -45,7 +46,7 @@ class _ActivationMarker(nn.Module):
 @torch.inference_mode(False)
 @torch.no_grad()
 def measure_latency(
-    model: nn.Module, example_inputs: Inputs, sites: Sequence[str], *, approximate: bool = False
+    model: nn.Module, example_inputs: ExampleInputs, sites: Sequence[str], *, approximate: bool = False
 ) -> LatencyTable:
     """Time a model, its parts, and the series of parts that can become one operator when some activations are removed.
 
@@ -53,7 +54,8 @@ def measure_latency(
 
     Args:
         model: a model in eval mode, which is not changed.
-        example_inputs: the positional inputs of one call, in the sizes and on the device to measure for.
+        example_inputs: a tuple of the positional inputs of one call, or a mapping of its keyword inputs, in the sizes and on
+            the device to measure for.
         sites: names of the sites (calls of an activation) whose activations may be removed.
         approximate: also time, for each series of convolutions, the smaller convolution by which `projection` would
             approximate it. It is put into the table if it is faster than the exact operators.
@@ -62,7 +64,8 @@ def measure_latency(
         The table of times, in milliseconds.
 
     Raises:
-        ValueError: `fuse` rejects the model, or the activation of a site does not appear in the trace.
+        TypeError: an argument is of another kind, such as a single tensor in place of a tuple.
+        ValueError: `fuse` rejects the model, a site has no module, or the activation of a site does not appear in the trace.
 
     Examples:
         >>> import torch
@@ -72,17 +75,25 @@ def measure_latency(
         >>> table.sites
         {'1'}
     """
-    report = fuse(model, example_inputs).report
+    check_model(model)
+    given = check_inputs(example_inputs, "measure_latency(model, {}, sites)")
+    sites = site_names(sites, "sites")
+    if missing := set(sites) - dict(model.named_modules()).keys():
+        raise ValueError(f"sites: the model has no module {min(missing)!r}; name activation modules, as fe.find_sites does")
+    report = fuse(model, given).report
     fastest = report.milliseconds[report.choice]
     marked = copy.deepcopy(model)
     activations = {name: _repeatable(marked.get_submodule(name)) for name in sites}
+    inputs = Inputs.of(given)
+    copied = clone(inputs)
+    inputs = inputs.with_batch_of(marked(*copied.args, **copied.kwargs))
     for name in sites:
         replace_activation(marked, name, _ActivationMarker())
-    traced = inference_module(export(marked, example_inputs))
+    traced = inference_module(export(marked, inputs))
     if report.memory_formats[report.choice] == "channels_last":
         traced = in_channels_last(traced) or traced
     chains = find_chains(traced, activations)
-    sources = values_of(traced, [chain.source for chain in chains], clone(example_inputs))
+    sources = values_of(traced, [chain.source for chain in chains], clone(inputs))
     profiler = _Profiler(replaceable_modules(model, traced) if approximate else set())
     sections = [profiler.section(chain.folded, sources[chain.source])[0] for chain in chains]
     table = LatencyTable.from_parts(report.milliseconds["original"], fastest, sections)

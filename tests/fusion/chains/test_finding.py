@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 from fastentropy.fusion.chains.affine import AffineOperator
 from fastentropy.fusion.chains.elements import Flatten, Sum, operators, run
 from fastentropy.fusion.chains.finding import find_chains, overwritten_constants
+from fastentropy.fusion.inputs import Inputs
 from fastentropy.fusion.tracing import export, inference_module
 from tests._helpers.linear_networks import IMAGES, NETWORKS, conv2d, image_network, row_network
 
@@ -325,7 +326,7 @@ def test_overwritten_constants_are_named():
 def test_has_fixed_size():
     model = nn.Sequential(conv2d(), conv2d()).eval()
     for dynamic_sizes in (False, True):
-        (chain,) = find_chains(inference_module(export(model, (IMAGES,), dynamic_sizes)))
+        (chain,) = find_chains(inference_module(export(model, Inputs((IMAGES,)), dynamic_sizes)))
         assert chain.has_fixed_size != dynamic_sizes
 
 
@@ -335,7 +336,7 @@ def test_chains_with_a_free_batch_size():
         model, x, expected = NETWORKS[name]
         if name == "rows with a new axis":
             model = row_network(lambda m, x: m.b(m.a(x).view(x.shape[0], 1, 3, 5)))
-        module = inference_module(export(model.eval(), (x,)))
+        module = inference_module(export(model.eval(), Inputs((x,))))
         assert [chain.names for chain in find_chains(module)] == expected
         assert_computes(module, torch.cat([x, x[:1]]))
 

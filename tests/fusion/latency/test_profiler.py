@@ -9,6 +9,7 @@ from torch import nn
 
 from fastentropy import find_sites, linearize
 from fastentropy.fusion.chains.finding import find_chains
+from fastentropy.fusion.inputs import Inputs
 from fastentropy.fusion.latency import profiler
 from fastentropy.fusion.latency.profiler import measure_latency
 from fastentropy.fusion.planner import MULTIPLICATIONS_PER_BYTE, TIE, counted, plan_chain
@@ -53,13 +54,13 @@ def counted_cost(model, x, removed):
     """Count the cost of a network without some activations, in the forms that `plan_chain` chooses."""
     model = copy.deepcopy(model)
     linearize(model, removed)
-    traced = inference_module(export(model, (x,)))
+    traced = inference_module(export(model, Inputs((x,))))
     chains = find_chains(traced)
-    sources = values_of(traced, [chain.source for chain in chains], (x,))
+    sources = values_of(traced, [chain.source for chain in chains], Inputs((x,)))
     forms = {chain: plan_chain(chain, sources[chain.source], 1e-5, measure=False)[0] for chain in chains}
     inner = {member for chain in chains for member in chain.members}
     outside = [node for node in traced.graph.nodes if node.op == "call_function" and node not in inner]
-    values = values_of(traced, outside, (x,))  # activations read one value and write one, additions read two
+    values = values_of(traced, outside, Inputs((x,)))  # activations read one value and write one, additions read two
     moved = sum((3 if "add" in node.name else 2) * value.numel() * value.itemsize for node, value in values.items())
     in_chains = counted(forms, {chain: sources[chain.source] for chain in chains})
     return sum(in_chains.values()) + MULTIPLICATIONS_PER_BYTE * moved
