@@ -9,8 +9,8 @@ from __future__ import annotations
 import functools
 import importlib
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -83,10 +83,32 @@ def in_dispatch_mode() -> bool:
     return bool(_named("torch._C", "_len_torch_dispatch_stack")())
 
 
+def in_function_mode() -> bool:
+    """Return whether a TorchFunctionMode of the user is active, which may run other functions in place of PyTorch's.
+
+    The mode of a default device and those of fastentropy do not count: they change no activation.
+    """
+    if not _named("torch._C", "_is_torch_function_mode_enabled")():
+        return False
+    kinds = [type(mode) for mode in _named("torch.overrides", "_get_current_function_mode_stack")()]
+    default_device = _named("torch.utils._device", "DeviceContext")
+    return any(kind is not default_device and not kind.__module__.startswith("fastentropy.") for kind in kinds)
+
+
 def without_modes() -> AbstractContextManager[object]:
-    """Return a context without any TorchDispatchMode, because a mode of the user must not see the operators that count."""
-    context: AbstractContextManager[object] = _named("torch.utils._python_dispatch", "_disable_current_modes")()
-    return context
+    """Return a context without modes and without the functions of subclasses of Tensor.
+
+    No mode and no subclass of the user may see the operators that count.
+    """
+    context: AbstractContextManager[object] = _named("torch._C", "DisableTorchFunction")()
+    return _and_without_dispatch_modes(context) if in_dispatch_mode() else context
+
+
+@contextmanager
+def _and_without_dispatch_modes(context: AbstractContextManager[object]) -> Iterator[None]:
+    """Enter a context, and one without any TorchDispatchMode, for the block."""
+    with context, _named("torch.utils._python_dispatch", "_disable_current_modes")():
+        yield
 
 
 def is_functorch_tensor(x: Tensor) -> bool:
@@ -94,9 +116,14 @@ def is_functorch_tensor(x: Tensor) -> bool:
     return bool(_named("torch._C._functorch", "is_functorch_wrapped_tensor")(x))
 
 
-def is_fake(x: Tensor) -> bool:
-    """Return whether `x` is a fake tensor: one with a shape but no values, as tracers use."""
-    return isinstance(x, _named("torch._subclasses", "FakeTensor"))
+def has_values(x: Tensor) -> bool:
+    """Return whether `x` holds values that can be read, unlike a tensor on the meta device or a tensor of a tracer."""
+    if x.is_meta or _named("torch", "_is_functional_tensor")(x):
+        return False
+    if type(x) is Tensor:
+        return True
+    tracers = (_named("torch._subclasses", "FakeTensor"), _named("torch._subclasses.functional_tensor", "FunctionalTensor"))
+    return not isinstance(x, tracers)
 
 
 def add_to_each(tensors: Sequence[Tensor], values: Sequence[Tensor | int]) -> None:
@@ -136,6 +163,18 @@ def children_of(module: nn.Module) -> dict[str, nn.Module | None]:
 def has_hooks(module: nn.Module) -> bool:
     """Return whether a forward or backward hook is registered on a module."""
     return any(_attribute(module, name) for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks"))
+
+
+def runs_only_forward(module: nn.Module) -> bool:
+    """Return whether a call of a module runs nothing but its forward: no hook of the module or of all modules."""
+    state = vars(module)
+    try:
+        has_hooks = (
+            state["_forward_hooks"] or state["_forward_pre_hooks"] or state["_backward_hooks"] or state["_backward_pre_hooks"]
+        )
+    except KeyError as error:
+        raise _unknown_release(f"nn.Module.{error.args[0]}") from error
+    return not (has_hooks or _named("torch.nn.modules.module", "_has_any_global_hook")())
 
 
 def is_compiled(module: nn.Module) -> bool:

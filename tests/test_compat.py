@@ -12,11 +12,12 @@ import torch._dynamo
 import torch._inductor.config
 import torch.distributed as dist
 from torch import nn
-from torch._subclasses import FakeTensorMode
+from torch._subclasses import FakeTensorMode, functional_tensor
 from torch.autograd import forward_ad
 from torch.distributed import _functional_collectives
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, _utils, distribute_tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils import _python_dispatch
 from torch.utils.checkpoint import checkpoint
 
@@ -32,6 +33,10 @@ class Branching(nn.Module):
 class Mode(_compat.TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         return func(*args, **(kwargs or {}))
+
+
+class FunctionMode(TorchFunctionMode):
+    pass
 
 
 @pytest.fixture(autouse=True)
@@ -109,10 +114,61 @@ def test_functorch_tensor():
     assert (seen, _compat.is_functorch_tensor(torch.ones(2))) == ([True], False)
 
 
-def test_fake_tensor():
+def test_values():
+    seen = []
     with FakeTensorMode():
-        assert _compat.is_fake(torch.ones(2))
-    assert not _compat.is_fake(torch.ones(2))
+        assert not _compat.has_values(torch.ones(2))
+    torch.func.functionalize(lambda x: seen.append(_compat.has_values(x)) or x)(torch.ones(2))
+    with functional_tensor.FunctionalTensorMode():
+        seen.append(_compat.has_values(functional_tensor.FunctionalTensor.to_functional(torch.ones(2))))
+    assert seen == [False, False]
+    assert not _compat.has_values(torch.ones(2, device="meta"))
+    assert _compat.has_values(torch.ones(2))
+    assert _compat.has_values(nn.Parameter(torch.ones(2)))
+
+
+def test_function_modes():
+    assert not _compat.in_function_mode()
+    with torch.device("meta"):
+        assert not _compat.in_function_mode()
+        with FunctionMode():
+            assert _compat.in_function_mode()
+            with _compat.without_modes():
+                assert not _compat.in_function_mode()
+                assert torch.ones(1).device.type == "cpu"
+    with FunctionMode():
+        assert _compat.in_function_mode()
+
+
+def test_subclasses_of_tensor_are_not_asked():
+    class Asked(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            raise AssertionError("was asked")
+
+    with _compat.without_modes():
+        assert type(torch.ones(2).as_subclass(Asked).detach()) is torch.Tensor
+
+
+@pytest.mark.parametrize(
+    "register",
+    ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook", "register_full_backward_pre_hook"],
+)
+def test_runs_only_forward(register):
+    module = nn.ReLU()
+    assert _compat.runs_only_forward(module)
+    handle = getattr(module, register)(lambda *args: None)
+    assert not _compat.runs_only_forward(module)
+    handle.remove()
+    assert _compat.runs_only_forward(module)
+
+
+@pytest.mark.parametrize("register", ["forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"])
+def test_hooks_of_all_modules_run_too(register):
+    handle = getattr(nn.modules.module, f"register_module_{register}")(lambda *args: None)
+    assert not _compat.runs_only_forward(nn.ReLU())
+    handle.remove()
+    assert _compat.runs_only_forward(nn.ReLU())
 
 
 def test_add_to_each():
@@ -217,6 +273,16 @@ def test_storage_id():
         assert _compat.storage_id(x) != _compat.storage_id(other)
 
 
+def in_mode(call):
+    with Mode():
+        call()
+
+
+def in_function_mode(call):
+    with FunctionMode():
+        call()
+
+
 GONE = [
     (torch._C, "_get_tracing_state", lambda: kernels_compat.is_plain_eager(torch.ones(1))),
     (torch._C, "_len_torch_dispatch_stack", lambda: kernels_compat.is_plain_eager(torch.ones(1))),
@@ -224,9 +290,16 @@ GONE = [
     (torch._C._functorch, "is_functorch_wrapped_tensor", lambda: kernels_compat.is_plain_eager(torch.ones(1))),
     (torch._C, "_current_graph_task_id", lambda: _compat.in_backward()),
     (torch._C, "_len_torch_dispatch_stack", lambda: _compat.in_dispatch_mode()),
-    (_python_dispatch, "_disable_current_modes", lambda: _compat.without_modes()),
+    (torch._C, "DisableTorchFunction", lambda: _compat.without_modes()),
+    (_python_dispatch, "_disable_current_modes", lambda: in_mode(lambda: _compat.without_modes().__enter__())),
+    (torch._C, "_is_torch_function_mode_enabled", lambda: _compat.in_function_mode()),
+    (torch.overrides, "_get_current_function_mode_stack", lambda: in_function_mode(_compat.in_function_mode)),
+    (torch.utils._device, "DeviceContext", lambda: in_function_mode(_compat.in_function_mode)),
+    (nn.modules.module, "_has_any_global_hook", lambda: _compat.runs_only_forward(nn.ReLU())),
     (torch._C._functorch, "is_functorch_wrapped_tensor", lambda: _compat.is_functorch_tensor(torch.ones(1))),
-    (torch._subclasses, "FakeTensor", lambda: _compat.is_fake(torch.ones(1))),
+    (torch, "_is_functional_tensor", lambda: _compat.has_values(torch.ones(1))),
+    (torch._subclasses, "FakeTensor", lambda: _compat.has_values(nn.Parameter(torch.ones(1)))),
+    (functional_tensor, "FunctionalTensor", lambda: _compat.has_values(nn.Parameter(torch.ones(1)))),
     (torch, "_foreach_add_", lambda: _compat.add_to_each([torch.ones(1)], [1])),
     (torch._ops, "OpOverload", lambda: _compat.operator_schema(torch.ops.aten.relu.default)),
     (torch._inductor, "aoti_compile_and_package", lambda: _compat.compile_package(None, "a.pt2")),

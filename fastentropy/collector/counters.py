@@ -1,21 +1,55 @@
 """Hold the counters of all sites (calls of activations) of a model in flat int64 buffers, with a view for each site."""
 
 import threading
+from bisect import bisect
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastentropy._compat import add_to_each
+from fastentropy.sites.activations import FusedActivation
 from fastentropy.sites.site import Site
 from fastentropy_kernels import ActivationPlan
 
 
 class SiteCounters(NamedTuple):
-    """The counters of one site on one device; both tensors are views of a flat buffer."""
+    """The counters of one site on one device, in a flat buffer."""
 
     counts: Tensor  # int64 [neurons, 3]: how many values were off, zero and on
-    positions: Tensor  # int64 []: how many values of each neuron were read, besides those in `Counters.host_positions`
+    buffer: Tensor  # int64, in which `counts` lies
+    offset: int  # where `counts` begins in the buffer
+
+    @property
+    def slot(self) -> Tensor:
+        """Return the counts and the positions as a view, int64 [3 * neurons + 1]."""
+        return self.buffer[self.offset : self.offset + self.counts.numel() + 1]
+
+    @property
+    def positions(self) -> Tensor:
+        """Return a view, int64 []: how many values of each neuron were read, besides those in `Counters.host_positions`."""
+        return self.buffer[self.offset + self.counts.numel()]
+
+
+class Slot(NamedTuple):
+    """Where the counters of a site lie in a flat buffer."""
+
+    start: int
+    neurons: int
+
+    @property
+    def stop(self) -> int:
+        """Return the index behind the slot."""
+        return self.start + 3 * self.neurons + 1
+
+
+class SitePlan(NamedTuple):
+    """A prepared launch of the kernel for one site, and what it was made from."""
+
+    plan: ActivationPlan
+    fused: FusedActivation  # the activation, as it was read from the module
+    channel_axis: int
 
 
 class Layout:
@@ -25,30 +59,42 @@ class Layout:
         """Begin without sites."""
         self.size = 0
         self._lock = threading.Lock()
-        self._slots: dict[str, tuple[int, int]] = {}
+        self._slots: dict[str, Slot] = {}
+        self._starts: list[int] = []
 
-    def slot(self, site: Site) -> tuple[int, int]:
-        """Return the index at which the slot of a site begins, and the site's number of neurons.
+    def slot(self, site: Site) -> Slot:
+        """Return the slot of a site.
 
         A slot holds 3 counts for each neuron, then the number of positions (values read per neuron). A new site gets a new
         slot.
         """
         with self._lock:
             if site.name not in self._slots:
-                start, self.size = self.size, self.size + 3 * site.neurons + 1
-                self._slots[site.name] = (start, site.neurons)
+                slot = self._slots[site.name] = Slot(self.size, site.neurons)
+                self._starts.append(slot.start)
+                self.size = slot.stop
             return self._slots[site.name]
+
+    def find(self, name: str) -> Slot | None:
+        """Return the slot of the site with a name, or None if it has none."""
+        return self._slots.get(name)
+
+    def last_boundary(self, index: int) -> int:
+        """Return the last index, up to the given one, at which a slot begins or the last slot ends."""
+        with self._lock:
+            return self.size if index >= self.size else self._starts[bisect(self._starts, index) - 1]
 
 
 class Counters:
     """Hold the counts of the sites of a layout, on every device on which the sites ran.
 
     A buffer keeps its address as long as this object lives, because captured CUDA graphs write to it. Sites that run for the
-    first time after a buffer was allocated get a further buffer on that device.
+    first time after a buffer was allocated get a further buffer on that device. Each further buffer is at least a quarter as
+    large as all before it, so that there are few of them even if thousands of sites come one by one.
 
     Attributes:
         sites: the sites that were counted since `clear`, by name.
-        plans: the prepared kernel launch that adds to these counters, by name of the site.
+        plans: the prepared kernel launch that adds to these counters, by name of the site, with what it was made from.
         buffers: for each device, its int64 buffers by the index in the layout at which they begin.
         views: the counters of a site on a device, by (name of the site, device).
         host_positions: how many values of each neuron were read, by name of the site. Only the values whose number the host
@@ -58,12 +104,13 @@ class Counters:
     def __init__(self, layout: Layout) -> None:
         """Begin with nothing counted."""
         self.sites: dict[str, Site] = {}
-        self.plans: dict[str, ActivationPlan] = {}
+        self.plans: dict[str, SitePlan] = {}
         self.buffers: dict[torch.device, dict[int, Tensor]] = {}
         self.views: dict[tuple[str, torch.device], SiteCounters] = {}
         self.host_positions: dict[str, int] = {}
         self._layout = layout
-        self._shapes: dict[str, torch.Size] = {}
+        self._starts: dict[torch.device, list[int]] = {}  # the keys of `buffers`, in rising order
+        self._calls: dict[str, tuple[torch.Size, FusedActivation]] = {}
         self._tokens: dict[int, tuple[Tensor, Tensor]] = {}  # id of a mask -> the mask, its number of tokens
         self._masked: list[tuple[Tensor, Tensor]] = []  # a counter of positions, and the number that `flush` adds to it
         self._repeated: list[tuple[Tensor, int]] = []  # the same, for numbers that the host knows
@@ -76,13 +123,15 @@ class Counters:
             view = self.views[site.name, device] = self._view(site, device)
         return view
 
-    def repeats_shape(self, site: Site, x: Tensor) -> bool:
-        """Return whether the previous call of a site had an input of the same shape as `x`.
+    def repeats_call(self, site: Site, x: Tensor, fused: FusedActivation) -> bool:
+        """Return whether the previous call of a site had an input of the same shape, and the same activation.
 
-        Only then is a plan (a prepared kernel launch) worthwhile: padded batches vary in shape, so a plan would be wasted.
+        Only then is a plan (a prepared kernel launch) worthwhile: padded batches vary in shape, and a slope that is annealed
+        varies too, so a plan would be wasted.
         """
-        before, self._shapes[site.name] = self._shapes.get(site.name), x.shape
-        return before == x.shape
+        call = x.shape, fused
+        before, self._calls[site.name] = self._calls.get(site.name), call
+        return before == call
 
     def add_positions(self, site: Site, positions: int) -> None:
         """Record on the host that `positions` values of each neuron were read. The site is then in `sites`."""
@@ -133,19 +182,17 @@ class Counters:
     def add(self, other: "Counters") -> None:
         """Add the counts of `other`, which has the same layout.
 
-        Where a device has equal buffers in both, one operation adds a whole buffer. Otherwise each site is added by itself.
+        Where a device has equal buffers in both, one operation adds a whole buffer. Otherwise one operation adds all sites.
         """
-        views = {place: view for place, view in other.views.items() if place[0] in other.sites}
-        mine = {(name, device): self.of(other.sites[name], device) for name, device in views}
-        for device in {device for _, device in views}:
+        for name, device in other.views:
+            if name in other.sites:
+                self.of(other.sites[name], device)
+        for device in other.buffers:
             if self.extents(device) == other.extents(device):
                 for start, buffer in other.buffers[device].items():
                     self.buffers[device][start].add_(buffer)
-                continue
-            for place, view in views.items():
-                if place[1] == device:
-                    mine[place].counts.add_(view.counts)
-                    mine[place].positions.add_(view.positions)
+            elif places := [place for place in other.views if place[1] == device and place[0] in other.sites]:
+                add_to_each([self.views[place].slot for place in places], [other.views[place].slot for place in places])
         for name, positions in other.host_positions.items():
             self.host_positions[name] = self.host_positions.get(name, 0) + positions
 
@@ -157,6 +204,7 @@ class Counters:
                 device: {start: torch.zeros_like(buffer) for start, buffer in buffers.items()}
                 for device, buffers in self.buffers.items()
             }
+        other._starts = {device: list(starts) for device, starts in self._starts.items()}
         return other
 
     def same_layout(self, other: "Counters") -> bool:
@@ -176,30 +224,42 @@ class Counters:
         self.host_positions.clear()
         self._forget_notes()
 
-    def total(self, site: Site) -> tuple[Tensor, int]:
-        """Sum the counters of a site over all devices.
+    def totals(self, sites: Iterable[Site]) -> dict[str, tuple[Tensor, int]]:
+        """Sum the counters of sites over all devices.
+
+        Args:
+            sites: the sites. Those that never ran are left out.
 
         Returns:
-            The counts on the CPU, int64 [neurons, 3], and how many values of each neuron were read, including NaN.
+            By name of the site: the counts on the CPU, int64 [neurons, 3], and how many values of each neuron were read,
+            including NaN.
         """
-        counts, positions = torch.zeros(site.neurons, 3, dtype=torch.int64), self.host_positions.get(site.name, 0)
-        for (name, _), view in self.views.items():
-            if name == site.name:
-                counts += view.counts.cpu()
-                positions += int(view.positions)
-        return counts, positions
+        slots = {site.name: slot for site in sites if (slot := self._layout.find(site.name))}
+        flat = torch.zeros(self._layout.size, dtype=torch.int64, device="cpu")
+        for buffers in self.buffers.values():
+            for start, buffer in buffers.items():
+                part = flat[start : start + buffer.numel()]
+                part.add_(buffer[: part.numel()].cpu())
+        last = torch.tensor([slot.stop - 1 for slot in slots.values()], dtype=torch.int64, device="cpu")
+        return {
+            name: (flat[slot.start : slot.stop - 1].view(slot.neurons, 3).clone(), positions + self.host_positions.get(name, 0))
+            for (name, slot), positions in zip(slots.items(), flat[last].tolist(), strict=True)
+        }
 
     def _view(self, site: Site, device: torch.device) -> SiteCounters:
         """Return views of a site's slot on a device.
 
-        If no buffer on this device covers the slot, allocate one that reaches to the end of the layout.
+        If no buffer on this device covers the slot, allocate one that reaches at least to the end of the layout.
         """
-        offset, neurons = self._layout.slot(site)
-        buffers = self.buffers.setdefault(device, {})
-        start = next((start for start, buffer in buffers.items() if start <= offset < start + buffer.numel()), None)
-        if start is None:
-            start = sum(buffer.numel() for buffer in buffers.values())
+        slot = self._layout.slot(site)
+        buffers, starts = self.buffers.setdefault(device, {}), self._starts.setdefault(device, [])
+        end = starts[-1] + buffers[starts[-1]].numel() if starts else 0
+        if slot.stop > end:
+            start = self._layout.last_boundary(end)  # a slot that would reach beyond the buffers lies in the new one
+            size = max(self._layout.size - start, end // 4)
             with torch.inference_mode(False):  # a tensor of inference mode could not be changed outside it
-                buffers[start] = torch.zeros(self._layout.size - start, dtype=torch.int64, device=device)
-        slot = buffers[start][offset - start : offset - start + 3 * neurons + 1]
-        return SiteCounters(slot[:-1].view(neurons, 3), slot[-1])
+                buffers[start] = torch.zeros(size, dtype=torch.int64, device=device)
+            starts.append(start)
+        start = starts[bisect(starts, slot.start) - 1]
+        index = slot.start - start
+        return SiteCounters(buffers[start].as_strided((slot.neurons, 3), (3, 1), index), buffers[start], index)

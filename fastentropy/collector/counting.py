@@ -6,19 +6,25 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fastentropy._compat import in_dispatch_mode, is_fake, wait_tensor, without_modes
-from fastentropy.collector.counters import Counters, Layout
+from fastentropy._compat import (
+    has_values,
+    in_dispatch_mode,
+    in_function_mode,
+    runs_only_forward,
+    wait_tensor,
+    without_modes,
+)
+from fastentropy.collector.counters import Counters, Layout, SitePlan
 from fastentropy.collector.site_statistics import SiteStatistics, state_entropy
-from fastentropy.sites.activations import FusedActivation, fused_activation
+from fastentropy.collector.values import UncountableError, plain_parts
+from fastentropy.sites.activations import FusedActivation, fused_activation, kernel_of
 from fastentropy.sites.interception import original_class
 from fastentropy.sites.padding import positions_to_count
 from fastentropy.sites.sharding import local_tensor
 from fastentropy.sites.site import Call, Site
 from fastentropy_kernels import activation_states, count_states, is_fused, plan_activation_states
-
-_COUNTABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class PassCounting:
@@ -43,7 +49,7 @@ class PassCounting:
         self._total = Counters(self._layout)
         self._idle: list[Counters] = []
         self._captured: list[Counters] = []
-        self._batch_entropies: dict[str, Tensor] = {}
+        self._batch_sums: dict[str, Tensor] = {}
         self._batches: dict[str, int] = {}
 
     def begin_pass(self) -> Counters | None:
@@ -63,13 +69,13 @@ class PassCounting:
         Returns:
             The output of the activation.
         """
-        return call.run() if counters is None else _run_and_count(call, counters)
+        return call.run() if counters is None else _run_and_count(call, counters, self._note)
 
     def end_pass(self, counters: Counters | None, completed: bool) -> None:
         """Add the counters of a completed pass to the total, then clear them for another pass."""
         if counters is None:
             return
-        with self._lock:
+        with self._lock, without_modes():
             if completed:
                 counters.flush()
                 self._total.add(counters)
@@ -83,25 +89,27 @@ class PassCounting:
 
     def reset(self) -> None:
         """Set the total to zero. Counters keep their addresses."""
-        with self._lock:
+        with self._lock, without_modes():
             self._total.clear()
-            self._batch_entropies.clear()
+            self._batch_sums.clear()
             self._batches.clear()
 
     def statistics(self, sites: Mapping[str, Site]) -> dict[str, SiteStatistics]:
         """Return the total of each site in `sites`, by name, on the CPU."""
-        with self._lock:
-            return {name: self._site_statistics(site) for name, site in list(sites.items())}
+        with self._lock, without_modes():
+            known = list(sites.values())
+            totals = self._total.totals(known)
+            return {site.name: self._site_statistics(site, *totals[site.name]) for site in known if site.name in totals}
 
-    def _site_statistics(self, site: Site) -> SiteStatistics:
-        """Return the total of one site. The values that were read but are in none of the three states are NaN."""
-        counts, positions = self._total.total(site)
+    def _site_statistics(self, site: Site, counts: Tensor, positions: int) -> SiteStatistics:
+        """Return the statistics of one site. The values that were read but are in none of the three states are NaN."""
         nan = positions * site.neurons - int(counts.sum())
-        entropies = self._batch_entropies.get(site.name)
         statistics = SiteStatistics(site.activation, counts, nan, axis_is_inferred=site.axis_is_inferred)
-        if entropies is None:
+        sums = self._batch_sums.get(site.name)
+        if not self._per_batch or sums is None:
             return statistics
-        return replace(statistics, batch_entropies=entropies.clone(), batches=self._batches[site.name])
+        entropies, batches = sums[:, :2].clone(), self._batches[site.name]
+        return replace(statistics, batch_entropies=entropies, batches=batches, neuron_batches=sums[:, 2].long())
 
     def _keep(self, counters: Counters) -> None:
         """Keep cleared counters for another pass.
@@ -117,80 +125,141 @@ class PassCounting:
     def _add_batch_entropies(self, counters: Counters) -> None:
         """Add the neuron entropies of one pass to the sums over passes.
 
-        The sum of a site is float64 [neurons, 2]. The first column discards zeros, the second counts them as on.
+        The sum of a site is float64 [neurons, 3]. The first column has the entropies that discard zeros, the second those that
+        count zeros as on, the third the number of passes. A pass in which a neuron had no value counts as none for it.
         """
-        for site in counters.sites.values():
-            counts, _ = counters.total(site)
-            entropies = torch.stack([state_entropy(counts, "discard"), state_entropy(counts, "on")], dim=1)
-            self._batch_entropies[site.name] = self._batch_entropies.get(site.name, 0) + entropies
-            self._batches[site.name] = self._batches.get(site.name, 0) + 1
+        totals = counters.totals(counters.sites.values())
+        if not totals:
+            return
+        counts = torch.cat([counts for counts, _ in totals.values()])
+        observed = (counts > 0).any(1)
+        rows = torch.stack([state_entropy(counts, "discard"), state_entropy(counts, "on"), observed.double()], dim=1)
+        parts = torch.split(rows, [len(counts) for counts, _ in totals.values()])
+        for name, part in zip(totals, parts, strict=True):
+            before = self._batch_sums.get(name)
+            self._batch_sums[name] = part.clone() if before is None else before.add_(part)
+            self._batches[name] = self._batches.get(name, 0) + bool(part[:, 2].any())
 
 
-def _run_and_count(call: Call, counters: Counters) -> Any:
+def _run_and_count(call: Call, counters: Counters, note: Callable[[str], None]) -> Any:
     """Run an activation, count the states of its input, and return its output.
 
     If a kernel computes the activation as well, it does both in one pass over the input. Otherwise the input is counted before
-    the activation runs. Tensors without values (on the meta device, or fake tensors) are not counted.
+    the activation runs.
     """
-    site, x = call.site, call.x
-    local = local_tensor(x)
-    if local.is_meta or (type(local) is not Tensor and is_fake(local)):
-        return call.run()
-    mask = positions_to_count(call.is_token, local, site.channel_axis, call.token_axes)
-    plan = counters.plans.get(site.name)
-    if plan is not None and plan.inplace is getattr(call.module, "inplace", False) and plan.fits(x, mask):
-        y = plan(x, mask)
-        _add_positions(counters, site, x, mask)
+    # A mode of the user and a subclass of Tensor would see what is asked of the tensor, so they are ruled out first.
+    if type(call.x) is Tensor and not in_function_mode():
+        y = _run_fused(call, counters)
+        if y is not None:
+            return y
+    with without_modes(), torch.no_grad():
+        _count(call, counters, note)
+    return call.run()
+
+
+def _run_fused(call: Call, counters: Counters) -> Tensor | None:
+    """Run an activation with a kernel that also counts its input, and return its output. None if no kernel can."""
+    site, x, module = call.site, call.x, call.module
+    if module is None or site.channel_axis is None or x.is_nested:
+        return None
+    mask = positions_to_count(call.is_token, x, site.channel_axis, call.token_axes)
+    planned = counters.plans.get(site.name)
+    if planned is not None and _fits(planned, site, module, x, mask):
+        y = planned.plan(x, mask)
+        _add_positions(counters, site, x.numel(), x.device, mask)
         return y
-    counter = counters.of(site, local.device)
-    fused = _fused(call)
-    if fused is None or site.channel_axis is None:
-        with torch.no_grad(), without_modes():
-            local = wait_tensor(local)
-            values = local if local.dtype in _COUNTABLE else local.float()
-            axis = site.channel_axis
-            values = values.detach() if axis is not None else values.detach().unsqueeze(-1)
-            count_states(values, counter.counts, channel_axis=-1 if axis is None else axis, mask=mask)
-            _add_positions(counters, site, local, mask)
-        return call.run()
-    options = {"channel_axis": site.channel_axis, "mask": mask, "inplace": fused.inplace, **fused.parameters}
-    if counters.repeats_shape(site, x):
+    fused = _fused(module, x)
+    if fused is None:
+        return None
+    counter = counters.of(site, x.device)
+    options: dict[str, Any] = {"channel_axis": site.channel_axis, "mask": mask, "inplace": fused.inplace, **fused.parameters}
+    if counters.repeats_call(site, x, fused):
         plan = plan_activation_states(x, counter.counts, fused.activation, **options)
         if plan is not None:
-            counters.plans[site.name] = plan
+            counters.plans[site.name] = SitePlan(plan, fused, site.channel_axis)
     y = activation_states(x, counter.counts, fused.activation, **options)
-    _add_positions(counters, site, x, mask)
+    _add_positions(counters, site, x.numel(), x.device, mask)
     return y
 
 
-def _fused(call: Call) -> FusedActivation | None:
-    """Return the activation that a kernel can compute in place of this call, or None if no kernel can.
+def _fits(planned: SitePlan, site: Site, module: nn.Module, x: Tensor, mask: Tensor | None) -> bool:
+    """Return whether a plan still does the same as running the activation: whether nothing that made it has changed."""
+    return (
+        planned.channel_axis == site.channel_axis
+        and planned.fused.is_of(module, original_class(module))
+        and _runs_alone(module, planned.fused, x)
+        and planned.plan.fits(x, mask)
+    )
 
-    It is None for functions, for tensor subclasses, while gradients are recorded, and while a TorchDispatchMode is active.
+
+def _fused(module: nn.Module, x: Tensor) -> FusedActivation | None:
+    """Return the activation that a kernel can compute in place of an activation module, or None if no kernel can.
+
+    It is None for tensors that are not plain, while gradients are recorded, and while a TorchDispatchMode is active.
     """
-    x = call.x
-    if call.module is None or "forward" in vars(call.module) or type(x) is not Tensor:
+    if x.layout is not torch.strided or not has_values(x) or (x.requires_grad and torch.is_grad_enabled()):
         return None
-    if (x.requires_grad and torch.is_grad_enabled()) or in_dispatch_mode():
+    kind = original_class(module)
+    kernel = kernel_of(kind)
+    if kernel is None or not is_fused(kernel, x) or in_dispatch_mode():
         return None
-    fused = fused_activation(call.module, original_class(call.module))
-    if fused is None or not is_fused(fused.activation, x):
-        return None
-    if fused.activation == "softplus" and torch.is_autocast_enabled(x.device.type):
-        return None  # autocast makes its output float32
-    return fused
+    fused = fused_activation(module, kind)
+    return fused if fused is not None and is_fused(fused.activation, x) and _runs_alone(module, fused, x) else None
 
 
-def _add_positions(counters: Counters, site: Site, x: Tensor, mask: Tensor | None) -> None:
+def _runs_alone(module: nn.Module, fused: FusedActivation, x: Tensor) -> bool:
+    """Return whether a call of an activation module does nothing but compute the activation: no hooks and no autocast.
+
+    Under autocast, softplus returns float32.
+    """
+    return runs_only_forward(module) and not (fused.activation == "softplus" and torch.is_autocast_enabled(x.device.type))
+
+
+def _count(call: Call, counters: Counters, note: Callable[[str], None]) -> None:
+    """Count the states of the input of an activation, without running the activation.
+
+    Tensors without values (on the meta device, or in a tracer) are not counted. Values that cannot be counted are left out,
+    with a note.
+    """
+    site, local = call.site, local_tensor(call.x)
+    if not has_values(local):
+        return
+    local, mask = wait_tensor(local), None
+    if call.is_token is not None and not local.is_nested:  # the components of a nested tensor have no padding
+        mask = positions_to_count(call.is_token, local, site.channel_axis, call.token_axes)
+    try:
+        parts = plain_parts(local, site.channel_axis)
+        counter = counters.of(site, local.device)
+        for part, axis in parts:
+            count_states(part, counter.counts, channel_axis=axis, mask=mask)
+    except UncountableError as error:
+        note(f"site {site.name!r} was not counted in some calls: its input {error}")
+        return
+    except Exception:
+        if type(local) in (Tensor, nn.Parameter):
+            raise
+        note(f"site {site.name!r} was not counted in some calls: its input is a {type(local).__name__}")
+        return
+    _add_positions(counters, site, sum(part.numel() for part, _ in parts), local.device, mask)
+
+
+def _add_positions(counters: Counters, site: Site, values: int, device: torch.device, mask: Tensor | None) -> None:
     """Record how many values of each neuron were read.
 
     The number is recorded on the host, except in two cases: only the device knows it (a mask), or a CUDA graph is being
     captured, whose replays must repeat the addition.
+
+    Args:
+        counters: the counters of the pass.
+        site: the site of the activation.
+        values: the number of values in the input.
+        device: the device of the input.
+        mask: bool, True at the positions that were counted. None if all were.
     """
-    positions = x.numel() // max(site.neurons, 1)
+    positions = values // max(site.neurons, 1)
     if mask is not None:
-        counters.add_masked_positions(counters.of(site, x.device), mask)
-    elif x.is_cuda and torch.cuda.is_current_stream_capturing():
-        counters.add_repeated_positions(counters.of(site, x.device), positions)
+        counters.add_masked_positions(counters.of(site, device), mask)
+    elif device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        counters.add_repeated_positions(counters.of(site, device), positions)
     else:
         counters.add_positions(site, positions)

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastentropy.collector.site_statistics import SiteStatistics
+from fastentropy.collector.site_statistics import SiteStatistics, batches_of_neurons
 from fastentropy.collector.statistics import Statistics
 from fastentropy.sites.sharding import RankShare
 
@@ -140,8 +140,8 @@ def _part(site: SiteStatistics | None, share: RankShare | None, entry: _Entry, k
         keeps_batches: whether every rank with the site has entropies per batch.
     """
     neurons = entry.share.neurons
-    counts = torch.zeros(neurons, 3, dtype=torch.int64)
-    entropies = torch.zeros(neurons, 2, dtype=torch.float64) if keeps_batches else None
+    counts = torch.zeros(neurons, 3, dtype=torch.int64, device="cpu")
+    entropies = torch.zeros(neurons, 2, dtype=torch.float64, device="cpu") if keeps_batches else None
     part = SiteStatistics(entry.activation, counts, 0, entropies, axis_is_inferred=entry.axis_is_inferred)
     if site is None or share is None or not share.is_counted:
         return part
@@ -149,7 +149,11 @@ def _part(site: SiteStatistics | None, share: RankShare | None, entry: _Entry, k
     counts[place] = site.counts
     if entropies is not None and site.batch_entropies is not None:
         entropies[place] = site.batch_entropies
-    return replace(part, nan=site.nan, batches=site.batches if keeps_batches and share.is_first else 0)
+    if not keeps_batches:
+        return replace(part, nan=site.nan)
+    neuron_batches = torch.zeros(neurons, dtype=torch.int64, device="cpu")
+    neuron_batches[place] = batches_of_neurons(site)
+    return replace(part, nan=site.nan, batches=site.batches if share.is_first else 0, neuron_batches=neuron_batches)
 
 
 def _summed(parts: Mapping[str, SiteStatistics]) -> dict[str, SiteStatistics]:
@@ -157,19 +161,24 @@ def _summed(parts: Mapping[str, SiteStatistics]) -> dict[str, SiteStatistics]:
 
     All integers take one collective operation; the entropies per batch, if there are any, take a second one.
     """
-    numbers = torch.tensor([[part.nan, part.batches] for part in parts.values()], dtype=torch.int64)
-    numbers, *counts = _all_reduce([numbers, *(part.counts for part in parts.values())])
-    entropies = iter(_all_reduce([part.batch_entropies for part in parts.values() if part.batch_entropies is not None]))
-    return {
-        name: replace(
-            part,
-            counts=counts[place],
-            nan=int(numbers[place, 0]),
-            batch_entropies=None if part.batch_entropies is None else next(entropies),
-            batches=int(numbers[place, 1]),
-        )
-        for place, (name, part) in enumerate(parts.items())
-    }
+    numbers = torch.tensor([[part.nan, part.batches] for part in parts.values()], dtype=torch.int64, device="cpu")
+    with_batches = [part for part in parts.values() if part.batch_entropies is not None]
+    batches = [batches_of_neurons(part) for part in with_batches]
+    numbers, *integers = _all_reduce([numbers, *(part.counts for part in parts.values()), *batches])
+    sums = zip(
+        _all_reduce([part.batch_entropies for part in with_batches if part.batch_entropies is not None]),
+        integers[len(parts) :],
+        strict=True,
+    )
+    summed = {}
+    for (name, part), counts, (nan, site_batches) in zip(parts.items(), integers, numbers.tolist(), strict=False):
+        summed[name] = replace(part, counts=counts, nan=nan, batches=0, neuron_batches=None)
+        if part.batch_entropies is not None:
+            entropies, neuron_batches = next(sums)
+            # The first neurons may have had no value in a batch in which those of another rank had one.
+            most = max(site_batches, int(neuron_batches.max()) if part.neurons else 0)
+            summed[name] = replace(summed[name], batch_entropies=entropies, batches=most, neuron_batches=neuron_batches)
+    return summed
 
 
 def _all_reduce(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -178,7 +187,7 @@ def _all_reduce(tensors: Sequence[Tensor]) -> list[Tensor]:
     Returns:
         The sums on the CPU, in the shapes of `tensors`.
     """
-    flat = torch.cat([tensor.flatten() for tensor in tensors]) if tensors else torch.empty(0)
+    flat = torch.cat([tensor.flatten() for tensor in tensors]) if tensors else torch.empty(0, device="cpu")
     if not flat.numel():
         return list(tensors)
     if "cpu:" not in dist.get_backend_config():  # as with nccl

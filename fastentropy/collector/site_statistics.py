@@ -25,8 +25,10 @@ class SiteStatistics:
         nan: the number of values, over all neurons, that were NaN. They are in none of the three states.
         batch_entropies: float64 [neurons, 2], the neuron entropies of each batch, in bits, summed over batches. The first
             column discards zeros, the second counts them as on. None if entropies per batch were not collected.
-        batches: the number of batches in `batch_entropies`.
+        batches: the number of batches in which the site had a value that was not NaN.
         axis_is_inferred: whether the axis of the neurons is a default, because nothing told where they lie.
+        neuron_batches: int64 [neurons], the number of batches in which the neuron had a value that was not NaN. Its entropies
+            per batch are averaged over these batches. None if the number is `batches` for every neuron.
 
     Examples:
         >>> import torch
@@ -44,6 +46,12 @@ class SiteStatistics:
     batch_entropies: Tensor | None = None
     batches: int = 0
     axis_is_inferred: bool = False
+    neuron_batches: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        """Replace `neuron_batches` by None if it tells nothing that `batches` does not."""
+        if self.neuron_batches is not None and bool((self.neuron_batches == self.batches).all()):
+            object.__setattr__(self, "neuron_batches", None)
 
     @property
     def neurons(self) -> int:
@@ -87,8 +95,8 @@ class SiteStatistics:
         Args:
             zero: "discard" leaves out values that are exactly 0, as the paper does; "on" counts them as on, as the paper's code
                 does.
-            average: "dataset" computes one entropy from all counts. "batch" computes an entropy for each batch and returns
-                their mean, with equal weights, as the paper's code does.
+            average: "dataset" computes one entropy from all counts. "batch" computes an entropy for each batch in which
+                the neuron had a value, and returns their mean, with equal weights, as the paper's code does.
 
         Returns:
             float64 [neurons], in bits.
@@ -111,7 +119,7 @@ class SiteStatistics:
             return state_entropy(self.counts, zero)
         if self.batch_entropies is None:
             raise ValueError("these statistics do not tell batches apart; collect with fe.collect(model, average='batch')")
-        return self.batch_entropies[:, _ZERO.index(zero)] / max(self.batches, 1)
+        return self.batch_entropies[:, _ZERO.index(zero)] / batches_of_neurons(self).clamp_min(1)
 
     def __add__(self, other: SiteStatistics) -> SiteStatistics:
         """Return the statistics of both data sets together.
@@ -130,8 +138,19 @@ class SiteStatistics:
         )
         if self.batch_entropies is None or other.batch_entropies is None:
             return both
-        batch_entropies, batches = self.batch_entropies + other.batch_entropies, self.batches + other.batches
-        return replace(both, batch_entropies=batch_entropies, batches=batches)
+        return replace(
+            both,
+            batch_entropies=self.batch_entropies + other.batch_entropies,
+            batches=self.batches + other.batches,
+            neuron_batches=batches_of_neurons(self) + batches_of_neurons(other),
+        )
+
+
+def batches_of_neurons(site: SiteStatistics) -> Tensor:
+    """Return the number of batches in which each neuron of a site had a value that was not NaN, int64 [neurons]."""
+    if site.neuron_batches is not None:
+        return site.neuron_batches
+    return torch.full((site.neurons,), site.batches, dtype=torch.int64, device=site.counts.device)
 
 
 def state_entropy(counts: Tensor, zero: Zero = "discard") -> Tensor:

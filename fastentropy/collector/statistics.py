@@ -213,7 +213,8 @@ class Statistics(Mapping[str, SiteStatistics]):
         """Return the statistics as tensors and plain values.
 
         Returns:
-            A dict. `SITE/counts` and, if there are any, `SITE/batch_entropies` hold the tensors of the site with the name SITE.
+            A dict. `SITE/counts` and, if there are any, `SITE/batch_entropies` and `SITE/neuron_batches` hold the tensors of
+            the site with the name SITE.
             `sites` is a list of dicts in call order, with the name and the other values of each site. `notes` is the list of
             the notes, if there are any.
 
@@ -226,8 +227,9 @@ class Statistics(Mapping[str, SiteStatistics]):
         """
         tensors = {f"{name}/counts": site.counts for name, site in self.items()}
         for name, site in self.items():
-            if site.batch_entropies is not None:
-                tensors[f"{name}/batch_entropies"] = site.batch_entropies
+            for key in ("batch_entropies", "neuron_batches"):
+                if (tensor := getattr(site, key)) is not None:
+                    tensors[f"{name}/{key}"] = tensor
         sites = [
             {
                 "name": name,
@@ -332,14 +334,16 @@ def _figures(site: SiteStatistics, entropy: float) -> dict[str, Any]:
 
 def _site_from_state_dict(site: Mapping[str, Any], state: Mapping[str, Any]) -> SiteStatistics:
     """Return the statistics of one site from its entry in `state["sites"]` and the tensors in `state`."""
-    counts, batch_entropies = state[f"{site['name']}/counts"], state.get(f"{site['name']}/batch_entropies")
+    name = site["name"]
+    counts = state[f"{name}/counts"]
     if counts.dtype != torch.int64 or counts.ndim != 2 or counts.shape[1] != 3:
         raise ValueError(f"counts are {counts.dtype} {list(counts.shape)}, expected torch.int64 [neurons, 3]")
     return SiteStatistics(
         site["activation"],
         counts,
         int(site["nan"]),
-        batch_entropies,
+        state.get(f"{name}/batch_entropies"),
         int(site["batches"]),
         bool(site.get("axis_is_inferred", False)),
+        state.get(f"{name}/neuron_batches"),
     )

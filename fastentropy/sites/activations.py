@@ -1,11 +1,14 @@
 """The table of activations: modules and functions with a state per neuron (off, zero, on), which is the sign of their input."""
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from fastentropy_kernels.activations import checked_parameters
 
 #: Full name of a module class -> name of the activation. The keys are names, because not every library is installed.
 _MODULES: dict[str, str] = {
@@ -79,37 +82,59 @@ _FUNCTIONS: dict[Callable[..., Any], str] = {
 
 
 class FusedActivation(NamedTuple):
-    """The arguments with which `fastentropy_kernels.activation_states` computes the same output as an activation module."""
+    """The arguments with which `fastentropy_kernels.activation_states` computes the same output as an activation module.
+
+    Also what these arguments were read from, because they hold only as long as it stays the same.
+    """
 
     activation: str  # the name of the activation
-    parameters: dict[str, Any]  # its parameters by name, such as negative_slope
+    parameters: dict[str, float]  # its parameters by name, such as negative_slope
     inplace: bool  # whether the output is written over the input
+    kind: type[nn.Module]  # the class of the module
+    forward: Callable[..., Any]  # the forward of this class
+    function: str  # the name of the function of torch.nn.functional that the forward calls
+    attributes: tuple[tuple[str, object], ...]  # the attributes that the forward reads: name and value
+
+    def is_of(self, module: nn.Module, kind: type[nn.Module]) -> bool:
+        """Return whether the arguments still hold for a module: whether they would be read from it again.
+
+        Args:
+            module: any module.
+            kind: the class of the module as its user knows it.
+        """
+        state = vars(module)
+        if kind is not self.kind or kind.forward is not self.forward or "forward" in state:
+            return False
+        for name, value in self.attributes:
+            if state.get(name) is not value:  # `==` would take 0.0 for -0.0
+                return False
+        return getattr(F, self.function) is _FUNCTIONALS[self.function]
 
 
-#: Full name of a module class -> a function that takes a module of this class. It returns the name and the parameters of the
-#: activation that a kernel computes in place of the module's forward. It returns None if the module is set to a formula that
-#: rounds differently from the kernel.
-_FUSED: dict[str, Callable[[Any], tuple[str, dict[str, float]] | None]] = {
-    **{
-        f"torch.nn.modules.activation.{kind}": read
-        for kind, read in dict[str, Callable[[Any], tuple[str, dict[str, float]]]](
-            ReLU=lambda module: ("relu", {}),
-            ReLU6=lambda module: ("relu6", {}),
-            LeakyReLU=lambda module: ("leaky_relu", {"negative_slope": module.negative_slope}),
-            ELU=lambda module: ("elu", {"alpha": module.alpha}),
-            SELU=lambda module: ("selu", {}),
-            CELU=lambda module: ("celu", {"alpha": module.alpha}),
-            GELU=lambda module: ("gelu" if module.approximate == "none" else "gelu_tanh", {}),
-            SiLU=lambda module: ("silu", {}),
-            Mish=lambda module: ("mish", {}),
-            Softplus=lambda module: ("softplus", {"beta": module.beta, "threshold": module.threshold}),
-            Hardswish=lambda module: ("hardswish", {}),
-            Hardtanh=lambda module: ("hardtanh", {"min_val": module.min_val, "max_val": module.max_val}),
-        ).items()
-    },
-    "transformers.activations.GELUActivation": lambda module: ("gelu", {}) if module.act is F.gelu else None,
-    "transformers.activations.SiLUActivation": lambda module: ("silu", {}),
+#: Full name of a module class with a kernel -> the function of torch.nn.functional that its forward calls, and the attributes
+#: that the forward reads.
+_FUSED: dict[str, tuple[str, tuple[str, ...]]] = {
+    "torch.nn.modules.activation.ReLU": ("relu", ("inplace",)),
+    "torch.nn.modules.activation.ReLU6": ("hardtanh", ("min_val", "max_val", "inplace")),
+    "torch.nn.modules.activation.LeakyReLU": ("leaky_relu", ("negative_slope", "inplace")),
+    "torch.nn.modules.activation.ELU": ("elu", ("alpha", "inplace")),
+    "torch.nn.modules.activation.SELU": ("selu", ("inplace",)),
+    "torch.nn.modules.activation.CELU": ("celu", ("alpha", "inplace")),
+    "torch.nn.modules.activation.GELU": ("gelu", ("approximate",)),
+    "torch.nn.modules.activation.SiLU": ("silu", ("inplace",)),
+    "torch.nn.modules.activation.Mish": ("mish", ("inplace",)),
+    "torch.nn.modules.activation.Softplus": ("softplus", ("beta", "threshold")),
+    "torch.nn.modules.activation.Hardswish": ("hardswish", ("inplace",)),
+    "torch.nn.modules.activation.Hardtanh": ("hardtanh", ("min_val", "max_val", "inplace")),
+    "transformers.activations.GELUActivation": ("gelu", ("act",)),
+    "transformers.activations.SiLUActivation": ("silu", ()),
 }
+
+#: The attributes in `_FUSED` that are no parameters of an activation, with values that have no effect.
+_OTHERS: dict[str, Any] = {"inplace": False, "approximate": "none", "act": F.gelu}
+
+#: The functions of `_FUSED` as they are in PyTorch. A user may put others in their place.
+_FUNCTIONALS: dict[str, Callable[..., Any]] = {function: getattr(F, function) for function, _ in _FUSED.values()}
 
 
 def register_activation(activation: type[nn.Module] | Callable[..., Tensor], name: str) -> None:
@@ -169,18 +194,60 @@ def function_name(function: Callable[..., Any]) -> str | None:
         return None
 
 
+def kernel_of(kind: type[nn.Module]) -> str | None:
+    """Return an activation that has a kernel wherever modules of a class have one, or None if they never have one."""
+    function, _ = _FUSED.get(_full_name(kind), (None, ()))
+    return "relu6" if function == "hardtanh" else function  # relu6 is a hardtanh from 0 to 6
+
+
 def fused_activation(module: nn.Module, kind: type[nn.Module]) -> FusedActivation | None:
     """Return the arguments with which a kernel computes the same as an activation module, or None if no kernel does.
 
     Args:
         module: the activation module.
         kind: the class of the module as its user knows it. Subclasses of a class with a kernel may compute something else, so
-            they have no kernel.
+            they have no kernel. Neither has a class whose forward was replaced.
     """
-    read = _FUSED.get(_full_name(kind))
-    if read is None or (fused := read(module)) is None:
+    function, names = _FUSED.get(_full_name(kind), ("", ()))
+    if not function or not _is_original(kind):
         return None
-    return FusedActivation(*fused, inplace=bool(getattr(module, "inplace", False)))
+    attributes = {name: vars(module).get(name) for name in names}
+    arguments = _kernel_arguments(function, attributes)
+    if arguments is None:
+        return None
+    fused = FusedActivation(*arguments, kind, kind.forward, function, tuple(attributes.items()))
+    return fused if fused.is_of(module, kind) else None
+
+
+def _is_original(kind: type[nn.Module]) -> bool:
+    """Return whether the forward of a class of a library is the library's own, and was not replaced by another function."""
+    code = getattr(kind.forward, "__code__", None)
+    return code is not None and code.co_filename == sys.modules[kind.__module__].__file__
+
+
+def _kernel_arguments(function: str, attributes: Mapping[str, Any]) -> tuple[str, dict[str, float], bool] | None:
+    """Return the name and the parameters of the activation that a kernel computes, and whether it is in place.
+
+    The result is None if a module with these attributes computes something else, or rounds differently from the kernel.
+
+    Args:
+        function: the function that the forward of the module calls, as in `_FUSED`.
+        attributes: the values of the attributes that the forward reads, by name; None for one that is missing.
+    """
+    parameters = dict(attributes)
+    inplace, approximate, act = (parameters.pop(name, default) for name, default in _OTHERS.items())
+    if type(inplace) is not bool or approximate not in ("none", "tanh") or act is not F.gelu:
+        return None
+    if any(type(value) not in (int, float) for value in parameters.values()):  # a tensor, for example, may change its value
+        return None
+    activation = "gelu_tanh" if approximate == "tanh" else function
+    if function == "hardtanh" and tuple(parameters.values()) == (0, 6):
+        activation, parameters = "relu6", {}
+    try:
+        checked_parameters(activation, parameters)
+    except ValueError:
+        return None
+    return activation, parameters, inplace
 
 
 def activation_modules(model: nn.Module) -> dict[str, nn.Module]:

@@ -17,6 +17,11 @@ def fill(counters, site, value):
     counters.add_positions(site, 10 * value)
 
 
+def total_of(counters, site):
+    """The counts and the positions of one site."""
+    return counters.totals([site])[site.name]
+
+
 @pytest.fixture
 def layout():
     return Layout()
@@ -38,8 +43,8 @@ def test_sites_that_come_later_do_not_move_the_others(layout):
     fill(counters, SITES[1], 2)
     before += 1
     assert counters.of(SITES[0], CPU).counts.data_ptr() == address
-    assert counters.total(SITES[0])[0].tolist() == [[1, 1, 1]] * 3
-    assert counters.total(SITES[1])[1] == 22
+    assert total_of(counters, SITES[0])[0].tolist() == [[1, 1, 1]] * 3
+    assert total_of(counters, SITES[1])[1] == 22
 
 
 @pytest.mark.parametrize("known_before", [0, 1, 2, 3])
@@ -53,7 +58,7 @@ def test_sums_are_right_however_the_sites_were_met(layout, known_before):
             fill(part, site, value)
         total.add(part)
     for value, site in enumerate(SITES, 1):
-        counts, positions = total.total(site)
+        counts, positions = total_of(total, site)
         assert counts.tolist() == [[3 * value] * 3] * site.neurons
         assert positions == 3 * 11 * value
 
@@ -66,7 +71,7 @@ def test_sites_that_were_not_met_since_clearing_add_nothing(layout):
     part.clear()
     fill(part, SITES[1], 4)
     total.add(part)
-    assert [total.total(site)[1] for site in SITES] == [11, 55, 11]
+    assert [total_of(total, site)[1] for site in SITES] == [11, 55, 11]
 
 
 def test_clearing_keeps_addresses(layout):
@@ -74,7 +79,7 @@ def test_clearing_keeps_addresses(layout):
     fill(counters, SITES[0], 3)
     address = counters.of(SITES[0], CPU).counts.data_ptr()
     counters.clear()
-    assert counters.total(SITES[0])[1] == 0
+    assert total_of(counters, SITES[0])[1] == 0
     assert counters.of(SITES[0], CPU).counts.data_ptr() == address
 
 
@@ -84,7 +89,7 @@ def test_counts_go_beyond_32_bits(layout):
     fill(part, SITES[0], 2**33)
     total.add(part)
     total.add(part)
-    assert total.total(SITES[0])[0].tolist() == [[2**34] * 3] * 3
+    assert total_of(total, SITES[0])[0].tolist() == [[2**34] * 3] * 3
 
 
 def test_counters_made_in_inference_mode_can_be_added_to_outside(layout):
@@ -92,7 +97,7 @@ def test_counters_made_in_inference_mode_can_be_added_to_outside(layout):
         counters = Counters(layout)
         fill(counters, SITES[0], 1)
     fill(counters, SITES[0], 1)
-    assert counters.total(SITES[0])[0].sum() == 18
+    assert total_of(counters, SITES[0])[0].sum() == 18
 
 
 @pytest.mark.slow
@@ -128,3 +133,87 @@ def test_counts_go_on_beyond_32_bits(before, tmp_path):
     collector.compute().save(tmp_path / "statistics.safetensors")
     counts = fe.Statistics.load(tmp_path / "statistics.safetensors")["1"].counts
     assert torch.equal(counts, once.counts + before + torch.tensor([0, 0, 11]))
+
+
+def operators(call):
+    """How many operators of PyTorch run in a call, by name."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        call()
+    return {event.key: event.count for event in profiler.key_averages()}
+
+
+def test_buffers_are_few_when_sites_come_one_by_one(layout):
+    counters, addresses = Counters(layout), {}
+    sites = [Site(str(index), "relu", 1 + index % 5, 1) for index in range(3000)]
+    for value, site in enumerate(sites):
+        fill(counters, site, value)
+        addresses[site.name] = counters.of(site, CPU).counts.data_ptr()
+    assert len(counters.buffers[CPU]) < 50
+    assert sum(buffer.numel() for buffer in counters.buffers[CPU].values()) <= 1.3 * layout.size
+    assert addresses == {site.name: counters.of(site, CPU).counts.data_ptr() for site in sites}
+    for value, (counts, positions) in enumerate(counters.totals(sites).values()):
+        assert (counts.unique().tolist(), positions) == ([value], 11 * value)
+
+
+@pytest.mark.parametrize("order", ["as met", "last first"])
+def test_slots_that_straddle_the_end_of_a_buffer(layout, order):
+    """A buffer may end inside of a slot. Such a slot lies in the next buffer, whichever site is asked for first."""
+    sites = [Site(str(index), "relu", (index * 7) % 11 + 1, 1) for index in range(200)]
+    counters, expected = Counters(layout), {}
+    for first in range(0, len(sites), 3):
+        new = sites[first : first + 3]
+        for site in new:
+            layout.slot(site)
+        for site in new if order == "as met" else reversed(new):
+            view = counters.of(site, CPU)
+            values = torch.randint(100, view.slot.shape)
+            view.slot.add_(values)
+            expected[site.name] = values
+    for name, (counts, positions) in counters.totals(sites).items():
+        assert counts.flatten().tolist() == expected[name][:-1].tolist()
+        assert positions == expected[name][-1]
+    total = counters.empty_like()
+    assert counters.same_layout(total)
+    for site in sites:
+        counters.of(site, CPU)
+        counters.add_positions(site, 0)
+    for _ in range(2):
+        total.add(counters)
+    for name, (counts, positions) in total.totals(sites).items():
+        assert counts.flatten().tolist() == (2 * expected[name][:-1]).tolist()
+        assert positions == 2 * expected[name][-1]
+
+
+@pytest.mark.parametrize("sites", [50, 200])
+def test_operations_of_adding_a_first_pass_grow_with_its_sites(sites, layout):
+    total, part = Counters(layout), Counters(layout)
+    for index in range(sites):
+        fill(part, Site(str(index), "relu", 3, 1), 1)
+    ran = operators(lambda: total.add(part))
+    assert sum(ran.values()) < 8 * sites
+    assert ran["aten::zeros"] == ran["aten::_foreach_add_"] == 1
+    assert operators(lambda: total.totals(part.sites.values()))["aten::add_"] == 1
+
+
+@pytest.mark.parametrize("calls", [100, 400])
+def test_operations_of_a_pass_grow_with_its_calls(calls):
+    class Cell(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.act = nn.GELU()
+
+        def forward(self, x):
+            for _ in range(calls):
+                x = self.act(x)
+            return x
+
+    model, x = nn.Sequential(nn.Linear(3, 4), Cell()).eval(), torch.randn(2, 3)
+    with torch.no_grad(), fe.collect(model) as collector:
+        first = operators(lambda: model(x))
+        later = operators(lambda: model(x))
+    compute = operators(collector.compute)
+    assert sum(first.values()) < 40 * calls
+    assert sum(later.values()) < 20 * calls
+    assert sum(compute.values()) < 20 * calls
+    assert len(collector.compute()) == calls
+    assert collector.compute()["1.act:7"].observations == 16

@@ -1,3 +1,5 @@
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -6,7 +8,7 @@ from torch import nn
 
 import fastentropy as fe
 from fastentropy.sites import activations
-from fastentropy.sites.activations import activation_modules, activation_name, function_name, fused_activation
+from fastentropy.sites.activations import activation_modules, activation_name, function_name, fused_activation, kernel_of
 from fastentropy_kernels import activation_states
 
 RECTIFIERS = {
@@ -84,6 +86,67 @@ def test_the_fused_form_of_a_module_is_the_module(kind):
     x, counts = torch.linspace(-9, 9, 111)[:, None], torch.zeros(1, 3, dtype=torch.int64)
     y = activation_states(x, counts, fused.activation, inplace=fused.inplace, impl="reference", **fused.parameters)
     torch.testing.assert_close(y, module(x))
+
+
+@pytest.mark.parametrize(
+    "kind", [nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.GELU, nn.Softplus, transformers.activations.SiLUActivation]
+)
+def test_no_fused_form_once_the_forward_is_replaced(kind, monkeypatch):
+    module = kind()
+    fused = fused_activation(module, kind)
+    assert fused.is_of(module, kind)
+    monkeypatch.setattr(kind, "forward", functools.wraps(kind.forward)(lambda self, x: 2 * x))
+    assert not fused.is_of(module, kind)
+    assert fused_activation(module, kind) is None
+    monkeypatch.undo()
+    assert fused.is_of(module, kind)
+    module.forward = kind.forward.__get__(module)
+    assert not fused.is_of(module, kind)
+    assert fused_activation(module, kind) is None
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "values"),
+    [
+        (nn.LeakyReLU(), "negative_slope", (torch.tensor(0.1), True, None, 0.1j)),
+        (nn.Softplus(), "beta", (0, torch.ones(1))),
+        (nn.CELU(), "alpha", (0.0,)),
+        (nn.Hardtanh(), "max_val", (-1.0, -2.0, float("nan"))),
+        (nn.GELU(), "approximate", ("erf", None)),
+        (nn.ReLU(), "inplace", (1, None)),
+        (nn.LeakyReLU(), "inplace", (torch.tensor(True),)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)
+def test_no_fused_form_for_unusual_attributes(module, name, values):
+    fused = fused_activation(module, type(module))
+    original = getattr(module, name)
+    for value in values:
+        setattr(module, name, value)
+        assert not fused.is_of(module, type(module))
+        assert fused_activation(module, type(module)) is None
+    setattr(module, name, original)
+    assert fused.is_of(module, type(module))
+    delattr(module, name)
+    assert not fused.is_of(module, type(module))
+    assert fused_activation(module, type(module)) is None
+
+
+def test_subclass_has_no_fused_form():
+    class Shifted(nn.ReLU):
+        def forward(self, x):
+            return super().forward(x - 1)
+
+    assert fused_activation(Shifted(), Shifted) is None
+    assert kernel_of(Shifted) is None
+
+
+def test_fused_form_of_relu6_is_that_of_its_limits():
+    module = nn.ReLU6()
+    assert fused_activation(module, nn.ReLU6)[:3] == ("relu6", {}, False)
+    module.max_val = 5.0
+    assert fused_activation(module, nn.ReLU6)[:3] == ("hardtanh", {"min_val": 0.0, "max_val": 5.0}, False)
+    assert fused_activation(nn.Hardtanh(0, 6), nn.Hardtanh)[0] == "relu6"
 
 
 def test_modules_come_by_their_first_path():

@@ -86,6 +86,8 @@ class ActivationPlan:
         return (
             type(x) is Tensor
             and is_plain_eager(x)  # first: a tracer would note the comparisons of sizes
+            and x.layout is torch.strided
+            and not x.is_nested  # such a tensor has no shape
             and x.shape == self._shape
             and x.dtype is self._dtype
             and x.stride() == self._strides
