@@ -4,7 +4,8 @@ The steps are: `collect` measures `Statistics`, `prune` removes activations, and
 operators. README.md has an example of each.
 """
 
-from fastentropy.collector.collector import EntropyCollector, collect
+from fastentropy.collector.api import collect
+from fastentropy.collector.collector import EntropyCollector
 from fastentropy.collector.site_statistics import SiteStatistics
 from fastentropy.collector.statistics import Statistics
 from fastentropy.fusion import FusedModel, FusionReport, fuse, load

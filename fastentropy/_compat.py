@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
@@ -162,7 +163,49 @@ def children_of(module: nn.Module) -> dict[str, nn.Module | None]:
 
 def has_hooks(module: nn.Module) -> bool:
     """Return whether a forward or backward hook is registered on a module."""
-    return any(_attribute(module, name) for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks"))
+    try:
+        return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
+    except AttributeError as error:
+        raise _unknown_release(f"{type(module).__name__}.{error.name}") from error
+
+
+def has_pre_hooks(module: nn.Module) -> bool:
+    """Return whether a call of a module runs hooks before its forward, which may change the inputs."""
+    return bool(_attribute(module, "_forward_pre_hooks") or _named("torch.nn.modules.module", "_global_forward_pre_hooks"))
+
+
+def module_identity(module: nn.Module) -> int:
+    """Return a number that a module shares with its replicas of nn.DataParallel, but with no copy of it.
+
+    A replica has the same dict of hooks as the module that it was made from.
+    """
+    return id(_attribute(module, "_forward_hooks"))
+
+
+def module_call() -> Callable[..., Any]:
+    """Return the method of nn.Module through which all calls of modules pass, compiled ones included.
+
+    `nn.Module.__call__` would not do: `torch.compile(model)` keeps the bound method `__call__` of the model.
+    """
+    call: Callable[..., Any] = _attribute(nn.Module, "_call_impl")
+    return call
+
+
+def replace_module_call(call: Callable[..., Any]) -> None:
+    """Let all calls of modules pass through `call(module, *args, **kwargs)` from now on (see `module_call`)."""
+    module_call()
+    nn.Module._call_impl = call  # type: ignore[method-assign]
+
+
+def compiled_call(module: nn.Module) -> Callable[..., Any] | None:
+    """Return what the method `compile` of a module has put in place of `module_call`; None if it was not compiled in place."""
+    call: Callable[..., Any] | None = _attribute(module, "_compiled_call_impl")
+    return call
+
+
+def replace_compiled_call(module: nn.Module, call: Callable[..., Any]) -> None:
+    """Let the calls of a module that was compiled in place pass through `call` (see `compiled_call`)."""
+    vars(module)["_compiled_call_impl"] = call
 
 
 def runs_only_forward(module: nn.Module) -> bool:
@@ -181,9 +224,7 @@ def is_compiled(module: nn.Module) -> bool:
     """Return whether a module is compiled: wrapped by `torch.compile`, or compiled in place by its method `compile`."""
     if "torch._dynamo" not in sys.modules:  # whoever compiles imports it, which takes seconds
         return False
-    return isinstance(module, _named("torch._dynamo", "OptimizedModule")) or (
-        _attribute(module, "_compiled_call_impl") is not None
-    )
+    return isinstance(module, _named("torch._dynamo", "OptimizedModule")) or (compiled_call(module) is not None)
 
 
 def uncompiled(module: nn.Module) -> nn.Module:
@@ -197,6 +238,70 @@ def uncompiled(module: nn.Module) -> nn.Module:
 def path_when_uncompiled(path: str) -> str:
     """Return the dotted path that a module has in the model before torch.compile, without the parts `_orig_mod`."""
     return ".".join(part for part in path.split(".") if part != "_orig_mod")
+
+
+# Operators that are intercepted ------------------------------------------------------------------------------------------
+
+# A dispatch key that no part of PyTorch uses. Its kernels run, and cost something, only in a thread that includes the key.
+_INTERCEPTED = "TESTING_ONLY_GenericMode"
+_libraries: list[torch.library.Library] = []  # a library takes its kernels back when it is deleted
+
+
+@functools.cache
+def _intercepted_key() -> Any:
+    """Return the dispatch key of the kernels that intercept operators."""
+    return _named("torch._C", "_dispatch_key_parse")(_INTERCEPTED)
+
+
+@functools.cache
+def _intercepted_keys() -> Any:
+    """Return the set with only this dispatch key."""
+    return _named("torch._C", "DispatchKeySet")(_intercepted_key())
+
+
+@functools.cache
+def intercept_operators(operators: tuple[Any, ...], run: Callable[..., Any]) -> None:
+    """Let `run(operator, args, kwargs)` run in place of some ATen operators, in threads that are `set_intercepting`.
+
+    A TorchFunctionMode would see every function and cost microseconds for each. Here all other operators cost nothing. An
+    operator is intercepted wherever it is called, also in C++ and in functions that TorchScript has compiled.
+
+    Args:
+        operators: overloads of operators, such as `torch.ops.aten.relu_.default`.
+        run: the function that runs in their place. Nothing is intercepted while it runs.
+    """
+    _leave_other_operators_alone()
+    library: Any = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
+    _libraries.append(library)
+
+    def kernel(operator: Any) -> Callable[..., Any]:
+        def intercepted(*args: Any, **kwargs: Any) -> Any:
+            with without_intercepting():
+                return run(operator, args, kwargs)
+
+        return intercepted
+
+    for operator in operators:
+        library.impl(operator, kernel(operator), _INTERCEPTED)
+
+
+@functools.cache
+def _leave_other_operators_alone() -> None:
+    """Let operators without a kernel under the dispatch key run as if there were no such key."""
+    library: Any = torch.library.Library("_", "IMPL")  # type: ignore[no-untyped-call]
+    library.fallback(torch.library.fallthrough_kernel, _INTERCEPTED)
+    _libraries.append(library)
+
+
+def set_intercepting(is_on: bool) -> None:
+    """Intercept operators in this thread from now on (see `intercept_operators`), or no longer."""
+    _named("torch._C", "_dispatch_tls_set_dispatch_key_included")(_intercepted_key(), is_on)
+
+
+def without_intercepting() -> AbstractContextManager[object]:
+    """Return a context in which this thread intercepts no operators."""
+    guard: AbstractContextManager[object] = _named("torch._C", "_ExcludeDispatchKeyGuard")(_intercepted_keys())
+    return guard
 
 
 # Operators and exported programs ----------------------------------------------------------------------------------------
@@ -297,17 +402,6 @@ def local_shape_and_offset(x: DTensor) -> tuple[Sequence[int], Sequence[int]]:
 # Python ------------------------------------------------------------------------------------------------------------------
 
 
-def as_original_class(kind: type, constructor: Any, arguments: Any) -> tuple[Any, Any]:
-    """Change the result of `__reduce_ex__` for an object of a subclass so that copies and pickles have the class `kind`.
-
-    Args:
-        kind: the original class of the object.
-        constructor: the first entry of the result, a function that makes the object.
-        arguments: the second entry, the arguments of this function.
-
-    Returns:
-        The two entries as they would be for an object of `kind`.
-    """
-    if constructor is _named("copyreg", "__newobj__"):
-        return _named("copyreg", "_reconstructor"), (kind, object, None)
-    return constructor, arguments
+def stack_frame(depth: int) -> FrameType:
+    """Return the stack frame that lies `depth` calls above the caller. `inspect.stack` would read source files."""
+    return sys._getframe(depth + 1)

@@ -1,9 +1,10 @@
 """Canaries: what the private names of PyTorch mean to us, and that a name that is gone is an error and not a guess."""
 
-import copyreg
+import copy
 import re
 import subprocess
 import sys
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -246,13 +247,66 @@ def test_pending_collective(dtensor):
     assert _compat.wait_tensor(plain) is _compat.without_waiting(plain) is plain
 
 
-def test_original_class():
-    class Sub(nn.ReLU):
-        pass
+def test_call_of_modules():
+    model, original, calls = nn.Sequential(nn.ReLU()), _compat.module_call(), []
+    _compat.replace_module_call(lambda module, x: calls.append(module) or original(module, x))
+    try:
+        compiled = torch.compile(model, backend="eager")
+        with torch.compiler.set_stance("force_eager"):
+            compiled(torch.ones(2))
+    finally:
+        _compat.replace_module_call(original)
+    assert calls == [compiled, model, model[0]]
 
-    constructor, arguments, *_ = Sub().__reduce_ex__(4)
-    constructor, arguments = _compat.as_original_class(nn.ReLU, constructor, arguments)
-    assert type(constructor(*arguments)) is nn.ReLU
+
+def test_call_of_a_module_that_is_compiled_in_place():
+    module = nn.ReLU()
+    assert _compat.compiled_call(module) is None
+    module.compile(backend="eager")
+    assert _compat.compiled_call(module) is not None
+    _compat.replace_compiled_call(module, lambda x: x + 1)
+    assert torch.equal(module(torch.ones(2)), torch.full((2,), 2.0))
+
+
+def test_module_identity():
+    module = nn.Linear(2, 2)
+    assert _compat.module_identity(module) == _compat.module_identity(module._replicate_for_data_parallel())
+    assert _compat.module_identity(module) != _compat.module_identity(copy.deepcopy(module))
+
+
+def test_hooks_before_the_forward_and_of_all_modules():
+    module = nn.ReLU()
+    with module.register_forward_hook(print):
+        assert not _compat.has_pre_hooks(module)
+    with module.register_forward_pre_hook(print):
+        assert _compat.has_pre_hooks(module)
+    with torch.nn.modules.module.register_module_forward_pre_hook(print):
+        assert _compat.has_pre_hooks(module)
+        assert not _compat.has_hooks(module)
+    assert not _compat.has_pre_hooks(module)
+
+
+def test_operators_are_intercepted_in_this_thread_alone():
+    x, seen = torch.tensor([-1.0, 2.0]), []
+
+    def run(operator, args, kwargs):
+        seen.append(operator)
+        return operator(*args, **kwargs) + 1
+
+    operator = torch.ops.aten.frac.default
+    _compat.intercept_operators((operator,), run)
+    _compat.set_intercepting(True)
+    try:
+        assert torch.equal(torch.frac(x), torch.ones(2))
+        thread = threading.Thread(target=torch.frac, args=(x,))
+        thread.start()
+        thread.join()
+        with _compat.without_intercepting():
+            torch.frac(x)
+    finally:
+        _compat.set_intercepting(False)
+    torch.frac(x)
+    assert seen == [operator]
 
 
 def test_composite_kernel():
@@ -310,7 +364,11 @@ GONE = [
     (_functional_collectives, "AsyncCollectiveTensor", lambda: _compat.wait_tensor(nn.Parameter(torch.ones(1)))),
     (_functional_collectives, "AsyncCollectiveTensor", lambda: _compat.without_waiting(nn.Parameter(torch.ones(1)))),
     (_utils, "compute_local_shape_and_global_offset", lambda: _compat.local_shape_and_offset(SimpleNamespace())),
-    (copyreg, "_reconstructor", lambda: _compat.as_original_class(nn.ReLU, copyreg.__newobj__, ())),
+    (torch._C, "_dispatch_key_parse", _compat._intercepted_key.__wrapped__),
+    (torch._C, "DispatchKeySet", _compat._intercepted_keys.__wrapped__),
+    (torch._C, "_dispatch_tls_set_dispatch_key_included", lambda: _compat.set_intercepting(False)),
+    (torch._C, "_ExcludeDispatchKeyGuard", lambda: _compat.without_intercepting()),
+    (torch.nn.modules.module, "_global_forward_pre_hooks", lambda: _compat.has_pre_hooks(nn.ReLU())),
     (torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda: _compat.composite_kernel(torch.ops.aten.relu.default)),
 ]
 
@@ -327,7 +385,8 @@ ATTRIBUTES = {
     "_cdata": lambda without: _compat.storage_id(SimpleNamespace(untyped_storage=lambda: without)),
     "_buffers": _compat.buffers_of,
     "_modules": _compat.children_of,
-    "_forward_hooks": _compat.has_hooks,
+    "_forward_hooks": _compat.module_identity,
+    "_forward_pre_hooks": _compat.has_pre_hooks,
     "_compiled_call_impl": _compat.is_compiled,
     "_guards_code": _compat.export_guards,
     "_local_tensor": _compat.local_part,

@@ -19,7 +19,7 @@ from fastentropy.benchmarks.baselines import compiled, count_in_pytorch, histogr
 from fastentropy.benchmarks.measurements import Case, name_case
 from fastentropy.benchmarks.memory import peak_bytes
 from fastentropy.benchmarks.networks import Network, infer, llama, moved, vision
-from fastentropy.collector.collector import collect
+from fastentropy.collector.api import collect
 from fastentropy.sites.activations import activation_modules
 from fastentropy.surgery.isolation import copy_sharing_tensors
 

@@ -21,7 +21,7 @@ from fastentropy.calibration.engine import Calibration, Display, Outcome
 from fastentropy.calibration.pretrained import DTYPES, MAX_LENGTH, Pretrained, load_pretrained
 from fastentropy.calibration.ranks import Ranks
 from fastentropy.calibration.report import write_report
-from fastentropy.collector.collector import collect
+from fastentropy.collector.api import collect
 from fastentropy.collector.statistics import Statistics
 
 #: The names of the files in the folder.

@@ -1,6 +1,7 @@
 """Count, for each neuron, how often an activation's input is off (below 0), zero and on (above 0) while a model runs."""
 
-from fastentropy.collector.collector import EntropyCollector, collect
+from fastentropy.collector.api import collect
+from fastentropy.collector.collector import EntropyCollector
 from fastentropy.collector.site_statistics import SiteStatistics
 from fastentropy.collector.statistics import Statistics
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from functools import reduce
 from operator import add
 from typing import Any
@@ -15,8 +15,8 @@ from fastentropy.collector.site_statistics import Average
 from fastentropy.collector.statistics import Statistics
 from fastentropy.sites.finding import no_sites
 from fastentropy.sites.inputs import check_model
-from fastentropy.sites.interception import original_class
 from fastentropy.sites.padding import Mask
+from fastentropy.sites.registry import Misfits
 from fastentropy.sites.sharding import RankShare
 from fastentropy.sites.watcher import SiteWatcher
 
@@ -35,6 +35,8 @@ class EntropyCollector:
         average: "dataset" keeps only counts; "batch" also keeps the entropies of each batch.
         channel_axis: the axis of the neurons, by name of the site, for sites where it should not be inferred.
         mask: the name of the argument that holds the padding mask; a function that returns this mask; or None. See `collect`.
+        exclude: names of sites that are not counted, or patterns of names.
+        misfits: what happens to a site of which an input has another number of neurons. See `collect`.
 
     Raises:
         TypeError: `model` is not a module.
@@ -59,14 +61,20 @@ class EntropyCollector:
         average: Average = "dataset",
         channel_axis: Mapping[str, int] | None = None,
         mask: Mask = "attention_mask",
+        exclude: Collection[str] = (),
+        misfits: Misfits = "raise",
     ) -> None:
         """Prepare to count; see `collect` for the arguments."""
         check_model(model)
         if average not in ("dataset", "batch"):
             raise ValueError(f"average={average!r}: expected 'dataset' or 'batch'")
+        if isinstance(exclude, str):
+            raise TypeError(f"exclude: got the string {exclude!r}, expected names or patterns: exclude=[{exclude!r}]")
+        if misfits not in ("raise", "skip"):
+            raise ValueError(f"misfits={misfits!r}: expected 'raise' or 'skip'")
         self._model = model
         self._counting = PassCounting(average == "batch", self._recommend_isolation, self._note)
-        self._watcher = SiteWatcher(model, self._counting, channel_axis, mask)
+        self._watcher = SiteWatcher(model, self._counting, channel_axis, mask, exclude, misfits)
         self._restored, self._restored_shares = Statistics({}), dict[str, RankShare]()
         self._notes: list[str] = []
 
@@ -208,7 +216,7 @@ class EntropyCollector:
             >>> collector.sync()["0"].observations  # of one process
             6
         """
-        return sum_over_ranks(self._statistics(), self._shares(), self._watcher.activations)
+        return sum_over_ranks(self._statistics(), self._shares(), self._watcher.modules.activations)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the counts of this rank as tensors and plain values, to be saved with `torch.save`.
@@ -288,7 +296,7 @@ class EntropyCollector:
         counted = {name: site for name, site in counted.items() if site.observations + site.nan}
         names = [*self._restored, *(name for name in counted if name not in self._restored)]
         parts = {name: [part[name] for part in (self._restored, counted) if name in part] for name in names}
-        notes = tuple(dict.fromkeys((*self._restored.notes, *self._notes)))
+        notes = tuple(dict.fromkeys((*self._restored.notes, *self._notes, *self._watcher.registry.notes)))
         return Statistics({name: reduce(add, sites) for name, sites in parts.items()}, notes)
 
     def _note(self, text: str) -> None:
@@ -299,51 +307,4 @@ class EntropyCollector:
 
     def _recommend_isolation(self) -> None:
         """Warn, once, if the model calls activations as functions, because these are counted more slowly."""
-        self._watcher.registry.recommend_isolation(original_class(self._model).__name__)
-
-
-def collect(
-    model: nn.Module,
-    *,
-    average: Average = "dataset",
-    channel_axis: Mapping[str, int] | None = None,
-    mask: Mask = "attention_mask",
-) -> EntropyCollector:
-    """Create a collector for all activations of a model, to be used as `with fe.collect(model) as collector:`.
-
-    After the block the model is as it was before, even if the block raises. Inside the block, parts that were compiled with
-    torch.compile run eagerly.
-
-    In a gated MLP (SwiGLU, GeGLU) the site (call of an activation) is the activation of the gate, and the counted state (off,
-    zero or on) is the sign of the gate's pre-activation. Such an MLP multiplies gate and value, so it is not linear even if
-    the gate never changes its state.
-
-    Args:
-        model: any module.
-        average: "dataset" keeps only counts. "batch" also computes the neuron entropies of each batch (forward pass), so their
-            mean over batches is available. The counts are exact with both.
-        channel_axis: the axis of the activation's input whose entries are the neurons, by name of the site. Give it for sites
-            where the axis should not be inferred from the operator before the activation.
-        mask: the name of the argument, of the model or of a part of it, that holds the padding mask: a tensor [batch, tokens]
-            that is 0 at padding. Padding is not counted. Instead of a name, `mask` may be a function that returns the mask for
-            the (args, kwargs) of a call, or None for no mask.
-
-    Returns:
-        A collector that is not attached yet.
-
-    Raises:
-        TypeError: `model` is not a module.
-        ValueError: `average` is neither "dataset" nor "batch".
-
-    Examples:
-        >>> import torch
-        >>> import fastentropy as fe
-        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
-        >>> with fe.collect(model) as collector:
-        ...     for _ in range(10):
-        ...         y = model(torch.randn(5, 3))
-        >>> statistics = collector.compute()
-        >>> statistics["1"].neurons, statistics["1"].observations
-        (4, 200)
-    """
-    return EntropyCollector(model, average=average, channel_axis=channel_axis, mask=mask)
+        self._watcher.registry.recommend_isolation(type(self._model).__name__)

@@ -20,7 +20,6 @@ from fastentropy.collector.counters import Counters, Layout, SitePlan
 from fastentropy.collector.site_statistics import SiteStatistics, state_entropy
 from fastentropy.collector.values import UncountableError, plain_parts
 from fastentropy.sites.activations import FusedActivation, fused_activation, kernel_of
-from fastentropy.sites.interception import original_class
 from fastentropy.sites.padding import positions_to_count
 from fastentropy.sites.sharding import local_tensor
 from fastentropy.sites.site import Call, Site
@@ -186,7 +185,7 @@ def _fits(planned: SitePlan, site: Site, module: nn.Module, x: Tensor, mask: Ten
     """Return whether a plan still does the same as running the activation: whether nothing that made it has changed."""
     return (
         planned.channel_axis == site.channel_axis
-        and planned.fused.is_of(module, original_class(module))
+        and planned.fused.is_of(module, type(module))
         and _runs_alone(module, planned.fused, x)
         and planned.plan.fits(x, mask)
     )
@@ -199,7 +198,7 @@ def _fused(module: nn.Module, x: Tensor) -> FusedActivation | None:
     """
     if x.layout is not torch.strided or not has_values(x) or (x.requires_grad and torch.is_grad_enabled()):
         return None
-    kind = original_class(module)
+    kind = type(module)
     kernel = kernel_of(kind)
     if kernel is None or not is_fused(kernel, x) or in_dispatch_mode():
         return None

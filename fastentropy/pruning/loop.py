@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastentropy.collector.collector import EntropyCollector, collect
+from fastentropy.collector.api import collect
+from fastentropy.collector.collector import EntropyCollector
 from fastentropy.collector.statistics import Statistics
 from fastentropy.fusion.latency import LatencyTable, measure_latency
 from fastentropy.fusion.projection import Projection, install, project

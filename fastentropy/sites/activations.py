@@ -80,6 +80,20 @@ _FUNCTIONS: dict[Callable[..., Any], str] = {
     F.hardswish: "hardswish",
 }
 
+#: Overload of an ATen operator that a function calls -> name of the activation.
+OPERATORS: dict[Any, str] = {
+    getattr(torch.ops.aten, operator).default: name
+    for name in (
+        *("relu", "relu6", "leaky_relu", "rrelu", "elu", "selu", "celu", "gelu", "silu", "mish", "softplus"),
+        *("hardtanh", "hardswish", "prelu"),
+    )
+    for operator in (name, f"{name}_")
+    if hasattr(torch.ops.aten, operator)
+}
+
+#: Function that the user has registered -> name of the activation.
+_REGISTERED_FUNCTIONS: dict[Callable[..., Any], str] = {}
+
 
 class FusedActivation(NamedTuple):
     """The arguments with which `fastentropy_kernels.activation_states` computes the same output as an activation module.
@@ -171,7 +185,7 @@ def register_activation(activation: type[nn.Module] | Callable[..., Tensor], nam
             raise TypeError(f"activation: got the class {activation.__name__}, expected a subclass of torch.nn.Module")
         _MODULES[_full_name(activation)] = name
     elif callable(activation) and not isinstance(activation, nn.Module):
-        _FUNCTIONS[activation] = name
+        _REGISTERED_FUNCTIONS[activation] = name
     else:
         raise TypeError(
             f"activation: got an object of {type(activation).__name__}, expected a subclass of torch.nn.Module or a function"
@@ -189,7 +203,18 @@ def activation_name(module: nn.Module) -> str | None:
 def function_name(function: Callable[..., Any]) -> str | None:
     """Return the name of a function's activation, or None if the function is not a known activation."""
     try:
-        return _FUNCTIONS.get(function)
+        return _REGISTERED_FUNCTIONS.get(function) or _FUNCTIONS.get(function)
+    except TypeError:  # not hashable
+        return None
+
+
+def called_name(function: Callable[..., Any]) -> str | None:
+    """Return the name of the activation that an operator or a registered function computes; None for anything else.
+
+    The functions of PyTorch have no name here, because they are seen where they call their operators.
+    """
+    try:
+        return OPERATORS.get(function) or _REGISTERED_FUNCTIONS.get(function)
     except TypeError:  # not hashable
         return None
 
@@ -198,6 +223,11 @@ def kernel_of(kind: type[nn.Module]) -> str | None:
     """Return an activation that has a kernel wherever modules of a class have one, or None if they never have one."""
     function, _ = _FUSED.get(_full_name(kind), (None, ()))
     return "relu6" if function == "hardtanh" else function  # relu6 is a hardtanh from 0 to 6
+
+
+def has_registered_functions() -> bool:
+    """Return whether the user has registered a function."""
+    return bool(_REGISTERED_FUNCTIONS)
 
 
 def fused_activation(module: nn.Module, kind: type[nn.Module]) -> FusedActivation | None:

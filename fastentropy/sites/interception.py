@@ -1,178 +1,230 @@
-"""Let handlers run in place of the forwards of a model's modules for a while, and leave no trace afterwards.
+"""Let handlers run in place of the calls of a model's modules for a while, and change nothing that a module's user can see.
 
-A module that is intercepted gets a subclass of its own class, as with PyTorch's parametrizations and FSDP. Unlike a hook, the
-subclass takes effect however the module is called, also on the replicas of `nn.DataParallel`. Other modules are not slowed
-down. Copies of an intercepted module have the original class.
+While any interception is attached, all calls of modules in the process pass through `_intercepted_call`, which looks the module
+up in a table. The modules, their classes and their hooks stay as they are. A hook of the user would be seen; a subclass would
+change `type(module)`, `super()` and the signature of the forward, which transformers, accelerate and others read.
 """
 
 import contextlib
+import functools
 import threading
-import types
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
-from fastentropy._compat import as_original_class
+from fastentropy._compat import compiled_call, module_call, module_identity, replace_compiled_call, replace_module_call
 
-#: A function that runs in place of a method of a module: (name, module, method of the original class, args, kwargs) -> result.
+#: A function that runs in place of a call of a module: (name, module, original call, args, kwargs) -> result. The original call
+#: runs the module with its hooks: original(module, *args, **kwargs).
 Handler = Callable[[str, nn.Module, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+#: A function that is told of a module before it is put into a module that is intercepted: (name of the owner, name of the
+#: attribute, new module).
+Added = Callable[[str, str, nn.Module], None]
 
-#: The key of the `_Intercepted` in the __dict__ of an intercepted module.
-_KEY = "_fastentropy_interception"
 
+class _Entry(NamedTuple):
+    """What the table holds for a module."""
 
-class _Intercepted(NamedTuple):
-    """The entry in the __dict__ of an intercepted module. Copies and pickles of the module have None instead."""
-
+    interception: "weakref.ref[Interception]"  # weak, so that a collector can be deleted without `detach`
     name: str  # the name that the handler is given
-    kind: type[nn.Module]  # the original class
-    handler: Handler
-
-    def __deepcopy__(self, memo: object) -> None:
-        """Put None into a copy of the module."""
-        return None
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Put None into a pickle of the module."""
-        return type(None), ()
+    kind: str  # the key of the handler among the handlers of the interception
 
 
 class Interception:
-    """Let handlers run the forwards of modules of a model while attached.
+    """Let handlers run in place of the calls of modules while attached.
 
-    A handler replaces the forward and runs inside the module's hooks. It therefore also runs if the forward is called without
-    hooks, as a compiled model does. There is one exception: if a module has a `forward` in its own __dict__, a subclass cannot
-    override it. Then the handler replaces `__call__` and runs outside the hooks.
+    A handler is run however the module is called: by its user, as a replica of nn.DataParallel, or inside of a compiled model.
+    Copies of a module are modules of their own, which are not intercepted. The forward of a module that is called without the
+    module, as `module.forward(x)`, is not seen.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        """Prepare to intercept modules of `model`. No handler is attached yet."""
-        self._model = model
-        self._changed: list[tuple[nn.Module, type[nn.Module], type[nn.Module]]] = []
-        self._undo = contextlib.ExitStack()
-
-    def attach(self, handlers: Mapping[str, tuple[nn.Module, Handler]]) -> None:
-        """Attach handlers to modules.
+    def __init__(self, handlers: Mapping[str, Handler], added: Added) -> None:
+        """Prepare to intercept modules. No module is intercepted yet.
 
         Args:
-            handlers: for each name, a module and the handler that runs in place of its forward.
+            handlers: the handlers, by the kind of the modules that they handle.
+            added: the function that is told of modules that are put into intercepted modules while attached.
+        """
+        self.handlers, self.added = dict(handlers), added
+        self._attached: _Attached | None = None
+
+    @property
+    def is_attached(self) -> bool:
+        """Return whether modules are intercepted."""
+        return self._attached is not None
+
+    def attach(self, model: nn.Module, kinds: Mapping[str, tuple[nn.Module, str]]) -> None:
+        """Begin to intercept.
+
+        Args:
+            model: the model of which all modules are checked.
+            kinds: for each name, a module and its kind.
 
         Raises:
             RuntimeError: the model or a part of it is intercepted already.
         """
-        if any(_KEY in vars(module) for module in self._model.modules()):
+        if any(_TABLE.is_intercepted(module) for module in model.modules()):
             raise RuntimeError("a collector is attached to this model already; detach it first")
+        attached = self._attached = _Attached()
+        weakref.finalize(self, attached.undo).atexit = False
         try:
-            _EAGER.enter(self)
-            self._undo.enter_context(_without_fast_paths(self._model))
-            for name, (module, handler) in handlers.items():
-                self._intercept(name, module, handler)
+            _TABLE.enter(attached)
+            for name, (module, kind) in kinds.items():
+                self.add(name, module, kind)
         except BaseException:
             self.detach()
             raise
 
-    @property
-    def is_attached(self) -> bool:
-        """Return whether handlers are attached."""
-        return bool(self._changed)
+    def add(self, name: str, module: nn.Module, kind: str) -> None:
+        """Intercept another module while attached; see `attach`."""
+        attached = self._attached
+        if attached is not None:
+            attached.add(module, _Entry(weakref.ref(self), name, kind))
 
     def detach(self) -> None:
-        """Leave every module as it was before `attach`."""
-        for module, kind, subclass in self._changed:
-            vars(module).pop(_KEY, None)
-            if type(module) is subclass:  # else somebody has changed the class again; that class now runs the original
-                object.__setattr__(module, "__class__", kind)
-        self._changed.clear()
-        self._undo.close()
-        _EAGER.leave(self)
-
-    def _intercept(self, name: str, module: nn.Module, handler: Handler) -> None:
-        """Give a module a subclass of its class that calls the handler."""
-        kind = type(module)
-        subclass = _subclass(kind, "__call__" if "forward" in vars(module) else "forward")
-        self._changed.append((module, kind, subclass))
-        vars(module)[_KEY] = _Intercepted(name, kind, handler)
-        object.__setattr__(module, "__class__", subclass)
+        """Intercept no longer."""
+        attached, self._attached = self._attached, None
+        if attached is not None:
+            attached.undo()
 
 
-def original_class(module: nn.Module) -> type[nn.Module]:
-    """Return the class that a module has when it is not intercepted."""
-    intercepted = vars(module).get(_KEY)
-    return intercepted.kind if intercepted else type(module)
-
-
-def _subclass(kind: type[nn.Module], method: str) -> type[nn.Module]:
-    """Return a subclass of `kind` with the same name, in which `method` calls the handler of the module if it has one."""
-    original = getattr(kind, method)
-
-    def handled(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        intercepted = vars(self).get(_KEY)
-        if intercepted is None:
-            return original(self, *args, **kwargs)
-        return intercepted.handler(intercepted.name, self, original, args, kwargs)
-
-    def reduce_as_original(self: nn.Module, protocol: Any) -> Any:
-        """Reduce the module so that copies and pickles have the original class."""
-        reduced = kind.__reduce_ex__(self, protocol)
-        if not isinstance(reduced, tuple):
-            return reduced
-        constructor, arguments, *rest = reduced
-        constructor, arguments = as_original_class(kind, constructor, arguments)
-        if rest and isinstance(rest[0], dict):
-            rest[0] = {key: value for key, value in rest[0].items() if key != _KEY}
-        return (kind if constructor is type(self) else constructor, arguments, *rest)
-
-    body = {
-        method: handled,
-        "__reduce_ex__": reduce_as_original,
-        "__module__": kind.__module__,
-        "__qualname__": kind.__qualname__,
-        "__doc__": kind.__doc__,
-    }
-    subclass = types.new_class(kind.__name__, (nn.Module,), {"metaclass": type(kind)}, lambda space: space.update(body))
-    subclass.__bases__ = (kind,)  # set afterwards, because `__init_subclass__` of the class must not run
-    return subclass
-
-
-class _Eager:
-    """Make compiled modules and functions run eagerly, and compile nothing, while any interception is attached.
-
-    Code that was compiled before an interception would not call its handlers. Code that was compiled during an interception
-    would still call them afterwards.
-    """
+class _Attached:
+    """The entries of one interception in the table, and how to undo them."""
 
     def __init__(self) -> None:
-        """Begin with no interception attached."""
-        self._lock, self._inside = threading.RLock(), set[int]()
-        self._stance = contextlib.ExitStack()
+        """Begin without entries."""
+        self._modules: dict[int, nn.Module] = {}  # held, because the identity of a deleted module may be given to another
+        self._compiled: list[tuple[nn.Module, Callable[..., Any], Callable[..., Any]]] = []
 
-    def enter(self, who: object) -> None:
-        """Register the interception `who`. If it is the first, make compiled code run eagerly."""
+    def add(self, module: nn.Module, entry: _Entry) -> None:
+        """Enter a module into the table."""
+        identity = module_identity(module)
+        self._modules[identity] = module
+        _TABLE.entries[identity] = entry
+        original = compiled_call(module)
+        if original is not None and not any(module is known for known, *_ in self._compiled):
+            eager = functools.partial(_intercepted_call, module)  # `compile` has kept the call as it was before
+            self._compiled.append((module, original, eager))
+            replace_compiled_call(module, eager)
+
+    def undo(self) -> None:
+        """Take all entries out of the table. This also runs when an interception is deleted without `detach`."""
+        for identity in self._modules:
+            _TABLE.entries.pop(identity, None)
+        for module, original, eager in self._compiled:
+            if compiled_call(module) is eager:  # else the user has compiled the module again
+                replace_compiled_call(module, original)
+        self._modules.clear()
+        self._compiled.clear()
+        _TABLE.leave(self)
+
+
+class _Table:
+    """The modules that are intercepted now, by their identity, and what must be in place while there are any."""
+
+    def __init__(self) -> None:
+        """Begin with nothing attached."""
+        self.entries: dict[int, _Entry] = {}
+        self.original: Callable[..., Any] = module_call()
+        self._lock, self._attached = threading.RLock(), set[int]()
+        self._in_place = contextlib.ExitStack()
+
+    def is_intercepted(self, module: nn.Module) -> bool:
+        """Return whether a module is intercepted."""
+        return module_identity(module) in self.entries
+
+    def enter(self, attached: _Attached) -> None:
+        """Let calls of modules pass through the table from now on, and make compiled code run eagerly."""
+        with self._lock:
+            self._attached.add(id(attached))
+            if len(self._attached) > 1:
+                return
+            with contextlib.ExitStack() as in_place:
+                # Code that was compiled before would not call the handlers; code compiled meanwhile would always call them.
+                in_place.enter_context(torch.compiler.set_stance("force_eager"))
+                in_place.callback(register_module_module_registration_hook(_tell_of_module).remove)
+                self.original = module_call()
+                functools.update_wrapper(_intercepted_call, self.original)
+                replace_module_call(_intercepted_call)
+                in_place.callback(self._restore_call)
+                self._in_place = in_place.pop_all()
+
+    def leave(self, attached: _Attached) -> None:
+        """Restore the calls of modules, if nothing else is attached."""
+        with self._lock:
+            if id(attached) in self._attached:
+                self._attached.remove(id(attached))
+                if not self._attached:
+                    self._in_place.close()
+
+    def _restore_call(self) -> None:
+        """Let calls of modules pass as before, unless somebody else has replaced them meanwhile."""
+        if module_call() is _intercepted_call:
+            replace_module_call(self.original)
+
+
+_TABLE = _Table()
+
+
+def _intercepted_call(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+    """Run the handler of a module if it is intercepted; otherwise run the module. This replaces a method of nn.Module.
+
+    Code that is traced for torch.compile or torch.export is not intercepted.
+    """
+    entry = None if torch.compiler.is_compiling() else _TABLE.entries.get(module_identity(module))
+    interception = entry.interception() if entry is not None else None
+    if entry is None or interception is None:
+        return _TABLE.original(module, *args, **kwargs)
+    return interception.handlers[entry.kind](entry.name, module, _TABLE.original, args, kwargs)
+
+
+def _tell_of_module(owner: nn.Module, attribute: str, module: nn.Module | None) -> None:
+    """Tell the interception of a module that another module is about to be put into it. PyTorch calls this hook."""
+    entry = _TABLE.entries.get(module_identity(owner)) if "_forward_hooks" in vars(owner) else None
+    interception = entry.interception() if entry is not None else None
+    if entry is not None and interception is not None and isinstance(module, nn.Module):
+        interception.added(entry.name, attribute, module)
+
+
+class _FastPaths:
+    """Keep transformer layers from running as one kernel each, which hides their activations, while any thread is inside."""
+
+    def __init__(self) -> None:
+        """Begin with no thread inside."""
+        self._lock, self._inside, self._before = threading.Lock(), 0, True
+
+    @contextlib.contextmanager
+    def off(self) -> Iterator[None]:
+        """Switch the fast paths off inside the block."""
         with self._lock:
             if not self._inside:
-                self._stance.enter_context(torch.compiler.set_stance("force_eager"))
-            self._inside.add(id(who))
-        weakref.finalize(who, self._leave, id(who)).atexit = False
-
-    def leave(self, who: object) -> None:
-        """Remove the interception `who`. If it was the last, let compiled code run again."""
-        self._leave(id(who))
-
-    def _leave(self, who: int) -> None:
-        """Remove the interception with the id `who`, if it is still registered.
-
-        This also runs when an interception is deleted without `detach`.
-        """
-        with self._lock:
-            self._inside.discard(who)
-            if not self._inside:
-                self._stance.close()
+                self._before = torch.backends.mha.get_fastpath_enabled()
+                torch.backends.mha.set_fastpath_enabled(False)
+            self._inside += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._inside -= 1
+                if not self._inside:
+                    torch.backends.mha.set_fastpath_enabled(self._before)
 
 
-_EAGER = _Eager()
+_FAST_PATHS = _FastPaths()
+
+
+def without_fast_path(call: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that does the same as the call of a transformer layer, but lets the layer call its activation."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with _FAST_PATHS.off():
+            return call(*args, **kwargs)
+
+    return run
 
 
 def fast_paths(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
@@ -205,17 +257,3 @@ def replace_activation(model: nn.Module, name: str, module: nn.Module) -> None:
     model.set_submodule(name, module.train(model.get_submodule(name).training))
     for owner, attribute, value in fast_paths(model.get_submodule(name.rpartition(".")[0])):
         setattr(owner, attribute, value)
-
-
-@contextlib.contextmanager
-def _without_fast_paths(model: nn.Module) -> Iterator[None]:
-    """Make transformer layers call their activations inside the block (see `fast_paths`)."""
-    changes = fast_paths(model)
-    before = [vars(module)[name] for module, name, _ in changes]
-    try:
-        for module, name, value in changes:
-            setattr(module, name, value)
-        yield
-    finally:
-        for (module, name, _), value in zip(changes, before, strict=True):
-            setattr(module, name, value)

@@ -2,15 +2,31 @@
 
 import threading
 import warnings
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fastentropy.sites.channel_axis import AxisTracker
+from fastentropy._utils.text import plural
+from fastentropy.sites.channel_axis import NO_AXIS
+from fastentropy.sites.padding import BY_SHAPE, TokenAxes
+from fastentropy.sites.passes import Pass
 from fastentropy.sites.sharding import RankShare, Sharding, is_dtensor, local_tensor
 from fastentropy.sites.site import Site
+
+#: What happens to a site of which an input has another number of neurons: "raise" raises RuntimeError, "skip" leaves it out.
+Misfits = Literal["raise", "skip"]
+
+
+class _Axis(NamedTuple):
+    """What is known of the neurons of a site when it is discovered."""
+
+    axis: int  # the channel axis, or NO_AXIS
+    is_inferred: bool
+    sharding: Sharding | None
 
 
 class SiteRegistry:
@@ -19,51 +35,74 @@ class SiteRegistry:
     Attributes:
         sites: the sites by name, in the order of their discovery.
         functional: the names of the sites that are calls of functions.
+        notes: sentences about sites that are left out, and why.
     """
 
-    def __init__(self, kinds: Mapping[str, type[nn.Module]], channel_axis: Mapping[str, int]) -> None:
+    def __init__(
+        self,
+        class_at: Callable[[str], type[nn.Module]],
+        channel_axis: Mapping[str, int],
+        exclude: Collection[str],
+        misfits: Misfits,
+    ) -> None:
         """Begin without sites.
 
         Args:
-            kinds: the class of each module of the model, by dotted path.
+            class_at: a function that returns the class of the module at a dotted path.
             channel_axis: the neuron axes that the user gave, by name of the site.
+            exclude: names of sites, or patterns of names, that are left out.
+            misfits: what happens to a site of which an input has another number of neurons.
         """
         self.sites: dict[str, Site] = {}
         self.functional: set[str] = set()
-        self._kinds, self._channel_axis = kinds, channel_axis
+        self.notes: list[str] = []
+        self._class_at, self._channel_axis, self._exclude, self._misfits = class_at, channel_axis, exclude, misfits
+        self._left_out: dict[str, bool] = {}  # whether a site is left out, by its name
         self._ranks: dict[str, int] = {}  # the number of axes of the input, by name of the site
         self._shardings: dict[str, Sharding | None] = {}
+        self._token_axes: dict[str, TokenAxes | None] = {}
         self._meshes: set[Any] = set()  # device meshes of the DTensors in the passes
-        # The channel axis and the sharding of a known activation. A module of the same class, with an activation in the same
-        # attribute and with as many axes, gets the same ones. The key is (class, attribute, number of axes).
-        self._siblings: dict[tuple[type[nn.Module], str, int], tuple[int, Sharding | None]] = {}
+        # What is known of an activation. A module of the same class, with an activation in the same attribute and with as many
+        # axes, gets the same. The key is (class, attribute, number of axes).
+        self._siblings: dict[tuple[type[nn.Module], str, int], _Axis] = {}
         self._lock = threading.Lock()
         self._has_recommended = False
+        self._inferred: list[str] = []  # names of the sites of which nobody has been warned yet
 
-    def resolve(self, name: str, path: str, activation: str, x: Tensor, tracker: AxisTracker | None) -> tuple[Site, Tensor]:
-        """Return the site of a call, and this rank's part of its input.
+    def resolve(self, name: str, path: str, activation: str, x: Tensor, current: Pass[Any]) -> tuple[Site, Tensor] | None:
+        """Return the site of a call, and this rank's part of its input; None if the site is left out.
 
         Args:
             name: the name of the site.
             path: the name without the number of the call (without :1, :2, …).
             activation: the name of the activation.
             x: the input, which may be a DTensor.
-            tracker: the tracker that knows the channel axis and the sharding of `x`. None if the pass does not discover sites.
+            current: the pass, which may know the channel axis and the sharding of `x`.
 
         Raises:
-            RuntimeError: the input does not fit the known site, or the axis or the sharding of a new site cannot be determined.
+            RuntimeError: the input does not fit the known site, or the sharding of a new site cannot be determined.
             ValueError: the channel axis that the user gave is not an axis of the input.
         """
+        left_out = self._left_out.get(name)
+        if left_out is None:
+            left_out = self._left_out[name] = any(fnmatchcase(name, pattern) for pattern in self._exclude)
+        if left_out:
+            return None
         local = x if type(x) is Tensor else self._local_input(name, x)
         site = self.sites.get(name)
         if site is None:
             with self._lock:
-                site = self.sites[name] = self._discover(name, path, activation, x, tracker)
+                site = self.sites[name] = self._discover(name, path, activation, x, current)
         elif local.ndim != self._ranks[name]:
             site = self._with_other_rank(site, local)
-        if site.channel_axis is not None and local.shape[site.channel_axis] != site.neurons:
-            raise _changed_shape(site, local)
+        if site is None or (site.channel_axis is not None and local.shape[site.channel_axis] != site.neurons):
+            self._leave_out(name, local)
+            return None
         return site, local
+
+    def token_axes(self, site: Site, x: Tensor) -> TokenAxes | None:
+        """Return where the token positions lie in the input of a site; None if its values do not belong to tokens."""
+        return self._token_axes[site.name] if x.ndim == self._ranks[site.name] else BY_SHAPE
 
     def share(self, site: Site) -> RankShare:
         """Return where this rank's counts of a site belong in the counts of all ranks.
@@ -104,6 +143,27 @@ class SiteRegistry:
         with self._lock:
             self._meshes |= meshes
 
+    def note(self, text: str) -> None:
+        """Add a sentence to the notes and warn of it, unless it is among them already."""
+        if text not in self.notes:
+            self.notes.append(text)
+            warnings.warn(text, stacklevel=2)
+
+    def warn_of_inferred(self) -> None:
+        """Warn of the new sites of which the channel axis is a default, in one warning."""
+        if not self._inferred:
+            return
+        with self._lock:
+            names, self._inferred = self._inferred, []
+        if names:
+            shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+            site = self.sites[names[0]]
+            warnings.warn(
+                f"nothing tells where the neurons of {plural(len(names), 'site')} lie ({shown}), so a default axis is taken; "
+                f"if it is wrong, name it with channel_axis={{{site.name!r}: {site.channel_axis}}}",
+                stacklevel=2,
+            )
+
     def recommend_isolation(self, model: str) -> None:
         """Recommend `isolate`, in one warning, if the model calls activations as functions.
 
@@ -142,37 +202,69 @@ class SiteRegistry:
             )
         return local_tensor(x)
 
-    def _discover(self, name: str, path: str, activation: str, x: Tensor, tracker: AxisTracker | None) -> Site:
-        """Return a new site.
-
-        The channel axis is the one that the user gave, else the tracker's, else the one of the same activation in another
-        module of the same class. The arguments are those of `resolve`.
-        """
+    def _discover(self, name: str, path: str, activation: str, x: Tensor, current: Pass[Any]) -> Site:
+        """Return a new site. The arguments are those of `resolve`."""
         if x.is_cuda and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 f"site {name!r} is met for the first time while a CUDA graph is captured; "
                 "run one forward pass with the collector attached before the capture"
             )
         owner, _, attribute = path.rpartition(".")
-        kind = (self._kinds.get(owner, nn.Module), attribute, x.ndim)
-        axis, sharding = self._siblings.get(kind, (None, None))
-        if tracker is not None:
-            axis, sharding = tracker.axis_of(x), tracker.sharding_of(x)
-            if axis is None:
-                axis = 1 if x.ndim >= 4 else x.ndim - 1
-        axis, sharding = self._channel_axis.get(name, axis), Sharding.of(x) if is_dtensor(x) else sharding
-        if axis is None:
-            raise RuntimeError(
-                f"site {name!r} did not run in the first forward pass; name its neuron axis with channel_axis={{{name!r}: 1}}"
-            )
-        if not -x.ndim <= axis < x.ndim:
+        kind = (self._class_at(owner), attribute, x.ndim)
+        found = self._axis(x, kind, current)
+        axis = self._channel_axis.get(name, found.axis)
+        if name in self._channel_axis and not -x.ndim <= axis < x.ndim:
             raise ValueError(f"channel_axis of site {name!r} is {axis}, but its input has shape {list(x.shape)}")
-        axis %= x.ndim
-        self._ranks[name], self._siblings[kind], self._shardings[name] = x.ndim, (axis, sharding), sharding
-        return Site(name, activation, local_tensor(x).shape[axis], axis)
+        if name in self._channel_axis:
+            found = found._replace(axis=axis % x.ndim, is_inferred=False)
+        if is_dtensor(x):
+            found = found._replace(sharding=Sharding.of(x))
+        self._ranks[name], self._siblings[kind], self._shardings[name] = x.ndim, found, found.sharding
+        self._token_axes[name] = BY_SHAPE if current.tracker is None else current.tracker.token_axes(x)
+        if found.is_inferred:
+            self._inferred.append(name)
+        if found.axis == NO_AXIS:
+            return Site(name, activation, 1, None)
+        return Site(name, activation, local_tensor(x).shape[found.axis], found.axis, found.is_inferred)
 
-    def _with_other_rank(self, site: Site, x: Tensor) -> Site:
-        """Return the site for an input with more or fewer axes than in the first call.
+    def _axis(self, x: Tensor, kind: tuple[type[nn.Module], str, int], current: Pass[Any]) -> _Axis:
+        """Return what is known of a new site.
+
+        This is what the operators tell, in a pass in which they are followed; else what the layer before it tells; else what is
+        known of the same activation in another module of the same class. Where nothing tells the channel axis, it is axis 1 for
+        inputs with at least 4 axes (images), else the last axis.
+        """
+        sibling = self._siblings.get(kind)
+        axis, is_certain, sharding = None, True, None
+        if current.tracker is not None:
+            axis, sharding = current.tracker.axis_of(x), current.tracker.sharding_of(x)
+        else:
+            axis, is_certain = current.produced.channel_axis(x)
+            if sibling is not None and not is_certain:
+                return sibling
+        if axis is None:
+            return _Axis(1 if x.ndim >= 4 else x.ndim - 1, True, sharding)
+        return _Axis(axis, not is_certain, sharding)
+
+    def _leave_out(self, name: str, x: Tensor) -> None:
+        """Leave out a site of which an input has another number of neurons, from now on, or raise."""
+        site = self.sites[name]
+        fitting = [axis for axis, size in enumerate(x.shape) if size == site.neurons]
+        had = f"site {name!r} had {plural(site.neurons, 'neuron')} on axis {site.channel_axis} and now has an input of shape"
+        if self._misfits == "raise":
+            axes = f"{{{name!r}: {fitting[0]}}}" if fitting else f"{{{name!r}: …}}"
+            where = f"axis {', '.join(map(str, fitting))} would fit" if fitting else "no axis would fit"
+            raise RuntimeError(
+                f"{had} {list(x.shape)}, of which {where}; name its neuron axis with channel_axis={axes}, "
+                f"or leave the site out with exclude=[{name!r}]"
+            )
+        with self._lock:
+            self.sites.pop(name, None)
+            self._left_out[name] = True
+        self.note(f"{had} {list(x.shape)}; it is left out")
+
+    def _with_other_rank(self, site: Site, x: Tensor) -> Site | None:
+        """Return the site for an input with more or fewer axes than in the first call; None if it does not fit.
 
         The channel axis keeps its index, counted from the front or from the back. The number of neurons decides which of the
         two. If the user gave the channel axis, that one is used.
@@ -184,14 +276,4 @@ class SiteRegistry:
             [site.channel_axis, x.ndim - self._ranks[site.name] + site.channel_axis] if named is None else [named % x.ndim]
         )
         fitting = {axis for axis in candidates if 0 <= axis < x.ndim and x.shape[axis] == site.neurons}
-        if len(fitting) != 1:
-            raise _changed_shape(site, x)
-        return Site(site.name, site.activation, site.neurons, fitting.pop())
-
-
-def _changed_shape(site: Site, x: Tensor) -> RuntimeError:
-    """Return the error for an input that does not have as many neurons as the site."""
-    return RuntimeError(
-        f"site {site.name!r} had {site.neurons} neurons on axis {site.channel_axis} and now has an input of shape "
-        f"{list(x.shape)}; name its neuron axis with channel_axis={{{site.name!r}: …}}"
-    )
+        return replace(site, channel_axis=fitting.pop()) if len(fitting) == 1 else None

@@ -1,7 +1,7 @@
 """Describe a site (one call of an activation in a forward pass), and such a call when it is about to run."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ class Site:
     activation: str
     neurons: int
     channel_axis: int | None
-    axis_is_inferred: bool = False
+    axis_is_inferred: bool = field(default=False, compare=False)
 
 
 class Call(NamedTuple):

@@ -1,54 +1,42 @@
 """Watch the forward passes of a model, and report every call of an activation to an observer."""
 
 import contextlib
-import re
-import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Generic, TypeGuard, TypeVar
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import partial
+from types import FrameType
+from typing import Any, Generic, TypeVar
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from fastentropy._compat import in_backward, is_compiled, is_functorch_tensor, path_when_uncompiled
-from fastentropy.sites.activations import activation_name, function_name
+from fastentropy._compat import in_backward, is_compiled, path_when_uncompiled, stack_frame
+from fastentropy.sites.activations import called_name, has_registered_functions
 from fastentropy.sites.channel_axis import AxisTracker
-from fastentropy.sites.interception import Interception, original_class
+from fastentropy.sites.interception import Interception, without_fast_path
+from fastentropy.sites.modules import ACTIVATION, CONTAINER, LAYER, NEUTRAL, WatchedModules, is_scripted_activation
 from fastentropy.sites.observer import Observer
-from fastentropy.sites.padding import Mask, mask_argument, token_mask
-from fastentropy.sites.registry import SiteRegistry
+from fastentropy.sites.operators import FunctionCalls, begin_listening, end_listening, listening
+from fastentropy.sites.padding import Mask, MaskArgument, find_tokens, token_mask
+from fastentropy.sites.passes import Pass, Produced, ThreadState
+from fastentropy.sites.registry import Misfits, SiteRegistry
+from fastentropy.sites.reporter import CallReporter, bound_to, calling_frame, is_countable, place_of
 from fastentropy.sites.sharding import local_tensor
-from fastentropy.sites.site import Call, Site
+from fastentropy.sites.site import Site
 
 P = TypeVar("P")
-
-
-@dataclass
-class _Pass(Generic[P]):
-    """A forward pass in one thread: the outermost call of the model, or of a part of it."""
-
-    observed: P  # the value that the observer's begin_pass returned
-    tracker: AxisTracker | None  # None if the pass does not discover sites
-    follows_owners: bool  # whether the watcher must know which module's forward is running
-    calls: dict[str, int] = field(default_factory=dict)  # the number of calls so far, by path
-    owners: list[str] = field(default_factory=list)  # paths of the modules whose forwards are running, outermost first
-    is_token: Tensor | None = None  # the padding mask that applies, bool [batch, tokens]
-    inside_activation: bool = False  # whether an activation is running
 
 
 class SiteWatcher(Generic[P]):
     """Report every activation call of a model to an observer while attached. The observer runs the activation.
 
-    Each such call belongs to a site, which is one call of an activation in a forward pass. Sites are discovered in the first
-    complete pass through each module that is called from outside. Each thread has passes of its own. Activation checkpointing
-    repeats forwards during backward; these are not reported.
+    Each such call belongs to a site, which is one call of an activation in a forward pass. Sites are discovered when they are
+    first called. In the first complete pass through each module that is called from outside, every operator is followed to find
+    out where the neurons lie. Each thread has passes of its own. Activation checkpointing repeats forwards during backward;
+    these are not reported, and neither is code that torch.compile or torch.export traces.
 
     Attributes:
+        modules: the modules of the model.
         registry: the sites that were discovered.
-        activations: the name of the activation of each activation module, by dotted path.
     """
 
     def __init__(
@@ -57,6 +45,8 @@ class SiteWatcher(Generic[P]):
         observer: Observer[P],
         channel_axis: Mapping[str, int] | None = None,
         mask: Mask = None,
+        exclude: Collection[str] = (),
+        misfits: Misfits = "raise",
     ) -> None:
         """Prepare to watch a model.
 
@@ -65,29 +55,22 @@ class SiteWatcher(Generic[P]):
             observer: the object that runs the activations.
             channel_axis: the axis of the neurons, by name of the site, for sites where it should not be inferred.
             mask: where the padding mask of a call comes from: the name of an argument, a function, or None (see `Mask`).
+            exclude: names of sites, or patterns of names (see `fnmatch`), that are run without being reported.
+            misfits: what happens to a site of which an input has another number of neurons.
         """
-        self._model, self._observer = model, observer
-        self._mask = mask
-        modules = {path_when_uncompiled(name): module for name, module in model.named_modules()}
-        self.activations = {name: activation for name, module in modules.items() if (activation := activation_name(module))}
-        containers = {
-            name: module
-            for name, module in modules.items()
-            if name not in self.activations and (module is model or not _is_plain(module))
+        self._model, self._observer, self._mask = model, observer, mask
+        self.modules = WatchedModules(model, mask)
+        self.registry = SiteRegistry(self.modules.class_at, dict(channel_axis or {}), exclude, misfits)
+        self._reporter = CallReporter(self.modules, self.registry, observer)
+        handlers = {
+            ACTIVATION: self._run_activation,
+            CONTAINER: self._run_container,
+            LAYER: self._run_layer,
+            NEUTRAL: self._run_neutral,
         }
-        self._paths = frozenset(modules)
-        kinds = {name: original_class(module) for name, module in modules.items()}
-        self.registry = SiteRegistry(kinds, dict(channel_axis or {}))
-        self._mask_arguments = {
-            name: argument
-            for name, module in containers.items()
-            if isinstance(mask, str) and (argument := mask_argument(module, mask))
-        }
-        self._handled = {name: (module, self._run_container) for name, module in containers.items()}
-        self._handled |= {name: (modules[name], self._run_activation) for name in self.activations}
-        self._interception = Interception(model)
+        self._interception = Interception(handlers, self._add_module)
         self._entries: set[str] = set()
-        self._thread = threading.local()
+        self._thread: ThreadState[P] = ThreadState()
         self._warned_of_mask = False
 
     def attach(self) -> None:
@@ -97,7 +80,7 @@ class SiteWatcher(Generic[P]):
             RuntimeError: the model, or a part of it, is being watched already.
             ValueError: activations are compiled by TorchScript.
         """
-        if scripted := [name for name, module in self._model.named_modules() if _is_scripted_activation(module)]:
+        if scripted := [name for name, module in self._model.named_modules() if is_scripted_activation(module)]:
             raise ValueError(
                 f"{path_when_uncompiled(scripted[0])!r} is compiled by TorchScript, where calls cannot be seen; "
                 "collect on the model as it was before torch.jit.script"
@@ -105,16 +88,19 @@ class SiteWatcher(Generic[P]):
         if compiled := [name for name, module in self._model.named_modules() if is_compiled(module)]:
             parts = ", ".join(path_when_uncompiled(name) or "as a whole" for name in compiled)
             warnings.warn(
-                f"{original_class(self._model).__name__} is compiled ({parts}); while a collector is attached it runs eagerly, "
+                f"{type(self._model).__name__} is compiled ({parts}); while a collector is attached it runs eagerly, "
                 "so that every activation is counted",
                 stacklevel=4,
             )
-        self._thread = threading.local()
-        self._interception.attach(self._handled)
+        self._thread = ThreadState()
+        self.modules.refresh()
+        self._interception.attach(self._model, self.modules.kinds)
+        begin_listening(self)
 
     def detach(self) -> None:
         """Leave the model as it was before `attach`."""
         self._interception.detach()
+        end_listening(self)
 
     @property
     def sites(self) -> dict[str, Site]:
@@ -126,124 +112,194 @@ class SiteWatcher(Generic[P]):
         """Return whether the model is being watched."""
         return self._interception.is_attached
 
+    def _add_module(self, owner: str, attribute: str, module: nn.Module) -> None:
+        """Watch a module that is put into the model while it is watched. The next passes discover its sites."""
+        for name, (added, kind) in self.modules.add(f"{owner}.{attribute}".lstrip("."), module).items():
+            self._interception.add(name, added, kind)
+        self._entries.clear()
+
+    # The handlers of `Interception`, so their arguments are those of `interception.Handler` ---------------------------------
+
+    def _run_layer(
+        self, name: str, module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Run a layer, and remember that it ran."""
+        current = self._thread.current
+        if current is None:
+            y = self._run_neutral(name, module, original, args, kwargs)
+            self._thread.produced.set(name, module, y)
+            return y
+        y = original(module, *args, **kwargs)
+        current.produced.set(name, module, y)
+        return y
+
+    def _run_neutral(
+        self, name: str, module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Run a module that calls no activations. If it is called from outside, parts of the model may be called one by one."""
+        if self._thread.current is not None or name in self._entries or in_backward():
+            return original(module, *args, **kwargs)
+        tracker = self._tracker()
+        with tracker.following():
+            y = original(module, *args, **kwargs)
+        tracker.keep(y)
+        self._entries.add(name)
+        return y
+
     def _run_container(
         self, name: str, module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """Run the forward of a module that is not an activation. A call from outside begins a pass.
-
-        This is a handler of `Interception`, so the arguments are those of `interception.Handler`.
-        """
-        current: _Pass[P] | None = getattr(self._thread, "current", None)
-        if current is not None and not current.follows_owners and name not in self._mask_arguments:
-            return original(module, *args, **kwargs)
+        """Run a module that may call activations. A call from outside begins a pass."""
+        if isinstance(module, nn.TransformerEncoderLayer | nn.TransformerEncoder):
+            original = without_fast_path(original)
+        current = self._thread.current
+        if current is not None:
+            return self._run_inside(current, name, module, original, args, kwargs)
         if in_backward():
             return original(module, *args, **kwargs)
-        if current is None:
-            with self._new_pass(name, args, kwargs) as current, self._inside(current, name, args, kwargs):
-                return original(module, *args, **kwargs)
-        with self._inside(current, name, args, kwargs):
-            return original(module, *args, **kwargs)
+        with self._new_pass(name, Produced()) as current:
+            y = self._run_inside(current, name, module, original, args, kwargs)
+            if current.tracker is not None:
+                current.tracker.keep(y)
+        self._thread.produced.set(name, module, y)
+        return y
 
     def _run_activation(
         self, name: str, module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """Run the forward of an activation module, and report it to the observer unless another activation calls it.
+        """Run an activation module, and report it to the observer unless another activation calls it."""
+        current = self._thread.current
+        if (current is not None and current.inside_activation) or in_backward():
+            return original(module, *args, **kwargs)
+        place = place_of(stack_frame(3))  # in the caller of the module; between are PyTorch and the interception
+        if current is not None:
+            return self._reporter.run_module(current, name, place, module, original, args, kwargs)
+        with self._new_pass(name, self._thread.produced) as current:
+            return self._reporter.run_module(current, name, place, module, original, args, kwargs)
 
-        This is a handler of `Interception`, so the arguments are those of `interception.Handler`.
+    def takes(self) -> bool:
+        """Return whether an activation that this thread calls now belongs to the model.
+
+        It does in a pass. Outside of passes it does if a method of one of the model's modules is running.
         """
-        x = args[0] if args else next(iter(kwargs.values()), None)
-        if not _is_countable(x) or in_backward():
-            return original(module, *args, **kwargs)
-        current: _Pass[P] | None = getattr(self._thread, "current", None)
-        if current is None:
-            with self._new_pass(name, args, kwargs):
-                return self._run_activation(name, module, original, args, kwargs)
-        if current.inside_activation:  # another activation calls this one as a part of itself
-            return original(module, *args, **kwargs)
-        activation = self.activations[name]
-        return self._show(current, name, activation, x, module, "", lambda: original(module, *args, **kwargs))
+        thread = self._thread
+        if thread.current is not None:
+            return True
+        frame: FrameType | None = None if in_backward() else calling_frame()
+        while frame is not None:
+            path = self.modules.path_of(bound_to(frame))
+            if path is not None:
+                thread.owner = path
+                return True
+            frame = frame.f_back
+        return False
 
     def run_function(self, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """Run a PyTorch function that is called during a pass. If it is an activation, report it to the observer.
+        """Run an operator or a function that the model calls. If it is an activation, report it to the observer.
 
         Args:
-            function: the function, or the method of Tensor.
+            function: an overload of an ATen operator, or a function of PyTorch.
             args: its positional arguments.
             kwargs: its keyword arguments.
 
         Returns:
             The output of the function.
         """
-        current: _Pass[P] | None = getattr(self._thread, "current", None)
-        activation = function_name(function)
+        current, activation = self._thread.current, called_name(function)
         x = args[0] if args else kwargs.get("input")
-        if activation is None or current is None or current.inside_activation or not _is_countable(x) or in_backward():
+        if activation is None or (current is not None and current.inside_activation) or not is_countable(x) or in_backward():
             return function(*args, **kwargs)
-        name = self._function_path(current.owners[-1] if current.owners else "", function.__name__.strip("_"))
-        index = current.calls.get(name, 0)
-        self.registry.functional.add(f"{name}:{index}" if index else name)
-        return self._show(current, name, activation, x, None, function.__name__, lambda: function(*args, **kwargs))
-
-    def _function_path(self, owner: str, function: str) -> str:
-        """Return the path for the calls of a function by the module with the path `owner`.
-
-        If a module of the model has this path, a number is added to it.
-        """
-        path = f"{owner}.{function}".lstrip(".")
-        index = 0
-        while path in self._paths:
-            index += 1
-            path = f"{owner}.{function}_{index}".lstrip(".")
-        return path
+        frame, run = calling_frame(), partial(function, *args, **kwargs)
+        if current is not None:
+            return self._reporter.run_function(current, frame, function, activation, x, run)
+        owner = self._thread.owner
+        with self._new_pass(owner, self._thread.produced) as current:
+            current.owners.append(owner)
+            return self._reporter.run_function(current, frame, function, activation, x, run)
 
     @contextlib.contextmanager
-    def _new_pass(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[_Pass[P]]:
+    def _new_pass(self, entry: str, produced: Produced) -> Iterator[Pass[P]]:
         """Run a call from outside as a pass, inside the block.
 
-        The first complete pass of each module discovers sites. For this it follows every operator.
+        Args:
+            entry: the path of the module that is called. In its first complete pass, every operator is followed.
+            produced: what ran before the call.
         """
-        tracker = None if name in self._entries else AxisTracker(self._model.parameters())
-        follows_owners = tracker is not None or bool(self.registry.functional)
-        current = _Pass(self._observer.begin_pass(), tracker, follows_owners)
-        if callable(self._mask):
-            current.is_token = token_mask(local_tensor(self._mask(args, kwargs)), args, kwargs)
+        thread = self._thread
+        tracker = None if entry in self._entries else self._tracker()
+        current = Pass(self._observer.begin_pass(), tracker, produced)
         completed = False
         try:
-            self._thread.current = current
+            thread.current = current
             with contextlib.ExitStack() as modes:
-                if follows_owners:
-                    modes.enter_context(_FunctionCalls(self))
+                modes.enter_context(listening(self))
+                if has_registered_functions():
+                    modes.enter_context(FunctionCalls(self))
                 if tracker is not None:
                     modes.enter_context(tracker.following())
                 yield current
             completed = True
         finally:
-            self._thread.current = None
+            thread.current = None
             if completed:
-                self._entries.add(name)
+                self._entries.add(entry)
             if tracker is not None:
                 self.registry.add_meshes(tracker.meshes)
             self._observer.end_pass(current.observed, completed)
+        self.registry.warn_of_inferred()
 
-    @contextlib.contextmanager
-    def _inside(self, current: _Pass[P], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
-        """Run the forward of a module inside the block.
+    def _tracker(self) -> AxisTracker:
+        """Return the tracker of this thread. The parts of a model that are called one after another share it."""
+        if self._thread.tracker is None:
+            self._thread.tracker = AxisTracker(self._model.parameters())
+        return self._thread.tracker
 
-        In the block, calls of functions are named after the module, and the padding mask that the module was given applies.
+    def _run_inside(
+        self,
+        current: Pass[P],
+        name: str,
+        module: nn.Module,
+        original: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Run the forward of a container in a pass. The other arguments are those of a handler.
+
+        Meanwhile calls of functions are named after the container, and the padding mask that it was given applies.
         """
         is_token = current.is_token
-        if name in self._mask_arguments:
-            given, mask = self._mask_arguments[name].given(args, kwargs)
-            if given and (mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)):
-                current.is_token = token_mask(local_tensor(mask), args, kwargs)
-            elif given and not current.owners:
-                self._warn_of_mask(mask)
+        argument = self.modules.mask_arguments.get(name)
+        if argument is not None or (callable(self._mask) and not current.owners):
+            self._apply_mask(current, argument, args, kwargs)
         current.owners.append(name)
         try:
-            yield
+            y = original(module, *args, **kwargs)
         finally:
             current.owners.pop()
             current.is_token = is_token
+        current.produced.set(name, module, y)
+        return y
+
+    def _apply_mask(
+        self, current: Pass[P], argument: MaskArgument | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Let the padding mask of a call apply, which is given as an argument or by the user's function.
+
+        If the call gives none, the mask of the call around it applies. Where operators are followed, its tokens are too.
+        """
+        given, mask = True, None
+        if argument is not None:
+            given, mask = argument.given(args, kwargs)
+        elif callable(self._mask):
+            mask = local_tensor(self._mask(args, kwargs))
+        if given and mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
+            if not current.owners:
+                self._warn_of_mask(mask)
+            return
+        if given:
+            current.is_token = token_mask(local_tensor(mask), args, kwargs)
+        if current.tracker is not None and (tokens := find_tokens(mask, args, kwargs)) is not None:
+            current.tracker.follow_tokens(tokens)
 
     def _warn_of_mask(self, mask: Any) -> None:
         """Warn, once, that an argument with the name of the padding mask holds something else, which is ignored."""
@@ -255,84 +311,3 @@ class SiteWatcher(Generic[P]):
                 "[batch, tokens], or collect with a function as mask=",
                 stacklevel=2,
             )
-
-    def _show(
-        self,
-        current: _Pass[P],
-        path: str,
-        activation: str,
-        x: Tensor,
-        module: nn.Module | None,
-        function: str,
-        run: Callable[[], Any],
-    ) -> Any:
-        """Resolve the site of an activation call, let the observer run the call, and return its output.
-
-        Args:
-            current: the pass.
-            path: the path of the activation module, or of the function's calls.
-            activation: the name of the activation.
-            x: the input of the activation.
-            module: the activation module, or None if a function is called.
-            function: the name of the function; empty if a module is called.
-            run: a function that runs the activation and returns its output.
-        """
-        index = current.calls.get(path, 0)
-        current.calls[path] = index + 1
-        name = f"{path}:{index}" if index else path
-        site, local = self.registry.resolve(name, path, activation, x, current.tracker)
-        is_token = current.is_token
-        if is_token is not None:
-            is_token = self.registry.tokens_here(is_token, site, local)
-        before, current.inside_activation = current.inside_activation, True
-        try:
-            return self._observer.run_activation(current.observed, Call(site, x, is_token, module, function, run))
-        finally:
-            current.inside_activation = before
-
-
-class _FunctionCalls(TorchFunctionMode):
-    """Hand every PyTorch function that is called while this mode is active to a watcher, which runs it."""
-
-    def __init__(self, watcher: SiteWatcher[Any]) -> None:
-        """Prepare to hand functions to `watcher`."""
-        super().__init__()
-        self._watcher = watcher
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        """Let the watcher run `func`, because it reports the function if it is an activation."""
-        return self._watcher.run_function(func, args, kwargs or {})
-
-
-def _is_plain(module: nn.Module) -> bool:
-    """Return whether a module's forward cannot call an activation that the watcher would see.
-
-    This is so for modules of torch.nn without children, and for modules that TorchScript has compiled.
-    """
-    childless = next(module.children(), None) is None
-    return (childless and type(module).__module__.startswith("torch.nn.modules.")) or isinstance(module, torch.jit.ScriptModule)
-
-
-def _is_scripted_activation(module: nn.Module) -> bool:
-    """Return whether a module was compiled by TorchScript and runs an activation."""
-    if not isinstance(module, torch.jit.ScriptModule):
-        return False
-    operators = re.findall(r"aten::(\w+)", str(getattr(module, "inlined_graph", "")))
-    functions = [getattr(namespace, name, None) for name in operators for namespace in (torch.Tensor, F)]
-    return any(function is not None and function_name(function) for function in functions)
-
-
-def _is_countable(x: Any) -> TypeGuard[Tensor]:
-    """Return whether a value has neurons to count: a floating-point tensor with axes that is not a parameter.
-
-    Raises:
-        RuntimeError: the value belongs to a transform of torch.func.
-    """
-    if isinstance(x, Tensor) and is_functorch_tensor(x):
-        raise RuntimeError(
-            "activations cannot be counted inside of torch.func transforms; collect while the model is called alone"
-        )
-    is_activation = type(x) is Tensor or (isinstance(x, Tensor) and not isinstance(x, nn.Parameter))
-    return is_activation and x.is_floating_point() and x.ndim > 0

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fastentropy._compat import children_of, is_compiled, tree_leaves
 from fastentropy._utils.errors import one_line
-from fastentropy.sites import finding, interception, watcher
+from fastentropy.sites import finding, interception, operators, reporter, watcher
 from fastentropy.sites.activations import activation_name, function_name
 from fastentropy.sites.finding import call_once
 from fastentropy.sites.inputs import ExampleInputs, check_inputs, check_model, explained
@@ -50,7 +50,8 @@ _MODULES: dict[str, tuple[Callable[..., nn.Module], tuple[str, ...]]] = {
 #: Source files of the stack frames between the code that calls an activation and the observer that sees the call.
 _BETWEEN = (
     __file__,
-    *(str(module.__file__) for module in (finding, interception, watcher)),
+    *(str(module.__file__) for module in (finding, interception, operators, reporter, watcher)),
+    str(Path(__file__).parent.parent / "_compat.py"),
     *(
         str(Path(torch.__file__).parent / name)
         for name in ("nn/functional.py", "nn/modules/module.py", "nn/modules/activation.py", "overrides.py", "_tensor.py")
@@ -304,7 +305,7 @@ def _as_module(call: _Traced, constants: tuple[Sequence[Any], Mapping[str, Any]]
     if len(positional) > len(names) or not set(options) <= set(names):
         raise CannotBeRewrittenError
     options = {**dict(zip(names, positional, strict=False)), **options}
-    return kind(**options, **({"inplace": True} if call.inplace else {}))
+    return kind(**(options | {"inplace": True} if call.inplace else options))
 
 
 def _unused_attribute(module: nn.Module, added: Mapping[str, nn.Module], name: str) -> str:

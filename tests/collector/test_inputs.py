@@ -45,7 +45,7 @@ def test_a_second_site_of_a_kind_that_is_known_needs_no_axis():
     assert collector.compute()["second.act"].neurons == 3
 
 
-def test_a_site_that_appears_later_needs_its_axis_named():
+def test_a_site_that_appears_later_has_a_default_axis_that_is_warned_of():
     class Sometimes(nn.Module):
         def __init__(self):
             super().__init__()
@@ -58,8 +58,10 @@ def test_a_site_that_appears_later_needs_its_axis_named():
     model = Sometimes()
     with collect(model) as collector:
         model(torch.zeros(1, 2), deep=False)
-        with pytest.raises(RuntimeError, match=r"channel_axis=\{'later': 1\}"):
+        with pytest.warns(UserWarning, match=r"1 site lie \(later\), .* channel_axis=\{'later': 1\}"):
             model(torch.zeros(1, 2), deep=True)
+    site = collector.compute()["later"]
+    assert (site.axis_is_inferred, site.observations) == (True, 3)
     with collect(model, channel_axis={"later": 0}) as collector:
         model(torch.zeros(1, 2), deep=False)
         model(torch.zeros(1, 2), deep=True)

@@ -24,7 +24,7 @@ RUNNING = [name for name, path in PAGES.items() if {"python", "sh"} & {block.lan
 def folder(tmp_path, monkeypatch):
     """Change to an empty folder. Activations that a page registers are removed afterwards."""
     monkeypatch.chdir(tmp_path)
-    for table in ("_MODULES", "_FUNCTIONS"):
+    for table in ("_MODULES", "_REGISTERED_FUNCTIONS"):
         monkeypatch.setattr(activations, table, dict(getattr(activations, table)))
     return tmp_path
 

@@ -7,9 +7,10 @@ import pytest
 import fastentropy
 import fastentropy_kernels
 
+COLLECT = "*, average='dataset', channel_axis=None, mask='attention_mask', exclude=(), misfits='raise'"
 SIGNATURES = {
     "fastentropy": {
-        "EntropyCollector": "(model, *, average='dataset', channel_axis=None, mask='attention_mask')",
+        "EntropyCollector": f"(model, {COLLECT})",
         "EntropyCollector.attach": "(self)",
         "EntropyCollector.compute": "(self)",
         "EntropyCollector.detach": "(self)",
@@ -49,7 +50,7 @@ SIGNATURES = {
         "Statistics.to_dict": "(self, zero='discard', average='dataset')",
         "Statistics.to_pandas": "(self, zero='discard', average='dataset')",
         "Step": "(removed, layer_entropy, score, metrics=<factory>, collapsed=())",
-        "collect": "(model, *, average='dataset', channel_axis=None, mask='attention_mask')",
+        "collect": f"(model, {COLLECT})",
         "find_sites": "(model, example_inputs)",
         "fuse": "(model, example_inputs, *, tolerance=None, measure=True, dynamic_sizes=False, borders='exact')",
         "isolate": "(model, example_inputs)",

@@ -33,7 +33,7 @@ NOT_RECTIFIERS = {"linear", "laplace", "sigmoid", "tanh", "sqrtsoftplus"}
 @pytest.fixture
 def table(monkeypatch):
     """Undo what a test registers."""
-    for name in ("_MODULES", "_FUNCTIONS"):
+    for name in ("_MODULES", "_REGISTERED_FUNCTIONS"):
         monkeypatch.setattr(activations, name, dict(getattr(activations, name)))
 
 

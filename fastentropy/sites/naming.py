@@ -1,0 +1,99 @@
+"""Name the activation calls of a pass, so that a call has the same name in every pass, whatever else the pass leaves out."""
+
+import threading
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+
+class CallKey(NamedTuple):
+    """What tells a call of an activation from other calls with the same path.
+
+    Attributes:
+        path: the path of the activation module, or of the function's calls.
+        is_function: whether a function is called.
+        place: the place in the code that makes the call; any hashable value.
+        producer: the path of the module that ran before the call and presumably computed its input; None if it is not known.
+    """
+
+    path: str
+    is_function: bool
+    place: object
+    producer: str | None
+
+
+@dataclass
+class PassNames:
+    """The names that a pass has given so far."""
+
+    used: set[str] = field(default_factory=set)
+    times: dict[CallKey, int] = field(default_factory=dict)  # how often the pass has made each call
+
+
+class CallNames:
+    """Give each call of a pass a name: its path, and a number if there are several calls with this path.
+
+    A call keeps its name from pass to pass. It is recognised by its place in the code and by the module that ran before it.
+    Calls that agree in both are told apart by their order.
+
+    - A call of a module is the same call at another place in the code if the same module ran before it.
+    - If it is not known which module ran before a call, the place decides; for modules that are called from outside, the order.
+    """
+
+    def __init__(self) -> None:
+        """Begin without names."""
+        self._lock = threading.Lock()
+        self._names: dict[CallKey, list[str]] = {}
+        self._by_path: dict[str, list[str]] = defaultdict(list)
+        self._by_place: dict[tuple[str, object], list[CallKey]] = defaultdict(list)
+        self._by_producer: dict[tuple[str, str], list[CallKey]] = defaultdict(list)
+
+    def name(self, key: CallKey, given: PassNames) -> str:
+        """Return the name of the next call with this key in a pass.
+
+        Args:
+            key: what is known of the call.
+            given: the names that the pass has given so far. The name is added to them.
+        """
+        number = given.times.get(key, 0)
+        given.times[key] = number + 1
+        names = self._names.get(key, ())
+        if number < len(names) and names[number] not in given.used:
+            name = names[number]
+        else:
+            with self._lock:
+                name = self._known(key, given.used) or self._new(key)
+                self._remember(key, number, name)
+        given.used.add(name)
+        return name
+
+    def _known(self, key: CallKey, used: set[str]) -> str | None:
+        """Return the name of the same call under another key, if the pass has not given the name yet; None if there is none."""
+        keys: list[CallKey] = []
+        if key.producer is None:
+            keys += self._by_place[key.path, key.place]
+        else:
+            if not key.is_function:
+                keys += self._by_producer[key.path, key.producer]
+            keys.append(key._replace(producer=None))
+        names = [name for other in keys if other != key for name in self._names.get(other, ())]
+        if key.producer is None and not key.is_function:
+            names += self._by_path[key.path]
+        return next((name for name in names if name not in used), None)
+
+    def _new(self, key: CallKey) -> str:
+        """Return a new name."""
+        names = self._by_path[key.path]
+        names.append(f"{key.path}:{len(names)}" if names else key.path)
+        return names[-1]
+
+    def _remember(self, key: CallKey, number: int, name: str) -> None:
+        """Remember that the call with this key and this number in its pass has this name, unless it has another one."""
+        if key not in self._names:
+            self._names[key] = []
+            self._by_place[key.path, key.place].append(key)
+            if key.producer is not None:
+                self._by_producer[key.path, key.producer].append(key)
+        names = self._names[key]
+        if number == len(names):
+            names.append(name)

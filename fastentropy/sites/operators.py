@@ -1,0 +1,109 @@
+"""Let watchers run the activations that a model calls as functions.
+
+The functions of PyTorch are seen where they call their ATen operators. A function that the user has registered is seen by a
+TorchFunctionMode, which is slower: it sees every function.
+"""
+
+import contextlib
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from fastentropy._compat import intercept_operators, set_intercepting
+from fastentropy.sites.activations import OPERATORS
+
+
+class Listener(Protocol):
+    """What may run a call of an activation."""
+
+    @property
+    def is_attached(self) -> bool:
+        """Return whether calls are to be run by the listener. Once this is False, it is asked no longer."""
+        ...
+
+    def takes(self) -> bool:
+        """Return whether a call that this thread makes now is one of the listener's model."""
+        ...
+
+    def run_function(self, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Run a function or an operator, and return its output."""
+        ...
+
+
+class _Listeners(threading.local):
+    """The listeners of a thread, held weakly. The one that came last is asked first."""
+
+    def __init__(self) -> None:
+        """Begin without listeners."""
+        self.all: list[weakref.ref[Any]] = []
+
+    def remove(self, reference: "weakref.ref[Any]") -> None:
+        """Remove a listener. If it was the last one, operators are no longer intercepted."""
+        for place in reversed(range(len(self.all))):
+            if self.all[place] is reference:
+                del self.all[place]
+                break
+        if not self.all:
+            set_intercepting(False)
+
+
+_LISTENERS = _Listeners()
+
+
+def begin_listening(listener: Listener) -> None:
+    """Let a listener run the activations that this thread calls, until it is no longer attached."""
+    intercept_operators(tuple(OPERATORS), _run)
+    _LISTENERS.all.append(weakref.ref(listener))
+    set_intercepting(True)
+
+
+def end_listening(listener: Listener) -> None:
+    """Ask a listener no longer, if this is the thread in which it has begun to listen. Other threads notice by themselves."""
+    for reference in [reference for reference in _LISTENERS.all if reference() is listener]:
+        _LISTENERS.remove(reference)
+
+
+@contextlib.contextmanager
+def listening(listener: Listener) -> Iterator[None]:
+    """Let a listener run, before any other, the activations that this thread calls inside the block."""
+    if _LISTENERS.all and _LISTENERS.all[-1]() is listener:
+        yield
+        return
+    begin_listening(listener)
+    reference = _LISTENERS.all[-1]
+    try:
+        yield
+    finally:
+        _LISTENERS.remove(reference)
+
+
+def _run(operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Let the first listener that takes a call run the operator; run it alone if there is none, or if it is being traced."""
+    if torch.compiler.is_compiling():
+        return operator(*args, **kwargs)
+    for reference in reversed(_LISTENERS.all):
+        listener = reference()
+        if listener is None or not listener.is_attached:
+            _LISTENERS.remove(reference)
+        elif listener.takes():
+            return listener.run_function(operator, args, kwargs)
+    return operator(*args, **kwargs)
+
+
+class FunctionCalls(TorchFunctionMode):
+    """Hand every PyTorch function that is called while this mode is active to a listener, which runs it."""
+
+    def __init__(self, listener: Listener) -> None:
+        """Prepare to hand functions to `listener`."""
+        super().__init__()
+        self._listener = listener
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Let the listener run `func`, because it reports the function if it is an activation."""
+        return self._listener.run_function(func, args, kwargs or {})

@@ -1,0 +1,212 @@
+"""Report the activation calls of a pass to an observer, each with its site."""
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any, Generic, TypeGuard, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from fastentropy._compat import has_pre_hooks, is_functorch_tensor, stack_frame, without_intercepting
+from fastentropy.sites import operators
+from fastentropy.sites.modules import WatchedModules
+from fastentropy.sites.naming import CallKey, CallNames
+from fastentropy.sites.observer import Observer
+from fastentropy.sites.passes import Pass
+from fastentropy.sites.registry import SiteRegistry
+from fastentropy.sites.site import Call
+
+P = TypeVar("P")
+
+#: Source files of the stack frames between the code that calls an activation function and the watcher.
+_BETWEEN = frozenset({
+    *(str(Path(__file__).parent / name) for name in ("reporter.py", "watcher.py", "operators.py")),
+    str(Path(operators.__file__).parent.parent / "_compat.py"),
+    *(str(Path(torch.__file__).parent / name) for name in ("nn/functional.py", "overrides.py", "_tensor.py")),
+})  # fmt: skip
+
+
+class CallReporter(Generic[P]):
+    """Find the site of each activation call, and let an observer run the call."""
+
+    def __init__(self, modules: WatchedModules, registry: SiteRegistry, observer: Observer[P]) -> None:
+        """Report calls of a model's `modules` to `observer`."""
+        self._modules, self._registry, self._observer = modules, registry, observer
+        self._names = CallNames()
+
+    def run_module(
+        self,
+        current: Pass[P],
+        path: str,
+        place: object,
+        module: nn.Module,
+        original: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Report and run a call of an activation module.
+
+        Args:
+            current: the pass.
+            path: the path of the module.
+            place: the place in the code that calls the module.
+            module: the module.
+            original: the function that runs the module, as original(module, *args, **kwargs).
+            args: the positional arguments of the call.
+            kwargs: its keyword arguments.
+        """
+        key = CallKey(path, False, place, current.produced.for_path(path))
+
+        def run() -> Any:
+            with without_intercepting():
+                return original(module, *args, **kwargs)
+
+        if has_pre_hooks(module):
+            y = self._run_after_hooks(current, key, module, run)
+        elif is_countable(x := _input(args, kwargs)):
+            y = self._report(current, key, self._modules.activations[path], x, run, module)
+        else:
+            return original(module, *args, **kwargs)
+        current.produced.set(path, module, y)
+        return y
+
+    def _run_after_hooks(self, current: Pass[P], key: CallKey, module: nn.Module, run: Callable[[], Any]) -> Any:
+        """Run an activation module whose hooks may change its input. A further hook, the last one, reports what they return."""
+        thread, activation = threading.get_ident(), self._modules.activations[key.path]
+
+        def report(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if threading.get_ident() == thread and is_countable(x := _input(args, kwargs)):
+                self._report(current, key, activation, x, lambda: None, module)
+
+        hook = module.register_forward_pre_hook(report, with_kwargs=True)
+        current.inside_activation = True
+        try:
+            return run()
+        finally:
+            current.inside_activation = False
+            hook.remove()
+
+    def run_function(
+        self,
+        current: Pass[P],
+        frame: FrameType,
+        function: Callable[..., Any],
+        activation: str,
+        x: Tensor,
+        run: Callable[[], Any],
+    ) -> Any:
+        """Report and run a call of a function that is an activation.
+
+        If the function is called by the forward of an activation module, which somebody has called without the module, the call
+        is reported as one of the module.
+
+        Args:
+            current: the pass.
+            frame: the stack frame that calls the function.
+            function: the function or operator.
+            activation: the name of the activation.
+            x: the input of the activation.
+            run: a function that runs it and returns its output.
+        """
+        module = bound_to(frame) if frame.f_code.co_name == "forward" else None
+        path = self._modules.path_of(module)
+        if isinstance(module, nn.Module) and path in self._modules.activations:
+            caller = frame.f_back or frame
+            key = CallKey(path, False, place_of(caller), current.produced.for_path(path))
+            return self._report(current, key, self._modules.activations[path], x, run, module)
+        called: str = getattr(getattr(function, "overloadpacket", function), "__name__", "function")
+        path = self._function_path(current.owners[-1] if current.owners else "", called.strip("_"))
+        key = CallKey(path, True, place_of(frame), current.produced.path)
+        return self._report(current, key, activation, x, run, function=called)
+
+    def _function_path(self, owner: str, function: str) -> str:
+        """Return the path for the calls of a function by the module with the path `owner`.
+
+        If a module of the model has this path, a number is added to it.
+        """
+        path = f"{owner}.{function}".lstrip(".")
+        index = 0
+        while path in self._modules.kinds:
+            index += 1
+            path = f"{owner}.{function}_{index}".lstrip(".")
+        return path
+
+    def _report(
+        self,
+        current: Pass[P],
+        key: CallKey,
+        activation: str,
+        x: Tensor,
+        run: Callable[[], Any],
+        module: nn.Module | None = None,
+        function: str = "",
+    ) -> Any:
+        """Find the site of an activation call, let the observer run the call, and return its output.
+
+        Args:
+            current: the pass.
+            key: what is known of the call.
+            activation: the name of the activation.
+            x: the input of the activation.
+            run: a function that runs the activation and returns its output.
+            module: the activation module, or None if a function is called.
+            function: the name of the function; empty if a module is called.
+        """
+        name = self._names.name(key, current.names)
+        found = self._registry.resolve(name, key.path, activation, x, current)
+        if found is None:
+            return run()
+        site, local = found
+        if function:
+            self._registry.functional.add(name)
+        is_token, token_axes = current.is_token, None
+        if is_token is not None:
+            is_token = self._registry.tokens_here(is_token, site, local)
+            token_axes = self._registry.token_axes(site, local)
+        before, current.inside_activation = current.inside_activation, True
+        try:
+            call = Call(site, x, is_token, module, function, run, token_axes)
+            return self._observer.run_activation(current.observed, call)
+        finally:
+            current.inside_activation = before
+
+
+def calling_frame() -> FrameType:
+    """Return the stack frame that calls an activation function, outside of PyTorch's code for the call and of the watcher."""
+    frame = stack_frame(1)
+    while frame.f_code.co_filename in _BETWEEN and frame.f_back is not None:
+        frame = frame.f_back
+    return frame
+
+
+def bound_to(frame: FrameType) -> object:
+    """Return the object of which a stack frame runs a method; None if it runs a function without `self`."""
+    code = frame.f_code
+    is_method = code.co_argcount > 0 and code.co_varnames[0] == "self"
+    return frame.f_locals.get("self") if is_method else None
+
+
+def place_of(frame: FrameType) -> object:
+    """Return the place in the code at which a stack frame is."""
+    return frame.f_code, frame.f_lasti
+
+
+def is_countable(x: Any) -> TypeGuard[Tensor]:
+    """Return whether a value has neurons to count: a floating-point tensor with axes that is not a parameter.
+
+    Raises:
+        RuntimeError: the value belongs to a transform of torch.func.
+    """
+    if isinstance(x, Tensor) and is_functorch_tensor(x):
+        raise RuntimeError(
+            "activations cannot be counted inside of torch.func transforms; collect while the model is called alone"
+        )
+    is_activation = type(x) is Tensor or (isinstance(x, Tensor) and not isinstance(x, nn.Parameter))
+    return is_activation and x.is_floating_point() and x.ndim > 0
+
+
+def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return the input of an activation module: the first argument of the call."""
+    return args[0] if args else next(iter(kwargs.values()), None)
