@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import inspect
+from collections import OrderedDict, defaultdict, namedtuple
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from torch import nn
 from torch.export import ExportedProgram
 
-from fastentropy._compat import tree_leaves, tree_node
+from fastentropy._compat import tree_leaves, tree_node, tree_unflatten
 from fastentropy._utils.text import plural
 from fastentropy.fusion.inputs import is_same
 from fastentropy.fusion.tracing import user_inputs
 
 #: The types of a default value that a file can hold.
 _PLAIN = (type(None), bool, int, float, str)
+
+
+#: The types of mappings and sequences in the structure of a trace. It has the function `namedtuple` for named tuples.
+_MAPPINGS: tuple[Any, ...] = (dict, OrderedDict, defaultdict)
+_SEQUENCES: tuple[Any, ...] = (tuple, list, namedtuple)
 
 
 class Signature(NamedTuple):
@@ -69,10 +75,12 @@ class Binding:
         _, names, keywords = tree_node(kwargs)
         self.signature = signature
         self._args, self._kwargs = tree_node(args)[2], dict(zip(names or (), keywords, strict=True))
-        specs = {**{signature.key(index): spec for index, spec in enumerate(self._args)}, **self._kwargs}
-        self._keys = tuple(specs)
-        self._is_flat = all(tree_node(spec)[0] is None for spec in specs.values())
-        self._constants = dict(zip(specs, user_inputs(program), strict=False)) if self._is_flat else {}
+        self._specs: dict[str | int, Any] = {signature.key(index): spec for index, spec in enumerate(self._args)}
+        self._specs |= self._kwargs
+        self._is_flat = all(tree_node(spec)[0] is None for spec in self._specs.values())
+        leaves = iter(user_inputs(program))
+        traced = {key: [next(leaves) for _ in range(spec.num_leaves)] for key, spec in self._specs.items()}
+        self._constants = {key: values[0] for key, values in traced.items() if tree_node(self._specs[key])[0] is None}
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any], list[Any]]:
         """Return the arguments of a call in the form in which the model was traced, and all their values in flat order.
@@ -89,11 +97,13 @@ class Binding:
         if self._is_flat:
             return args, kwargs, [*args, *(kwargs[name] for name in self._kwargs)]
         leaves: list[Any] = []
-        for spec, value, key in zip(self._args, args, self._keys, strict=False):
-            leaves += _leaves(spec, value, f"input {key!r}")
-        for name, spec in self._kwargs.items():
-            leaves += _leaves(spec, kwargs[name], f"input {name!r}")
-        return args, kwargs, leaves
+        given = [*args, *(kwargs[name] for name in self._kwargs)]
+        for index, (key, spec) in enumerate(self._specs.items()):
+            found = _leaves(spec, given[index], f"input {key!r}")
+            leaves += found
+            if _is_plain(spec):  # the graph takes mappings and sequences only of the classes that the trace had
+                given[index] = tree_unflatten(found, spec)
+        return tuple(given[: len(args)]), dict(zip(self._kwargs, given[len(args) :], strict=True)), leaves
 
     def _rearranged(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return the arguments of a call with positional ones by keyword, or the reverse, as in the trace.
@@ -104,11 +114,11 @@ class Binding:
         if twice := [name for name in kwargs if name in given]:
             raise ValueError(f"the input {twice[0]!r} is given twice, by its position and by its name")
         given.update(kwargs)
-        missing = [key for key in self._keys if key not in given and not self._is_default(key, self._constants.get(key, self))]
-        other = [key for key, value in given.items() if key not in self._keys and not self._is_default(key, value)]
+        missing = [key for key in self._specs if key not in given and not self._is_default(key, self._constants.get(key, self))]
+        other = [key for key, value in given.items() if key not in self._specs and not self._is_default(key, value)]
         if missing or other:
             raise ValueError(self._refusal(len(args), kwargs, missing, other))
-        given = {key: given[key] if key in given else self._constants[key] for key in self._keys}
+        given = {key: given[key] if key in given else self._constants[key] for key in self._specs}
         return tuple(given.values())[: len(self._args)], {name: given[name] for name in self._kwargs}
 
     def _is_default(self, key: str | int, value: Any) -> bool:
@@ -126,10 +136,25 @@ class Binding:
         """
         if not kwargs and not self._kwargs:
             return f"this model was fused for {plural(len(self._args), 'input')}, but is called with {count}"
-        names = ", ".join(str(key) for key in self._keys)
-        wrong = [f"{', '.join(map(str, missing))} is missing"] * bool(missing)
-        wrong += [f"{', '.join(map(str, other))} is not among them"] * bool(other)
+        wrong = [f"{_listed(missing)} missing"] * bool(missing) + [f"{_listed(other)} not among them"] * bool(other)
+        names = ", ".join(map(_name, self._specs))
         return f"this model was fused for the inputs {names}: {' and '.join(wrong)}; fuse it again for other inputs"
+
+
+def _name(key: str | int) -> str:
+    """Return what an error message calls an input: its name, or its position, which is counted from 0."""
+    return key if isinstance(key, str) else f"[{key}]"
+
+
+def _listed(keys: list[str | int]) -> str:
+    """Return names of inputs, followed by "is" or "are"."""
+    return f"{', '.join(map(_name, keys))} {'is' if len(keys) == 1 else 'are'}"
+
+
+def _is_plain(spec: Any) -> bool:
+    """Return whether an input is nested and consists of mappings and sequences of Python, not of objects of other classes."""
+    kind, _, parts = tree_node(spec)
+    return kind in (*_MAPPINGS, *_SEQUENCES) and all(tree_node(part)[0] is None or _is_plain(part) for part in parts)
 
 
 def _leaves(spec: Any, value: Any, name: str) -> list[Any]:
@@ -146,12 +171,13 @@ def _leaves(spec: Any, value: Any, name: str) -> list[Any]:
     kind, keys, parts = tree_node(spec)
     if kind is None:
         return [value]
-    if isinstance(keys, list) and isinstance(value, Mapping):
+    if kind in _MAPPINGS and isinstance(value, Mapping):
+        keys = keys[1] if kind is defaultdict else keys
         if len(value) != len(keys) or any(key not in value for key in keys):
             given = ", ".join(map(str, value))
             raise ValueError(f"the {name} has the keys {given}, but this model was fused for {', '.join(map(str, keys))}")
         return [leaf for key, part in zip(keys, parts, strict=True) for leaf in _leaves(part, value[key], f"{name}[{key!r}]")]
-    if kind in (tuple, list) and isinstance(value, tuple | list) and len(value) == len(parts):
+    if kind in _SEQUENCES and isinstance(value, tuple | list) and len(value) == len(parts):
         pairs = enumerate(zip(parts, value, strict=True))
         return [leaf for index, (part, each) in pairs for leaf in _leaves(part, each, f"{name}[{index}]")]
     leaves = tree_leaves(value)

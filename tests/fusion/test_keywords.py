@@ -1,6 +1,8 @@
 """Networks whose inputs are given by name are fused, called, saved and refused like those with positional inputs."""
 
+import collections
 import copy
+import itertools
 import json
 import random
 import zipfile
@@ -116,6 +118,37 @@ def test_positional_and_keyword_inputs_mixed():
         close(actual, expected)
 
 
+def test_other_classes_of_mappings_and_sequences():
+    class Nested(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+
+        def forward(self, pair, tables, flag=True):
+            return self.layers(pair[0]) + pair[1] - tables["shift"] * tables["scale"]
+
+    def inputs(batch, sequence, mapping):
+        tensors = {"scale": torch.randn(batch, 1), "shift": torch.randn(batch, 6)}
+        return {"pair": sequence(torch.randn(batch, 6), torch.randn(batch, 1)), "tables": mapping(tensors)}
+
+    def defaults(values):
+        return collections.defaultdict(float, values)
+
+    def reverse(values):
+        return dict(reversed(values.items()))
+
+    Pair = collections.namedtuple("Pair", ["x", "y"])
+    sequences = [Pair, lambda *values: values, lambda *values: list(values)]
+    mappings = [dict, reverse, collections.OrderedDict, defaults]
+    model = Nested().eval()
+    for sequence, mapping in zip([*sequences, Pair], mappings, strict=True):
+        fused = fe.fuse(model, inputs(4, sequence, mapping), measure=False)
+        for other_sequence, other_mapping in itertools.product(sequences, mappings):
+            given = inputs(3, other_sequence, other_mapping)
+            close(fused(**given), model(**given))
+            close(fused(given["pair"], given["tables"], True), model(**given))
+
+
 def test_constant_inputs_that_equal_their_defaults_may_be_left_out():
     model = Masked().eval()
     fused, x = fe.fuse(model, {"x": torch.randn(4, 6), "mask": None, "scale": 1.0}), torch.randn(3, 6)
@@ -127,12 +160,12 @@ def test_constant_inputs_that_equal_their_defaults_may_be_left_out():
     ("args", "kwargs", "text"),
     [
         (0, ("x",), "this model was fused for the inputs x, mask: mask is missing; fuse it again for other inputs"),
-        (0, (), "this model was fused for the inputs x, mask: x, mask is missing"),
+        (0, (), "this model was fused for the inputs x, mask: x, mask are missing"),
         (0, ("x", "mask", "table"), "this model was fused for the inputs x, mask: table is not among them"),
         (0, ("x", "table"), "this model was fused for the inputs x, mask: mask is missing and table is not among them"),
         (2, ("mask",), "the input 'mask' is given twice, by its position and by its name"),
         (2, ("scale",), "this model was fused for the inputs x, mask: scale is not among them"),
-        (3, (), "this model was fused for the inputs x, mask: 2 is not among them"),
+        (3, (), "this model was fused for the inputs x, mask: [2] is not among them"),
     ],
 )
 @pytest.mark.parametrize("by_name", [True, False])
