@@ -24,7 +24,9 @@ def vision(name: str, batch: int, size: int = 224) -> Network:
     import torchvision
 
     options = {"image_size": size} if name.startswith("vit") else {}
-    return _ready(torchvision.models.get_model(name, weights=None, **options)), (torch.randn(batch, 3, size, size),)
+    return _ready(torchvision.models.get_model(name, weights=None, **options)), (
+        torch.randn(batch, 3, size, size, device="cpu"),
+    )
 
 
 def gpt2(tokens: int, batch: int, layers: int) -> Network:
@@ -32,7 +34,7 @@ def gpt2(tokens: int, batch: int, layers: int) -> Network:
     import transformers
 
     config = transformers.GPT2Config(use_cache=False, n_layer=layers)
-    return _ready(transformers.GPT2LMHeadModel(config)), (torch.randint(0, config.vocab_size, (batch, tokens)),)
+    return _ready(transformers.GPT2LMHeadModel(config)), (torch.randint(0, config.vocab_size, (batch, tokens), device="cpu"),)
 
 
 def hugging_face_vit(size: int, batch: int, layers: int) -> Network:
@@ -40,7 +42,7 @@ def hugging_face_vit(size: int, batch: int, layers: int) -> Network:
     import transformers
 
     config = transformers.ViTConfig(image_size=size, num_hidden_layers=layers)
-    return _ready(transformers.ViTForImageClassification(config)), (torch.randn(batch, 3, size, size),)
+    return _ready(transformers.ViTForImageClassification(config)), (torch.randn(batch, 3, size, size, device="cpu"),)
 
 
 def llama(batch: int) -> Network:
@@ -58,7 +60,7 @@ def llama(batch: int) -> Network:
         num_key_value_heads=8,
         use_cache=False,
     )
-    return _ready(transformers.LlamaForCausalLM(config)), (torch.randint(0, config.vocab_size, (batch, 1024)),)
+    return _ready(transformers.LlamaForCausalLM(config)), (torch.randint(0, config.vocab_size, (batch, 1024), device="cpu"),)
 
 
 def mobilenet_blocks(batch: int) -> dict[str, Network]:
@@ -86,7 +88,7 @@ def mobilenet_blocks(batch: int) -> dict[str, Network]:
 def vit_mlp(batch: int) -> Network:
     """Return the MLP of a ViT-B layer, with its GELU replaced by the identity, and random inputs `[batch, 197, 768]`."""
     mlp = vision("vit_b_16", 1)[0].encoder.layers[0].mlp  # type: ignore[index, union-attr]
-    return linearised((mlp, (torch.randn(batch, 197, 768),)), lambda names: names)
+    return linearised((mlp, (torch.randn(batch, 197, 768, device="cpu"),)), lambda names: names)
 
 
 def _ready(model: nn.Module) -> nn.Module:

@@ -110,7 +110,7 @@ def random_like(inputs: Inputs, seed: int) -> Inputs:
     def randomize(value: Any) -> Any:
         if not is_float(value):
             return value
-        return torch.randn(value.shape, generator=generator).to(value)
+        return torch.randn(value.shape, generator=generator, dtype=torch.float32, device="cpu").to(value)
 
     return inputs.map(randomize)
 

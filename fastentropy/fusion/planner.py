@@ -195,7 +195,7 @@ def _chain_error(form: Chain, chain: Chain, x: Tensor) -> float:
     batched = x.ndim > len(operators(chain)[0].axes) + 1
     generator = torch.Generator().manual_seed(0)
     given = x[:1] if batched else x
-    drawn = torch.randn(given.shape, generator=generator).to(given) * given.std(correction=0)
+    drawn = torch.randn(given.shape, generator=generator, dtype=torch.float32, device="cpu").to(given) * given.std(correction=0)
     compiled = compile_chain(form, given)
     with full_precision():
         return max(relative_error(compiled(each), run(chain, each.double())) for each in (given, drawn))

@@ -112,7 +112,8 @@ class Regression:
     def solve(self) -> AffineOperator:
         """Return the operator with the smallest squared error on the fitted observations."""
         products = self._fitted.products
-        ridge = RIDGE * products.diagonal(dim1=1, dim2=2).mean() * torch.eye(self._unknowns).to(products)
+        unit = torch.eye(self._unknowns, dtype=products.dtype, device=products.device)
+        ridge = RIDGE * products.diagonal(dim1=1, dim2=2).mean() * unit
         difference = torch.linalg.solve(products + ridge, self._fitted.residuals)
         coefficients = self._coefficients(self.centre) + difference
         weight = coefficients[:, :-1].mT.reshape(self.centre.weight.shape)
@@ -164,7 +165,7 @@ class Regression:
             raise ValueError(f"one convolution gives {tuple(windows.shape[2 : y.ndim])} positions, the stretch {shape[1:]}")
         total = math.prod(shape)
         count = min(total, most)
-        chosen = torch.randperm(total, generator=self._generator)[:count].to(x.device)
+        chosen = torch.randperm(total, generator=self._generator, device="cpu")[:count].to(x.device)
         batch, *position = torch.unravel_index(chosen, shape)
         at: Any = (batch, slice(None), *position)
         patches, wanted = (values[at].double().reshape(count, self._groups, -1) for values in (windows, y))

@@ -143,7 +143,8 @@ def read(path: str | PathLike[str]) -> tuple[ExportedProgram, FusionReport, tupl
     try:
         _refuse_foreign_entries(path)
         extra_files = {"report.json": "", "guards.json": "", "signature.json": ""}
-        program = torch.export.load(path, extra_files=extra_files)
+        with torch.device("cpu"):  # PyTorch loads the weights into tensors on the default device, whatever theirs was
+            program = torch.export.load(path, extra_files=extra_files)
         report, guards = (json.loads(extra_files[name]) for name in ("report.json", "guards.json"))
         signature = Signature.from_dict(json.loads(text)) if (text := extra_files["signature.json"]) else Signature()
         return program, FusionReport.from_dict(report), tuple(map(str, guards)), signature

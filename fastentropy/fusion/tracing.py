@@ -247,8 +247,9 @@ def sample_inputs(program: ExportedProgram) -> Inputs:
         if sizes is None:
             return value
         shape = [low if high == low + 1 else max(low, 2) for low, high in sizes]
-        drawn = torch.randn(shape, generator=generator) if value.is_floating_point() else torch.zeros(shape)
-        return drawn.to(value.device, value.dtype)
+        if not value.is_floating_point():
+            return torch.zeros(shape, dtype=value.dtype, device=value.device)
+        return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(value.device, value.dtype)
 
     leaves = list(map(sample, user_inputs(program), input_sizes(program)))
     args, kwargs = tree_unflatten(leaves, program.call_spec.in_spec)

@@ -43,7 +43,7 @@ def scores(criterion: Criterion, model: nn.Module, statistics: Statistics, sites
     if criterion == "entropy":
         return statistics.layer_entropy()
     if criterion == "random":
-        return dict(zip(names, torch.rand(len(names)).tolist(), strict=True))
+        return dict(zip(names, torch.rand(len(names), dtype=torch.float32, device="cpu").tolist(), strict=True))
     if criterion == "uniform":
         return _nearness(sites, names)
     assert callable(criterion)

@@ -104,9 +104,9 @@ class Cifar10:
         """
         images, labels = self._data["train"]
         # The CPU draws the random numbers, because its generator gives the same ones on every machine. They are moved once.
-        order = torch.randperm(len(labels)).to(self._device).split(BATCH_SIZE)
-        shifts = torch.randint(2 * PADDING + 1, (len(labels), 2)).to(self._device).split(BATCH_SIZE)
-        flips = (torch.rand(len(labels)) < 0.5).to(self._device).split(BATCH_SIZE)
+        order = torch.randperm(len(labels), device="cpu").to(self._device).split(BATCH_SIZE)
+        shifts = torch.randint(2 * PADDING + 1, (len(labels), 2), device="cpu").to(self._device).split(BATCH_SIZE)
+        flips = (torch.rand(len(labels), dtype=torch.float32, device="cpu") < 0.5).to(self._device).split(BATCH_SIZE)
         total = torch.zeros((), device=self._device)
         for batch, shift, flip in zip(order, shifts, flips, strict=True):
             logits = self._run(run, augment(images[batch], shift, flip))

@@ -98,7 +98,7 @@ def hold_out(labels: Tensor) -> tuple[Tensor, Tensor]:
         indices = (labels == label).nonzero()[:, 0]
         if len(indices) < 2:
             raise ValueError(f"the training images hold {len(indices)} of class {label}; expected at least 2 of each class")
-        indices = indices[torch.randperm(len(indices), generator=generator)]
+        indices = indices[torch.randperm(len(indices), generator=generator, device="cpu")]
         held_out = -(-len(indices) // 10)
         validation.append(indices[:held_out])
         training.append(indices[held_out:])

@@ -26,7 +26,7 @@ def resnet18() -> nn.Module:
     model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
     model.maxpool = nn.Identity()
     _initialize(model.conv1)
-    return isolate(model, (torch.linspace(-1, 1, 3 * 32 * 32).view(1, 3, 32, 32),))
+    return isolate(model, (torch.linspace(-1, 1, 3 * 32 * 32, dtype=torch.float32, device="cpu").view(1, 3, 32, 32),))
 
 
 def mobilenet_v2() -> nn.Module:

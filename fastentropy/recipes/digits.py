@@ -90,9 +90,9 @@ class Digits:
     def __init__(self, device: torch.device) -> None:
         """Load the images, scale them to the range from 0 to 1, split them, and place them on `device`."""
         digits = load_digits()
-        images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16
-        labels = torch.tensor(digits.target)
-        training, rest = _split(torch.arange(len(labels)), labels, 0.5)
+        images = torch.tensor(digits.images, dtype=torch.float32, device="cpu")[:, None] / 16
+        labels = torch.tensor(digits.target, device="cpu")
+        training, rest = _split(torch.arange(len(labels), device="cpu"), labels, 0.5)
         validation, test = _split(rest, labels, 0.5)
         indices = {"train": training, "validation": validation, "test": test}
         self._data = {name: (images[index].to(device), labels[index].to(device)) for name, index in indices.items()}
@@ -118,7 +118,7 @@ class Digits:
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=steps)
         for _ in range(epochs):
             losses = []
-            for batch in torch.randperm(len(labels)).to(self._device).split(BATCH_SIZE):
+            for batch in torch.randperm(len(labels), device="cpu").to(self._device).split(BATCH_SIZE):
                 loss = F.cross_entropy(model(images[batch]), labels[batch], label_smoothing=0.1)
                 optimizer.zero_grad()
                 loss.backward()

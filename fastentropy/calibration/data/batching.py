@@ -145,11 +145,11 @@ class TextBatches:
     def _stack(self, rows: Sequence[Row]) -> Batch:
         """Pad rows to the length of the longest one, and return them as a batch."""
         width = max(len(row.tokens) for row in rows)
-        input_ids = torch.full((len(rows), width), self._padding)
+        input_ids = torch.full((len(rows), width), self._padding, device="cpu")
         attention_mask = torch.zeros_like(input_ids)
         for index, (tokens, *_) in enumerate(rows):
             columns = slice(width - len(tokens), None) if self._side == "left" else slice(len(tokens))
-            input_ids[index, columns] = torch.tensor(tokens)
+            input_ids[index, columns] = torch.tensor(tokens, device="cpu")
             attention_mask[index, columns] = 1
         return Batch(
             {"input_ids": input_ids, "attention_mask": attention_mask},

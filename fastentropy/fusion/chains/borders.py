@@ -155,10 +155,10 @@ def _smaller_size(chain: Chain, axis: int, size: int) -> tuple[int, Tensor]:
         for smaller in range(size % period or period, size, period):
             start, stop, length = valid_range(chain, axis, smaller, zero_input=True)[:3]
             if _output_size(chain, axis, smaller) and start < stop:
-                before, after = torch.arange(start), torch.arange(stop, length)
-                inside = torch.full((output - len(before) - len(after),), start)
+                before, after = torch.arange(start, device="cpu"), torch.arange(stop, length, device="cpu")
+                inside = torch.full((output - len(before) - len(after),), start, device="cpu")
                 return smaller, torch.cat([before, inside, after])
-    return size, torch.arange(output)
+    return size, torch.arange(output, device="cpu")
 
 
 def _stride(chain: Chain, axis: int) -> int:

@@ -257,13 +257,13 @@ def _thresholds(edges: Sequence[float], dtype: torch.dtype) -> Tensor:
         int16 or int32 `[len(edges) + 2]`.
     """
     form = _FORMATS[dtype]
-    exact = torch.tensor(edges, dtype=torch.float64)
+    exact = torch.tensor(edges, dtype=torch.float64, device="cpu")
     rounded = exact.to(dtype)
     integers = torch.int32 if dtype == torch.float32 else torch.int16
     bits = rounded.view(integers).long()
     ordered = torch.where(bits >= 0, bits, bits ^ form.positive) + (rounded.double() < exact)
     ordered = torch.where(rounded == 0, torch.where(exact > 0, 1, -1), ordered)
-    return torch.tensor([-form.infinity - 1, *ordered.tolist(), form.infinity + 1], dtype=integers)
+    return torch.tensor([-form.infinity - 1, *ordered.tolist(), form.infinity + 1], dtype=integers, device="cpu")
 
 
 class _Loop(NamedTuple):
