@@ -222,6 +222,7 @@ def _summary(
         **numbers,
         "problems": [problem._asdict() for problem in outcome.tally.problems],
         "notices": _notices(pretrained, options.mask, notice),
+        "notes": list(outcome.statistics.notes),
         "ranks": ranks.world_size,
         "seconds": outcome.seconds,
         "tokens_per_second": outcome.tokens_per_second,

@@ -1,3 +1,4 @@
+import dataclasses
 import re
 
 import pytest
@@ -86,6 +87,15 @@ def test_notices_only_if_needed(page):
         "1.2 k tokens",
     ):
         assert notice in html
+
+
+def test_notes_and_inferred_axes_are_shown(page):
+    sites = dict(statistics())
+    name = next(iter(sites))
+    sites[name] = dataclasses.replace(sites[name], axis_is_inferred=True)
+    text = words(page(fe.Statistics(sites, ["site 'other' was not counted"])))
+    assert "Site 'other' was not counted." in text.replace("&#39;", "'")
+    assert f"The channel axis of {name} is a default" in text
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import os
 import traceback
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from unittest import mock
@@ -28,6 +29,8 @@ from torch.profiler import profile
 from transformers import GPT2Config, GPT2Model, LlamaConfig, LlamaModel, ViTConfig, ViTModel
 
 import fastentropy as fe
+from fastentropy.collector.distributed import sum_over_ranks
+from fastentropy.sites.sharding import RankShare
 from tests._helpers.networks import Reads
 
 LAYERS = ("layers.0", "layers.1", "h.0", "h.1")
@@ -316,6 +319,36 @@ def entropies_of_batches(divided):
     return torch.allclose(site.batch_entropies, expected.batch_entropies, rtol=1e-12, atol=0), site.batches == expected.batches
 
 
+def batches_with_gaps(divided):
+    """Batches in which some or all neurons have no value: entropies and numbers of batches are those of one process."""
+    model, x = layers((4, 6)), inputs(5, 7, 4)
+    x[1] = torch.nan  # no neuron has a value
+    with torch.no_grad():
+        model[0].weight[0] = 0
+        model[0].weight[0, 0] = 1
+        model[0].bias[1] = torch.nan  # this neuron never has one
+    expected = run_each(model, x).compute()["1"]
+    if divided == "neurons":
+        parallelize_module(model, world_mesh("tp"), {"0": ColwiseParallel()})
+    else:
+        x = x[dist.get_rank() :: dist.get_world_size()]
+    site = run_each(model, x).sync()["1"]
+    numbers = [(each.batches, each.neuron_batches.tolist(), each.nan) for each in (site, expected)]
+    same = torch.allclose(site.entropy(average="batch"), expected.entropy(average="batch"), rtol=1e-12, atol=0)
+    return same, numbers[0] == numbers[1], numbers[0][:2]
+
+
+def notes_of_ranks():
+    """Each rank has a note of its own and one in common, and rank 1 infers an axis."""
+    model, x = layers((4, 6)), inputs(5, 4)
+    collector, rank = run(model, x), dist.get_rank()
+    statistics = collector.compute()
+    sites = {name: replace(site, axis_is_inferred=rank == 1) for name, site in statistics.items()}
+    shares = {name: RankShare(0, site.neurons) for name, site in sites.items()}
+    summed = sum_over_ranks(fe.Statistics(sites, ["all", f"rank {rank}"]), shares, {"1": "relu"})
+    return summed.notes, summed["1"].axis_is_inferred
+
+
 def run_each(model, x):
     with fe.collect(model, average="batch") as collector:
         for batch in x:
@@ -520,11 +553,12 @@ def cases(world_size):
 OF_TWO_RANKS = (
     nan_is_counted_once, batches_of_divided_tokens, pipeline, other_modules, other_neurons, other_activation, not_followed,
     partial_sums, divided_otherwise, local_weights, transformers_plan, a_rank_without_batches, an_expert_without_tokens,
-    in_the_middle, restored, weights_that_are_looked_at, no_copies,
+    in_the_middle, restored, weights_that_are_looked_at, no_copies, notes_of_ranks,
 )  # fmt: skip
 WITH_A_VALUE = (
     *((replicated, head) for head in ("to_local", "plain layer", "DTensor")),
     *((entropies_of_batches, divided) for divided in ("data", "neurons")),
+    *((batches_with_gaps, divided) for divided in ("data", "neurons")),
     *((functional, use_local_output) for use_local_output in (True, False)),
     *((reshapes, use_local_output) for use_local_output in (True, False)),
     *((collectives, parallel) for parallel in (True, False)),

@@ -117,6 +117,15 @@ def test_entropies_of_batches_are_those_of_one_process(outcomes, divided):
     assert outcomes(f"entropies_of_batches {divided}") == [(True, True)] * 2
 
 
+@pytest.mark.parametrize("divided", ["data", "neurons"])
+def test_batches_without_values_count_as_none(outcomes, divided):
+    assert outcomes(f"batches_with_gaps {divided}") == [(True, True, (4, [4, 0, 4, 4, 4, 4]))] * 2
+
+
+def test_notes_and_marks_of_all_ranks_are_kept(outcomes):
+    assert outcomes("notes_of_ranks") == [(("all", "rank 0", "rank 1"), True)] * 2
+
+
 def test_batches_whose_tokens_are_divided_are_not_told_apart(outcomes):
     assert outcomes("batches_of_divided_tokens") == [{"relu": (True, 0), "gelu": (False, 2)}] * 2
 
