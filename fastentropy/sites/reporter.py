@@ -24,7 +24,10 @@ P = TypeVar("P")
 _BETWEEN = frozenset({
     *(str(Path(__file__).parent / name) for name in ("reporter.py", "watcher.py", "operators.py")),
     str(Path(operators.__file__).parent.parent / "_compat.py"),
-    *(str(Path(torch.__file__).parent / name) for name in ("nn/functional.py", "overrides.py", "_tensor.py")),
+    *(
+        str(Path(torch.__file__).parent / name)
+        for name in ("nn/functional.py", "overrides.py", "_tensor.py", "utils/_device.py")
+    ),
 })  # fmt: skip
 
 

@@ -54,7 +54,14 @@ _BETWEEN = (
     str(Path(__file__).parent.parent / "_compat.py"),
     *(
         str(Path(torch.__file__).parent / name)
-        for name in ("nn/functional.py", "nn/modules/module.py", "nn/modules/activation.py", "overrides.py", "_tensor.py")
+        for name in (
+            "nn/functional.py",
+            "nn/modules/module.py",
+            "nn/modules/activation.py",
+            "overrides.py",
+            "_tensor.py",
+            "utils/_device.py",
+        )
     ),
 )
 
