@@ -96,6 +96,55 @@ def in_function_mode() -> bool:
     return any(kind is not default_device and not kind.__module__.startswith("fastentropy.") for kind in kinds)
 
 
+@contextmanager
+def entered(mode: TorchDispatchMode) -> Iterator[None]:
+    """Activate a mode inside the block. Afterwards it is as active as before, wherever in this process anything was raised.
+
+    A RecursionError or KeyboardInterrupt may be raised inside of the mode's own `__exit__`, which then leaves it active.
+    """
+    before, flags = _activations(mode), _mode_flags()
+    try:
+        try:
+            with mode:
+                yield
+        finally:
+            _deactivate(mode, before, flags)
+    finally:
+        _deactivate(mode, before, flags)  # for an interrupt in the first call
+
+
+def _activations(mode: TorchDispatchMode) -> int:
+    """Return how many times a mode is on the stack of this thread."""
+    entry, size = _named("torch._C", "_get_dispatch_stack_at"), _named("torch._C", "_len_torch_dispatch_stack")
+    return sum(entry(index) is mode for index in range(size()))
+
+
+def _mode_flags() -> list[bool]:
+    """Return what PyTorch has noted, beside the stack, about the modes that are active."""
+    return [_attribute(sys.modules[TorchDispatchMode.__module__], name) for name in _MODE_FLAGS]
+
+
+_MODE_FLAGS = (
+    "_is_in_torch_dispatch_mode",
+    "_is_in_non_infra_torch_dispatch_mode",
+    "_is_in_any_mode_without_ignore_compile_internals",
+)
+
+
+def _deactivate(mode: TorchDispatchMode, times: int, flags: list[bool]) -> None:
+    """Take a mode from the stack until it is there so many times, and restore the flags. Other modes stay."""
+    others = []
+    while _activations(mode) > times:
+        top = _named("torch._C", "_pop_torch_dispatch_stack")(None)
+        if top is not mode:
+            others.append(top)
+    for other in reversed(others):
+        _named("torch._C", "_push_on_torch_dispatch_stack")(other)
+    if _mode_flags() != flags:
+        vars(sys.modules[TorchDispatchMode.__module__]).update(zip(_MODE_FLAGS, flags, strict=True))
+        _named("torch._C._dynamo.guards", "set_is_in_mode_without_ignore_compile_internals")(flags[-1])
+
+
 def without_modes() -> AbstractContextManager[object]:
     """Return a context without modes and without the functions of subclasses of Tensor.
 
@@ -141,6 +190,21 @@ def storage_id(x: Tensor) -> int:
     The address of the data would not do, because it is 0 for every tensor on the meta device.
     """
     return int(_attribute(x.untyped_storage(), "_cdata"))
+
+
+def weak_storage(x: Tensor) -> Any:
+    """Return a weak reference to the storage of `x`, with a method `expired`.
+
+    As long as the reference exists, no other storage has the same `storage_id`. The memory itself can be freed and used again.
+    """
+    return _named("torch.multiprocessing.reductions", "StorageWeakRef")(x.untyped_storage())
+
+
+@functools.cache
+def handles_operators(kind: type[Tensor]) -> bool:
+    """Return whether a class of tensors handles operators itself, so that it may not have memory like a plain tensor."""
+    handler = _attribute(kind, "__torch_dispatch__")
+    return handler is not _named("torch._C", "_disabled_torch_dispatch_impl")
 
 
 # Modules ------------------------------------------------------------------------------------------------------------------
@@ -313,7 +377,9 @@ def operator_schema(target: object) -> torch._C.FunctionSchema | None:
 
 
 def composite_kernel(operator: object) -> Callable[..., Any] | None:
-    """Return the kernel that composes an overload of an operator of other operators; None if it has no such kernel.
+    """Return the kernel that composes an overload of an operator of other operators.
+
+    It is None if there is no such kernel, or if the operator has a kernel of its own, which may round differently.
 
     The public `OpOverload.decompose` prefers decompositions in Python, which parts of PyTorch register when they are imported.
     Those round differently.
@@ -321,9 +387,12 @@ def composite_kernel(operator: object) -> Callable[..., Any] | None:
     if not isinstance(operator, _named("torch._ops", "OpOverload")):
         return None
     key = _named("torch._C", "DispatchKey").CompositeImplicitAutograd
-    if not _named("torch._C", "_dispatch_has_kernel_for_dispatch_key")(operator.name(), key):
+    has_kernel = functools.partial(_named("torch._C", "_dispatch_has_kernel_for_dispatch_key"), operator.name())
+    try:
+        is_composed = has_kernel(key) and not has_kernel("CPU") and not has_kernel("CUDA")
+    except RuntimeError:  # some operators are not known to the dispatcher, such as prim::device and aten::sym_size
         return None
-    return functools.partial(_attribute(operator, "_op_dk"), key)
+    return functools.partial(_attribute(operator, "_op_dk"), key) if is_composed else None
 
 
 def tree_node(spec: Any) -> tuple[Any, Any, list[Any]]:

@@ -1,5 +1,6 @@
 """Canaries: what the private names of PyTorch mean to us, and that a name that is gone is an error and not a guess."""
 
+import contextlib
 import copy
 import re
 import subprocess
@@ -318,6 +319,75 @@ def test_composite_kernel():
     assert _compat.composite_kernel(torch.ops.aten.relu.default) is None
     assert _compat.composite_kernel(torch.ops.higher_order.cond) is None
     assert _compat.composite_kernel(torch.relu) is None
+
+
+def test_operators_without_a_composite_kernel_that_the_dispatcher_knows():
+    operators = [torch.ops.prim.device.default, torch.ops.aten.sym_size.default, torch.ops.aten._fused_rms_norm.default]
+    assert [_compat.composite_kernel(operator) for operator in operators] == [None] * 3
+
+
+def test_weak_storage():
+    x = torch.ones(6)
+    address, weak = _compat.storage_id(x), _compat.weak_storage(x)
+    view = x[2:]
+    del x
+    assert not weak.expired()
+    del view
+    assert weak.expired()
+    assert all(_compat.storage_id(torch.ones(6)) != address for _ in range(100))
+
+
+def test_classes_that_handle_operators():
+    from torch.distributed.tensor import DTensor
+    from torch.sparse import SparseSemiStructuredTensor
+
+    class Plain(torch.Tensor):
+        pass
+
+    handled = [torch.Tensor, nn.Parameter, Plain, DTensor, SparseSemiStructuredTensor]
+    assert [_compat.handles_operators(kind) for kind in handled] == [False, False, False, True, True]
+
+
+class Failing(_compat.TorchDispatchMode):
+    """A mode of which `__exit__` raises before, or after, it has left the stack."""
+
+    def __init__(self, when):
+        super().__init__()
+        self.when = when
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+    def __enter__(self):
+        entered = super().__enter__()
+        if self.when == "entering":
+            raise KeyboardInterrupt
+        return entered
+
+    def __exit__(self, *exception):
+        if self.when == "before":
+            raise RecursionError
+        super().__exit__(*exception)
+        if self.when == "after":
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("when", ["entering", "before", "after", "never"])
+@pytest.mark.parametrize("outer", [0, 1])
+def test_a_mode_is_left_whatever_is_raised(when, outer):
+    from torch.utils import _python_dispatch
+
+    around = Failing("never")
+    with contextlib.ExitStack() as stack:
+        for _ in range(outer):
+            stack.enter_context(around)
+        flags = _compat._mode_flags()
+        with contextlib.suppress(KeyboardInterrupt, RecursionError), _compat.entered(Failing(when)):
+            torch.ones(2)
+        assert torch._C._len_torch_dispatch_stack() == outer
+        assert _compat._mode_flags() == flags
+        assert _python_dispatch.is_in_torch_dispatch_mode() == bool(outer)
+        assert torch.equal(torch.ones(2) + 1, torch.full((2,), 2.0))
 
 
 def test_storage_id():

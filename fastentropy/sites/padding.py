@@ -1,7 +1,8 @@
 """Find out which positions of a batch of token sequences are padding, from the arguments of a model's call."""
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -67,20 +68,27 @@ def token_mask(mask: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Ten
 
     Returns:
         bool [batch, tokens], or None if all positions are to be counted. On the CPU it is None if all positions are tokens. It
-            is also None if `mask` is of another kind: a mask with more axes, or one that is added to attention scores, tells
-            which token attends to which.
+            is also None if `mask` is no padding mask. A mask with more axes, one that is added to attention scores, and a
+            square one that is the same along every diagonal (such as a causal mask) tell which token attends to which. A mask
+            that does not have the shape of the call's sequences tells nothing about them.
     """
     if not isinstance(mask, Tensor) or mask.ndim != 2 or (mask.is_floating_point() and bool((mask < 0).any())):
         return None
-    tokens = _sequence_length(mask, args, kwargs)
-    if tokens > mask.shape[1]:
+    candidates = _candidates(mask, args, kwargs)
+    tokens = _best(mask, candidates)
+    if tokens is None and candidates:
         return None
-    is_token = mask[:, mask.shape[1] - tokens :] != 0
+    length = mask.shape[1] if tokens is None else tokens.shape[1]
+    is_token = mask[:, mask.shape[1] - length :] != 0
+    if mask.shape[0] == mask.shape[1] == length > 1:  # no `if` on values, which would wait for a GPU
+        is_token = is_token | (is_token[1:, 1:] == is_token[:-1, :-1]).all()
     return None if is_token.device.type == "cpu" and bool(is_token.all()) else is_token
 
 
 def find_tokens(mask: Tensor | None, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
     """Return the tensor of a call whose positions a padding mask is about, or None if there is none.
+
+    Integers are preferred to floating-point tensors, and tensors of the mask's length to shorter ones.
 
     Args:
         mask: the padding mask of the call, or None if the call has none.
@@ -88,13 +96,13 @@ def find_tokens(mask: Tensor | None, args: Sequence[Any], kwargs: Mapping[str, A
         kwargs: its keyword arguments.
 
     Returns:
-        Token ids [batch, tokens], or embeddings [batch, tokens, features].
+        Token ids [batch, tokens], or embeddings [batch, tokens, features]. Embeddings [tokens, batch, features] and [batch,
+            features, tokens] are transposed if the mask tells them apart.
     """
-    for value in _tensors(args, kwargs):
-        is_tokens = value.ndim == 3 if value.is_floating_point() else value.ndim == 2
-        if value is not mask and is_tokens and (mask is None or value.shape[0] == mask.shape[0]):
-            return value
-    return None
+    if mask is not None and mask.ndim != 2:
+        mask = None
+    candidates = _candidates(mask, args, kwargs)
+    return _best(mask, candidates) if mask is not None else next(iter(candidates), None)
 
 
 def positions_to_count(
@@ -104,38 +112,98 @@ def positions_to_count(
 
     Args:
         is_token: bool [batch, tokens], False at padding; or None.
-        x: the input of an activation, [batch, tokens, neurons] or [batch * tokens, neurons].
+        x: the input of an activation.
         channel_axis: the axis of the neurons in `x`. None if all values belong to one neuron.
-        token_axes: where the positions of `is_token` lie in `x`. None if `x` has none of them.
+        token_axes: where the positions of `is_token` lie in `x`. None if `x` has none of them. If they are to be found by the
+            shape of `x`, they are if it is [batch, tokens, neurons] or [batch * tokens, neurons].
 
     Returns:
         bool, with the shape of `x` without its channel axis (if it has one), on the device of `x`. None if there is no mask, or
             if it does not fit `x`.
     """
-    if channel_axis is None:
-        x, channel_axis = x.unsqueeze(-1), x.ndim
-    if is_token is None or token_axes is None or channel_axis != x.ndim - 1:
+    if is_token is None or token_axes is None:
         return None
-    if x.ndim == 3 and x.shape[:2] == is_token.shape:
-        return is_token.to(x.device)
-    if x.ndim == 2 and x.shape[0] == is_token.numel():
-        return is_token.to(x.device).flatten()
-    return None
+    shape = list(x.shape)
+    if token_axes == BY_SHAPE:
+        found = _axes_by_shape(is_token, shape, channel_axis)
+        if found is None:
+            return None
+        token_axes = found
+    batch, tokens = token_axes
+    if max(batch, tokens) >= len(shape) or channel_axis in token_axes:
+        return None
+    sizes = [is_token.numel()] if batch == tokens else [shape[batch], shape[tokens]]
+    if sizes != ([shape[batch]] if batch == tokens else list(is_token.shape)):
+        return None
+    positions = is_token.to(x.device)
+    if batch == tokens:
+        positions = positions.flatten()
+    elif batch > tokens:
+        positions = positions.t()
+    kept = [axis for axis in range(len(shape)) if axis != channel_axis]
+    if len(kept) == len(sizes):
+        return positions
+    alone = [shape[axis] if axis in token_axes else 1 for axis in kept]
+    return positions.reshape(alone).expand([shape[axis] for axis in kept]).contiguous()
 
 
-def _sequence_length(mask: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
-    """Return the length of the token sequences of a call.
-
-    It is read from the first argument that looks like token ids [batch, tokens] or embeddings [batch, tokens, features]. If
-    there is none, it is the length of the mask.
-    """
-    for value in _tensors(args, kwargs):
-        is_tokens = value.ndim == 3 if value.is_floating_point() else value.ndim == 2
-        if value is not mask and is_tokens and value.dtype != torch.bool and value.shape[0] == mask.shape[0]:
-            return value.shape[1]
-    return mask.shape[1]
+def _axes_by_shape(is_token: Tensor, shape: Sequence[int], channel_axis: int | None) -> TokenAxes | None:
+    """Return the axes of a tensor whose sizes are those of a mask; None if there are none. The neurons are behind them."""
+    positions = list(shape) if channel_axis is None else list(shape[:-1])
+    if channel_axis not in (None, len(shape) - 1):
+        return None
+    if positions == list(is_token.shape):
+        return TokenAxes(0, 1)
+    return TokenAxes(0, 0) if positions == [is_token.numel()] else None
 
 
-def _tensors(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
-    """Return the tensors among the arguments of a call."""
-    return (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+#: Arguments with such names hold something about the tokens, not the tokens themselves.
+_BESIDE = re.compile("position|type|label|mask|segment|decoder|length")
+
+
+def _candidates(mask: Tensor | None, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """Return the arguments of a call that may be tokens, the most likely first."""
+    named = sorted(kwargs.items(), key=lambda item: bool(_BESIDE.search(item[0])))
+    given = [*args, *(value for _, value in named)]
+    tensors = [value for value in given if isinstance(value, Tensor)] or list(_nested_tensors(given))
+    found: list[list[Tensor]] = [[], [], [], []]
+    for x in tensors:
+        if x is mask or x.dtype == torch.bool or x.layout is not torch.strided or x.is_nested:
+            continue
+        if x.is_floating_point():
+            if x.ndim == 3:
+                found[1].append(x)
+            elif mask is not None and x.shape == mask.shape:
+                found[3].append(x)
+        elif x.ndim in (2, 3):
+            found[0 if x.ndim == 2 else 2].append(x)
+    return [x for group in found for x in group]
+
+
+def _best(mask: Tensor, candidates: Sequence[Tensor]) -> Tensor | None:
+    """Return the first of the candidates that fits a mask best; None if none fits."""
+    batch, length = mask.shape
+    same = [x for x in candidates if x.shape[0] == batch]
+    for x in same:
+        if x.shape[1] == length:
+            return x
+    shorter = [x for x in same if x.shape[1] < length]
+    if shorter and not shorter[0].is_floating_point():
+        return shorter[0]
+    for x in candidates:  # channels first, or tokens first
+        if x.ndim == 3 and (x.shape[0], x.shape[2]) == (batch, length):
+            return x.transpose(1, 2)
+        if x.ndim == 3 and (x.shape[1], x.shape[0]) == (batch, length):
+            return x.transpose(0, 1)
+    return shorter[0] if shorter else None
+
+
+def _nested_tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """Return the tensors in nested lists, tuples and mappings."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _nested_tensors(value)
+        elif isinstance(value, Mapping):
+            yield from _nested_tensors(value.values())

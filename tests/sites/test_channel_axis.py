@@ -9,10 +9,18 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import nn
 
-from fastentropy.sites.channel_axis import AxisTracker, reshaped_axis
+from fastentropy.sites.axes import CHANNEL, OTHER, Factor, Note, channel_axis_of, reshaped
+from fastentropy.sites.channel_axis import NO_AXIS, AxisTracker
 from fastentropy.sites.observer import NoObserver
 from fastentropy.sites.watcher import SiteWatcher
 from tests._helpers.networks import Reads
+
+
+def reshaped_axis(shape, axis, new_shape):
+    """The channel axis after a reshape of a tensor of which only the channel axis is known; None if there is none."""
+    axes = tuple((Factor(CHANNEL if place == axis else OTHER, size),) for place, size in enumerate(shape))
+    found = channel_axis_of(reshaped(Note(axes), new_shape).axes)
+    return None if found == NO_AXIS else found
 
 
 def axes_along_which_labels_vary(shape, axes, new_shape):
@@ -23,10 +31,10 @@ def axes_along_which_labels_vary(shape, axes, new_shape):
 
 
 def oracle(shape, axis, new_shape):
-    """The last axis that tells channels apart; None where one of them also tells apart what lies before the channels."""
+    """The last axis that tells channels apart and nothing that lies before the channels; None if there is none."""
     channels = axes_along_which_labels_vary(shape, {axis}, new_shape)
     before = axes_along_which_labels_vary(shape, set(range(axis)), new_shape)
-    return None if channels & before else max(channels)
+    return max(channels - before, default=None)
 
 
 @st.composite
