@@ -42,6 +42,7 @@ class AxisTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     Attributes:
         meshes: the device meshes of the DTensors that took part in the pass. DTensors that only operators on weights read are
             left out.
+        followed: the number of the set of token sequences that `token_axes` is about; None if there is none.
     """
 
     # Higher-order operators, such as flex attention, arrive in `__torch_dispatch__` too. Without this they would raise.
@@ -53,7 +54,7 @@ class AxisTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.meshes: set[Any] = set()
         self._notes = TensorNotes()
         self._token_sizes: list[tuple[int, int]] = []  # of each set of token sequences: the batch and the number of tokens
-        self._tokens: int | None = None  # the number of the set that is followed
+        self.followed: int | None = None
         self._vanished: frozenset[int] = frozenset()  # sets whose values went into tensors that cannot be followed
         self._has_failed = False
         for weight in weights:
@@ -74,17 +75,17 @@ class AxisTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         From now on `token_axes` is about these positions. Tokens that are followed already, or whose axes are those of tokens
         that are followed, are not followed anew.
         """
-        self._tokens = None
+        self.followed = None
         if tokens.ndim < 2 or not has_notes(tokens):
             return
         note = self._note_of(tokens) or Note(unlabelled(tokens.shape))
         sizes = tokens.shape[0], tokens.shape[1]
         sets = sorted(token_sets_of(note.axes))
         known = (number for number in sets if self._axes_of_set(note, number) == (0, 1))
-        self._tokens = next(known, None)
-        if self._tokens is None:
+        self.followed = next(known, None)
+        if self.followed is None:
             self._token_sizes.append(sizes)
-            self._tokens = number = len(self._token_sizes)
+            self.followed = number = len(self._token_sizes)
             new = (Factor(2 * number, sizes[0]),), (Factor(2 * number + 1, sizes[1]),)
             self._notes.set_note(tokens, Note((*new, *note.axes[2:]), note.lost | frozenset(sets)))
 
@@ -95,15 +96,15 @@ class AxisTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             The axes. None if the values of `x` do not belong to token positions. BY_SHAPE if they come from tokens in a way
                 that could not be followed, or if no tokens are followed.
         """
-        if self._tokens is None:
+        if self.followed is None:
             return BY_SHAPE
         note = self._note_of(x)
         if note is None:
             return BY_SHAPE if self._has_failed or not has_notes(x) else None
-        axes = self._axes_of_set(note, self._tokens)
+        axes = self._axes_of_set(note, self.followed)
         if axes is not None:
             return TokenAxes(*axes)
-        return BY_SHAPE if self._tokens in note.lost else None
+        return BY_SHAPE if self.followed in note.lost else None
 
     def keep(self, outputs: object) -> None:
         """Forget all notes but those of the tensors in the nested `outputs`, which may be inputs of what is followed next.

@@ -268,6 +268,7 @@ class SiteWatcher(Generic[P]):
         Meanwhile calls of functions are named after the container, and the padding mask that it was given applies.
         """
         is_token = current.is_token
+        followed = None if current.tracker is None else current.tracker.followed
         argument = self.modules.mask_arguments.get(name)
         if argument is not None or (callable(self._mask) and not current.owners):
             self._apply_mask(current, argument, args, kwargs)
@@ -277,6 +278,8 @@ class SiteWatcher(Generic[P]):
         finally:
             current.owners.pop()
             current.is_token = is_token
+            if current.tracker is not None:
+                current.tracker.followed = followed
         current.produced.set(name, module, y)
         return y
 
