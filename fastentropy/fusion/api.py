@@ -134,8 +134,11 @@ def _check_options(tolerance: float | None, borders: Borders) -> None:
 def _copy_that_runs(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, Inputs]:
     """Return a copy of the model after it has run on the example inputs once, and these inputs with the batch of its outputs.
 
-    Raises ValueError if the model is in training mode, cannot be copied or does not run, or if the inputs hold no sample.
+    Raises ValueError if the model is in training mode or compiled by TorchScript, cannot be copied or does not run, or if the
+    inputs hold no sample.
     """
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        raise ValueError("the model is compiled by TorchScript; fuse the model before torch.jit")
     if model.training and not is_exported(model):
         raise ValueError("the model is in training mode, where batch norm and dropout are not linear; call model.eval() first")
     try:

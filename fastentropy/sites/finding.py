@@ -153,13 +153,18 @@ def _unknown(model: nn.Module, modules: Sequence[nn.Module]) -> Iterator[str]:
         yield f"if {type(likely[0]).__name__} is one, {_registration(type(likely[0]))}"
     if kinds := _kinds(module for module in modules if isinstance(module, nn.RNNBase | nn.RNNCellBase)):
         yield f"it has {kinds}, whose nonlinearity is inside of one operator; write it with modules to count it"
-    others = [module for module in modules if isinstance(module, _STATELESS)]
+    others = [module for module in modules if isinstance(module, _STATELESS) and module not in likely]
     if others:
         registration = _registration(type(others[0]))
         yield f"it has {_kinds(others)}, for which off, zero and on say little; if they do here, {registration}"
-    plain = [module for module in own if module is not model and not module.state_dict()]
+    plain = [module for module in own if module is not model and not module.state_dict() and not _extends_torch(module)]
     if plain and not likely:
         yield f"if {type(plain[0]).__name__} is one, {_registration(type(plain[0]))}"
+
+
+def _extends_torch(module: nn.Module) -> bool:
+    """Return whether the class of a module is a subclass of a module of PyTorch, such as Dropout."""
+    return any(kind.__module__.startswith("torch.nn.modules.") and kind is not nn.Module for kind in type(module).__mro__)
 
 
 def _registration(kind: type[nn.Module]) -> str:

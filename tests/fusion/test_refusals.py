@@ -25,6 +25,14 @@ def test_bad_model_or_tolerance(model, options, text):
         fuse(model, (torch.randn(2, 2),), **options)
 
 
+@pytest.mark.parametrize("part", [False, True])
+def test_model_compiled_by_torchscript(part):
+    scripted = torch.jit.script(nn.Linear(2, 2))
+    model = nn.Sequential(scripted, nn.ReLU()).eval() if part else scripted.eval()
+    with pytest.raises(ValueError, match=r"^the model is compiled by TorchScript; fuse the model before torch\.jit$"):
+        fuse(model, (torch.randn(3, 2),))
+
+
 def test_unknown_borders(network, images):
     with pytest.raises(ValueError, match=r"^borders must be 'exact' or 'train', not 'near'$"):
         fuse(network.eval(), (images,), borders="near")

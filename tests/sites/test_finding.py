@@ -24,6 +24,14 @@ class Cubic(nn.Module):
         return x**3
 
 
+class OwnTanh(nn.Tanh):
+    pass
+
+
+class OwnDropout(nn.Dropout):
+    pass
+
+
 class Recurrent(nn.Module):
     def __init__(self, kind):
         super().__init__()
@@ -83,6 +91,8 @@ MODELS = {
         lambda: nn.Sequential(Cubic(), SquaredReLU()),
         "if SquaredReLU is one, make it known with fe.register_activation(SquaredReLU, 'squared_relu')",
     ),
+    "own Tanh": (lambda: nn.Sequential(OwnTanh()), "if OwnTanh is one, make it known with"),
+    "own Dropout": (lambda: nn.Sequential(OwnDropout(), nn.Sigmoid()), "it has Sigmoid, for which off, zero and on say little"),
     "itself": (SquaredReLU, "if SquaredReLU is one, make it known"),
     "others": (
         lambda: nn.Sequential(nn.Tanh(), nn.Softmax(-1), nn.Hardsigmoid(), nn.Softsign()),
@@ -115,6 +125,8 @@ def test_two_kinds_are_named_together():
     assert "if SquaredReLU is one" in message
     assert "it has LSTM" in message
     assert "Tanh" not in message
+    assert "OwnDropout" not in no_sites(nn.Sequential(OwnDropout()))
+    assert no_sites(nn.Sequential(OwnTanh())).count("OwnTanh") == 2
 
 
 def test_registering_as_the_message_says(monkeypatch):
