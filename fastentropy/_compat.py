@@ -235,7 +235,17 @@ def has_hooks(module: nn.Module) -> bool:
 
 def has_pre_hooks(module: nn.Module) -> bool:
     """Return whether a call of a module runs hooks before its forward, which may change the inputs."""
-    return bool(_attribute(module, "_forward_pre_hooks") or _named("torch.nn.modules.module", "_global_forward_pre_hooks"))
+    try:
+        return bool(module._forward_pre_hooks or _global_pre_hooks())
+    except AttributeError as error:
+        raise _unknown_release(f"{type(module).__name__}.{error.name}") from error
+
+
+@functools.cache
+def _global_pre_hooks() -> dict[int, Any]:
+    """Return the dict of the hooks that run before the forwards of all modules. PyTorch changes it in place."""
+    hooks: dict[int, Any] = _named("torch.nn.modules.module", "_global_forward_pre_hooks")
+    return hooks
 
 
 def module_identity(module: nn.Module) -> int:
@@ -243,7 +253,10 @@ def module_identity(module: nn.Module) -> int:
 
     A replica has the same dict of hooks as the module that it was made from.
     """
-    return id(_attribute(module, "_forward_hooks"))
+    try:
+        return id(module._forward_hooks)
+    except AttributeError as error:
+        raise _unknown_release(f"{type(module).__name__}.{error.name}") from error
 
 
 def module_call() -> Callable[..., Any]:
@@ -471,6 +484,5 @@ def local_shape_and_offset(x: DTensor) -> tuple[Sequence[int], Sequence[int]]:
 # Python ------------------------------------------------------------------------------------------------------------------
 
 
-def stack_frame(depth: int) -> FrameType:
-    """Return the stack frame that lies `depth` calls above the caller. `inspect.stack` would read source files."""
-    return sys._getframe(depth + 1)
+#: Return the stack frame that lies a number of calls above this one. `inspect.stack` would read source files.
+stack_frame: Callable[[int], FrameType] = sys._getframe

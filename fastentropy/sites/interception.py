@@ -175,11 +175,11 @@ def _intercepted_call(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
 
     Code that is traced for torch.compile or torch.export is not intercepted.
     """
-    entry = None if torch.compiler.is_compiling() else _TABLE.entries.get(module_identity(module))
-    interception = entry.interception() if entry is not None else None
-    if entry is None or interception is None:
-        return _TABLE.original(module, *args, **kwargs)
-    return interception.handlers[entry.kind](entry.name, module, _TABLE.original, args, kwargs)
+    if not torch.compiler.is_compiling():
+        entry = _TABLE.entries.get(module_identity(module))
+        if entry is not None and (interception := entry[0]()) is not None:
+            return interception.handlers[entry[2]](entry[1], module, _TABLE.original, args, kwargs)
+    return _TABLE.original(module, *args, **kwargs)
 
 
 def _tell_of_module(owner: nn.Module, attribute: str, module: nn.Module | None) -> None:

@@ -31,7 +31,8 @@ class Produced:
 
     def set(self, path: str, module: nn.Module, y: Any) -> None:
         """Note that a module has returned `y`. It is held weakly."""
-        self.path, self._module, self._y = path, module, weakref.ref(y) if isinstance(y, Tensor) else None
+        self.path, self._module = path, module
+        self._y = weakref.ref(y) if isinstance(y, Tensor) else None
 
     def channel_axis(self, x: Tensor) -> tuple[int | None, bool]:
         """Return the channel axis of `x` by the class of the module, and whether `x` is what the module returned.
