@@ -18,7 +18,7 @@ from fastentropy._compat import (
 )
 from fastentropy.collector.counters import Counters, Layout, SitePlan
 from fastentropy.collector.site_statistics import SiteStatistics, state_entropy
-from fastentropy.collector.values import UncountableError, plain_parts
+from fastentropy.collector.values import UncountableError, is_plain, plain_parts
 from fastentropy.sites.activations import FusedActivation, fused_activation, kernel_of
 from fastentropy.sites.padding import positions_to_count
 from fastentropy.sites.sharding import local_tensor
@@ -159,13 +159,17 @@ def _run_and_count(call: Call, counters: Counters, note: Callable[[str], None]) 
 def _run_fused(call: Call, counters: Counters) -> Tensor | None:
     """Run an activation with a kernel that also counts its input, and return its output. None if no kernel can."""
     site, x, module = call.site, call.x, call.module
-    if module is None or site.channel_axis is None or x.is_nested:
+    if module is None or site.channel_axis is None:
         return None
-    mask = positions_to_count(call.is_token, x, site.channel_axis, call.token_axes)
+    mask = None
+    if call.is_token is not None:
+        if x.is_nested:
+            return None
+        mask = positions_to_count(call.is_token, x, site.channel_axis, call.token_axes)
     planned = counters.plans.get(site.name)
     if planned is not None and _fits(planned, site, module, x, mask):
         y = planned.plan(x, mask)
-        _add_positions(counters, site, x.numel(), x.device, mask)
+        _add_positions(counters, site, x.numel(), x, mask)
         return y
     fused = _fused(module, x)
     if fused is None:
@@ -177,7 +181,7 @@ def _run_fused(call: Call, counters: Counters) -> Tensor | None:
         if plan is not None:
             counters.plans[site.name] = SitePlan(plan, fused, site.channel_axis)
     y = activation_states(x, counter.counts, fused.activation, **options)
-    _add_positions(counters, site, x.numel(), x.device, mask)
+    _add_positions(counters, site, x.numel(), x, mask)
     return y
 
 
@@ -185,8 +189,9 @@ def _fits(planned: SitePlan, site: Site, module: nn.Module, x: Tensor, mask: Ten
     """Return whether a plan still does the same as running the activation: whether nothing that made it has changed."""
     return (
         planned.channel_axis == site.channel_axis
-        and planned.fused.is_of(module, type(module))
-        and _runs_alone(module, planned.fused, x)
+        and planned.fused.is_of(module)
+        and runs_only_forward(module)
+        and not (planned.fused.activation == "softplus" and _casts(x))
         and planned.plan.fits(x, mask)
     )
 
@@ -196,22 +201,18 @@ def _fused(module: nn.Module, x: Tensor) -> FusedActivation | None:
 
     It is None for tensors that are not plain, while gradients are recorded, and while a TorchDispatchMode is active.
     """
-    if x.layout is not torch.strided or not has_values(x) or (x.requires_grad and torch.is_grad_enabled()):
+    kernel = kernel_of(type(module))
+    if kernel is None or not is_fused(kernel, x) or (kernel == "softplus" and _casts(x)):
         return None
-    kind = type(module)
-    kernel = kernel_of(kind)
-    if kernel is None or not is_fused(kernel, x) or in_dispatch_mode():
+    if not is_plain(x) or not has_values(x) or (x.requires_grad and torch.is_grad_enabled()) or in_dispatch_mode():
         return None
-    fused = fused_activation(module, kind)
-    return fused if fused is not None and is_fused(fused.activation, x) and _runs_alone(module, fused, x) else None
+    fused = fused_activation(module) if runs_only_forward(module) else None
+    return fused if fused is not None and is_fused(fused.activation, x) else None
 
 
-def _runs_alone(module: nn.Module, fused: FusedActivation, x: Tensor) -> bool:
-    """Return whether a call of an activation module does nothing but compute the activation: no hooks and no autocast.
-
-    Under autocast, softplus returns float32.
-    """
-    return runs_only_forward(module) and not (fused.activation == "softplus" and torch.is_autocast_enabled(x.device.type))
+def _casts(x: Tensor) -> bool:
+    """Return whether autocast is enabled on the device of `x`. Softplus then returns float32."""
+    return torch.is_autocast_enabled(x.device.type)
 
 
 def _count(call: Call, counters: Counters, note: Callable[[str], None]) -> None:
@@ -235,14 +236,14 @@ def _count(call: Call, counters: Counters, note: Callable[[str], None]) -> None:
         note(f"site {site.name!r} was not counted in some calls: its input {error}")
         return
     except Exception:
-        if type(local) in (Tensor, nn.Parameter):
+        if is_plain(local):
             raise
         note(f"site {site.name!r} was not counted in some calls: its input is a {type(local).__name__}")
         return
-    _add_positions(counters, site, sum(part.numel() for part, _ in parts), local.device, mask)
+    _add_positions(counters, site, sum(part.numel() for part, _ in parts), local, mask)
 
 
-def _add_positions(counters: Counters, site: Site, values: int, device: torch.device, mask: Tensor | None) -> None:
+def _add_positions(counters: Counters, site: Site, values: int, x: Tensor, mask: Tensor | None) -> None:
     """Record how many values of each neuron were read.
 
     The number is recorded on the host, except in two cases: only the device knows it (a mask), or a CUDA graph is being
@@ -252,13 +253,13 @@ def _add_positions(counters: Counters, site: Site, values: int, device: torch.de
         counters: the counters of the pass.
         site: the site of the activation.
         values: the number of values in the input.
-        device: the device of the input.
+        x: the input, whose device is asked for.
         mask: bool, True at the positions that were counted. None if all were.
     """
     positions = values // max(site.neurons, 1)
     if mask is not None:
-        counters.add_masked_positions(counters.of(site, device), mask)
-    elif device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        counters.add_repeated_positions(counters.of(site, device), positions)
+        counters.add_masked_positions(counters.of(site, x.device), mask)
+    elif x.is_cuda and torch.cuda.is_current_stream_capturing():
+        counters.add_repeated_positions(counters.of(site, x.device), positions)
     else:
         counters.add_positions(site, positions)

@@ -1,13 +1,18 @@
 """Find the plain tensors that hold the values of an activation's input, because the kernels read only those."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _COUNTABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class UncountableError(Exception):
     """The values of a tensor cannot be counted."""
+
+
+def is_plain(x: Tensor) -> bool:
+    """Return whether `x` is a tensor of PyTorch itself, with a shape and strides."""
+    return type(x) in (Tensor, nn.Parameter) and x.layout is torch.strided and not x.is_nested
 
 
 def plain_parts(x: Tensor, channel_axis: int | None) -> list[tuple[Tensor, int]]:

@@ -109,15 +109,10 @@ class FusedActivation(NamedTuple):
     function: str  # the name of the function of torch.nn.functional that the forward calls
     attributes: tuple[tuple[str, object], ...]  # the attributes that the forward reads: name and value
 
-    def is_of(self, module: nn.Module, kind: type[nn.Module]) -> bool:
-        """Return whether the arguments still hold for a module: whether they would be read from it again.
-
-        Args:
-            module: any module.
-            kind: the class of the module as its user knows it.
-        """
-        state = vars(module)
-        if kind is not self.kind or kind.forward is not self.forward or "forward" in state:
+    def is_of(self, module: nn.Module) -> bool:
+        """Return whether the arguments still hold for a module: whether they would be read from it again."""
+        state = module.__dict__
+        if type(module) is not self.kind or self.kind.forward is not self.forward or "forward" in state:
             return False
         for name, value in self.attributes:
             if state.get(name) is not value:  # `==` would take 0.0 for -0.0
@@ -230,14 +225,13 @@ def has_registered_functions() -> bool:
     return bool(_REGISTERED_FUNCTIONS)
 
 
-def fused_activation(module: nn.Module, kind: type[nn.Module]) -> FusedActivation | None:
+def fused_activation(module: nn.Module) -> FusedActivation | None:
     """Return the arguments with which a kernel computes the same as an activation module, or None if no kernel does.
 
-    Args:
-        module: the activation module.
-        kind: the class of the module as its user knows it. Subclasses of a class with a kernel may compute something else, so
-            they have no kernel. Neither has a class whose forward was replaced.
+    Subclasses of a class with a kernel may compute something else, so they have no kernel. Neither has a class whose forward
+    was replaced.
     """
+    kind = type(module)
     function, names = _FUSED.get(_full_name(kind), ("", ()))
     if not function or not _is_original(kind):
         return None
@@ -246,7 +240,7 @@ def fused_activation(module: nn.Module, kind: type[nn.Module]) -> FusedActivatio
     if arguments is None:
         return None
     fused = FusedActivation(*arguments, kind, kind.forward, function, tuple(attributes.items()))
-    return fused if fused.is_of(module, kind) else None
+    return fused if fused.is_of(module) else None
 
 
 def _is_original(kind: type[nn.Module]) -> bool:

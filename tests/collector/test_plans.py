@@ -201,6 +201,20 @@ def test_modes_that_begin_and_end(kind, context):
     assert Launch.used
 
 
+@pytest.mark.parametrize("kind", [nn.GELU, nn.LeakyReLU])
+def test_forward_that_is_replaced_on_the_class(kind):
+    original = kind.forward
+    try:
+        assert_invisible(kind, [nothing, *(lambda _, f=f: setattr(kind, "forward", f) for f in (doubled_forward, original))])
+    finally:
+        kind.forward = original
+    assert Launch.used
+
+
+def doubled_forward(self, x):
+    return 2 * x
+
+
 def test_function_that_is_replaced():
     original = F.gelu
     try:
@@ -210,15 +224,23 @@ def test_function_that_is_replaced():
     assert Launch.used
 
 
-@pytest.mark.parametrize("register", ["register_forward_pre_hook", "register_forward_hook"])
-def test_hooks_that_come_and_go(register):
-    handles = {}
+@pytest.mark.parametrize("everywhere", [False, True])
+@pytest.mark.parametrize("kind", ["forward_pre_hook", "forward_hook"])
+def test_hooks_that_come_and_go(kind, everywhere):
+    handles = []
 
     def hook(module, args, *output):
+        if not isinstance(module, nn.SiLU):
+            return None
         return output[0] + 1 if output else (args[0] - 1,)
 
     def change(act):
-        handles[act] = getattr(act, register)(hook)
+        register = getattr(nn.modules.module, f"register_module_{kind}") if everywhere else getattr(act, f"register_{kind}")
+        handles.append(register(hook))
 
-    assert_invisible(nn.SiLU, [nothing, change, lambda act: handles[act].remove()])
+    try:
+        assert_invisible(nn.SiLU, [nothing, change, lambda act: handles[-1].remove()])
+    finally:
+        for handle in handles:
+            handle.remove()
     assert Launch.used

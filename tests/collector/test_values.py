@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch._subclasses import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 
+from fastentropy._compat import TorchDispatchMode
 from fastentropy.collector.counting import PassCounting
 from fastentropy.collector.values import plain_parts
 from fastentropy.sites.padding import TokenAxes
@@ -195,6 +197,43 @@ def test_subclasses_see_only_the_activation(function):
     assert type(y) is Asked
     assert torch.equal(site.counts, plain_counts(x, 1))
     Asked.asked.clear()
+
+
+class Records(TorchFunctionMode):
+    """A mode that records which functions are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.seen.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+class RecordsOperators(TorchDispatchMode):
+    """A mode that records which operators run."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("mode", [Records, RecordsOperators])
+@pytest.mark.parametrize("act", [nn.ReLU(), nn.GELU(), nn.ReLU(inplace=True)], ids=str)
+def test_modes_see_only_the_activation(act, mode):
+    x = torch.randn(4, 6)
+    first, second = x.clone(), x.clone()
+    with mode() as without:
+        act(first)
+    with mode() as during:
+        site = count(second, 1, 6, act)[1]
+    assert during.seen == without.seen
+    assert torch.equal(site.counts, plain_counts(x, 1))
 
 
 def test_parts_have_the_memory_of_the_tensor():

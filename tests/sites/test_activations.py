@@ -82,7 +82,7 @@ def test_the_fused_form_of_a_module_is_the_module(kind):
     options = {nn.LeakyReLU: {"negative_slope": 0.3}, nn.ELU: {"alpha": 0.7}, nn.CELU: {"alpha": 0.7}}
     options |= {nn.GELU: {"approximate": "tanh"}, nn.Softplus: {"beta": 2, "threshold": 3}}
     module = kind(**options.get(kind, {}))
-    fused = fused_activation(module, kind)
+    fused = fused_activation(module)
     x, counts = torch.linspace(-9, 9, 111)[:, None], torch.zeros(1, 3, dtype=torch.int64)
     y = activation_states(x, counts, fused.activation, inplace=fused.inplace, impl="reference", **fused.parameters)
     torch.testing.assert_close(y, module(x))
@@ -93,16 +93,16 @@ def test_the_fused_form_of_a_module_is_the_module(kind):
 )
 def test_no_fused_form_once_the_forward_is_replaced(kind, monkeypatch):
     module = kind()
-    fused = fused_activation(module, kind)
-    assert fused.is_of(module, kind)
+    fused = fused_activation(module)
+    assert fused.is_of(module)
     monkeypatch.setattr(kind, "forward", functools.wraps(kind.forward)(lambda self, x: 2 * x))
-    assert not fused.is_of(module, kind)
-    assert fused_activation(module, kind) is None
+    assert not fused.is_of(module)
+    assert fused_activation(module) is None
     monkeypatch.undo()
-    assert fused.is_of(module, kind)
+    assert fused.is_of(module)
     module.forward = kind.forward.__get__(module)
-    assert not fused.is_of(module, kind)
-    assert fused_activation(module, kind) is None
+    assert not fused.is_of(module)
+    assert fused_activation(module) is None
 
 
 @pytest.mark.parametrize(
@@ -119,17 +119,17 @@ def test_no_fused_form_once_the_forward_is_replaced(kind, monkeypatch):
     ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
 def test_no_fused_form_for_unusual_attributes(module, name, values):
-    fused = fused_activation(module, type(module))
+    fused = fused_activation(module)
     original = getattr(module, name)
     for value in values:
         setattr(module, name, value)
-        assert not fused.is_of(module, type(module))
-        assert fused_activation(module, type(module)) is None
+        assert not fused.is_of(module)
+        assert fused_activation(module) is None
     setattr(module, name, original)
-    assert fused.is_of(module, type(module))
+    assert fused.is_of(module)
     delattr(module, name)
-    assert not fused.is_of(module, type(module))
-    assert fused_activation(module, type(module)) is None
+    assert not fused.is_of(module)
+    assert fused_activation(module) is None
 
 
 def test_subclass_has_no_fused_form():
@@ -137,16 +137,16 @@ def test_subclass_has_no_fused_form():
         def forward(self, x):
             return super().forward(x - 1)
 
-    assert fused_activation(Shifted(), Shifted) is None
+    assert fused_activation(Shifted()) is None
     assert kernel_of(Shifted) is None
 
 
 def test_fused_form_of_relu6_is_that_of_its_limits():
     module = nn.ReLU6()
-    assert fused_activation(module, nn.ReLU6)[:3] == ("relu6", {}, False)
+    assert fused_activation(module)[:3] == ("relu6", {}, False)
     module.max_val = 5.0
-    assert fused_activation(module, nn.ReLU6)[:3] == ("hardtanh", {"min_val": 0.0, "max_val": 5.0}, False)
-    assert fused_activation(nn.Hardtanh(0, 6), nn.Hardtanh)[0] == "relu6"
+    assert fused_activation(module)[:3] == ("hardtanh", {"min_val": 0.0, "max_val": 5.0}, False)
+    assert fused_activation(nn.Hardtanh(0, 6))[0] == "relu6"
 
 
 def test_modules_come_by_their_first_path():
