@@ -182,6 +182,9 @@ class EntropyCollector:
             tensor([[1, 0, 1],
                     [0, 1, 1]])
         """
+        if self._watcher.sites:
+            for sentence in self._watcher.registry.unused():
+                self._note(sentence)
         statistics = self._statistics()
         if statistics:
             return statistics

@@ -1,6 +1,9 @@
 """Know the modules of a model by path: which are activations, which may call activations, and which take a padding mask."""
 
+import functools
 import re
+from types import CodeType, FrameType, FunctionType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -46,11 +49,12 @@ class WatchedModules:
         self.mask_arguments: dict[str, MaskArgument] = {}
         self._model, self._mask = model, mask
         self._paths: dict[int, str] = {}
+        self._methods: set[CodeType] = set()
         self.refresh()
 
     def refresh(self) -> None:
         """Take the modules that the model has now, and forget all others."""
-        for known in (self.kinds, self.activations, self.mask_arguments, self._paths):
+        for known in (self.kinds, self.activations, self.mask_arguments, self._paths, self._methods):
             known.clear()
         self.add("", self._model)
 
@@ -65,6 +69,8 @@ class WatchedModules:
             name = path_when_uncompiled(name)
             new[name] = self.kinds[name] = submodule, self._kind(submodule)
             self._paths[module_identity(submodule)] = name
+            kind: Any = type(submodule)
+            self._methods |= _methods(kind)
             self.activations.pop(name, None)
             self.mask_arguments.pop(name, None)
             if activation := activation_name(submodule):
@@ -80,6 +86,14 @@ class WatchedModules:
             return None
         return self._paths.get(module_identity(value))
 
+    def path_in(self, frame: FrameType) -> str | None:
+        """Return the path of the module of which a stack frame runs a method; None if it runs other code.
+
+        The local variables of other frames are not asked for: Python would keep them alive.
+        """
+        code = frame.f_code
+        return self.path_of(frame.f_locals.get(code.co_varnames[0])) if code in self._methods else None
+
     def class_at(self, path: str) -> type[nn.Module]:
         """Return the class of the module at a path; nn.Module if there is none."""
         return type(self.kinds[path][0]) if path in self.kinds else nn.Module
@@ -93,6 +107,14 @@ class WatchedModules:
         childless = next(module.children(), None) is None
         is_layer = childless and type(module).__module__.startswith("torch.nn.modules.")
         return LAYER if (is_layer or isinstance(module, torch.jit.ScriptModule)) and module is not self._model else CONTAINER
+
+
+@functools.cache
+def _methods(kind: Any) -> frozenset[CodeType]:
+    """Return the code of the methods that a class of modules has besides those of nn.Module."""
+    classes = [owner for owner in kind.__mro__ if issubclass(owner, nn.Module) and owner is not nn.Module]
+    functions = [value for owner in classes for value in vars(owner).values() if isinstance(value, FunctionType)]
+    return frozenset(function.__code__ for function in functions if function.__code__.co_argcount)
 
 
 def output_axis(module: nn.Module, y: Tensor) -> int | None:

@@ -149,6 +149,15 @@ class SiteRegistry:
             self.notes.append(text)
             warnings.warn(text, stacklevel=2)
 
+    def unused(self) -> list[str]:
+        """Return sentences about names of sites that the user gave and that no site has."""
+        names = self._left_out.keys()
+        patterns = [pattern for pattern in self._exclude if not any(fnmatchcase(name, pattern) for name in names)]
+        axes = [name for name in self._channel_axis if name not in names]
+        given = [("exclude", pattern) for pattern in patterns] + [("channel_axis", name) for name in axes]
+        shown = ", ".join(list(names)[:3]) + (", …" if len(names) > 3 else "")
+        return [f"{option} names {name!r}, but no site has this name; the sites are {shown}" for option, name in given]
+
     def warn_of_inferred(self) -> None:
         """Warn of the new sites of which the channel axis is a default, in one warning."""
         if not self._inferred:

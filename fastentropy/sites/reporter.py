@@ -113,10 +113,9 @@ class CallReporter(Generic[P]):
             x: the input of the activation.
             run: a function that runs it and returns its output.
         """
-        module = bound_to(frame) if frame.f_code.co_name == "forward" else None
-        path = self._modules.path_of(module)
-        if isinstance(module, nn.Module) and path in self._modules.activations:
-            caller = frame.f_back or frame
+        path = self._modules.path_in(frame) if frame.f_code.co_name == "forward" else None
+        if path in self._modules.activations:
+            caller, module = frame.f_back or frame, self._modules.kinds[path][0]
             key = (path, False, place_of(caller), current.produced.for_path(path))
             return self._report(current, key, self._modules.activations[path], x, run, module)
         called: str = getattr(getattr(function, "overloadpacket", function), "__name__", "function")
@@ -182,13 +181,6 @@ def calling_frame() -> FrameType:
     while frame.f_code.co_filename in _BETWEEN and frame.f_back is not None:
         frame = frame.f_back
     return frame
-
-
-def bound_to(frame: FrameType) -> object:
-    """Return the object of which a stack frame runs a method; None if it runs a function without `self`."""
-    code = frame.f_code
-    is_method = code.co_argcount > 0 and code.co_varnames[0] == "self"
-    return frame.f_locals.get("self") if is_method else None
 
 
 def place_of(frame: FrameType) -> object:

@@ -19,7 +19,7 @@ from fastentropy.sites.operators import FunctionCalls, begin_listening, end_list
 from fastentropy.sites.padding import Mask, MaskArgument, find_tokens, token_mask
 from fastentropy.sites.passes import Pass, Produced, ThreadState
 from fastentropy.sites.registry import Misfits, SiteRegistry
-from fastentropy.sites.reporter import CallReporter, bound_to, calling_frame, is_countable, place_of
+from fastentropy.sites.reporter import CallReporter, calling_frame, is_countable, place_of
 from fastentropy.sites.sharding import local_tensor
 from fastentropy.sites.site import Site
 
@@ -80,6 +80,8 @@ class SiteWatcher(Generic[P]):
             RuntimeError: the model, or a part of it, is being watched already.
             ValueError: activations are compiled by TorchScript.
         """
+        if self.is_attached:
+            raise RuntimeError("a collector is attached to this model already; detach it first")
         if scripted := [name for name, module in self._model.named_modules() if is_scripted_activation(module)]:
             raise ValueError(
                 f"{path_when_uncompiled(scripted[0])!r} is compiled by TorchScript, where calls cannot be seen; "
@@ -187,7 +189,7 @@ class SiteWatcher(Generic[P]):
             return True
         frame: FrameType | None = None if in_backward() else calling_frame()
         while frame is not None:
-            path = self.modules.path_of(bound_to(frame))
+            path = self.modules.path_in(frame)
             if path is not None:
                 thread.owner = path
                 return True

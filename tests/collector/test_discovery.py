@@ -1,7 +1,9 @@
 """Every activation is counted, whenever and however it is first called, and under the same name in every pass."""
 
+import gc
 import threading
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -268,3 +270,33 @@ def test_misfits_are_skipped_with_a_note():
 def test_unknown_way_with_misfits_is_refused():
     with pytest.raises(ValueError, match="misfits='drop': expected 'raise' or 'skip'"):
         fe.collect(Attention(), misfits="drop")
+
+
+@pytest.mark.parametrize("option", [{"exclude": ["acts"]}, {"channel_axis": {"acts": 1}}])
+def test_names_that_no_site_has_are_noted(option):
+    model = Net()
+    with fe.collect(model, **option) as collector:
+        model(torch.randn(8, 4))
+    (name,) = option
+    with pytest.warns(UserWarning, match=f"{name} names 'acts', but no site has this name; the sites are act, relu"):
+        statistics = collector.compute()
+    assert len(statistics.notes) == 1
+
+
+def test_values_are_not_kept_alive_by_frames():
+    """A functional activation is named by the code that calls it, whose variables must be freed as without a collector."""
+    alive = []
+
+    def forward(m, x):
+        h = m.fc(x)
+        seen = weakref.ref(h)
+        h = F.relu(h) + 1
+        gc.collect()
+        alive.append(seen() is not None)
+        return F.relu(h)
+
+    model = Reads(forward, fc=nn.Linear(4, 6))
+    with torch.no_grad(), fe.collect(model):
+        for _ in range(3):
+            model(torch.randn(8, 4))
+    assert alive[1:] == [False, False]
