@@ -189,7 +189,11 @@ def storage_id(x: Tensor) -> int:
 
     The address of the data would not do, because it is 0 for every tensor on the meta device.
     """
-    return int(_attribute(x.untyped_storage(), "_cdata"))
+    try:
+        number: int = x.untyped_storage()._cdata  # not by `_attribute`, since this runs for each tensor that is followed
+    except AttributeError as error:
+        raise _unknown_release(f"{type(x.untyped_storage()).__name__}._cdata") from error
+    return number
 
 
 def weak_storage(x: Tensor) -> Any:

@@ -182,7 +182,9 @@ def _resized(axis: Axis, size: int) -> Axis:
     leading = next((factor.label for factor in axis if factor.size != 1), None)
     if leading is None:
         leading = CHANNEL if any(factor.label == CHANNEL for factor in axis) else OTHER
-    return (Factor(CHANNEL if leading == CHANNEL else OTHER, size),)
+    if leading == CHANNEL:
+        return (Factor(CHANNEL, size),)
+    return (Factor(OTHER, size), *[factor for factor in axis if factor[:2] == (CHANNEL, 1)])  # one squeezed channel stays one
 
 
 def unsqueezed(note: Note, axis: int) -> Note:
@@ -256,7 +258,7 @@ def _place_singles(factors: Sequence[Factor], sizes: Sequence[int], groups: Sequ
         outer *= factor.size
         if factor.size == 1 and outer in free:
             singles.setdefault(outer, []).append(factor)
-        elif factor.size > 1 or factor.label != OTHER:
+        else:
             left.append(factor)
     for outer, found in singles.items():
         axes = free[outer]

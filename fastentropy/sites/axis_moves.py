@@ -126,7 +126,7 @@ def _where_factor(call: Call, x: Tensor, shape: Shape, new_shape: Shape) -> Wher
         return None
     if call.operator.name == "linear":
         return [last, None]
-    return [*range(last + 2 - ndim, last - 1), None, last] if ndim > 1 else [None]
+    return [*range(last + 1 - ndim, last - 1), None, last] if ndim > 1 else [None]
 
 
 def _where_convolved(call: Call, x: Tensor, shape: Shape, new_shape: Shape) -> Where | None:

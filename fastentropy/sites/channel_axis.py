@@ -12,7 +12,7 @@ from fastentropy.sites.operator_kinds import Call, describe
 from fastentropy.sites.output_notes import Input, output_note, output_sharding, token_sets_of
 from fastentropy.sites.padding import BY_SHAPE, TokenAxes
 from fastentropy.sites.sharding import Sharding, is_dtensor, shown_local_tensors
-from fastentropy.sites.tensor_notes import TensorNotes, has_notes, note_in, place_of
+from fastentropy.sites.tensor_notes import TensorNotes, has_notes, note_in, place_of, storage_number
 
 __all__ = ["NO_AXIS", "AxisTracker"]
 
@@ -104,7 +104,7 @@ class AxisTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         axes = self._axes_of_set(note, self.followed)
         if axes is not None:
             return TokenAxes(*axes)
-        return BY_SHAPE if self.followed in note.lost else None
+        return BY_SHAPE if self.followed in note.lost or self._has_failed else None
 
     def keep(self, outputs: object) -> None:
         """Forget all notes but those of the tensors in the nested `outputs`, which may be inputs of what is followed next.
@@ -160,7 +160,12 @@ class AxisTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Return an operator with its arguments, and what is known of its tensors; (None, []) if this fails."""
         try:
             call = Call(describe(func), args, kwargs)
-            inputs = [self._look_at(x) for x in _tensors_in(args)]
+            inputs: list[Input] = []
+            for value in args:
+                if isinstance(value, Tensor):
+                    inputs.append(self._look_at(value))
+                elif isinstance(value, (list, tuple)):
+                    inputs += [self._look_at(x) for x in _tensors_in(value)]
             if kwargs:
                 read = [value for name, value in kwargs.items() if name not in call.operator.writes_only]
                 inputs += [self._look_at(x) for x in _tensors_in(read)]
@@ -176,15 +181,16 @@ class AxisTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _look_at(self, x: Tensor) -> Input:
         """Return what is known of a tensor that an operator reads."""
-        is_weight = type(x) is not Tensor and isinstance(x, nn.Parameter)
-        if not has_notes(x):
+        kind = type(x)
+        is_weight = kind is not Tensor and (kind is nn.Parameter or isinstance(x, nn.Parameter))
+        number = storage_number(x)
+        if number is None:
             return Input(x, (), None, is_weight, None, True)
-        storage = self._notes.storage(x)
+        storage = self._notes.storages.get(number)
         if storage is None:
             return Input(x, x.shape, None, is_weight, None, False)
-        note = note_in(storage, x) if storage.notes else None
         sharding = storage.shardings.get(place_of(x)) if storage.shardings and not is_dtensor(x) else None
-        return Input(x, x.shape, note, is_weight or storage.is_weight, sharding, False)
+        return Input(x, x.shape, note_in(storage, x), is_weight or storage.is_weight, sharding, False)
 
     def _note_outputs(self, call: Call, inputs: list[Input], outputs: Any) -> None:
         """Note what is known of the outputs of an operator, and of the tensors that it has written into."""
@@ -193,9 +199,14 @@ class AxisTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for name, place in operator.written:
             value = call.args[place] if place < len(call.args) else call.kwargs.get(name)
             ys += [x for x in _tensors_in((value,)) if not any(x is y for y in ys)]
-        from_weights = bool(inputs) and all(given.is_weight for given in inputs)
+        from_weights, is_divided, is_opaque = bool(inputs), False, False
+        for given in inputs:
+            from_weights &= given.is_weight
+            is_divided |= given.sharding is not None
+            is_opaque |= given.is_opaque
         if not from_weights:  # weights alone tell nothing: FSDP divides them among data-parallel ranks
             self.meshes.update(given.x.device_mesh for given in inputs if type(given.x) is not Tensor and is_dtensor(given.x))
+        is_written = bool(operator.written) and not operator.changes_view
         for y in ys:
             if not has_notes(y):
                 self._vanished |= frozenset().union(*(_sets_of(given.note) for given in inputs))
@@ -203,11 +214,12 @@ class AxisTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             # Of several outputs with different shapes, such as a norm with its statistics, only the first is followed.
             is_main = y is ys[0] or isinstance(outputs, list) or y.shape == ys[0].shape
             note = output_note(call, inputs, y.shape) if is_main else None
-            if self._vanished and any(given.is_opaque for given in inputs):
+            if is_opaque and self._vanished:
                 note = note or Note(unlabelled(y.shape))
                 note = Note(note.axes, note.lost | self._vanished)
-            self._notes.set_note(y, note, is_written=bool(operator.written) and not operator.changes_view)
-            if any(given.sharding is not None for given in inputs):
+            if note is not None:  # else what is known of this memory, if it is not new, still holds
+                self._notes.set_note(y, note, is_written)
+            if is_divided:
                 self._notes.set_sharding(y, output_sharding(call, inputs, y))
             self._notes.mark_weight(y, from_weights)
 

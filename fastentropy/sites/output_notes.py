@@ -200,11 +200,16 @@ def _constant_factor_axis(call: Call, left: Input, right: Input, new_shape: Shap
     """Return the axis of the new channels, if a product sums over the channels of one factor and the other is a constant."""
     last = len(new_shape) - 1
     rows = _rows(call, right)
-    if left.note is not None and right.note is None and channel_axis_of(left.note.axes) == len(left.shape) - 1:
+    if left.note is not None and _is_constant(right) and channel_axis_of(left.note.axes) == len(left.shape) - 1:
         return last
-    if right.note is not None and left.note is None and channel_axis_of(right.note.axes) == len(right.shape) + rows:
+    if right.note is not None and _is_constant(left) and channel_axis_of(right.note.axes) == len(right.shape) + rows:
         return last - 1 if rows == -2 else None
     return None
+
+
+def _is_constant(factor: Input) -> bool:
+    """Return whether nothing is known of a factor, so that it may be a constant."""
+    return factor.note is None or not (factor.note.lost or any(f.label != OTHER for axis in factor.note.axes for f in axis))
 
 
 def _mixed(factor: Input, other: Input, summed: int) -> frozenset[int]:
@@ -213,7 +218,7 @@ def _mixed(factor: Input, other: Input, summed: int) -> frozenset[int]:
     If it sums over the tokens of a factor with an unknown square matrix, the output may have them at the same places. Otherwise
     its entries are no tokens.
     """
-    if factor.note is None or other.note is not None or not factor.shape:
+    if factor.note is None or not _is_constant(other) or not factor.shape:
         return frozenset()
     may_keep = other.is_opaque or (len(other.shape) > 1 and other.shape[-1] == other.shape[-2])
     return token_sets(factor.note.axes[summed]) if may_keep else frozenset()

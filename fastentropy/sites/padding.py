@@ -165,7 +165,7 @@ def _candidates(mask: Tensor | None, args: Sequence[Any], kwargs: Mapping[str, A
     """Return the arguments of a call that may be tokens, the most likely first."""
     named = sorted(kwargs.items(), key=lambda item: bool(_BESIDE.search(item[0])))
     given = [*args, *(value for _, value in named)]
-    tensors = [value for value in given if isinstance(value, Tensor)] or list(_nested_tensors(given))
+    tensors = [value for value in given if isinstance(value, Tensor) and value is not mask] or list(_nested_tensors(given))
     found: list[list[Tensor]] = [[], [], [], []]
     for x in tensors:
         if x is mask or x.dtype == torch.bool or x.layout is not torch.strided or x.is_nested:

@@ -26,7 +26,7 @@ class Storage:
         """Begin without notes about the storage to which `weak` is a weak reference."""
         self.weak = weak
         self.is_weight = self.is_kept = False
-        self.notes: dict[Place, Note | None] = {}
+        self.notes: dict[Place, Note] = {}
         self.shapes: dict[Place, tuple[int, ...]] = {}  # of DTensors, whose notes are about the whole tensor
         self.shardings: dict[Place, Sharding] = {}
 
@@ -41,13 +41,13 @@ class TensorNotes:
 
     def __init__(self) -> None:
         """Begin without notes."""
-        self._storages: dict[int, Storage] = {}
+        self.storages: dict[int, Storage] = {}
         self._limit = 1024
 
     def storage(self, x: Tensor) -> Storage | None:
         """Return what is known about the storage of `x`; None if nothing is."""
-        x = x if type(x) is Tensor else stored(x)
-        return self._storages.get(storage_id(x)) if _has_storage(x) else None
+        number = storage_number(x)
+        return None if number is None else self.storages.get(number)
 
     def note(self, x: Tensor) -> Note | None:
         """Return the note about `x`, or about the part of a noted tensor that `x` views; None if there is none."""
@@ -69,20 +69,18 @@ class TensorNotes:
         storage = self.storage(x)
         return storage is not None and storage.is_weight
 
-    def set_note(self, x: Tensor, note: Note | None, is_written: bool = False) -> None:
+    def set_note(self, x: Tensor, note: Note, is_written: bool = False) -> None:
         """Set the note about `x`.
 
         Args:
             x: the tensor.
-            note: the note; None if nothing is known.
+            note: the note.
             is_written: whether an operator has written into `x`. Then the note also holds for what other tensors view of `x`.
         """
-        storage = self.storage(x) if note is None else self._storage(x)
+        storage = self._storage(x)
         if storage is None:
             return
         place = place_of(x)
-        if note is None:
-            return  # what is known of this place, or of others in the storage, still holds
         if is_written and storage.notes and storage.notes.get(place) != note:
             storage.notes.clear()
         if len(storage.notes) >= _MAX_VIEWS:
@@ -112,38 +110,40 @@ class TensorNotes:
         for x in tensors:
             storage = self.storage(x)
             if storage is not None:
-                self.set_note(x, note_in(storage, x))
-                storage.notes = {place_of(x): storage.notes[place_of(x)]} if not storage.is_kept else storage.notes
+                note, place = note_in(storage, x), place_of(x)
+                if not storage.is_kept:
+                    storage.notes.clear()
                 storage.is_kept = True
+                if note is not None:
+                    storage.notes[place] = note
         self._sweep(only_kept=True)
 
     def clear(self) -> None:
         """Forget the notes of all tensors."""
-        for storage in self._storages.values():
+        for storage in self.storages.values():
             storage.notes.clear()
             storage.shardings.clear()
 
     def _storage(self, x: Tensor) -> Storage | None:
         """Return what is known about the storage of `x`, to which something is about to be added; None if `x` has none."""
-        x = stored(x)
-        if not _has_storage(x):
+        number = storage_number(x)
+        if number is None:
             return None
-        number = storage_id(x)
-        storage = self._storages.get(number)
+        storage = self.storages.get(number)
         if storage is None:
-            if len(self._storages) >= self._limit:
+            if len(self.storages) >= self._limit:
                 self._sweep()
-            storage = self._storages[number] = Storage(weak_storage(x))
+            storage = self.storages[number] = Storage(weak_storage(x if type(x) is Tensor else stored(x)))
         return storage
 
     def _sweep(self, only_kept: bool = False) -> None:
         """Forget the storages that exist no longer; if `only_kept`, those of other tensors than weights and kept ones, too."""
-        self._storages = {
+        self.storages = {
             number: storage
-            for number, storage in self._storages.items()
+            for number, storage in self.storages.items()
             if not storage.weak.expired() and (not only_kept or storage.is_weight or storage.is_kept)
         }
-        self._limit = 1024 + 2 * len(self._storages)
+        self._limit = 1024 + 2 * len(self.storages)
 
 
 def place_of(x: Tensor) -> Place:
@@ -155,30 +155,32 @@ def place_of(x: Tensor) -> Place:
 
 def has_notes(x: Tensor) -> bool:
     """Return whether something can be noted about a tensor."""
-    return _has_storage(x if type(x) is Tensor else stored(x))
+    return storage_number(x) is not None
 
 
-def _has_storage(x: Tensor) -> bool:
-    """Return whether a tensor has a strided storage of its own."""
+def storage_number(x: Tensor) -> int | None:
+    """Return the number of the storage of a tensor; None if it has no strided storage of its own."""
     kind = type(x)
-    if kind is not Tensor and (handles_operators(kind) or is_lazy(x)):
-        return False
-    return x.layout is torch.strided and not x.is_nested
+    if kind is not Tensor and kind is not nn.Parameter:
+        x = stored(x)
+        if handles_operators(type(x)) or is_lazy(x):
+            return None
+    return storage_id(x) if x.layout is torch.strided and not x.is_nested else None
 
 
 def note_in(storage: Storage, x: Tensor) -> Note | None:
     """Return the note about a tensor in a storage."""
+    if not storage.notes:
+        return None
     place = place_of(x)
-    if place in storage.notes:
-        note = storage.notes[place]
-        shape = storage.shapes.get(place) if storage.shapes else None
-        if note is not None and shape is not None and shape != tuple(x.shape):  # of the DTensor; `x` is its local tensor
-            return moved(note, range(len(shape)), shape, x.shape)
-        return note
-    for known in reversed(storage.notes):
-        if (note := storage.notes[known]) is not None:
-            return _note_of_view(note, known, place)
-    return None
+    note = storage.notes.get(place)
+    if note is None:
+        known = next(reversed(storage.notes))
+        return _note_of_view(storage.notes[known], known, place)
+    shape = storage.shapes.get(place) if storage.shapes else None
+    if shape is not None and shape != tuple(x.shape):  # of the DTensor; `x` is its local tensor
+        return moved(note, range(len(shape)), shape, x.shape)
+    return note
 
 
 def _note_of_view(note: Note, known: Place, place: Place) -> Note:
