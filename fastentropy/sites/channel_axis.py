@@ -199,16 +199,18 @@ class AxisTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for name, place in operator.written:
             value = call.args[place] if place < len(call.args) else call.kwargs.get(name)
             ys += [x for x in _tensors_in((value,)) if not any(x is y for y in ys)]
-        from_weights, is_divided, is_opaque = bool(inputs), False, False
+        from_weights, is_divided, is_opaque, has_subclass = bool(inputs), False, False, False
         for given in inputs:
             from_weights &= given.is_weight
             is_divided |= given.sharding is not None
             is_opaque |= given.is_opaque
-        if not from_weights:  # weights alone tell nothing: FSDP divides them among data-parallel ranks
-            self.meshes.update(given.x.device_mesh for given in inputs if type(given.x) is not Tensor and is_dtensor(given.x))
+            has_subclass |= type(given.x) is not Tensor
+        if has_subclass and not from_weights:  # weights alone tell nothing: FSDP divides them among data-parallel ranks
+            self.meshes.update(given.x.device_mesh for given in inputs if is_dtensor(given.x))
         is_written = bool(operator.written) and not operator.changes_view
         for y in ys:
-            if not has_notes(y):
+            number = storage_number(y)
+            if number is None:
                 self._vanished |= frozenset().union(*(_sets_of(given.note) for given in inputs))
                 continue
             # Of several outputs with different shapes, such as a norm with its statistics, only the first is followed.
@@ -221,7 +223,9 @@ class AxisTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._notes.set_note(y, note, is_written)
             if is_divided:
                 self._notes.set_sharding(y, output_sharding(call, inputs, y))
-            self._notes.mark_weight(y, from_weights)
+            storage = self._notes.storages.get(number)
+            if from_weights or (storage is not None and storage.is_weight):
+                self._notes.mark_weight(y, from_weights)
 
 
 def _sets_of(note: Note | None) -> frozenset[int]:
