@@ -165,8 +165,7 @@ IMAGE = TEXT | {"image_size": 32, "patch_size": 8}
 # The experts of a mixture are no modules: the last module before them is the router.
 MIXTURE = GROUPED | {"num_local_experts": 3, "widths": {"*.act_fn*": 40}}
 SEQ2SEQ: dict[str, Any] = {"vocab_size": 50, "d_model": 24, "d_ff": 40, "d_kv": 12, "num_layers": 2, "num_heads": 2}
-SPEECH: dict[str, Any] = {
-    "num_mel_bins": 10,
+STACKS: dict[str, Any] = {
     "d_model": 24,
     "encoder_layers": 2,
     "decoder_layers": 2,
@@ -174,13 +173,13 @@ SPEECH: dict[str, Any] = {
     "decoder_attention_heads": 2,
     "encoder_ffn_dim": 40,
     "decoder_ffn_dim": 40,
-    "max_source_positions": 15,
-    "max_target_positions": 20,
     "decoder_start_token_id": 1,
 }
+SPEECH = STACKS | {"num_mel_bins": 10, "max_source_positions": 15, "max_target_positions": 20}
 
 HUGGING_FACE = [
     hugging_face_model("albert", 2, tokens(), **TEXT, embedding_size=12),
+    hugging_face_model("bart", 4, tokens("input_ids", "decoder_input_ids"), **TEXT | STACKS),
     hugging_face_model("bert", 2, tokens(), **TEXT),
     hugging_face_model("bert", 3, tokens(), "BertForMaskedLM", **TEXT),
     hugging_face_model(
@@ -224,6 +223,18 @@ HUGGING_FACE = [
         name="hf_t5_gated",
     ),
     hugging_face_model("vit", 2, images(32, 32), **IMAGE),
+    hugging_face_model(
+        "wav2vec2",
+        5,  # of two convolutions of the waves, one of positions, and two feed-forward layers
+        lambda batch: {"input_values": torch.randn(batch, 500)},
+        **TEXT,
+        conv_dim=(20, 32),
+        conv_kernel=(10, 3),
+        conv_stride=(5, 2),
+        num_feat_extract_layers=2,
+        num_conv_pos_embeddings=6,
+        num_conv_pos_embedding_groups=2,
+    ),
     hugging_face_model(
         "whisper",
         6,  # two of them functional, on the convolutions' [batch, channels, frames]

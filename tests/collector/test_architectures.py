@@ -60,7 +60,7 @@ def test_collector_cannot_be_seen(subject):
         assert_invisible(subject.model, lambda: outputs_of(subject.model, subject.batches[0]))
 
 
-TRAINED = ["convnext_tiny", "efficientnet_b0", "resnet18", "swin_t", "vgg16_bn", "vit_b_16", "hf_bert", "hf_gpt2", "hf_t5"]
+TRAINED = ["convnext_tiny", "efficientnet_b0", "resnet18", "squeezenet1_1", "swin_t", "vit_b_16", "hf_bert", "hf_gpt2", "hf_t5"]
 
 
 @pytest.mark.parametrize("name", [with_speed(name, name) for name in TRAINED])
