@@ -26,7 +26,7 @@ C = TypeVar("C", bound=AbstractContextManager[Any])
 
 #: What may differ while a collector is attached, and no longer: how a call of nn.Module becomes a forward, and hooks that are
 #: told of modules which are put into others. See `mechanism`.
-_CALL, _REGISTRATION = "_call_impl", "_global_module_registration_hooks"
+_CALLS, _REGISTRATION = ("__call__", "_call_impl"), "_global_module_registration_hooks"
 
 
 class Same(tuple[int, Any]):
@@ -131,7 +131,7 @@ def observe(model: nn.Module, run: Callable[[], Any], seen: dict[str, Appearance
 def mechanism() -> Appearance:
     """Return what a collector may change in PyTorch while it is attached, and must leave as it was when it is detached."""
     return {
-        "call": Same(vars(nn.Module)[_CALL]),
+        "calls": [Same(vars(nn.Module)[name]) for name in _CALLS],
         "hooks of registration": Content(vars(nn.modules.module)[_REGISTRATION]),
         "dispatch keys": str(torch._C._dispatch_tls_local_include_set()),
         "stance": torch._dynamo.eval_frame._stance.stance if "torch._dynamo" in sys.modules else "default",
@@ -197,7 +197,7 @@ def state_of_pytorch() -> Appearance:
         if name.startswith("_global") and name != _REGISTRATION:
             look[f"global {name}"] = [Same(value), Content(value) if isinstance(value, dict) else None]
     for owner in (nn.functional, Tensor, torch._C._TensorBase, nn.Module):
-        names = vars(owner).keys() - ({_CALL} if owner is nn.Module else set())
+        names = vars(owner).keys() - (set(_CALLS) if owner is nn.Module else set())
         look[f"attributes of {owner.__name__}"] = Content({name: vars(owner)[name] for name in sorted(names)})
     return look
 
@@ -258,7 +258,7 @@ def _look_at(module: nn.Module, is_first: bool) -> Iterator[tuple[str, Any]]:
         yield "dir", dir(module)
         yield "signature of forward", _signature(module.forward)
         yield "signature of call", _signature(module)
-        yield "call", Same(inspect.getattr_static(kind, "__call__"))
+        yield "call", next(owner for owner in kind.__mro__ if "__call__" in vars(owner))
 
 
 def _signature(function: Callable[..., Any]) -> object:

@@ -78,7 +78,7 @@ NOTICED = {
     "class": other_class,
     "forward": lambda m: set_meanwhile(m.gelu, "forward", lambda *args, **kwargs: nn.GELU.forward(m.gelu, *args, **kwargs)),
     "forward of the class": lambda m: set_meanwhile(nn.GELU, "forward", lambda self, x: F.gelu(x)),
-    "call of all modules": lambda m: set_meanwhile(nn.Module, "__call__", lambda self, *args: self._call_impl(*args)),
+    "call of a class": lambda m: set_meanwhile(type(m), "__call__", lambda self, *args: self._call_impl(*args)),
     "function": lambda m: set_meanwhile(F, "gelu", lambda x, approximate="none": torch.ops.aten.gelu(x)),
     "dispatch mode": lambda m: PassesOn(),
     "function mode": lambda m: torch.overrides.BaseTorchFunctionMode(),
