@@ -79,6 +79,18 @@ def in_backward() -> bool:
     return bool(_named("torch._C", "_current_graph_task_id")() != -1)
 
 
+def is_traced() -> bool:
+    """Return whether calls are being traced: for torch.compile, torch.export, torch.jit.trace or make_fx.
+
+    What counts must not become a part of the trace.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or _named("torch._C", "_get_tracing_state")() is not None
+        or _named("torch.fx.experimental.proxy_tensor", "get_proxy_mode")() is not None
+    )
+
+
 def in_dispatch_mode() -> bool:
     """Return whether a TorchDispatchMode is active. A mode does not see a kernel that is launched directly."""
     return bool(_named("torch._C", "_len_torch_dispatch_stack")())
@@ -253,7 +265,7 @@ def _global_pre_hooks() -> dict[int, Any]:
 
 
 def module_identity(module: nn.Module) -> int:
-    """Return a number that a module shares with its replicas of nn.DataParallel, but with no copy of it.
+    """Return a number that a module shares with its replicas of nn.DataParallel, but with no deep copy of it.
 
     A replica has the same dict of hooks as the module that it was made from.
     """
@@ -284,9 +296,9 @@ def compiled_call(module: nn.Module) -> Callable[..., Any] | None:
     return call
 
 
-def replace_compiled_call(module: nn.Module, call: Callable[..., Any]) -> None:
-    """Let the calls of a module that was compiled in place pass through `call` (see `compiled_call`)."""
-    vars(module)["_compiled_call_impl"] = call
+def is_replica(module: nn.Module) -> bool:
+    """Return whether a module is a replica that nn.DataParallel has made of another module, with which it shares dicts."""
+    return bool(vars(module).get("_is_replica"))
 
 
 def runs_only_forward(module: nn.Module) -> bool:

@@ -19,6 +19,8 @@ from torch.autograd import forward_ad
 from torch.distributed import _functional_collectives
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, _utils, distribute_tensor
+from torch.fx.experimental import proxy_tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils import _python_dispatch
 from torch.utils.checkpoint import checkpoint
@@ -265,13 +267,13 @@ def test_call_of_a_module_that_is_compiled_in_place():
     assert _compat.compiled_call(module) is None
     module.compile(backend="eager")
     assert _compat.compiled_call(module) is not None
-    _compat.replace_compiled_call(module, lambda x: x + 1)
-    assert torch.equal(module(torch.ones(2)), torch.full((2,), 2.0))
 
 
 def test_module_identity():
     module = nn.Linear(2, 2)
-    assert _compat.module_identity(module) == _compat.module_identity(module._replicate_for_data_parallel())
+    replica = module._replicate_for_data_parallel()
+    assert _compat.module_identity(module) == _compat.module_identity(replica)
+    assert [_compat.is_replica(each) for each in (module, copy.copy(module), replica)] == [False, False, True]
     assert _compat.module_identity(module) != _compat.module_identity(copy.deepcopy(module))
 
 
@@ -285,6 +287,25 @@ def test_hooks_before_the_forward_and_of_all_modules():
         assert _compat.has_pre_hooks(module)
         assert not _compat.has_hooks(module)
     assert not _compat.has_pre_hooks(module)
+
+
+def test_traced():
+    x, seen = torch.ones(2), []
+
+    def trace(x):
+        seen.append(_compat.is_traced())
+        return x + 1
+
+    class Traced(nn.Module):
+        def forward(self, x):
+            return trace(x)
+
+    assert not _compat.is_traced()
+    torch.jit.trace(trace, (x,), check_trace=False)
+    make_fx(trace)(x)
+    torch.export.export(Traced(), (x,))
+    assert seen == [True, True, True]
+    assert not _compat.is_traced()
 
 
 def test_operators_are_intercepted_in_this_thread_alone():
@@ -434,6 +455,8 @@ GONE = [
     (_functional_collectives, "AsyncCollectiveTensor", lambda: _compat.wait_tensor(nn.Parameter(torch.ones(1)))),
     (_functional_collectives, "AsyncCollectiveTensor", lambda: _compat.without_waiting(nn.Parameter(torch.ones(1)))),
     (_utils, "compute_local_shape_and_global_offset", lambda: _compat.local_shape_and_offset(SimpleNamespace())),
+    (torch._C, "_get_tracing_state", lambda: _compat.is_traced()),
+    (proxy_tensor, "get_proxy_mode", lambda: _compat.is_traced()),
     (torch._C, "_dispatch_key_parse", _compat._intercepted_key.__wrapped__),
     (torch._C, "DispatchKeySet", _compat._intercepted_keys.__wrapped__),
     (torch._C, "_dispatch_tls_set_dispatch_key_included", lambda: _compat.set_intercepting(False)),

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from fastentropy._compat import buffers_of, tree_leaves, uncompiled
+from fastentropy._compat import buffers_of, has_values, tree_leaves, uncompiled
 from fastentropy.sites.activations import activation_modules
 from fastentropy.sites.inputs import ExampleInputs, check_inputs, check_model, explained, is_exported, split_inputs
 from fastentropy.sites.observer import NoObserver
@@ -96,8 +96,10 @@ def call_once(model: nn.Module, inputs: tuple[Any, ...] | Mapping[str, Any]) -> 
         for module in model.modules()
         for name, buffer in buffers_of(module).items()
     ]
-    # A model may write over its inputs. PyTorch does not deepcopy results of operators that record gradients.
-    results = [value for value in tree_leaves(inputs) if isinstance(value, torch.Tensor) and not value.is_leaf]
+    # A model may write over its inputs. PyTorch does not deepcopy results of operators that record gradients, and copies the
+    # mode of fake tensors with them.
+    tensors = [value for value in tree_leaves(inputs) if isinstance(value, torch.Tensor)]
+    results = [value for value in tensors if not value.is_leaf or not has_values(value)]
     args, kwargs = split_inputs(copy.deepcopy(inputs, {id(value): value.detach().clone() for value in results}))
     try:
         with torch.random.fork_rng():

@@ -10,13 +10,14 @@ import functools
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from types import FrameType, FunctionType
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from fastentropy._compat import compiled_call, module_call, module_identity, replace_compiled_call, replace_module_call
+from fastentropy._compat import compiled_call, is_replica, module_call, module_identity, replace_module_call, stack_frame
 
 #: A function that runs in place of a call of a module: (name, module, original call, args, kwargs) -> result. The original call
 #: runs the module with its hooks: original(module, *args, **kwargs).
@@ -30,6 +31,7 @@ class _Entry(NamedTuple):
     """What the table holds for a module."""
 
     interception: "weakref.ref[Interception]"  # weak, so that a collector can be deleted without `detach`
+    module: nn.Module
     name: str  # the name that the handler is given
     kind: str  # the key of the handler among the handlers of the interception
 
@@ -83,7 +85,7 @@ class Interception:
         """Intercept another module while attached; see `attach`."""
         attached = self._attached
         if attached is not None:
-            attached.add(module, _Entry(weakref.ref(self), name, kind))
+            attached.add(module, _Entry(weakref.ref(self), module, name, kind))
 
     def detach(self) -> None:
         """Intercept no longer."""
@@ -97,29 +99,21 @@ class _Attached:
 
     def __init__(self) -> None:
         """Begin without entries."""
-        self._modules: dict[int, nn.Module] = {}  # held, because the identity of a deleted module may be given to another
-        self._compiled: list[tuple[nn.Module, Callable[..., Any], Callable[..., Any]]] = []
+        self._identities: set[int] = set()
 
     def add(self, module: nn.Module, entry: _Entry) -> None:
         """Enter a module into the table."""
         identity = module_identity(module)
-        self._modules[identity] = module
+        self._identities.add(identity)
         _TABLE.entries[identity] = entry
-        original = compiled_call(module)
-        if original is not None and not any(module is known for known, *_ in self._compiled):
-            eager = functools.partial(_intercepted_call, module)  # `compile` has kept the call as it was before
-            self._compiled.append((module, original, eager))
-            replace_compiled_call(module, eager)
+        if compiled_call(module) is not None:
+            _TABLE.enter_call_of_compiled()
 
     def undo(self) -> None:
         """Take all entries out of the table. This also runs when an interception is deleted without `detach`."""
-        for identity in self._modules:
+        for identity in self._identities:
             _TABLE.entries.pop(identity, None)
-        for module, original, eager in self._compiled:
-            if compiled_call(module) is eager:  # else the user has compiled the module again
-                replace_compiled_call(module, original)
-        self._modules.clear()
-        self._compiled.clear()
+        self._identities.clear()
         _TABLE.leave(self)
 
 
@@ -130,6 +124,7 @@ class _Table:
         """Begin with nothing attached."""
         self.entries: dict[int, _Entry] = {}
         self.original: Callable[..., Any] = module_call()
+        self.outer: Callable[..., Any] = nn.Module.__call__
         self._lock, self._attached = threading.RLock(), set[int]()
         self._in_place = contextlib.ExitStack()
 
@@ -166,6 +161,20 @@ class _Table:
         if module_call() is _intercepted_call:
             replace_module_call(self.original)
 
+    def enter_call_of_compiled(self) -> None:
+        """Let modules that are compiled in place run eagerly too, although `compile` has kept their call as it was before."""
+        with self._lock:
+            if self._attached and nn.Module.__call__ is not _call_of_compiled:
+                self.outer = nn.Module.__call__
+                functools.update_wrapper(_call_of_compiled, self.outer)
+                nn.Module.__call__ = _call_of_compiled  # type: ignore[method-assign]
+                self._in_place.callback(self._restore_call_of_compiled)
+
+    def _restore_call_of_compiled(self) -> None:
+        """Let modules that are compiled in place run as before."""
+        if nn.Module.__call__ is _call_of_compiled:
+            nn.Module.__call__ = self.outer  # type: ignore[method-assign]
+
 
 _TABLE = _Table()
 
@@ -177,9 +186,31 @@ def _intercepted_call(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
     """
     if not torch.compiler.is_compiling():
         entry = _TABLE.entries.get(module_identity(module))
-        if entry is not None and (interception := entry[0]()) is not None:
-            return interception.handlers[entry[2]](entry[1], module, _TABLE.original, args, kwargs)
+        if entry is not None and (entry[1] is module or is_replica(module)) and (interception := entry[0]()) is not None:
+            return interception.handlers[entry[3]](entry[2], module, _TABLE.original, args, kwargs)
     return _TABLE.original(module, *args, **kwargs)
+
+
+def _call_of_compiled(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+    """Call a module, without the code that its method `compile` has made if the module is intercepted.
+
+    This replaces `nn.Module.__call__` while such a module is intercepted.
+    """
+    if compiled_call(module) is not None and _TABLE.is_intercepted(module):
+        return _intercepted_call(module, *args, **kwargs)
+    return _TABLE.outer(module, *args, **kwargs)
+
+
+#: The code that PyTorch and the interception run between the caller of a module and `_intercepted_call`.
+_BETWEEN = frozenset({cast(FunctionType, nn.Module.__call__).__code__, _call_of_compiled.__code__, _intercepted_call.__code__})
+
+
+def calling_frame() -> FrameType:
+    """Return the stack frame that calls the module whose handler asks."""
+    frame = stack_frame(2)
+    while frame.f_code in _BETWEEN and frame.f_back is not None:
+        frame = frame.f_back
+    return frame
 
 
 def _tell_of_module(owner: nn.Module, attribute: str, module: nn.Module | None) -> None:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastentropy._compat import module_identity, path_when_uncompiled
+from fastentropy._compat import is_replica, module_identity, path_when_uncompiled
 from fastentropy.sites.activations import activation_name, function_name
 from fastentropy.sites.padding import Mask, MaskArgument, mask_argument
 
@@ -84,7 +84,8 @@ class WatchedModules:
         """Return the path of a value if it is a module of the model, or a replica of one; otherwise None."""
         if not isinstance(value, nn.Module) or "_forward_hooks" not in vars(value):  # its __init__ is not done
             return None
-        return self._paths.get(module_identity(value))
+        path = self._paths.get(module_identity(value))
+        return path if path is not None and (self.kinds[path][0] is value or is_replica(value)) else None
 
     def path_in(self, frame: FrameType) -> str | None:
         """Return the path of the module of which a stack frame runs a method; None if it runs other code.

@@ -41,14 +41,14 @@ class _Listeners(threading.local):
         """Begin without listeners."""
         self.all: list[weakref.ref[Any]] = []
 
-    def remove(self, reference: "weakref.ref[Any]") -> None:
-        """Remove a listener. If it was the last one, operators are no longer intercepted."""
-        for place in reversed(range(len(self.all))):
-            if self.all[place] is reference:
-                del self.all[place]
-                break
-        if not self.all:
-            set_intercepting(False)
+    def refresh(self) -> None:
+        """Forget listeners that are attached no longer, and intercept operators in this thread if any are left.
+
+        This is called whenever a pass begins or ends, because `torch.inference_mode` puts back, when it is left, what was
+        intercepted when it was entered.
+        """
+        self.all[:] = [known for known in self.all if (listener := known()) is not None and listener.is_attached]
+        set_intercepting(bool(self.all))
 
 
 _LISTENERS = _Listeners()
@@ -58,27 +58,26 @@ def begin_listening(listener: Listener) -> None:
     """Let a listener run the activations that this thread calls, until it is no longer attached."""
     intercept_operators(tuple(OPERATORS), _run)
     _LISTENERS.all.append(weakref.ref(listener))
-    set_intercepting(True)
+    _LISTENERS.refresh()
 
 
-def end_listening(listener: Listener) -> None:
-    """Ask a listener no longer, if this is the thread in which it has begun to listen. Other threads notice by themselves."""
-    for reference in [reference for reference in _LISTENERS.all if reference() is listener]:
-        _LISTENERS.remove(reference)
+def end_listening() -> None:
+    """Ask listeners that are attached no longer not again in this thread. Other threads notice by themselves."""
+    _LISTENERS.refresh()
 
 
 @contextlib.contextmanager
 def listening(listener: Listener) -> Iterator[None]:
     """Let a listener run, before any other, the activations that this thread calls inside the block."""
-    if _LISTENERS.all and _LISTENERS.all[-1]() is listener:
-        yield
-        return
     begin_listening(listener)
     reference = _LISTENERS.all[-1]
     try:
         yield
     finally:
-        _LISTENERS.remove(reference)
+        known = [place for place, other in enumerate(_LISTENERS.all) if other is reference]
+        if known:
+            del _LISTENERS.all[known[-1]]
+        _LISTENERS.refresh()
 
 
 def _run(operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -87,10 +86,9 @@ def _run(operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         return operator(*args, **kwargs)
     for reference in reversed(_LISTENERS.all):
         listener = reference()
-        if listener is None or not listener.is_attached:
-            _LISTENERS.remove(reference)
-        elif listener.takes():
+        if listener is not None and listener.is_attached and listener.takes():
             return listener.run_function(operator, args, kwargs)
+    _LISTENERS.refresh()
     return operator(*args, **kwargs)
 
 

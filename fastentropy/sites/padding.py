@@ -69,8 +69,8 @@ def token_mask(mask: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Ten
     Returns:
         bool [batch, tokens], or None if all positions are to be counted. On the CPU it is None if all positions are tokens. It
             is also None if `mask` is no padding mask. A mask with more axes, one that is added to attention scores, and a
-            square one that is the same along every diagonal (such as a causal mask) tell which token attends to which. A mask
-            that does not have the shape of the call's sequences tells nothing about them.
+            square one that is the same along every diagonal (such as a causal mask of more than 2 tokens) tell which token
+            attends to which. A mask that does not have the shape of the call's sequences tells nothing about them.
     """
     if not isinstance(mask, Tensor) or mask.ndim != 2 or (mask.is_floating_point() and bool((mask < 0).any())):
         return None
@@ -80,9 +80,14 @@ def token_mask(mask: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Ten
         return None
     length = mask.shape[1] if tokens is None else tokens.shape[1]
     is_token = mask[:, mask.shape[1] - length :] != 0
-    if mask.shape[0] == mask.shape[1] == length > 1:  # no `if` on values, which would wait for a GPU
+    if mask.shape[0] == mask.shape[1] == length > 2:  # no `if` on values, which would wait for a GPU
         is_token = is_token | (is_token[1:, 1:] == is_token[:-1, :-1]).all()
     return None if is_token.device.type == "cpu" and bool(is_token.all()) else is_token
+
+
+def tells_of_padding(mask: Tensor) -> bool:
+    """Return whether a mask is 0 somewhere, so that somebody expects positions to be left out. Only asked on the CPU."""
+    return mask.device.type == "cpu" and not bool((mask != 0).all())
 
 
 def find_tokens(mask: Tensor | None, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:

@@ -26,7 +26,7 @@ _BETWEEN = frozenset({
     str(Path(operators.__file__).parent.parent / "_compat.py"),
     *(
         str(Path(torch.__file__).parent / name)
-        for name in ("nn/functional.py", "overrides.py", "_tensor.py", "utils/_device.py")
+        for name in ("nn/functional.py", "nn/modules/module.py", "overrides.py", "_tensor.py", "utils/_device.py")
     ),
 })  # fmt: skip
 
@@ -115,7 +115,7 @@ class CallReporter(Generic[P]):
         """
         path = self._modules.path_in(frame) if frame.f_code.co_name == "forward" else None
         if path in self._modules.activations:
-            caller, module = frame.f_back or frame, self._modules.kinds[path][0]
+            caller, module = _outside(frame.f_back or frame), self._modules.kinds[path][0]
             key = (path, False, place_of(caller), current.produced.for_path(path))
             return self._report(current, key, self._modules.activations[path], x, run, module)
         called: str = getattr(getattr(function, "overloadpacket", function), "__name__", "function")
@@ -177,7 +177,11 @@ class CallReporter(Generic[P]):
 
 def calling_frame() -> FrameType:
     """Return the stack frame that calls an activation function, outside of PyTorch's code for the call and of the watcher."""
-    frame = stack_frame(1)
+    return _outside(stack_frame(1))
+
+
+def _outside(frame: FrameType) -> FrameType:
+    """Return the innermost stack frame, from `frame` outwards, that is neither PyTorch's code for a call nor the watcher's."""
     while frame.f_code.co_filename in _BETWEEN and frame.f_back is not None:
         frame = frame.f_back
     return frame

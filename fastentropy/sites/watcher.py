@@ -9,14 +9,15 @@ from typing import Any, Generic, TypeVar
 
 from torch import Tensor, nn
 
-from fastentropy._compat import in_backward, is_compiled, path_when_uncompiled, stack_frame
+from fastentropy._compat import in_backward, is_compiled, is_traced, path_when_uncompiled
+from fastentropy.sites import interception
 from fastentropy.sites.activations import called_name, has_registered_functions
 from fastentropy.sites.channel_axis import AxisTracker
 from fastentropy.sites.interception import Interception, without_fast_path
 from fastentropy.sites.modules import ACTIVATION, CONTAINER, LAYER, NEUTRAL, WatchedModules, is_scripted_activation
 from fastentropy.sites.observer import Observer
 from fastentropy.sites.operators import FunctionCalls, begin_listening, end_listening, listening
-from fastentropy.sites.padding import Mask, MaskArgument, find_tokens, token_mask
+from fastentropy.sites.padding import Mask, MaskArgument, find_tokens, tells_of_padding, token_mask
 from fastentropy.sites.passes import Pass, Produced, ThreadState
 from fastentropy.sites.registry import Misfits, SiteRegistry
 from fastentropy.sites.reporter import CallReporter, calling_frame, is_countable, place_of
@@ -71,6 +72,7 @@ class SiteWatcher(Generic[P]):
         self._interception = Interception(handlers, self._add_module)
         self._entries: set[str] = set()
         self._thread: ThreadState[P] = ThreadState()
+        self._attachment: object = None  # another one each time that the watcher is attached
         self._warned_of_mask = False
 
     def attach(self) -> None:
@@ -83,8 +85,9 @@ class SiteWatcher(Generic[P]):
         if self.is_attached:
             raise RuntimeError("a collector is attached to this model already; detach it first")
         if scripted := [name for name, module in self._model.named_modules() if is_scripted_activation(module)]:
+            name = path_when_uncompiled(scripted[0]) or type(self._model).__name__
             raise ValueError(
-                f"{path_when_uncompiled(scripted[0])!r} is compiled by TorchScript, where calls cannot be seen; "
+                f"{name!r} is compiled by TorchScript, where calls cannot be seen; "
                 "collect on the model as it was before torch.jit.script"
             )
         if compiled := [name for name, module in self._model.named_modules() if is_compiled(module)]:
@@ -97,12 +100,14 @@ class SiteWatcher(Generic[P]):
         self._thread = ThreadState()
         self.modules.refresh()
         self._interception.attach(self._model, self.modules.kinds)
+        self._attachment = object()
         begin_listening(self)
 
     def detach(self) -> None:
         """Leave the model as it was before `attach`."""
+        self._attachment = None
         self._interception.detach()
-        end_listening(self)
+        end_listening()
 
     @property
     def sites(self) -> dict[str, Site]:
@@ -139,7 +144,7 @@ class SiteWatcher(Generic[P]):
         self, name: str, module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Run a module that calls no activations. If it is called from outside, parts of the model may be called one by one."""
-        if self._thread.current is not None or name in self._entries or in_backward():
+        if self._thread.current is not None or name in self._entries or in_backward() or is_traced():
             return original(module, *args, **kwargs)
         tracker = self._tracker()
         with tracker.following():
@@ -157,7 +162,7 @@ class SiteWatcher(Generic[P]):
         current = self._thread.current
         if current is not None:
             return self._run_inside(current, name, module, original, args, kwargs)
-        if in_backward():
+        if in_backward() or is_traced():
             return original(module, *args, **kwargs)
         with self._new_pass(name, Produced()) as current:
             y = self._run_inside(current, name, module, original, args, kwargs)
@@ -173,9 +178,11 @@ class SiteWatcher(Generic[P]):
         current = self._thread.current
         if (current is not None and current.inside_activation) or in_backward():
             return original(module, *args, **kwargs)
-        place = place_of(stack_frame(3))  # in the caller of the module; between are PyTorch and the interception
+        place = place_of(interception.calling_frame())
         if current is not None:
             return self._reporter.run_module(current, name, place, module, original, args, kwargs)
+        if is_traced():
+            return original(module, *args, **kwargs)
         with self._new_pass(name, self._thread.produced) as current:
             return self._reporter.run_module(current, name, place, module, original, args, kwargs)
 
@@ -187,7 +194,7 @@ class SiteWatcher(Generic[P]):
         thread = self._thread
         if thread.current is not None:
             return True
-        frame: FrameType | None = None if in_backward() else calling_frame()
+        frame: FrameType | None = None if in_backward() or is_traced() else calling_frame()
         while frame is not None:
             path = self.modules.path_in(frame)
             if path is not None:
@@ -230,7 +237,7 @@ class SiteWatcher(Generic[P]):
         thread = self._thread
         tracker = None if entry in self._entries else self._tracker()
         current = Pass(self._observer.begin_pass(), tracker, produced)
-        completed = False
+        attachment, completed = self._attachment, False
         try:
             thread.current = current
             with contextlib.ExitStack() as modes:
@@ -240,7 +247,7 @@ class SiteWatcher(Generic[P]):
                 if tracker is not None:
                     modes.enter_context(tracker.following())
                 yield current
-            completed = True
+            completed = attachment is self._attachment  # else the watcher was detached meanwhile, and has seen a part only
         finally:
             thread.current = None
             if completed:
@@ -303,6 +310,8 @@ class SiteWatcher(Generic[P]):
             return
         if given:
             current.is_token = token_mask(local_tensor(mask), args, kwargs)
+            if current.is_token is None and isinstance(mask, Tensor) and tells_of_padding(mask):
+                self._warn_of_mask(mask)
         if current.tracker is not None and (tokens := find_tokens(mask, args, kwargs)) is not None:
             current.tracker.follow_tokens(tokens)
 
