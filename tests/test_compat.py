@@ -26,6 +26,7 @@ from torch.utils import _python_dispatch
 from torch.utils.checkpoint import checkpoint
 
 from fastentropy import _compat
+from fastentropy._compat import interception, lookup, modes, modules
 from fastentropy_kernels import _compat as kernels_compat
 
 
@@ -46,9 +47,11 @@ class FunctionMode(TorchFunctionMode):
 @pytest.fixture(autouse=True)
 def found_anew():
     """A name that was found before is looked up again, in the test and after it."""
-    _compat._named.cache_clear()
+    for found in (lookup.named, modules._global_pre_hooks):
+        found.cache_clear()
     yield
-    _compat._named.cache_clear()
+    for found in (lookup.named, modules._global_pre_hooks):
+        found.cache_clear()
 
 
 @pytest.fixture(scope="module")
@@ -402,11 +405,11 @@ def test_a_mode_is_left_whatever_is_raised(when, outer):
     with contextlib.ExitStack() as stack:
         for _ in range(outer):
             stack.enter_context(around)
-        flags = _compat._mode_flags()
+        flags = modes._mode_flags()
         with contextlib.suppress(KeyboardInterrupt, RecursionError), _compat.entered(Failing(when)):
             torch.ones(2)
         assert torch._C._len_torch_dispatch_stack() == outer
-        assert _compat._mode_flags() == flags
+        assert modes._mode_flags() == flags
         assert _python_dispatch.is_in_torch_dispatch_mode() == bool(outer)
         assert torch.equal(torch.ones(2) + 1, torch.full((2,), 2.0))
 
@@ -457,8 +460,8 @@ GONE = [
     (_utils, "compute_local_shape_and_global_offset", lambda: _compat.local_shape_and_offset(SimpleNamespace())),
     (torch._C, "_get_tracing_state", lambda: _compat.is_traced()),
     (proxy_tensor, "get_proxy_mode", lambda: _compat.is_traced()),
-    (torch._C, "_dispatch_key_parse", _compat._intercepted_key.__wrapped__),
-    (torch._C, "DispatchKeySet", _compat._intercepted_keys.__wrapped__),
+    (torch._C, "_dispatch_key_parse", interception._intercepted_key.__wrapped__),
+    (torch._C, "DispatchKeySet", interception._intercepted_keys.__wrapped__),
     (torch._C, "_dispatch_tls_set_dispatch_key_included", lambda: _compat.set_intercepting(False)),
     (torch._C, "_ExcludeDispatchKeyGuard", lambda: _compat.without_intercepting()),
     (torch.nn.modules.module, "_global_forward_pre_hooks", lambda: _compat.has_pre_hooks(nn.ReLU())),

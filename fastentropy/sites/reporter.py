@@ -23,7 +23,7 @@ P = TypeVar("P")
 #: Source files of the stack frames between the code that calls an activation function and the watcher.
 _BETWEEN = frozenset({
     *(str(Path(__file__).parent / name) for name in ("reporter.py", "watcher.py", "operators.py")),
-    str(Path(operators.__file__).parent.parent / "_compat.py"),
+    str(Path(operators.__file__).parent.parent / "_compat" / "interception.py"),
     *(
         str(Path(torch.__file__).parent / name)
         for name in ("nn/functional.py", "nn/modules/module.py", "overrides.py", "_tensor.py", "utils/_device.py")

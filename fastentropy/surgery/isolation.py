@@ -51,7 +51,7 @@ _MODULES: dict[str, tuple[Callable[..., nn.Module], tuple[str, ...]]] = {
 _BETWEEN = (
     __file__,
     *(str(module.__file__) for module in (finding, interception, operators, reporter, watcher)),
-    str(Path(__file__).parent.parent / "_compat.py"),
+    str(Path(__file__).parent.parent / "_compat" / "interception.py"),
     *(
         str(Path(torch.__file__).parent / name)
         for name in (

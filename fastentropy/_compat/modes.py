@@ -1,0 +1,114 @@
+"""The state in which an operator runs: backward passes, tracers and modes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastentropy._compat.lookup import attribute, named
+
+
+def in_backward() -> bool:
+    """Return whether autograd is running a backward pass.
+
+    Activation checkpointing repeats a forward there, and a repeated forward must not be counted twice.
+    """
+    return bool(named("torch._C", "_current_graph_task_id")() != -1)
+
+
+def is_traced() -> bool:
+    """Return whether calls are being traced: for torch.compile, torch.export, torch.jit.trace or make_fx.
+
+    What counts must not become a part of the trace.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or named("torch._C", "_get_tracing_state")() is not None
+        or named("torch.fx.experimental.proxy_tensor", "get_proxy_mode")() is not None
+    )
+
+
+def in_dispatch_mode() -> bool:
+    """Return whether a TorchDispatchMode is active. A mode does not see a kernel that is launched directly."""
+    return bool(named("torch._C", "_len_torch_dispatch_stack")())
+
+
+def in_function_mode() -> bool:
+    """Return whether a TorchFunctionMode of the user is active, which may run other functions in place of PyTorch's.
+
+    The mode of a default device and those of fastentropy do not count: they change no activation.
+    """
+    if not named("torch._C", "_is_torch_function_mode_enabled")():
+        return False
+    kinds = [type(mode) for mode in named("torch.overrides", "_get_current_function_mode_stack")()]
+    default_device = named("torch.utils._device", "DeviceContext")
+    return any(kind is not default_device and not kind.__module__.startswith("fastentropy.") for kind in kinds)
+
+
+@contextmanager
+def entered(mode: TorchDispatchMode) -> Iterator[None]:
+    """Activate a mode inside the block. Afterwards it is as active as before, wherever in this process anything was raised.
+
+    A RecursionError or KeyboardInterrupt may be raised inside of the mode's own `__exit__`, which then leaves it active.
+    """
+    before, flags = _activations(mode), _mode_flags()
+    try:
+        try:
+            with mode:
+                yield
+        finally:
+            _deactivate(mode, before, flags)
+    finally:
+        _deactivate(mode, before, flags)  # for an interrupt in the first call
+
+
+def _activations(mode: TorchDispatchMode) -> int:
+    """Return how many times a mode is on the stack of this thread."""
+    entry, size = named("torch._C", "_get_dispatch_stack_at"), named("torch._C", "_len_torch_dispatch_stack")
+    return sum(entry(index) is mode for index in range(size()))
+
+
+def _mode_flags() -> list[bool]:
+    """Return what PyTorch has noted, beside the stack, about the modes that are active."""
+    return [attribute(sys.modules[TorchDispatchMode.__module__], name) for name in _MODE_FLAGS]
+
+
+_MODE_FLAGS = (
+    "_is_in_torch_dispatch_mode",
+    "_is_in_non_infra_torch_dispatch_mode",
+    "_is_in_any_mode_without_ignore_compile_internals",
+)
+
+
+def _deactivate(mode: TorchDispatchMode, times: int, flags: list[bool]) -> None:
+    """Take a mode from the stack until it is there so many times, and restore the flags. Other modes stay."""
+    others = []
+    while _activations(mode) > times:
+        top = named("torch._C", "_pop_torch_dispatch_stack")(None)
+        if top is not mode:
+            others.append(top)
+    for other in reversed(others):
+        named("torch._C", "_push_on_torch_dispatch_stack")(other)
+    if _mode_flags() != flags:
+        vars(sys.modules[TorchDispatchMode.__module__]).update(zip(_MODE_FLAGS, flags, strict=True))
+        named("torch._C._dynamo.guards", "set_is_in_mode_without_ignore_compile_internals")(flags[-1])
+
+
+def without_modes() -> AbstractContextManager[object]:
+    """Return a context without modes and without the functions of subclasses of Tensor.
+
+    No mode and no subclass of the user may see the operators that count.
+    """
+    context: AbstractContextManager[object] = named("torch._C", "DisableTorchFunction")()
+    return _and_without_dispatch_modes(context) if in_dispatch_mode() else context
+
+
+@contextmanager
+def _and_without_dispatch_modes(context: AbstractContextManager[object]) -> Iterator[None]:
+    """Enter a context, and one without any TorchDispatchMode, for the block."""
+    with context, named("torch.utils._python_dispatch", "_disable_current_modes")():
+        yield
