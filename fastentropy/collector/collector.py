@@ -68,6 +68,8 @@ class EntropyCollector:
         check_model(model)
         if average not in ("dataset", "batch"):
             raise ValueError(f"average={average!r}: expected 'dataset' or 'batch'")
+        if not isinstance(channel_axis, Mapping | None):
+            raise TypeError(f"channel_axis: got {channel_axis!r}, expected a mapping of site names: channel_axis={{'name': 1}}")
         if isinstance(exclude, str):
             raise TypeError(f"exclude: got the string {exclude!r}, expected names or patterns: exclude=[{exclude!r}]")
         if misfits not in ("raise", "skip"):
