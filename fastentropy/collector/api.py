@@ -45,8 +45,8 @@ def collect(
         A collector that is not attached yet.
 
     Raises:
-        TypeError: `model` is not a module.
-        ValueError: `average` is neither "dataset" nor "batch".
+        TypeError: `model` is not a module, `channel_axis` is no mapping, or `exclude` is a string.
+        ValueError: `average` or `misfits` has another value.
 
     Examples:
         >>> import torch

@@ -39,8 +39,8 @@ class EntropyCollector:
         misfits: what happens to a site of which an input has another number of neurons. See `collect`.
 
     Raises:
-        TypeError: `model` is not a module.
-        ValueError: `average` is neither "dataset" nor "batch".
+        TypeError: `model` is not a module, `channel_axis` is no mapping, or `exclude` is a string.
+        ValueError: `average` or `misfits` has another value.
 
     Examples:
         >>> import torch

@@ -13,6 +13,9 @@ from fastentropy.sites.activations import FusedActivation
 from fastentropy.sites.site import Site
 from fastentropy_kernels import ActivationPlan
 
+#: How many integers a buffer may have beyond those of the sites that are known when it is allocated.
+_SPARE = 1024
+
 
 class SiteCounters(NamedTuple):
     """The counters of one site on one device, in a flat buffer."""
@@ -89,8 +92,8 @@ class Counters:
     """Hold the counts of the sites of a layout, on every device on which the sites ran.
 
     A buffer keeps its address as long as this object lives, because captured CUDA graphs write to it. Sites that run for the
-    first time after a buffer was allocated get a further buffer on that device. Each further buffer is at least a quarter as
-    large as all before it, so that there are few of them even if thousands of sites come one by one.
+    first time after a buffer was allocated get a further buffer on that device. A further buffer has a little room to spare, so
+    that there are few of them even if thousands of small sites come one by one.
 
     Attributes:
         sites: the sites that were counted since `clear`, by name.
@@ -256,7 +259,7 @@ class Counters:
         end = starts[-1] + buffers[starts[-1]].numel() if starts else 0
         if slot.stop > end:
             start = self._layout.last_boundary(end)  # a slot that would reach beyond the buffers lies in the new one
-            size = max(self._layout.size - start, end // 4)
+            size = max(self._layout.size - start, min(end // 4, _SPARE))
             with torch.inference_mode(False):  # a tensor of inference mode could not be changed outside it
                 buffers[start] = torch.zeros(size, dtype=torch.int64, device=device)
             starts.append(start)

@@ -312,7 +312,9 @@ class SiteWatcher(Generic[P]):
             current.is_token = token_mask(local_tensor(mask), args, kwargs)
             if current.is_token is None and isinstance(mask, Tensor) and tells_of_padding(mask):
                 self._warn_of_mask(mask)
-        if current.tracker is not None and (tokens := find_tokens(mask, args, kwargs)) is not None:
+        if current.tracker is None or (mask is None and current.owners and current.tracker.followed is not None):
+            return  # a part of a model that is given no mask has the tokens of the call around it
+        if (tokens := find_tokens(mask, args, kwargs)) is not None:
             current.tracker.follow_tokens(tokens)
 
     def _warn_of_mask(self, mask: Any) -> None:

@@ -148,8 +148,8 @@ def test_buffers_are_few_when_sites_come_one_by_one(layout):
     for value, site in enumerate(sites):
         fill(counters, site, value)
         addresses[site.name] = counters.of(site, CPU).counts.data_ptr()
-    assert len(counters.buffers[CPU]) < 50
-    assert sum(buffer.numel() for buffer in counters.buffers[CPU].values()) <= 1.3 * layout.size
+    assert len(counters.buffers[CPU]) < 100
+    assert sum(buffer.numel() for buffer in counters.buffers[CPU].values()) <= layout.size + 1024
     assert addresses == {site.name: counters.of(site, CPU).counts.data_ptr() for site in sites}
     for value, (counts, positions) in enumerate(counters.totals(sites).values()):
         assert (counts.unique().tolist(), positions) == ([value], 11 * value)
