@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
+from torch import _C
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastentropy._compat.lookup import attribute, named
+from fastentropy._compat.lookup import attribute, named, unknown_release
 
 
 def in_backward() -> bool:
@@ -17,7 +18,10 @@ def in_backward() -> bool:
 
     Activation checkpointing repeats a forward there, and a repeated forward must not be counted twice.
     """
-    return bool(named("torch._C", "_current_graph_task_id")() != -1)
+    try:
+        return _C._current_graph_task_id() != -1  # not by `named`, since this runs in each call of an activation
+    except AttributeError as error:
+        raise unknown_release(f"torch._C.{error.name}") from error
 
 
 def is_traced() -> bool:
@@ -42,8 +46,11 @@ def in_function_mode() -> bool:
 
     The mode of a default device and those of fastentropy do not count: they change no activation.
     """
-    if not named("torch._C", "_is_torch_function_mode_enabled")():
-        return False
+    try:
+        if not _C._is_torch_function_mode_enabled():  # not by `named`, since this runs in each call of an activation
+            return False
+    except AttributeError as error:
+        raise unknown_release(f"torch._C.{error.name}") from error
     kinds = [type(mode) for mode in named("torch.overrides", "_get_current_function_mode_stack")()]
     default_device = named("torch.utils._device", "DeviceContext")
     return any(kind is not default_device and not kind.__module__.startswith("fastentropy.") for kind in kinds)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
 from fastentropy._compat.lookup import attribute, named, unknown_release
 
@@ -96,7 +97,11 @@ def runs_only_forward(module: nn.Module) -> bool:
         )
     except KeyError as error:
         raise unknown_release(f"nn.Module.{error.args[0]}") from error
-    return not (has_hooks or named("torch.nn.modules.module", "_has_any_global_hook")())
+    try:
+        has_global_hooks = torch_module._has_any_global_hook  # not by `named`, since this runs in each call of an activation
+        return not (has_hooks or has_global_hooks())  # type: ignore[no-untyped-call]
+    except AttributeError as error:
+        raise unknown_release(f"torch.nn.modules.module.{error.name}") from error
 
 
 def is_compiled(module: nn.Module) -> bool:

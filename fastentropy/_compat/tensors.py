@@ -6,14 +6,17 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import _C, Tensor
 
 from fastentropy._compat.lookup import attribute, named, unknown_release
 
 
 def is_functorch_tensor(x: Tensor) -> bool:
     """Return whether `x` belongs to a transform of torch.func. Such a tensor has no single value that could be counted."""
-    return bool(named("torch._C._functorch", "is_functorch_wrapped_tensor")(x))
+    try:
+        return _C._functorch.is_functorch_wrapped_tensor(x)  # not by `named`, since this runs in each call of an activation
+    except AttributeError as error:
+        raise unknown_release(f"torch._C._functorch.{error.name}") from error
 
 
 def has_values(x: Tensor) -> bool:

@@ -53,6 +53,7 @@ class SitePlan(NamedTuple):
     plan: ActivationPlan
     fused: FusedActivation  # the activation, as it was read from the module
     channel_axis: int
+    positions: int | None  # how many values of each neuron are read; None if `_add_positions` decides in each call
 
 
 class Layout:

@@ -61,6 +61,9 @@ class PassCounting:
     def run_activation(self, counters: Counters | None, call: Call) -> Any:
         """Run an activation and count the states of its input.
 
+        If a kernel computes the activation as well, it does both in one pass over the input. Otherwise the input is counted
+        before the activation runs.
+
         Args:
             counters: the counters of the pass, or None if the pass is not counted.
             call: the call of the activation.
@@ -68,7 +71,16 @@ class PassCounting:
         Returns:
             The output of the activation.
         """
-        return call.run() if counters is None else _run_and_count(call, counters, self._note)
+        if counters is None:
+            return call.run()
+        # A mode of the user and a subclass of Tensor would see what is asked of the tensor, so they are ruled out first.
+        if type(call.x) is Tensor and not in_function_mode():
+            y = _run_fused(call, counters)
+            if y is not None:
+                return y
+        with without_modes(), torch.no_grad():
+            _count(call, counters, self._note)
+        return call.run()
 
     def end_pass(self, counters: Counters | None, completed: bool) -> None:
         """Add the counters of a completed pass to the total, then clear them for another pass."""
@@ -140,36 +152,23 @@ class PassCounting:
             self._batches[name] = self._batches.get(name, 0) + bool(part[:, 2].any())
 
 
-def _run_and_count(call: Call, counters: Counters, note: Callable[[str], None]) -> Any:
-    """Run an activation, count the states of its input, and return its output.
-
-    If a kernel computes the activation as well, it does both in one pass over the input. Otherwise the input is counted before
-    the activation runs.
-    """
-    # A mode of the user and a subclass of Tensor would see what is asked of the tensor, so they are ruled out first.
-    if type(call.x) is Tensor and not in_function_mode():
-        y = _run_fused(call, counters)
-        if y is not None:
-            return y
-    with without_modes(), torch.no_grad():
-        _count(call, counters, note)
-    return call.run()
-
-
 def _run_fused(call: Call, counters: Counters) -> Tensor | None:
     """Run an activation with a kernel that also counts its input, and return its output. None if no kernel can."""
-    site, x, module = call.site, call.x, call.module
+    site, x, is_token, module, _, _, token_axes = call
     if module is None or site.channel_axis is None:
         return None
     mask = None
-    if call.is_token is not None:
+    if is_token is not None:
         if x.is_nested:
             return None
-        mask = positions_to_count(call.is_token, x, site.channel_axis, call.token_axes)
+        mask = positions_to_count(is_token, x, site.channel_axis, token_axes)
     planned = counters.plans.get(site.name)
     if planned is not None and _fits(planned, site, module, x, mask):
         y = planned.plan(x, mask)
-        _add_positions(counters, site, x.numel(), x, mask)
+        if planned.positions is None:
+            _add_positions(counters, site, x.numel(), x, mask)
+        else:
+            counters.add_positions(site, planned.positions)
         return y
     fused = _fused(module, x)
     if fused is None:
@@ -179,7 +178,8 @@ def _run_fused(call: Call, counters: Counters) -> Tensor | None:
     if counters.repeats_call(site, x, fused):
         plan = plan_activation_states(x, counter.counts, fused.activation, **options)
         if plan is not None:
-            counters.plans[site.name] = SitePlan(plan, fused, site.channel_axis)
+            positions = None if mask is not None or x.is_cuda else x.numel() // site.neurons
+            counters.plans[site.name] = SitePlan(plan, fused, site.channel_axis, positions)
     y = activation_states(x, counter.counts, fused.activation, **options)
     _add_positions(counters, site, x.numel(), x, mask)
     return y

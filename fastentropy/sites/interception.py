@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
+from torch.compiler import is_compiling
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from fastentropy._compat import compiled_call, is_replica, module_call, module_identity, replace_module_call, stack_frame
@@ -184,7 +185,7 @@ def _intercepted_call(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
 
     Code that is traced for torch.compile or torch.export is not intercepted.
     """
-    if not torch.compiler.is_compiling():
+    if not is_compiling():
         entry = _TABLE.entries.get(module_identity(module))
         if entry is not None and (entry[1] is module or is_replica(module)) and (interception := entry[0]()) is not None:
             return interception.handlers[entry[3]](entry[2], module, _TABLE.original, args, kwargs)
@@ -202,13 +203,17 @@ def _call_of_compiled(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
 
 
 #: The code that PyTorch and the interception run between the caller of a module and `_intercepted_call`.
-_BETWEEN = frozenset({cast(FunctionType, nn.Module.__call__).__code__, _call_of_compiled.__code__, _intercepted_call.__code__})
+#: By identity, because the hash of a code object takes long.
+_BETWEEN = {
+    id(function.__code__): function.__code__
+    for function in (cast(FunctionType, nn.Module.__call__), cast(FunctionType, _call_of_compiled), _intercepted_call)
+}
 
 
 def calling_frame() -> FrameType:
     """Return the stack frame that calls the module whose handler asks."""
-    frame = stack_frame(2)
-    while frame.f_code in _BETWEEN and frame.f_back is not None:
+    frame = stack_frame(3)  # 1 is the handler, 2 is `_intercepted_call`
+    while id(frame.f_code) in _BETWEEN and frame.f_back is not None:
         frame = frame.f_back
     return frame
 

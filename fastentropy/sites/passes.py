@@ -47,9 +47,10 @@ class Produced:
 
     def for_path(self, path: str) -> str | None:
         """Return the path of the module; None if the activation at `path` is a part of it, so that it did not run before it."""
-        if self.path is None or not self.path or path.startswith(f"{self.path}."):
-            return None
-        return self.path
+        producer = self.path
+        if producer and not (path.startswith(producer) and path.startswith(f"{producer}.")):
+            return producer
+        return None
 
 
 @dataclass

@@ -83,13 +83,17 @@ class SiteRegistry:
             RuntimeError: the input does not fit the known site, or the sharding of a new site cannot be determined.
             ValueError: the channel axis that the user gave is not an axis of the input.
         """
+        site = self.sites.get(name)
+        if site is not None and type(x) is Tensor and x.ndim == self._ranks[name]:
+            axis = site.channel_axis
+            if axis is None or x.shape[axis] == site.neurons:
+                return site, x  # as in almost all calls
         left_out = self._left_out.get(name)
         if left_out is None:
             left_out = self._left_out[name] = any(fnmatchcase(name, pattern) for pattern in self._exclude)
         if left_out:
             return None
         local = x if type(x) is Tensor else self._local_input(name, x)
-        site = self.sites.get(name)
         if site is None:
             with self._lock:
                 site = self.sites[name] = self._discover(name, path, activation, x, current)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastentropy._compat import has_pre_hooks, is_functorch_tensor, stack_frame, without_intercepting
 from fastentropy.sites import operators
 from fastentropy.sites.modules import WatchedModules
-from fastentropy.sites.naming import CallNames, Key
+from fastentropy.sites.naming import CallNames, Key, Places
 from fastentropy.sites.observer import Observer
 from fastentropy.sites.passes import Pass
 from fastentropy.sites.registry import SiteRegistry
@@ -37,13 +37,13 @@ class CallReporter(Generic[P]):
     def __init__(self, modules: WatchedModules, registry: SiteRegistry, observer: Observer[P]) -> None:
         """Report calls of a model's `modules` to `observer`."""
         self._modules, self._registry, self._observer = modules, registry, observer
-        self._names = CallNames()
+        self._names, self._places = CallNames(), Places()
 
     def run_module(
         self,
         current: Pass[P],
         path: str,
-        place: object,
+        caller: FrameType,
         module: nn.Module,
         original: Callable[..., Any],
         args: tuple[Any, ...],
@@ -54,13 +54,13 @@ class CallReporter(Generic[P]):
         Args:
             current: the pass.
             path: the path of the module.
-            place: the place in the code that calls the module.
+            caller: the stack frame that calls the module.
             module: the module.
             original: the function that runs the module, as original(module, *args, **kwargs).
             args: the positional arguments of the call.
             kwargs: its keyword arguments.
         """
-        key = (path, False, place, current.produced.for_path(path))
+        key = (path, False, self._places.of(caller), current.produced.for_path(path))
 
         def run() -> Any:
             with without_intercepting():
@@ -68,7 +68,7 @@ class CallReporter(Generic[P]):
 
         if has_pre_hooks(module):
             y = self._run_after_hooks(current, key, module, run)
-        elif is_countable(x := _input(args, kwargs)):
+        elif is_countable(x := args[0] if args else _input(args, kwargs)):
             y = self._report(current, key, self._modules.activations[path], x, run, module)
         else:
             return original(module, *args, **kwargs)
@@ -116,11 +116,11 @@ class CallReporter(Generic[P]):
         path = self._modules.path_in(frame) if frame.f_code.co_name == "forward" else None
         if path in self._modules.activations:
             caller, module = _outside(frame.f_back or frame), self._modules.kinds[path][0]
-            key = (path, False, place_of(caller), current.produced.for_path(path))
+            key = (path, False, self._places.of(caller), current.produced.for_path(path))
             return self._report(current, key, self._modules.activations[path], x, run, module)
         called: str = getattr(getattr(function, "overloadpacket", function), "__name__", "function")
         path = self._function_path(current.owners[-1] if current.owners else "", called.strip("_"))
-        key = (path, True, place_of(frame), current.produced.path)
+        key = (path, True, self._places.of(frame), current.produced.path)
         return self._report(current, key, activation, x, run, function=called)
 
     def _function_path(self, owner: str, function: str) -> str:
@@ -185,11 +185,6 @@ def _outside(frame: FrameType) -> FrameType:
     while frame.f_code.co_filename in _BETWEEN and frame.f_back is not None:
         frame = frame.f_back
     return frame
-
-
-def place_of(frame: FrameType) -> object:
-    """Return the place in the code at which a stack frame is."""
-    return frame.f_code, frame.f_lasti
 
 
 def is_countable(x: Any) -> TypeGuard[Tensor]:

@@ -20,7 +20,7 @@ from fastentropy.sites.operators import FunctionCalls, begin_listening, end_list
 from fastentropy.sites.padding import Mask, MaskArgument, find_tokens, tells_of_padding, token_mask
 from fastentropy.sites.passes import Pass, Produced, ThreadState
 from fastentropy.sites.registry import Misfits, SiteRegistry
-from fastentropy.sites.reporter import CallReporter, calling_frame, is_countable, place_of
+from fastentropy.sites.reporter import CallReporter, calling_frame, is_countable
 from fastentropy.sites.sharding import local_tensor
 from fastentropy.sites.site import Site
 
@@ -178,13 +178,13 @@ class SiteWatcher(Generic[P]):
         current = self._thread.current
         if (current is not None and current.inside_activation) or in_backward():
             return original(module, *args, **kwargs)
-        place = place_of(interception.calling_frame())
+        caller = interception.calling_frame()
         if current is not None:
-            return self._reporter.run_module(current, name, place, module, original, args, kwargs)
+            return self._reporter.run_module(current, name, caller, module, original, args, kwargs)
         if is_traced():
             return original(module, *args, **kwargs)
         with self._new_pass(name, self._thread.produced) as current:
-            return self._reporter.run_module(current, name, place, module, original, args, kwargs)
+            return self._reporter.run_module(current, name, caller, module, original, args, kwargs)
 
     def takes(self) -> bool:
         """Return whether an activation that this thread calls now belongs to the model.

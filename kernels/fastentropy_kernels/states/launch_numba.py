@@ -116,7 +116,9 @@ class PreparedLaunch(NamedTuple):
         job: the description of the call. The addresses of x and y are filled in at each launch.
         address: the address of the job.
         loop: the compiled loop that was chosen.
+        adder: the compiled function that adds the tiles to the counts.
         tile_size: the number of int64 in the tiles of all tasks.
+        is_alone: whether there is one task, so that no team of threads is needed.
         settings: the settings of the thread for which the loop was chosen.
         operands: the tensors whose addresses are in the job. They are kept alive here.
     """
@@ -124,13 +126,16 @@ class PreparedLaunch(NamedTuple):
     job: JobStructure
     address: int
     loop: _Loop
+    adder: _Loop
     tile_size: int
+    is_alone: bool
     settings: tuple[int, bool]
     operands: tuple[Tensor | None, ...]
 
     def is_current(self) -> bool:
         """Return whether the settings of this thread are still the ones for which the loop was chosen."""
-        return self.settings == _settings()
+        threads, keeps_subnormals = self.settings
+        return torch.get_num_threads() == threads and (_SMALLEST_SUBNORMAL > 0) is keeps_subnormals
 
     def __call__(self, x: int, y: int) -> None:
         """Run the loop on the tensors at these addresses.
@@ -141,9 +146,12 @@ class PreparedLaunch(NamedTuple):
         """
         job, tiles = self.job, _borrow_zeros(self.tile_size)
         job.next_task, job.x, job.y, job.tiles = 0, x, y, tiles.address
-        _run_team(self.loop, self.address, job.tasks)
+        if self.is_alone:
+            self.loop.call(self.address)
+        else:
+            _run_team(self.loop, self.address, job.tasks)
         with _COUNTS_LOCK:
-            _compiled(compile_adder).call(self.address)
+            self.adder.call(self.address)
         _workspace.zeros = tiles
 
 
@@ -207,7 +215,8 @@ def prepare(
         clipped = floats or activation == "relu6"
         loop = _compiled(task, kind, y is not None and not inplace, inplace, clipped, mask is not None)
     operands = (counts, nan, mask, thresholds)
-    return PreparedLaunch(job, ctypes.addressof(job), loop, tasks * columns * channels, settings, operands)
+    adder = _compiled(compile_adder)
+    return PreparedLaunch(job, ctypes.addressof(job), loop, adder, tasks * columns * channels, tasks == 1, settings, operands)
 
 
 def _settings() -> tuple[int, bool]:

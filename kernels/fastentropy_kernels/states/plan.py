@@ -93,7 +93,7 @@ class ActivationPlan:
             and x.stride() == self._strides
             and x.device == self._device
             and not x.is_neg()
-            and x.data_ptr() % self._alignment == 0
+            and (self._alignment == 1 or x.data_ptr() % self._alignment == 0)
             and not (x.requires_grad and torch.is_grad_enabled())
             and self._launch.is_current()
             and (self._mask_shape is None if mask is None else self._fits_mask(mask))
@@ -110,8 +110,12 @@ class ActivationPlan:
             The activation. It is `x` itself if the plan works in place.
         """
         y = x if self.inplace else torch.empty_like(x)
-        self._launch(*(tensor.data_ptr() for tensor in ((x, y) if mask is None else (x, y, mask))))
-        increment_versions(self._counts, x if self.inplace else None)
+        if mask is None:
+            self._launch(x.data_ptr(), y.data_ptr())
+        else:
+            self._launch(x.data_ptr(), y.data_ptr(), mask.data_ptr())
+        if not torch.is_inference_mode_enabled():  # asked here too, to save a call
+            increment_versions(self._counts, x if self.inplace else None)
         return y
 
     def _fits_mask(self, mask: Tensor) -> bool:
