@@ -99,6 +99,7 @@ class Counters:
     Attributes:
         sites: the sites that were counted since `clear`, by name.
         plans: the prepared kernel launch that adds to these counters, by name of the site, with what it was made from.
+        plans_of_class: the latest plan for modules of a class, from which plans for further sites are made.
         buffers: for each device, its int64 buffers by the index in the layout at which they begin.
         views: the counters of a site on a device, by (name of the site, device).
         host_positions: how many values of each neuron were read, by name of the site. Only the values whose number the host
@@ -109,12 +110,13 @@ class Counters:
         """Begin with nothing counted."""
         self.sites: dict[str, Site] = {}
         self.plans: dict[str, SitePlan] = {}
+        self.plans_of_class: dict[type, SitePlan] = {}
         self.buffers: dict[torch.device, dict[int, Tensor]] = {}
         self.views: dict[tuple[str, torch.device], SiteCounters] = {}
         self.host_positions: dict[str, int] = {}
         self._layout = layout
         self._starts: dict[torch.device, list[int]] = {}  # the keys of `buffers`, in rising order
-        self._calls: dict[str, tuple[torch.Size, FusedActivation]] = {}
+        self._calls: dict[str | type, tuple[torch.Size, FusedActivation]] = {}
         self._tokens: dict[int, tuple[Tensor, Tensor]] = {}  # id of a mask -> the mask, its number of tokens
         self._masked: list[tuple[Tensor, Tensor]] = []  # a counter of positions, and the number that `flush` adds to it
         self._repeated: list[tuple[Tensor, int]] = []  # the same, for numbers that the host knows
@@ -130,12 +132,14 @@ class Counters:
     def repeats_call(self, site: Site, x: Tensor, fused: FusedActivation) -> bool:
         """Return whether the previous call of a site had an input of the same shape, and the same activation.
 
-        Only then is a plan (a prepared kernel launch) worthwhile: padded batches vary in shape, and a slope that is annealed
-        varies too, so a plan would be wasted.
+        The previous call may also be one of another site whose module has the same class. Only then is a plan (a prepared
+        kernel launch) worthwhile: padded batches vary in shape, and a slope that is annealed varies too, so a plan would be
+        wasted.
         """
         call = x.shape, fused
-        before, self._calls[site.name] = self._calls.get(site.name), call
-        return before == call
+        before = self._calls.get(site.name), self._calls.get(fused.kind)
+        self._calls[site.name] = self._calls[fused.kind] = call
+        return call in before
 
     def add_positions(self, site: Site, positions: int) -> None:
         """Record on the host that `positions` values of each neuron were read. The site is then in `sites`."""

@@ -163,7 +163,9 @@ def _run_fused(call: Call, counters: Counters) -> Tensor | None:
             return None
         mask = positions_to_count(is_token, x, site.channel_axis, token_axes)
     planned = counters.plans.get(site.name)
-    if planned is not None and _fits(planned, site, module, x, mask):
+    if planned is None or not _fits(planned, site, module, x, mask):
+        planned = _plan_like_others(counters, site, module, x, mask)
+    if planned is not None:
         y = planned.plan(x, mask)
         if planned.positions is None:
             _add_positions(counters, site, x.numel(), x, mask)
@@ -179,7 +181,8 @@ def _run_fused(call: Call, counters: Counters) -> Tensor | None:
         plan = plan_activation_states(x, counter.counts, fused.activation, **options)
         if plan is not None:
             positions = None if mask is not None or x.is_cuda else x.numel() // site.neurons
-            counters.plans[site.name] = SitePlan(plan, fused, site.channel_axis, positions)
+            planned = SitePlan(plan, fused, site.channel_axis, positions)
+            counters.plans[site.name] = counters.plans_of_class[fused.kind] = planned
     y = activation_states(x, counter.counts, fused.activation, **options)
     _add_positions(counters, site, x.numel(), x, mask)
     return y
@@ -194,6 +197,18 @@ def _fits(planned: SitePlan, site: Site, module: nn.Module, x: Tensor, mask: Ten
         and not (planned.fused.activation == "softplus" and _casts(x))
         and planned.plan.fits(x, mask)
     )
+
+
+def _plan_like_others(counters: Counters, site: Site, module: nn.Module, x: Tensor, mask: Tensor | None) -> SitePlan | None:
+    """Return a plan for a site that is made from that of another site, in a fraction of the time; None if none fits."""
+    other = counters.plans_of_class.get(type(module))
+    if other is None or not _fits(other, site, module, x, mask):
+        return None
+    plan = other.plan.with_counts(counters.of(site, x.device).counts)
+    if plan is None:
+        return None
+    planned = counters.plans[site.name] = other._replace(plan=plan)
+    return planned
 
 
 def _fused(module: nn.Module, x: Tensor) -> FusedActivation | None:

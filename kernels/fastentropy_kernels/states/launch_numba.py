@@ -137,6 +137,12 @@ class PreparedLaunch(NamedTuple):
         threads, keeps_subnormals = self.settings
         return torch.get_num_threads() == threads and (_SMALLEST_SUBNORMAL > 0) is keeps_subnormals
 
+    def with_counts(self, counts: Tensor) -> PreparedLaunch:
+        """Return the same launch, which adds to other counts of the same shape."""
+        job = JobStructure.from_buffer_copy(self.job)
+        job.counts = counts.data_ptr()
+        return self._replace(job=job, address=ctypes.addressof(job), operands=(counts, *self.operands[1:]))
+
     def __call__(self, x: int, y: int) -> None:
         """Run the loop on the tensors at these addresses.
 

@@ -141,6 +141,17 @@ class PreparedLaunch:
         """Return whether the current device is still the one that the launch was prepared for."""
         return torch.cuda.current_device() == self._device
 
+    def with_counts(self, counts: Tensor) -> PreparedLaunch | None:
+        """Return the same launch, which adds to other counts of the same shape; None if their alignment differs.
+
+        The compiled kernel is specialised for whether the address of the counts is a multiple of 16.
+        """
+        if (counts.data_ptr() % 16 == 0) != (self._others[0].data_ptr() % 16 == 0):
+            return None
+        other = object.__new__(PreparedLaunch)
+        other.__dict__.update(self.__dict__, _others=(counts, *self._others[1:]))
+        return other
+
     def __call__(self, x: int, y: int, mask: int | None = None) -> None:
         """Launch the kernel on the tensors at these addresses.
 

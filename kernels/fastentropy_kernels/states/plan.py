@@ -118,6 +118,22 @@ class ActivationPlan:
             increment_versions(self._counts, x if self.inplace else None)
         return y
 
+    def with_counts(self, counts: Tensor) -> ActivationPlan | None:
+        """Return a plan for the same calls that adds to other counts, in a tenth of the time that it takes to make one.
+
+        Args:
+            counts: int64 `[neurons, 3]`, contiguous, on the same device and with as many neurons. Nothing is checked here.
+
+        Returns:
+            The plan. None if the kernel was specialised for another alignment of the counts, on a GPU.
+        """
+        launch = self._launch.with_counts(counts)
+        if launch is None:
+            return None
+        plan = object.__new__(ActivationPlan)
+        plan.__dict__.update(self.__dict__, _launch=launch, _counts=counts)
+        return plan
+
     def _fits_mask(self, mask: Tensor) -> bool:
         """Return whether `mask` is contiguous, aligned, and otherwise like the mask for which the plan was made."""
         return (

@@ -143,6 +143,25 @@ def test_plans_take_turns():
     assert all(torch.equal(counts, expected) for _, counts, expected, _ in sites)
 
 
+@pytest.mark.parametrize("layout", ["rows", "planes", "one value"])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_plan_with_other_counts(layout, threads):
+    torch.set_num_threads(threads)
+    shape, axis = LAYOUTS[layout]
+    x = random_values(shape, torch.float32)
+    first, second, expected = counters(shape[axis]), counters(shape[axis], 1), counters(shape[axis], 1)
+    plan = plan_activation_states(x, first, "relu", channel_axis=axis)
+    other = plan.with_counts(second)
+    before = first.clone()
+    y = other(x)
+    y_expected = activation_states(x, expected, "relu", channel_axis=axis, impl="reference")
+    assert torch.equal(second, expected)
+    assert torch.equal(bits(y), bits(y_expected))
+    assert torch.equal(first, before)
+    plan(x)
+    assert torch.equal(first - before, second - counters(shape[axis], 1))
+
+
 def test_plan_keeps_its_counts_alive():
     x = torch.ones(2, 3)
     counts = torch.zeros(3, 3, dtype=torch.int64)
