@@ -192,10 +192,10 @@ class Counters:
 
         Where a device has equal buffers in both, one operation adds a whole buffer. Otherwise one operation adds all sites.
         """
-        for name, device in other.views:
-            if name in other.sites:
-                self.of(other.sites[name], device)
         for device in other.buffers:
+            if self.extents(device) != other.extents(device):
+                for name, _ in [place for place in other.views if place[1] == device and place[0] in other.sites]:
+                    self.of(other.sites[name], device)
             if self.extents(device) == other.extents(device):
                 for start, buffer in other.buffers[device].items():
                     self.buffers[device][start].add_(buffer)
