@@ -54,11 +54,17 @@ class _Listeners(threading.local):
 _LISTENERS = _Listeners()
 
 
-def begin_listening(listener: Listener) -> None:
-    """Let a listener run the activations that this thread calls, until it is no longer attached."""
+def begin_listening(listener: Listener) -> "weakref.ref[Any]":
+    """Let a listener run the activations that this thread calls, until it is no longer attached.
+
+    Returns:
+        The reference to the listener among those of this thread. Another thread may detach it at any time, which drops it.
+    """
     intercept_operators(tuple(OPERATORS), _run)
-    _LISTENERS.all.append(weakref.ref(listener))
+    reference = weakref.ref(listener)
+    _LISTENERS.all.append(reference)
     _LISTENERS.refresh()
+    return reference
 
 
 def end_listening() -> None:
@@ -69,8 +75,7 @@ def end_listening() -> None:
 @contextlib.contextmanager
 def listening(listener: Listener) -> Iterator[None]:
     """Let a listener run, before any other, the activations that this thread calls inside the block."""
-    begin_listening(listener)
-    reference = _LISTENERS.all[-1]
+    reference = begin_listening(listener)
     try:
         yield
     finally:

@@ -325,7 +325,7 @@ def test_call_that_is_kept_from_before_or_meanwhile():
     assert counted(collector) == {"1": 56, "2.1": 70}
 
 
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, copy.copy, lambda m: pickle.loads(pickle.dumps(m))])
 @pytest.mark.parametrize("passes_before", [0, 1])
 def test_copy_made_meanwhile_is_not_counted(duplicate, passes_before):
     model, x = nn.Sequential(nn.Linear(4, 6), nn.ReLU()), torch.randn(7, 4)

@@ -1,6 +1,7 @@
 """Attaching and detaching at any time, from any thread, as often as one likes, leaves nothing behind."""
 
 import gc
+import threading
 import tracemalloc
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastentropy import collect
+from tests._helpers.counts import plain_counts
 from tests._helpers.invisibility import appearance, changes, import_all, mechanism, state_of_pytorch
 from tests._helpers.networks import Reads, make_part
 from tests._helpers.statistics import counted
@@ -63,7 +65,8 @@ class Scene:
         with torch.inference_mode():
             assert torch.equal(self.model(self.x), self.output)
         assert changes(self.before, appearance(self.model, in_copies=True), DRAWN) == {}
-        assert changes(self.untouched, mechanism(), {("dispatch keys", "")}) == {}
+        self.model(self.x)  # outside of inference mode, which puts the dispatch keys back when it is left
+        assert changes(self.untouched, mechanism()) == {}
 
 
 @pytest.fixture
@@ -97,7 +100,7 @@ CYCLES = ["without a pass", "one pass", "two passes", "raises", "dropped"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", [way for way in CYCLES if way != "dropped"])
+@pytest.mark.parametrize("way", CYCLES)
 def test_a_thousand_cycles_leak_nothing(scene, model, x, way):
     """What leaks in each cycle would show in each of four rounds; caches that fill do not."""
 
@@ -115,7 +118,7 @@ def test_a_thousand_cycles_leak_nothing(scene, model, x, way):
         objects, memory = zip(*[run(cycles) for _ in range(4)], strict=True)
     tracemalloc.stop()
     assert min(objects) < 0.1 * cycles
-    assert min(memory) < 40 * cycles + 1000
+    assert min(memory) < 40 * cycles + 10_000  # a collector alone has more than that
 
 
 @pytest.mark.slow
@@ -220,6 +223,54 @@ def test_shared_submodule_is_refused(scene, model, x, passes_before):
     assert counted(second) == {"1": 42}
 
 
+# Within a pass -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.inference_mode])
+@pytest.mark.parametrize("passes_before", [0, 1, 2])
+@pytest.mark.parametrize("place", ["fc1", "act", "fc2"])
+@pytest.mark.parametrize("hook", ["before", "after"])
+def test_detached_inside_of_a_forward(scene, model, x, place, hook, passes_before, mode):
+    """The pass that runs then is computed as ever, and the passes before are counted."""
+    collector, passes = collect(model), []
+
+    def detach(*args):
+        if len(passes) == passes_before:
+            collector.detach()
+
+    module = model.get_submodule(place)
+    handle = module.register_forward_pre_hook(detach) if hook == "before" else module.register_forward_hook(detach)
+    collector.attach()
+    with mode():
+        for _ in range(passes_before + 2):
+            output = model(x)
+            assert torch.equal(output, scene.output)
+            passes.append(output)
+    handle.remove()
+    total = counted(collector) if passes_before else dict.fromkeys(SITES, 0)
+    assert total in (times(passes_before), times(passes_before + 1))
+    with mode(), collector:
+        model(x)
+    assert counted(collector) == {name: count + SITES[name] for name, count in total.items()}
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.inference_mode])
+@pytest.mark.parametrize("place", ["fc1", "act", "fc2"])
+def test_attached_inside_of_a_forward(scene, model, x, place, mode):
+    """The pass that runs then is computed as ever, and those that begin later are counted as a whole."""
+    collector = collect(model)
+    handle = model.get_submodule(place).register_forward_pre_hook(lambda *args: collector.attach())
+    with mode():
+        assert torch.equal(model(x), scene.output)
+        handle.remove()
+        collector.reset()
+        assert torch.equal(model(x), scene.output)
+        assert torch.equal(model(x), scene.output)
+    collector.detach()
+    # An activation that was called before anything was known to have run is a site of its own.
+    assert {name.removesuffix(":1"): count for name, count in counted(collector).items()} == times(2)
+
+
 # Threads -----------------------------------------------------------------------------------------------------------------
 
 
@@ -241,6 +292,74 @@ def test_attached_in_one_thread_and_run_in_others(scene, model, x, passes_before
     in_thread(collector.detach)
     in_thread(model, x)
     assert counted(collector) == times(8 + passes_before)
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.inference_mode])
+@pytest.mark.parametrize("passes_before", [0, 1])
+@pytest.mark.parametrize("place", ["fc1", "act", "fc2"])
+def test_detached_by_another_thread_while_a_pass_runs(scene, model, x, place, passes_before, mode):
+    collector, reached, goes_on = collect(model), threading.Event(), threading.Event()
+    state = state_of_pytorch() | mechanism()
+
+    def wait(*args):
+        if threading.current_thread() is not threading.main_thread():
+            reached.set()
+            assert goes_on.wait(60)
+
+    def run():
+        before = mechanism()["dispatch keys"]
+        with mode():
+            outputs = [model(x), model(x)]
+        assert mechanism()["dispatch keys"] == before
+        assert torch._C._len_torch_dispatch_stack() == torch._C._len_torch_function_stack() == 0
+        return outputs
+
+    collector.attach()
+    for _ in range(passes_before):
+        model(x)
+    handle = model.get_submodule(place).register_forward_pre_hook(wait)
+    with ThreadPoolExecutor(1) as pool:
+        outputs = pool.submit(run)
+        assert reached.wait(60)
+        collector.detach()
+        assert torch.equal(model(x), scene.output)
+        goes_on.set()
+        assert all(torch.equal(output, scene.output) for output in outputs.result())
+    handle.remove()
+    assert changes(state, state_of_pytorch() | mechanism(), DRAWN) == {}
+    with collector:
+        model(x)
+    assert counted(collector) in (times(passes_before + 1), times(passes_before + 2))
+
+
+@pytest.mark.slow
+def test_attached_and_detached_while_others_run(scene, model, x):
+    """Passes of other threads give the right outputs. Those that had begun before it was attached are counted in part."""
+    stop = threading.Event()
+
+    def run():
+        outputs = []
+        with torch.inference_mode():
+            while not stop.is_set() or not outputs:
+                outputs.append(torch.equal(model(x), scene.output))
+        return all(outputs)
+
+    with ThreadPoolExecutor(3) as pool:
+        running = [pool.submit(run) for _ in range(3)]
+        try:
+            collectors = [collect(model) for _ in range(100)]
+            for collector in collectors:
+                with collector:
+                    model(x)
+        finally:
+            stop.set()
+        assert all(each.result() for each in running)
+    expected = plain_counts(model.fc1(x), 1)
+    for collector in collectors:
+        passes = {name: count / SITES[name.partition(":")[0]] for name, count in counted(collector).items()}
+        assert all(count.is_integer() for count in passes.values())
+        assert max(passes.values()) - min(passes.values()) <= len(running)
+        assert torch.equal(collector.compute()["act"].counts, int(passes["act"]) * expected)
 
 
 def test_models_in_threads_of_their_own(x):

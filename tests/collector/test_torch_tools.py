@@ -199,9 +199,13 @@ def test_converted_meanwhile(model, x, change):
 # Compilers and tracers ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("way", ["torch.compile", "model inside"])
+@pytest.mark.parametrize("way", ["torch.compile", "model inside", "module.compile"])
 def test_compiled_model_runs_eagerly_meanwhile(model, x, way):
-    compiled = torch.compile(model, backend="eager")
+    if way == "module.compile":
+        model.compile(backend="eager")
+        compiled = model
+    else:
+        compiled = torch.compile(model, backend="eager")
     compiled(x)
     with torch.no_grad(), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -216,8 +220,10 @@ def test_compiled_model_runs_eagerly_meanwhile(model, x, way):
 
 
 def torchscript(compiled):
-    """The graph of a compiled model, without the numbers that tell classes of the same name apart."""
-    return re.sub(r"___torch_mangle_\d+\.", "", str(compiled.inlined_graph))
+    """The graph of a compiled model: without lines of code, with values by number, and without numbers in names of classes."""
+    graph = re.sub(r"___torch_mangle_\d+\.| # \S+:\d+:\d+", "", str(compiled.inlined_graph))
+    numbers = {name: f"%{number}" for number, name in enumerate(dict.fromkeys(re.findall(r"%[\w.]+", graph)))}
+    return re.sub(r"%[\w.]+", lambda match: numbers[match[0]], graph)
 
 
 def traced(model, x, mode):
@@ -226,6 +232,7 @@ def traced(model, x, mode):
 
 
 TRACERS = {
+    "torch.jit.trace": lambda model, x: torchscript(torch.jit.trace(model, (x,))),
     "torch.export": lambda model, x: torch.export.export(model, (x,)).graph_module.code,
     "torch.export, decomposed": lambda model, x: torch.export.export(model, (x,)).run_decompositions({}).graph_module.code,
     "make_fx": lambda model, x: traced(model, x, "real"),
@@ -238,7 +245,7 @@ TRACERS = {
 
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad])
 @pytest.mark.parametrize("passes_before", [0, 2])
-@pytest.mark.parametrize("tracer", [tracer for tracer in TRACERS if not tracer.startswith("make_fx")])
+@pytest.mark.parametrize("tracer", TRACERS)
 def test_tracing_meanwhile_gives_the_same_graph(model, x, tracer, passes_before, mode):
     with mode():
         expected, output, before = TRACERS[tracer](model, x), model(x), appearance(model)
