@@ -58,7 +58,10 @@ def intercept_operators(operators: tuple[Any, ...], run: Callable[..., Any]) -> 
 
 @functools.cache
 def _leave_other_operators_alone() -> None:
-    """Let operators without a kernel under the dispatch key run as if there were no such key."""
+    """Let operators without a kernel under the dispatch key run as if there were no such key, higher-order operators too."""
+    named("torch._ops", "_HIGHER_ORDER_OP_DEFAULT_FALLTHROUGH_DISPATCH_KEYS").append(_intercepted_key())
+    for operator in named("torch._ops", "_higher_order_ops").values():
+        operator.fallthrough(_intercepted_key())
     library: Any = torch.library.Library("_", "IMPL")  # type: ignore[no-untyped-call]
     library.fallback(torch.library.fallthrough_kernel, _INTERCEPTED)
     _libraries.append(library)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 
@@ -62,15 +63,17 @@ def entered(mode: TorchDispatchMode) -> Iterator[None]:
 
     A RecursionError or KeyboardInterrupt may be raised inside of the mode's own `__exit__`, which then leaves it active.
     """
-    before, flags = _activations(mode), _mode_flags()
+    before = _activations(mode)
+    _SHARED_FLAGS.enter()
     try:
         try:
             with mode:
                 yield
         finally:
-            _deactivate(mode, before, flags)
+            _deactivate(mode, before)
     finally:
-        _deactivate(mode, before, flags)  # for an interrupt in the first call
+        _deactivate(mode, before)  # for an interrupt in the first call
+        _SHARED_FLAGS.leave()
 
 
 def _activations(mode: TorchDispatchMode) -> int:
@@ -91,8 +94,37 @@ _MODE_FLAGS = (
 )
 
 
-def _deactivate(mode: TorchDispatchMode, times: int, flags: list[bool]) -> None:
-    """Take a mode from the stack until it is there so many times, and restore the flags. Other modes stay."""
+class _SharedFlags:
+    """Restore the flags when no thread is inside of `entered` any more.
+
+    All threads share the flags. Each mode puts back what it has found, so modes of several threads may leave them on.
+    """
+
+    def __init__(self) -> None:
+        """Begin with no thread inside."""
+        self._lock, self._inside, self._before = threading.Lock(), 0, list[bool]()
+
+    def enter(self) -> None:
+        """Keep the flags if no thread is inside yet."""
+        with self._lock:
+            if not self._inside:
+                self._before = _mode_flags()
+            self._inside += 1
+
+    def leave(self) -> None:
+        """Restore the flags if this was the last thread inside."""
+        with self._lock:
+            self._inside -= 1
+            if not self._inside and _mode_flags() != self._before:
+                vars(sys.modules[TorchDispatchMode.__module__]).update(zip(_MODE_FLAGS, self._before, strict=True))
+                named("torch._C._dynamo.guards", "set_is_in_mode_without_ignore_compile_internals")(self._before[-1])
+
+
+_SHARED_FLAGS = _SharedFlags()
+
+
+def _deactivate(mode: TorchDispatchMode, times: int) -> None:
+    """Take a mode from the stack until it is there so many times. Other modes stay."""
     others = []
     while _activations(mode) > times:
         top = named("torch._C", "_pop_torch_dispatch_stack")(None)
@@ -100,9 +132,6 @@ def _deactivate(mode: TorchDispatchMode, times: int, flags: list[bool]) -> None:
             others.append(top)
     for other in reversed(others):
         named("torch._C", "_push_on_torch_dispatch_stack")(other)
-    if _mode_flags() != flags:
-        vars(sys.modules[TorchDispatchMode.__module__]).update(zip(_MODE_FLAGS, flags, strict=True))
-        named("torch._C._dynamo.guards", "set_is_in_mode_without_ignore_compile_internals")(flags[-1])
 
 
 def without_modes() -> AbstractContextManager[object]:

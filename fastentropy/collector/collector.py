@@ -68,10 +68,13 @@ class EntropyCollector:
         check_model(model)
         if average not in ("dataset", "batch"):
             raise ValueError(f"average={average!r}: expected 'dataset' or 'batch'")
-        if not isinstance(channel_axis, Mapping | None):
-            raise TypeError(f"channel_axis: got {channel_axis!r}, expected a mapping of site names: channel_axis={{'name': 1}}")
-        if isinstance(exclude, str):
-            raise TypeError(f"exclude: got the string {exclude!r}, expected names or patterns: exclude=[{exclude!r}]")
+        is_named = channel_axis is None or isinstance(channel_axis, Mapping)
+        if not is_named or not all(isinstance(axis, int) for axis in dict(channel_axis or {}).values()):
+            raise TypeError(f"channel_axis: got {channel_axis!r}, expected axes by site: channel_axis={{'name': 1}}")
+        if not (mask is None or isinstance(mask, str) or callable(mask)):
+            raise TypeError(f"mask: got {mask!r}, expected the name of an argument, a function, or None: mask='attention_mask'")
+        if isinstance(exclude, str) or not isinstance(exclude, Collection):
+            raise TypeError(f"exclude: got {exclude!r}, expected a list of names or patterns: exclude=['name']")
         if misfits not in ("raise", "skip"):
             raise ValueError(f"misfits={misfits!r}: expected 'raise' or 'skip'")
         self._model = model
@@ -171,7 +174,7 @@ class EntropyCollector:
             A copy on the CPU. Later passes do not change it.
 
         Raises:
-            RuntimeError: no forward pass was counted.
+            RuntimeError: no forward pass was counted, or no value in it.
             ValueError: the model calls no known activation.
 
         Examples:
@@ -190,8 +193,12 @@ class EntropyCollector:
         statistics = self._statistics()
         if statistics:
             return statistics
+        if left_out := self._watcher.registry.left_out:
+            raise RuntimeError(f"nothing was counted: all sites that ran are left out ({', '.join(left_out)}); see exclude=")
         if self._counting.has_counted and not self._watcher.sites:
             raise ValueError(no_sites(self._model))
+        if statistics.notes:
+            raise RuntimeError(f"nothing was counted: {'; '.join(statistics.notes)}")
         raise RuntimeError("nothing was counted: run the model while the collector is attached, then call compute()")
 
     def sync(self) -> Statistics:

@@ -9,7 +9,7 @@ import contextlib
 import functools
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from types import FrameType, FunctionType
 from typing import Any, NamedTuple, cast
 
@@ -88,6 +88,11 @@ class Interception:
         if attached is not None:
             attached.add(module, _Entry(weakref.ref(self), module, name, kind))
 
+    def remove(self, module: nn.Module) -> None:
+        """Intercept a module no longer."""
+        if self._attached is not None:
+            self._attached.remove(module)
+
     def detach(self) -> None:
         """Intercept no longer."""
         attached, self._attached = self._attached, None
@@ -109,6 +114,13 @@ class _Attached:
         _TABLE.entries[identity] = entry
         if compiled_call(module) is not None:
             _TABLE.enter_call_of_compiled()
+
+    def remove(self, module: nn.Module) -> None:
+        """Take a module out of the table."""
+        identity = module_identity(module)
+        if identity in self._identities:
+            self._identities.remove(identity)
+            _TABLE.entries.pop(identity, None)
 
     def undo(self) -> None:
         """Take all entries out of the table. This also runs when an interception is deleted without `detach`."""
@@ -226,72 +238,3 @@ def _tell_of_module(owner: nn.Module, attribute: str, module: nn.Module | None) 
         return
     if entry is not None and interception is not None and isinstance(module, nn.Module):
         interception.added(entry.name, attribute, module)
-
-
-class _FastPaths:
-    """Keep transformer layers from running as one kernel each, which hides their activations, while any thread is inside."""
-
-    def __init__(self) -> None:
-        """Begin with no thread inside."""
-        self._lock, self._inside, self._before = threading.Lock(), 0, True
-
-    @contextlib.contextmanager
-    def off(self) -> Iterator[None]:
-        """Switch the fast paths off inside the block."""
-        with self._lock:
-            if not self._inside:
-                self._before = torch.backends.mha.get_fastpath_enabled()
-                torch.backends.mha.set_fastpath_enabled(False)
-            self._inside += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._inside -= 1
-                if not self._inside:
-                    torch.backends.mha.set_fastpath_enabled(self._before)
-
-
-_FAST_PATHS = _FastPaths()
-
-
-def without_fast_path(call: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function that does the same as the call of a transformer layer, but lets the layer call its activation."""
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        with _FAST_PATHS.off():
-            return call(*args, **kwargs)
-
-    return run
-
-
-def fast_paths(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
-    """List the attributes that let the transformer layers of a model run in one kernel each, which hides their activations.
-
-    Args:
-        model: any module. Only nn.TransformerEncoder and nn.TransformerEncoderLayer inside it have such attributes.
-
-    Returns:
-        (module, attribute, value) for each such attribute. With this value, the layers call their activations.
-    """
-    layers = [
-        (module, "activation_relu_or_gelu", 0) for module in model.modules() if isinstance(module, nn.TransformerEncoderLayer)
-    ]
-    encoders = [(module, "use_nested_tensor", False) for module in model.modules() if isinstance(module, nn.TransformerEncoder)]
-    return [(module, name, value) for module, name, value in (*layers, *encoders) if vars(module).get(name)]
-
-
-def replace_activation(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Replace an activation of a model by another module, which gets the training mode of the activation.
-
-    Transformer layers with a kernel for the whole layer are set to call their activation, because the kernel would still
-    compute the replaced one.
-
-    Args:
-        model: the model, which is changed.
-        name: the dotted path of the activation module.
-        module: the replacement.
-    """
-    model.set_submodule(name, module.train(model.get_submodule(name).training))
-    for owner, attribute, value in fast_paths(model.get_submodule(name.rpartition(".")[0])):
-        setattr(owner, attribute, value)

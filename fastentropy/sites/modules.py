@@ -2,7 +2,7 @@
 
 import functools
 import re
-from types import CodeType, FrameType, FunctionType
+from types import CodeType, FrameType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -50,11 +50,12 @@ class WatchedModules:
         self._model, self._mask = model, mask
         self._paths: dict[int, str] = {}
         self._methods: set[CodeType] = set()
+        self._activation_methods: set[CodeType] = set()
         self.refresh()
 
     def refresh(self) -> None:
         """Take the modules that the model has now, and forget all others."""
-        for known in (self.kinds, self.activations, self.mask_arguments, self._paths, self._methods):
+        for known in (self.kinds, self.activations, self.mask_arguments, self._paths, self._methods, self._activation_methods):
             known.clear()
         self.add("", self._model)
 
@@ -64,21 +65,31 @@ class WatchedModules:
         Returns:
             For each path, the module and its kind.
         """
+        self.remove(path)
         new = {}
         for name, submodule in module.named_modules(prefix=path):
             name = path_when_uncompiled(name)
             new[name] = self.kinds[name] = submodule, self._kind(submodule)
             self._paths[module_identity(submodule)] = name
             kind: Any = type(submodule)
-            self._methods |= _methods(kind)
-            self.activations.pop(name, None)
-            self.mask_arguments.pop(name, None)
+            self._methods |= _methods(kind).union(*(_codes(value) for value in vars(submodule).values()))
             if activation := activation_name(submodule):
                 self.activations[name] = activation
+                self._activation_methods |= _methods(kind)
             is_container = new[name][1] == CONTAINER and isinstance(self._mask, str)
             if is_container and (argument := mask_argument(submodule, str(self._mask))):
                 self.mask_arguments[name] = argument
         return new
+
+    def remove(self, path: str) -> list[nn.Module]:
+        """Forget the module at a path, with all below it, and return them."""
+        inside = f"{path}."
+        gone = [name for name in self.kinds if not path or name == path or name.startswith(inside)]
+        for name in gone:
+            self.activations.pop(name, None)
+            self.mask_arguments.pop(name, None)
+            self._paths.pop(module_identity(self.kinds[name][0]), None)
+        return [self.kinds.pop(name)[0] for name in gone]
 
     def path_of(self, value: object) -> str | None:
         """Return the path of a value if it is a module of the model, or a replica of one; otherwise None."""
@@ -94,6 +105,10 @@ class WatchedModules:
         """
         code = frame.f_code
         return self.path_of(frame.f_locals.get(code.co_varnames[0])) if code in self._methods else None
+
+    def activation_in(self, frame: FrameType) -> str | None:
+        """Return the path of the activation module of which a stack frame runs a method; None if it runs other code."""
+        return self.path_in(frame) if frame.f_code in self._activation_methods else None
 
     def class_at(self, path: str) -> type[nn.Module]:
         """Return the class of the module at a path; nn.Module if there is none."""
@@ -112,10 +127,20 @@ class WatchedModules:
 
 @functools.cache
 def _methods(kind: Any) -> frozenset[CodeType]:
-    """Return the code of the methods that a class of modules has besides those of nn.Module."""
+    """Return the code of the methods and properties that a class of modules has besides those of nn.Module."""
     classes = [owner for owner in kind.__mro__ if issubclass(owner, nn.Module) and owner is not nn.Module]
-    functions = [value for owner in classes for value in vars(owner).values() if isinstance(value, FunctionType)]
-    return frozenset(function.__code__ for function in functions if function.__code__.co_argcount)
+    return frozenset().union(*(_codes(value) for owner in classes for value in vars(owner).values()))
+
+
+def _codes(method: Any) -> set[CodeType]:
+    """Return the code of a method, also of one that is decorated or a property; empty for anything else."""
+    if not isinstance(method, FunctionType | MethodType | property | classmethod | functools.cached_property):
+        return set()
+    inner = [getattr(method, name, None) for name in ("fget", "func", "__func__", "__wrapped__")]
+    codes = set[CodeType]().union(*(_codes(each) for each in inner if callable(each)))
+    if isinstance(method, FunctionType) and method.__code__.co_argcount:
+        codes.add(method.__code__)
+    return codes
 
 
 def output_axis(module: nn.Module, y: Tensor) -> int | None:

@@ -25,8 +25,8 @@ class Listener(Protocol):
         """Return whether calls are to be run by the listener. Once this is False, it is asked no longer."""
         ...
 
-    def takes(self) -> bool:
-        """Return whether a call that this thread makes now is one of the listener's model."""
+    def takes(self, x: object) -> bool:
+        """Return whether a call that this thread makes now, with the input `x`, is one of the listener's model."""
         ...
 
     def run_function(self, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -67,6 +67,12 @@ def begin_listening(listener: Listener) -> "weakref.ref[Any]":
     return reference
 
 
+def keep_listening(listener: Listener) -> None:
+    """Let a listener run the activations that this thread calls, unless it does so already."""
+    if not any(reference() is listener for reference in _LISTENERS.all):
+        begin_listening(listener)
+
+
 def end_listening() -> None:
     """Ask listeners that are attached no longer not again in this thread. Other threads notice by themselves."""
     _LISTENERS.refresh()
@@ -91,7 +97,7 @@ def _run(operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         return operator(*args, **kwargs)
     for reference in reversed(_LISTENERS.all):
         listener = reference()
-        if listener is not None and listener.is_attached and listener.takes():
+        if listener is not None and listener.is_attached and listener.takes(args[0] if args else None):
             return listener.run_function(operator, args, kwargs)
     _LISTENERS.refresh()
     return operator(*args, **kwargs)

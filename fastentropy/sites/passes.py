@@ -34,6 +34,10 @@ class Produced:
         self.path, self._module = path, module
         self._y = weakref.ref(y) if isinstance(y, Tensor) else None
 
+    def returned(self, x: object) -> bool:
+        """Return whether `x` is what the module returned."""
+        return x is not None and self._y is not None and self._y() is x
+
     def channel_axis(self, x: Tensor) -> tuple[int | None, bool]:
         """Return the channel axis of `x` by the class of the module, and whether `x` is what the module returned.
 

@@ -97,12 +97,19 @@ class SiteRegistry:
         if site is None:
             with self._lock:
                 site = self.sites[name] = self._discover(name, path, activation, x, current)
-        elif local.ndim != self._ranks[name]:
+        elif site.activation != activation:
+            self.note(f"site {name!r} was {site.activation} and is {activation} now; the counts of both are added up")
+        if local.ndim != self._ranks[name]:
             site = self._with_other_rank(site, local)
-        if site is None or (site.channel_axis is not None and local.shape[site.channel_axis] != site.neurons):
+        if site is None or (site.channel_axis is not None and _size(local, site.channel_axis) != site.neurons):
             self._leave_out(name, local)
             return None
         return site, local
+
+    @property
+    def left_out(self) -> list[str]:
+        """Return the names of the sites that are left out."""
+        return [name for name, is_left_out in self._left_out.items() if is_left_out]
 
     def token_axes(self, site: Site, x: Tensor) -> TokenAxes | None:
         """Return where the token positions lie in the input of a site; None if its values do not belong to tokens."""
@@ -238,7 +245,7 @@ class SiteRegistry:
             self._inferred.append(name)
         if found.axis == NO_AXIS:
             return Site(name, activation, 1, None)
-        return Site(name, activation, local_tensor(x).shape[found.axis], found.axis, found.is_inferred)
+        return Site(name, activation, _size(local_tensor(x), found.axis), found.axis, found.is_inferred)
 
     def _axis(self, x: Tensor, kind: tuple[type[nn.Module], str, int], current: Pass[Any]) -> _Axis:
         """Return what is known of a new site.
@@ -262,19 +269,20 @@ class SiteRegistry:
     def _leave_out(self, name: str, x: Tensor) -> None:
         """Leave out a site of which an input has another number of neurons, from now on, or raise."""
         site = self.sites[name]
-        fitting = [axis for axis, size in enumerate(x.shape) if size == site.neurons]
+        shape = [_size(x, axis) for axis in range(x.ndim)]
+        fitting = [axis for axis, size in enumerate(shape) if size == site.neurons]
         had = f"site {name!r} had {plural(site.neurons, 'neuron')} on axis {site.channel_axis} and now has an input of shape"
         if self._misfits == "raise":
             axes = f"{{{name!r}: {fitting[0]}}}" if fitting else f"{{{name!r}: …}}"
             where = f"axis {', '.join(map(str, fitting))} would fit" if fitting else "no axis would fit"
             raise RuntimeError(
-                f"{had} {list(x.shape)}, of which {where}; name its neuron axis with channel_axis={axes}, "
+                f"{had} {shape}, of which {where}; name its neuron axis with channel_axis={axes}, "
                 f"or leave the site out with exclude=[{name!r}]"
             )
         with self._lock:
             self.sites.pop(name, None)
             self._left_out[name] = True
-        self.note(f"{had} {list(x.shape)}; it is left out")
+        self.note(f"{had} {shape}; it is left out")
 
     def _with_other_rank(self, site: Site, x: Tensor) -> Site | None:
         """Return the site for an input with more or fewer axes than in the first call; None if it does not fit.
@@ -288,5 +296,13 @@ class SiteRegistry:
         candidates = (
             [site.channel_axis, x.ndim - self._ranks[site.name] + site.channel_axis] if named is None else [named % x.ndim]
         )
-        fitting = {axis for axis in candidates if 0 <= axis < x.ndim and x.shape[axis] == site.neurons}
+        fitting = {axis for axis in candidates if 0 <= axis < x.ndim and _size(x, axis) == site.neurons}
         return replace(site, channel_axis=fitting.pop()) if len(fitting) == 1 else None
+
+
+def _size(x: Tensor, axis: int) -> int:
+    """Return the size of an axis of a tensor; -1 if the axis of a nested tensor has a size in each component."""
+    if not x.is_nested:
+        return x.shape[axis]
+    sizes = {part.shape[axis - 1] for part in x.unbind()} if axis else {x.size(0)}
+    return sizes.pop() if len(sizes) == 1 else -1

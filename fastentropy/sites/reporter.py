@@ -1,5 +1,6 @@
 """Report the activation calls of a pass to an observer, each with its site."""
 
+import contextlib
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any, Generic, TypeGuard, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fastentropy._compat import has_pre_hooks, is_functorch_tensor, stack_frame, without_intercepting
+from fastentropy._compat import has_pre_hooks, is_functorch_tensor, stack_frame, without_intercepting, without_modes
 from fastentropy.sites import operators
 from fastentropy.sites.modules import WatchedModules
 from fastentropy.sites.naming import CallNames, Key, Places
@@ -19,6 +20,7 @@ from fastentropy.sites.registry import SiteRegistry
 from fastentropy.sites.site import Call
 
 P = TypeVar("P")
+_NOTHING = contextlib.nullcontext()
 
 #: Source files of the stack frames between the code that calls an activation function and the watcher.
 _BETWEEN = frozenset({
@@ -113,7 +115,7 @@ class CallReporter(Generic[P]):
             x: the input of the activation.
             run: a function that runs it and returns its output.
         """
-        path = self._modules.path_in(frame) if frame.f_code.co_name == "forward" else None
+        path = self._modules.activation_in(frame)
         if path in self._modules.activations:
             caller, module = _outside(frame.f_back or frame), self._modules.kinds[path][0]
             key = (path, False, self._places.of(caller), current.produced.for_path(path))
@@ -157,7 +159,8 @@ class CallReporter(Generic[P]):
             function: the name of the function; empty if a module is called.
         """
         name = self._names.name(key, current.names)
-        found = self._registry.resolve(name, key[0], activation, x, current)
+        with _NOTHING if type(x) is Tensor else without_modes():  # a subclass would see what is asked of it
+            found = self._registry.resolve(name, key[0], activation, x, current)
         if found is None:
             return run()
         site, local = found
@@ -197,8 +200,12 @@ def is_countable(x: Any) -> TypeGuard[Tensor]:
         raise RuntimeError(
             "activations cannot be counted inside of torch.func transforms; collect while the model is called alone"
         )
-    is_activation = type(x) is Tensor or (isinstance(x, Tensor) and not isinstance(x, nn.Parameter))
-    return is_activation and x.is_floating_point() and x.ndim > 0
+    if type(x) is Tensor:
+        return x.is_floating_point() and x.ndim > 0
+    if not isinstance(x, Tensor) or isinstance(x, nn.Parameter):
+        return False
+    with without_modes():  # a subclass would see what is asked of it
+        return x.is_floating_point() and x.ndim > 0
 
 
 def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -13,10 +13,11 @@ from fastentropy._compat import in_backward, is_compiled, is_traced, path_when_u
 from fastentropy.sites import interception
 from fastentropy.sites.activations import called_name, has_registered_functions
 from fastentropy.sites.channel_axis import AxisTracker
-from fastentropy.sites.interception import Interception, without_fast_path
+from fastentropy.sites.fast_paths import without_fast_path
+from fastentropy.sites.interception import Interception
 from fastentropy.sites.modules import ACTIVATION, CONTAINER, LAYER, NEUTRAL, WatchedModules, is_scripted_activation
 from fastentropy.sites.observer import Observer
-from fastentropy.sites.operators import FunctionCalls, begin_listening, end_listening, listening
+from fastentropy.sites.operators import FunctionCalls, begin_listening, end_listening, keep_listening, listening
 from fastentropy.sites.padding import Mask, MaskArgument, find_tokens, tells_of_padding, token_mask
 from fastentropy.sites.passes import Pass, Produced, ThreadState
 from fastentropy.sites.registry import Misfits, SiteRegistry
@@ -121,7 +122,10 @@ class SiteWatcher(Generic[P]):
 
     def _add_module(self, owner: str, attribute: str, module: nn.Module) -> None:
         """Watch a module that is put into the model while it is watched. The next passes discover its sites."""
-        for name, (added, kind) in self.modules.add(f"{owner}.{attribute}".lstrip("."), module).items():
+        path = f"{owner}.{attribute}".lstrip(".")
+        for replaced in self.modules.remove(path):
+            self._interception.remove(replaced)
+        for name, (added, kind) in self.modules.add(path, module).items():
             self._interception.add(name, added, kind)
         self._entries.clear()
 
@@ -144,7 +148,10 @@ class SiteWatcher(Generic[P]):
         self, name: str, module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Run a module that calls no activations. If it is called from outside, parts of the model may be called one by one."""
-        if self._thread.current is not None or name in self._entries or in_backward() or is_traced():
+        if self._thread.current is not None:
+            return original(module, *args, **kwargs)
+        keep_listening(self)
+        if name in self._entries or in_backward() or is_traced():
             return original(module, *args, **kwargs)
         tracker = self._tracker()
         with tracker.following():
@@ -186,10 +193,11 @@ class SiteWatcher(Generic[P]):
         with self._new_pass(name, self._thread.produced) as current:
             return self._reporter.run_module(current, name, caller, module, original, args, kwargs)
 
-    def takes(self) -> bool:
-        """Return whether an activation that this thread calls now belongs to the model.
+    def takes(self, x: object) -> bool:
+        """Return whether an activation of `x` that this thread calls now belongs to the model.
 
-        It does in a pass. Outside of passes it does if a method of one of the model's modules is running.
+        It does in a pass. Outside of passes it does if a method of one of the model's modules is running, or if one of them has
+        just returned `x`.
         """
         thread = self._thread
         if thread.current is not None:
@@ -201,7 +209,8 @@ class SiteWatcher(Generic[P]):
                 thread.owner = path
                 return True
             frame = frame.f_back
-        return False
+        thread.owner = (thread.produced.path or "").rpartition(".")[0]
+        return thread.produced.returned(x) and not is_traced()
 
     def run_function(self, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Run an operator or a function that the model calls. If it is an activation, report it to the observer.

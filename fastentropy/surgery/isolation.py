@@ -22,9 +22,9 @@ from fastentropy._compat import children_of, is_compiled, tree_leaves
 from fastentropy._utils.errors import one_line
 from fastentropy.sites import finding, interception, operators, reporter, watcher
 from fastentropy.sites.activations import activation_name, function_name
+from fastentropy.sites.fast_paths import fast_paths
 from fastentropy.sites.finding import call_once
 from fastentropy.sites.inputs import ExampleInputs, check_inputs, check_model, explained
-from fastentropy.sites.interception import fast_paths
 from fastentropy.sites.observer import NoObserver
 from fastentropy.sites.site import Call
 from fastentropy.sites.watcher import SiteWatcher
@@ -51,7 +51,7 @@ _MODULES: dict[str, tuple[Callable[..., nn.Module], tuple[str, ...]]] = {
 _BETWEEN = (
     __file__,
     *(str(module.__file__) for module in (finding, interception, operators, reporter, watcher)),
-    str(Path(__file__).parent.parent / "_compat" / "interception.py"),
+    *(str(Path(__file__).parent.parent / name) for name in ("_compat/interception.py", "sites/fast_paths.py")),
     *(
         str(Path(torch.__file__).parent / name)
         for name in (

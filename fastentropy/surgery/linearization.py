@@ -6,9 +6,9 @@ from torch import nn
 
 from fastentropy._utils.errors import nearest_names
 from fastentropy.sites.activations import activation_modules
+from fastentropy.sites.fast_paths import replace_activation
 from fastentropy.sites.finding import no_sites
 from fastentropy.sites.inputs import check_model, is_exported, site_names
-from fastentropy.sites.interception import replace_activation
 
 
 def linearize(model: nn.Module, names: Sequence[str]) -> None:

@@ -250,7 +250,7 @@ def test_excluded_sites_run_uncounted(exclude):
 
 
 def test_exclude_takes_names_not_a_name():
-    with pytest.raises(TypeError, match=r"exclude: got the string 'act', expected names or patterns: exclude=\['act'\]"):
+    with pytest.raises(TypeError, match=r"exclude: got 'act', expected a list of names or patterns: exclude=\['name'\]"):
         fe.collect(Attention(), exclude="act")
 
 

@@ -73,7 +73,7 @@ def test_channel_axis_can_be_named_and_is_checked():
     with collect(model, channel_axis={"1": -2}) as collector:
         model(torch.zeros(5, 2))
     assert collector.compute()["1"].neurons == 5
-    with pytest.raises(TypeError, match=r"channel_axis: got 1, expected a mapping of site names: channel_axis=\{'name': 1\}"):
+    with pytest.raises(TypeError, match=r"channel_axis: got 1, expected axes by site: channel_axis=\{'name': 1\}"):
         collect(model, channel_axis=1)
     with collect(model, channel_axis={"1": 2}), pytest.raises(ValueError, match="channel_axis of site '1' is 2"):
         model(torch.zeros(5, 2))

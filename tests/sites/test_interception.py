@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from fastentropy._compat import module_call
-from fastentropy.sites.interception import Interception, fast_paths
+from fastentropy.sites.fast_paths import fast_paths
+from fastentropy.sites.interception import Interception
 from tests._helpers.snapshots import assert_unchanged, snapshot
 
 

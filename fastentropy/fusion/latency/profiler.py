@@ -26,8 +26,8 @@ from fastentropy.fusion.latency.table import LatencyTable, Part, Section, Stretc
 from fastentropy.fusion.planner import TIE, calls, promising_stops, sketch
 from fastentropy.fusion.projection import central_kernel, replaceable_modules
 from fastentropy.fusion.tracing import export, in_channels_last, inference_module, values_of
+from fastentropy.sites.fast_paths import replace_activation
 from fastentropy.sites.inputs import ExampleInputs, check_inputs, check_model, site_names
-from fastentropy.sites.interception import replace_activation
 
 #: Activations that may be timed in place, because applying them to their own output changes nothing. Other activations would
 #: change the input of each further repetition.
