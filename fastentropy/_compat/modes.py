@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 
@@ -63,17 +62,18 @@ def entered(mode: TorchDispatchMode) -> Iterator[None]:
 
     A RecursionError or KeyboardInterrupt may be raised inside of the mode's own `__exit__`, which then leaves it active.
     """
-    before = _activations(mode)
-    _SHARED_FLAGS.enter()
+    before, inside = _activations(mode), object()
     try:
         try:
+            _SHARED_FLAGS.enter(inside)
             with mode:
                 yield
         finally:
             _deactivate(mode, before)
+            _SHARED_FLAGS.leave(inside)
     finally:
-        _deactivate(mode, before)  # for an interrupt in the first call
-        _SHARED_FLAGS.leave()
+        _deactivate(mode, before)  # for an interrupt in the first calls
+        _SHARED_FLAGS.leave(inside)
 
 
 def _activations(mode: TorchDispatchMode) -> int:
@@ -97,25 +97,26 @@ _MODE_FLAGS = (
 class _SharedFlags:
     """Restore the flags when no thread is inside of `entered` any more.
 
-    All threads share the flags. Each mode puts back what it has found, so modes of several threads may leave them on.
+    All threads share the flags. Each mode puts back what it has found, so modes of several threads may leave them on. There is
+    no lock, because an interrupt could be raised just after it is taken; sets are changed in one step.
     """
 
     def __init__(self) -> None:
         """Begin with no thread inside."""
-        self._lock, self._inside, self._before = threading.Lock(), 0, list[bool]()
+        self._inside, self._before = set[object](), list[bool]()
 
-    def enter(self) -> None:
-        """Keep the flags if no thread is inside yet."""
-        with self._lock:
-            if not self._inside:
-                self._before = _mode_flags()
-            self._inside += 1
+    def enter(self, inside: object) -> None:
+        """Keep the flags if nothing is inside yet. The flags are read first: whoever has changed them is inside already."""
+        flags = _mode_flags()
+        if not self._inside:
+            self._before = flags
+        self._inside.add(inside)
 
-    def leave(self) -> None:
-        """Restore the flags if this was the last thread inside."""
-        with self._lock:
-            self._inside -= 1
-            if not self._inside and _mode_flags() != self._before:
+    def leave(self, inside: object) -> None:
+        """Restore the flags if nothing is inside any more."""
+        if inside in self._inside or not self._inside:
+            self._inside.discard(inside)
+            if not self._inside and self._before and _mode_flags() != self._before:
                 vars(sys.modules[TorchDispatchMode.__module__]).update(zip(_MODE_FLAGS, self._before, strict=True))
                 named("torch._C._dynamo.guards", "set_is_in_mode_without_ignore_compile_internals")(self._before[-1])
 
