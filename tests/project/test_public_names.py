@@ -65,6 +65,7 @@ SIGNATURES = {
     "fastentropy_kernels": {
         "ActivationPlan": "(x, counts, arranged, request, inplace)",
         "ActivationPlan.fits": "(self, x, mask=None)",
+        "ActivationPlan.with_counts": "(self, counts)",
         "MOST_MIDDLES": "128",
         "activation_states": "(x, counts, activation, *, channel_axis=1, mask=None, nan=None, "
         "states='sign', edges=None, weight=None, inplace=False, impl='auto', "
