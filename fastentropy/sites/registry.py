@@ -84,9 +84,9 @@ class SiteRegistry:
             ValueError: the channel axis that the user gave is not an axis of the input.
         """
         site = self.sites.get(name)
-        if site is not None and type(x) is Tensor and x.ndim == self._ranks[name]:
+        if site is not None and type(x) is Tensor and x.ndim == self._ranks[name] and site.activation == activation:
             axis = site.channel_axis
-            if axis is None or x.shape[axis] == site.neurons:
+            if axis is None or (not x.is_nested and x.shape[axis] == site.neurons):
                 return site, x  # as in almost all calls
         left_out = self._left_out.get(name)
         if left_out is None:
