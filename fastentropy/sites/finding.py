@@ -69,15 +69,20 @@ def find_sites(model: nn.Module, example_inputs: ExampleInputs) -> list[Site]:
     check_model(model)
     inputs = check_inputs(example_inputs, "fe.find_sites(model, {})")
     watcher = SiteWatcher(model, NoObserver())
+    call_watched(watcher, model, inputs)
+    if not watcher.sites:
+        raise ValueError(no_sites(model))
+    return list(watcher.sites.values())
+
+
+def call_watched(watcher: SiteWatcher[Any], model: nn.Module, inputs: tuple[Any, ...] | Mapping[str, Any]) -> None:
+    """Call a model once (see `call_once`) while a watcher is attached to it. Errors of wrong inputs are explained."""
     with explained(model, inputs):
         watcher.attach()
         try:
             call_once(model, inputs)
         finally:
             watcher.detach()
-    if not watcher.sites:
-        raise ValueError(no_sites(model))
-    return list(watcher.sites.values())
 
 
 @torch.no_grad()

@@ -233,8 +233,8 @@ def calling_frame() -> FrameType:
 def _tell_of_module(owner: nn.Module, attribute: str, module: nn.Module | None) -> None:
     """Tell the interception of a module that another module is about to be put into it. PyTorch calls this hook."""
     entry = _TABLE.entries.get(module_identity(owner)) if "_forward_hooks" in vars(owner) else None
-    interception = entry.interception() if entry is not None else None
-    if entry is not None and entry.module is not owner:  # a replica, which nn.DataParallel puts together
+    if entry is None or entry.module is not owner:  # the latter is a replica, which nn.DataParallel puts together
         return
-    if entry is not None and interception is not None and isinstance(module, nn.Module):
+    interception = entry.interception()
+    if interception is not None and isinstance(module, nn.Module):
         interception.added(entry.name, attribute, module)

@@ -65,7 +65,6 @@ class WatchedModules:
         Returns:
             For each path, the module and its kind.
         """
-        self.remove(path)
         new = {}
         for name, submodule in module.named_modules(prefix=path):
             name = path_when_uncompiled(name)

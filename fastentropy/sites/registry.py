@@ -166,8 +166,7 @@ class SiteRegistry:
         patterns = [pattern for pattern in self._exclude if not any(fnmatchcase(name, pattern) for name in names)]
         axes = [name for name in self._channel_axis if name not in names]
         given = [("exclude", pattern) for pattern in patterns] + [("channel_axis", name) for name in axes]
-        shown = ", ".join(list(names)[:3]) + (", …" if len(names) > 3 else "")
-        return [f"{option} names {name!r}, but no site has this name; the sites are {shown}" for option, name in given]
+        return [f"{option} names {name!r}, but no site has this name; the sites are {_first(names)}" for option, name in given]
 
     def warn_of_inferred(self) -> None:
         """Warn of the new sites of which the channel axis is a default, in one warning."""
@@ -176,11 +175,10 @@ class SiteRegistry:
         with self._lock:
             names, self._inferred = self._inferred, []
         if names:
-            shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
             site = self.sites[names[0]]
             warnings.warn(
-                f"nothing tells where the neurons of {plural(len(names), 'site')} lie ({shown}), so a default axis is taken; "
-                f"if it is wrong, name it with channel_axis={{{site.name!r}: {site.channel_axis}}}",
+                f"nothing tells where the neurons of {plural(len(names), 'site')} lie ({_first(names)}), so a default axis is "
+                f"taken; if it is wrong, name it with channel_axis={{{site.name!r}: {site.channel_axis}}}",
                 stacklevel=2,
             )
 
@@ -194,10 +192,9 @@ class SiteRegistry:
         if not names or self._has_recommended:
             return
         self._has_recommended = True
-        shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
         warnings.warn(
-            f"{model} calls {len(names)} of its activations as functions ({shown}); they are counted by a slower route, and "
-            "fe.isolate(model, example_inputs) makes modules of them",
+            f"{model} calls {len(names)} of its activations as functions ({_first(names)}); they are counted by a slower "
+            "route, and fe.isolate(model, example_inputs) makes modules of them",
             stacklevel=2,
         )
 
@@ -298,6 +295,11 @@ class SiteRegistry:
         )
         fitting = {axis for axis in candidates if 0 <= axis < x.ndim and _size(x, axis) == site.neurons}
         return replace(site, channel_axis=fitting.pop()) if len(fitting) == 1 else None
+
+
+def _first(names: Collection[str]) -> str:
+    """Return the first three names, for a message."""
+    return ", ".join(list(names)[:3]) + (", …" if len(names) > 3 else "")
 
 
 def _size(x: Tensor, axis: int) -> int:

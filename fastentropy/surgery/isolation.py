@@ -23,8 +23,8 @@ from fastentropy._utils.errors import one_line
 from fastentropy.sites import finding, interception, operators, reporter, watcher
 from fastentropy.sites.activations import activation_name, function_name
 from fastentropy.sites.fast_paths import fast_paths
-from fastentropy.sites.finding import call_once
-from fastentropy.sites.inputs import ExampleInputs, check_inputs, check_model, explained
+from fastentropy.sites.finding import call_once, call_watched
+from fastentropy.sites.inputs import ExampleInputs, check_inputs, check_model
 from fastentropy.sites.observer import NoObserver
 from fastentropy.sites.site import Call
 from fastentropy.sites.watcher import SiteWatcher
@@ -190,15 +190,9 @@ def _separate_places(model: nn.Module) -> None:
 def _trace(model: nn.Module, inputs: tuple[Any, ...] | Mapping[str, Any]) -> _Tracer:
     """Run the model on the example, and return a tracer with all activation calls."""
     tracer = _Tracer()
-    watcher = SiteWatcher(model, tracer)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the recommendation to isolate
-        with explained(model, inputs):
-            watcher.attach()
-            try:
-                call_once(model, inputs)
-            finally:
-                watcher.detach()
+        call_watched(SiteWatcher(model, tracer), model, inputs)
     return tracer
 
 
