@@ -1,0 +1,12 @@
+"""Read nodes of a traced graph as affine operators.
+
+A node is read as an affine operator if its ATen operator is affine in one operand and all other operands are constants. There
+is a module for each family of operators.
+"""
+
+from fastentropy.fusion.chains.aten.affine_node import AffineNode
+from fastentropy.fusion.chains.aten.convolutions import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
+from fastentropy.fusion.chains.aten.pooling import AVERAGE_POOLS
+from fastentropy.fusion.chains.aten.reading import read_node
+
+__all__ = ["AVERAGE_POOLS", "CONVOLUTIONS", "TRANSPOSED_CONVOLUTIONS", "AffineNode", "read_node"]
