@@ -134,7 +134,7 @@ def plan_chain(
     """
     kept = found.folded
     if len(operators(kept)) == 1:
-        return kept, ChainReport(found.names, {}, "keep")
+        return kept, ChainReport(found.names, {}, "keep", ended_by=found.ended_by)
     context = PlanContext(measured if measure else counted, borders, found.has_fixed_size, {} if merged is None else merged)
     forms, note = _forms(kept, x, context)
     prices = context.price(forms, dict.fromkeys(forms, x))
@@ -154,7 +154,7 @@ def plan_chain(
     choice = fastest if prices[fastest] <= (1 - TIE) * prices["keep"] else "keep"
     if borders == "train":
         note = f"differs at the border by {_chain_error(forms[choice], found.elements, x):.0e}, to be trained"
-    return forms[choice], ChainReport(found.names, candidates, choice, note)
+    return forms[choice], ChainReport(found.names, candidates, choice, note, found.ended_by)
 
 
 def measured(forms: Mapping[Key, Chain], inputs: Mapping[Key, Tensor]) -> dict[Key, float]:

@@ -52,6 +52,8 @@ class ChainReport:
             allows are there.
         choice: the name of the chosen form.
         note: the reason why a form was not possible or not chosen, or "".
+        ended_by: the operator behind the end of the chain and the path of its module, such as "aten.relu in features.0.2", or
+            "" if the chain ends with an output of the model.
 
     Examples:
         >>> import torch
@@ -66,9 +68,10 @@ class ChainReport:
     candidates: dict[str, Candidate]
     choice: str
     note: str = ""
+    ended_by: str = ""
 
     def __str__(self) -> str:
-        """Return a line with the first and last name, then a line for each candidate, then the note."""
+        """Return a line with the first and last name, a line for each candidate, what ended it, and the note."""
         lines = [
             f"  {'*' if name == self.choice else ' '} {name:<7} {_milliseconds(candidate.milliseconds):>12}"
             f"{plural(candidate.operators, 'operator'):>14}{candidate.multiplications / 1e6:>10.2f} M multiplications"
@@ -76,8 +79,9 @@ class ChainReport:
             for name, candidate in self.candidates.items()
         ]
         title = self.names[0] if len(self.names) == 1 else f"{self.names[0]} … {self.names[-1]}"
-        note = textwrap.wrap(self.note, 100, initial_indent="    ", subsequent_indent="    ")
-        return "\n".join([title, *lines, *note])
+        notes = [f"ended by {self.ended_by}"] * bool(self.ended_by) + [self.note]
+        wrapped = [line for note in notes for line in textwrap.wrap(note, 100, initial_indent="    ", subsequent_indent="    ")]
+        return "\n".join([title, *lines, *wrapped])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,6 +149,7 @@ class FusionReport:
                 {name: Candidate(**candidate) for name, candidate in chain["candidates"].items()},
                 chain["choice"],
                 chain["note"],
+                chain.get("ended_by", ""),
             )
             for chain in values["chains"]
         )

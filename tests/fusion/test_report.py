@@ -32,6 +32,7 @@ def chains(draw, is_measured):
         candidates,
         draw(st.sampled_from(tried or FORMS[:1])),
         draw(st.sampled_from(["", "a reason", "a long reason " * 20])),
+        draw(st.sampled_from(["", "aten.relu in features.0.2", "aten.relu in features.0.2, " * 9])),
     )
 
 
@@ -106,3 +107,9 @@ def test_printed_candidate():
     _, keep, merge = str(ChainReport(("a", "b"), candidates, "merge")).splitlines()
     assert " ".join(keep.split()) == "keep 1.500 ms 3 operators 2.50 M multiplications 4.00 MB error 1e-07"
     assert " ".join(merge.split()) == "* merge - 1 operator 0.10 M multiplications 0.05 MB error 0e+00"
+
+
+def test_a_report_names_the_operator_that_ended_a_chain():
+    ended = ChainReport(("a", "b"), {}, "keep", "", "aten.relu in features.0.2")
+    assert "    ended by aten.relu in features.0.2" in str(ended).splitlines()
+    assert "ended by" not in str(ChainReport(("a", "b"), {}, "keep"))

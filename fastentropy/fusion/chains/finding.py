@@ -8,24 +8,20 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from operator import getitem
 from typing import Any
 
 import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from fastentropy._compat import operator_schema
 from fastentropy.fusion.chains.aten import read_node
 from fastentropy.fusion.chains.elements import Activation, Chain, Flatten, operators
-from fastentropy.fusion.chains.nodes import module_path, shape_of
+from fastentropy.fusion.chains.nodes import is_overwritten, module_path, overwrites, shape_of
 from fastentropy.fusion.chains.passes import fold
-from fastentropy.fusion.chains.segments import Segment, Step, Steps, build_elements, extend, step_names
+from fastentropy.fusion.chains.segments import Segment, Step, build_elements, extend, step_names
+from fastentropy.fusion.chains.sums import segment_to_sum
 
 _aten = torch.ops.aten
-
-#: Additions. They belong to a chain if they add two branches of the same value.
-_ADDITIONS = {_aten.add.Tensor, _aten.add_.Tensor}
 
 #: Views. They may belong to a chain if they keep all values of a channel together, or flatten channels and positions.
 _VIEWS = {_aten.view.default, _aten.reshape.default, _aten.flatten.using_ints, _aten.permute.default}
@@ -57,6 +53,11 @@ class FoundChain:
     def folded(self) -> Chain:
         """Return the elements with batch norm folded into its neighbours; see `fold`."""
         return fold(self.elements)
+
+    @property
+    def ended_by(self) -> str:
+        """Return the operators behind the end of the chain, with the path of their module; "" behind the model's outputs."""
+        return ", ".join(_described(user) for user in self.end.users if user.op != "output")
 
     @property
     def has_fixed_size(self) -> bool:
@@ -99,7 +100,7 @@ def find_chains(module: GraphModule, activations: Mapping[str, nn.Module] | None
 def overwritten_constants(module: GraphModule) -> list[str]:
     """Return the names of the constants (buffers, for example) that a graph overwrites when it runs."""
     constants = module.graph.find_nodes(op="get_attr")
-    return [str(node.target) for node in constants if any(_overwrites(user, node) for user in node.users)]
+    return [str(node.target) for node in constants if any(overwrites(user, node) for user in node.users)]
 
 
 def _found_chain(end: Node, segment: Segment, module: GraphModule) -> FoundChain:
@@ -129,16 +130,16 @@ def _segment_to(
         return _segment_to_view(node, segments)
     affine = read_node(node, module)
     if affine is None:
-        return _segment_to_sum(node, segments) if node.target in _ADDITIONS else None
+        return segment_to_sum(node, segments)
     start = Segment(affine.operand, (), None, frozenset())
     before = segments.get(affine.operand) if len(affine.operand.users) == 1 else None
     if (path := module_path(node)) in activations:
         activation, before = Activation(path, activations[path]), before or start
         return replace(before, steps=(*before.steps, Step(lambda _: activation, path)), members=before.members | {node})
-    overwrites = _overwrites(node, affine.operand)
-    if before and (before.steps or not overwrites) and (extended := extend(before, node, affine)):
+    writes = overwrites(node, affine.operand)
+    if before and (before.steps or not writes) and (extended := extend(before, node, affine)):
         return extended
-    if overwrites or _is_overwritten(affine.operand):
+    if writes or is_overwritten(affine.operand):
         return None
     return extend(start, node, affine)
 
@@ -165,7 +166,7 @@ def _segment_to_view(node: Node, segments: Mapping[Node, Segment]) -> Segment | 
         return None
     if before and before.axes in (None, 0) and before.flat is None and not before.is_permuted:
         return replace(before, axes=0, members=before.members | {node}, views=(node,))
-    return None if _is_overwritten(operand) else Segment(operand, (), 0, frozenset({node}), (node,))
+    return None if is_overwritten(operand) else Segment(operand, (), 0, frozenset({node}), (node,))
 
 
 def _flatten(before: Segment, node: Node, shape: tuple[Any, ...], result: tuple[Any, ...]) -> Segment | None:
@@ -181,71 +182,7 @@ def _flatten(before: Segment, node: Node, shape: tuple[Any, ...], result: tuple[
     return replace(before, members=before.members | {node}, flat=spatial)
 
 
-def _segment_to_sum(node: Node, segments: Mapping[Node, Segment]) -> Segment | None:
-    """Return the segment that ends with an addition of two branches of the same value, or None if there are no such branches.
-
-    The segment continues the one that computes this value, unless a node outside of the branches reads the value too.
-    """
-    left, right = node.args[:2]
-    if not (isinstance(left, Node) and isinstance(right, Node)) or node.kwargs or shape_of(left) != shape_of(right):
-        return None
-    branches = [_branch_to(operand, segments) for operand in (left, right)]
-    source, members = branches[0].source, branches[0].members | branches[1].members | {node}
-    axes = {branch.axes for branch in branches if branch.steps} - {None}
-    overwrites_source = node.target == _aten.add_.Tensor and left is source
-    if branches[1].source is not source or len(axes) != 1 or overwrites_source or _is_overwritten(source):
-        return None
-    if not all(_keeps_shape(branch, operand) for branch, operand in zip(branches, (left, right), strict=True)):
-        return None
-    steps: Steps = (tuple(branch.steps for branch in branches),)
-    before = segments.get(source)
-    continues = before and members.issuperset(source.users) and before.axes in (None, *axes)
-    if before and continues and before.flat is None and not before.views:
-        return Segment(before.source, before.steps + steps, axes.pop(), before.members | members)
-    return Segment(source, steps, axes.pop(), members)
-
-
-def _branch_to(operand: Node, segments: Mapping[Node, Segment]) -> Segment:
-    """Return the segment that ends with an operand of an addition. It is empty if other nodes read the operand too."""
-    if operand in segments and len(operand.users) == 1:
-        return segments[operand]
-    return Segment(operand, (), None, frozenset())
-
-
-def _keeps_shape(branch: Segment, operand: Node) -> bool:
-    """Return whether a branch, with its views applied, has the shape of its source in all axes but the channels."""
-    if branch.flat is not None or branch.is_permuted:
-        return False
-    return not branch.views or (shape_of(operand) or ())[:-1] == (shape_of(branch.source) or ())[:-1]
-
-
-def _is_overwritten(node: Node) -> bool:
-    """Return whether an in-place operator overwrites the value of a node, and further nodes read the value.
-
-    The chain must not change the order of these reads and writes.
-    """
-    base = _base(node)
-    return len(base.users) > 1 and any(_overwrites(user, base) for user in base.users)
-
-
-def _base(node: Node) -> Node:
-    """Return the node whose memory a view shares, or the node itself if it is not a view."""
-    while node.args and isinstance(node.args[0], Node) and _is_view(node):
-        node = node.args[0]
-    return node
-
-
-def _overwrites(user: Node, node: Node) -> bool:
-    """Return whether `user` overwrites the value of `node`, directly or through a view."""
-    schema = operator_schema(user.target)
-    if schema is not None and schema.is_mutable:
-        return user.args[0] is node
-    return _is_view(user) and any(_overwrites(other, user) for other in user.users)
-
-
-def _is_view(node: Node) -> bool:
-    """Return whether the output of a node may share memory with its first argument."""
-    schema = operator_schema(node.target)
-    if schema is not None:
-        return not schema.is_mutable and any(returned.alias_info for returned in schema.returns)
-    return node.target is getitem  # one of the views that split or chunk returns
+def _described(node: Node) -> str:
+    """Return the operator of a node and the path of its module, such as "aten.relu in features.0.2"."""
+    name, path = str(node.target).rpartition(".")[0] or str(node.target), module_path(node)
+    return f"{name} in {path}" if path else name

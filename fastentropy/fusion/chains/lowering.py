@@ -68,10 +68,7 @@ class Lowering:
         """Append one element; the arguments are as in `lower`."""
         match element:
             case Sum(branches):
-                total, *others = (self.lower(branch, value, shape) for branch in branches)
-                for other in others:
-                    total = self._graph.call_function(_aten.add.Tensor, (total, other))
-                return total
+                return self._sum(branches, value, shape)
             case BorderCorrected():
                 return self._border_corrected(element, value, shape)
             case TapBiased():
@@ -85,6 +82,18 @@ class Lowering:
                 return self._graph.call_module(name.replace(".", "_"), (value,))
             case operator:
                 return self._operator(operator, value)
+
+    def _sum(self, branches: tuple[Chain, ...], value: Node, shape: Sequence[int]) -> Node:
+        """Append a sum of branches. A branch that only multiplies the input by a number becomes the `alpha` of an addition."""
+        total, *others = sorted(branches, key=lambda branch: _number(branch) is not None)
+        result = self.lower(total, value, shape)
+        for branch in others:
+            number = _number(branch)
+            if number is None:
+                result = self._graph.call_function(_aten.add.Tensor, (result, self.lower(branch, value, shape)))
+            else:
+                result = self._graph.call_function(_aten.add.Tensor, (result, value), {"alpha": number})
+        return result
 
     def _operator(self, operator: AffineOperator, value: Node) -> Node:
         """Append an affine operator as a linear layer, a scale with shift, average pooling, or a convolution."""
@@ -240,6 +249,15 @@ def compile_chain(chain: Chain, like: Tensor) -> GraphModule:
     lowering = Lowering(graph, like, "operator")
     graph.output(lowering.lower(chain, graph.placeholder("x"), like.shape))
     return GraphModule({**lowering.tensors, **lowering.modules}, graph)
+
+
+def _number(branch: Chain) -> float | None:
+    """Return the number by which a branch multiplies its input if it does nothing else, and None otherwise."""
+    operator = branch[0] if len(branch) == 1 else None
+    if not isinstance(operator, AffineOperator) or not operator.is_channelwise or operator.bias.any():
+        return None
+    scale = operator.weight.flatten()
+    return float(scale[0]) if bool((scale == scale[0]).all()) else None
 
 
 def _is_symmetric(operator: AffineOperator) -> bool:

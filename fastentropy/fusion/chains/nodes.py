@@ -3,12 +3,14 @@
 These facts do not depend on what the operator of the node computes.
 """
 
-from operator import attrgetter
+from operator import attrgetter, getitem
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
+
+from fastentropy._compat import operator_schema
 
 
 def shape_of(node: Any) -> tuple[int | torch.SymInt, ...] | None:
@@ -78,3 +80,35 @@ def device_of(operand: Any) -> torch.device:
 def same_dtype(node: Node, operand: Any) -> bool:
     """Return whether the tensors of two nodes have the same dtype."""
     return bool(node.meta["val"].dtype == operand.meta["val"].dtype)
+
+
+def is_overwritten(node: Node) -> bool:
+    """Return whether an in-place operator overwrites the value of a node, and further nodes read the value.
+
+    The chain must not change the order of these reads and writes.
+    """
+    base = _base(node)
+    return len(base.users) > 1 and any(overwrites(user, base) for user in base.users)
+
+
+def _base(node: Node) -> Node:
+    """Return the node whose memory a view shares, or the node itself if it is not a view."""
+    while node.args and isinstance(node.args[0], Node) and _is_view(node):
+        node = node.args[0]
+    return node
+
+
+def overwrites(user: Node, node: Node) -> bool:
+    """Return whether `user` overwrites the value of `node`, directly or through a view."""
+    schema = operator_schema(user.target)
+    if schema is not None and schema.is_mutable:
+        return user.args[0] is node
+    return _is_view(user) and any(overwrites(other, user) for other in user.users)
+
+
+def _is_view(node: Node) -> bool:
+    """Return whether the output of a node may share memory with its first argument."""
+    schema = operator_schema(node.target)
+    if schema is not None:
+        return not schema.is_mutable and any(returned.alias_info for returned in schema.returns)
+    return node.target is getitem  # one of the views that split or chunk returns

@@ -70,7 +70,7 @@ def assert_computes(module, *inputs):
         (lambda m, x: m.b(y := m.a(x)) + y, [("a", "b")]),
         (lambda m, x: m.a(x) + m.relu(x), [("a",)]),
         (lambda m, x: m.a(x) + m.b(m.relu(x)), [("a",), ("b",)]),
-        (lambda m, x: m.b(torch.add(m.a(x), x, alpha=2)), [("a",), ("b",)]),
+        (lambda m, x: m.b(torch.add(m.a(x), x, alpha=2)), [("a", "b")]),
         (lambda m, x: m.b(m.a(x) + x[:1]), [("a",), ("b",)]),
         (lambda m, x: m.b(m.whole(x) + x), [("whole",), ("b",)]),
         (lambda m, x: m.b(F.dropout(m.a(x), training=True)), [("a",), ("b",)]),
@@ -346,3 +346,10 @@ def test_chains_without_a_batch():
     (chain,) = assert_computes(module, IMAGES[0])
     assert chain.names == ("a", "b")
     assert math.prod(chain.elements[0].kernel) == 9
+
+
+def test_the_operator_that_ends_a_chain_is_named():
+    network = nn.Sequential(conv2d(), nn.Sequential(conv2d(), nn.ReLU()), conv2d(), conv2d())
+    assert [chain.ended_by for chain in find_chains(traced(network, IMAGES))] == ["aten.relu in 1.1", ""]
+    module = traced(image_network(lambda m, x: (m.relu(y := m.b(m.a(x))), y.sin())), IMAGES)
+    assert [chain.ended_by for chain in find_chains(module)] == ["aten.relu in relu, aten.sin"]

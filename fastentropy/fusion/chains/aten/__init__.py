@@ -4,9 +4,18 @@ A node is read as an affine operator if its ATen operator is affine in one opera
 is a module for each family of operators.
 """
 
-from fastentropy.fusion.chains.aten.affine_node import AffineNode
+from fastentropy.fusion.chains.aten.affine_node import AffineNode, channelwise
 from fastentropy.fusion.chains.aten.convolutions import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
+from fastentropy.fusion.chains.aten.elementwise import read_weighted_sum
 from fastentropy.fusion.chains.aten.pooling import AVERAGE_POOLS
 from fastentropy.fusion.chains.aten.reading import read_node
 
-__all__ = ["AVERAGE_POOLS", "CONVOLUTIONS", "TRANSPOSED_CONVOLUTIONS", "AffineNode", "read_node"]
+__all__ = [
+    "AVERAGE_POOLS",
+    "CONVOLUTIONS",
+    "TRANSPOSED_CONVOLUTIONS",
+    "AffineNode",
+    "channelwise",
+    "read_node",
+    "read_weighted_sum",
+]

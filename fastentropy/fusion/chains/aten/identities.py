@@ -11,7 +11,13 @@ from fastentropy.fusion.chains.aten.affine_node import AffineNode, Reader, affin
 _aten = torch.ops.aten
 
 #: Operators that return their first argument, and dropouts, which return it unless they are in training mode.
-_IDENTITIES = {_aten.alias.default, _aten.clone.default, _aten.contiguous.default, _aten.detach.default}
+_IDENTITIES = {
+    _aten.alias.default,
+    _aten.clone.default,
+    _aten.contiguous.default,
+    _aten.detach.default,
+    _aten.positive.default,
+}
 _DROPOUTS = {_aten.dropout.default, _aten.dropout_.default, _aten.feature_dropout.default, _aten.feature_dropout_.default}
 
 

@@ -6,12 +6,12 @@ from typing import Any
 from torch.fx import GraphModule, Node
 
 from fastentropy._compat import operator_schema
-from fastentropy.fusion.chains.aten import convolutions, identities, pooling, products, scaling
+from fastentropy.fusion.chains.aten import convolutions, elementwise, identities, pooling, products, scaling
 from fastentropy.fusion.chains.aten.affine_node import AffineNode, Reader
 
 _READERS: Mapping[Any, Reader] = {
     target: reader
-    for family in (convolutions, identities, pooling, products, scaling)
+    for family in (convolutions, elementwise, identities, pooling, products, scaling)
     for target, reader in family.readers().items()
 }
 
