@@ -14,6 +14,9 @@ Key = TypeVar("Key", bound=Hashable)
 #: The number of rounds that are measured even if the time budget is exceeded, because quartiles need some samples.
 MIN_ROUNDS = 5
 
+#: The number of rounds after which slow functions can drop out.
+TRIAL_ROUNDS = 3
+
 
 def measure_times(
     functions: Mapping[Key, Callable[[], object]],
@@ -21,6 +24,8 @@ def measure_times(
     rounds: int = 15,
     round_seconds: float = 0.002,
     graphs_on: torch.device | None = None,
+    budget_seconds: float = math.inf,
+    slowest: float = math.inf,
 ) -> dict[Key, float]:
     """Return the median time of one call of each function, in milliseconds. The functions are timed in alternation.
 
@@ -30,11 +35,20 @@ def measure_times(
         round_seconds: a sample repeats a short function until it takes about this long.
         graphs_on: the GPU on which each function is captured and replayed as a CUDA graph, or None to call the functions. See
             `measure_samples` for what this requires.
+        budget_seconds: as in `measure_samples`.
+        slowest: as in `measure_samples`.
 
     Returns:
         Milliseconds by key.
     """
-    samples = measure_samples(functions, rounds=rounds, round_seconds=round_seconds, graphs_on=graphs_on)
+    samples = measure_samples(
+        functions,
+        rounds=rounds,
+        round_seconds=round_seconds,
+        graphs_on=graphs_on,
+        budget_seconds=budget_seconds,
+        slowest=slowest,
+    )
     return {key: statistics.median(values) for key, values in samples.items()}
 
 
@@ -45,6 +59,7 @@ def measure_samples(
     round_seconds: float,
     graphs_on: torch.device | None = None,
     budget_seconds: float = math.inf,
+    slowest: float = math.inf,
 ) -> dict[Key, list[float]]:
     """Measure the time of functions in rounds. Each round takes one sample of every function.
 
@@ -60,18 +75,20 @@ def measure_samples(
             replay excludes the time that Python takes to launch kernels. A captured function must not synchronise with the
             GPU, because the capture would fail, and PyTorch can draw no random numbers after a failed capture.
         budget_seconds: no further round begins after this time. The first `MIN_ROUNDS` rounds are always run.
+        slowest: a function is sampled in the first `TRIAL_ROUNDS` rounds only if it then takes more than this many times as
+            long as the fastest one.
 
     Returns:
-        By key, a list of the milliseconds of one call, one number per round.
+        By key, a list of the milliseconds of one call, one number per round in which the function was sampled.
     """
     if graphs_on is None:
-        return _samples(functions, rounds, round_seconds, budget_seconds)
+        return _samples(functions, rounds, round_seconds, budget_seconds, slowest)
     with torch.cuda.device(graphs_on):
-        return _samples(_captured(functions), rounds, round_seconds, budget_seconds)
+        return _samples(_captured(functions), rounds, round_seconds, budget_seconds, slowest)
 
 
 def _samples(
-    functions: Mapping[Key, Callable[[], object]], rounds: int, round_seconds: float, budget_seconds: float
+    functions: Mapping[Key, Callable[[], object]], rounds: int, round_seconds: float, budget_seconds: float, slowest: float
 ) -> dict[Key, list[float]]:
     """Take the samples of `measure_samples` by calling the functions. The arguments are those of `measure_samples`."""
     repeats = {}
@@ -79,11 +96,14 @@ def _samples(
         function()
         repeats[key] = max(1, int(round_seconds / max(measure_seconds(function), 1e-7)))
     samples: dict[Key, list[float]] = {key: [] for key in functions}
-    start = _clock()
+    left, start = list(functions), _clock()
     for index in range(rounds):
         if index >= MIN_ROUNDS and _clock() - start > budget_seconds:
             break
-        for key in random.Random(index).sample(list(functions), len(functions)):
+        if index == TRIAL_ROUNDS:
+            medians = {key: statistics.median(values) for key, values in samples.items()}
+            left = [key for key in functions if medians[key] <= slowest * min(medians.values())]
+        for key in random.Random(index).sample(left, len(left)):
             samples[key].append(1e3 * measure_seconds(functions[key], repeats[key]))
     return samples
 

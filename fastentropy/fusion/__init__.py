@@ -2,8 +2,9 @@
 
 A form is one way to compute the same function: with batch norm folded, as one merged operator, or as fused kernels, for
 example. `tracing` traces the network. `chains` finds and rewrites its chains. `planner` chooses a form for each chain. `forms`
-makes the whole networks that `api.fuse` times. `verification` compares their outputs with those of the network. `fused_model`
-runs and saves the result.
+makes the whole networks, and `finishing` makes them run as fast as their operators allow. `choosing` times each in each of the
+`backends`, and takes the fastest whose outputs `verification` finds equal to those of the network. `fused_model` runs and saves
+the result.
 """
 
 from fastentropy.fusion.api import fuse

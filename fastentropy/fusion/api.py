@@ -6,26 +6,28 @@ folded.
 
 import copy
 import functools
-from collections.abc import Mapping
 from typing import get_args
 
 import torch
 from torch import nn
-from torch.export import ExportedProgram
+from torch.fx import GraphModule
 
 from fastentropy._compat import uncompiled
 from fastentropy._utils.errors import one_line
-from fastentropy._utils.timing import measure_times
+from fastentropy.fusion.backends import Backend
 from fastentropy.fusion.binding import Signature
 from fastentropy.fusion.chains.finding import overwritten_constants
 from fastentropy.fusion.chains.merging import Borders
-from fastentropy.fusion.forms import Form, make_forms
+from fastentropy.fusion.choosing import FURTHER, first_equal, race
+from fastentropy.fusion.finishing import finish
+from fastentropy.fusion.forms import make_forms
 from fastentropy.fusion.fused_model import FusedModel, make_trainable
 from fastentropy.fusion.guards import Conditions, guards_of
 from fastentropy.fusion.inputs import Inputs, clone
 from fastentropy.fusion.planner import plan_chain
 from fastentropy.fusion.report import FusionReport
-from fastentropy.fusion.tracing import export, free_axes, inference_module, own_constants
+from fastentropy.fusion.traced_inputs import TracedInputs
+from fastentropy.fusion.tracing import export, inference_module, own_constants, rewrite
 from fastentropy.fusion.verification import TOLERANCE, EquivalenceCheck
 from fastentropy.sites.inputs import ExampleInputs, check_inputs, check_model, is_exported, misfit
 
@@ -40,6 +42,7 @@ def fuse(
     measure: bool = True,
     dynamic_sizes: bool = False,
     borders: Borders = "exact",
+    backend: Backend = "eager",
 ) -> FusedModel:
     """Return a copy of a network in which each chain (stretch of linear operators) has the form that runs fastest.
 
@@ -61,16 +64,23 @@ def fuse(
         borders: "exact" or "train". "train" moves all zero padding to the front of each merged chain. Outputs near the border
             then differ from the model by the error in the report, and the weights of the result are parameters, so that it
             can be trained afterwards.
+        backend: what runs the result. "eager" is PyTorch without compilation. "inductor" is torch.compile, with frozen weights
+            on a CPU and CUDA graphs on a GPU: it compiles here and again for other batch sizes, for a minute or more, needs a
+            C++ compiler on a CPU, and gives no gradients. "auto" measures both and returns the faster one. "onnxruntime" is an
+            ONNX Runtime session, for CPUs.
 
     Returns:
-        The fused network, for any batch size that the model allows. Its `report` says what was tried and chosen.
+        The fused network, for any batch size that the model allows. What is returned is what was timed, and it is not slower
+        than the model: where nothing is faster, it runs a copy of the model itself. Its `report` says what was tried and
+        chosen.
 
     Raises:
         TypeError: `model` is not a module, or `example_inputs` are of another kind, such as a single tensor.
         ValueError: an argument is invalid, or the model is in training mode, does not run on the example inputs, cannot be
-            copied or traced, or updates buffers when it runs.
-        RuntimeError: even the unchanged trace of the model differs from the model by more than the tolerance, or this release
-            of PyTorch does not tell for which input sizes a trace is correct.
+            copied, traced or run by `backend`, or updates buffers when it runs.
+        ImportError: a package that `backend` needs is missing.
+        RuntimeError: the model gives other outputs in each call, or this release of PyTorch does not tell for which input sizes
+            a trace is correct.
 
     Examples:
         >>> import torch
@@ -84,51 +94,48 @@ def fuse(
         True
     """
     check_model(model)
-    _check_options(tolerance, borders)
+    _check_options(tolerance, borders, backend, measure)
     original, inputs = _copy_that_runs(model, Inputs.of(check_inputs(example_inputs, "fe.fuse(model, {})")))
     program = own_constants(export(original, inputs, dynamic_sizes))
     traced = inference_module(program)
     if updated := overwritten_constants(traced):
         raise ValueError(f"the model updates {', '.join(updated)} as it runs: its outputs do not depend on its inputs alone")
     tolerance = _default_tolerance(model) if tolerance is None else tolerance
-    signature = Signature.of(original)
+    signature, traced_inputs = Signature.of(original), TracedInputs.of(program)
     guards = guards_of(program, original, inputs)
-    conditions = Conditions(program, guards)
+    conditions = Conditions(traced_inputs, guards)
     check = EquivalenceCheck(original, inputs, lambda given: not conditions.refusal(given.leaves), tolerance)
-    guards += _smallest_sizes(program, check, traced, inputs)
+    guards += _smallest_sizes(traced_inputs, check, traced, inputs)
     plan = functools.partial(plan_chain, tolerance=tolerance, measure=measure, borders=borders, merged={})
 
     def is_equal(form: nn.Module) -> bool:
         return borders == "train" or check.error(form) <= tolerance
 
+    def make(form: nn.Module, runs_in: str) -> FusedModel:
+        return FusedModel(form, traced_inputs, FusionReport((), {}, {}, "", 0.0, runs_in), guards, signature)
+
     forms, reports = make_forms(original, traced, inputs, plan, is_equal, channels_last=measure)
-    times = _times(forms, inputs) if measure else {}
-    best = _best(forms, times)
-    names = ("original", "folded", "fused")
-    memory_formats = {name: best[name][1] for name in names}
-    milliseconds = {name: times[best[name]] for name in names} if measure else {}
-    for choice, form in best.items():
-        exported = own_constants(export(forms[form], inputs, dynamic_sizes))
-        fused = FusedModel(exported, FusionReport((), {}, {}, choice, 0.0), guards, signature)
-        error = check.error(fused)
-        differs_at_borders = borders == "train" and choice == "fused"
-        if error <= tolerance or (differs_at_borders and check.error(forms[best["folded"]]) <= tolerance):
-            fused.report = FusionReport(reports[best["fused"][1]], milliseconds, memory_formats, choice, error)
-            if borders == "train":
-                make_trainable(fused, dict(original.named_parameters()))
-            return fused
-    raise RuntimeError(
-        f"the trace of the model differs from the model by {error:.1e} (relative), above the tolerance of {tolerance:.0e}; "
-        "pass a larger tolerance= if that is acceptable"
-    )
+    made = race(forms, _finished(traced, original, inputs), FURTHER[backend], make, inputs, measure)
+    if made.notes and backend != "auto":
+        raise ValueError(f"backend={backend!r}: {made.notes[0]}")
+    fused = first_equal(made, check, tolerance, reports, trains=borders == "train")
+    if borders == "train":
+        make_trainable(fused, dict(original.named_parameters()))
+    return fused
 
 
-def _check_options(tolerance: float | None, borders: Borders) -> None:
-    """Raise ValueError if an argument of `fuse` is invalid."""
+def _check_options(tolerance: float | None, borders: Borders, backend: Backend, measure: bool) -> None:
+    """Raise ValueError if an argument of `fuse` is invalid, or two do not go together."""
     if tolerance is not None and not (isinstance(tolerance, int | float) and tolerance >= 0):
         raise ValueError(f"tolerance must be a relative error of 0 or more, not {tolerance!r}")
     if borders not in get_args(Borders):
         raise ValueError(f"borders must be 'exact' or 'train', not {borders!r}")
+    if backend not in get_args(Backend):
+        raise ValueError(f"backend must be 'eager', 'inductor', 'auto' or 'onnxruntime', not {backend!r}")
+    if backend == "auto" and not measure:
+        raise ValueError("backend='auto' chooses by measured times, but measure is False; name the backend")
+    if backend != "eager" and borders == "train":
+        raise ValueError(f"borders='train' makes a network to be trained, which backend={backend!r} cannot; use 'eager'")
 
 
 def _copy_that_runs(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, Inputs]:
@@ -166,43 +173,26 @@ def _default_tolerance(model: nn.Module) -> float:
     return TOLERANCE.get(dtype, TOLERANCE[torch.float32])
 
 
-def _smallest_sizes(program: ExportedProgram, check: EquivalenceCheck, traced: nn.Module, inputs: Inputs) -> tuple[str, ...]:
+def _finished(traced: GraphModule, model: nn.Module, inputs: Inputs) -> GraphModule:
+    """Return a copy of the trace of a model that runs as fast as its operators allow."""
+    given = clone(inputs)
+    return finish(rewrite(traced, {}, {}), inputs, model(*given.args, **given.kwargs))
+
+
+def _smallest_sizes(traced_inputs: TracedInputs, check: EquivalenceCheck, traced: nn.Module, inputs: Inputs) -> tuple[str, ...]:
     """Return the guards (conditions on input sizes) that keep each free size from being too small.
 
     A trace is made at sizes of 2 and more. It is used for a batch of one only if its outputs were compared with the model's on
     a batch of one and agreed. Otherwise `check` compares no batch of one from now on, unless the example is one.
 
     Args:
-        program: the exported model.
+        traced_inputs: the inputs of the trace.
         check: compares the outputs of a form with those of the model.
-        traced: the graph of `program`, as `inference_module` returns it.
+        traced: the graph of the trace.
         inputs: the inputs of one call.
     """
     takes_one = check.holds_for_one(traced)
     if not takes_one and inputs.batch != 1:
         check.leave_out_one()
     least = 1 if takes_one else 2
-    return tuple(f"leaf_{leaf}.size()[{axis}] >= {2 if axis else least}" for leaf, axis in free_axes(program))
-
-
-def _times(forms: Mapping[Form, nn.Module], inputs: Inputs) -> dict[Form, float]:
-    """Return the milliseconds of one call of each form, measured side by side."""
-    inputs = clone(inputs)
-    return measure_times({name: functools.partial(form, *inputs.args, **inputs.kwargs) for name, form in forms.items()})
-
-
-def _best(forms: Mapping[Form, nn.Module], times: Mapping[Form, float]) -> dict[str, Form]:
-    """Choose the fastest memory format for each of fused, folded and original.
-
-    Args:
-        forms: all forms.
-        times: milliseconds of each form; empty if nothing was measured.
-
-    Returns:
-        The form of each of the three names, the fastest first. Without times, the order is fused, folded, original.
-    """
-    order = sorted(times, key=lambda form: times[form]) if times else list(forms)[::-1]
-    best: dict[str, Form] = {}
-    for form in order:
-        best.setdefault(form[0], form)
-    return best
+    return tuple(f"leaf_{leaf}.size()[{axis}] >= {2 if axis else least}" for leaf, axis in traced_inputs.free_axes())

@@ -8,12 +8,11 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from torch import nn
-from torch.export import ExportedProgram
 
 from fastentropy._compat import tree_leaves, tree_node, tree_unflatten
 from fastentropy._utils.text import plural
 from fastentropy.fusion.inputs import is_same
-from fastentropy.fusion.tracing import user_inputs
+from fastentropy.fusion.traced_inputs import TracedInputs
 
 #: The types of a default value that a file can hold.
 _PLAIN = (type(None), bool, int, float, str)
@@ -64,21 +63,21 @@ class Signature(NamedTuple):
 class Binding:
     """The inputs with which a model was traced, and the parameters of the model."""
 
-    def __init__(self, program: ExportedProgram, signature: Signature) -> None:
+    def __init__(self, inputs: TracedInputs, signature: Signature) -> None:
         """Take over the inputs of a trace.
 
         Args:
-            program: the trace.
+            inputs: the inputs.
             signature: the signature of the model that was traced.
         """
-        _, _, (args, kwargs) = tree_node(program.call_spec.in_spec)
+        _, _, (args, kwargs) = tree_node(inputs.structure)
         _, names, keywords = tree_node(kwargs)
         self.signature = signature
         self._args, self._kwargs = tree_node(args)[2], dict(zip(names or (), keywords, strict=True))
         self._specs: dict[str | int, Any] = {signature.key(index): spec for index, spec in enumerate(self._args)}
         self._specs |= self._kwargs
         self._is_flat = all(tree_node(spec)[0] is None for spec in self._specs.values())
-        leaves = iter(user_inputs(program))
+        leaves = iter(inputs.values)
         traced = {key: [next(leaves) for _ in range(spec.num_leaves)] for key, spec in self._specs.items()}
         self._constants = {key: values[0] for key, values in traced.items() if tree_node(self._specs[key])[0] is None}
 

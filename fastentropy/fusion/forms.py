@@ -2,15 +2,17 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from fastentropy._compat import tree_leaves
 from fastentropy.fusion.chains.elements import Chain, operators
 from fastentropy.fusion.chains.finding import FoundChain, find_chains
+from fastentropy.fusion.finishing import finish
 from fastentropy.fusion.inputs import Inputs, clone
-from fastentropy.fusion.memory_format import with_channels_last_weights
+from fastentropy.fusion.memory_format import InOrder, lost_order, with_channels_last_weights
 from fastentropy.fusion.report import ChainReport
 from fastentropy.fusion.tracing import in_channels_last, rewrite, values_of
 
@@ -27,7 +29,7 @@ def make_forms(
     *,
     channels_last: bool = True,
 ) -> tuple[dict[Form, nn.Module], dict[str, tuple[ChainReport, ...]]]:
-    """Make every form of a model.
+    """Make every form of a model. All of them return outputs with the strides of the model's.
 
     The original and the folded form are made in both memory formats too. Fusing thus gets no credit for a gain that comes from
     the memory format alone.
@@ -48,6 +50,7 @@ def make_forms(
     chains = [chain for chain in find_chains(traced) if len(operators(chain.elements)) > 1]
     graphs = {"contiguous": traced, "channels_last": in_channels_last(traced) if channels_last else None}
     forms: dict[Form, nn.Module] = {}
+    outputs = _outputs(model, example_inputs)
     reports: dict[str, tuple[ChainReport, ...]] = {}
     for memory_format, graph in graphs.items():
         if graph is None:
@@ -58,16 +61,33 @@ def make_forms(
             if memory_format == "contiguous":
                 raise
             continue
-        forms["original", memory_format] = model if memory_format == "contiguous" else with_channels_last_weights(model)
+        forms["original", memory_format] = model if memory_format == "contiguous" else _in_channels_last(model, example_inputs)
         if plan is None:
-            forms["folded", memory_format] = rewrite(graph, {chain: chain.folded for chain in chains}, sources)
+            folded = rewrite(graph, {chain: chain.folded for chain in chains}, sources)
+            forms["folded", memory_format] = finish(folded, example_inputs, outputs)
             continue
         plans = {chain: plan(chain, sources[chain.source]) for chain in chains}
         fused, equal = _fuse(graph, {chain: form for chain, (form, _) in plans.items()}, sources, is_equal)
-        forms["folded", memory_format] = rewrite(graph, {chain: chain.folded for chain in equal}, sources)
-        forms["fused", memory_format] = fused
+        folded = rewrite(graph, {chain: chain.folded for chain in equal}, sources)
+        forms["folded", memory_format] = finish(folded, example_inputs, outputs)
+        forms["fused", memory_format] = finish(fused, example_inputs, outputs)
         reports[memory_format] = tuple(report if chain in equal else _kept(report) for chain, (_, report) in plans.items())
     return forms, reports
+
+
+def _outputs(model: nn.Module, inputs: Inputs) -> list[Any]:
+    """Return the outputs of a model for inputs, in flat order."""
+    given = clone(inputs)
+    return tree_leaves(model(*given.args, **given.kwargs))
+
+
+def _in_channels_last(model: nn.Module, inputs: Inputs) -> nn.Module:
+    """Return a copy of a model with its weights in channels-last, whose outputs have the strides of the model's."""
+    last = with_channels_last_weights(model)
+    actual, expected = _outputs(last, inputs), _outputs(model, inputs)
+    if any(lost_order(value, wanted) for value, wanted in zip(actual, expected, strict=True)):
+        return InOrder(last, actual, expected)
+    return last
 
 
 def _fuse(

@@ -1,28 +1,34 @@
 """Define the module that `fuse` returns. It runs the fused network, checks its inputs and writes itself to files."""
 
 import copy
-from collections.abc import Collection
+import io
+from collections.abc import Callable, Collection, Iterator
 from os import PathLike
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.export import ExportedProgram
+from torch.fx import GraphModule
 
 from fastentropy.fusion import serialization
+from fastentropy.fusion.backends import make_runner
 from fastentropy.fusion.binding import Binding, Signature
 from fastentropy.fusion.guards import Conditions
 from fastentropy.fusion.report import FusionReport
-from fastentropy.fusion.tracing import CHAIN_PREFIX, inference_module
+from fastentropy.fusion.traced_inputs import TracedInputs
+from fastentropy.fusion.tracing import CHAIN_PREFIX, export_again, inference_module
 from fastentropy.sites.inputs import described
 
 
 class FusedModel(nn.Module):
     """Run a network whose chains (stretches of linear operators) have the form that `fuse` chose.
 
-    `fuse` makes it, and `load` reads it from a file.
+    `fuse` makes it, and `load` reads it from a file. It is always in eval mode. Where no other form was faster, it runs a copy
+    of the user's own model.
 
     Attributes:
-        graph_module: the graph of ATen operators that runs, a `torch.fx.GraphModule`.
+        network: the network: a graph of ATen operators, or a copy of the user's model.
         report: the `FusionReport` on what `fuse` tried and chose.
 
     Examples:
@@ -33,28 +39,42 @@ class FusedModel(nn.Module):
         >>> fused(torch.randn(5, 3, 8, 8)).shape
         torch.Size([5, 4, 8, 8])
         >>> [str(node.target) for node in fused.graph_module.graph.nodes if node.op == "call_function"]
-        ['aten.conv2d.default', 'aten.relu.default']
+        ['aten.conv2d.default', 'aten.relu_.default']
     """
 
     def __init__(
-        self, program: ExportedProgram, report: FusionReport, guards: tuple[str, ...] = (), signature: Signature | None = None
+        self,
+        network: nn.Module,
+        inputs: TracedInputs,
+        report: FusionReport,
+        guards: tuple[str, ...] = (),
+        signature: Signature | None = None,
     ) -> None:
-        """Make the module from an exported program.
+        """Make the module.
 
         Args:
-            program: the fused network. Saving the module first writes its present weights into the program.
-            report: the report on what `fuse` tried and chose.
+            network: the graph that runs, or the user's model itself, which runs without checks of its inputs.
+            inputs: the inputs with which the model was traced.
+            report: the report on what `fuse` tried and chose. It names the backend that runs the network.
             guards: conditions on the sizes of the inputs, as `guards_of` returns them.
             signature: the parameters of the original model. Without it, positional inputs cannot be given by name, nor the
                 reverse.
         """
         super().__init__()
-        self.graph_module = inference_module(program)
+        self.network = network
         self.report = report
-        self._program = program
-        self._conditions = Conditions(program, guards)
-        self._binding = Binding(program, signature or Signature())
-        self.eval()
+        self._inputs = inputs
+        self._conditions = Conditions(inputs, guards)
+        self._binding = Binding(inputs, signature or Signature())
+        self._placements = {name: (value.dtype, value.device) for name, value in self._tensors()}
+        self._runner: Callable[..., Any] | None = None
+        network.eval()
+        self.training = False
+
+    @property
+    def graph_module(self) -> GraphModule:
+        """Return the network as a graph of ATen operators. Where the user's model runs, the graph is traced from it."""
+        return self.network if isinstance(self.network, GraphModule) else inference_module(self._program())
 
     def forward(self, *inputs: Any, **keywords: Any) -> Any:
         """Run the network.
@@ -62,7 +82,7 @@ class FusedModel(nn.Module):
         Args:
             *inputs: the positional inputs of the original model, with the sizes and dtypes of the example inputs of `fuse`.
                 The batch size is free; with `dynamic_sizes`, the other sizes are free too. An input that is not a tensor must
-                equal the one in the example inputs.
+                equal the one in the example inputs. Where the user's model runs, it takes whatever it takes.
             **keywords: the keyword inputs, likewise. An input may be given by its position or by its name, as in a call of the
                 original model.
 
@@ -74,21 +94,31 @@ class FusedModel(nn.Module):
                 was not fused for, or a size for which the original model might take another branch than it took when it was
                 traced.
         """
+        run = self._runner or self._start()
+        if self._runs_the_model:
+            return run(*inputs, **keywords)
         inputs, keywords, leaves = self._binding.bind(inputs, keywords)
         if refusal := self._conditions.refusal(leaves):
             raise ValueError(refusal)
-        return self.graph_module(*inputs, **keywords)
+        return run(*inputs, **keywords)
+
+    def train(self, mode: bool = True) -> "FusedModel":
+        """Do nothing and return the model: it stays in eval mode, because chains are linear in eval mode only."""
+        return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "FusedModel":
-        """Return a copy with its own weights.
-
-        The exported program is shared. It is only written to when a model is saved.
-        """
-        memo |= {id(shared): shared for shared in (self.report, self._program, self._conditions, self._binding)}
+        """Return a copy with its own weights."""
+        memo |= {id(shared): shared for shared in (self.report, self._inputs, self._conditions, self._binding)}
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
-        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        copied.__dict__.update(copy.deepcopy({**self.__dict__, "_runner": None}, memo))
         return copied
+
+    def __reduce__(self) -> tuple[Callable[[bytes], "FusedModel"], tuple[bytes]]:
+        """Pickle the model as the archive that `save` writes."""
+        archive = io.BytesIO()
+        serialization.write_archive(archive, self._program(), self.report, self._conditions.guards, self._binding.signature)
+        return _from_archive, (archive.getvalue(),)
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the model and its report to a file that `load` reads: a `torch.export` archive without pickled objects.
@@ -102,7 +132,7 @@ class FusedModel(nn.Module):
             ValueError: the name does not end in `.pt2`, or the weights were converted to another dtype or device after fusing.
             RuntimeError: the written model gives other outputs than this one.
         """
-        serialization.write(path, self._current_program(), self.report, self._conditions.guards, self._binding.signature)
+        serialization.write(path, self._program(), self.report, self._conditions.guards, self._binding.signature)
 
     def save_package(self, path: str | PathLike[str]) -> None:
         """Compile the model for this machine with AOTInductor and write the package, checked as in `save`.
@@ -116,7 +146,7 @@ class FusedModel(nn.Module):
             ValueError: the weights were converted to another dtype or device after fusing.
             RuntimeError: the package gives other outputs than the model.
         """
-        serialization.write_package(path, self._current_program())
+        serialization.write_package(path, self._program())
 
     def save_onnx(self, path: str | PathLike[str]) -> None:
         """Write the model as ONNX, checked with onnxruntime as in `save`.
@@ -129,22 +159,37 @@ class FusedModel(nn.Module):
             ValueError: the weights were converted to another dtype or device after fusing.
             RuntimeError: the written file gives other outputs than the model.
         """
-        serialization.write_onnx(path, self._current_program())
+        serialization.write_onnx(path, self._program())
 
-    def _current_program(self) -> ExportedProgram:
-        """Return the exported program with the present weights of the module.
+    @property
+    def _runs_the_model(self) -> bool:
+        """Return whether the user's model itself runs, and not a graph."""
+        return self.report.backend == "eager" and not isinstance(self.network, GraphModule)
+
+    def _start(self) -> Callable[..., Any]:
+        """Return what runs the network, and keep it for later calls."""
+        self._runner = make_runner(self.report.backend, self.network, self._inputs)
+        return self._runner
+
+    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the names and values of the weights and buffers."""
+        yield from self.network.named_parameters()
+        yield from self.network.named_buffers()
+
+    def _program(self) -> ExportedProgram:
+        """Export the network with its present weights.
 
         Raises ValueError if a weight was converted to another dtype or device.
         """
-        stored = {**self._program.state_dict, **self._program.constants}
-        for name, value in [*self.graph_module.named_parameters(), *self.graph_module.named_buffers()]:
-            if (value.dtype, value.device) != (stored[name].dtype, stored[name].device):
+        for name, value in self._tensors():
+            dtype, device = self._placements[name]
+            if (value.dtype, value.device) != (dtype, device):
                 raise ValueError(
-                    f"{name} was converted from {stored[name].dtype} on {stored[name].device} to {value.dtype} on "
-                    f"{value.device} after fusing; convert the model and fuse it again"
+                    f"{name} was converted from {dtype} on {device} to {value.dtype} on {value.device} after fusing; convert "
+                    "the model and fuse it again"
                 )
-            stored[name].data.copy_(value.detach())
-        return self._program
+        with torch.no_grad():
+            return export_again(self.network, self._inputs)
 
 
 def make_trainable(model: FusedModel, names: Collection[str]) -> None:
@@ -154,10 +199,10 @@ def make_trainable(model: FusedModel, names: Collection[str]) -> None:
         model: the fused model, which is changed.
         names: names of the buffers that become parameters, in addition to the weights of all rewritten chains.
     """
-    for name, weight in list(model.graph_module.named_buffers()):
+    for name, weight in list(model.network.named_buffers()):
         if name in names or name.startswith(CHAIN_PREFIX):
             path, _, own = name.rpartition(".")
-            owner = model.graph_module.get_submodule(path)
+            owner = model.network.get_submodule(path)
             delattr(owner, own)
             owner.register_parameter(own, nn.Parameter(weight))
 
@@ -188,4 +233,10 @@ def load(path: str | PathLike[str]) -> FusedModel:
     """
     if not (isinstance(path, str | PathLike) or hasattr(path, "read")):
         raise TypeError(f"path: got {described(path)}, expected the name of a .pt2 file that fused.save wrote")
-    return FusedModel(*serialization.read(path))
+    return _from_archive(path)
+
+
+def _from_archive(source: str | PathLike[str] | bytes) -> FusedModel:
+    """Return the model in an archive, given as a file or as its bytes."""
+    program, report, guards, signature = serialization.read(io.BytesIO(source) if isinstance(source, bytes) else source)
+    return FusedModel(inference_module(program), TracedInputs.of(program), report, guards, signature)

@@ -18,7 +18,7 @@ from torch.export import ExportedProgram
 
 from fastentropy._compat import export_guards, keystr, tree_flatten_with_path, tree_node, tree_unflatten
 from fastentropy.fusion.inputs import Inputs, is_same
-from fastentropy.fusion.tracing import fits, input_sizes, user_inputs
+from fastentropy.fusion.traced_inputs import TracedInputs, fits
 from fastentropy.sites.inputs import described
 
 #: The operations that a guard may contain, by the class of their syntax node.
@@ -44,41 +44,38 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {"sym_max": max, "sym_min": min}
 class Conditions:
     """The conditions on the inputs of a traced model."""
 
-    def __init__(self, program: ExportedProgram, guards: tuple[str, ...]) -> None:
-        """Take over the conditions of an exported program.
+    def __init__(self, inputs: TracedInputs, guards: tuple[str, ...]) -> None:
+        """Take over the conditions of a trace.
 
         Args:
-            program: gives the sizes of the tensors, and the values of all other inputs.
+            inputs: gives the sizes of the tensors, and the values of all other inputs.
             guards: further conditions, as `guards_of` returns them.
         """
         self.guards = guards
-        self._inputs = list(zip(user_inputs(program), input_sizes(program), strict=True))
-        self._names = _names(program)
+        self._inputs = list(zip(inputs.values, inputs.sizes, strict=True))
+        self._constants = [(index, value) for index, (value, sizes) in enumerate(self._inputs) if sizes is None]
+        self._names = _names(inputs)
         self._met: set[tuple[torch.Size, ...]] = set()
 
     def refusal(self, leaves: Sequence[Any]) -> str:
         """Return the reason why the model cannot be called with inputs, or "" if it can.
 
-        Guards are not checked while `torch.compile` traces the call.
+        Guards are not checked while `torch.compile` traces the call. Shapes that met all conditions are remembered.
 
         Args:
             leaves: the inputs in flat order, as many as the trace has.
         """
+        is_compiling = torch.compiler.is_compiling()
+        shapes = () if is_compiling else tuple([leaf.shape for leaf in leaves if isinstance(leaf, Tensor)])
+        if shapes in self._met and all(is_same(leaves[index], value) for index, value in self._constants):
+            return ""
         for leaf, name, (constant, sizes) in zip(leaves, self._names, self._inputs, strict=True):
             if sizes is None and not is_same(leaf, constant):
                 return f"{name} {_describe(leaf)}, but this model was fused for {constant!r}; fuse it again"
             if sizes is not None and not fits(leaf, sizes):
                 wanted = [low if high == low + 1 else "any" for low, high in sizes]
                 return f"{name} {_describe(leaf)}, but this model was fused for {wanted}; fuse it again"
-        return "" if torch.compiler.is_compiling() else self._unmet(leaves)
-
-    def _unmet(self, leaves: Sequence[Any]) -> str:
-        """Return a message about the first guard that is false for inputs in flat order, or "" if all are true.
-
-        Shapes that met all guards are remembered.
-        """
-        shapes = tuple(leaf.shape for leaf in leaves if isinstance(leaf, Tensor))
-        if shapes in self._met:
+        if is_compiling:
             return ""
         for guard in self.guards:
             if not holds(guard, leaves):
@@ -88,9 +85,9 @@ class Conditions:
         return ""
 
 
-def _names(program: ExportedProgram) -> list[str]:
+def _names(inputs: TracedInputs) -> list[str]:
     """Return what an error message calls each input of a trace, in flat order: keyword inputs have names."""
-    _, _, (args, kwargs) = tree_node(program.call_spec.in_spec)
+    _, _, (args, kwargs) = tree_node(inputs.structure)
     _, names, parts = tree_node(kwargs)
     keywords = [f"the input {name!r}" for name, part in zip(names or (), parts, strict=True) for _ in range(part.num_leaves)]
     return ["an input"] * args.num_leaves + keywords

@@ -90,14 +90,18 @@ class FusionReport:
 
     Attributes:
         chains: the report on each chain.
-        milliseconds: the median time of one call on the example inputs, by form: `original` (the model as given), `folded`
-            (only batch norm folded) and `fused` (every chain in its chosen form). The three are measured side by side. Empty
-            if nothing was measured.
+        milliseconds: the median time of one call on the example inputs, by form: `original` (the model as given, in eager
+            mode), `folded` (only batch norm folded) and `fused` (every chain in its chosen form), both in `backend`. What is
+            timed is the module that is returned. All are measured side by side. Empty if nothing was measured.
         memory_formats: the fastest memory format of each of the three forms: `contiguous` or `channels_last`.
         choice: the form that `fuse` returned: `original`, `folded` or `fused`.
         max_relative_error: the largest absolute difference between an output of this form and that of the model, on all
             inputs on which the two were compared, divided by the largest absolute value of the output. If it is above the
             tolerance, the model is also run in float64, and the smaller of the two errors counts.
+        backend: what runs the returned form: `eager`, `inductor` or `onnxruntime`.
+        times: the milliseconds of each form in each backend that was measured. `original` in `inductor` is the model compiled
+            by torch.compile with frozen weights.
+        notes: what could not be measured, and why.
 
     Examples:
         >>> import torch
@@ -115,11 +119,15 @@ class FusionReport:
     memory_formats: dict[str, str]
     choice: str
     max_relative_error: float
+    backend: str = "eager"
+    times: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def speedup(self) -> float | None:
         """Return the time of the original divided by the time of the chosen form, or None if nothing was measured."""
-        return self.milliseconds["original"] / self.milliseconds[self.choice] if self.milliseconds else None
+        times = self._by_backend()
+        return times["eager"]["original"] / times[self.backend][self.choice] if times else None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as a dict that can be written as JSON.
@@ -154,16 +162,29 @@ class FusionReport:
             for chain in values["chains"]
         )
         names = ("milliseconds", "memory_formats", "choice", "max_relative_error")
-        return cls(chains, *(values[name] for name in names))
+        further = {"backend": values["backend"], "times": values["times"], "notes": tuple(values["notes"])}
+        return cls(chains, *(values[name] for name in names), **further)
 
     def __str__(self) -> str:
         """Return each chain with its candidates, then the times of the whole model, then the chosen form."""
-        chains = [str(chain) for chain in self.chains]
-        times = ", ".join(f"{name} {value:.3f} ms ({self.memory_formats[name]})" for name, value in self.milliseconds.items())
         gain = f", {self.speedup:.2f}× as fast as the original" if self.speedup else ""
-        kept = f"kept: {self.choice}{gain}, relative error {self.max_relative_error:.0e}"
-        slower = "\nthe fused form is not used: it was slower or not verified" if self.choice != "fused" else ""
-        return "\n".join([*chains, f"model: {times or 'not measured'}", kept + slower])
+        backend = "" if self.backend == "eager" else f" in {self.backend}"
+        kept = f"kept: {self.choice}{backend}{gain}, relative error {self.max_relative_error:.0e}"
+        slower = ["the fused form is not used: it was slower or not verified"] * (self.choice != "fused")
+        return "\n".join([*map(str, self.chains), *self._times(), kept, *slower, *self.notes])
+
+    def _times(self) -> list[str]:
+        """Return a line with the times of the whole model for each backend that was measured."""
+        lines = []
+        for backend, times in self._by_backend().items():
+            formats = self.memory_formats if backend == "eager" else {}
+            each = [f"{name} {ms:.3f} ms{f' ({formats[name]})' if formats else ''}" for name, ms in times.items()]
+            lines.append(f"model{'' if backend == 'eager' else f' in {backend}'}: {', '.join(each)}")
+        return lines or ["model: not measured"]
+
+    def _by_backend(self) -> dict[str, dict[str, float]]:
+        """Return the milliseconds of each form by backend: those of `backend` alone if `times` was not given."""
+        return self.times or ({self.backend: self.milliseconds} if self.milliseconds else {})
 
 
 def _milliseconds(value: float | None) -> str:

@@ -1,27 +1,27 @@
 """Write fused models as torch.export archives without pickled objects, AOTInductor packages or ONNX, and read archives."""
 
-import functools
 import json
 import re
 import warnings
 import zipfile
 from collections.abc import Callable
-from importlib.util import find_spec
+from io import BytesIO
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.export import ExportedProgram
 
 from fastentropy._compat import compile_package, load_package, tree_leaves
 from fastentropy._utils.errors import one_line
 from fastentropy._utils.files import replace_file
+from fastentropy.fusion.backends.onnx_runtime import check_onnx, export_onnx, run_session, start_session
 from fastentropy.fusion.binding import Signature
 from fastentropy.fusion.inputs import clone, is_float
 from fastentropy.fusion.report import FusionReport
-from fastentropy.fusion.tracing import inference_module, sample_inputs
+from fastentropy.fusion.traced_inputs import TracedInputs
+from fastentropy.fusion.tracing import inference_module
 from fastentropy.fusion.verification import TOLERANCE, full_precision, largest_error
 
 #: The names of the entries that `write` puts into an archive, without the top folder.
@@ -52,18 +52,25 @@ def write(
     """
     if Path(path).suffix != ".pt2":
         raise ValueError(f"{path}: the name of a fused model must end in .pt2")
-    texts = {"report.json": json.dumps(report.to_dict()), "guards.json": json.dumps(guards)}
-    texts["signature.json"] = json.dumps(signature.to_dict())
-    program.example_inputs = None
 
     def save(file: Path) -> None:
-        with warnings.catch_warnings():
-            # PyTorch mistakes weights in channels-last for parts of larger tensors. The file is read back and compared.
-            warnings.filterwarnings("ignore", message="No complete tensor found in the group")
-            torch.export.save(program, file, extra_files=texts)
+        write_archive(file, program, report, guards, signature)
         _check_equal(program, inference_module(read(file)[0]))
 
     replace_file(path, save)
+
+
+def write_archive(
+    file: Path | BytesIO, program: ExportedProgram, report: FusionReport, guards: tuple[str, ...], signature: Signature
+) -> None:
+    """Write a fused model as a torch.export archive, without a check; the arguments are as in `write`."""
+    texts = {"report.json": json.dumps(report.to_dict()), "guards.json": json.dumps(guards)}
+    texts["signature.json"] = json.dumps(signature.to_dict())
+    program.example_inputs = None
+    with warnings.catch_warnings():
+        # PyTorch mistakes weights in channels-last for parts of larger tensors. `write` reads the file back and compares.
+        warnings.filterwarnings("ignore", message="No complete tensor found in the group")
+        torch.export.save(program, file, extra_files=texts)
 
 
 def write_package(path: str | PathLike[str], program: ExportedProgram) -> None:
@@ -86,27 +93,14 @@ def write_onnx(path: str | PathLike[str], program: ExportedProgram) -> None:
 
     Raises ImportError if onnx, onnxscript or onnxruntime is missing.
     """
-    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if not find_spec(name)]
-    if missing:
-        raise ImportError(f"{', '.join(missing)}: not installed; pip install 'fastentropy[onnx]'")
+    check_onnx()
 
     def save(file: Path) -> None:
-        exported = torch.onnx.export(program, dynamo=True, verbose=False)
-        assert exported is not None
-        exported.save(file)
-        _check_equal(program, functools.partial(_run_onnx, file))
+        export_onnx(program, file)
+        session = start_session(file)
+        _check_equal(program, lambda *inputs, **keywords: run_session(session, tree_leaves((inputs, keywords))))
 
     replace_file(path, save)
-
-
-def _run_onnx(file: Path, *inputs: Any, **keywords: Any) -> list[Tensor]:
-    """Run an ONNX file with onnxruntime and return its outputs. Inputs that are not tensors are left out."""
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(file)
-    tensors = [value.numpy(force=True) for value in tree_leaves((inputs, keywords)) if isinstance(value, Tensor)]
-    names = [each.name for each in session.get_inputs()]
-    return [torch.from_numpy(output) for output in session.run(None, dict(zip(names, tensors, strict=True)))]
 
 
 def _check_equal(program: ExportedProgram, written: Callable[..., Any]) -> None:
@@ -116,7 +110,7 @@ def _check_equal(program: ExportedProgram, written: Callable[..., Any]) -> None:
         program: the program.
         written: runs the written model on the same inputs.
     """
-    inputs = sample_inputs(program)
+    inputs = TracedInputs.of(program).sample()
     given, again = clone(inputs), clone(inputs)
     with full_precision():
         expected = tree_leaves(inference_module(program)(*given.args, **given.kwargs))
@@ -126,7 +120,7 @@ def _check_equal(program: ExportedProgram, written: Callable[..., Any]) -> None:
         raise RuntimeError(f"the written model differs by {error:.1e} (relative), above {tolerance:.0e}, and was not kept")
 
 
-def read(path: str | PathLike[str]) -> tuple[ExportedProgram, FusionReport, tuple[str, ...], Signature]:
+def read(path: str | PathLike[str] | BytesIO) -> tuple[ExportedProgram, FusionReport, tuple[str, ...], Signature]:
     """Read an archive that `write` wrote, without running code from it.
 
     Args:
@@ -154,7 +148,7 @@ def read(path: str | PathLike[str]) -> tuple[ExportedProgram, FusionReport, tupl
         raise ValueError(f"{path} is not a fused model (write one with fused.save(path)): {one_line(error)}") from error
 
 
-def _refuse_foreign_entries(path: str | PathLike[str]) -> None:
+def _refuse_foreign_entries(path: str | PathLike[str] | BytesIO) -> None:
     """Raise ValueError if an archive holds an entry that `write` does not write.
 
     Such an entry could be a pickle, and reading a pickle can run any code.

@@ -1,7 +1,6 @@
 """Trace a model into a graph of ATen operators, run the graph, and rewrite its chains (stretches of linear operators)."""
 
 import copy
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from operator import attrgetter
 from typing import Any
@@ -9,23 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, ShapesCollection
-from torch.export.graph_signature import InputKind
 from torch.fx import GraphModule, Interpreter, Node
 
-from fastentropy._compat import tree_unflatten
 from fastentropy._utils.errors import one_line
 from fastentropy.fusion.chains.elements import Chain, output_shape
 from fastentropy.fusion.chains.finding import FoundChain
 from fastentropy.fusion.chains.lowering import Lowering
-from fastentropy.fusion.chains.nodes import fixed_size
 from fastentropy.fusion.inputs import Inputs, clone, has_batch, with_batch_size
 from fastentropy.fusion.memory_format import CHANNELS_LAST
+from fastentropy.fusion.traced_inputs import TracedInputs
 
 #: The prefix of the names of the constants of rewritten chains.
 CHAIN_PREFIX = "fastentropy_chain_"
-
-#: The sizes that an axis may have: at least the first number and less than the second. None as the second means no limit.
-Sizes = tuple[int, int | None]
 
 
 def export(model: nn.Module, example_inputs: Inputs, dynamic_sizes: bool = False) -> ExportedProgram:
@@ -74,19 +68,38 @@ def _trace_single(model: nn.Module, inputs: Inputs, dynamic_sizes: bool) -> Expo
     """
     try:
         program = _trace(model, with_batch_size(inputs, 2), dynamic_sizes)
-        if free_axes(program):
+        if TracedInputs.of(program).free_axes():
             return program
     except Exception:  # whatever a model raises for another batch size
         pass
     return torch.export.export(model, inputs.args, inputs.kwargs)
 
 
-def free_axes(program: ExportedProgram) -> list[tuple[int, int]]:
-    """Return the axes with free sizes, each as the index of an input in flat order and the index of its axis."""
-    sizes = enumerate(input_sizes(program))
-    return [
-        (index, axis) for index, each in sizes for axis, (low, high) in enumerate(each or ()) if high is None or high > low + 1
-    ]
+def export_again(network: nn.Module, inputs: TracedInputs) -> ExportedProgram:
+    """Trace a network that computes what an earlier trace computes, with the same free sizes.
+
+    Args:
+        network: the network, such as a rewritten graph of that trace.
+        inputs: the inputs of that trace.
+
+    Returns:
+        The exported program. It owns its constants, and shares the weights with the network.
+
+    Raises:
+        ValueError: torch.export cannot trace the network.
+    """
+    sample = inputs.sample()
+    # The constructor of ShapesCollection has no annotations.
+    shapes, leaves = ShapesCollection(), sample.leaves  # type: ignore[no-untyped-call]
+    free: dict[int, dict[int, Any]] = {}
+    for leaf, axis in inputs.free_axes():
+        free.setdefault(leaf, {})[axis] = Dim.AUTO
+    for leaf, axes in free.items():
+        shapes[leaves[leaf]] = axes
+    try:
+        return own_constants(torch.export.export(network, sample.args, sample.kwargs, dynamic_shapes=shapes if free else None))
+    except Exception as error:
+        raise ValueError(f"torch.export cannot trace the fused network: {one_line(error)}") from error
 
 
 def own_constants(program: ExportedProgram) -> ExportedProgram:
@@ -138,7 +151,7 @@ def rewrite(traced: GraphModule, forms: Mapping[FoundChain, Chain], sources: Map
         like = sources[chain.source]
         with graph.inserting_before(end):
             lowering = Lowering(graph, like, f"{CHAIN_PREFIX}{index}", chain.has_fixed_size)
-            result = lowering.lower(form, copies[chain.source.name], like.shape)
+            result = lowering.lower(form, lowering.begin(form, copies[chain.source.name]), like.shape)
             for view in chain.views:
                 result = _view_again(graph, view, copies, result, output_shape(form, like.shape)[-1])
         constants |= lowering.tensors
@@ -170,12 +183,13 @@ def _view_again(graph: torch.fx.Graph, view: Node, copies: Mapping[str, Node], v
 def in_channels_last(traced: GraphModule) -> GraphModule | None:
     """Return a copy of a graph with the weights of its 2-d and 3-d convolutions in channels-last.
 
-    The outputs of these convolutions are then in channels-last too. Returns None if the graph has no such convolution.
+    The outputs of these convolutions are then in channels-last too. Returns None if the graph has no such convolution, or only
+    convolutions that cut an image into patches, which are no faster in channels-last.
     """
-    weights = {str(node.args[1].target) for node in traced.graph.nodes if _is_spatial_convolution(node, traced)}
-    if not weights:
+    convolutions = [node for node in traced.graph.nodes if _is_spatial_convolution(node, traced)]
+    values = {str(node.args[1].target): attrgetter(str(node.args[1].target))(traced) for node in convolutions}
+    if all(_cuts_into_patches(node, values[str(node.args[1].target)]) for node in convolutions):
         return None
-    values = {name: attrgetter(name)(traced) for name in weights}
     added = {name: value.contiguous(memory_format=CHANNELS_LAST[value.ndim]) for name, value in values.items()}
     return _with_constants(traced, copy.deepcopy(traced.graph), added)
 
@@ -188,6 +202,15 @@ def _is_spatial_convolution(node: Node, traced: GraphModule) -> bool:
     is_constant = isinstance(weight, Node) and weight.op == "get_attr"
     # mypy does not see that `is_constant` implies a Node.
     return is_constant and attrgetter(str(weight.target))(traced).ndim in CHANNELS_LAST  # type: ignore[union-attr]
+
+
+def _cuts_into_patches(node: Node, weight: Tensor) -> bool:
+    """Return whether the kernel of a convolution, larger than one position, is as large as its stride."""
+    if "transpose" in str(node.target):
+        return False
+    stride = node.args[3] if len(node.args) > 3 else 1
+    kernel = list(weight.shape[2:])
+    return max(kernel) > 1 and kernel == (list(stride) if isinstance(stride, Sequence) else [stride] * len(kernel))
 
 
 class _Recorder(Interpreter):
@@ -220,70 +243,3 @@ def values_of(traced: GraphModule, nodes: Sequence[Node], inputs: Inputs) -> dic
     recorder = _Recorder(traced, nodes)
     recorder.run(*inputs.leaves, enable_io_processing=False)
     return {node: recorder.values[node.name] for node in nodes}
-
-
-def input_sizes(program: ExportedProgram) -> list[tuple[Sizes, ...] | None]:
-    """Return the sizes that each axis of each input may have; None for an input that is not a tensor.
-
-    The inputs are in flat order.
-    """
-    return [_sizes(value, program) for value in user_inputs(program)]
-
-
-def user_inputs(program: ExportedProgram) -> list[Any]:
-    """Return the inputs of a trace in flat order. Each is a fake tensor (a shape without memory) or a constant."""
-    placeholders = zip(program.graph_signature.input_specs, program.graph.find_nodes(op="placeholder"), strict=True)
-    return [node.meta.get("val") for spec, node in placeholders if spec.kind is InputKind.USER_INPUT]
-
-
-def sample_inputs(program: ExportedProgram) -> Inputs:
-    """Return inputs with which a program can be called.
-
-    Floating-point tensors are random, all other tensors are zeros, and each free size is the smallest allowed one from 2 on.
-    """
-    generator = torch.Generator().manual_seed(0)
-
-    def sample(value: Any, sizes: tuple[Sizes, ...] | None) -> Any:
-        if sizes is None:
-            return value
-        shape = [low if high == low + 1 else max(low, 2) for low, high in sizes]
-        if not value.is_floating_point():
-            return torch.zeros(shape, dtype=value.dtype, device=value.device)
-        return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(value.device, value.dtype)
-
-    leaves = list(map(sample, user_inputs(program), input_sizes(program)))
-    args, kwargs = tree_unflatten(leaves, program.call_spec.in_spec)
-    return Inputs(args, kwargs)
-
-
-def fits(value: Any, sizes: tuple[Sizes, ...] | None) -> bool:
-    """Return whether an input is a tensor whose sizes are all allowed.
-
-    Args:
-        value: the input.
-        sizes: the allowed sizes per axis, or None to allow every value.
-    """
-    if sizes is None:
-        return True
-    if not isinstance(value, Tensor) or value.ndim != len(sizes):
-        return False
-    return all(low <= size and (high is None or size < high) for size, (low, high) in zip(value.shape, sizes, strict=True))
-
-
-def _sizes(value: Any, program: ExportedProgram) -> tuple[Sizes, ...] | None:
-    """Return the sizes that each axis of one input of a trace may have; None if it is not a tensor."""
-    if not isinstance(value, Tensor):
-        return None
-    return tuple(_allowed(size, program) for size in value.shape)
-
-
-def _allowed(size: int | torch.SymInt, program: ExportedProgram) -> Sizes:
-    """Return the values that a size of a trace may have."""
-    if (constant := fixed_size(size)) is not None:
-        return constant, constant + 1
-    assert isinstance(size, torch.SymInt)
-    bounds = program.range_constraints.get(size.node.expr)
-    lowest, highest = (int(bounds.lower), bounds.upper) if bounds else (0, None)
-    limit = int(highest) + 1 if highest is not None and highest < sys.maxsize else None
-    # A trace reports sizes from 2 on. Its guards decide whether it is also correct for 1.
-    return 1 if lowest <= 2 else lowest, limit

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from fastentropy import fuse, linearize, load
-from fastentropy.fusion import api, verification
+from fastentropy.fusion import api, choosing, verification
 from fastentropy.fusion.chains import finding
 from fastentropy.fusion.forms import make_forms
 from fastentropy.fusion.inputs import Inputs
@@ -22,8 +22,8 @@ pytestmark = pytest.mark.usefixtures("counted_times")
 @pytest.mark.parametrize("fastest", ["contiguous", "channels_last"])
 def test_every_form_gets_its_fastest_memory_format(network, images, monkeypatch, fastest, tmp_path):
     price = {"original": 3.0, "folded": 2.0, "fused": 1.0}
-    prices = lambda functions: {key: price[key[0]] + (key[1] != fastest) / 2 for key in functions}  # noqa: E731
-    monkeypatch.setattr(api, "measure_times", prices)
+    prices = lambda functions, **options: {key: price[key[0]] + (key[1] != fastest) / 2 for key in functions}  # noqa: E731
+    monkeypatch.setattr(choosing, "measure_times", prices)
     fused = fuse(network.eval(), (images,))
     assert fused.report.milliseconds == price
     assert set(fused.report.memory_formats.values()) == {fastest}

@@ -7,6 +7,7 @@ from fastentropy import fuse
 from fastentropy.fusion import api
 from fastentropy.fusion.guards import Conditions, guards_of, holds
 from fastentropy.fusion.inputs import Inputs
+from fastentropy.fusion.traced_inputs import TracedInputs
 from fastentropy.fusion.tracing import export
 
 LEAVES = [torch.zeros(3, 8), 2.0, torch.zeros(4)]
@@ -56,7 +57,7 @@ class Branches(torch.nn.Module):
 def test_guards_name_the_inputs_in_flat_order():
     inputs = Inputs((torch.zeros(3, 5), {"y": torch.zeros(3, 5)}))
     program = export(Branches(), inputs)
-    conditions = Conditions(program, guards_of(program, Branches(), inputs))
+    conditions = Conditions(TracedInputs.of(program), guards_of(program, Branches(), inputs))
     accepted = [n for n in range(2, 12) if not conditions.refusal([torch.zeros(n, 5), torch.zeros(n, 5)])]
     assert accepted == [2, 3, 5, 6, 7, 9, 10, 11]
 

@@ -8,6 +8,7 @@ import torch
 
 from fastentropy import fuse, load
 from fastentropy.fusion import serialization
+from fastentropy.fusion.backends import onnx_runtime
 from tests._helpers.fusing import assert_equal, inverted_residual, ringed
 
 pytestmark = pytest.mark.usefixtures("counted_times")
@@ -39,7 +40,7 @@ def test_onnx(build, tmp_path, merged):
 def test_onnx_without_its_packages(tmp_path, monkeypatch):
     model, x = inverted_residual()
     fused = fuse(model, (x,))
-    monkeypatch.setattr(serialization, "find_spec", lambda name: None)
+    monkeypatch.setattr(onnx_runtime, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"^onnx, onnxscript, onnxruntime: not installed; pip install"):
         fused.save_onnx(tmp_path / "model.onnx")
 

@@ -14,14 +14,12 @@ from fastentropy.fusion.chains.merging import merge
 from fastentropy.fusion.chains.passes import fold
 from fastentropy.fusion.inputs import Inputs
 from fastentropy.fusion.memory_format import is_channels_last
+from fastentropy.fusion.traced_inputs import TracedInputs, fits
 from fastentropy.fusion.tracing import (
     export,
-    fits,
     in_channels_last,
     inference_module,
-    input_sizes,
     rewrite,
-    sample_inputs,
     values_of,
 )
 from tests._helpers.linear_networks import NETWORKS
@@ -48,9 +46,9 @@ def test_batch_size_is_free(batch):
     for size in (1, 2, 5):
         x = torch.randn(size, 3, 6, 5)
         close(module(x), model(x))
-    ((batch_sizes, *others),) = input_sizes(program)
+    ((batch_sizes, *others),) = TracedInputs.of(program).sizes
     assert batch_sizes[1] is None
-    assert others == [(3, 4), (6, 7), (5, 6)]
+    assert list(others) == [(3, 4), (6, 7), (5, 6)]
 
 
 def test_dynamic_sizes():
@@ -59,9 +57,9 @@ def test_dynamic_sizes():
     module = inference_module(program)
     for shape in [(1, 3, 9, 7), (4, 3, 6, 5)]:
         x = torch.randn(shape)
-        assert fits(x, input_sizes(program)[0])
+        assert fits(x, TracedInputs.of(program).sizes[0])
         close(module(x), model(x))
-    assert not fits(torch.randn(2, 4, 6, 5), input_sizes(program)[0])
+    assert not fits(torch.randn(2, 4, 6, 5), TracedInputs.of(program).sizes[0])
 
 
 @pytest.mark.parametrize("dynamic_sizes", [False, True])
@@ -70,7 +68,7 @@ def test_model_of_one_batch_size(dynamic_sizes):
     x = torch.randn(2, 3, 5)
     program = export(model, Inputs((x,)), dynamic_sizes)
     close(inference_module(program)(x), model(x))
-    ((batch, *_),) = input_sizes(program)
+    ((batch, *_),) = TracedInputs.of(program).sizes
     assert batch == (2, 3)
 
 
@@ -242,7 +240,7 @@ def test_allowed_sizes(value, sizes, expected):
 def test_constants_have_no_sizes():
     model = Reads(lambda m, x, scale, pair: x * scale + pair[0] if pair[1] is None else x)
     program = export(model, Inputs((X, 2.5, (X, None))))
-    sizes = input_sizes(program)
+    sizes = TracedInputs.of(program).sizes
     assert len(sizes) == 4
     assert [each is None for each in sizes] == [False, True, False, True]
 
@@ -251,7 +249,7 @@ def test_constants_have_no_sizes():
 def test_sample_inputs(dynamic_sizes):
     model = Reads(lambda m, x, ids: m.a(x).mean((2, 3)) + m.t(ids), a=nn.Conv2d(3, 4, 3), t=nn.Embedding(5, 4)).eval()
     program = export(model, Inputs((X, torch.tensor([4, 1]))), dynamic_sizes)
-    inputs = sample_inputs(program)
-    assert all(map(fits, inputs.leaves, input_sizes(program)))
+    inputs = TracedInputs.of(program).sample()
+    assert all(map(fits, inputs.leaves, TracedInputs.of(program).sizes))
     assert [value.dtype for value in inputs.args] == [torch.float32, torch.int64]
     close(inference_module(program)(*inputs.args), model(*inputs.args))

@@ -8,6 +8,8 @@ import fastentropy
 import fastentropy_kernels
 
 COLLECT = "*, average='dataset', channel_axis=None, mask='attention_mask', exclude=(), misfits='raise'"
+FUSE = "tolerance=None, measure=True, dynamic_sizes=False, borders='exact', backend='eager'"
+REPORT = "backend='eager', times=<factory>, notes=()"
 SIGNATURES = {
     "fastentropy": {
         "EntropyCollector": f"(model, {COLLECT})",
@@ -20,12 +22,14 @@ SIGNATURES = {
         "EntropyCollector.state_dict": "(self)",
         "EntropyCollector.sync": "(self)",
         "EntropyCollector.update": "(self, *args, **kwargs)",
-        "FusedModel": "(program, report, guards=(), signature=None)",
+        "FusedModel": "(network, inputs, report, guards=(), signature=None)",
         "FusedModel.forward": "(self, *inputs, **keywords)",
+        "FusedModel.graph_module": "property",
         "FusedModel.save": "(self, path)",
         "FusedModel.save_onnx": "(self, path)",
         "FusedModel.save_package": "(self, path)",
-        "FusionReport": "(chains, milliseconds, memory_formats, choice, max_relative_error)",
+        "FusedModel.train": "(self, mode=True)",
+        "FusionReport": f"(chains, milliseconds, memory_formats, choice, max_relative_error, {REPORT})",
         "FusionReport.from_dict": "(values)",
         "FusionReport.speedup": "property",
         "FusionReport.to_dict": "(self)",
@@ -52,7 +56,7 @@ SIGNATURES = {
         "Step": "(removed, layer_entropy, score, metrics=<factory>, collapsed=())",
         "collect": f"(model, {COLLECT})",
         "find_sites": "(model, example_inputs)",
-        "fuse": "(model, example_inputs, *, tolerance=None, measure=True, dynamic_sizes=False, borders='exact')",
+        "fuse": f"(model, example_inputs, *, {FUSE})",
         "isolate": "(model, example_inputs)",
         "linearize": "(model, names)",
         "load": "(path)",

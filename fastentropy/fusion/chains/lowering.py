@@ -19,10 +19,11 @@ from fastentropy.fusion.chains.elements import (
     FusedPair,
     Sum,
     TapBiased,
+    operators,
     output_shape,
 )
 from fastentropy.fusion.chains.geometry import Axis
-from fastentropy.fusion.memory_format import like_format
+from fastentropy.fusion.memory_format import is_matrix, like_format
 
 _aten = torch.ops.aten
 
@@ -47,6 +48,15 @@ class Lowering:
         self.tensors: dict[str, Tensor] = {}
         self.modules: dict[str, nn.Module] = {}
         self._graph, self._like, self._prefix, self._fixed_size = graph, like, prefix, fixed_size
+
+    def begin(self, chain: Chain, value: Node) -> Node:
+        """Return the node that a chain is to read in place of its source: linear layers read values that are a matrix.
+
+        PyTorch multiplies other values by a constant weight sample by sample.
+        """
+        if not operators(chain) or operators(chain)[0].axes or is_matrix(self._like):
+            return value
+        return self._graph.call_function(_aten.contiguous.default, (value,))
 
     def lower(self, chain: Chain, value: Node, shape: Sequence[int]) -> Node:
         """Append a chain that is applied to the value of a node, and return the node of its output.
@@ -247,7 +257,7 @@ def compile_chain(chain: Chain, like: Tensor) -> GraphModule:
     """
     graph = Graph()
     lowering = Lowering(graph, like, "operator")
-    graph.output(lowering.lower(chain, graph.placeholder("x"), like.shape))
+    graph.output(lowering.lower(chain, lowering.begin(chain, graph.placeholder("x")), like.shape))
     return GraphModule({**lowering.tensors, **lowering.modules}, graph)
 
 

@@ -1,0 +1,78 @@
+"""Run a network in ONNX Runtime, on a CPU."""
+
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from fastentropy._compat import tree_leaves, tree_unflatten
+from fastentropy.fusion.traced_inputs import TracedInputs
+from fastentropy.fusion.tracing import export_again
+
+
+class OnnxSession:
+    """A network in an ONNX Runtime session, with as many threads as PyTorch has when the session is made.
+
+    A call that needs gradients runs the network as it is.
+    """
+
+    def __init__(self, network: nn.Module, inputs: TracedInputs) -> None:
+        """Export the network and start the session.
+
+        Args:
+            network: the network.
+            inputs: the inputs with which it was traced.
+
+        Raises:
+            ImportError: onnx, onnxscript or onnxruntime is missing.
+            ValueError: the network cannot be exported, or is not on a CPU.
+        """
+        check_onnx()
+        if any(value.device.type != "cpu" for value in network.state_dict().values()):
+            raise ValueError('backend="onnxruntime" runs on a CPU, but the model is on another device; call model.cpu()')
+        program = export_again(network, inputs)
+        self._network, self._structure = network, program.call_spec.out_spec
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "model.onnx"
+            export_onnx(program, file)
+            self._session = start_session(file)
+
+    def __call__(self, *inputs: Any, **keywords: Any) -> Any:
+        """Run the network."""
+        leaves = tree_leaves((inputs, keywords))
+        if torch.is_grad_enabled() and any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves):
+            return self._network(*inputs, **keywords)
+        return tree_unflatten(run_session(self._session, leaves), self._structure)
+
+
+def check_onnx() -> None:
+    """Raise ImportError if onnx, onnxscript or onnxruntime is missing."""
+    if missing := [name for name in ("onnx", "onnxscript", "onnxruntime") if not find_spec(name)]:
+        raise ImportError(f"{', '.join(missing)}: not installed; pip install 'fastentropy[onnx]'")
+
+
+def export_onnx(program: ExportedProgram, file: Path) -> None:
+    """Write a program as ONNX."""
+    exported = torch.onnx.export(program, dynamo=True, verbose=False)
+    assert exported is not None
+    exported.save(file)
+
+
+def start_session(file: Path) -> Any:
+    """Return an `onnxruntime.InferenceSession` of a file, with as many threads as PyTorch has now."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+
+
+def run_session(session: Any, leaves: list[Any]) -> list[Tensor]:
+    """Return the outputs of a session for inputs in flat order. Inputs that are not tensors are part of the file."""
+    tensors = [value.numpy(force=True) for value in leaves if isinstance(value, Tensor)]
+    names = [each.name for each in session.get_inputs()]
+    return [torch.from_numpy(output) for output in session.run(None, dict(zip(names, tensors, strict=True)))]

@@ -1,0 +1,185 @@
+"""Choose what `fuse` returns: every form in every backend is timed as the very module that would be returned.
+
+A form is one way to compute the same network. The baseline is the model as its user calls it, in its faster memory format.
+"""
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple, TypeAlias
+
+from torch import nn
+
+from fastentropy._utils.errors import joined_lines
+from fastentropy._utils.timing import measure_times
+from fastentropy.fusion.backends import Backend
+from fastentropy.fusion.forms import Form
+from fastentropy.fusion.fused_model import FusedModel
+from fastentropy.fusion.inputs import Inputs, clone
+from fastentropy.fusion.planner import TIE
+from fastentropy.fusion.report import ChainReport, FusionReport
+from fastentropy.fusion.verification import EquivalenceCheck
+
+#: A form and the backend that runs it: the name of the form, its memory format, and the name of the backend.
+Entry: TypeAlias = tuple[str, str, str]
+
+#: The model as its user calls it is returned unless another module saves at least this share of its time.
+BASELINE_ADVANTAGE = TIE
+
+#: The seconds after which no further round of the measurement begins.
+BUDGET_SECONDS = 4.0
+
+#: A module is timed only roughly if it takes more than this many times as long as the fastest one.
+SLOWEST = 1.5
+
+
+#: The backends that `fuse` tries in addition to "eager", by its argument.
+FURTHER: dict[Backend, tuple[str, ...]] = {
+    "eager": (),
+    "inductor": ("inductor",),
+    "auto": ("inductor",),
+    "onnxruntime": ("onnxruntime",),
+}
+
+#: The forms in the order in which they are listed.
+_NAMES = ("original", "folded", "fused")
+
+
+class Race(NamedTuple):
+    """The modules that `fuse` may return, and their times.
+
+    Attributes:
+        modules: the modules by form and backend.
+        milliseconds: the time of a call of each on the example inputs; empty if nothing was measured.
+        notes: which backends could not run the network, and why.
+    """
+
+    modules: dict[Entry, FusedModel]
+    milliseconds: dict[Entry, float]
+    notes: tuple[str, ...]
+
+    def best(self) -> dict[tuple[str, str], Entry]:
+        """Return the faster memory format of each form in each backend, by the names of the backend and the form.
+
+        The first one is to be returned if its outputs are those of the model.
+        """
+        best: dict[tuple[str, str], Entry] = {}
+        for entry in sorted(self.milliseconds, key=self._price) if self.milliseconds else list(self.modules)[::-1]:
+            best.setdefault((entry[2], entry[0]), entry)
+        return best
+
+    def _price(self, entry: Entry) -> float:
+        """Return the time of an entry, a little less for the model as its user calls it."""
+        is_baseline = entry[0] == "original" and entry[2] == "eager"
+        return self.milliseconds[entry] * (1 - BASELINE_ADVANTAGE if is_baseline else 1)
+
+    def times(self) -> dict[str, dict[str, float]]:
+        """Return the milliseconds of each form by backend, each in its faster memory format."""
+        if not self.milliseconds:
+            return {}
+        best = self.best()
+        backends = dict.fromkeys(backend for _, _, backend in self.modules)
+        return {backend: {name: self.milliseconds[best[backend, name]] for name in _NAMES} for backend in backends}
+
+
+def race(
+    forms: Mapping[Form, nn.Module],
+    trace: nn.Module,
+    backends: Sequence[str],
+    make: Callable[[nn.Module, str], FusedModel],
+    inputs: Inputs,
+    measure: bool,
+) -> Race:
+    """Make every module that `fuse` may return, and time them side by side.
+
+    Args:
+        forms: the forms of the network.
+        trace: the graph of the network as it was traced: the original form in all backends but "eager".
+        backends: the backends to try in addition to "eager".
+        make: returns the module that runs a form in a backend.
+        inputs: the example inputs.
+        measure: whether to measure. If not, only the forms in the last backend are made.
+
+    Raises:
+        ImportError: a package that a backend needs is missing.
+    """
+    modules: dict[Entry, FusedModel] = {}
+    notes: list[str] = []
+    if measure or not backends:
+        modules |= {(name, memory_format, "eager"): make(form, "eager") for (name, memory_format), form in forms.items()}
+    for backend in backends:
+        compiled = {entry: make(form, backend) for entry, form in _compiled_forms(forms, trace, backend)}
+        if measure and (failure := _failure(compiled.values(), inputs)):
+            notes.append(f"{backend} cannot run this network: {failure}")
+        else:
+            modules |= compiled
+    return Race(modules, _milliseconds(modules, inputs) if measure else {}, tuple(notes))
+
+
+def _compiled_forms(forms: Mapping[Form, nn.Module], trace: nn.Module, backend: str) -> Iterator[tuple[Entry, nn.Module]]:
+    """Yield the entries of a backend that lays out values itself, with their forms: each in one memory format.
+
+    torch.compile prefers channels-last, for which the chains were planned in that format; ONNX Runtime computes in the other.
+    """
+    formats = {memory_format for _, memory_format in forms}
+    memory_format = "channels_last" if backend == "inductor" and "channels_last" in formats else "contiguous"
+    for name in _NAMES:
+        yield (name, memory_format, backend), trace if name == "original" else forms[name, memory_format]
+
+
+def _failure(modules: Iterable[FusedModel], inputs: Inputs) -> str:
+    """Call each module once, and return why one of them cannot be compiled or run; "" if all can."""
+    try:
+        for module in modules:
+            given = clone(inputs)
+            module(*given.args, **given.kwargs)
+    except ImportError:
+        raise
+    except Exception as error:  # whatever a compiler raises
+        return joined_lines(error)[:300]
+    return ""
+
+
+def _milliseconds(modules: Mapping[Entry, FusedModel], inputs: Inputs) -> dict[Entry, float]:
+    """Return the milliseconds of one call of each module, as its user calls it."""
+    inputs = clone(inputs)
+    calls = {entry: functools.partial(module, *inputs.args, **inputs.kwargs) for entry, module in modules.items()}
+    return measure_times(calls, budget_seconds=BUDGET_SECONDS, slowest=SLOWEST)
+
+
+def first_equal(
+    made: Race, check: EquivalenceCheck, tolerance: float, reports: Mapping[str, tuple[ChainReport, ...]], trains: bool
+) -> FusedModel:
+    """Return the fastest module that computes what the model computes, with its report.
+
+    Args:
+        made: the modules.
+        check: compares them with the model.
+        tolerance: the largest relative error that a module may have.
+        reports: the reports on the chains, by memory format.
+        trains: whether the fused form may differ near the border of images, because it is to be trained.
+
+    Raises:
+        RuntimeError: none of them does.
+    """
+    best, times = made.best(), made.times()
+    formats = {name: memory_format for name, memory_format, _ in sorted(best.values(), key=lambda entry: entry[2] == "eager")}
+    error = 0.0
+    for (backend, name), entry in best.items():
+        error = _error(made.modules[entry], check)
+        at_borders = trains and name == "fused"
+        if error <= tolerance or (at_borders and _error(made.modules[best[backend, "folded"]], check) <= tolerance):
+            milliseconds = {**times[backend], "original": times["eager"]["original"]} if times else {}
+            report = FusionReport(reports[entry[1]], milliseconds, formats, name, error, backend, times, made.notes)
+            made.modules[entry].report = report
+            return made.modules[entry]
+    raise RuntimeError(
+        f"the trace of the model differs from the model by {error:.1e} (relative), above the tolerance of {tolerance:.0e}; "
+        "pass a larger tolerance= if that is acceptable"
+    )
+
+
+def _error(module: FusedModel, check: EquivalenceCheck) -> float:
+    """Return the relative error of a module. A compiled one runs at the sizes of the example only, its graph at all sizes."""
+    if module.report.backend == "eager":
+        return check.error(module)
+    return max(check.error(module.network), check.error(module, other_sizes=False))
