@@ -5,12 +5,13 @@ A form is one way to compute the same network. The baseline is the model as its 
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from statistics import median
 from typing import NamedTuple, TypeAlias
 
 from torch import nn
 
 from fastentropy._utils.errors import joined_lines
-from fastentropy._utils.timing import measure_times
+from fastentropy._utils.timing import measure_samples
 from fastentropy.fusion.backends import Backend
 from fastentropy.fusion.forms import Form
 from fastentropy.fusion.fused_model import FusedModel
@@ -23,7 +24,10 @@ from fastentropy.fusion.verification import EquivalenceCheck
 Entry: TypeAlias = tuple[str, str, str]
 
 #: The model as its user calls it is returned unless another module saves at least this share of its time.
-BASELINE_ADVANTAGE = TIE
+GAIN = TIE
+
+#: The number of rounds, and the seconds for which a round repeats a short call.
+ROUNDS, ROUND_SECONDS = 15, 0.002
 
 #: The seconds after which no further round of the measurement begins.
 BUDGET_SECONDS = 4.0
@@ -49,12 +53,12 @@ class Race(NamedTuple):
 
     Attributes:
         modules: the modules by form and backend.
-        milliseconds: the time of a call of each on the example inputs; empty if nothing was measured.
+        samples: the milliseconds of a call of each on the example inputs, one number per round; empty if nothing was measured.
         notes: which backends could not run the network, and why.
     """
 
     modules: dict[Entry, FusedModel]
-    milliseconds: dict[Entry, float]
+    samples: dict[Entry, list[float]]
     notes: tuple[str, ...]
 
     def best(self) -> dict[tuple[str, str], Entry]:
@@ -63,22 +67,41 @@ class Race(NamedTuple):
         The first one is to be returned if its outputs are those of the model.
         """
         best: dict[tuple[str, str], Entry] = {}
-        for entry in sorted(self.milliseconds, key=self._price) if self.milliseconds else list(self.modules)[::-1]:
+        for entry in self._order():
             best.setdefault((entry[2], entry[0]), entry)
         return best
 
-    def _price(self, entry: Entry) -> float:
-        """Return the time of an entry, a little less for the model as its user calls it."""
-        is_baseline = entry[0] == "original" and entry[2] == "eager"
-        return self.milliseconds[entry] * (1 - BASELINE_ADVANTAGE if is_baseline else 1)
-
     def times(self) -> dict[str, dict[str, float]]:
         """Return the milliseconds of each form by backend, each in its faster memory format."""
-        if not self.milliseconds:
+        if not self.samples:
             return {}
         best = self.best()
         backends = dict.fromkeys(backend for _, _, backend in self.modules)
-        return {backend: {name: self.milliseconds[best[backend, name]] for name in _NAMES} for backend in backends}
+        return {backend: {name: median(self.samples[best[backend, name]]) for name in _NAMES} for backend in backends}
+
+    def _order(self) -> list[Entry]:
+        """Return the entries, the fastest first.
+
+        Times are compared with those of the model in the same round. The model comes before each module that is not faster by
+        more than the noise of the measurement.
+        """
+        if not self.samples:
+            return list(self.modules)[::-1]
+        baselines = [entry for entry in self.samples if entry[0] == "original" and entry[2] == "eager"]
+        baseline = min(baselines, key=lambda entry: median(self.samples[entry]))
+        ratios = {
+            entry: [one / other for one, other in zip(samples, self.samples[baseline], strict=False)]
+            for entry, samples in self.samples.items()
+        }
+        order = sorted(ratios, key=lambda entry: median(ratios[entry]))
+        faster = [entry for entry in order if entry not in baselines and _is_below_one(ratios[entry])]
+        return [*faster, baseline, *(entry for entry in order if entry not in (*faster, baseline))]
+
+
+def _is_below_one(ratios: Sequence[float]) -> bool:
+    """Return whether ratios are below one by more than their noise: by `GAIN` in the middle, and in three of four rounds."""
+    middle, high = median(ratios), sorted(ratios)[3 * (len(ratios) - 1) // 4]
+    return middle <= 1 - GAIN and high <= 1
 
 
 def race(
@@ -112,7 +135,7 @@ def race(
             notes.append(f"{backend} cannot run this network: {failure}")
         else:
             modules |= compiled
-    return Race(modules, _milliseconds(modules, inputs) if measure else {}, tuple(notes))
+    return Race(modules, _samples(modules, inputs) if measure else {}, tuple(notes))
 
 
 def _compiled_forms(forms: Mapping[Form, nn.Module], trace: nn.Module, backend: str) -> Iterator[tuple[Entry, nn.Module]]:
@@ -139,11 +162,11 @@ def _failure(modules: Iterable[FusedModel], inputs: Inputs) -> str:
     return ""
 
 
-def _milliseconds(modules: Mapping[Entry, FusedModel], inputs: Inputs) -> dict[Entry, float]:
-    """Return the milliseconds of one call of each module, as its user calls it."""
+def _samples(modules: Mapping[Entry, FusedModel], inputs: Inputs) -> dict[Entry, list[float]]:
+    """Return the milliseconds of calls of each module, as its user calls it, in rounds."""
     inputs = clone(inputs)
     calls = {entry: functools.partial(module, *inputs.args, **inputs.kwargs) for entry, module in modules.items()}
-    return measure_times(calls, budget_seconds=BUDGET_SECONDS, slowest=SLOWEST)
+    return measure_samples(calls, rounds=ROUNDS, round_seconds=ROUND_SECONDS, budget_seconds=BUDGET_SECONDS, slowest=SLOWEST)
 
 
 def first_equal(
