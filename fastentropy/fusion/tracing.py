@@ -11,9 +11,11 @@ from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.fx import GraphModule, Interpreter, Node
 
 from fastentropy._utils.errors import one_line
-from fastentropy.fusion.chains.elements import Chain, output_shape
+from fastentropy.fusion.chains.elements import Chain
 from fastentropy.fusion.chains.finding import FoundChain
+from fastentropy.fusion.chains.layouts import append_view
 from fastentropy.fusion.chains.lowering import Lowering
+from fastentropy.fusion.chains.nodes import overwrites
 from fastentropy.fusion.inputs import Inputs, clone, has_batch, with_batch_size
 from fastentropy.fusion.memory_format import CHANNELS_LAST
 from fastentropy.fusion.traced_inputs import TracedInputs
@@ -152,32 +154,25 @@ def rewrite(traced: GraphModule, forms: Mapping[FoundChain, Chain], sources: Map
         with graph.inserting_before(end):
             lowering = Lowering(graph, like, f"{CHAIN_PREFIX}{index}", chain.has_fixed_size)
             result = lowering.lower(form, lowering.begin(form, copies[chain.source.name]), like.shape)
-            for view in chain.views:
-                result = _view_again(graph, view, copies, result, output_shape(form, like.shape)[-1])
+            if chain.view:
+                result = append_view(graph, chain.view, result, chain.shape)
         constants |= lowering.tensors
         end.replace_all_uses_with(result)
         for node in reversed(chain.members):
             graph.erase_node(copies[node.name])
         copies[chain.end.name] = result  # the next chain may begin here
+    _allow_all_strides(graph)
     return _with_constants(traced, graph, constants)
 
 
-def _view_again(graph: torch.fx.Graph, view: Node, copies: Mapping[str, Node], value: Node, features: int) -> Node:
-    """Apply a view of a chain to the output of its new form.
+def _allow_all_strides(graph: torch.fx.Graph) -> None:
+    """Replace each `view` of a graph by a reshape, since a new form may return other strides than its chain.
 
-    Args:
-        graph: the graph that is rewritten.
-        view: the node of the view in the original graph: a permutation, or a reshape of all axes but the last.
-        copies: the nodes of `graph`, by their names in the original graph.
-        value: the node of the output.
-        features: the size of the last axis of the output. A reshape keeps it.
+    A view stays if the graph overwrites its values, which are those of its operand.
     """
-    if view.target is torch.ops.aten.permute.default:
-        return graph.call_function(view.target, (value, view.args[1]))
-    sizes = view.args[1]
-    assert isinstance(sizes, Sequence)
-    leading = [copies[size.name] if isinstance(size, Node) else size for size in sizes[:-1]]
-    return graph.call_function(torch.ops.aten.reshape.default, (value, [*leading, features]))
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
+        if not any(overwrites(user, node) for user in node.users):
+            node.target = torch.ops.aten.reshape.default
 
 
 def in_channels_last(traced: GraphModule) -> GraphModule | None:

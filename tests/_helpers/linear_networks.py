@@ -80,12 +80,12 @@ NETWORKS = {
     ),
     "matmul with a constant": (row_network(lambda m, x: m.a(x) @ m.m, m=torch.randn(5, 3)), ROWS, [("a", "m")]),
     "mm with a constant": (row_network(lambda m, x: torch.mm(x, m.m), m=torch.randn(4, 3)), ROWS[0], [("m",)]),
-    "rows in another order": (row_network(lambda m, x: m.b(m.a(x).transpose(0, 1))), ROWS, [("a",), ("b",)]),
+    "rows in another order": (row_network(lambda m, x: m.b(m.a(x).transpose(0, 1))), ROWS, [("a", "b")]),
     "another number of features": (row_network(lambda m, x: m.c(m.a(x).reshape(6, 5)[:, :4])), ROWS, [("a",), ("c",)]),
     "features that are regrouped": (
         row_network(lambda m, x: m.c(m.c(x).reshape(2, 6, 2).reshape(2, 3, 4))),
         ROWS,
-        [("c",), ("c",)],
+        [("c", "c")],
     ),
     "rows that stay flattened": (row_network(lambda m, x: m.b(m.a(x.reshape(6, 4)))), ROWS, [("a", "b")]),
     "rows that are regrouped": (
@@ -193,7 +193,7 @@ NETWORKS = {
             **{"a": nn.Linear(4, 4), "s": LayerScale(), "b": conv2d()},
         ),
         IMAGES,
-        [("a",), ("b",)],
+        [("a", "b")],
     ),
     "batch norm behind a permutation": (
         Reads(lambda m, x: m.n(m.a(x).permute(0, 2, 1)), a=nn.Linear(4, 4), n=nn.BatchNorm1d(4)),
@@ -235,6 +235,11 @@ NETWORKS = {
         nn.Sequential(nn.Conv2d(4, 4, (2, 3), padding="same"), nn.Conv2d(4, 4, 2, padding="valid")),
         IMAGES,
         [("0", "1")],
+    ),
+    "tokens of an image": (
+        Reads(lambda m, x: m.b(m.a(x).flatten(2).transpose(1, 2)), a=conv2d(), b=nn.Linear(4, 3)),
+        IMAGES,
+        [("a", "b")],
     ),
     "pools alone": (nn.Sequential(nn.AvgPool2d(2), nn.AvgPool2d(3)), IMAGES, []),
     "scales alone": (Reads(lambda m, x: (x * 2 + 1) * m.s.scale, s=LayerScale()), IMAGES, []),

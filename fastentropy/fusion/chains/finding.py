@@ -4,27 +4,35 @@ A segment is a chain that is still being built. The search visits the nodes in c
 segment that ends with it.
 """
 
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+import functools
+import itertools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import cast
 
-import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from fastentropy.fusion.chains.aten import read_node
+from fastentropy.fusion.chains.aten import read_node, read_view
 from fastentropy.fusion.chains.elements import Activation, Chain, Flatten, operators
-from fastentropy.fusion.chains.nodes import is_overwritten, module_path, overwrites, shape_of
+from fastentropy.fusion.chains.layouts import View, view_to
+from fastentropy.fusion.chains.nodes import Size, is_overwritten, module_path, overwrites, shape_of
 from fastentropy.fusion.chains.passes import fold
-from fastentropy.fusion.chains.segments import Segment, Step, build_elements, extend, step_names
+from fastentropy.fusion.chains.segments import (
+    Segment,
+    Step,
+    append_step,
+    append_view,
+    build_elements,
+    empty_segment,
+    extend,
+    step_names,
+)
 from fastentropy.fusion.chains.sums import segment_to_sum
 
-_aten = torch.ops.aten
-
-#: Views. They may belong to a chain if they keep all values of a channel together, or flatten channels and positions.
-_VIEWS = {_aten.view.default, _aten.reshape.default, _aten.flatten.using_ints, _aten.permute.default}
+#: Reads a segment and appends a node to it, or returns None if the node cannot be appended.
+_Append = Callable[[Segment], "Segment | None"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,11 +43,12 @@ class FoundChain:
         source: the node whose value is the input of the chain.
         end: the node whose value is the output of the chain.
         members: the nodes of the chain in call order, without the source and with the end.
-        elements: the function of the chain, with float64 weights, except for `views`.
+        elements: the function of the chain, with float64 weights, except for `view`.
         names: paths of the modules of its convolutions, linear layers and activations, in call order.
-        views: nodes to apply to the output of `elements`, in this order: a reshape of all axes but the last, and a
-            permutation that moves the last axis to axis 1. Either may be missing. The reshape must get the number of
-            features of the output as its last size.
+        shape: the shape of the output of `elements` in the trace.
+        view: the view of this output that is the output of the chain, or None if the two are the same.
+        ended_by: the operators that read the output of the chain and do not belong to it, with the path of their module; ""
+            if it is an output of the model.
     """
 
     source: Node
@@ -47,17 +56,14 @@ class FoundChain:
     members: tuple[Node, ...]
     elements: Chain
     names: tuple[str, ...]
-    views: tuple[Node, ...] = ()
+    shape: tuple[Size, ...] = ()
+    view: View | None = None
+    ended_by: str = ""
 
     @cached_property
     def folded(self) -> Chain:
         """Return the elements with batch norm folded into its neighbours; see `fold`."""
         return fold(self.elements)
-
-    @property
-    def ended_by(self) -> str:
-        """Return the operators behind the end of the chain, with the path of their module; "" behind the model's outputs."""
-        return ", ".join(_described(user) for user in self.end.users if user.op != "output")
 
     @property
     def has_fixed_size(self) -> bool:
@@ -88,13 +94,15 @@ def find_chains(module: GraphModule, activations: Mapping[str, nn.Module] | None
         [('0', '1'), ('3',)]
     """
     segments: dict[Node, Segment] = {}
+    read = functools.partial(_read, module=module, activations=activations or {})
     for node in module.graph.nodes:
-        segment = _segment_to(node, segments, module, activations or {})
+        segment = _segment_to(node, segments, read(node))
         if segment is not None:
             segments[node] = segment
     inner = {member for end, segment in segments.items() for member in segment.members if member is not end}
     ends = [end for end, segment in segments.items() if end not in inner and step_names(segment.steps)]
-    return [_found_chain(end, segments[end], module) for end in ends]
+    found = [_found_chain(end, segments, read) for end in ends]
+    return [chain for chain in found if chain is not None]
 
 
 def overwritten_constants(module: GraphModule) -> list[str]:
@@ -103,83 +111,88 @@ def overwritten_constants(module: GraphModule) -> list[str]:
     return [str(node.target) for node in constants if any(overwrites(user, node) for user in node.users)]
 
 
-def _found_chain(end: Node, segment: Segment, module: GraphModule) -> FoundChain:
-    """Return the chain of a segment that grows no further and ends with the node `end`."""
-    members = tuple(node for node in module.graph.nodes if node in segment.members)
-    elements = build_elements(segment.steps, segment.axes or 0)
-    if segment.flat is not None:
-        elements += (Flatten(),)
-    return FoundChain(segment.source, end, members, elements, step_names(segment.steps), segment.views)
+def _found_chain(
+    last: Node, segments: Mapping[Node, Segment], read: Callable[[Node], tuple[Node, _Append] | None]
+) -> FoundChain | None:
+    """Return the chain of a segment that grows no further and ends with the node `last`.
+
+    Views at its end only belong to the chain if they give back the natural value. Returns None if a graph cannot compute the
+    shape of its output.
+    """
+    end = last
+    while not segments[last].is_natural and read_view(end) and end.args[0] in segments[last].members:
+        end = cast(Node, end.args[0])
+    segment = segments[end]
+    members = tuple(node for node in end.graph.nodes if node in segment.members)
+    if not segment.is_natural:
+        segment, members = _from_first_operator(segment, members, read)
+    elements, shape = build_elements(segment.steps, segment.axes or 0), shape_of(end) or ()
+    try:
+        view = view_to(segment.layout, segment.natural_shape, shape)
+    except ValueError:
+        return None
+    if view and segment.axes and view.order is None and len(segment.shape) == segment.axes + 2 and len(shape) == 2:
+        elements, view = (*elements, Flatten()), None
+    ended_by = ", ".join(_described(user) for user in last.users if user.op != "output")
+    return FoundChain(segment.source, end, members, elements, step_names(segment.steps), segment.natural_shape, view, ended_by)
 
 
-def _segment_to(
-    node: Node,
-    segments: Mapping[Node, Segment],
-    module: GraphModule,
-    activations: Mapping[str, nn.Module],
-) -> Segment | None:
+def _from_first_operator(
+    segment: Segment, members: tuple[Node, ...], read: Callable[[Node], tuple[Node, _Append] | None]
+) -> tuple[Segment, tuple[Node, ...]]:
+    """Return a segment without the views at its beginning, and its members, if its last value is then its natural value.
+
+    A layer on tokens that are a view of an image then stays a linear layer. Otherwise, the segment is returned as it is.
+    """
+    views = tuple(itertools.takewhile(read_view, members))
+    if not views or not all(isinstance(step, Step) for step in segment.steps):
+        return segment, members
+    shorter: Segment | None = empty_segment(views[-1])
+    for node in members[len(views) :]:
+        reading = read(node)
+        shorter = reading[1](shorter) if reading and shorter else None
+    return (shorter, members[len(views) :]) if shorter and shorter.is_natural else (segment, members)
+
+
+def _read(node: Node, module: GraphModule, activations: Mapping[str, nn.Module]) -> tuple[Node, _Append] | None:
+    """Read a node as a view, an activation or an operator.
+
+    Args:
+        node: the node.
+        module: the traced model.
+        activations: as in `find_chains`.
+
+    Returns:
+        The node of the operand, and a function that appends the node to the segment that ends with the operand. None if the
+        node is of no such kind.
+    """
+    if view := read_view(node):
+        return cast(Node, node.args[0]), functools.partial(append_view, node=node, view=view)
+    affine = read_node(node, module)
+    if affine is None:
+        return None
+    if (path := module_path(node)) in activations:
+        step = Step(lambda _: Activation(path, activations[path]), path)
+        return affine.operand, functools.partial(append_step, node=node, step=step)
+    return affine.operand, functools.partial(extend, node=node, affine=affine)
+
+
+def _segment_to(node: Node, segments: Mapping[Node, Segment], reading: tuple[Node, _Append] | None) -> Segment | None:
     """Return the segment that ends with a node, or None if the node belongs to no segment.
 
     Args:
         node: the node.
         segments: the segments that end with earlier nodes, by that node.
-        module: the traced model.
-        activations: as in `find_chains`.
+        reading: what `_read` returns for the node.
     """
-    if node.target in _VIEWS:
-        return _segment_to_view(node, segments)
-    affine = read_node(node, module)
-    if affine is None:
+    if reading is None:
         return segment_to_sum(node, segments)
-    start = Segment(affine.operand, (), None, frozenset())
-    before = segments.get(affine.operand) if len(affine.operand.users) == 1 else None
-    if (path := module_path(node)) in activations:
-        activation, before = Activation(path, activations[path]), before or start
-        return replace(before, steps=(*before.steps, Step(lambda _: activation, path)), members=before.members | {node})
-    writes = overwrites(node, affine.operand)
-    if before and (before.steps or not writes) and (extended := extend(before, node, affine)):
-        return extended
-    if writes or is_overwritten(affine.operand):
-        return None
-    return extend(start, node, affine)
-
-
-def _segment_to_view(node: Node, segments: Mapping[Node, Segment]) -> Segment | None:
-    """Return the segment that ends with a view, or None if the view belongs to no segment.
-
-    Three views belong to segments: a reshape of all axes but the last, a flattening of channels and positions, and a
-    permutation that moves the last axis to axis 1.
-    """
-    operand = node.args[0]
-    assert isinstance(operand, Node)
-    shape, result = shape_of(operand) or (), shape_of(node) or ()
+    operand, append = reading
     before = segments.get(operand) if len(operand.users) == 1 else None
-    if before and before.axes and before.flat is None and not before.views:
-        return _flatten(before, node, shape, result)
-    if node.target is _aten.permute.default:
-        channels_first = [0, len(shape) - 1, *range(1, len(shape) - 1)]
-        # The second argument of permute is a list.
-        if before and before.axes == 0 and not before.is_permuted and list(node.args[1]) == channels_first:  # type: ignore[arg-type]
-            return replace(before, members=before.members | {node}, views=(*before.views, node))
-        return None
-    if node.target is _aten.flatten.using_ints or not shape or not result or shape[-1] != result[-1]:
-        return None
-    if before and before.axes in (None, 0) and before.flat is None and not before.is_permuted:
-        return replace(before, axes=0, members=before.members | {node}, views=(node,))
-    return None if is_overwritten(operand) else Segment(operand, (), 0, frozenset({node}), (node,))
-
-
-def _flatten(before: Segment, node: Node, shape: tuple[Any, ...], result: tuple[Any, ...]) -> Segment | None:
-    """Append a flattening of `[batch, channels, *spatial]` to a segment, or return None if the view is another one.
-
-    `shape` and `result` are the shapes before and after the view.
-    """
-    spatial = tuple(shape[2:])
-    if len(shape) != (before.axes or 0) + 2 or not all(isinstance(size, int) for size in spatial):
-        return None
-    if node.target is _aten.permute.default or tuple(result) != (shape[0], shape[1] * math.prod(spatial)):
-        return None
-    return replace(before, members=before.members | {node}, flat=spatial)
+    writes = overwrites(node, operand)
+    if before and (before.steps or not writes) and (longer := append(before)):
+        return longer
+    return None if writes or is_overwritten(operand) else append(empty_segment(operand))
 
 
 def _described(node: Node) -> str:

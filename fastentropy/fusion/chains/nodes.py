@@ -3,17 +3,23 @@
 These facts do not depend on what the operator of the node computes.
 """
 
+import math
+from collections.abc import Iterable, Sequence
 from operator import attrgetter, getitem
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fastentropy._compat import operator_schema
 
+#: The size of an axis: a number if the trace fixed it, and symbolic if it is free.
+Size: TypeAlias = int | torch.SymInt
 
-def shape_of(node: Any) -> tuple[int | torch.SymInt, ...] | None:
+
+def shape_of(node: Any) -> tuple[Size, ...] | None:
     """Return the shape of the tensor that a node computes, or None if it computes no tensor.
 
     A size is an int if the trace fixed it, and symbolic if it is free.
@@ -21,7 +27,7 @@ def shape_of(node: Any) -> tuple[int | torch.SymInt, ...] | None:
     value = node.meta.get("val") if isinstance(node, Node) else None
     if not isinstance(value, Tensor):
         return None
-    return tuple(size if (fixed := fixed_size(size)) is None else fixed for size in value.shape)
+    return tuple(map(_as_size, value.shape))
 
 
 def fixed_size(size: int | torch.SymInt) -> int | None:
@@ -30,6 +36,37 @@ def fixed_size(size: int | torch.SymInt) -> int | None:
     A symbolic size is fixed if the conditions of the trace leave only one value for it.
     """
     return size if isinstance(size, int) else size.node.maybe_as_int()
+
+
+def same_size(left: Size, right: Size) -> bool:
+    """Return whether two sizes are known to be equal, for every value of the free sizes. No condition is added to the trace."""
+    if isinstance(left, int) or isinstance(right, int):
+        return isinstance(left, int) and isinstance(right, int) and left == right
+    return left.node.expr == right.node.expr or statically_known_true(left == right)
+
+
+def same_sizes(left: Sequence[Size], right: Sequence[Size]) -> bool:
+    """Return whether two shapes are known to be equal; see `same_size`."""
+    return len(left) == len(right) and all(map(same_size, left, right))
+
+
+def quotient(size: Size, divisor: Size) -> Size | None:
+    """Return how often a size contains another one, or None if it is not known to be a multiple of it."""
+    if same_size(divisor, 0) or (isinstance(size, int) and not isinstance(divisor, int)):
+        return None
+    remainder = size % divisor
+    is_multiple = remainder == 0 if isinstance(remainder, int) else statically_known_true(remainder == 0)
+    return _as_size(size // divisor) if is_multiple else None
+
+
+def product(sizes: Iterable[Size]) -> Size:
+    """Return the product of sizes."""
+    return _as_size(math.prod(sizes))
+
+
+def _as_size(size: Size) -> Size:
+    """Return a size as an int if it is fixed."""
+    return size if (fixed := fixed_size(size)) is None else fixed
 
 
 def constant(argument: Any, module: GraphModule) -> Tensor | None:

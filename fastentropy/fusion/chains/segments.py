@@ -1,22 +1,22 @@
 """Append operators to a segment, which is a chain that is still being built, and build the elements of its steps.
 
-A segment knows what its value looks like so far: whether it was flattened, and whether views moved its channels. An operator
-that acts on another axis than the channels cannot be appended.
+A segment knows where its channels lie so far. An operator that acts on another axis cannot be appended.
 """
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-import torch
+from torch import Tensor
 from torch.fx import Node
 
 from fastentropy.fusion.chains.affine import AffineOperator
-from fastentropy.fusion.chains.aten import AffineNode
+from fastentropy.fusion.chains.aten import AffineNode, channelwise
 from fastentropy.fusion.chains.elements import Chain, Element, Sum
-from fastentropy.fusion.chains.nodes import module_path, shape_of
+from fastentropy.fusion.chains.layouts import Layout, Part, joined, natural_layout, reshaped, same_layout
+from fastentropy.fusion.chains.nodes import Size, module_path, product, same_size, shape_of
 
-_aten = torch.ops.aten
+#: Convolutions take images with at most this many axes before the channels: the batch.
+_AXES_BEFORE_CHANNELS = 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,27 +41,62 @@ Steps = tuple["Step | tuple[Steps, ...]", ...]
 class Segment:
     """A chain that may still grow.
 
+    The steps compute the natural value from that of the source. In both, `axes` spatial axes follow the channels. The value of
+    the last node is a view of the natural value. If there are no spatial axes, all axes before the channels count as one.
+
     Attributes:
         source: the node whose value is the input.
         steps: the elements so far.
         axes: number of spatial axes, None until an operator fixes it.
         members: the nodes so far, without the source.
-        views: as in `finding.FoundChain`.
-        flat: the spatial size that the value had before it was flattened, or None if it was not flattened. A linear layer
-            after the flattening becomes a convolution whose kernel has this size.
+        shape: the shape of the natural value. If `axes` is 0, this is the number of rows and that of channels.
+        layout: where the axes of the natural value lie in the value of the last node.
     """
 
     source: Node
     steps: Steps
     axes: int | None
     members: frozenset[Node]
-    views: tuple[Node, ...] = ()
-    flat: tuple[int, ...] | None = None
+    shape: tuple[Size, ...]
+    layout: Layout
 
     @property
-    def is_permuted(self) -> bool:
-        """Return whether the last view moves the channels from the last axis to axis 1."""
-        return bool(self.views) and self.views[-1].target is _aten.permute.default
+    def is_natural(self) -> bool:
+        """Return whether the value of the last node is the natural value itself."""
+        layout = reshaped(natural_layout(self.shape), self.natural_shape)
+        return layout is not None and same_layout(self.layout, layout)
+
+    @property
+    def natural_shape(self) -> tuple[Size, ...]:
+        """Return the shape of the natural value, with the axes before the channels as the source has them."""
+        leading = (shape_of(self.source) or ())[:-1] if self.axes == 0 else self.shape[:-1]
+        return (*leading, *self.shape[-1:])
+
+    @property
+    def channel_axis(self) -> int:
+        """Return the axis of the natural value that holds the channels; `axes` must be known."""
+        assert self.axes is not None
+        return len(self.shape) - self.axes - 1
+
+
+def empty_segment(source: Node) -> Segment:
+    """Return the segment that begins at a node and has no operators yet."""
+    shape = shape_of(source) or ()
+    return Segment(source, (), None, frozenset(), shape, natural_layout(shape))
+
+
+def append_step(before: Segment, node: Node, step: Step) -> Segment:
+    """Append an element that keeps the shape to a segment; `node` computes it."""
+    return replace(before, steps=(*before.steps, step), members=before.members | {node})
+
+
+def append_view(before: Segment, node: Node, view: Callable[[Layout], Layout | None]) -> Segment | None:
+    """Append a view to a segment; `view` is what `read_view` returns for its node.
+
+    Returns None if the view splits an axis in such a way that the layout cannot follow it.
+    """
+    layout = view(before.layout)
+    return None if layout is None else replace(before, members=before.members | {node}, layout=layout)
 
 
 def extend(before: Segment, node: Node, affine: AffineNode) -> Segment | None:
@@ -75,19 +110,73 @@ def extend(before: Segment, node: Node, affine: AffineNode) -> Segment | None:
     Returns:
         The longer segment, or None if the operator acts on another axis than the channels of the segment.
     """
-    members, shape = before.members | {node}, shape_of(affine.operand) or ()
-    if affine.build is None and affine.axes is None:
-        return replace(before, members=members)
-    if before.is_permuted:
-        return _extend_channelwise(before, affine, len(shape), members)
-    if before.flat is not None:
-        return _extend_flat(before, affine, members)
-    if None not in (affine.axes, before.axes) and affine.axes != before.axes:
+    build = affine.build
+    if build is None:
+        return replace(before, members=before.members | {node})
+    if affine.number is not None:
+        return scaled(before, node, *affine.number)
+    assert affine.axes is not None
+    before = before if before.axes is not None else _with_channels(before, len(before.layout) - affine.axes - 1)
+    if before.axes is None:
         return None
-    axes = before.axes if affine.axes is None else affine.axes
-    steps = before.steps if affine.build is None else (*before.steps, Step(_with_path(affine.build, node), affine.name))
-    flat = (1,) * (affine.axes or 0) if affine.flattens else None
-    return replace(before, steps=steps, axes=axes, members=members, flat=flat)
+    if not before.is_natural or affine.axes != before.axes:
+        return _extend_view(before, node, affine)
+    value = shape_of(node) or ()
+    behind = (1,) * before.axes if affine.flattens else value[len(value) - before.axes :]
+    channels = value[len(value) - (0 if affine.flattens else before.axes) - 1]
+    shape = (*before.shape[: before.channel_axis], channels, *behind)
+    layout = reshaped(natural_layout(shape), value)
+    step = Step(_with_path(build, node), affine.name)
+    return None if layout is None else replace(append_step(before, node, step), shape=shape, layout=layout)
+
+
+def scaled(before: Segment, node: Node, scale: Tensor, shift: Tensor) -> Segment:
+    """Append a multiplication of all values by a number, and an addition of a number, to a segment; `node` computes both."""
+    shape, path = before.shape, (module_path(node),)
+
+    def build(axes: int) -> AffineOperator:
+        channels = shape[-axes - 1]
+        assert isinstance(channels, int), "the operators of a chain fix the number of channels"
+        return replace(channelwise(scale.expand(channels), shift.expand(channels), axes), names=path)
+
+    return append_step(before, node, Step(build, ""))
+
+
+def _with_channels(segment: Segment, axis: int) -> Segment:
+    """Return a segment with the number of spatial axes that it has if its channels are an axis of its last node's value.
+
+    That number stays None if this axis is not one whole axis of the source, or if convolutions take no such value.
+    """
+    if segment.is_natural:
+        channels = axis
+    elif len(segment.layout[axis]) == 1 and _is_whole(segment.layout[axis][0], segment.shape):
+        channels = segment.layout[axis][0].axis
+    else:
+        return segment
+    axes = len(segment.shape) - channels - 1
+    return with_axes(segment, axes) if axes == 0 or (channels <= _AXES_BEFORE_CHANNELS and axes <= 3) else segment
+
+
+def with_axes(segment: Segment, axes: int | None) -> Segment:
+    """Return a segment whose number of spatial axes was not known with this number. None leaves the segment as it is."""
+    if axes != 0 or segment.axes == 0:
+        return segment if axes is None else replace(segment, axes=axes)
+    *leading, channels = segment.shape
+    rows = product(leading)
+    steps = [product(leading[axis + 1 :]) for axis in range(len(leading))]
+    last = len(segment.shape) - 1
+    at = 1 if leading else 0
+
+    def in_rows(part: Part) -> Part:
+        return part._replace(axis=at) if part.axis == last else Part(0, part.size, product((part.step, steps[part.axis])))
+
+    layout = tuple(joined(map(in_rows, group)) for group in segment.layout)
+    return replace(segment, axes=0, shape=(rows, channels) if leading else (channels,), layout=layout)
+
+
+def _is_whole(part: Part, shape: tuple[Size, ...]) -> bool:
+    """Return whether a factor of an axis of a natural value is the whole axis."""
+    return same_size(part.size, shape[part.axis])
 
 
 def _with_path(build: Callable[[int], AffineOperator], node: Node) -> Callable[[int], AffineOperator]:
@@ -96,47 +185,51 @@ def _with_path(build: Callable[[int], AffineOperator], node: Node) -> Callable[[
     return lambda axes: replace(build(axes), names=(path,))
 
 
-def _extend_channelwise(before: Segment, affine: AffineNode, dimensions: int, members: frozenset[Node]) -> Segment | None:
-    """Append an operator that scales and shifts channels to a segment whose last view moved the channels to axis 1.
+def _extend_view(before: Segment, node: Node, affine: AffineNode) -> Segment | None:
+    """Append an operator to a segment whose last value is a view of its natural value.
 
-    Args:
-        before: the segment.
-        affine: the operator.
-        dimensions: number of axes of its input.
-        members: the nodes of the longer segment.
+    The operator must act on the channels alone, at each position alike. A linear layer may also act on channels that were
+    flattened together with spatial axes: it is a convolution whose kernel covers these axes.
 
     Returns:
-        The longer segment, or None if the operator does more than scale and shift channels. The operator is applied before
-        the view, to the last axis.
+        The longer segment, or None if the operator is of another kind, or acts on other axes.
     """
-    build, spatial = affine.build, dimensions - 2
-    if affine.name or build is None or affine.axes not in (None, spatial) or not build(spatial).is_channelwise:
+    assert affine.axes is not None
+    assert affine.build is not None
+    axis, channels, shape = len(before.layout) - affine.axes - 1, before.channel_axis, before.shape
+    held = [part.axis for part in before.layout[axis]]
+    operator = affine.build(affine.axes)
+    if not operator.is_pointwise or not all(part.axis >= channels and _is_whole(part, shape) for part in before.layout[axis]):
         return None
+    if not same_size(operator.in_channels, product(shape[each] for each in {channels, *held})):
+        return None
+    if operator.groups > 1 and set(held) - {channels}:
+        return None
+    after = [1 if each in held else size for each, size in enumerate(shape)]
+    after[channels] = operator.out_channels
+    layout = list(before.layout)
+    layout[axis] = natural_layout(after)[channels]
+    step = Step(_with_path(lambda _: _on_natural_axes(operator, held, shape[channels:], channels), node), affine.name)
+    return replace(append_step(before, node, step), shape=tuple(after), layout=tuple(layout))
 
-    def build_last(_: int) -> AffineOperator:
-        operator = build(spatial)
-        return AffineOperator(operator.weight.flatten(1), operator.bias, groups=operator.groups)
 
-    return replace(before, steps=(*before.steps, Step(build_last, "")), members=members)
+def _on_natural_axes(operator: AffineOperator, held: Sequence[int], shape: tuple[Size, ...], channels: int) -> AffineOperator:
+    """Return a pointwise operator on an axis that holds several axes of the natural value as an operator on that value.
 
-
-def _extend_flat(before: Segment, affine: AffineNode, members: frozenset[Node]) -> Segment | None:
-    """Append a layer to a segment whose value was flattened, as a convolution whose kernel covers the whole image.
-
-    Returns None if the operator is not such a layer. A scale of single features is one only if the image is one position.
+    Args:
+        operator: the operator.
+        held: the axes of the natural value that its channels hold, the slowest first.
+        shape: the sizes of the natural value from the channels on.
+        channels: the axis of the natural value that holds the channels.
     """
-    sizes, build = before.flat or (), affine.build
-    is_dense = bool(affine.name)
-    if affine.axes not in (None, 0) or build is None or not (is_dense or math.prod(sizes) == 1):
-        return None
-
-    def build_covering(axes: int) -> AffineOperator:
-        operator, ones = build(0), (1,) * axes
-        weight = operator.weight.reshape(operator.weight.shape[0], -1, *sizes)
-        return AffineOperator(weight, operator.bias, ones, (0,) * axes, ones, operator.groups)
-
-    step = Step(build_covering, affine.name)
-    return replace(before, steps=(*before.steps, step), members=members, flat=(1,) * len(sizes))
+    kernel, ones = [size if channels + axis in held else 1 for axis, size in enumerate(shape)][1:], (1,) * (len(shape) - 1)
+    weight = operator.weight.flatten(1)
+    if operator.groups == 1 and held:
+        order = sorted(range(len(held)), key=lambda index: held[index])
+        split = weight.reshape(len(weight), *(shape[axis - channels] for axis in held))
+        weight = split.permute(0, *(1 + index for index in order)).flatten(1)
+    weight = weight.reshape(len(weight), -1, *kernel)
+    return AffineOperator(weight, operator.bias, ones, (0,) * len(ones), ones, operator.groups)
 
 
 def step_names(steps: Steps) -> tuple[str, ...]:

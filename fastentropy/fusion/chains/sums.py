@@ -6,10 +6,10 @@ from dataclasses import replace
 import torch
 from torch.fx import Node
 
-from fastentropy.fusion.chains.affine import AffineOperator
-from fastentropy.fusion.chains.aten import channelwise, read_weighted_sum
-from fastentropy.fusion.chains.nodes import device_of, is_overwritten, overwrites, shape_of
-from fastentropy.fusion.chains.segments import Segment, Step, Steps
+from fastentropy.fusion.chains.aten import read_weighted_sum
+from fastentropy.fusion.chains.layouts import same_layout
+from fastentropy.fusion.chains.nodes import device_of, is_overwritten, overwrites, same_sizes, shape_of
+from fastentropy.fusion.chains.segments import Segment, Steps, empty_segment, scaled, with_axes
 
 
 def segment_to_sum(node: Node, segments: Mapping[Node, Segment]) -> Segment | None:
@@ -28,51 +28,54 @@ def segment_to_sum(node: Node, segments: Mapping[Node, Segment]) -> Segment | No
     if weighted is None:
         return None
     left, right = weighted.operands
-    if not (isinstance(left, Node) and isinstance(right, Node)) or shape_of(left) != shape_of(right):
+    if not (isinstance(left, Node) and isinstance(right, Node)) or not same_sizes(shape_of(left) or (), shape_of(right) or ()):
         return None
-    branches = [_branch_to(*each, segments) for each in zip(weighted.operands, weighted.weights, strict=True)]
-    source, members = branches[0].source, branches[0].members | branches[1].members | {node}
-    axes = {branch.axes for branch in branches if branch.steps} - {None}
-    if branches[1].source is not source or len(axes) != 1 or overwrites(node, source) or is_overwritten(source):
+    first, second = (_branch_to(*each, node, segments) for each in zip(weighted.operands, weighted.weights, strict=True))
+    source, members = first.source, first.members | second.members | {node}
+    if second.source is not source or overwrites(node, source) or is_overwritten(source):
         return None
-    if not all(_keeps_shape(branch, operand) for branch, operand in zip(branches, (left, right), strict=True)):
+    if not (pair := _with_equal_axes(first, second)):
         return None
-    steps: Steps = (tuple(each for branch in branches for each in _branches_of(branch.steps)),)
+    first, second = pair
+    if not same_sizes(first.shape, second.shape) or not same_layout(first.layout, second.layout):
+        return None
+    steps: Steps = (_branches_of(first.steps) + _branches_of(second.steps),)
+    joined = replace(first, steps=steps, members=members)
     before = segments.get(source)
-    continues = before and members.issuperset(source.users) and before.axes in (None, *axes)
-    if before and continues and before.flat is None and not before.views:
-        return Segment(before.source, before.steps + steps, axes.pop(), before.members | members)
-    return Segment(source, steps, axes.pop(), members)
+    return _behind(before, joined) if before and members.issuperset(source.users) else joined
 
 
-def _branch_to(operand: Node, weight: float, segments: Mapping[Node, Segment]) -> Segment:
-    """Return the segment that ends with an operand of a sum, multiplied by its weight.
+def _behind(before: Segment, joined: Segment) -> Segment:
+    """Append the steps of a segment to the one that computes its source, or return it alone if their axes differ."""
+    pair = _with_equal_axes(before, joined) if before.is_natural else None
+    if pair is None:
+        return joined
+    before, joined = pair
+    steps, members = before.steps + joined.steps, before.members | joined.members
+    return replace(joined, source=before.source, steps=steps, members=members)
+
+
+def _with_equal_axes(first: Segment, second: Segment) -> tuple[Segment, Segment] | None:
+    """Return two segments with the number of spatial axes of either, or None if they have different numbers."""
+    if first.axes is None or second.axes is None:
+        return with_axes(first, second.axes), with_axes(second, first.axes)
+    return (first, second) if first.axes == second.axes else None
+
+
+def _branch_to(operand: Node, weight: float, node: Node, segments: Mapping[Node, Segment]) -> Segment:
+    """Return the segment that ends with an operand of the sum `node`, multiplied by its weight.
 
     It begins at the operand if other nodes read the operand too.
     """
-    empty = Segment(operand, (), None, frozenset())
-    branch = segments.get(operand, empty) if len(operand.users) == 1 else empty
+    branch = segments.get(operand) if len(operand.users) == 1 else None
+    branch = branch or empty_segment(operand)
     if weight == 1:
         return branch
-    shape = shape_of(operand) or ()
-
-    def build(axes: int) -> AffineOperator:
-        channels = shape[-axes - 1]
-        assert isinstance(channels, int), "the operators of a chain fix the number of channels"
-        scale = torch.full((channels,), weight, dtype=torch.float64, device=device_of(operand))
-        return channelwise(scale, torch.zeros_like(scale), axes)
-
-    return replace(branch, steps=(*branch.steps, Step(build, "")))
+    scale, shift = (torch.tensor(value, dtype=torch.float64, device=device_of(operand)) for value in (weight, 0))
+    return scaled(branch, node, scale, shift)
 
 
 def _branches_of(steps: Steps) -> tuple[Steps, ...]:
     """Return the branches of steps that are nothing but a sum, and otherwise the steps as the only branch."""
     only = steps[0] if len(steps) == 1 else None
     return only if isinstance(only, tuple) else (steps,)
-
-
-def _keeps_shape(branch: Segment, operand: Node) -> bool:
-    """Return whether a branch, with its views applied, has the shape of its source in all axes but the channels."""
-    if branch.flat is not None or branch.is_permuted:
-        return False
-    return not branch.views or (shape_of(operand) or ())[:-1] == (shape_of(branch.source) or ())[:-1]

@@ -9,6 +9,7 @@ from fastentropy.fusion.chains.aten.convolutions import CONVOLUTIONS, TRANSPOSED
 from fastentropy.fusion.chains.aten.elementwise import read_weighted_sum
 from fastentropy.fusion.chains.aten.pooling import AVERAGE_POOLS
 from fastentropy.fusion.chains.aten.reading import read_node
+from fastentropy.fusion.chains.aten.views import read_view
 
 __all__ = [
     "AVERAGE_POOLS",
@@ -17,5 +18,6 @@ __all__ = [
     "AffineNode",
     "channelwise",
     "read_node",
+    "read_view",
     "read_weighted_sum",
 ]

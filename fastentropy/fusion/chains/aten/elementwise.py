@@ -125,7 +125,7 @@ def _scale_and_shift(node: Node, operand: Any, scale: Tensor, shift: Tensor) -> 
         assert isinstance(channels, int), "the operators of a chain fix the number of channels"
         return channelwise(scale.expand(channels), shift.expand(channels), axes)
 
-    return affine_in(operand, axes, build)
+    return affine_in(operand, axes, build, number=(scale, shift) if axes is None else None)
 
 
 def _axes_behind_channels(value: Tensor) -> int | None:
