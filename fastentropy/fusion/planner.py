@@ -7,6 +7,7 @@ its time or its counted cost.
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from fastentropy._utils.timing import Key, measure_times
 from fastentropy.fusion.chains.affine import AffineOperator, compose
-from fastentropy.fusion.chains.elements import Chain, Element, Flatten, Sum, cost, operators, run, spatial_size
+from fastentropy.fusion.chains.elements import Chain, Element, Flatten, Parallel, cost, operators, run, spatial_size
 from fastentropy.fusion.chains.finding import FoundChain
 from fastentropy.fusion.chains.lowering import compile_chain
 from fastentropy.fusion.chains.merging import Borders, composed_shape, crop_kernel, merge, placeholder_weights, with_tap_bias
@@ -96,7 +97,9 @@ class PlanContext(NamedTuple):
         def materialized(element: Element) -> Element:
             if id(element) in made:
                 return made[id(element)].materialize()[0]
-            return Sum(tuple(map(self.materialize, element.branches))) if isinstance(element, Sum) else element
+            if isinstance(element, Parallel):
+                return replace(element, branches=tuple(map(self.materialize, element.branches)))
+            return element
 
         return tuple(map(materialized, form))
 
@@ -237,7 +240,7 @@ def _forms(kept: Chain, x: Tensor, context: PlanContext) -> tuple[dict[str, Chai
 
 def _is_known(split: Chain, forms: Mapping[str, Chain]) -> bool:
     """Return whether a split is a candidate already: the chain as it is, or the merged chain."""
-    merged = "merge" in forms and len(split) == len(forms["merge"]) and not isinstance(split[0], Sum)
+    merged = "merge" in forms and len(split) == len(forms["merge"]) and not isinstance(split[0], Parallel)
     return merged or list(map(id, operators(split))) == list(map(id, operators(forms["keep"])))
 
 
@@ -276,11 +279,11 @@ def _stretches(chain: Chain, inputs: list[Tensor], context: PlanContext) -> dict
     sketches = [sketch(element) for element in chain]
     for start, element in enumerate(chain):
         x = inputs[start]
-        if isinstance(element, Sum):
-            element = Sum(tuple(_fastest_split(branch, x, context) for branch in element.branches))
+        if isinstance(element, Parallel):
+            element = replace(element, branches=tuple(_fastest_split(branch, x, context) for branch in element.branches))
         stretches[start, start + 1, False] = (element,)
         for stop in promising_stops(chain[start:], sketches[start:], x):
-            if stop > 1 or isinstance(element, Sum):
+            if stop > 1 or isinstance(element, Parallel):
                 with contextlib.suppress(ValueError):
                     stretches[start, start + stop, True] = context.merge(chain[start : start + stop], x)
     return stretches
@@ -289,7 +292,7 @@ def _stretches(chain: Chain, inputs: list[Tensor], context: PlanContext) -> dict
 def sketch(element: Element) -> AffineOperator | None:
     """Return an element as one operator on the meta device, which has shapes but no values.
 
-    Returns None if the element is not a single operator: a `Flatten`, or a sum whose branches have no common operator.
+    Returns None if the element is not a single operator: a `Flatten`, or branches that have no common operator.
     """
     try:
         return None if isinstance(element, Flatten) else composed_shape((element,))

@@ -6,11 +6,19 @@ pooling, linear layers), sums of branches, and flattening. The argument `axes` i
 
 from dataclasses import replace
 
+import torch
 from hypothesis import assume
 from hypothesis import strategies as st
 
 from fastentropy.fusion.chains.affine import AffineOperator
-from fastentropy.fusion.chains.elements import Flatten, Sum, operators
+from fastentropy.fusion.chains.elements import Concatenation, Flatten, Sum, operators
+from fastentropy.fusion.chains.selections import (
+    Selection,
+    pixel_shuffle,
+    pixel_unshuffle,
+    repeated_positions,
+    selected_channels,
+)
 from tests._helpers.operators import (
     SEEDS,
     average,
@@ -28,6 +36,8 @@ def pytorch_chain(chain, x):
     for element in chain:
         if isinstance(element, Sum):
             x = sum(pytorch_chain(branch, x) for branch in element.branches)
+        elif isinstance(element, Concatenation):
+            x = torch.cat([pytorch_chain(branch, x) for branch in element.branches], x.ndim - element.axes - 1)
         else:
             x = x.flatten(1) if isinstance(element, Flatten) else pytorch_output(element, x)
     return x
@@ -95,6 +105,38 @@ def average_pools(draw, channels, axes):
 
 
 @st.composite
+def concatenations(draw, channels, axes):
+    """Draw a concatenation of two or three branches, all of which keep the spatial size. One may be the identity."""
+    count = draw(st.integers(2, 3))
+    paths = [(draw(same_convolutions(channels, draw(st.integers(1, 3)), axes)),) for _ in range(count)]
+    if draw(st.booleans()):
+        paths[draw(st.integers(1, count - 1))] = ()
+    if draw(st.booleans()):
+        paths[0] = (draw(selections(channels, axes, kinds=("channels",))),)
+    return Concatenation(tuple(paths), axes)
+
+
+@st.composite
+def selections(draw, channels, axes, kinds=("channels", "repeat", "unshuffle", "shuffle")):
+    """Draw a selection: some of the channels, repeated positions, or pixels that become channels or come from channels.
+
+    Args:
+        channels: the number of channels of its input.
+        axes: the number of spatial axes.
+        kinds: the kinds to draw from. A kind that these channels or axes do not allow becomes "channels".
+    """
+    kind, cpu = draw(st.sampled_from(kinds)), torch.device("cpu")
+    if kind == "repeat" and axes:
+        return repeated_positions(channels, [draw(st.integers(1, 3)) for _ in range(axes)], cpu)
+    if kind == "unshuffle" and axes == 2:
+        return pixel_unshuffle(channels, draw(st.integers(2, 3)), cpu)
+    if kind == "shuffle" and axes == 2 and channels % 4 == 0:
+        return pixel_shuffle(channels // 4, 2, cpu)
+    index = draw(st.lists(st.integers(0, channels - 1), min_size=1, max_size=6))
+    return selected_channels(torch.tensor(index), channels, axes)
+
+
+@st.composite
 def elements(draw, channels, axes, kinds):
     """Draw one element of a chain.
 
@@ -110,6 +152,10 @@ def elements(draw, channels, axes, kinds):
         return draw(same_convolutions(channels, draw(st.integers(1, 4)), axes))
     if kind == "batch norm":
         return draw(batch_norms(channels, axes))
+    if kind == "selection":
+        return draw(selections(channels, axes))
+    if kind == "concatenation":
+        return draw(concatenations(channels, axes))
     if kind == "pool":
         return draw(average_pools(channels, axes))
     if kind == "downsample":
@@ -118,10 +164,11 @@ def elements(draw, channels, axes, kinds):
     return draw(residuals(channels, axes))
 
 
-#: The kinds of elements of two sorts of chains: those with strides, and those with transposed convolutions, which insert zeros
-#: between the values.
+#: The kinds of elements of three sorts of chains: those with strides, those with transposed convolutions, which insert zeros
+#: between the values, and those with selections and concatenations.
 STRIDED = ("strided", "same", "pointwise", "batch norm", "residual", "pool", "downsample")
 TRANSPOSED = ("transposed", "same", "batch norm", "residual")
+SELECTING = ("selection", "selection", "concatenation", "same", "pointwise", "strided", "batch norm", "residual")
 
 
 @st.composite
@@ -146,6 +193,8 @@ def chains(draw, shortest=2, longest=5, kinds=None, largest=(14, 14, 5), flatten
         element = draw(elements(y.shape[1], axes, kinds))
         if isinstance(element, AffineOperator) and element.is_average and any(map(int.__lt__, y.shape[2:], element.kernel)):
             element = draw(batch_norms(y.shape[1], axes))  # PyTorch has no pools that are larger than the value
+        if isinstance(element, Selection) and not all(size_after(element, y.shape[2:])):
+            element = draw(batch_norms(y.shape[1], axes))
         if isinstance(element, AffineOperator) and not all(size_after(element, y.shape[2:])):
             wide = tuple((k - 1) * d for k, d in zip(element.kernel, element.dilation, strict=True))
             element = replace(element, padding=wide)

@@ -129,6 +129,10 @@ class AffineOperator:
         stuffed[positions] = x
         return stuffed
 
+    def tap_sum(self) -> Tensor:
+        """Return the weight with which the operator reads an input that is constant per channel: `[out, in / groups]`."""
+        return self.weight.flatten(2).sum(2) if self.axes else self.weight
+
     def dense_weight(self) -> Tensor:
         """Return the weight `[out_channels, in_channels, *kernel]` that the same operator has with one group."""
         return _blocks(self, 1)[0]
@@ -189,7 +193,7 @@ def compose(first: AffineOperator, second: AffineOperator) -> AffineOperator:
             t * b.dilation * a.stride // step for t, a, b, step in zip(tap, first.axes, second.axes, dilation, strict=True)
         ]
         weight[_window(first.kernel, offset, spread, dilation)] += _multiply(first, second.weight[at_tap], second.groups)
-    summed = second.weight.reshape(second.groups, second.out_channels // second.groups, second.weight.shape[1], -1).sum(-1)
+    summed = second.tap_sum().reshape(second.groups, second.out_channels // second.groups, second.weight.shape[1])
     through = torch.einsum("gom,gm->go", summed, first.bias.reshape(second.groups, -1))
     return _from_axes(weight, second.bias + through.flatten(), axes, groups, first.names + second.names)
 
@@ -212,6 +216,26 @@ def add(left: AffineOperator, right: AffineOperator) -> AffineOperator:
         spread = [own.dilation for own in operator.axes]
         weight[_window(operator.kernel, offset, spread, [axis.dilation for axis in axes])] += block
     return _from_axes(weight.flatten(0, 1), left.bias + right.bias, axes, groups)
+
+
+def stack(operators: Sequence[AffineOperator]) -> AffineOperator:
+    """Return one operator whose output channels are those of all given operators, in this order; it has one group.
+
+    Raises:
+        ValueError: the numbers of input channels differ, or the sizes of the outputs differ for some input size.
+    """
+    channels, first = sum(operator.out_channels for operator in operators), 0
+    total: AffineOperator | None = None
+    for operator in operators:
+        weight, bias = operator.dense_weight(), operator.bias
+        rows = slice(first, first + operator.out_channels)
+        among = weight.new_zeros((channels, *weight.shape[1:])), bias.new_zeros((channels, *bias.shape[1:]))
+        among[0][rows], among[1][rows] = weight, bias
+        geometry = (operator.stride, operator.padding, operator.dilation)
+        part = AffineOperator(*among, *geometry, upsampling=operator.upsampling)
+        total, first = part if total is None else add(total, part), rows.stop
+    assert total is not None, "stack needs an operator"
+    return total
 
 
 def _from_axes(weight: Tensor, bias: Tensor, axes: Sequence[Axis], groups: int, names: tuple[str, ...] = ()) -> AffineOperator:

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from fastentropy.fusion.chains.affine import AffineOperator
-from fastentropy.fusion.chains.elements import BorderStrip, Chain, Sum, operators, run
+from fastentropy.fusion.chains.elements import BorderStrip, Chain, Parallel, operators, run
 from fastentropy.fusion.chains.geometry import Axis
+from fastentropy.fusion.chains.selections import Selection
 
 
 class ValidRange(NamedTuple):
@@ -50,7 +51,7 @@ def valid_range(chain: Chain, axis: int, size: int, *, zero_input: bool = False)
     """Return the output positions at which the merged operator of a chain equals the chain.
 
     Args:
-        chain: operators with spatial axes, and sums of them.
+        chain: operators with spatial axes, and sums and concatenations of them.
         axis: index of the spatial axis.
         size: number of input positions along the axis.
         zero_input: compare the outputs for an input of zeros, which come from the biases alone. By default the biases are
@@ -65,7 +66,7 @@ def valid_range(chain: Chain, axis: int, size: int, *, zero_input: bool = False)
 def _propagate(chain: Chain, axis: int, valid: ValidRange, zero_input: bool) -> ValidRange:
     """Return the range of the output of a chain, given the range of its input; see `valid_range`."""
     for element in chain:
-        if isinstance(element, Sum):
+        if isinstance(element, Parallel):
             ends = [_propagate(branch, axis, valid, zero_input) for branch in element.branches]
             valid = ValidRange(
                 max(end.start for end in ends),
@@ -80,8 +81,17 @@ def _propagate(chain: Chain, axis: int, valid: ValidRange, zero_input: bool) -> 
                 stays_zero = [not element.bias.any()] * 2
             else:
                 stays_zero = [margin >= own.reach for margin in (own.before, own.after)]
-            valid = _propagate_operator(own, valid, *stays_zero)
+            if isinstance(element, Selection) and element.repeats:
+                valid = _repeated(valid, own.upsampling)
+            else:
+                valid = _propagate_operator(own, valid, *stays_zero)
     return valid
+
+
+def _repeated(valid: ValidRange, factor: int) -> ValidRange:
+    """Return the range of a value whose positions are repeated `factor` times."""
+    start, stop, size = (factor * position for position in valid[:3])
+    return valid._replace(start=start, stop=stop, size=size)
 
 
 def _propagate_operator(axis: Axis, valid: ValidRange, stays_zero_before: bool, stays_zero_after: bool) -> ValidRange:
@@ -112,7 +122,7 @@ def differs_at_border(chain: Chain, axis: int, *, zero_input: bool) -> bool:
     """Return whether the merged operator of a chain differs from the chain near the borders of large inputs.
 
     Args:
-        chain: operators with spatial axes, and sums of them.
+        chain: operators with spatial axes, and sums and concatenations of them.
         axis: index of the spatial axis.
         zero_input: compare the outputs for an input of zeros, which come from the biases alone; by default the biases are
             ignored. See `valid_range`.
@@ -129,7 +139,7 @@ def zero_response(chain: Chain, spatial_size: Sequence[int]) -> Tensor:
     output is repeated.
 
     Args:
-        chain: operators with spatial axes, and sums of them.
+        chain: operators with spatial axes, and sums and concatenations of them.
         spatial_size: size of the input along each spatial axis.
 
     Returns:
@@ -173,7 +183,7 @@ def border_strips(chain: Chain, spatial_size: Sequence[int]) -> tuple[BorderStri
     """Return the strips along the borders in which a merged operator differs from its chain by more than a bias.
 
     Args:
-        chain: operators with spatial axes, and sums of them.
+        chain: operators with spatial axes, and sums and concatenations of them.
         spatial_size: size of the input along each spatial axis.
 
     Returns:
@@ -222,7 +232,7 @@ def _trailing_strip(chain: Chain, axis: int, size: int, start: int, output: int)
 def _output_size(chain: Chain, axis: int, size: int) -> int:
     """Return the number of output positions for an input with `size` positions; 0 if an intermediate value would be empty."""
     for element in chain:
-        if isinstance(element, Sum):
+        if isinstance(element, Parallel):
             size = min(_output_size(branch, axis, size) for branch in element.branches)
         elif isinstance(element, AffineOperator):
             size = max(element.axes[axis].output_size(size), 0) if size else 0
@@ -235,7 +245,7 @@ def _last_read(chain: Chain, axis: int, position: int) -> int:
     Positions outside of the input are possible.
     """
     for element in reversed(chain):
-        if isinstance(element, Sum):
+        if isinstance(element, Parallel):
             position = max(_last_read(branch, axis, position) for branch in element.branches)
         elif isinstance(element, AffineOperator):
             own = element.axes[axis]
@@ -249,7 +259,7 @@ def _first_read(chain: Chain, axis: int, position: int) -> int:
     Positions outside of the input are possible.
     """
     for element in reversed(chain):
-        if isinstance(element, Sum):
+        if isinstance(element, Parallel):
             position = min(_first_read(branch, axis, position) for branch in element.branches)
         elif isinstance(element, AffineOperator):
             own = element.axes[axis]

@@ -13,19 +13,35 @@ import torch
 from torch import Tensor, nn
 
 from fastentropy.fusion.chains.affine import AffineOperator
+from fastentropy.fusion.chains.selections import Selection
 
 #: One step of a chain.
-Element: TypeAlias = "AffineOperator | Sum | BorderCorrected | TapBiased | FusedPair | Flatten | Activation"
+Element: TypeAlias = "AffineOperator | Sum | Concatenation | BorderCorrected | TapBiased | FusedPair | Flatten | Activation"
 
 #: Elements that are applied one after the other; an empty chain returns its input.
 Chain: TypeAlias = "tuple[Element, ...]"
 
 
 @dataclass(frozen=True, eq=False)
-class Sum:
-    """The sum of the outputs of branches, which all have the same input. An empty branch adds the input itself."""
+class Parallel:
+    """Branches that all have the same input. The output of an empty branch is the input itself."""
 
     branches: tuple[Chain, ...]
+
+
+class Sum(Parallel):
+    """The sum of the outputs of branches."""
+
+
+@dataclass(frozen=True, eq=False)
+class Concatenation(Parallel):
+    """The outputs of branches, one behind the other along the channels.
+
+    Attributes:
+        axes: number of spatial axes, which follow the channels.
+    """
+
+    axes: int
 
 
 class BorderStrip(NamedTuple):
@@ -143,6 +159,8 @@ def _run_element(element: Element, x: Tensor) -> Tensor:
             for other in others:
                 total = total + other
             return total
+        case Concatenation(branches, axes):
+            return torch.cat([run(branch, x) for branch in branches], x.ndim - axes - 1)
         case BorderCorrected(interior, chain, strips):
             y = interior(x)
             axes = len(interior.axes)
@@ -179,6 +197,9 @@ def output_shape(chain: Chain, shape: Sequence[int]) -> tuple[int, ...]:
         match element:
             case Sum(branches):
                 shape = output_shape(max(branches, key=len), shape)
+            case Concatenation(branches, axes):
+                shapes = [output_shape(branch, shape) for branch in branches]
+                shape = (*shape[: -axes - 1], sum(each[-axes - 1] for each in shapes), *shapes[0][len(shape) - axes :])
             case BorderCorrected(interior) | TapBiased(interior):
                 shape = interior.output_shape(shape)
             case FusedPair(_, first, second):
@@ -219,6 +240,9 @@ def _costs(element: Element, shape: Sequence[int], itemsize: int) -> Iterator[Co
             yield from (cost(branch, shape, itemsize) for branch in branches)
             values = math.prod(output_shape((element,), shape))
             yield Cost(0, 3 * (len(branches) - 1) * values * itemsize)
+        case Concatenation(branches):
+            yield from (cost(branch, shape, itemsize) for branch in branches)
+            yield Cost(0, 2 * math.prod(output_shape((element,), shape)) * itemsize)
         case BorderCorrected(interior, chain, strips):
             yield from _costs(interior, shape, itemsize)
             for strip in strips:
@@ -241,8 +265,10 @@ def _costs(element: Element, shape: Sequence[int], itemsize: int) -> Iterator[Co
 
 
 def _operator_cost(operator: AffineOperator, shape: Sequence[int], itemsize: int) -> Cost:
-    """Return the cost of one operator. A bias map is added in a further pass over the output."""
+    """Return the cost of one operator. A bias map is added in a further pass over the output. A selection only copies."""
     output = math.prod(operator.output_shape(shape))
+    if isinstance(operator, Selection):
+        return Cost(0, (min(math.prod(shape), output) + output) * itemsize)
     bias_map = 2 * output + operator.bias.numel() if operator.bias.ndim > 1 else operator.bias.numel()
     values = math.prod(shape) + operator.weight.numel() + output + bias_map
     return Cost(operator.multiplications(shape), values * itemsize)
@@ -256,7 +282,7 @@ def operators(chain: Chain) -> list[AffineOperator]:
 def _operators(element: Element) -> list[AffineOperator]:
     """Return all affine operators of one element; see `operators`."""
     match element:
-        case Sum(branches):
+        case Parallel(branches):
             return [operator for branch in branches for operator in operators(branch)]
         case BorderCorrected(interior, chain):
             return [interior, *operators(chain)]

@@ -14,6 +14,7 @@ from fastentropy.fusion.chains.elements import (
     Activation,
     BorderCorrected,
     Chain,
+    Concatenation,
     Element,
     Flatten,
     FusedPair,
@@ -23,6 +24,7 @@ from fastentropy.fusion.chains.elements import (
     output_shape,
 )
 from fastentropy.fusion.chains.geometry import Axis
+from fastentropy.fusion.chains.selections import Selection
 from fastentropy.fusion.memory_format import is_matrix, like_format
 
 _aten = torch.ops.aten
@@ -79,6 +81,11 @@ class Lowering:
         match element:
             case Sum(branches):
                 return self._sum(branches, value, shape)
+            case Concatenation(branches, axes):
+                values = [self.lower(branch, value, shape) for branch in branches]
+                return self._graph.call_function(_aten.cat.default, (values, len(shape) - axes - 1))
+            case Selection():
+                return self._selection(element, value, shape)
             case BorderCorrected():
                 return self._border_corrected(element, value, shape)
             case TapBiased():
@@ -104,6 +111,15 @@ class Lowering:
             else:
                 result = self._graph.call_function(_aten.add.Tensor, (result, value), {"alpha": number})
         return result
+
+    def _selection(self, selection: Selection, value: Node, shape: Sequence[int]) -> Node:
+        """Append a selection as the operator that it was read from."""
+        axes = len(selection.axes)
+        for index, size in enumerate(shape[len(shape) - axes :]):
+            if self._fixed_size and (read := selection.read_size(index, size)) < size:
+                value = self._slice(value, len(shape) - axes + index, (0, read))
+        arguments = (self._index(each) if isinstance(each, Tensor) else each for each in selection.arguments)
+        return self._graph.call_function(selection.target, (value, *arguments))
 
     def _operator(self, operator: AffineOperator, value: Node) -> Node:
         """Append an affine operator as a linear layer, a scale with shift, average pooling, or a convolution."""
@@ -227,6 +243,12 @@ class Lowering:
         """Return the node of a bias `[out_channels]`, or None if it is zero or a bias map."""
         return self._constant(operator.bias) if operator.bias.ndim == 1 and operator.bias.any() else None
 
+    def _index(self, tensor: Tensor) -> Node:
+        """Add a constant of integers on the device of the example, and return the node that reads it."""
+        name = f"{self._prefix}_{len(self.tensors)}"
+        self.tensors[name] = tensor.to(self._like.device)
+        return self._graph.create_node("get_attr", name)
+
     def _constant(self, tensor: Tensor) -> Node:
         """Add a constant in the dtype, device and memory format of the example, and return the node that reads it."""
         name = f"{self._prefix}_{len(self.tensors)}"
@@ -286,7 +308,13 @@ def _covers(operator: AffineOperator, shape: Sequence[int]) -> bool:
 
     `shape` is the shape of the input, `[batch, channels, *spatial]`.
     """
-    if not operator.axes or len(shape) != len(operator.axes) + 2 or operator.groups > 1 or operator.bias.ndim > 1:
+    if (
+        isinstance(operator, Selection)
+        or not operator.axes
+        or len(shape) != len(operator.axes) + 2
+        or operator.groups > 1
+        or operator.bias.ndim > 1
+    ):
         return False
     plain = all(axis == Axis(axis.kernel, axis.stride) for axis in operator.axes)
     return plain and operator.kernel == tuple(shape[2:])

@@ -11,10 +11,11 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 
-from fastentropy.fusion.chains.affine import AffineOperator, add, compose, identity
+from fastentropy.fusion.chains.affine import AffineOperator, add, compose, identity, stack
 from fastentropy.fusion.chains.borders import border_strips, differs_at_border, zero_response
-from fastentropy.fusion.chains.elements import BorderCorrected, Chain, Element, Flatten, Sum, TapBiased
+from fastentropy.fusion.chains.elements import BorderCorrected, Chain, Concatenation, Element, Flatten, Parallel, TapBiased
 from fastentropy.fusion.chains.passes import split_residual
+from fastentropy.fusion.chains.selections import Selection
 
 #: "exact": the merged operator equals the chain at every position. "train": it differs near the border, and the fused model
 #: is meant to be trained afterwards.
@@ -110,20 +111,22 @@ def compose_chain(chain: Chain) -> AffineOperator:
     Raises:
         ValueError: the composition is not an operator.
     """
-    merged, *others = (_add_branches(element) for element in chain)
+    merged, *others = (_join_branches(element) for element in chain)
     for operator in others:
         merged = compose(merged, operator)
-    return merged
+    return merged.as_convolution() if isinstance(merged, Selection) else merged
 
 
-def _add_branches(element: Element) -> AffineOperator:
-    """Return an affine operator as it is, and a sum of branches as one operator."""
-    if not isinstance(element, Sum):
+def _join_branches(element: Element) -> AffineOperator:
+    """Return an affine operator as it is, and a sum or a concatenation of branches as one operator."""
+    if not isinstance(element, Parallel):
         assert isinstance(element, AffineOperator)
         return element
     branches = [compose_chain(branch) if branch else None for branch in element.branches]
     like = next(operator for operator in branches if operator is not None)
     total, *others = (identity(like.in_channels, like) if operator is None else operator for operator in branches)
+    if isinstance(element, Concatenation):
+        return stack([total, *others])
     for other in others:
         total = add(total, other)
     return total
@@ -152,8 +155,8 @@ def _with_each(chain: Chain, change: Callable[[AffineOperator], AffineOperator])
     """Return a chain with `change` applied to each of its operators, including those inside branches."""
 
     def changed(element: Element) -> Element:
-        if isinstance(element, Sum):
-            return Sum(tuple(_with_each(branch, change) for branch in element.branches))
+        if isinstance(element, Parallel):
+            return replace(element, branches=tuple(_with_each(branch, change) for branch in element.branches))
         assert isinstance(element, AffineOperator)
         return change(element)
 
@@ -167,8 +170,7 @@ def _on_meta(operator: AffineOperator) -> AffineOperator:
 
 def _without_extent(operator: AffineOperator) -> AffineOperator:
     """Sum the taps of an operator into one tap. Away from the borders, the output for a constant input stays the same."""
-    weight = operator.weight.flatten(2).sum(2) if operator.axes else operator.weight
-    return AffineOperator(weight, operator.bias, groups=operator.groups)
+    return AffineOperator(operator.tap_sum(), operator.bias, groups=operator.groups)
 
 
 def with_tap_bias(chain: Chain) -> TapBiased:
@@ -186,7 +188,7 @@ def with_tap_bias(chain: Chain) -> TapBiased:
     if not 0 < count < len(body):
         raise ValueError("no pointwise operators with others behind them")
     head, (padded, *others) = compose_chain(body[:count]), body[count:]
-    if isinstance(padded, Sum) or not all(isinstance(each, AffineOperator) and not each.reads_zeros for each in others):
+    if isinstance(padded, Parallel) or not all(isinstance(each, AffineOperator) and not each.reads_zeros for each in others):
         raise ValueError("inner zero padding: more than a bias differs at the border")
     rest = compose_chain((padded, *others))
     grouped = rest.weight.reshape(rest.groups, -1, *rest.weight.shape[1:])

@@ -6,20 +6,21 @@ A chain is a stretch of linear operators.
 from dataclasses import replace
 
 from fastentropy.fusion.chains.affine import AffineOperator, compose
-from fastentropy.fusion.chains.elements import Chain, Element, FusedPair, Sum
+from fastentropy.fusion.chains.elements import Chain, Concatenation, Element, FusedPair, Parallel, Sum
+from fastentropy.fusion.chains.selections import Selection
 from fastentropy_kernels import MOST_MIDDLES
 
 
 def fold(chain: Chain) -> Chain:
     """Fold batch norm: compose each operator that only scales and shifts channels with a neighbour, if that is exact.
 
-    The branches of sums are folded too.
+    The branches of sums and concatenations are folded too.
     """
     folded: list[Element] = []
     for element in chain:
         previous = folded[-1] if folded else None
-        if isinstance(element, Sum):
-            folded.append(Sum(tuple(fold(branch) for branch in element.branches)))
+        if isinstance(element, Parallel):
+            folded.append(replace(element, branches=tuple(fold(branch) for branch in element.branches)))
         elif isinstance(previous, AffineOperator) and isinstance(element, AffineOperator) and _can_fold(previous, element):
             folded[-1] = compose(previous, element)
         else:
@@ -30,9 +31,9 @@ def fold(chain: Chain) -> Chain:
 def _can_fold(first: AffineOperator, second: AffineOperator) -> bool:
     """Return whether one of two neighbours only scales and shifts channels, and composing the two is exact at the border too.
 
-    Average pooling is never composed, because it would become a convolution.
+    Average pooling and selections are never composed, because they would become convolutions.
     """
-    if first.is_average or second.is_average:
+    if isinstance(first, Selection) or isinstance(second, Selection) or first.is_average or second.is_average:
         return False
     return second.is_channelwise or (first.is_channelwise and not second.reads_zeros)
 
@@ -92,21 +93,24 @@ def fuse_pairs(chain: Chain) -> Chain:
         if isinstance(previous, AffineOperator) and (pair := _fused_pair(previous, element)):
             paired[-1] = pair
         else:
-            paired.append(_fuse_in_branches(element) if isinstance(element, Sum) else element)
+            paired.append(_fuse_in_branches(element) if isinstance(element, Parallel) else element)
     return tuple(paired)
 
 
-def _fuse_in_branches(element: Sum) -> Element:
-    """Apply `fuse_pairs` to the branches of a sum. A residual block of a single pair becomes that pair with its input added."""
+def _fuse_in_branches(element: Sum | Concatenation) -> Element:
+    """Apply `fuse_pairs` to branches. A residual block of a single pair becomes that pair with its input added."""
     branches = tuple(fuse_pairs(branch) for branch in element.branches)
-    body, adds_input = split_residual((Sum(branches),))
+    joined = replace(element, branches=branches)
+    body, adds_input = split_residual((joined,))
     if adds_input and len(body) == 1 and isinstance(body[0], FusedPair):
         return replace(body[0], adds_input=True)
-    return element if branches == element.branches else Sum(branches)
+    return element if branches == element.branches else joined
 
 
 def _fused_pair(first: AffineOperator, second: Element) -> FusedPair | None:
     """Return two neighbouring operators as a `FusedPair`, or None if `fastentropy_kernels` has no kernel for the two."""
+    if isinstance(first, Selection) or isinstance(second, Selection):
+        return None
     if not isinstance(second, AffineOperator) or first.bias.ndim > 1 or second.bias.ndim > 1:
         return None
     if not first.axes:

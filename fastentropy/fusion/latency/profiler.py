@@ -8,6 +8,7 @@ parts that can run as one operator a stretch (see `table`).
 import contextlib
 import copy
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from fastentropy._utils.timing import measure_times
 from fastentropy.fusion.api import fuse
 from fastentropy.fusion.chains.affine import AffineOperator
-from fastentropy.fusion.chains.elements import Activation, Chain, Element, Flatten, Sum, spatial_size
+from fastentropy.fusion.chains.elements import Activation, Chain, Concatenation, Element, Flatten, Parallel, spatial_size
 from fastentropy.fusion.chains.finding import find_chains
 from fastentropy.fusion.chains.lowering import compile_chain
 from fastentropy.fusion.chains.merging import composed_shape, merge, placeholder_weights, with_tap_bias
@@ -136,10 +137,10 @@ class _Profiler:
         """
         inputs, branches = [x], {}
         for index, element in enumerate(chain):
-            if isinstance(element, Sum):
+            if isinstance(element, Parallel):
                 sections, outputs = zip(*(self.section(branch, inputs[-1].clone()) for branch in element.branches), strict=True)
                 branches[index] = sections
-                inputs.append(sum(outputs[1:], outputs[0]))
+                inputs.append(_joined(element, outputs))
             else:
                 inputs.append(compile_chain((element,), inputs[-1])(inputs[-1].clone()))
         forms = {index: (_alone(element),) for index, element in enumerate(chain)}
@@ -168,7 +169,7 @@ class _Profiler:
             forms = {
                 (ends[count - 1], kind): form
                 for count in promising_stops(linear[first:], sketches[first:], x)
-                if count > 1 or isinstance(linear[first], Sum)
+                if count > 1 or isinstance(linear[first], Parallel)
                 for kind, form in _merged_forms(fold(linear[first : first + count]), x)
             }
             for count, stop in enumerate(ends[1:] if self._replaceable else (), 2):
@@ -222,16 +223,26 @@ def _times(forms: Mapping[Any, Chain], inputs: Mapping[Any, Tensor]) -> dict[Any
 
 
 def _alone(element: Element) -> Element:
-    """Return the element to time as a part. For a sum this is the addition alone, because its branches are timed separately."""
-    return Sum(((),) * len(element.branches)) if isinstance(element, Sum) else element
+    """Return the element to time as a part. Of branches, which are timed separately, this is the joining of their outputs."""
+    if isinstance(element, Concatenation):
+        return replace(element, branches=((),))
+    return replace(element, branches=((),) * len(element.branches)) if isinstance(element, Parallel) else element
+
+
+def _joined(element: Parallel, outputs: Sequence[Tensor]) -> Tensor:
+    """Return the output of an element, given those of its branches."""
+    if isinstance(element, Concatenation):
+        return torch.cat(tuple(outputs), outputs[0].ndim - element.axes - 1)
+    total, *others = outputs
+    return sum(others, total)
 
 
 def _linearized(element: Element) -> Element:
     """Return an element without the activations in its branches."""
-    if not isinstance(element, Sum):
+    if not isinstance(element, Parallel):
         return element
     branches = (tuple(_linearized(each) for each in branch if not isinstance(each, Activation)) for branch in element.branches)
-    return Sum(tuple(map(fold, branches)))
+    return replace(element, branches=tuple(map(fold, branches)))
 
 
 def _sites(chain: Chain) -> frozenset[str]:
@@ -240,7 +251,7 @@ def _sites(chain: Chain) -> frozenset[str]:
     for element in chain:
         if isinstance(element, Activation):
             names.add(element.name)
-        elif isinstance(element, Sum):
+        elif isinstance(element, Parallel):
             names.update(*map(_sites, element.branches))
     return frozenset(names)
 
