@@ -108,17 +108,14 @@ def fuse(
     guards += _smallest_sizes(traced_inputs, check, traced, inputs)
     plan = functools.partial(plan_chain, tolerance=tolerance, measure=measure, borders=borders, merged={})
 
-    def is_equal(form: nn.Module) -> bool:
-        return borders == "train" or check.error(form) <= tolerance
-
     def make(form: nn.Module, runs_in: str) -> FusedModel:
         return FusedModel(form, traced_inputs, FusionReport((), {}, {}, "", 0.0, runs_in), guards, signature)
 
-    forms, reports = make_forms(original, traced, inputs, plan, is_equal, channels_last=measure)
+    forms, reports = make_forms(original, traced, inputs, plan, None if borders == "train" else check, channels_last=measure)
     made = race(forms, _finished(traced, original, inputs), FURTHER[backend], make, inputs, measure)
     if made.notes and backend != "auto":
         raise ValueError(f"backend={backend!r}: {made.notes[0]}")
-    fused = first_equal(made, check, tolerance, reports, trains=borders == "train")
+    fused = first_equal(made, check, reports, trains=borders == "train")
     if borders == "train":
         make_trainable(fused, dict(original.named_parameters()))
     return fused

@@ -4,6 +4,7 @@ A form is one way to compute the same network. The baseline is the model as its 
 """
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from statistics import median
 from typing import NamedTuple, TypeAlias
@@ -18,7 +19,7 @@ from fastentropy.fusion.fused_model import FusedModel
 from fastentropy.fusion.inputs import Inputs, clone
 from fastentropy.fusion.planner import TIE
 from fastentropy.fusion.report import ChainReport, FusionReport
-from fastentropy.fusion.verification import EquivalenceCheck
+from fastentropy.fusion.verification import EquivalenceCheck, Judgement
 
 #: A form and the backend that runs it: the name of the form, its memory format, and the name of the backend.
 Entry: TypeAlias = tuple[str, str, str]
@@ -43,6 +44,9 @@ FURTHER: dict[Backend, tuple[str, ...]] = {
     "auto": ("inductor",),
     "onnxruntime": ("onnxruntime",),
 }
+
+#: The bound of a network that is to be trained, in the report.
+AT_BORDERS = "no bound: the outputs may differ near the borders of images until the network is trained"
 
 #: The forms in the order in which they are listed.
 _NAMES = ("original", "folded", "fused")
@@ -170,14 +174,13 @@ def _samples(modules: Mapping[Entry, FusedModel], inputs: Inputs) -> dict[Entry,
 
 
 def first_equal(
-    made: Race, check: EquivalenceCheck, tolerance: float, reports: Mapping[str, tuple[ChainReport, ...]], trains: bool
+    made: Race, check: EquivalenceCheck, reports: Mapping[str, tuple[ChainReport, ...]], trains: bool
 ) -> FusedModel:
     """Return the fastest module that computes what the model computes, with its report.
 
     Args:
         made: the modules.
         check: compares them with the model.
-        tolerance: the largest relative error that a module may have.
         reports: the reports on the chains, by memory format.
         trains: whether the fused form may differ near the border of images, because it is to be trained.
 
@@ -186,23 +189,29 @@ def first_equal(
     """
     best, times = made.best(), made.times()
     formats = {name: memory_format for name, memory_format, _ in sorted(best.values(), key=lambda entry: entry[2] == "eager")}
-    error = 0.0
     for (backend, name), entry in best.items():
-        error = _error(made.modules[entry], check)
-        at_borders = trains and name == "fused"
-        if error <= tolerance or (at_borders and _error(made.modules[best[backend, "folded"]], check) <= tolerance):
+        judged = _judge(made.modules[entry], check)
+        if trains and name == "fused" and _judge(made.modules[best[backend, "folded"]], check).holds:
+            judged = Judgement(judged.error, math.inf, AT_BORDERS)
+        if judged.holds:
             milliseconds = {**times[backend], "original": times["eager"]["original"]} if times else {}
-            report = FusionReport(reports[entry[1]], milliseconds, formats, name, error, backend, times, made.notes)
+            further = backend, times, made.notes, judged.bound
+            report = FusionReport(reports[entry[1]], milliseconds, formats, name, judged.error, *further)
             made.modules[entry].report = report
             return made.modules[entry]
-    raise RuntimeError(
-        f"the trace of the model differs from the model by {error:.1e} (relative), above the tolerance of {tolerance:.0e}; "
-        "pass a larger tolerance= if that is acceptable"
-    )
+    raise RuntimeError(_refusal(judged, check))
 
 
-def _error(module: FusedModel, check: EquivalenceCheck) -> float:
-    """Return the relative error of a module. A compiled one runs at the sizes of the example only, its graph at all sizes."""
+def _judge(module: FusedModel, check: EquivalenceCheck) -> Judgement:
+    """Judge the outputs of a module. A compiled one runs at the sizes of the example only, its graph at all sizes."""
     if module.report.backend == "eager":
-        return check.error(module)
-    return max(check.error(module.network), check.error(module, other_sizes=False))
+        return check.judge(module)
+    return Judgement.worst([check.judge(module.network), check.judge(module, other_sizes=False)])
+
+
+def _refusal(judged: Judgement, check: EquivalenceCheck) -> str:
+    """Return the message for a model whose own trace does not compute the same as the model."""
+    text = f"the trace of the model differs from the model by {judged.error:.1e} (relative), above {judged.bound}; "
+    if check.is_random:
+        return text + "two calls of the model differ as well: it draws random numbers, which a fused model would not repeat"
+    return text + "pass a larger tolerance= if that is acceptable"

@@ -1,13 +1,14 @@
 """Make the forms of a network that `fuse` compares: original, with batch norm folded, and fused, in two memory formats."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 from fastentropy._compat import tree_leaves
+from fastentropy.fusion.chain_verification import rewrite_equal
 from fastentropy.fusion.chains.elements import Chain, operators
 from fastentropy.fusion.chains.finding import FoundChain, find_chains
 from fastentropy.fusion.finishing import finish
@@ -15,6 +16,7 @@ from fastentropy.fusion.inputs import Inputs, clone
 from fastentropy.fusion.memory_format import InOrder, lost_order, with_channels_last_weights
 from fastentropy.fusion.report import ChainReport
 from fastentropy.fusion.tracing import in_channels_last, rewrite, values_of
+from fastentropy.fusion.verification import EquivalenceCheck
 
 #: The name of a form: "original", "folded" or "fused", and its memory format: "contiguous" or "channels_last".
 Form: TypeAlias = tuple[str, str]
@@ -25,7 +27,7 @@ def make_forms(
     traced: GraphModule,
     example_inputs: Inputs,
     plan: Callable[[FoundChain, Tensor], tuple[Chain, ChainReport]] | None = None,
-    is_equal: Callable[[nn.Module], bool] = lambda form: True,
+    check: EquivalenceCheck | None = None,
     *,
     channels_last: bool = True,
 ) -> tuple[dict[Form, nn.Module], dict[str, tuple[ChainReport, ...]]]:
@@ -40,8 +42,8 @@ def make_forms(
         example_inputs: the inputs of one call.
         plan: chooses the form of a chain (stretch of linear operators), given the chain and its input; returns the form and a
             report. Without it, no fused form is made.
-        is_equal: returns whether a form has the same outputs as the model. If it rejects the network with all chains
-            rewritten, it is called for each chain rewritten alone, and the rejected chains stay as they are in the trace.
+        check: compares rewritten networks with the model; chains that do not hold stay as they are in the trace. Without it,
+            all chains are rewritten.
         channels_last: whether to make the forms in channels-last too. This needs a convolution of images or volumes.
 
     Returns:
@@ -67,11 +69,14 @@ def make_forms(
             forms["folded", memory_format] = finish(folded, example_inputs, outputs)
             continue
         plans = {chain: plan(chain, sources[chain.source]) for chain in chains}
-        fused, equal = _fuse(graph, {chain: form for chain, (form, _) in plans.items()}, sources, is_equal)
-        folded = rewrite(graph, {chain: chain.folded for chain in equal}, sources)
+        fused, left = rewrite_equal(graph, {chain: form for chain, (form, _) in plans.items()}, sources, check)
+        kept = {chain: chain.folded for chain in chains if chain not in left}
+        folded, _ = rewrite_equal(graph, kept, sources, check)
         forms["folded", memory_format] = finish(folded, example_inputs, outputs)
         forms["fused", memory_format] = finish(fused, example_inputs, outputs)
-        reports[memory_format] = tuple(report if chain in equal else _kept(report) for chain, (_, report) in plans.items())
+        reports[memory_format] = tuple(
+            _kept(report, left[chain]) if chain in left else report for chain, (_, report) in plans.items()
+        )
     return forms, reports
 
 
@@ -90,31 +95,6 @@ def _in_channels_last(model: nn.Module, inputs: Inputs) -> nn.Module:
     return last
 
 
-def _fuse(
-    graph: GraphModule,
-    planned: Mapping[FoundChain, Chain],
-    sources: Mapping[Node, Tensor],
-    is_equal: Callable[[nn.Module], bool],
-) -> tuple[GraphModule, list[FoundChain]]:
-    """Rewrite the chains of a graph, except those that change the outputs of the model.
-
-    Args:
-        graph: the trace of the model.
-        planned: the new form of each chain.
-        sources: the input of each chain on the example inputs, by its node.
-        is_equal: as in `make_forms`.
-
-    Returns:
-        The rewritten graph, and the chains that were rewritten: all of them if `is_equal` accepts that, otherwise those that
-        it accepts one by one.
-    """
-    fused = rewrite(graph, planned, sources)
-    if is_equal(fused):
-        return fused, list(planned)
-    equal = {chain: form for chain, form in planned.items() if is_equal(rewrite(graph, {chain: form}, sources))}
-    return rewrite(graph, equal, sources), list(equal)
-
-
-def _kept(report: ChainReport) -> ChainReport:
-    """Return the report on a chain that stays as it is because its new form changes the outputs of the model."""
-    return dataclasses.replace(report, choice="keep", note="left as it was: rewriting it changes the outputs of the model")
+def _kept(report: ChainReport, reason: str) -> ChainReport:
+    """Return the report on a chain that stays as it is, for the given reason."""
+    return dataclasses.replace(report, choice="keep", note=reason)

@@ -21,7 +21,7 @@ from fastentropy.fusion.chains.lowering import compile_chain
 from fastentropy.fusion.chains.merging import Borders, composed_shape, crop_kernel, merge, placeholder_weights, with_tap_bias
 from fastentropy.fusion.chains.passes import fuse_pairs, move_pools_forward
 from fastentropy.fusion.report import Candidate, ChainReport
-from fastentropy.fusion.verification import full_precision, relative_error
+from fastentropy.fusion.verification import Judgement, full_precision, judge, relative_error
 
 #: Another form replaces the chain with batch norm folded only if it saves at least this share of the chain's price.
 TIE = 0.02
@@ -152,12 +152,23 @@ def plan_chain(
     }
     equal = [name for name, candidate in candidates.items() if candidate.relative_error <= tolerance]
     if len(equal) < len(candidates):
-        note = f"above the tolerance of {tolerance:.0e}: {', '.join(name for name in forms if name not in equal)}"
+        judged = _judged(candidates, found, x, tolerance, borders)
+        equal = [name for name in forms if judged[name].holds]
+        wrong = [name for name in forms if name not in equal]
+        note = f"above {judged[wrong[0]].bound}: {', '.join(wrong)}" if wrong else note
     fastest = min(equal, key=lambda name: prices[name], default="keep")
     choice = fastest if prices[fastest] <= (1 - TIE) * prices["keep"] else "keep"
     if borders == "train":
         note = f"differs at the border by {_chain_error(forms[choice], found.elements, x):.0e}, to be trained"
     return forms[choice], ChainReport(found.names, candidates, choice, note, found.ended_by)
+
+
+def _judged(
+    candidates: Mapping[str, Candidate], found: FoundChain, x: Tensor, tolerance: float, borders: Borders
+) -> dict[str, Judgement]:
+    """Judge the errors of candidates also by the error that the chain itself has in its precision; see `plan_chain`."""
+    own_error = _chain_error(found.elements, found.elements, x) if borders == "exact" else 0.0
+    return {name: judge(candidate.relative_error, own_error, tolerance) for name, candidate in candidates.items()}
 
 
 def measured(forms: Mapping[Key, Chain], inputs: Mapping[Key, Tensor]) -> dict[Key, float]:

@@ -102,6 +102,8 @@ class FusionReport:
         times: the milliseconds of each form in each backend that was measured. `original` in `inductor` is the model compiled
             by torch.compile with frozen weights.
         notes: what could not be measured, and why.
+        bound: the bound that the error was held to, as text: the tolerance, or 10 times the error that the model itself has
+            against float64, where that is larger.
 
     Examples:
         >>> import torch
@@ -122,6 +124,7 @@ class FusionReport:
     backend: str = "eager"
     times: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    bound: str = ""
 
     @property
     def speedup(self) -> float | None:
@@ -162,7 +165,12 @@ class FusionReport:
             for chain in values["chains"]
         )
         names = ("milliseconds", "memory_formats", "choice", "max_relative_error")
-        further = {"backend": values["backend"], "times": values["times"], "notes": tuple(values["notes"])}
+        further = {
+            "backend": values["backend"],
+            "times": values["times"],
+            "notes": tuple(values["notes"]),
+            "bound": values.get("bound", ""),
+        }
         return cls(chains, *(values[name] for name in names), **further)
 
     def __str__(self) -> str:
@@ -170,6 +178,7 @@ class FusionReport:
         gain = f", {self.speedup:.2f}× as fast as the original" if self.speedup else ""
         backend = "" if self.backend == "eager" else f" in {self.backend}"
         kept = f"kept: {self.choice}{backend}{gain}, relative error {self.max_relative_error:.0e}"
+        kept += f", within {self.bound}" if self.bound else ""
         slower = ["the fused form is not used: it was slower or not verified"] * (self.choice != "fused")
         return "\n".join([*map(str, self.chains), *self._times(), kept, *slower, *self.notes])
 

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Iterable, Mapping, Sequence
 from operator import attrgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -150,19 +150,78 @@ def rewrite(traced: GraphModule, forms: Mapping[FoundChain, Chain], sources: Map
     constants: dict[str, Tensor] = {}
     for index, (chain, form) in enumerate(forms.items()):
         end = copies[chain.end.name]
-        like = sources[chain.source]
         with graph.inserting_before(end):
-            lowering = Lowering(graph, like, f"{CHAIN_PREFIX}{index}", chain.has_fixed_size)
-            result = lowering.lower(form, lowering.begin(form, copies[chain.source.name]), like.shape)
-            if chain.view:
-                result = append_view(graph, chain.view, result, chain.shape)
-        constants |= lowering.tensors
+            result, tensors = _insert_form(graph, chain, form, copies, sources[chain.source], f"{CHAIN_PREFIX}{index}")
+        constants |= tensors
         end.replace_all_uses_with(result)
         for node in reversed(chain.members):
             graph.erase_node(copies[node.name])
         copies[chain.end.name] = result  # the next chain may begin here
     _allow_all_strides(graph)
     return _with_constants(traced, graph, constants)
+
+
+class AddedForms(NamedTuple):
+    """A graph that also computes forms of its chains.
+
+    Attributes:
+        module: the graph. The outputs of the forms are further outputs.
+        owners: the chain of each added node, by the name of the node.
+        results: the name of the node with the output of each chain's form.
+    """
+
+    module: GraphModule
+    owners: dict[str, FoundChain]
+    results: dict[FoundChain, str]
+
+
+def add_forms(traced: GraphModule, forms: Mapping[FoundChain, Chain], sources: Mapping[Node, Tensor]) -> AddedForms:
+    """Return a copy of a graph that also computes forms of its chains, each from the values that the chain itself gets.
+
+    The arguments are as in `rewrite`.
+    """
+    graph = copy.deepcopy(traced.graph)
+    copies = {node.name: node for node in graph.nodes}
+    constants: dict[str, Tensor] = {}
+    owners: dict[str, FoundChain] = {}
+    results: dict[FoundChain, Node] = {}
+    for index, (chain, form) in enumerate(forms.items()):
+        end = copies[chain.end.name]
+        after = end.next
+        with graph.inserting_before(after):
+            results[chain], tensors = _insert_form(graph, chain, form, copies, sources[chain.source], f"{CHAIN_PREFIX}{index}")
+        constants |= tensors
+        added = after.prev
+        while added is not end:
+            owners[added.name], added = chain, added.prev
+    output = graph.output_node()
+    output.args = ((*output.all_input_nodes, *results.values()),)
+    _allow_all_strides(graph)
+    module = _with_constants(traced, graph, constants)
+    return AddedForms(module, owners, {chain: node.name for chain, node in results.items()})
+
+
+def _insert_form(
+    graph: torch.fx.Graph, chain: FoundChain, form: Chain, copies: Mapping[str, Node], like: Tensor, prefix: str
+) -> tuple[Node, dict[str, Tensor]]:
+    """Insert a form of a chain into a graph, at the place where the graph inserts nodes.
+
+    Args:
+        graph: a copy of the graph in which the chain was found.
+        chain: the chain.
+        form: its form.
+        copies: the nodes of `graph`, by their names in the original graph.
+        like: an example of the chain's input.
+        prefix: how the names of the constants begin.
+
+    Returns:
+        The node of the form's output, and the constants that the form reads, by name.
+    """
+    lowering = Lowering(graph, like, prefix, chain.has_fixed_size)
+    result = lowering.lower(form, lowering.begin(form, copies[chain.source.name]), like.shape)
+    if chain.view:
+        result = append_view(graph, chain.view, result, chain.shape)
+    return result, lowering.tensors
 
 
 def _allow_all_strides(graph: torch.fx.Graph) -> None:

@@ -1,9 +1,13 @@
 """Compare the outputs of a rewritten network with those of the original, on given and random inputs of several sizes."""
 
+from __future__ import annotations
+
 import contextlib
 import copy
-from collections.abc import Callable, Iterator
-from typing import Any
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from itertools import zip_longest
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +16,7 @@ from fastentropy._compat import tree_leaves
 from fastentropy.fusion.inputs import (
     Inputs,
     clone,
+    has_batch,
     is_float,
     random_like,
     to_double,
@@ -63,10 +68,90 @@ def full_precision() -> Iterator[None]:
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
+#: A form may be this many times as far from the model in float64 as the model itself is in its own precision.
+OWN_ERROR_FACTOR = 10
+
+#: No form may be further away than this, however far the model itself is: its outputs would be noise.
+LARGEST_ALLOWED = 0.5
+
+
+class Judgement(NamedTuple):
+    """The error of a form, and the error that it may have.
+
+    Attributes:
+        error: the largest relative error of an output. Where an output is above its bound, it is the error of that output.
+        allowed: the largest error at which this output counts as equal.
+        bound: where `allowed` comes from, as text.
+    """
+
+    error: float
+    allowed: float
+    bound: str
+
+    @property
+    def holds(self) -> bool:
+        """Return whether the form counts as equal."""
+        return self.error <= self.allowed
+
+    @classmethod
+    def worst(cls, judgements: Iterable[Judgement]) -> Judgement:
+        """Return the judgement with the largest error among those that do not hold, or among all if all hold."""
+        return max(judgements, key=lambda each: (not each.holds, each.error))
+
+
+def judge(error: float, own_error: float, tolerance: float) -> Judgement:
+    """Judge an error by the tolerance, or by the error that the original itself has in its precision, if that is larger.
+
+    Rounding differs between two ways to compute the same, and a network may amplify it. It amplifies the errors of a form just
+    as much, so their ratio stays: about one for an equal form, and larger for one that is wrong by more than rounding.
+
+    Args:
+        error: the relative error of the form.
+        own_error: the relative error of the original against float64; 0 if it is unknown.
+        tolerance: the largest relative error that is always allowed.
+    """
+    # An original that is not finite where the exact value is says nothing about other forms.
+    scaled = min(OWN_ERROR_FACTOR * own_error, LARGEST_ALLOWED) if own_error < torch.inf else 0.0
+    if scaled <= tolerance or error <= tolerance:
+        return Judgement(error, tolerance, f"the tolerance of {tolerance:.0e}")
+    return Judgement(error, scaled, f"{scaled / own_error:.2g} times the rounding error of the model itself, {own_error:.0e}")
+
+
+class _Case:
+    """The inputs of one call, and what the model returns for them.
+
+    Attributes:
+        inputs: the inputs.
+        expected: the outputs of the model in flat order, or None if its call failed.
+        has_example_sizes: whether the inputs have the sizes of the example inputs.
+    """
+
+    def __init__(self, inputs: Inputs, expected: list[Any] | None, has_example_sizes: bool) -> None:
+        self.inputs, self.expected, self.has_example_sizes = inputs, expected, has_example_sizes
+        self._exact: list[Any] | None = None
+        self._own_errors: list[float] | None = None
+
+    def own_errors(self, double: nn.Module | None) -> list[float]:
+        """Return the relative error of each output of the model against the model in float64, which runs only once.
+
+        The errors are unknown (an empty list) if there is no model in float64, or it does not run.
+        """
+        if self._own_errors is None:
+            exact = _outputs(double, to_double(self.inputs)) if double is not None else None
+            self._exact = exact if exact is not None and len(exact) == len(self.expected or ()) else None
+            self._own_errors = errors_of(self.expected, self._exact) if self._exact else []
+        return self._own_errors
+
+    def errors(self, actual: list[Any] | None) -> list[float]:
+        """Return the relative error of each output of a form: against the model, or in float64, whichever is smaller."""
+        errors = errors_of(actual, self.expected)
+        return list(map(min, errors, errors_of(actual, self._exact))) if self._exact else errors
+
+
 class EquivalenceCheck:
     """A comparison of other forms of a model with the model, on sample inputs.
 
-    The outputs of the model are computed once and stored.
+    The outputs of the model are computed once and stored. So are those of the model in float64, if a form needs them.
     """
 
     def __init__(self, model: nn.Module, example_inputs: Inputs, takes: Callable[[Inputs], bool], tolerance: float) -> None:
@@ -79,59 +164,86 @@ class EquivalenceCheck:
             model: the model in eval mode.
             example_inputs: the inputs of one call.
             takes: returns whether inputs have sizes that the trace of the model allows.
-            tolerance: the largest relative error at which a form counts as equal.
+            tolerance: the largest relative error at which a form always counts as equal.
         """
         batch = example_inputs.batch or 0
         others = [random_like(with_batch_size(example_inputs, n), seed=n) for n in sorted({1, batch + 1} - {batch})]
         others.append(with_longer_axes(example_inputs))
-        cases = [(inputs, _outputs(model, inputs)) for inputs in others if takes(inputs)]
-        always = [(inputs, _outputs(model, inputs)) for inputs in (example_inputs, random_like(example_inputs, seed=0))]
-        self._cases = always + [(inputs, outputs) for inputs, outputs in cases if outputs is not None]
-        self._model, self._tolerance = model, tolerance
+        tried = [example_inputs, random_like(example_inputs, seed=0), *filter(takes, others)]
+        cases = [_Case(inputs, _outputs(model, inputs), index < 2) for index, inputs in enumerate(tried)]
+        self.tolerance, self._model = tolerance, model
+        self._cases = cases[:1] + [case for case in cases[1:] if case.expected is not None]
 
-    def error(self, form: Callable[..., Any], other_sizes: bool = True) -> float:
-        """Return the largest relative error of any output of a form on any of the inputs.
+    @functools.cached_property
+    def _double(self) -> nn.Module | None:
+        """Return a copy of the model in float64; None if it cannot be made or the model is in float64 already."""
+        if {value.dtype for value in self._model.parameters()} == {torch.float64}:
+            return None
+        try:
+            return copy.deepcopy(self._model).double()
+        except Exception:  # no memory, or weights that do not convert
+            return None
+
+    def judge(self, form: Callable[..., Any], other_sizes: bool = True) -> Judgement:
+        """Return the largest relative error of any output of a form on any of the inputs, and the error that is allowed.
 
         A network can amplify rounding so much that its own outputs are far from exact. If a form differs by more than the
-        tolerance, it is therefore also compared with the model in float64 (if the model runs in float64), and the smaller error
-        counts.
+        tolerance, it is therefore also compared with the model in float64 (if the model runs in float64). The smaller error
+        counts, and it may be as large as `judge` allows for the error that the model itself has there.
 
         Args:
             form: called with the same inputs as the model.
             other_sizes: whether to compare on inputs of other sizes than the example inputs, too.
         """
-        cases = self._cases if other_sizes else self._cases[:2]
-        return max(self._case_error(_outputs(form, inputs), inputs, expected) for inputs, expected in cases)
+        return self._judged(form, [case for case in self._cases if other_sizes or case.has_example_sizes])
+
+    def error(self, form: Callable[..., Any]) -> float:
+        """Return the largest relative error of any output of a form on any of the inputs; see `judge`."""
+        return self.judge(form).error
 
     def holds_for_one(self, form: Callable[..., Any]) -> bool:
-        """Return whether a form was compared with the model on a batch of one and is within the tolerance there.
+        """Return whether a form was compared with the model on a batch of one and counts as equal there.
 
         A model can take another branch for a batch of one. A trace that was made at another batch size lacks this branch.
 
         Args:
             form: called with the same inputs as the model.
         """
-        single = [(inputs, expected) for inputs, expected in self._cases if inputs.batch == 1]
-        return bool(single) and all(
-            self._case_error(_outputs(form, inputs), inputs, expected) <= self._tolerance for inputs, expected in single
-        )
+        single = [case for case in self._cases if case.inputs.batch == 1]
+        return bool(single) and self._judged(form, single).holds
+
+    @functools.cached_property
+    def is_random(self) -> bool:
+        """Return whether a second call of the model on the example inputs differs by more than the tolerance."""
+        first = self._cases[0]
+        return not largest_error(_outputs(self._model, first.inputs), first.expected) <= self.tolerance
 
     def leave_out_one(self) -> None:
         """Leave the inputs with a batch of one out of all later comparisons."""
-        self._cases = [(inputs, expected) for inputs, expected in self._cases if inputs.batch != 1]
+        self._cases = [case for case in self._cases if case.inputs.batch != 1]
 
-    def _case_error(self, actual: list[Any] | None, inputs: Inputs, expected: list[Any] | None) -> float:
-        """Return the relative error of the outputs of one call; see `error`.
+    def smallest_inputs(self) -> list[Inputs]:
+        """Return the inputs of the smallest batch among those that were compared, for each set of the other sizes."""
+        smallest: dict[tuple[Any, ...], Inputs] = {}
+        for inputs in sorted((case.inputs for case in self._cases), key=lambda inputs: inputs.batch or 0):
+            sizes = tuple(value.shape[has_batch(value, inputs.batch) :] for value in inputs.leaves if isinstance(value, Tensor))
+            smallest.setdefault(sizes, inputs)
+        return list(smallest.values())
 
-        Args:
-            actual: the outputs of the form under test (such as the fused network), or None if its call failed.
-            inputs: the arguments of the call.
-            expected: the outputs of the original model on the same inputs, or None if its call failed.
-        """
-        error = largest_error(actual, expected)
-        if error <= self._tolerance or (double := _in_double(self._model)) is None:
-            return error
-        return min(error, largest_error(actual, _outputs(double, to_double(inputs))))
+    def _judged(self, form: Callable[..., Any], cases: list[_Case]) -> Judgement:
+        """Judge a form on some of the inputs: by its worst output, and the largest errors of form and model there."""
+        errors, own_errors = [], []
+        for case in cases:
+            actual = _outputs(form, case.inputs)
+            found = errors_of(actual, case.expected)
+            if not max(found, default=0.0) <= self.tolerance and not self.is_random:
+                own_errors.append(case.own_errors(self._double))
+                found = case.errors(actual)
+            errors.append(found)
+        largest = [max(each) for each in zip_longest(*errors, fillvalue=0.0)]
+        own = [max(each) for each in zip_longest(*own_errors, fillvalue=0.0)]
+        judged = [judge(*pair, self.tolerance) for pair in zip_longest(largest, own, fillvalue=0.0)]
+        return Judgement.worst(judged or [judge(0.0, 0.0, self.tolerance)])
 
 
 def largest_error(actual: list[Any] | None, expected: list[Any] | None) -> float:
@@ -139,9 +251,14 @@ def largest_error(actual: list[Any] | None, expected: list[Any] | None) -> float
 
     It is infinite if a call failed (its outputs are None) or the numbers of outputs differ.
     """
+    return max(errors_of(actual, expected), default=0.0)
+
+
+def errors_of(actual: list[Any] | None, expected: list[Any] | None) -> list[float]:
+    """Return the relative error of each pair of outputs; see `largest_error`."""
     if actual is None or expected is None or len(actual) != len(expected):
-        return torch.inf
-    return max(map(_error, actual, expected), default=0.0)
+        return [torch.inf] * max(1, len(expected or ()))
+    return list(map(_error, actual, expected))
 
 
 def _error(actual: Any, expected: Any) -> float:
@@ -163,12 +280,4 @@ def _outputs(model: Callable[..., Any], inputs: Inputs) -> list[Any] | None:
             copied = clone(inputs)
             return tree_leaves(model(*copied.args, **copied.kwargs))
     except Exception:  # whatever a model raises
-        return None
-
-
-def _in_double(model: nn.Module) -> nn.Module | None:
-    """Return a copy of a model in float64, or None if it cannot be made."""
-    try:
-        return copy.deepcopy(model).double()
-    except Exception:  # no memory, or weights that do not convert
         return None

@@ -182,6 +182,21 @@ def test_form_above_the_tolerance_is_named(priced, monkeypatch):
     assert report.candidates["merge"].relative_error > 1e-5
 
 
+@pytest.mark.parametrize("wrong", [False, True])
+def test_errors_are_judged_by_that_of_the_chain_itself(priced, monkeypatch, wrong):
+    """Large biases that cancel leave three digits in float32, whether the chain is merged or not."""
+    up, down = operator(4, 4, 1), operator(4, 4, 1)
+    up.bias.fill_(3e4)
+    down.bias.copy_(-3e4 * down.weight.sum((1, 2, 3)))
+    chain = (up, down)
+    merged = merge(chain, X.shape[2:], "exact")
+    merged[0].weight.mul_(1.1 if wrong else 1.0)
+    monkeypatch.setattr(planner, "merge", lambda *_: merged)
+    _, report = planner.plan_chain(found(*chain), X, 1e-7)
+    assert report.candidates["keep"].relative_error > 1e-5
+    assert report.choice == ("keep" if wrong else "merge")
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_form_that_is_not_finite_is_not_chosen(priced, monkeypatch, value):
     broken = operator(4, 4, 3, 1)

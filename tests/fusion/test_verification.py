@@ -9,7 +9,15 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fastentropy.fusion.inputs import Inputs
-from fastentropy.fusion.verification import TOLERANCE, EquivalenceCheck, full_precision, relative_error
+from fastentropy.fusion.verification import (
+    LARGEST_ALLOWED,
+    OWN_ERROR_FACTOR,
+    TOLERANCE,
+    EquivalenceCheck,
+    full_precision,
+    judge,
+    relative_error,
+)
 from tests._helpers.networks import Reads
 
 X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
@@ -130,6 +138,49 @@ def test_amplified_rounding_is_compared_in_float64():
 def test_wrong_form_is_wrong_in_float64_too():
     model = Reads(lambda m, x: x + 1e4 - 1e4)
     assert check(model).error(lambda x: 1.01 * x) > 1e-3
+
+
+def test_form_may_be_a_few_times_as_far_from_float64_as_the_model():
+    model = Reads(lambda m, x: x + 1e4 - 1e4)
+    own = relative_error(model(X).double(), X.double())
+    assert own > 1e-5
+    near, far = (check(model).judge(lambda x, times=times: x + times * own * x.abs().max()) for times in (3, 100))
+    assert near.holds
+    assert near.allowed >= OWN_ERROR_FACTOR * own
+    assert not far.holds
+    assert far.error == pytest.approx(100 * own, rel=0.1)
+
+
+def test_each_output_has_a_bound_of_its_own():
+    model = Reads(lambda m, x: (x + 1e4 - 1e4, x * 1))
+    assert check(model).judge(lambda x: (x * 1.0001, x * 1)).holds
+    judged = check(model).judge(lambda x: (x * 1, x * 1.0001))
+    assert not judged.holds
+    assert judged.error == pytest.approx(1e-4, rel=0.01)
+    assert judged.bound == "the tolerance of 1e-05"
+
+
+@given(st.floats(0, 10), st.one_of(st.floats(0, 10), st.sampled_from([math.inf, math.nan])), st.floats(1e-9, 1))
+def test_judgement_of_an_error(error, own, tolerance):
+    judged = judge(error, own, tolerance)
+    assert judged.error == error
+    scaled = min(OWN_ERROR_FACTOR * own, LARGEST_ALLOWED) if math.isfinite(own) else 0
+    assert judged.holds == (error <= tolerance or error <= scaled)
+    assert not judge(math.inf, own, tolerance).holds
+    assert not judge(math.nan, own, tolerance).holds
+
+
+def test_model_that_does_not_run_on_random_inputs():
+    model = Reads(lambda m, x: x * 2 if torch.equal(x[:1], X[:1]) else fails(x))
+    assert check(model).error(lambda x: x * 2) == 0
+    assert check(model).error(lambda x: x * 3) > 0.1
+    assert check(Reads(lambda m, x: fails(x))).error(lambda x: x) == math.inf
+
+
+def test_numbers_of_outputs_that_depend_on_the_batch():
+    model = Reads(lambda m, x: list(x.unbind()))
+    assert check(model).error(lambda x: list(x.unbind())) == 0
+    assert check(model).error(lambda x: [*x[:3].unbind(), *(x[3:] + 1).unbind()]) > 0.1
 
 
 def test_model_that_does_not_run_in_float64():
