@@ -135,7 +135,7 @@ def race(
         modules |= {(name, memory_format, "eager"): make(form, "eager") for (name, memory_format), form in forms.items()}
     for backend in backends:
         compiled = {entry: make(form, backend) for entry, form in _compiled_forms(forms, trace, backend)}
-        if measure and (failure := _failure(compiled.values(), inputs)):
+        if failure := _failure(compiled.values(), inputs):
             notes.append(f"{backend} cannot run this network: {failure}")
         else:
             modules |= compiled

@@ -238,5 +238,5 @@ def load(path: str | PathLike[str]) -> FusedModel:
 
 def _from_archive(source: str | PathLike[str] | bytes) -> FusedModel:
     """Return the model in an archive, given as a file or as its bytes."""
-    program, report, guards, signature = serialization.read(io.BytesIO(source) if isinstance(source, bytes) else source)
+    program, report, guards, signature = serialization.read(source)
     return FusedModel(inference_module(program), TracedInputs.of(program), report, guards, signature)

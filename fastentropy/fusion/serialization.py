@@ -1,5 +1,6 @@
 """Write fused models as torch.export archives without pickled objects, AOTInductor packages or ONNX, and read archives."""
 
+import functools
 import json
 import re
 import warnings
@@ -120,11 +121,11 @@ def _check_equal(program: ExportedProgram, written: Callable[..., Any]) -> None:
         raise RuntimeError(f"the written model differs by {error:.1e} (relative), above {tolerance:.0e}, and was not kept")
 
 
-def read(path: str | PathLike[str] | BytesIO) -> tuple[ExportedProgram, FusionReport, tuple[str, ...], Signature]:
+def read(path: str | PathLike[str] | bytes) -> tuple[ExportedProgram, FusionReport, tuple[str, ...], Signature]:
     """Read an archive that `write` wrote, without running code from it.
 
     Args:
-        path: the file.
+        path: the file, or its contents.
 
     Returns:
         The program, the report, the guards and the signature of the original model. A file of an older version has none; then
@@ -135,17 +136,19 @@ def read(path: str | PathLike[str] | BytesIO) -> tuple[ExportedProgram, FusionRe
         ValueError: the file is not such an archive, is damaged, or holds an entry that `write` does not write.
     """
     try:
-        _refuse_foreign_entries(path)
+        open_file: Callable[[], Any] = functools.partial(BytesIO, path) if isinstance(path, bytes) else lambda: path
+        _refuse_foreign_entries(open_file())
         extra_files = {"report.json": "", "guards.json": "", "signature.json": ""}
         with torch.device("cpu"):  # PyTorch loads the weights into tensors on the default device, whatever theirs was
-            program = torch.export.load(path, extra_files=extra_files)
+            program = torch.export.load(open_file(), extra_files=extra_files)
         report, guards = (json.loads(extra_files[name]) for name in ("report.json", "guards.json"))
         signature = Signature.from_dict(json.loads(text)) if (text := extra_files["signature.json"]) else Signature()
         return program, FusionReport.from_dict(report), tuple(map(str, guards)), signature
     except OSError:
         raise
     except Exception as error:
-        raise ValueError(f"{path} is not a fused model (write one with fused.save(path)): {one_line(error)}") from error
+        name = "the pickled archive" if isinstance(path, bytes) else path
+        raise ValueError(f"{name} is not a fused model (write one with fused.save(path)): {one_line(error)}") from error
 
 
 def _refuse_foreign_entries(path: str | PathLike[str] | BytesIO) -> None:

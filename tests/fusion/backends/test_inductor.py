@@ -1,0 +1,117 @@
+"""A compiled network computes what the graph computes, at every batch size, and gives gradients where they are needed."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from fastentropy import fuse, load
+from fastentropy.fusion import choosing
+from fastentropy.fusion.backends import inductor
+from tests._helpers.fusing import assert_equal, inverted_residual
+
+pytestmark = pytest.mark.usefixtures("counted_times")
+
+
+@pytest.fixture
+def compiled_by(monkeypatch):
+    """torch.compile with another backend than Inductor, which needs no compiler; the list of the graphs it compiled."""
+    graphs, compile_ = [], torch.compile
+
+    def backend(graph, inputs):
+        graphs.append((graph, torch._inductor.config.freezing))
+        return graph
+
+    monkeypatch.setattr(inductor.torch, "compile", lambda model, **options: compile_(model, fullgraph=True, backend=backend))
+    return graphs
+
+
+@pytest.mark.slow
+def test_inductor_in_earnest():
+    model, x = inverted_residual()
+    fused = fuse(model, (x,), backend="inductor")
+    assert (fused.report.choice, fused.report.backend) == ("fused", "inductor") or fused.report.backend == "eager"
+    assert set(fused.report.times) == {"eager", "inductor"}
+    for batch in (3, 1, 5):
+        assert_equal(fused, model, torch.randn(batch, *x.shape[1:]))
+
+
+def fuse_compiled(monkeypatch, backend="inductor"):
+    """Return a model, its input, and the model fused and compiled, which counts as the fastest form."""
+    price = {"original": 3.0, "folded": 2.0, "fused": 1.0}
+    samples = lambda functions, **options: {key: [price[key[0]] + (key[2] == "eager")] for key in functions}  # noqa: E731
+    monkeypatch.setattr(choosing, "measure_samples", samples)
+    model, x = inverted_residual()
+    return model, x, fuse(model, (x,), backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["inductor", "auto"])
+def test_weights_are_frozen_whenever_it_compiles(compiled_by, monkeypatch, backend):
+    model, x, fused = fuse_compiled(monkeypatch, backend)
+    assert (fused.report.choice, fused.report.backend) == ("fused", "inductor")
+    for batch in (3, 5, 7):
+        assert_equal(fused, model, torch.randn(batch, *x.shape[1:]))
+    assert compiled_by
+    assert all(frozen for _, frozen in compiled_by)
+
+
+def test_call_that_needs_gradients(compiled_by, monkeypatch):
+    model, x, fused = fuse_compiled(monkeypatch)
+    given = [x.clone().requires_grad_() for _ in range(2)]
+    for module, each in zip((fused, model), given, strict=True):
+        module(each).sum().backward()
+    torch.testing.assert_close(given[0].grad, given[1].grad, rtol=1e-4, atol=1e-5)
+    assert not fused(x).requires_grad
+
+
+@pytest.mark.slow
+def test_copies_and_files_are_compiled_again(compiled_by, monkeypatch, tmp_path):
+    model, x, fused = fuse_compiled(monkeypatch)
+    fused.save(tmp_path / "model.pt2")
+    for other in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused)), load(tmp_path / "model.pt2")):
+        before = len(compiled_by)
+        assert other.report == fused.report
+        assert_equal(other, model, x)
+        assert len(compiled_by) > before
+
+
+def test_network_that_cannot_be_compiled(monkeypatch, images, network):
+    def fail(*given, **options):
+        raise RuntimeError("no compiler\nwas found")
+
+    monkeypatch.setattr(inductor.torch, "compile", fail)
+    with pytest.raises(ValueError, match=r"^backend='inductor': inductor cannot run this network: no compiler was found$"):
+        fuse(network.eval(), (images,), backend="inductor")
+    fused = fuse(network, (images,), backend="auto")
+    assert fused.report.backend == "eager"
+    assert fused.report.notes == ("inductor cannot run this network: no compiler was found",)
+    assert fused.report.notes[0] in str(fused.report)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"backend": "tvm"}, "backend must be 'eager', 'inductor', 'auto' or 'onnxruntime', not 'tvm'"),
+        (
+            {"backend": "auto", "measure": False},
+            "backend='auto' chooses by measured times, but measure is False",
+        ),
+        (
+            {"backend": "inductor", "borders": "train"},
+            "borders='train' makes a network to be trained, which backend",
+        ),
+    ],
+)
+def test_options_that_do_not_fit(options, text):
+    with pytest.raises(ValueError, match=f"^{text}"):
+        fuse(nn.Linear(2, 2).eval(), (torch.randn(2, 2),), **options)
+
+
+def test_backend_without_measurement(compiled_by):
+    model, x = inverted_residual()
+    fused = fuse(model, (x,), backend="inductor", measure=False)
+    assert (fused.report.choice, fused.report.backend, fused.report.times) == ("fused", "inductor", {})
+    assert_equal(fused, model, x)
+    assert compiled_by

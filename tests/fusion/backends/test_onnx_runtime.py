@@ -1,0 +1,45 @@
+"""A network in ONNX Runtime computes what the model computes, with the structure of the model's outputs."""
+
+from unittest.mock import Mock
+
+import pytest
+import torch
+from torch import nn
+
+from fastentropy import fuse
+from fastentropy.fusion.backends import onnx_runtime
+from tests._helpers.fusing import assert_equal, inverted_residual
+from tests._helpers.networks import Reads
+
+pytestmark = pytest.mark.usefixtures("counted_times")
+
+
+@pytest.mark.slow
+def test_network_in_a_session():
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    model, x = inverted_residual()
+    fused = fuse(model, (x,), backend="onnxruntime", measure=False)
+    assert fused.report.backend == "onnxruntime"
+    for batch in (3, 1, 5):
+        assert_equal(fused, model, torch.randn(batch, *x.shape[1:]))
+    with torch.enable_grad():
+        fused(x.requires_grad_()).sum().backward()
+    assert x.grad is not None
+
+
+@pytest.mark.slow
+def test_structure_of_the_outputs():
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    model = Reads(lambda m, x: {"a": (y := m.a(x)), "b": [m.b(y), x]}, a=nn.Linear(3, 4), b=nn.Linear(4, 2)).eval()
+    fused, x = fuse(model, (torch.randn(2, 3),), backend="onnxruntime", measure=False), torch.randn(5, 3)
+    actual, expected = fused(x), model(x)
+    assert actual.keys() == expected.keys()
+    torch.testing.assert_close(actual["b"], expected["b"], rtol=1e-4, atol=1e-5)
+
+
+def test_missing_packages(monkeypatch, network, images):
+    monkeypatch.setattr(onnx_runtime, "find_spec", Mock(return_value=None))
+    with pytest.raises(ImportError, match=r"^onnx, onnxscript, onnxruntime: not installed; pip install 'fastentropy\[onnx\]'$"):
+        fuse(network.eval(), (images,), backend="onnxruntime")
