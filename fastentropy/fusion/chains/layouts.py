@@ -19,6 +19,8 @@ _aten = torch.ops.aten
 class Part(NamedTuple):
     """A factor of an axis of the natural value, which a reshape may have split into several.
 
+    Parts are compared by `same_parts`, since a plain comparison of free sizes would fix them in the trace.
+
     Attributes:
         axis: the index of the axis.
         size: the number of positions of this factor.
@@ -49,10 +51,10 @@ def natural_layout(shape: Sequence[Size]) -> Layout:
 
 def same_layout(left: Layout, right: Layout) -> bool:
     """Return whether two layouts are known to be the same."""
-    return len(left) == len(right) and all(map(_same_parts, left, right))
+    return len(left) == len(right) and all(map(same_parts, left, right))
 
 
-def _same_parts(left: Sequence[Part], right: Sequence[Part]) -> bool:
+def same_parts(left: Sequence[Part], right: Sequence[Part]) -> bool:
     """Return whether two axes are known to hold the same factors."""
     if len(left) != len(right):
         return False
@@ -106,10 +108,10 @@ def view_to(layout: Layout, natural: Sequence[Size], shape: Sequence[Size]) -> V
     Raises ValueError if the sizes cannot be computed from the shape of the natural value.
     """
     parts = [part for group in layout for part in group]
-    ordered = sorted(parts, key=lambda part: (part.axis, -_factors_behind(part, parts)))
-    order = tuple(ordered.index(part) for part in parts)
+    by_axis = sorted(range(len(parts)), key=lambda index: (parts[index].axis, -_factors_behind(parts[index], parts)))
+    order = tuple(by_axis.index(index) for index in range(len(parts)))
     moves = order != tuple(range(len(parts)))
-    split, moved = tuple(part.size for part in ordered), tuple(part.size for part in parts)
+    split, moved = tuple(parts[index].size for index in by_axis), tuple(part.size for part in parts)
     view = View(
         split if moves and not same_sizes(split, natural) else None,
         order if moves else None,

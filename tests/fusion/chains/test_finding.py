@@ -12,6 +12,7 @@ from fastentropy.fusion.chains.affine import AffineOperator
 from fastentropy.fusion.chains.elements import Flatten, Sum, operators, run
 from fastentropy.fusion.chains.finding import find_chains, overwritten_constants
 from fastentropy.fusion.chains.layouts import append_view
+from fastentropy.fusion.chains.nodes import shape_of
 from fastentropy.fusion.inputs import Inputs
 from fastentropy.fusion.tracing import export, inference_module
 from tests._helpers.linear_networks import IMAGES, NETWORKS, conv2d, image_network, row_network
@@ -363,3 +364,22 @@ def test_the_operator_that_ends_a_chain_is_named():
     assert [chain.ended_by for chain in find_chains(traced(network, IMAGES))] == ["aten.relu in 1.1", ""]
     module = traced(image_network(lambda m, x: (m.relu(y := m.b(m.a(x))), y.sin())), IMAGES)
     assert [chain.ended_by for chain in find_chains(module)] == ["aten.relu in relu, aten.sin"]
+
+
+@pytest.mark.parametrize("dynamic_sizes", [False, True])
+def test_finding_chains_fixes_no_free_size(dynamic_sizes):
+    """A comparison of free sizes as numbers would add the condition that they are those of the example."""
+    forwards = [
+        lambda m, x: m.c(m.c(m.relu(x.movedim(1, -1))).unflatten(1, (2, -1)).transpose(1, 2)),
+        lambda m, x: m.b(m.a(x) + x) - x[:, :, :1] * 2,
+        lambda m, x: m.c(m.a(x).permute(2, 0, 3, 1).flatten(0, 1)).sin(),
+    ]
+    for forward in forwards:
+        model = image_network(forward, c=nn.Linear(4, 4)).eval()
+        images = torch.randn(2, 4, 6, 4)
+        module = inference_module(export(model, Inputs((images,)), dynamic_sizes))
+        (x,) = module.graph.find_nodes(op="placeholder")
+        free = [size for size in shape_of(x) if not isinstance(size, int)]
+        find_chains(module)
+        assert [str(size) for size in shape_of(x) if not isinstance(size, int)] == [str(size) for size in free]
+        assert free

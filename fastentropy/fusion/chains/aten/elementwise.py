@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Node
 
 from fastentropy.fusion.chains.affine import AffineOperator
 from fastentropy.fusion.chains.aten.affine_node import AffineNode, Reader, affine_in, channelwise
-from fastentropy.fusion.chains.nodes import constant, device_of, same_dtype, shape_of
+from fastentropy.fusion.chains.nodes import constant, device_of, same_dtype, same_sizes, shape_of
 
 _aten = torch.ops.aten
 
@@ -112,7 +112,7 @@ def _scale_and_shift(node: Node, operand: Any, scale: Tensor, shift: Tensor) -> 
     Returns None if the tensor does not have one value per channel, or if the operator changes the shape or the dtype of x.
     """
     shape = shape_of(operand)
-    if shape is None or shape_of(node) != shape or not same_dtype(node, operand):
+    if shape is None or not same_sizes(shape_of(node) or (), shape) or not same_dtype(node, operand):
         return None
     value = scale if scale.numel() > 1 else shift
     axes = _axes_behind_channels(value)
