@@ -216,6 +216,17 @@ def test_compiled_modules():
     assert [type(_compat.uncompiled(module)) for module in model] == [nn.Sequential, nn.ReLU]
 
 
+def test_asserts_metadata():
+    class Cast(torch.nn.Module):
+        def forward(self, x):
+            return x.relu().to(torch.float32)
+
+    nodes = torch.export.export(Cast(), (torch.ones(2),)).graph.nodes
+    assert [_compat.asserts_metadata(node.target) for node in nodes].count(True) == 1
+    assert not _compat.asserts_metadata(torch.ops.aten.relu.default)
+    assert not _compat.asserts_metadata("placeholder")
+
+
 def test_operator_schema():
     schema = _compat.operator_schema(torch.ops.aten.relu_.default)
     assert schema.is_mutable

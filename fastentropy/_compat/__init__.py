@@ -40,6 +40,7 @@ from fastentropy._compat.modules import path_when_uncompiled as path_when_uncomp
 from fastentropy._compat.modules import replace_module_call as replace_module_call
 from fastentropy._compat.modules import runs_only_forward as runs_only_forward
 from fastentropy._compat.modules import uncompiled as uncompiled
+from fastentropy._compat.programs import asserts_metadata as asserts_metadata
 from fastentropy._compat.programs import compile_package as compile_package
 from fastentropy._compat.programs import composite_kernel as composite_kernel
 from fastentropy._compat.programs import export_guards as export_guards

@@ -19,6 +19,11 @@ def operator_schema(target: object) -> torch._C.FunctionSchema | None:
     return attribute(target, "_schema") if isinstance(target, named("torch._ops", "OpOverload")) else None
 
 
+def asserts_metadata(target: object) -> bool:
+    """Return whether an operator checks the dtype and the device of a value, as `torch.export` traces it before casts."""
+    return target is attribute(torch.ops.aten, "_assert_tensor_metadata").default
+
+
 def composite_kernel(operator: object) -> Callable[..., Any] | None:
     """Return the kernel that composes an overload of an operator of other operators.
 

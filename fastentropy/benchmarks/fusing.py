@@ -33,7 +33,7 @@ from fastentropy.fusion.api import fuse
 from fastentropy.fusion.forms import make_forms
 from fastentropy.fusion.fused_model import FusedModel
 from fastentropy.fusion.inputs import Inputs
-from fastentropy.fusion.tracing import export, inference_module
+from fastentropy.fusion.tracing import export, prepared_module
 
 BATCH = 4
 #: Networks in which a random half of the activations is linearised, which means replaced by the identity.
@@ -82,7 +82,7 @@ def fuse_case(name: str, network: Network) -> Case:
     fused = fuse(model, inputs)
     facts = {"fused": {**_facts(fused), "seconds_to_fuse": time.perf_counter() - start}}
     gpu = inputs[0].device if inputs[0].is_cuda else None
-    made, _ = make_forms(model, inference_module(export(model, Inputs(inputs))), Inputs(inputs))
+    made, _ = make_forms(model, prepared_module(export(model, Inputs(inputs))), Inputs(inputs))
     in_each_format = {memory_format: form for (kind, memory_format), form in made.items() if kind == "folded"}
     format_of_folded, folded = _fastest(in_each_format, inputs, gpu)
     facts["folded"] = {"memory_format": format_of_folded}

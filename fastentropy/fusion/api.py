@@ -6,10 +6,10 @@ folded.
 
 import copy
 import functools
-from typing import get_args
+from typing import Any, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from fastentropy._compat import uncompiled
@@ -27,7 +27,7 @@ from fastentropy.fusion.inputs import Inputs, clone
 from fastentropy.fusion.planner import plan_chain
 from fastentropy.fusion.report import FusionReport
 from fastentropy.fusion.traced_inputs import TracedInputs
-from fastentropy.fusion.tracing import export, inference_module, own_constants, rewrite
+from fastentropy.fusion.tracing import export, own_constants, prepared_module, rewrite
 from fastentropy.fusion.verification import TOLERANCE, EquivalenceCheck
 from fastentropy.sites.inputs import ExampleInputs, check_inputs, check_model, is_exported, misfit
 
@@ -97,7 +97,7 @@ def fuse(
     _check_options(tolerance, borders, backend, measure)
     original, inputs = _copy_that_runs(model, Inputs.of(check_inputs(example_inputs, "fe.fuse(model, {})")))
     program = own_constants(export(original, inputs, dynamic_sizes))
-    traced = inference_module(program)
+    traced = prepared_module(program)
     if updated := overwritten_constants(traced):
         raise ValueError(f"the model updates {', '.join(updated)} as it runs: its outputs do not depend on its inputs alone")
     tolerance = _default_tolerance(model) if tolerance is None else tolerance
@@ -146,7 +146,7 @@ def _copy_that_runs(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, Inputs
     if model.training and not is_exported(model):
         raise ValueError("the model is in training mode, where batch norm and dropout are not linear; call model.eval() first")
     try:
-        original = copy.deepcopy(uncompiled(model))
+        original = copy.deepcopy(uncompiled(model), _copied_values(model))
     except Exception as error:
         raise ValueError(f"{type(model).__name__} cannot be copied by copy.deepcopy: {one_line(error)}") from error
     given = clone(inputs)
@@ -159,6 +159,15 @@ def _copy_that_runs(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, Inputs
     if inputs.batch == 0:
         raise ValueError("example_inputs hold a batch of no samples; give at least one")
     return original, inputs
+
+
+def _copied_values(model: nn.Module) -> dict[int, Any]:
+    """Return copies of the tensors that modules compute from their parameters, by id, as the memo of a deep copy.
+
+    A module with a pruning mask or under the older weight norm keeps its weight as such a tensor, which PyTorch does not copy.
+    """
+    values = [value for module in model.modules() for value in vars(module).values()]
+    return {id(each): each.detach().clone() for each in values if isinstance(each, Tensor) and not each.is_leaf}
 
 
 def _default_tolerance(model: nn.Module) -> float:

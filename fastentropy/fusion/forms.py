@@ -38,7 +38,7 @@ def make_forms(
 
     Args:
         model: the model in eval mode.
-        traced: its trace, as `inference_module` returns it.
+        traced: its trace, as `prepared_module` returns it.
         example_inputs: the inputs of one call.
         plan: chooses the form of a chain (stretch of linear operators), given the chain and its input; returns the form and a
             report. Without it, no fused form is made.

@@ -14,6 +14,7 @@ from torch.fx import GraphModule
 from fastentropy.fusion import serialization
 from fastentropy.fusion.backends import make_runner
 from fastentropy.fusion.binding import Binding, Signature
+from fastentropy.fusion.chains.constants import PARAMETER_PREFIX
 from fastentropy.fusion.guards import Conditions
 from fastentropy.fusion.report import FusionReport
 from fastentropy.fusion.traced_inputs import TracedInputs
@@ -197,10 +198,11 @@ def make_trainable(model: FusedModel, names: Collection[str]) -> None:
 
     Args:
         model: the fused model, which is changed.
-        names: names of the buffers that become parameters, in addition to the weights of all rewritten chains.
+        names: names of the buffers that become parameters, in addition to the weights of all rewritten chains and
+            to those that were computed from parameters.
     """
     for name, weight in list(model.network.named_buffers()):
-        if name in names or name.startswith(CHAIN_PREFIX):
+        if name in names or name.startswith((CHAIN_PREFIX, PARAMETER_PREFIX)):
             path, _, own = name.rpartition(".")
             owner = model.network.get_submodule(path)
             delattr(owner, own)

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.fx import GraphModule, Interpreter, Node
 
+from fastentropy._compat import asserts_metadata
 from fastentropy._utils.errors import one_line
+from fastentropy.fusion.chains.constants import fold_constants
 from fastentropy.fusion.chains.elements import Chain
 from fastentropy.fusion.chains.finding import FoundChain
 from fastentropy.fusion.chains.layouts import append_view
@@ -118,6 +120,19 @@ def own_constants(program: ExportedProgram) -> ExportedProgram:
 def inference_module(program: ExportedProgram) -> GraphModule:
     """Return the graph of a program as a module. Its weights are buffers, and it does not check the shapes of its inputs."""
     module = program.module(check_guards=False)
+    return _with_constants(module, module.graph, {})
+
+
+def prepared_module(program: ExportedProgram) -> GraphModule:
+    """Return the graph of a program as `inference_module` does, with all that is computed from constants alone folded.
+
+    Checks of the dtype and the device of intermediate values are left out: they follow from the inputs.
+    """
+    module = program.module(check_guards=False)
+    for node in list(module.graph.nodes):
+        if asserts_metadata(node.target) and node.args[0].op != "placeholder":
+            module.graph.erase_node(node)
+    fold_constants(module)
     return _with_constants(module, module.graph, {})
 
 

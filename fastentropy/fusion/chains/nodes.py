@@ -18,6 +18,12 @@ from fastentropy._compat import operator_schema
 #: The size of an axis: a number if the trace fixed it, and symbolic if it is free.
 Size: TypeAlias = int | torch.SymInt
 
+#: The key of the path of the module whose weight a constant is, in the notes on a node that reads a computed constant.
+WEIGHT_OF = "fastentropy_weight_of"
+
+#: The names of tensors from which PyTorch computes a weight: under weight norm, spectral norm and pruning.
+_PARTS_OF_WEIGHTS = ("weight", "weight_orig", "weight_mask", "weight_g", "weight_v", "weight_u")
+
 
 def shape_of(node: Any) -> tuple[Size, ...] | None:
     """Return the shape of the tensor that a node computes, or None if it computes no tensor.
@@ -102,6 +108,20 @@ def arguments(node: Node, *tensors: str, module: GraphModule) -> tuple[dict[str,
     return values, {name: value.double() for name, value in found.items() if value is not None}
 
 
+def weight_owner(name: str) -> str:
+    """Return the path of the module whose weight a tensor is, or is part of; the name itself for any other tensor.
+
+    Args:
+        name: the name of a parameter or a buffer of the model.
+    """
+    parts = name.split(".")
+    if "parametrizations" in parts:
+        index = parts.index("parametrizations")
+        parts = [*parts[:index], parts[index + 1]]
+    is_weight = len(parts) > 1 and parts[-1] in _PARTS_OF_WEIGHTS
+    return ".".join(parts[:-1] if is_weight else parts)
+
+
 def module_path(node: Node) -> str:
     """Return the path of the module whose forward calls the operator of a node; empty for the traced model itself."""
     stack = node.meta.get("nn_module_stack") or {"": ("", None)}
@@ -124,28 +144,33 @@ def is_overwritten(node: Node) -> bool:
 
     The chain must not change the order of these reads and writes.
     """
-    base = _base(node)
+    base = base_of(node)
     return len(base.users) > 1 and any(overwrites(user, base) for user in base.users)
 
 
-def _base(node: Node) -> Node:
+def base_of(node: Node) -> Node:
     """Return the node whose memory a view shares, or the node itself if it is not a view."""
-    while node.args and isinstance(node.args[0], Node) and _is_view(node):
+    while node.args and isinstance(node.args[0], Node) and is_view(node):
         node = node.args[0]
     return node
 
 
 def overwrites(user: Node, node: Node) -> bool:
     """Return whether `user` overwrites the value of `node`, directly or through a view."""
-    schema = operator_schema(user.target)
-    if schema is not None and schema.is_mutable:
+    if mutates(user):
         return user.args[0] is node
-    return _is_view(user) and any(overwrites(other, user) for other in user.users)
+    return is_view(user) and any(overwrites(other, user) for other in user.users)
 
 
-def _is_view(node: Node) -> bool:
+def mutates(node: Node) -> bool:
+    """Return whether the operator of a node overwrites one of its operands."""
+    schema = operator_schema(node.target)
+    return schema is not None and schema.is_mutable
+
+
+def is_view(node: Node) -> bool:
     """Return whether the output of a node may share memory with its first argument."""
     schema = operator_schema(node.target)
     if schema is not None:
-        return not schema.is_mutable and any(returned.alias_info for returned in schema.returns)
+        return not mutates(node) and any(returned.alias_info for returned in schema.returns)
     return node.target is getitem  # one of the views that split or chunk returns

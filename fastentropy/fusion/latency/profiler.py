@@ -26,7 +26,7 @@ from fastentropy.fusion.inputs import Inputs, clone
 from fastentropy.fusion.latency.table import LatencyTable, Part, Section, Stretch, without_slow_approximations
 from fastentropy.fusion.planner import TIE, calls, promising_stops, sketch
 from fastentropy.fusion.projection import central_kernel, replaceable_modules
-from fastentropy.fusion.tracing import export, in_channels_last, inference_module, values_of
+from fastentropy.fusion.tracing import export, in_channels_last, prepared_module, values_of
 from fastentropy.sites.fast_paths import replace_activation
 from fastentropy.sites.inputs import ExampleInputs, check_inputs, check_model, site_names
 
@@ -90,7 +90,7 @@ def measure_latency(
     inputs = inputs.with_batch_of(marked(*copied.args, **copied.kwargs))
     for name in sites:
         replace_activation(marked, name, _ActivationMarker())
-    traced = inference_module(export(marked, inputs))
+    traced = prepared_module(export(marked, inputs))
     if report.memory_formats[report.choice] == "channels_last":
         traced = in_channels_last(traced) or traced
     chains = find_chains(traced, activations)

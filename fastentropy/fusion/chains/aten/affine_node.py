@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from fastentropy.fusion.chains.affine import AffineOperator
+from fastentropy.fusion.chains.nodes import WEIGHT_OF, weight_owner
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +43,7 @@ def affine_in(operand: Any, axes: int | None, *further: Any, **options: Any) -> 
 
 def weight_path(node: Any) -> str:
     """Return the path of the module whose weight a node reads."""
-    return str(node.target).removesuffix(".weight")
+    return str(node.meta.get(WEIGHT_OF)) if WEIGHT_OF in node.meta else weight_owner(str(node.target))
 
 
 def bias_or_zeros(tensors: Mapping[str, Tensor], weight: Tensor, channels: int) -> Tensor:
