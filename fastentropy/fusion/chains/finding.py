@@ -4,6 +4,7 @@ A segment is a chain that is still being built. The search visits the nodes in c
 segment that ends with it.
 """
 
+import contextlib
 import functools
 import itertools
 from collections.abc import Callable, Mapping
@@ -17,7 +18,7 @@ from torch.fx import GraphModule, Node
 from fastentropy.fusion.chains.aten import read_node, read_view
 from fastentropy.fusion.chains.elements import Activation, Chain, Flatten, operators
 from fastentropy.fusion.chains.layouts import View, view_to
-from fastentropy.fusion.chains.nodes import Size, is_overwritten, module_path, overwrites, shape_of
+from fastentropy.fusion.chains.nodes import FREE_SIZE_ERRORS, Size, is_overwritten, module_path, overwrites, shape_of
 from fastentropy.fusion.chains.passes import fold
 from fastentropy.fusion.chains.segments import (
     Segment,
@@ -96,9 +97,10 @@ def find_chains(module: GraphModule, activations: Mapping[str, nn.Module] | None
     segments: dict[Node, Segment] = {}
     read = functools.partial(_read, module=module, activations=activations or {})
     for node in module.graph.nodes:
-        segment = _segment_to(node, segments, read(node))
-        if segment is not None:
-            segments[node] = segment
+        with contextlib.suppress(*FREE_SIZE_ERRORS):
+            segment = _segment_to(node, segments, read(node))
+            if segment is not None:
+                segments[node] = segment
     inner = {member for end, segment in segments.items() for member in segment.members if member is not end}
     ends = [end for end, segment in segments.items() if end not in inner and step_names(segment.steps)]
     found = [_found_chain(end, segments, read) for end in ends]
@@ -116,8 +118,8 @@ def _found_chain(
 ) -> FoundChain | None:
     """Return the chain of a segment that grows no further and ends with the node `last`.
 
-    Views at its end only belong to the chain if they give back the natural value. Returns None if a graph cannot compute the
-    shape of its output.
+    Views at its end only belong to the chain if they give back the natural value. Returns None if an operator needs a size that
+    is free, or a graph cannot compute the shape of the output.
     """
     end = last
     while not segments[last].is_natural and read_view(end) and end.args[0] in segments[last].members:
@@ -126,10 +128,11 @@ def _found_chain(
     members = tuple(node for node in end.graph.nodes if node in segment.members)
     if not segment.is_natural:
         segment, members = _from_first_operator(segment, members, read)
-    elements, shape = build_elements(segment.steps, segment.axes or 0), shape_of(end) or ()
+    shape = shape_of(end) or ()
     try:
+        elements = build_elements(segment.steps, segment.axes or 0)
         view = view_to(segment.layout, segment.natural_shape, shape)
-    except ValueError:
+    except (ValueError, *FREE_SIZE_ERRORS):
         return None
     if view and segment.axes and view.order is None and len(segment.shape) == segment.axes + 2 and len(shape) == 2:
         elements, view = (*elements, Flatten()), None

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
-from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, statically_known_true
 
 from fastentropy._compat import operator_schema
 
@@ -23,6 +23,14 @@ WEIGHT_OF = "fastentropy_weight_of"
 
 #: The names of tensors from which PyTorch computes a weight: under weight norm, spectral norm and pruning.
 _PARTS_OF_WEIGHTS = ("weight", "weight_orig", "weight_mask", "weight_g", "weight_v", "weight_u")
+
+
+class FreeSizeError(ValueError):
+    """A size that is free where a chain needs a number. The chain is then given up."""
+
+
+#: What is raised where a chain needs a number and the trace has a size that is free, or follows from the data.
+FREE_SIZE_ERRORS = (FreeSizeError, GuardOnDataDependentSymNode)
 
 
 def shape_of(node: Any) -> tuple[Size, ...] | None:
@@ -42,6 +50,17 @@ def fixed_size(size: int | torch.SymInt) -> int | None:
     A symbolic size is fixed if the conditions of the trace leave only one value for it.
     """
     return size if isinstance(size, int) else size.node.maybe_as_int()
+
+
+def known(size: Size) -> int:
+    """Return a size as an int.
+
+    Raises:
+        FreeSizeError: the trace did not fix it.
+    """
+    if (fixed := fixed_size(size)) is None:
+        raise FreeSizeError(f"the size {size} is free")
+    return fixed
 
 
 def same_size(left: Size, right: Size) -> bool:

@@ -13,7 +13,7 @@ from fastentropy.fusion.chains.affine import AffineOperator
 from fastentropy.fusion.chains.aten import AffineNode, channelwise
 from fastentropy.fusion.chains.elements import Chain, Element, Sum
 from fastentropy.fusion.chains.layouts import Layout, Part, joined, natural_layout, reshaped, same_layout
-from fastentropy.fusion.chains.nodes import Size, module_path, product, same_size, shape_of
+from fastentropy.fusion.chains.nodes import Size, known, module_path, product, same_size, shape_of
 
 #: Convolutions take images with at most this many axes before the channels: the batch.
 _AXES_BEFORE_CHANNELS = 1
@@ -135,8 +135,7 @@ def scaled(before: Segment, node: Node, scale: Tensor, shift: Tensor) -> Segment
     shape, path = before.shape, (module_path(node),)
 
     def build(axes: int) -> AffineOperator:
-        channels = shape[-axes - 1]
-        assert isinstance(channels, int), "the operators of a chain fix the number of channels"
+        channels = known(shape[-axes - 1])
         return replace(channelwise(scale.expand(channels), shift.expand(channels), axes), names=path)
 
     return append_step(before, node, Step(build, ""))

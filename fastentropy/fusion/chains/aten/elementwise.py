@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Node
 
 from fastentropy.fusion.chains.affine import AffineOperator
 from fastentropy.fusion.chains.aten.affine_node import AffineNode, Reader, affine_in, channelwise
-from fastentropy.fusion.chains.nodes import constant, device_of, same_dtype, same_sizes, shape_of
+from fastentropy.fusion.chains.nodes import constant, device_of, known, same_dtype, same_sizes, shape_of
 
 _aten = torch.ops.aten
 
@@ -121,8 +121,7 @@ def _scale_and_shift(node: Node, operand: Any, scale: Tensor, shift: Tensor) -> 
     scale, shift = scale.flatten(), shift.flatten()
 
     def build(axes: int) -> AffineOperator:
-        channels = shape[-axes - 1]
-        assert isinstance(channels, int), "the operators of a chain fix the number of channels"
+        channels = known(shape[-axes - 1])
         return channelwise(scale.expand(channels), shift.expand(channels), axes)
 
     return affine_in(operand, axes, build, number=(scale, shift) if axes is None else None)

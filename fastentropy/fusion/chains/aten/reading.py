@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch.fx import GraphModule, Node
 
 from fastentropy._compat import operator_schema
@@ -24,9 +25,15 @@ def read_node(node: Node, module: GraphModule) -> AffineNode | None:
         module: a traced model in eval mode, which holds the constants.
 
     Returns:
-        The affine node, or None if the node is not affine in one operand.
+        The affine node, or None if the node is not affine in one operand, or if one of its arguments is a number that the trace
+        did not fix, such as a padding that depends on the size of the input.
     """
-    if node.op != "call_function" or operator_schema(node.target) is None:
+    if node.op != "call_function" or operator_schema(node.target) is None or any(map(_is_number, node.all_input_nodes)):
         return None
     reader = _READERS.get(node.target)
     return reader and reader(node, module)
+
+
+def _is_number(node: Node) -> bool:
+    """Return whether a node computes a size or another number."""
+    return isinstance(node.meta.get("val"), int | float | torch.SymInt | torch.SymFloat | torch.SymBool)
