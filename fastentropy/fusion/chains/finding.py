@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from operator import getitem
 from typing import cast
 
 from torch import nn
@@ -18,7 +19,17 @@ from torch.fx import GraphModule, Node
 from fastentropy.fusion.chains.aten import read_node, read_view
 from fastentropy.fusion.chains.elements import Activation, Chain, Flatten, operators
 from fastentropy.fusion.chains.layouts import View, view_to
-from fastentropy.fusion.chains.nodes import FREE_SIZE_ERRORS, Size, is_overwritten, module_path, overwrites, shape_of
+from fastentropy.fusion.chains.nodes import (
+    FREE_SIZE_ERRORS,
+    SPLITS,
+    Size,
+    is_overwritten,
+    module_path,
+    overwrites,
+    readers_of,
+    shape_of,
+    used_parts,
+)
 from fastentropy.fusion.chains.passes import fold
 from fastentropy.fusion.chains.segments import (
     Segment,
@@ -30,7 +41,7 @@ from fastentropy.fusion.chains.segments import (
     extend,
     step_names,
 )
-from fastentropy.fusion.chains.sums import segment_to_sum
+from fastentropy.fusion.chains.sums import segment_to_concatenation, segment_to_sum
 
 #: Reads a segment and appends a node to it, or returns None if the node cannot be appended.
 _Append = Callable[[Segment], "Segment | None"]
@@ -125,7 +136,7 @@ def _found_chain(
     while not segments[last].is_natural and read_view(end) and end.args[0] in segments[last].members:
         end = cast(Node, end.args[0])
     segment = segments[end]
-    members = tuple(node for node in end.graph.nodes if node in segment.members)
+    members = tuple(node for node in end.graph.nodes if node in segment.members or _only_splits(node, segment.members))
     if not segment.is_natural:
         segment, members = _from_first_operator(segment, members, read)
     shape = shape_of(end) or ()
@@ -189,13 +200,20 @@ def _segment_to(node: Node, segments: Mapping[Node, Segment], reading: tuple[Nod
         reading: what `_read` returns for the node.
     """
     if reading is None:
-        return segment_to_sum(node, segments)
+        return segment_to_sum(node, segments) or segment_to_concatenation(node, segments)
     operand, append = reading
-    before = segments.get(operand) if len(operand.users) == 1 else None
+    before = segments.get(operand) if len(readers_of(operand)) == 1 else None
     writes = overwrites(node, operand)
-    if before and (before.steps or not writes) and (longer := append(before)):
+    if before and (before.has_own_memory or not writes) and (longer := append(before)):
         return longer
     return None if writes or is_overwritten(operand) else append(empty_segment(operand))
+
+
+def _only_splits(node: Node, members: frozenset[Node]) -> bool:
+    """Return whether a node only serves to split a value into members of a chain, or is a part of it that no node reads."""
+    if node.target is getitem and not node.users:
+        return _only_splits(cast(Node, node.args[0]), members)
+    return node.target in SPLITS and not members.isdisjoint(node.users) and members.issuperset(used_parts(node))
 
 
 def _described(node: Node) -> str:

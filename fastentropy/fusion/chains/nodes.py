@@ -4,7 +4,7 @@ These facts do not depend on what the operator of the node computes.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from operator import attrgetter, getitem
 from typing import Any, TypeAlias
 
@@ -94,6 +94,34 @@ def _as_size(size: Size) -> Size:
     return size if (fixed := fixed_size(size)) is None else fixed
 
 
+#: Operators that return several parts of their operand.
+SPLITS = (
+    *(torch.ops.aten.chunk.default, torch.ops.aten.tensor_split.sections, torch.ops.aten.tensor_split.indices),
+    *(torch.ops.aten.split.Tensor, torch.ops.aten.split.sizes, torch.ops.aten.split_with_sizes.default),
+)
+
+
+def readers_of(node: Node) -> set[Node]:
+    """Return the nodes that read the value of a node. In place of an operator that splits it, these are the parts in use."""
+    return {reader for user in node.users for reader in (used_parts(user) if user.target in SPLITS else (user,))}
+
+
+def used_parts(split: Node) -> set[Node]:
+    """Return the parts that an operator splits its operand into, without those that no node reads."""
+    return {part for part in split.users if part.users}
+
+
+def constant_index(argument: Any, module: GraphModule) -> Tensor | None:
+    """Return the value of an argument if it is a constant of the model that holds integers, and None otherwise."""
+    while isinstance(argument, Node) and argument.target == torch.ops.aten.lift_fresh_copy.default:
+        argument = argument.args[0]
+    if not (isinstance(argument, Node) and argument.op == "get_attr") or is_overwritten(argument):
+        return None
+    value = attrgetter(str(argument.target))(module)
+    is_index = isinstance(value, Tensor) and value.layout is torch.strided and value.dtype in (torch.int64, torch.int32)
+    return value.detach() if is_index else None
+
+
 def constant(argument: Any, module: GraphModule) -> Tensor | None:
     """Return the value of an argument if it is a constant of the model and a dense, real floating-point tensor.
 
@@ -164,7 +192,16 @@ def is_overwritten(node: Node) -> bool:
     The chain must not change the order of these reads and writes.
     """
     base = base_of(node)
-    return len(base.users) > 1 and any(overwrites(user, base) for user in base.users)
+    return len(list(_readers_through_views(base))) > 1 and any(overwrites(user, base) for user in base.users)
+
+
+def _readers_through_views(node: Node) -> Iterator[Node]:
+    """Yield the nodes that read the memory of a node. A view of it is no reader, but the readers of the view are."""
+    for user in node.users:
+        if is_view(user) and user.users:
+            yield from _readers_through_views(user)
+        else:
+            yield user
 
 
 def base_of(node: Node) -> Node:

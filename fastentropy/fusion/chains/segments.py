@@ -11,9 +11,10 @@ from torch.fx import Node
 
 from fastentropy.fusion.chains.affine import AffineOperator
 from fastentropy.fusion.chains.aten import AffineNode, channelwise
-from fastentropy.fusion.chains.elements import Chain, Element, Sum
+from fastentropy.fusion.chains.elements import Chain, Concatenation, Element, Sum
 from fastentropy.fusion.chains.layouts import Layout, Part, joined, natural_layout, reshaped, same_layout
 from fastentropy.fusion.chains.nodes import Size, known, module_path, product, same_size, shape_of
+from fastentropy.fusion.chains.selections import Selection, selected_channels
 
 #: Convolutions take images with at most this many axes before the channels: the batch.
 _AXES_BEFORE_CHANNELS = 1
@@ -27,14 +28,23 @@ class Step:
         build: returns the element for a number of spatial axes.
         name: path of the convolution, linear layer or activation, or empty for any other operator. A segment is a chain only
             if one of its steps has a name.
+        is_view: whether the output of the element shares memory with its input.
     """
 
     build: Callable[[int], Element]
     name: str
+    is_view: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Stacked:
+    """The steps of each branch of a concatenation along the channels."""
+
+    branches: tuple["Steps", ...]
 
 
 #: The steps of a segment in order. A tuple in place of a step is a sum: it holds the steps of each branch.
-Steps = tuple["Step | tuple[Steps, ...]", ...]
+Steps = tuple["Step | Stacked | tuple[Steps, ...]", ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +75,11 @@ class Segment:
         """Return whether the value of the last node is the natural value itself."""
         layout = reshaped(natural_layout(self.shape), self.natural_shape)
         return layout is not None and same_layout(self.layout, layout)
+
+    @property
+    def has_own_memory(self) -> bool:
+        """Return whether the value of the last node shares no memory with the source."""
+        return not all(isinstance(step, Step) and step.is_view for step in self.steps)
 
     @property
     def natural_shape(self) -> tuple[Size, ...]:
@@ -116,7 +131,7 @@ def extend(before: Segment, node: Node, affine: AffineNode) -> Segment | None:
     if affine.number is not None:
         return scaled(before, node, *affine.number)
     assert affine.axes is not None
-    before = before if before.axes is not None else _with_channels(before, len(before.layout) - affine.axes - 1)
+    before = before if before.axes is not None else with_channels(before, len(before.layout) - affine.axes - 1)
     if before.axes is None:
         return None
     if not before.is_natural or affine.axes != before.axes:
@@ -126,7 +141,7 @@ def extend(before: Segment, node: Node, affine: AffineNode) -> Segment | None:
     channels = value[len(value) - (0 if affine.flattens else before.axes) - 1]
     shape = (*before.shape[: before.channel_axis], channels, *behind)
     layout = reshaped(natural_layout(shape), value)
-    step = Step(_with_path(build, node), affine.name)
+    step = Step(_with_path(build, node), affine.name, affine.is_view)
     return None if layout is None else replace(append_step(before, node, step), shape=shape, layout=layout)
 
 
@@ -141,7 +156,7 @@ def scaled(before: Segment, node: Node, scale: Tensor, shift: Tensor) -> Segment
     return append_step(before, node, Step(build, ""))
 
 
-def _with_channels(segment: Segment, axis: int) -> Segment:
+def with_channels(segment: Segment, axis: int) -> Segment:
     """Return a segment with the number of spatial axes that it has if its channels are an axis of its last node's value.
 
     That number stays None if this axis is not one whole axis of the source, or if convolutions take no such value.
@@ -202,7 +217,7 @@ def _extend_view(before: Segment, node: Node, affine: AffineNode) -> Segment | N
         return None
     if not same_size(operator.in_channels, product(shape[each] for each in {channels, *held})):
         return None
-    if operator.groups > 1 and set(held) - {channels}:
+    if (operator.groups > 1 or isinstance(operator, Selection)) and held != [channels]:
         return None
     after = [1 if each in held else size for each, size in enumerate(shape)]
     after[channels] = operator.out_channels
@@ -223,6 +238,8 @@ def _on_natural_axes(operator: AffineOperator, held: Sequence[int], shape: tuple
     """
     kernel, ones = [size if channels + axis in held else 1 for axis, size in enumerate(shape)][1:], (1,) * (len(shape) - 1)
     weight = operator.weight.flatten(1)
+    if isinstance(operator, Selection):
+        return selected_channels(weight.argmax(1), operator.in_channels, len(ones))
     if operator.groups == 1 and held:
         order = sorted(range(len(held)), key=lambda index: held[index])
         split = weight.reshape(len(weight), *(shape[axis - channels] for axis in held))
@@ -238,13 +255,19 @@ def step_names(steps: Steps) -> tuple[str, ...]:
         if isinstance(step, Step):
             names += [step.name] * bool(step.name)
         else:
-            names += [name for branch in step for name in step_names(branch)]
+            branches = step.branches if isinstance(step, Stacked) else step
+            names += [name for branch in branches for name in step_names(branch)]
     return tuple(names)
 
 
 def build_elements(steps: Steps, axes: int) -> Chain:
     """Build the elements of steps for a number of spatial axes."""
-    return tuple(
-        step.build(axes) if isinstance(step, Step) else Sum(tuple(build_elements(branch, axes) for branch in step))
-        for step in steps
-    )
+
+    def built(step: "Step | Stacked | tuple[Steps, ...]") -> Element:
+        if isinstance(step, Step):
+            return step.build(axes)
+        if isinstance(step, Stacked):
+            return Concatenation(tuple(build_elements(branch, axes) for branch in step.branches), axes)
+        return Sum(tuple(build_elements(branch, axes) for branch in step))
+
+    return tuple(map(built, steps))

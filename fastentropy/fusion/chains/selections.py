@@ -63,22 +63,38 @@ class Selection(AffineOperator):
         return AffineOperator(**{field.name: getattr(self, field.name) for field in fields(AffineOperator) if field.init})
 
 
-def selected_channels(
-    index: Tensor, channels: int, axes: int, target: Any = None, arguments: tuple[Any, ...] = ()
-) -> Selection:
+def selected_channels(index: Tensor, channels: int, axes: int, *, has_batch: bool = False) -> Selection:
     """Return the operator whose output channels are some of the input channels.
 
     Args:
         index: the input channel of each output channel: int64, `[out_channels]`.
         channels: number of input channels.
         axes: number of spatial axes.
-        target: the operator of PyTorch that computes it; the default is `index_select`.
-        arguments: its further arguments.
+        has_batch: whether a single batch axis comes before the channels of every input.
     """
     weight = F.one_hot(index, channels).to(torch.float64).reshape(len(index), channels, *(1,) * axes)
-    if target is None:
-        target, arguments = _aten.index_select.default, (-axes - 1, index)
-    return Selection(**_fields(weight, axes), target=target, arguments=arguments)
+    target, *arguments = _cheapest(index, channels, axes, has_batch and axes > 0)
+    return Selection(**_fields(weight, axes), target=target, arguments=tuple(arguments))
+
+
+def _cheapest(index: Tensor, channels: int, axes: int, may_shuffle: bool) -> tuple[Any, ...]:
+    """Return the operator that chooses channels fastest, and its further arguments; those of `selected_channels` say which.
+
+    `index_select` is slow in channels-last, and a slice copies nothing.
+    """
+    dim, order = -axes - 1, index.tolist()
+    step = order[1] - order[0] if len(order) > 1 else 1
+    if step > 0 and order == list(range(order[0], order[-1] + 1, step)):
+        return _aten.slice.Tensor, dim, order[0], order[-1] + 1, step
+    if order == list(range(channels))[::-1]:
+        return _aten.flip.default, [dim]
+    shift = channels - order[0]
+    if order == [*range(order[0], channels), *range(order[0])]:
+        return _aten.roll.default, [shift], [dim]
+    for groups in range(2, channels if may_shuffle and channels == len(order) else 0):
+        if channels % groups == 0 and order == torch.arange(channels, device="cpu").reshape(groups, -1).T.flatten().tolist():
+            return _aten.channel_shuffle.default, groups
+    return _aten.index_select.default, dim, index
 
 
 def pixel_unshuffle(channels: int, factor: int, device: torch.device) -> Selection:

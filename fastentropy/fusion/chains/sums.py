@@ -1,4 +1,4 @@
-"""Join two segments that begin at the same value, where a sum or a difference adds their values."""
+"""Join segments that begin at the same value, where a sum adds their values or a concatenation puts them in a row."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -6,10 +6,10 @@ from dataclasses import replace
 import torch
 from torch.fx import Node
 
-from fastentropy.fusion.chains.aten import read_weighted_sum
-from fastentropy.fusion.chains.layouts import same_layout
-from fastentropy.fusion.chains.nodes import device_of, is_overwritten, overwrites, same_sizes, shape_of
-from fastentropy.fusion.chains.segments import Segment, Steps, empty_segment, scaled, with_axes
+from fastentropy.fusion.chains.aten import read_concatenation, read_weighted_sum
+from fastentropy.fusion.chains.layouts import natural_layout, reshaped, same_layout
+from fastentropy.fusion.chains.nodes import device_of, is_overwritten, overwrites, readers_of, same_sizes, shape_of
+from fastentropy.fusion.chains.segments import Segment, Stacked, Steps, empty_segment, scaled, with_axes, with_channels
 
 
 def segment_to_sum(node: Node, segments: Mapping[Node, Segment]) -> Segment | None:
@@ -42,7 +42,40 @@ def segment_to_sum(node: Node, segments: Mapping[Node, Segment]) -> Segment | No
     steps: Steps = (_branches_of(first.steps) + _branches_of(second.steps),)
     joined = replace(first, steps=steps, members=members)
     before = segments.get(source)
-    return _behind(before, joined) if before and members.issuperset(source.users) else joined
+    return _behind(before, joined) if before and members.issuperset(readers_of(source)) else joined
+
+
+def segment_to_concatenation(node: Node, segments: Mapping[Node, Segment]) -> Segment | None:
+    """Return the segment that ends with a concatenation, along the channels, of branches of the same value.
+
+    The arguments and the result are as for `segment_to_sum`.
+    """
+    concatenation = read_concatenation(node)
+    if concatenation is None:
+        return None
+    operands, dim = concatenation
+    branches = [
+        _branch_to(operand, 1, node, segments) if operands.count(operand) == 1 else empty_segment(operand)
+        for operand in operands
+    ]
+    source, members = branches[0].source, frozenset({node}).union(*(branch.members for branch in branches))
+    if any(branch.source is not source for branch in branches) or is_overwritten(source):
+        return None
+    axes = next((branch.axes for branch in branches if branch.axes is not None), None)
+    axes = with_channels(branches[0], dim).axes if axes is None else axes
+    branches = [with_axes(branch, axes) if branch.axes is None else branch for branch in branches]
+    value = shape_of(node) or ()
+    if axes is None or axes != len(value) - dim - 1 or not all(each.axes == axes and each.is_natural for each in branches):
+        return None
+    first = branches[0]
+    shape = (*first.shape[: first.channel_axis], value[dim], *first.shape[first.channel_axis + 1 :])
+    layout = reshaped(natural_layout(shape), value)
+    if layout is None or not isinstance(value[dim], int):
+        return None
+    steps: Steps = (Stacked(tuple(branch.steps for branch in branches)),)
+    joined = replace(first, steps=steps, members=members, shape=shape, layout=layout)
+    before = segments.get(source)
+    return _behind(before, joined) if before and members.issuperset(readers_of(source)) else joined
 
 
 def _behind(before: Segment, joined: Segment) -> Segment:
@@ -67,7 +100,7 @@ def _branch_to(operand: Node, weight: float, node: Node, segments: Mapping[Node,
 
     It begins at the operand if other nodes read the operand too.
     """
-    branch = segments.get(operand) if len(operand.users) == 1 else None
+    branch = segments.get(operand) if len(readers_of(operand)) == 1 else None
     branch = branch or empty_segment(operand)
     if weight == 1:
         return branch

@@ -9,6 +9,7 @@ from fastentropy.fusion.chains.aten.convolutions import CONVOLUTIONS, TRANSPOSED
 from fastentropy.fusion.chains.aten.elementwise import read_weighted_sum
 from fastentropy.fusion.chains.aten.pooling import AVERAGE_POOLS
 from fastentropy.fusion.chains.aten.reading import read_node
+from fastentropy.fusion.chains.aten.selecting import read_concatenation
 from fastentropy.fusion.chains.aten.views import read_view
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "TRANSPOSED_CONVOLUTIONS",
     "AffineNode",
     "channelwise",
+    "read_concatenation",
     "read_node",
     "read_view",
     "read_weighted_sum",

@@ -21,6 +21,7 @@ class AffineNode:
         build: returns the operator in float64 for a given number of spatial axes; None if the node returns its operand.
         name: path of the module that holds the weight of a convolution or a linear layer; empty for other operators.
         flattens: whether the node also flattens channels and positions into one axis of features.
+        is_view: whether the value of the node shares memory with the operand, although the two differ.
         number: the scale and the shift, if the node scales and shifts all values alike.
     """
 
@@ -30,6 +31,7 @@ class AffineNode:
     name: str = ""
     flattens: bool = False
     number: tuple[Tensor, Tensor] | None = None
+    is_view: bool = False
 
 
 #: Reads a node of certain ATen operators as an affine node with constant weights, or returns None if it is not affine.

@@ -6,13 +6,12 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from fastentropy._compat import operator_schema
-from fastentropy.fusion.chains.aten import convolutions, elementwise, identities, pooling, products, scaling
+from fastentropy.fusion.chains.aten import convolutions, elementwise, identities, pooling, products, scaling, selecting
 from fastentropy.fusion.chains.aten.affine_node import AffineNode, Reader
 
 _READERS: Mapping[Any, Reader] = {
     target: reader
-    for family in (convolutions, elementwise, identities, pooling, products, scaling)
+    for family in (convolutions, elementwise, identities, pooling, products, scaling, selecting)
     for target, reader in family.readers().items()
 }
 
@@ -28,7 +27,7 @@ def read_node(node: Node, module: GraphModule) -> AffineNode | None:
         The affine node, or None if the node is not affine in one operand, or if one of its arguments is a number that the trace
         did not fix, such as a padding that depends on the size of the input.
     """
-    if node.op != "call_function" or operator_schema(node.target) is None or any(map(_is_number, node.all_input_nodes)):
+    if node.op != "call_function" or any(map(_is_number, node.all_input_nodes)):
         return None
     reader = _READERS.get(node.target)
     return reader and reader(node, module)
