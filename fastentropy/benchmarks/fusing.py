@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastentropy._compat import with_frozen_weights
 from fastentropy._utils.timing import measure_times
 from fastentropy.benchmarks.measurements import Case, name_case
 from fastentropy.benchmarks.networks import (
     Network,
+    frozen,
     infer,
     inside_blocks,
     linearised,
@@ -87,7 +87,7 @@ def fuse_case(name: str, network: Network) -> Case:
     format_of_folded, folded = _fastest(in_each_format, inputs, gpu)
     facts["folded"] = {"memory_format": format_of_folded}
     forms: dict[str, Callable[..., object]] = {"folded": folded, "fused": fused, "original": model}
-    forms["torch.compile, frozen"] = _frozen(model)
+    forms["torch.compile, frozen"] = frozen(model)
     title = name_case(name, inputs[0].shape, inputs[0].dtype)
     return Case(
         title if gpu is None else f"{title}, CUDA graphs",
@@ -97,26 +97,6 @@ def fuse_case(name: str, network: Network) -> Case:
         graphs_on=gpu,
         baselines=BASELINES,
     )
-
-
-def _frozen(model: nn.Module) -> Callable[..., object]:
-    """Return the model compiled by torch.compile with its weights as constants.
-
-    With constant weights, PyTorch folds batch norm and lays out the weights for the machine. Freezing must be switched on while
-    the first call compiles. As an option of torch.compile it has no effect, because the weights have become inputs by then. The
-    model is compiled as a single graph, so a model that cannot be compiled raises instead of running in eager mode.
-    """
-    program, is_compiled = torch.compile(model, fullgraph=True), False
-
-    def run(*inputs: Any) -> object:
-        nonlocal is_compiled
-        if not is_compiled:
-            with with_frozen_weights():
-                program(*inputs)
-            is_compiled = True
-        return program(*inputs)
-
-    return run
 
 
 def _fastest(forms: dict[str, nn.Module], inputs: tuple[Any, ...], gpu: torch.device | None) -> tuple[str, nn.Module]:

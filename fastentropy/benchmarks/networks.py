@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastentropy._compat import with_frozen_weights
 from fastentropy.sites.finding import find_sites
 from fastentropy.surgery.isolation import isolate
 from fastentropy.surgery.linearization import linearize
@@ -27,6 +29,14 @@ def vision(name: str, batch: int, size: int = 224) -> Network:
     return _ready(torchvision.models.get_model(name, weights=None, **options)), (
         torch.randn(batch, 3, size, size, device="cpu"),
     )
+
+
+def timm_network(name: str, batch: int) -> Network:
+    """Return the timm model with this name, and random images of its size."""
+    import timm
+
+    model = timm.create_model(name, pretrained=False)
+    return _ready(model), (torch.randn(batch, *model.pretrained_cfg["input_size"], device="cpu"),)
 
 
 def gpt2(tokens: int, batch: int, layers: int) -> Network:
@@ -147,3 +157,23 @@ def moved(network: Network, device: torch.device, dtype: torch.dtype) -> Network
 def infer(run: Callable[..., object], inputs: tuple[Tensor, ...]) -> object:
     """Call a model, or a function that runs it, on its inputs in inference mode."""
     return run(*inputs)
+
+
+def frozen(model: nn.Module) -> Callable[..., object]:
+    """Return the model compiled by torch.compile with its weights as constants.
+
+    With constant weights, PyTorch folds batch norm and lays out the weights for the machine. Freezing must be switched on while
+    the first call compiles. As an option of torch.compile it has no effect, because the weights have become inputs by then. The
+    model is compiled as a single graph, so a model that cannot be compiled raises instead of running in eager mode.
+    """
+    program, is_compiled = torch.compile(model, fullgraph=True), False
+
+    def run(*inputs: Any) -> object:
+        nonlocal is_compiled
+        if not is_compiled:
+            with with_frozen_weights():
+                program(*inputs)
+            is_compiled = True
+        return program(*inputs)
+
+    return run

@@ -1,0 +1,111 @@
+"""Whole networks as their users call them: the model, what `fuse` returns for it, and torch.compile with frozen weights.
+
+A network is measured dense, with a random half of its activations linearised (replaced by the identity), or with those of all
+its blocks or MLPs linearised.
+"""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastentropy.benchmarks.measurements import Case, name_case
+from fastentropy.benchmarks.networks import (
+    Network,
+    frozen,
+    hugging_face_vit,
+    infer,
+    inside_blocks,
+    linearised,
+    random_half,
+    randomize_batch_norm,
+    timm_network,
+    vision,
+)
+from fastentropy.fusion.api import fuse
+from fastentropy.fusion.fused_model import FusedModel
+
+TORCHVISION = (
+    "resnet18", "resnet50", "mobilenet_v2", "mobilenet_v3_large", "efficientnet_b0", "convnext_tiny", "vgg16_bn", "swin_t",
+    "vit_b_16",
+)  # fmt: skip
+TIMM = ("fastvit_t8", "repvgg_a0", "mobileone_s0", "poolformer_s12", "mixer_s16_224", "levit_128s")
+NETWORKS = (*TORCHVISION, *TIMM, "hugging face vit")
+
+#: Which activations are linearised, by the name of the variant. In "all", those of the MLPs or blocks are, if the network has
+#: them, and otherwise all.
+VARIANTS: dict[str, Callable[[Sequence[str]], Sequence[str]]] = {
+    "dense": lambda names: [],
+    "half": random_half,
+    "all": lambda names: inside_blocks(names) or inside_mlps(names) or names,
+}
+
+
+def inside_mlps(names: Sequence[str]) -> Sequence[str]:
+    """Return the names of the activations that are inside the MLPs of a transformer."""
+    return [name for name in names if "mlp" in name or "intermediate" in name]
+
+
+def whole_network(name: str, batch: int) -> Network:
+    """Return a network of `NETWORKS` with random weights, and its inputs."""
+    if name in TORCHVISION:
+        return randomize_batch_norm(vision(name, batch))
+    return randomize_batch_norm(timm_network(name, batch) if name in TIMM else hugging_face_vit(224, batch, 12))
+
+
+def whole_network_case(name: str, variant: str, batch: int) -> Case:
+    """Return the case of one network: the model, what `fuse` returns in each backend, and torch.compile.
+
+    The operations are "model" (as its user calls it), "fused" (backend="eager"), "fused, auto" (backend="auto"),
+    "torch.compile" of the model, and "torch.compile, dense" of the network before activations were linearised. The last two
+    have frozen weights.
+
+    Args:
+        name: one of `NETWORKS`.
+        variant: one of `VARIANTS`.
+        batch: the batch size.
+    """
+    torch.manual_seed(0)
+    dense = whole_network(name, batch)
+    model, inputs = linearised(dense, VARIANTS[variant])
+    operations: dict[str, Callable[..., object]] = {"model": model}
+    facts: dict[str, dict[str, Any]] = {}
+    for operation, backend in (("fused", "eager"), ("fused, auto", "auto")):
+        operations[operation], facts[operation] = _fused(model, inputs, backend)
+    operations |= {"torch.compile": frozen(model), "torch.compile, dense": frozen(dense[0])}
+    return Case(
+        name_case(f"{name} {variant}", inputs[0].shape, next(model.parameters()).dtype),
+        {operation: partial(infer, run, inputs) for operation, run in operations.items()},
+        denominator="model",
+        facts=facts,
+        baselines=frozenset({"torch.compile", "torch.compile, dense"}),
+    )
+
+
+def _fused(model: nn.Module, inputs: tuple[Any, ...], backend: Any) -> tuple[FusedModel, dict[str, Any]]:
+    """Fuse a model, and return the result with what it cost: seconds, and the peak memory in bytes before and after."""
+    before, start = _peak_bytes(), time.perf_counter()
+    fused = fuse(model, inputs, backend=backend)
+    report = fused.report
+    return fused, {
+        "seconds_to_fuse": time.perf_counter() - start,
+        "peak_bytes_before": before,
+        "peak_bytes": _peak_bytes(),
+        "weight_bytes": sum(value.nbytes for value in model.state_dict().values()),
+        "choice": report.choice,
+        "backend": report.backend,
+        "times": report.times,
+        "relative_error": report.max_relative_error,
+        "notes": list(report.notes),
+    }
+
+
+def _peak_bytes() -> int:
+    """Return the largest memory that the process has had so far."""
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
