@@ -24,7 +24,7 @@ from fastentropy.fusion.forms import make_forms
 from fastentropy.fusion.fused_model import FusedModel, make_trainable
 from fastentropy.fusion.guards import Conditions, guards_of
 from fastentropy.fusion.inputs import Inputs, clone
-from fastentropy.fusion.planner import plan_chain
+from fastentropy.fusion.planner import PlanCache, plan_chain
 from fastentropy.fusion.report import FusionReport
 from fastentropy.fusion.traced_inputs import TracedInputs
 from fastentropy.fusion.tracing import export, own_constants, prepared_module, rewrite
@@ -106,7 +106,7 @@ def fuse(
     conditions = Conditions(traced_inputs, guards)
     check = EquivalenceCheck(original, inputs, lambda given: not conditions.refusal(given.leaves), tolerance)
     guards += _smallest_sizes(traced_inputs, check, traced, inputs)
-    plan = functools.partial(plan_chain, tolerance=tolerance, measure=measure, borders=borders, merged={})
+    plan = functools.partial(plan_chain, tolerance=tolerance, measure=measure, borders=borders, cache=PlanCache())
 
     def make(form: nn.Module, runs_in: str) -> FusedModel:
         return FusedModel(form, traced_inputs, FusionReport((), {}, {}, "", 0.0, runs_in), guards, signature)

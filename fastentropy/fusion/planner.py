@@ -13,24 +13,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastentropy._utils.timing import Key, measure_times
+from fastentropy.fusion.chain_error import ChainReference
 from fastentropy.fusion.chains.affine import AffineOperator, compose
-from fastentropy.fusion.chains.elements import Chain, Element, Flatten, Parallel, cost, operators, run, spatial_size
+from fastentropy.fusion.chains.elements import Chain, Element, Flatten, Parallel, cost, operators, spatial_size
 from fastentropy.fusion.chains.finding import FoundChain
 from fastentropy.fusion.chains.lowering import compile_chain
 from fastentropy.fusion.chains.merging import Borders, composed_shape, crop_kernel, merge, placeholder_weights, with_tap_bias
 from fastentropy.fusion.chains.passes import fuse_pairs, move_pools_forward
+from fastentropy.fusion.pricing import Price, SharedPrices, counted, counted_cost, measured
 from fastentropy.fusion.report import Candidate, ChainReport
-from fastentropy.fusion.verification import Judgement, full_precision, judge, relative_error
+from fastentropy.fusion.verification import judge
 
 #: Another form replaces the chain with batch norm folded only if it saves at least this share of the chain's price.
 TIE = 0.02
-
-#: The number of multiplications that take as long as moving one byte to or from memory, in float32 on a server's CPU.
-MULTIPLICATIONS_PER_BYTE = 10
-
-#: The same number on a GPU. The tensor cores of an H100 do 70 in TF32 (PyTorch's default for convolutions), 150 in 16 bits.
-MULTIPLICATIONS_PER_BYTE_ON_A_GPU = 100
 
 #: A merged operator is not composed if its counted cost is more than this many times that of the chain, because it would
 #: not be faster.
@@ -61,6 +56,24 @@ class Merged(NamedTuple):
     materialize: Callable[[], Chain]
 
 
+class PlanCache:
+    """What the plans of all chains of one network share, in both memory formats: merged chains and prices.
+
+    Attributes:
+        merged: see `PlanContext`.
+    """
+
+    def __init__(self) -> None:
+        """Begin with nothing."""
+        self.merged: dict[tuple[Any, ...], tuple[Chain, Merged]] = {}
+        self._prices: SharedPrices | None = None
+
+    def prices(self, price: Price) -> SharedPrices:
+        """Return the prices known so far, the others of which the given function returns."""
+        self._prices = self._prices or SharedPrices(price)
+        return self._prices
+
+
 class PlanContext(NamedTuple):
     """The settings with which the forms of a chain are made and compared, and a cache of merged chains.
 
@@ -72,7 +85,7 @@ class PlanContext(NamedTuple):
             must stay alive so that no other object gets these ids, and the merged chain.
     """
 
-    price: Callable[[Mapping[Any, Chain], Mapping[Any, Tensor]], dict[Any, float]]
+    price: Price
     borders: Borders
     fixed_size: bool
     merged: dict[tuple[Any, ...], tuple[Chain, Merged]]
@@ -112,7 +125,7 @@ def plan_chain(
     *,
     measure: bool = True,
     borders: Borders = "exact",
-    merged: dict[tuple[Any, ...], tuple[Chain, Merged]] | None = None,
+    cache: PlanCache | None = None,
 ) -> tuple[Chain, ChainReport]:
     """Choose the fastest form of a chain.
 
@@ -130,7 +143,7 @@ def plan_chain(
         tolerance: the largest relative error that the chosen form may have.
         measure: compare measured times. False compares counted costs.
         borders: as in `fuse`.
-        merged: the cache of merged chains (see `PlanContext`). Two calls for the same chain in two memory formats can share it.
+        cache: what calls for the chains of one network share; without it, nothing is shared.
 
     Returns:
         The chosen form, and the report on all candidates.
@@ -138,81 +151,32 @@ def plan_chain(
     kept = found.folded
     if len(operators(kept)) == 1:
         return kept, ChainReport(found.names, {}, "keep", ended_by=found.ended_by)
-    context = PlanContext(measured if measure else counted, borders, found.has_fixed_size, {} if merged is None else merged)
+    cache = cache or PlanCache()
+    context = PlanContext(cache.prices(measured if measure else counted), borders, found.has_fixed_size, cache.merged)
     forms, note = _forms(kept, x, context)
     prices = context.price(forms, dict.fromkeys(forms, x))
+    exact = ChainReference(found.elements, x) if borders == "exact" else None
     candidates = {
         name: Candidate(
             prices[name] if measure else None,
             len(operators(form)),
             *cost(form, x.shape, x.element_size()),
-            _chain_error(form, found.elements if borders == "exact" else form, x),
+            (exact or ChainReference(form, x)).error(form),
         )
         for name, form in forms.items()
     }
     equal = [name for name, candidate in candidates.items() if candidate.relative_error <= tolerance]
     if len(equal) < len(candidates):
-        judged = _judged(candidates, found, x, tolerance, borders)
+        own_error = exact.error(found.elements) if exact else 0.0
+        judged = {name: judge(candidate.relative_error, own_error, tolerance) for name, candidate in candidates.items()}
         equal = [name for name in forms if judged[name].holds]
         wrong = [name for name in forms if name not in equal]
         note = f"above {judged[wrong[0]].bound}: {', '.join(wrong)}" if wrong else note
     fastest = min(equal, key=lambda name: prices[name], default="keep")
     choice = fastest if prices[fastest] <= (1 - TIE) * prices["keep"] else "keep"
     if borders == "train":
-        note = f"differs at the border by {_chain_error(forms[choice], found.elements, x):.0e}, to be trained"
+        note = f"differs at the border by {ChainReference(found.elements, x).error(forms[choice]):.0e}, to be trained"
     return forms[choice], ChainReport(found.names, candidates, choice, note, found.ended_by)
-
-
-def _judged(
-    candidates: Mapping[str, Candidate], found: FoundChain, x: Tensor, tolerance: float, borders: Borders
-) -> dict[str, Judgement]:
-    """Judge the errors of candidates also by the error that the chain itself has in its precision; see `plan_chain`."""
-    own_error = _chain_error(found.elements, found.elements, x) if borders == "exact" else 0.0
-    return {name: judge(candidate.relative_error, own_error, tolerance) for name, candidate in candidates.items()}
-
-
-def measured(forms: Mapping[Key, Chain], inputs: Mapping[Key, Tensor]) -> dict[Key, float]:
-    """Return the milliseconds of each form on the input with the same key; all are timed side by side.
-
-    More than six forms are timed more coarsely.
-    """
-    gpu = next((x.device for x in inputs.values() if x.is_cuda), None)
-    if len(forms) <= 6:
-        return measure_times(calls(forms, inputs), graphs_on=gpu)
-    return measure_times(calls(forms, inputs), rounds=5, round_seconds=0.001, graphs_on=gpu)
-
-
-def calls(forms: Mapping[Key, Chain], inputs: Mapping[Key, Tensor]) -> dict[Key, Callable[[], Tensor]]:
-    """Return, for each form, a function that runs the compiled form on the input with the same key."""
-    return {key: functools.partial(compile_chain(form, inputs[key]), inputs[key]) for key, form in forms.items()}
-
-
-def counted(forms: Mapping[Key, Chain], inputs: Mapping[Key, Tensor]) -> dict[Key, float]:
-    """Return the counted cost of each form on the input with the same key, as an estimate of its time.
-
-    The cost is the number of multiplications, plus the number of those that take as long as moving the bytes.
-    """
-    return {key: _counted_cost(form, inputs[key]) for key, form in forms.items()}
-
-
-def _counted_cost(form: Chain, x: Tensor) -> float:
-    """Return the cost of one form on x; see `counted`."""
-    multiplications, moved = cost(form, x.shape, x.element_size())
-    return multiplications + (MULTIPLICATIONS_PER_BYTE_ON_A_GPU if x.is_cuda else MULTIPLICATIONS_PER_BYTE) * moved
-
-
-def _chain_error(form: Chain, chain: Chain, x: Tensor) -> float:
-    """Return the relative error of a compiled form on the first sample of x and on a random sample of the same size.
-
-    The reference is `chain`, run in float64.
-    """
-    batched = x.ndim > len(operators(chain)[0].axes) + 1
-    generator = torch.Generator().manual_seed(0)
-    given = x[:1] if batched else x
-    drawn = torch.randn(given.shape, generator=generator, dtype=torch.float32, device="cpu").to(given) * given.std(correction=0)
-    compiled = compile_chain(form, given)
-    with full_precision():
-        return max(relative_error(compiled(each), run(chain, each.double())) for each in (given, drawn))
 
 
 def _forms(kept: Chain, x: Tensor, context: PlanContext) -> tuple[dict[str, Chain], str]:
@@ -346,4 +310,4 @@ def _is_unpromising(merged: AffineOperator, chain: Chain, x: Tensor) -> bool:
     if merged.weight.numel() > max(MAX_NUMBERS, sum(operator.weight.numel() for operator in operators(chain))):
         return True
     cropped = crop_kernel(merged, spatial_size(chain, x))
-    return _counted_cost((cropped,), x) > MAX_COST_RATIO * _counted_cost(chain, x)
+    return counted_cost((cropped,), x) > MAX_COST_RATIO * counted_cost(chain, x)

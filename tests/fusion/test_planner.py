@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastentropy.fusion import planner
+from fastentropy.fusion import chain_error, planner, pricing
 from fastentropy.fusion.chains.affine import AffineOperator
 from fastentropy.fusion.chains.elements import BorderCorrected, Flatten, Sum, cost, operators, run
 from fastentropy.fusion.chains.finding import FoundChain
@@ -226,7 +226,7 @@ def test_counted_costs_are_multiplications_and_bytes():
     counted = planner.counted(forms, dict.fromkeys(forms, X))
     for name, form in forms.items():
         multiplications, moved = cost(form, X.shape, 4)
-        assert counted[name] == multiplications + planner.MULTIPLICATIONS_PER_BYTE * moved
+        assert counted[name] == multiplications + pricing.MULTIPLICATIONS_PER_BYTE * moved
 
 
 def test_costly_operator_is_not_composed(untimed, monkeypatch):
@@ -303,6 +303,6 @@ def test_errors_are_taken_without_tf32(priced, monkeypatch):
         seen.append(torch.backends.cudnn.conv.fp32_precision)
         return 0.0
 
-    monkeypatch.setattr(planner, "relative_error", recorded)
+    monkeypatch.setattr(chain_error, "relative_error", recorded)
     planner.plan_chain(found(*BLOCK), X, 1e-5)
     assert set(seen) == {"ieee"}

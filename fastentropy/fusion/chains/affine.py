@@ -133,6 +133,13 @@ class AffineOperator:
         """Return the weight with which the operator reads an input that is constant per channel: `[out, in / groups]`."""
         return self.weight.flatten(2).sum(2) if self.axes else self.weight
 
+    def at_constant(self, values: Tensor) -> Tensor:
+        """Return the output `[out_channels]`, far from any border, for an input with one value per channel, `[in_channels]`."""
+        if values.is_meta:
+            return values.new_empty(self.out_channels)
+        taps = self.tap_sum().reshape(self.groups, self.out_channels // self.groups, self.weight.shape[1])
+        return self.bias + torch.einsum("goi,gi->go", taps, values.reshape(self.groups, -1)).flatten()
+
     def dense_weight(self) -> Tensor:
         """Return the weight `[out_channels, in_channels, *kernel]` that the same operator has with one group."""
         return _blocks(self, 1)[0]
@@ -185,6 +192,9 @@ def compose(first: AffineOperator, second: AffineOperator) -> AffineOperator:
     axes = [compose_axes(*pair) for pair in zip(first.axes, second.axes, strict=True)]
     groups = math.gcd(first.groups, second.groups)
     weight = first.weight.new_zeros((second.out_channels, first.in_channels // groups, *(axis.kernel for axis in axes)))
+    bias = second.at_constant(first.bias)
+    if weight.is_meta:
+        return _from_axes(weight, bias, axes, groups, first.names + second.names)
     spread = [b.upsampling * a.dilation for a, b in zip(first.axes, second.axes, strict=True)]
     dilation = [axis.dilation for axis in axes]
     for tap in itertools.product(*map(range, second.kernel)):
@@ -193,9 +203,7 @@ def compose(first: AffineOperator, second: AffineOperator) -> AffineOperator:
             t * b.dilation * a.stride // step for t, a, b, step in zip(tap, first.axes, second.axes, dilation, strict=True)
         ]
         weight[_window(first.kernel, offset, spread, dilation)] += _multiply(first, second.weight[at_tap], second.groups)
-    summed = second.tap_sum().reshape(second.groups, second.out_channels // second.groups, second.weight.shape[1])
-    through = torch.einsum("gom,gm->go", summed, first.bias.reshape(second.groups, -1))
-    return _from_axes(weight, second.bias + through.flatten(), axes, groups, first.names + second.names)
+    return _from_axes(weight, bias, axes, groups, first.names + second.names)
 
 
 def add(left: AffineOperator, right: AffineOperator) -> AffineOperator:
@@ -211,6 +219,8 @@ def add(left: AffineOperator, right: AffineOperator) -> AffineOperator:
     groups = math.gcd(left.groups, right.groups)
     blocks = [_blocks(operator, groups) for operator in (left, right)]
     weight = blocks[0].new_zeros((*blocks[0].shape[:3], *(axis.kernel for axis in axes)))
+    if weight.is_meta:
+        return _from_axes(weight.flatten(0, 1), left.bias, axes, groups)
     for operator, block in zip((left, right), blocks, strict=True):
         offset = [(axis.before - own.before) // axis.dilation for axis, own in zip(axes, operator.axes, strict=True)]
         spread = [own.dilation for own in operator.axes]
@@ -289,6 +299,8 @@ def _blocks(operator: AffineOperator, groups: int) -> Tensor:
     """
     ratio = operator.groups // groups
     out, in_ = operator.out_channels // operator.groups, operator.weight.shape[1]
+    if operator.weight.is_meta:
+        return operator.weight.new_empty((groups, ratio * out, ratio * in_, *operator.kernel))
     own = operator.weight.reshape(groups, ratio, out, in_, *operator.kernel)
     diagonal = torch.eye(ratio, dtype=own.dtype, device=own.device)
     return torch.einsum("gaoi...,ab->gaobi...", own, diagonal).reshape(groups, ratio * out, ratio * in_, *operator.kernel)

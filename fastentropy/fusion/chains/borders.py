@@ -20,6 +20,9 @@ from fastentropy.fusion.chains.elements import BorderStrip, Chain, Parallel, ope
 from fastentropy.fusion.chains.geometry import Axis
 from fastentropy.fusion.chains.selections import Selection
 
+#: The number of output positions behind the border that show how a form of a chain computes all others.
+INTERIOR = 8
+
 
 class ValidRange(NamedTuple):
     """The positions along one spatial axis at which a merged operator computes the same value as its chain.
@@ -202,6 +205,27 @@ def border_strips(chain: Chain, spatial_size: Sequence[int]) -> tuple[BorderStri
         if stop < output:
             strips.append(_trailing_strip(chain, axis, size, stop, output))
     return tuple(strips)
+
+
+def border_parts(chain: Chain, axis: int, size: int) -> tuple[BorderStrip, ...]:
+    """Return the two ends of a spatial axis, each with some of the interior.
+
+    Nothing is returned if the two would take no less work than the whole axis.
+
+    Args:
+        chain: operators with spatial axes, and their parallel branches.
+        axis: index of the spatial axis.
+        size: number of input positions along the axis.
+    """
+    output = _output_size(chain, axis, size)
+    ranges = [valid_range(chain, axis, size, zero_input=zero_input) for zero_input in (False, True)]
+    some = max(INTERIOR, math.prod(operator.axes[axis].upsampling for operator in operators(chain)))
+    stop = max(valid.start for valid in ranges) + some
+    start = min(valid.stop for valid in ranges) - some
+    if not 0 < stop < start < output:
+        return ()
+    parts = _leading_strip(chain, axis, size, stop), _trailing_strip(chain, axis, size, start, output)
+    return parts if sum(part.input[1] - part.input[0] for part in parts) < size else ()
 
 
 def _leading_strip(chain: Chain, axis: int, size: int, stop: int) -> BorderStrip:

@@ -10,10 +10,20 @@ from dataclasses import replace
 from typing import Any, Literal, TypeAlias
 
 import torch
+from torch import Tensor
 
 from fastentropy.fusion.chains.affine import AffineOperator, add, compose, identity, stack
 from fastentropy.fusion.chains.borders import border_strips, differs_at_border, zero_response
-from fastentropy.fusion.chains.elements import BorderCorrected, Chain, Concatenation, Element, Flatten, Parallel, TapBiased
+from fastentropy.fusion.chains.elements import (
+    BorderCorrected,
+    Chain,
+    Concatenation,
+    Element,
+    Flatten,
+    Parallel,
+    TapBiased,
+    operators,
+)
 from fastentropy.fusion.chains.passes import split_residual
 from fastentropy.fusion.chains.selections import Selection
 
@@ -142,13 +152,25 @@ def composed_shape(chain: Chain) -> AffineOperator:
 
 
 def placeholder_weights(chain: Chain) -> AffineOperator:
-    """Return `compose_chain` of a chain with its true bias and a weight of zeros (float32), for timing.
+    """Return `compose_chain` of a chain with its true bias and a weight of zeros that takes no memory, for timing.
 
     Composing the true weight would take longer than timing the operator.
     """
-    shape, bias = composed_shape(chain), compose_chain(_with_each(chain, _without_extent)).bias
-    weight = torch.zeros(shape.weight.shape, dtype=torch.float32, device=bias.device)
-    return replace(shape, weight=weight, bias=bias)
+    shape, first = composed_shape(chain), operators(chain)[0]
+    weight = torch.zeros((), dtype=torch.float32, device=first.bias.device).expand(shape.weight.shape)
+    return replace(shape, weight=weight, bias=_at_constant(chain, first.bias.new_zeros(first.in_channels)))
+
+
+def _at_constant(chain: Chain, values: Tensor) -> Tensor:
+    """Return the output of a chain, far from any border, for an input that is constant per channel, `[channels]`."""
+    for element in chain:
+        if isinstance(element, Parallel):
+            outputs = [_at_constant(branch, values) for branch in element.branches]
+            values = torch.cat(outputs) if isinstance(element, Concatenation) else torch.stack(outputs).sum(0)
+        else:
+            assert isinstance(element, AffineOperator)
+            values = element.at_constant(values)
+    return values
 
 
 def _with_each(chain: Chain, change: Callable[[AffineOperator], AffineOperator]) -> Chain:
@@ -166,11 +188,6 @@ def _with_each(chain: Chain, change: Callable[[AffineOperator], AffineOperator])
 def _on_meta(operator: AffineOperator) -> AffineOperator:
     """Return an operator whose weight and bias are on the meta device."""
     return replace(operator, weight=operator.weight.to("meta"), bias=operator.bias.to("meta"))
-
-
-def _without_extent(operator: AffineOperator) -> AffineOperator:
-    """Sum the taps of an operator into one tap. Away from the borders, the output for a constant input stays the same."""
-    return AffineOperator(operator.tap_sum(), operator.bias, groups=operator.groups)
 
 
 def with_tap_bias(chain: Chain) -> TapBiased:

@@ -24,7 +24,8 @@ from fastentropy.fusion.chains.merging import composed_shape, merge, placeholder
 from fastentropy.fusion.chains.passes import fold, fuse_pairs
 from fastentropy.fusion.inputs import Inputs, clone
 from fastentropy.fusion.latency.table import LatencyTable, Part, Section, Stretch, without_slow_approximations
-from fastentropy.fusion.planner import TIE, calls, promising_stops, sketch
+from fastentropy.fusion.planner import TIE, promising_stops, sketch
+from fastentropy.fusion.pricing import calls
 from fastentropy.fusion.projection import central_kernel, replaceable_modules
 from fastentropy.fusion.tracing import export, in_channels_last, prepared_module, values_of
 from fastentropy.sites.fast_paths import replace_activation

@@ -12,7 +12,8 @@ from fastentropy.fusion.chains.finding import find_chains
 from fastentropy.fusion.inputs import Inputs
 from fastentropy.fusion.latency import profiler
 from fastentropy.fusion.latency.profiler import measure_latency
-from fastentropy.fusion.planner import MULTIPLICATIONS_PER_BYTE, TIE, counted, plan_chain
+from fastentropy.fusion.planner import TIE, plan_chain
+from fastentropy.fusion.pricing import MULTIPLICATIONS_PER_BYTE, counted
 from fastentropy.fusion.tracing import export, inference_module, values_of
 from fastentropy.recipes.digits import DigitsNet
 from tests._helpers.networks import Residual
