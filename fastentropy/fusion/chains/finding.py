@@ -183,12 +183,13 @@ def _read(node: Node, module: GraphModule, activations: Mapping[str, nn.Module])
     if view := read_view(node):
         return cast(Node, node.args[0]), functools.partial(append_view, node=node, view=view)
     affine = read_node(node, module)
-    if affine is None:
+    if not affine:
         return None
+    operand = affine[0].operand
     if (path := module_path(node)) in activations:
         step = Step(lambda _: Activation(path, activations[path]), path)
-        return affine.operand, functools.partial(append_step, node=node, step=step)
-    return affine.operand, functools.partial(extend, node=node, affine=affine)
+        return operand, functools.partial(append_step, node=node, step=step)
+    return operand, lambda before: next(filter(None, (extend(before, node, each) for each in affine)), None)
 
 
 def _segment_to(node: Node, segments: Mapping[Node, Segment], reading: tuple[Node, _Append] | None) -> Segment | None:

@@ -1,4 +1,4 @@
-"""Rewrite a chain without changing its function: fold batch norm, move pooling forward, run two operators in one kernel.
+"""Rewrite a chain without changing its function: fold batch norm and padding, move pooling, run two operators in one kernel.
 
 A chain is a stretch of linear operators.
 """
@@ -7,25 +7,32 @@ from dataclasses import replace
 
 from fastentropy.fusion.chains.affine import AffineOperator, compose
 from fastentropy.fusion.chains.elements import Chain, Concatenation, Element, FusedPair, Parallel, Sum
-from fastentropy.fusion.chains.selections import Selection
+from fastentropy.fusion.chains.selections import Selection, Window
 from fastentropy_kernels import MOST_MIDDLES
 
 
 def fold(chain: Chain) -> Chain:
-    """Fold batch norm: compose each operator that only scales and shifts channels with a neighbour, if that is exact.
+    """Fold batch norm and padding: compose each operator that only scales and shifts channels, pads or crops with a neighbour.
 
-    The branches of sums and concatenations are folded too.
+    This is done where it is exact. The branches of sums and concatenations are folded too.
     """
     folded: list[Element] = []
     for element in chain:
-        previous = folded[-1] if folded else None
         if isinstance(element, Parallel):
-            folded.append(replace(element, branches=tuple(fold(branch) for branch in element.branches)))
-        elif isinstance(previous, AffineOperator) and isinstance(element, AffineOperator) and _can_fold(previous, element):
-            folded[-1] = compose(previous, element)
+            folded.append(replace(element, branches=tuple(map(fold, element.branches))))
         else:
             folded.append(element)
+        while len(folded) > 1 and (composed := _folded(*folded[-2:])):
+            folded[-2:] = [composed]
     return tuple(folded)
+
+
+def _folded(first: Element, second: Element) -> AffineOperator | None:
+    """Return two neighbours as one operator if one of them can be folded into the other, exactly at the border too."""
+    if not isinstance(first, AffineOperator) or not isinstance(second, AffineOperator):
+        return None
+    can_fold = _can_fold_window if isinstance(first, Window) or isinstance(second, Window) else _can_fold
+    return compose(first, second) if can_fold(first, second) else None
 
 
 def _can_fold(first: AffineOperator, second: AffineOperator) -> bool:
@@ -36,6 +43,23 @@ def _can_fold(first: AffineOperator, second: AffineOperator) -> bool:
     if isinstance(first, Selection) or isinstance(second, Selection) or first.is_average or second.is_average:
         return False
     return second.is_channelwise or (first.is_channelwise and not second.reads_zeros)
+
+
+def _can_fold_window(first: AffineOperator, second: AffineOperator) -> bool:
+    """Return whether padding or cropping can be folded into a convolution before or after it.
+
+    A convolution before it then computes no positions that are cut off. One after it pads its input itself.
+    """
+    window, other = (first, second) if isinstance(first, Window) else (second, first)
+    if isinstance(other, Selection) or other.is_average or other.is_channelwise or other.bias.ndim > 1:
+        return False
+    if any(axis.upsampling > 1 for axis in other.axes):
+        return False
+    if window is second:
+        return not second.reads_zeros
+    if any(axis.stride > 1 for axis in window.axes) and not all(size == 1 for size in second.kernel):
+        return False  # it would become a dilated convolution
+    return not second.reads_zeros or not any(axis.before < 0 or axis.after < 0 for axis in window.axes)
 
 
 def move_pools_forward(chain: Chain) -> Chain:

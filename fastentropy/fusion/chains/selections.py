@@ -5,6 +5,7 @@ operator, and runs as the operator of PyTorch that it was read from, which only 
 """
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -61,6 +62,14 @@ class Selection(AffineOperator):
     def as_convolution(self) -> AffineOperator:
         """Return the same operator as one that runs as a convolution or a linear layer."""
         return AffineOperator(**{field.name: getattr(self, field.name) for field in fields(AffineOperator) if field.init})
+
+
+class Window(Selection):
+    """Positions that are padded with zeros or cut off at both ends. Of the others, every n-th may be kept."""
+
+    def read_size(self, axis: int, size: int) -> int:
+        """Return how many of `size` positions along a spatial axis are given to the cheap operator: all of them."""
+        return size
 
 
 def selected_channels(index: Tensor, channels: int, axes: int, *, has_batch: bool = False) -> Selection:
@@ -122,6 +131,27 @@ def repeated_positions(channels: int, factors: Sequence[int], device: torch.devi
     weight = torch.ones(channels, 1, *factors, dtype=torch.float64, device=device)
     arguments = (None, [float(factor) for factor in factors])
     return Selection(**_transposed(weight, tuple(factors), channels), target=NEAREST[len(factors) - 1], arguments=arguments)
+
+
+def window(channels: int, margins: Sequence[tuple[int, int]], stride: Sequence[int], device: torch.device) -> Window:
+    """Return the operator that pads or crops positions and then keeps every n-th.
+
+    Args:
+        channels: number of channels.
+        margins: for each spatial axis, the numbers of zeros before and after. A negative number cuts positions off. Along an
+            axis with a stride above 1, and along all other axes then, there are no zeros.
+        stride: for each spatial axis, the number n. It is above 1 for at most one axis.
+        device: the device of the weight.
+    """
+    weight = torch.ones(channels, 1, *(1,) * len(margins), dtype=torch.float64, device=device)
+    geometry: dict[str, Any] = {**_fields(weight, len(margins)), "padding": tuple(margins), "stride": tuple(stride)}
+    changed = [axis for axis, numbers in enumerate(zip(margins, stride, strict=True)) if numbers != ((0, 0), 1)]
+    if len(changed) == 1 and max(margins[changed[0]]) <= 0:
+        before, after = margins[changed[0]]
+        positions = -before, after if after else sys.maxsize, stride[changed[0]]
+        return Window(**geometry, groups=channels, target=_aten.slice.Tensor, arguments=(changed[0] - len(margins), *positions))
+    numbers = [number for margin in reversed(margins) for number in margin]
+    return Window(**geometry, groups=channels, target=_aten.constant_pad_nd.default, arguments=(numbers,))
 
 
 def is_exact_factor(factor: int, size: int) -> bool:

@@ -9,9 +9,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from fastentropy.fusion.chains.aten import read_node
 from tests._helpers.networks import Holder, Reads
 from tests._helpers.operators import CONVOLUTIONS, SEEDS, TRANSPOSED, close, normal
+from tests._helpers.reading import read_node
 
 
 def traced(model, x):

@@ -6,17 +6,25 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from fastentropy.fusion.chains.aten import convolutions, elementwise, identities, pooling, products, scaling, selecting
+from fastentropy.fusion.chains.aten import convolutions, elementwise, identities, padding, pooling, products, scaling, selecting
 from fastentropy.fusion.chains.aten.affine_node import AffineNode, Reader
 
-_READERS: Mapping[Any, Reader] = {
-    target: reader
-    for family in (convolutions, elementwise, identities, pooling, products, scaling, selecting)
-    for target, reader in family.readers().items()
-}
+_FAMILIES = (convolutions, elementwise, identities, padding, pooling, products, scaling, selecting)
 
 
-def read_node(node: Node, module: GraphModule) -> AffineNode | None:
+def _readers() -> Mapping[Any, tuple[Reader, ...]]:
+    """Return the readers of each operator: more than one if it may act on channels or on positions."""
+    readers: dict[Any, tuple[Reader, ...]] = {}
+    for family in _FAMILIES:
+        for target, reader in family.readers().items():
+            readers[target] = (*readers.get(target, ()), reader)
+    return readers
+
+
+_READERS = _readers()
+
+
+def read_node(node: Node, module: GraphModule) -> tuple[AffineNode, ...]:
     """Read a node as an affine operator with constant weights.
 
     Args:
@@ -24,13 +32,14 @@ def read_node(node: Node, module: GraphModule) -> AffineNode | None:
         module: a traced model in eval mode, which holds the constants.
 
     Returns:
-        The affine node, or None if the node is not affine in one operand, or if one of its arguments is a number that the trace
+        The affine node. If the shapes do not tell channels from positions, as for a slice along the last of three axes, there
+        is one for each. Empty if the node is not affine in one operand, or if one of its arguments is a number that the trace
         did not fix, such as a padding that depends on the size of the input.
     """
     if node.op != "call_function" or any(map(_is_number, node.all_input_nodes)):
-        return None
-    reader = _READERS.get(node.target)
-    return reader and reader(node, module)
+        return ()
+    readings = (reader(node, module) for reader in _READERS.get(node.target, ()))
+    return tuple(reading for reading in readings if reading)
 
 
 def _is_number(node: Node) -> bool:

@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from fastentropy.fusion.chains.aten import read_node, read_weighted_sum
+from fastentropy.fusion.chains.aten import read_weighted_sum
 from tests._helpers.networks import Holder
 from tests._helpers.operators import close, normal
+from tests._helpers.reading import read_node
 
 
 def last_node(model, *inputs):

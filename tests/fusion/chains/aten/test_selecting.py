@@ -4,11 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastentropy.fusion.chains.aten import read_node
 from fastentropy.fusion.chains.finding import find_chains
 from fastentropy.fusion.chains.selections import Selection
 from tests._helpers.networks import Holder
 from tests._helpers.operators import close, normal, pytorch_output
+from tests._helpers.reading import read_node
 
 INDEX = torch.tensor([3, 0, 11, 3, 7])
 
