@@ -1,8 +1,8 @@
-"""Hold the counters of all sites (calls of activations) of a model in flat int64 buffers, with a view for each site."""
+"""Hold the counters of all sites (calls of activations) of a model in flat int64 buffers, with a slot for each site."""
 
 import threading
 from bisect import bisect
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from fastentropy._compat import add_to_each
 from fastentropy.sites.activations import FusedActivation
 from fastentropy.sites.site import Site
-from fastentropy_kernels import ActivationPlan
+from fastentropy_kernels import ActivationPlan, CountPlan
 
 #: How many integers a buffer may have beyond those of the sites that are known when it is allocated.
 _SPARE = 1024
@@ -20,19 +20,24 @@ _SPARE = 1024
 class SiteCounters(NamedTuple):
     """The counters of one site on one device, in a flat buffer."""
 
-    counts: Tensor  # int64 [neurons, 3]: how many values were off, zero and on
-    buffer: Tensor  # int64, in which `counts` lies
-    offset: int  # where `counts` begins in the buffer
+    buffer: Tensor  # int64
+    offset: int  # where the slot of the site begins in the buffer
+    neurons: int
+
+    @property
+    def counts(self) -> Tensor:
+        """Return a view, int64 [neurons, 3]: how many values were off, zero and on."""
+        return self.buffer.as_strided((self.neurons, 3), (3, 1), self.offset)
 
     @property
     def slot(self) -> Tensor:
         """Return the counts and the positions as a view, int64 [3 * neurons + 1]."""
-        return self.buffer[self.offset : self.offset + self.counts.numel() + 1]
+        return self.buffer[self.offset : self.offset + 3 * self.neurons + 1]
 
     @property
     def positions(self) -> Tensor:
         """Return a view, int64 []: how many values of each neuron were read, besides those in `Counters.host_positions`."""
-        return self.buffer[self.offset + self.counts.numel()]
+        return self.buffer[self.offset + 3 * self.neurons]
 
 
 class Slot(NamedTuple):
@@ -48,12 +53,22 @@ class Slot(NamedTuple):
 
 
 class SitePlan(NamedTuple):
-    """A prepared launch of the kernel for one site, and what it was made from."""
+    """A prepared launch of the kernel for one site, and what it was made from. Sites with inputs alike share the launch."""
 
     plan: ActivationPlan
+    counter: SiteCounters  # what the launch adds to
     fused: FusedActivation  # the activation, as it was read from the module
     channel_axis: int
     positions: int | None  # how many values of each neuron are read; None if `_add_positions` decides in each call
+
+
+class SiteCountPlan(NamedTuple):
+    """A prepared launch of the kernel that only counts, for one site. Sites with inputs alike share the launch."""
+
+    plan: CountPlan
+    counter: SiteCounters  # what the launch adds to
+    channel_axis: int
+    positions: int | None  # as for `SitePlan`
 
 
 class Layout:
@@ -98,8 +113,11 @@ class Counters:
 
     Attributes:
         sites: the sites that were counted since `clear`, by name.
-        plans: the prepared kernel launch that adds to these counters, by name of the site, with what it was made from.
-        plans_of_class: the latest plan for modules of a class, from which plans for further sites are made.
+        plans: the prepared kernel launch of each site, by name.
+        plans_of_class: the latest one for modules of a class, which further sites share.
+        count_plans: the prepared launch of each site, by name, where the kernel only counts.
+        latest_count_plan: the latest one, which further sites share.
+        unplanned: the shape and strides of inputs for which no launch that counts could be prepared, by name of the site.
         buffers: for each device, its int64 buffers by the index in the layout at which they begin.
         views: the counters of a site on a device, by (name of the site, device).
         host_positions: how many values of each neuron were read, by name of the site. Only the values whose number the host
@@ -111,12 +129,15 @@ class Counters:
         self.sites: dict[str, Site] = {}
         self.plans: dict[str, SitePlan] = {}
         self.plans_of_class: dict[type, SitePlan] = {}
+        self.count_plans: dict[str, SiteCountPlan] = {}
+        self.latest_count_plan: SiteCountPlan | None = None
+        self.unplanned: dict[str, tuple[torch.Size, Sequence[int]]] = {}
         self.buffers: dict[torch.device, dict[int, Tensor]] = {}
         self.views: dict[tuple[str, torch.device], SiteCounters] = {}
         self.host_positions: dict[str, int] = {}
         self._layout = layout
         self._starts: dict[torch.device, list[int]] = {}  # the keys of `buffers`, in rising order
-        self._calls: dict[str | type, tuple[torch.Size, FusedActivation]] = {}
+        self._calls: dict[str | type, tuple[torch.Size, FusedActivation | None]] = {}
         self._tokens: dict[int, tuple[Tensor, Tensor]] = {}  # id of a mask -> the mask, its number of tokens
         self._masked: list[tuple[Tensor, Tensor]] = []  # a counter of positions, and the number that `flush` adds to it
         self._repeated: list[tuple[Tensor, int]] = []  # the same, for numbers that the host knows
@@ -129,16 +150,21 @@ class Counters:
             view = self.views[site.name, device] = self._view(site, device)
         return view
 
-    def repeats_call(self, site: Site, x: Tensor, fused: FusedActivation) -> bool:
+    def repeats_call(self, site: Site, x: Tensor, fused: FusedActivation | None) -> bool:
         """Return whether the previous call of a site had an input of the same shape, and the same activation.
 
         The previous call may also be one of another site whose module has the same class. Only then is a plan (a prepared
         kernel launch) worthwhile: padded batches vary in shape, and a slope that is annealed varies too, so a plan would be
         wasted.
+
+        Args:
+            site: the site.
+            x: its input.
+            fused: the activation that the kernel computes; None if it only counts.
         """
-        call = x.shape, fused
-        before = self._calls.get(site.name), self._calls.get(fused.kind)
-        self._calls[site.name] = self._calls[fused.kind] = call
+        call, kind = (x.shape, fused), type(None) if fused is None else fused.kind
+        before = self._calls.get(site.name), self._calls.get(kind)
+        self._calls[site.name] = self._calls[kind] = call
         return call in before
 
     def add_positions(self, site: Site, positions: int) -> None:
@@ -188,19 +214,17 @@ class Counters:
         self._repeated.clear()
 
     def add(self, other: "Counters") -> None:
-        """Add the counts of `other`, which has the same layout.
-
-        Where a device has equal buffers in both, one operation adds a whole buffer. Otherwise one operation adds all sites.
-        """
-        for device in other.buffers:
-            if self.extents(device) != other.extents(device):
-                for name, _ in [place for place in other.views if place[1] == device and place[0] in other.sites]:
-                    self.of(other.sites[name], device)
-            if self.extents(device) == other.extents(device):
-                for start, buffer in other.buffers[device].items():
-                    self.buffers[device][start].add_(buffer)
-            elif places := [place for place in other.views if place[1] == device and place[0] in other.sites]:
-                add_to_each([self.views[place].slot for place in places], [other.views[place].slot for place in places])
+        """Add the counts of `other`, which has the same layout. One operation adds a whole buffer, or what overlaps of two."""
+        for device, buffers in other.buffers.items():
+            if not buffers:
+                continue
+            stop = min(self._layout.size, max(start + buffer.numel() for start, buffer in buffers.items()))
+            starts, mine = self._cover(device, stop), self.buffers[device]
+            for start, buffer in buffers.items():
+                for begin, end in zip(starts, [*starts[1:], stop], strict=True):
+                    first, last = max(start, begin), min(start + buffer.numel(), end)
+                    if first < last:
+                        mine[begin][first - begin : last - begin].add_(buffer[first - start : last - start])
         for name, positions in other.host_positions.items():
             self.host_positions[name] = self.host_positions.get(name, 0) + positions
 
@@ -255,19 +279,23 @@ class Counters:
         }
 
     def _view(self, site: Site, device: torch.device) -> SiteCounters:
-        """Return views of a site's slot on a device.
-
-        If no buffer on this device covers the slot, allocate one that reaches at least to the end of the layout.
-        """
+        """Return the counters of a site on a device."""
         slot = self._layout.slot(site)
+        starts = self._cover(device, slot.stop)
+        start = starts[bisect(starts, slot.start) - 1]
+        return SiteCounters(self.buffers[device][start], slot.start - start, slot.neurons)
+
+    def _cover(self, device: torch.device, stop: int) -> list[int]:
+        """Return the indices at which the buffers on a device begin.
+
+        If no buffer on this device reaches up to the index `stop`, allocate one that reaches at least to the end of the layout.
+        """
         buffers, starts = self.buffers.setdefault(device, {}), self._starts.setdefault(device, [])
         end = starts[-1] + buffers[starts[-1]].numel() if starts else 0
-        if slot.stop > end:
+        if stop > end:
             start = self._layout.last_boundary(end)  # a slot that would reach beyond the buffers lies in the new one
             size = max(self._layout.size - start, min(end // 4, _SPARE))
             with torch.inference_mode(False):  # a tensor of inference mode could not be changed outside it
                 buffers[start] = torch.zeros(size, dtype=torch.int64, device=device)
             starts.append(start)
-        start = starts[bisect(starts, slot.start) - 1]
-        index = slot.start - start
-        return SiteCounters(buffers[start].as_strided((slot.neurons, 3), (3, 1), index), buffers[start], index)
+        return starts

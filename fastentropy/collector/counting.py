@@ -16,14 +16,14 @@ from fastentropy._compat import (
     wait_tensor,
     without_modes,
 )
-from fastentropy.collector.counters import Counters, Layout, SitePlan
+from fastentropy.collector.counters import Counters, Layout, SiteCountPlan, SitePlan
 from fastentropy.collector.site_statistics import SiteStatistics, state_entropy
-from fastentropy.collector.values import UncountableError, is_plain, plain_parts
+from fastentropy.collector.values import COUNTABLE, UncountableError, is_plain, plain_parts
 from fastentropy.sites.activations import FusedActivation, fused_activation, kernel_of
 from fastentropy.sites.padding import positions_to_count
 from fastentropy.sites.sharding import local_tensor
 from fastentropy.sites.site import Call, Site
-from fastentropy_kernels import activation_states, count_states, is_fused, plan_activation_states
+from fastentropy_kernels import activation_states, count_states, is_fused, plan_activation_states, plan_count_states
 
 
 class PassCounting:
@@ -78,6 +78,8 @@ class PassCounting:
             y = _run_fused(call, counters)
             if y is not None:
                 return y
+            if _count_as_planned(call, counters):
+                return call.run()
         with without_modes(), torch.no_grad():
             _count(call, counters, self._note)
         return call.run()
@@ -164,9 +166,10 @@ def _run_fused(call: Call, counters: Counters) -> Tensor | None:
         mask = positions_to_count(is_token, x, site.channel_axis, token_axes)
     planned = counters.plans.get(site.name)
     if planned is None or not _fits(planned, site, module, x, mask):
-        planned = _plan_like_others(counters, site, module, x, mask)
+        planned = _shared_plan(counters, site, module, x, mask)
     if planned is not None:
-        y = planned.plan(x, mask)
+        counter = planned.counter
+        y = planned.plan(x, mask, counter.buffer, counter.offset)
         if planned.positions is None:
             _add_positions(counters, site, x.numel(), x, mask)
         else:
@@ -176,16 +179,58 @@ def _run_fused(call: Call, counters: Counters) -> Tensor | None:
     if fused is None:
         return None
     counter = counters.of(site, x.device)
+    counts = counter.counts
     options: dict[str, Any] = {"channel_axis": site.channel_axis, "mask": mask, "inplace": fused.inplace, **fused.parameters}
     if counters.repeats_call(site, x, fused):
-        plan = plan_activation_states(x, counter.counts, fused.activation, **options)
+        plan = plan_activation_states(x, counts, fused.activation, **options)
         if plan is not None:
             positions = None if mask is not None or x.is_cuda else x.numel() // site.neurons
-            planned = SitePlan(plan, fused, site.channel_axis, positions)
+            planned = SitePlan(plan, counter, fused, site.channel_axis, positions)
             counters.plans[site.name] = counters.plans_of_class[fused.kind] = planned
-    y = activation_states(x, counter.counts, fused.activation, **options)
+    y = activation_states(x, counts, fused.activation, **options)
     _add_positions(counters, site, x.numel(), x, mask)
     return y
+
+
+def _count_as_planned(call: Call, counters: Counters) -> bool:
+    """Count the input of an activation with a prepared launch of the kernel that counts. Return whether there is one."""
+    site, x, is_token, *_ = call
+    if is_token is not None or site.channel_axis is None:
+        return False
+    planned = counters.count_plans.get(site.name)
+    if planned is None or planned.channel_axis != site.channel_axis or not planned.plan.fits(x):
+        planned = _new_count_plan(counters, site, x, site.channel_axis)
+        if planned is None:
+            return False
+        counters.count_plans[site.name] = planned
+    counter = planned.counter
+    planned.plan(x, None, counter.buffer, counter.offset)
+    if planned.positions is None:
+        _add_positions(counters, site, x.numel(), x, None)
+    else:
+        counters.add_positions(site, planned.positions)
+    return True
+
+
+def _new_count_plan(counters: Counters, site: Site, x: Tensor, axis: int) -> SiteCountPlan | None:
+    """Return a plan to count the inputs of a site, which shares another site's launch if possible; None if there is none."""
+    latest = counters.latest_count_plan
+    if latest is not None and latest.channel_axis == axis and latest.plan.fits(x):
+        counter = counters.of(site, x.device)
+        if latest.plan.adds_to(counter.buffer, counter.offset):
+            return SiteCountPlan(latest.plan, counter, latest.channel_axis, latest.positions)
+    if not is_plain(x) or not has_values(x) or x.dtype not in COUNTABLE or in_dispatch_mode() or not is_fused("identity", x):
+        return None
+    if counters.unplanned.get(site.name) == (x.shape, x.stride()) or not counters.repeats_call(site, x, None):
+        return None
+    counter = counters.of(site, x.device)
+    plan = plan_count_states(x.detach(), counter.counts, channel_axis=axis)
+    if plan is None:
+        counters.unplanned[site.name] = x.shape, x.stride()
+        return None
+    positions = None if x.is_cuda else x.numel() // site.neurons
+    counters.latest_count_plan = planned = SiteCountPlan(plan, counter, axis, positions)
+    return planned
 
 
 def _fits(planned: SitePlan, site: Site, module: nn.Module, x: Tensor, mask: Tensor | None) -> bool:
@@ -199,15 +244,15 @@ def _fits(planned: SitePlan, site: Site, module: nn.Module, x: Tensor, mask: Ten
     )
 
 
-def _plan_like_others(counters: Counters, site: Site, module: nn.Module, x: Tensor, mask: Tensor | None) -> SitePlan | None:
-    """Return a plan for a site that is made from that of another site, in a fraction of the time; None if none fits."""
+def _shared_plan(counters: Counters, site: Site, module: nn.Module, x: Tensor, mask: Tensor | None) -> SitePlan | None:
+    """Return a plan for a site that shares the launch of another site, whose inputs are alike; None if there is none."""
     other = counters.plans_of_class.get(type(module))
     if other is None or not _fits(other, site, module, x, mask):
         return None
-    plan = other.plan.with_counts(counters.of(site, x.device).counts)
-    if plan is None:
+    counter = counters.of(site, x.device)
+    if not other.plan.adds_to(counter.buffer, counter.offset):
         return None
-    planned = counters.plans[site.name] = other._replace(plan=plan)
+    planned = counters.plans[site.name] = SitePlan(other.plan, counter, other.fused, other.channel_axis, other.positions)
     return planned
 
 
@@ -244,9 +289,9 @@ def _count(call: Call, counters: Counters, note: Callable[[str], None]) -> None:
         mask = positions_to_count(call.is_token, local, site.channel_axis, call.token_axes)
     try:
         parts = plain_parts(local, site.channel_axis)
-        counter = counters.of(site, local.device)
+        counts = counters.of(site, local.device).counts
         for part, axis in parts:
-            count_states(part, counter.counts, channel_axis=axis, mask=mask)
+            count_states(part, counts, channel_axis=axis, mask=mask)
     except UncountableError as error:
         note(f"site {site.name!r} was not counted in some calls: its input {error}")
         return

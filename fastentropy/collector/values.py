@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-_COUNTABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+#: The dtypes that the kernels read. Values of any other are converted.
+COUNTABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class UncountableError(Exception):
@@ -36,7 +37,7 @@ def plain_parts(x: Tensor, channel_axis: int | None) -> list[tuple[Tensor, int]]
         parts, axis = [x], channel_axis
     else:
         raise UncountableError(f"is a {str(x.layout).removeprefix('torch.')} tensor")
-    parts = [part.detach() if part.dtype in _COUNTABLE else part.detach().float() for part in parts]
+    parts = [part.detach() if part.dtype in COUNTABLE else part.detach().float() for part in parts]
     return [(part.unsqueeze(-1), -1) if axis is None else (part, axis) for part in parts]
 
 

@@ -11,13 +11,14 @@ from fastentropy_kernels.activations import linear_regions
 from fastentropy_kernels.chains.api import conv_bordered, conv_pointwise, linear_pair
 from fastentropy_kernels.chains.validation import MOST_MIDDLES
 from fastentropy_kernels.dispatch import available_implementations
-from fastentropy_kernels.states.api import activation_states, count_states, plan_activation_states
+from fastentropy_kernels.states.api import activation_states, count_states, plan_activation_states, plan_count_states
 from fastentropy_kernels.states.dispatch import is_fused
-from fastentropy_kernels.states.plan import ActivationPlan
+from fastentropy_kernels.states.plan import ActivationPlan, CountPlan
 
 __all__ = [
     "MOST_MIDDLES",
     "ActivationPlan",
+    "CountPlan",
     "activation_states",
     "available_implementations",
     "conv_bordered",
@@ -27,4 +28,5 @@ __all__ = [
     "linear_pair",
     "linear_regions",
     "plan_activation_states",
+    "plan_count_states",
 ]

@@ -35,24 +35,21 @@ class Launch:
     def is_current(self):
         return True
 
-    def with_counts(self, counts):
-        other = object.__new__(Launch)
-        other.like, other.counts, other.request = self.like, counts, self.request
-        return other
+    def at(self, address, like):
+        memory = (ctypes.c_byte * like.nbytes).from_address(address)
+        return torch.frombuffer(memory, dtype=like.dtype).view(like.shape)
 
-    def at(self, address):
-        memory = (ctypes.c_byte * self.like.nbytes).from_address(address)
-        return torch.frombuffer(memory, dtype=self.like.dtype).view(self.like.shape)
-
-    def __call__(self, x, y):
+    def __call__(self, x, y, counts):
         Launch.used += 1
-        run(self.at(x), self.counts, self.at(y), self.request.activation, self.request.parameters)
+        x, counts = self.at(x, self.like), self.at(counts, self.counts)
+        run(x, counts, self.at(y, self.like) if y else None, self.request.activation, self.request.parameters)
 
 
 def run(values, counts, y, activation, parameters):
     reference.add_states(values, counts, 1)
-    with torch.no_grad():
-        y.copy_(activate(values, activation, parameters))
+    if y is not None:
+        with torch.no_grad():
+            y.copy_(activate(values, activation, parameters))
 
 
 def add_states(values, counts, *, y=None, activation="identity", parameters=(), **_):

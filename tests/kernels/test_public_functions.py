@@ -411,8 +411,8 @@ def test_counts_add_up_over_calls(where):
 
 
 def test_public_names():
-    names = """MOST_MIDDLES ActivationPlan activation_states available_implementations conv_bordered conv_pointwise count_states
-    is_fused linear_pair linear_regions plan_activation_states"""
+    names = """MOST_MIDDLES ActivationPlan CountPlan activation_states available_implementations conv_bordered conv_pointwise
+    count_states is_fused linear_pair linear_regions plan_activation_states plan_count_states"""
     assert set(fastentropy_kernels.__all__) == set(names.split())
 
 

@@ -69,7 +69,10 @@ SIGNATURES = {
     "fastentropy_kernels": {
         "ActivationPlan": "(x, counts, arranged, request, inplace)",
         "ActivationPlan.fits": "(self, x, mask=None)",
-        "ActivationPlan.with_counts": "(self, counts)",
+        "ActivationPlan.adds_to": "(self, counts, offset)",
+        "CountPlan": "(x, counts, arranged, request)",
+        "CountPlan.fits": "(self, x, mask=None)",
+        "CountPlan.adds_to": "(self, counts, offset)",
         "MOST_MIDDLES": "128",
         "activation_states": "(x, counts, activation, *, channel_axis=1, mask=None, nan=None, "
         "states='sign', edges=None, weight=None, inplace=False, impl='auto', "
@@ -86,6 +89,7 @@ SIGNATURES = {
         "linear_pair": "(x, weight1, bias1, weight2, bias2, *, residual=None, activation='identity', impl='auto')",
         "linear_regions": "(activation, **parameters)",
         "plan_activation_states": "(x, counts, activation, *, channel_axis=1, mask=None, inplace=False, **parameters)",
+        "plan_count_states": "(x, counts, *, channel_axis=1, mask=None)",
     },
 }
 
@@ -102,7 +106,8 @@ def described(package):
     for name in sorted(package.__all__):
         value = getattr(package, name)
         found[name] = bare(inspect.signature(value)) if callable(value) else repr(value)
-        for attribute in sorted(vars(value)) if inspect.isclass(value) else ():
+        owners = [owner for owner in getattr(value, "__mro__", ()) if owner.__module__.startswith(package.__name__)]
+        for attribute in sorted({attribute for owner in owners for attribute in vars(owner)}):
             member = inspect.getattr_static(value, attribute)
             if attribute.startswith("_"):
                 continue

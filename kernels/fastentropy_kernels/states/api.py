@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastentropy_kernels.dispatch import launches_directly
 from fastentropy_kernels.states import dispatch, ops
-from fastentropy_kernels.states.plan import ActivationPlan, make_plan
+from fastentropy_kernels.states.plan import ActivationPlan, CountPlan, make_count_plan, make_plan
 from fastentropy_kernels.states.validation import States, activation_request, count_request
 
 
@@ -189,3 +189,37 @@ def plan_activation_states(
         x, counts, activation, None, channel_axis, mask, "sign", None, None, parameters, inplace, "auto"
     )
     return make_plan(x, counts, request, inplace)
+
+
+def plan_count_states(x: Tensor, counts: Tensor, *, channel_axis: int = 1, mask: Tensor | None = None) -> CountPlan | None:
+    """Prepare `count_states` for tensors like `x`, to make each call cheaper.
+
+    Making the plan counts nothing.
+
+    Args:
+        x: a tensor with the shape, strides, dtype and device of the tensors of later calls.
+        counts: int64 `[neurons, 3]`, as for `count_states`.
+        channel_axis: as for `count_states`.
+        mask: a mask with the shape of the masks of later calls. None if the later calls have no mask.
+
+    Returns:
+        The plan, which only one thread may use at a time. None if no kernel counts such a tensor, if `x` is empty or would be
+        copied, or if there is a mask on a CPU.
+
+    Raises:
+        TypeError: as `count_states`.
+        ValueError: as `count_states`.
+
+    Examples:
+        >>> import torch
+        >>> from fastentropy_kernels import plan_count_states
+        >>> counts = torch.zeros(2, 3, dtype=torch.int64)
+        >>> plan = plan_count_states(torch.empty(4, 2), counts)
+        >>> x = torch.ones(4, 2, requires_grad=True)
+        >>> if plan.fits(x):
+        ...     plan(x)
+        >>> counts
+        tensor([[0, 0, 4],
+                [0, 0, 4]])
+    """
+    return make_count_plan(x, counts, count_request(x, counts, None, channel_axis, mask, None, "auto"))

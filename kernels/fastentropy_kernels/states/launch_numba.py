@@ -103,17 +103,17 @@ def add_states(
         parameters: ignored, because these activations have none.
         weight: ignored, because prelu is none of these activations.
     """
-    launch = prepare(values, counts, edges=edges, mask=mask, nan=nan, y=y, activation=activation)
-    launch(values.data_ptr(), 0 if y is None else y.data_ptr())
+    launch = prepare(values, edges=edges, mask=mask, nan=nan, y=y, activation=activation)
+    launch(values.data_ptr(), 0 if y is None else y.data_ptr(), counts.data_ptr())
 
 
 class PreparedLaunch(NamedTuple):
-    """A prepared `add_states` on a CPU: everything but the addresses of x and y is decided.
+    """A prepared `add_states` on a CPU: everything but the addresses of x, y and the counts is decided.
 
     Only one thread may use it at a time, and only while `is_current` returns True.
 
     Attributes:
-        job: the description of the call. The addresses of x and y are filled in at each launch.
+        job: the description of the call. The addresses of x, y and the counts are filled in at each launch.
         address: the address of the job.
         loop: the compiled loop that was chosen.
         adder: the compiled function that adds the tiles to the counts.
@@ -137,21 +137,16 @@ class PreparedLaunch(NamedTuple):
         threads, keeps_subnormals = self.settings
         return torch.get_num_threads() == threads and (_SMALLEST_SUBNORMAL > 0) is keeps_subnormals
 
-    def with_counts(self, counts: Tensor) -> PreparedLaunch:
-        """Return the same launch, which adds to other counts of the same shape."""
-        job = JobStructure.from_buffer_copy(self.job)
-        job.counts = counts.data_ptr()
-        return self._replace(job=job, address=ctypes.addressof(job), operands=(counts, *self.operands[1:]))
-
-    def __call__(self, x: int, y: int) -> None:
+    def __call__(self, x: int, y: int, counts: int) -> None:
         """Run the loop on the tensors at these addresses.
 
         Args:
             x: address of the input.
             y: address of the output. It equals `x` for a launch in place, and is 0 if no activation is written.
+            counts: address of the counts, int64 `[channels, states]`.
         """
         job, tiles = self.job, _borrow_zeros(self.tile_size)
-        job.next_task, job.x, job.y, job.tiles = 0, x, y, tiles.address
+        job.next_task, job.x, job.y, job.counts, job.tiles = 0, x, y, counts, tiles.address
         if self.is_alone:
             self.loop.call(self.address)
         else:
@@ -163,7 +158,6 @@ class PreparedLaunch(NamedTuple):
 
 def prepare(
     values: Tensor,
-    counts: Tensor,
     *,
     edges: Sequence[float] | None = None,
     mask: Tensor | None = None,
@@ -175,7 +169,6 @@ def prepare(
 
     Args:
         values: as for `add_states`.
-        counts: as for `add_states`. Each launch adds to it.
         edges: as for `add_states`.
         mask: as for `add_states`. Its positions are counted here, once, if `nan` is given.
         nan: as for `add_states`.
@@ -197,7 +190,6 @@ def prepare(
         tasks=tasks,
         mask=0 if mask is None else mask.data_ptr(),
         thresholds=0 if thresholds is None else thresholds.data_ptr(),
-        counts=counts.data_ptr(),
         nan=0 if nan is None else nan.data_ptr(),
         outer=outer,
         channels=channels,
@@ -220,7 +212,7 @@ def prepare(
         # LLVM would store floats in place through a mask if there were no ceiling. This takes twice the time of a plain store.
         clipped = floats or activation == "relu6"
         loop = _compiled(task, kind, y is not None and not inplace, inplace, clipped, mask is not None)
-    operands = (counts, nan, mask, thresholds)
+    operands = (nan, mask, thresholds)
     adder = _compiled(compile_adder)
     return PreparedLaunch(job, ctypes.addressof(job), loop, adder, tasks * columns * channels, tasks == 1, settings, operands)
 

@@ -134,33 +134,23 @@ class PreparedLaunch:
             options: the options of the compiler, such as `num_warps`.
         """
         self._run = kernel.warmup(*arguments, grid=grid, **options)[grid]
-        self._others = arguments[3:]
+        self._others = arguments[4:]
         self._device = torch.cuda.current_device()
 
     def is_current(self) -> bool:
         """Return whether the current device is still the one that the launch was prepared for."""
         return torch.cuda.current_device() == self._device
 
-    def with_counts(self, counts: Tensor) -> PreparedLaunch | None:
-        """Return the same launch, which adds to other counts of the same shape; None if their alignment differs.
-
-        The compiled kernel is specialised for whether the address of the counts is a multiple of 16.
-        """
-        if (counts.data_ptr() % 16 == 0) != (self._others[0].data_ptr() % 16 == 0):
-            return None
-        other = object.__new__(PreparedLaunch)
-        other.__dict__.update(self.__dict__, _others=(counts, *self._others[1:]))
-        return other
-
-    def __call__(self, x: int, y: int, mask: int | None = None) -> None:
+    def __call__(self, x: int, y: int, counts: int, mask: int | None = None) -> None:
         """Launch the kernel on the tensors at these addresses.
 
         Args:
             x: address of the input, a multiple of 16.
-            y: address of the output, a multiple of 16.
+            y: address of the output, a multiple of 16; 0 if the launch was prepared without one.
+            counts: address of the counts. It is a multiple of 16 if that of the counts of `prepare` is, and only then.
             mask: address of the mask, a multiple of 16. None if the launch was prepared without a mask.
         """
-        self._run(x, y, mask, *self._others)
+        self._run(x, y or None, mask, counts, *self._others)
 
 
 def prepare(
@@ -168,7 +158,7 @@ def prepare(
     counts: Tensor,
     *,
     mask: Tensor | None,
-    y: Tensor,
+    y: Tensor | None,
     activation: str,
     parameters: Sequence[float],
 ) -> PreparedLaunch:

@@ -1,4 +1,4 @@
-"""A prepared `activation_states` for one call site of an activation.
+"""A prepared `activation_states` or `count_states` for one call site of an activation.
 
 The plan makes every decision in advance that is the same for each call. This saves Python before the kernel starts. After a
 convolution the caches are cold: 50 µs of Python take 300 µs. On a GPU, the Python before a launch takes longer than the
@@ -23,11 +23,87 @@ from fastentropy_kernels.states.validation import Request
 _ALIGNMENT = {"cpu": 1, "cuda": 16}
 
 
-class ActivationPlan:
+class Plan:
+    """A prepared launch for tensors with one shape, one set of strides, one dtype and one device.
+
+    Before each call, ask `fits` whether the plan may be called with a tensor. A call adds to the counts for which the plan was
+    made, or to others. Only one thread may use a plan at a time.
+    """
+
+    _activates = False
+
+    def _prepare(self, x: Tensor, counts: Tensor, arranged: Arranged, request: Request, y: Tensor | None) -> None:
+        """Prepare the launch.
+
+        Args:
+            x: a tensor like those of later calls.
+            counts: int64 `[neurons, 3]`. Each call of the plan adds to it.
+            arranged: `x` and the mask as rows or planes, without a copy.
+            request: the other arguments of `activation_states` or `count_states`, checked.
+            y: the output, with the layout of `arranged.values`. None to count only.
+        """
+        self._launch, self._alignment = _prepare(arranged, counts, y, request), _ALIGNMENT[x.device.type]
+        self._counts, self._counts_are_aligned = counts, counts.data_ptr() % 16 == 0
+        self._shape, self._strides, self._dtype, self._device = x.shape, x.stride(), x.dtype, x.device
+        self._mask_shape = None if request.mask is None else request.mask.shape
+
+    def fits(self, x: Tensor, mask: Tensor | None = None) -> bool:
+        """Return whether the plan may be called with `x` and `mask`.
+
+        It may if all of this holds:
+
+        - `x` and `mask` have the shapes, strides, dtypes and devices for which the plan was made. On a GPU, their addresses
+          are multiples of 16.
+        - The settings of the thread have not changed: on a CPU, the number of threads and whether subnormals are flushed to
+          zero; on a GPU, the current device.
+        - No tracer, mode or transform is active. If the plan activates, no gradient is recorded.
+
+        Args:
+            x: the tensor to activate or to count.
+            mask: bool, with the shape of `x` without the channel axis. None if the plan was made without a mask.
+
+        Returns:
+            True if `plan(x, mask)` does the same as `activation_states` or `count_states`.
+        """
+        return (
+            type(x) is Tensor
+            and is_plain_eager(x)  # first: a tracer would note the comparisons of sizes
+            and x.layout is torch.strided
+            and not x.is_nested  # such a tensor has no shape
+            and x.shape == self._shape
+            and x.dtype is self._dtype
+            and x.stride() == self._strides
+            and x.device == self._device
+            and not x.is_neg()
+            and (self._alignment == 1 or x.data_ptr() % self._alignment == 0)
+            and not (self._activates and x.requires_grad and torch.is_grad_enabled())
+            and self._launch.is_current()
+            and (self._mask_shape is None if mask is None else self._fits_mask(mask))
+        )
+
+    def adds_to(self, counts: Tensor, offset: int) -> bool:
+        """Return whether calls may add to other counts, which lie in `counts` from an offset on (see `__call__`).
+
+        On a GPU, the kernel was specialised for whether the address of the counts is a multiple of 16.
+        """
+        return self._alignment == 1 or ((counts.data_ptr() + 8 * offset) % 16 == 0) == self._counts_are_aligned
+
+    def _fits_mask(self, mask: Tensor) -> bool:
+        """Return whether `mask` is contiguous, aligned, and otherwise like the mask for which the plan was made."""
+        return (
+            mask.shape == self._mask_shape
+            and mask.dtype is torch.bool
+            and mask.is_contiguous()
+            and mask.device == self._device
+            and mask.data_ptr() % self._alignment == 0
+        )
+
+
+class ActivationPlan(Plan):
     """A prepared `activation_states` for tensors with one shape, one set of strides, one dtype and one device.
 
     `plan_activation_states` makes the plan. Before each call, ask `fits` whether the plan may be called with a tensor. A call
-    adds to the counts for which the plan was made. Only one thread may use a plan at a time.
+    adds to the counts for which the plan was made, or to others. Only one thread may use a plan at a time.
 
     Attributes:
         inplace: whether the plan writes the activation over its argument.
@@ -49,6 +125,8 @@ class ActivationPlan:
                 [0, 0, 2]])
     """
 
+    _activates = True
+
     def __init__(self, x: Tensor, counts: Tensor, arranged: Arranged, request: Request, inplace: bool) -> None:
         """Prepare the launch. `make_plan` calls this only if a kernel can be launched without a copy.
 
@@ -60,89 +138,76 @@ class ActivationPlan:
             inplace: whether the activation is written over `x`.
         """
         y = arranged.values if inplace else torch.empty_like(arranged.values)
-        self._launch, self._alignment = _prepare(arranged, counts, y, request), _ALIGNMENT[x.device.type]
-        self._counts, self.inplace = counts, inplace
-        self._shape, self._strides, self._dtype, self._device = x.shape, x.stride(), x.dtype, x.device
-        self._mask_shape = None if request.mask is None else request.mask.shape
+        self._prepare(x, counts, arranged, request, y)
+        self.inplace = inplace
 
-    def fits(self, x: Tensor, mask: Tensor | None = None) -> bool:
-        """Return whether the plan may be called with `x` and `mask`.
-
-        It may if all of this holds:
-
-        - `x` and `mask` have the shapes, strides, dtypes and devices for which the plan was made. On a GPU, their addresses
-          are multiples of 16.
-        - The settings of the thread have not changed: on a CPU, the number of threads and whether subnormals are flushed to
-          zero; on a GPU, the current device.
-        - No tracer, mode or transform is active, and no gradient is recorded.
-
-        Args:
-            x: the tensor to activate.
-            mask: bool, with the shape of `x` without the channel axis. None if the plan was made without a mask.
-
-        Returns:
-            True if `plan(x, mask)` does the same as `activation_states`.
-        """
-        return (
-            type(x) is Tensor
-            and is_plain_eager(x)  # first: a tracer would note the comparisons of sizes
-            and x.layout is torch.strided
-            and not x.is_nested  # such a tensor has no shape
-            and x.shape == self._shape
-            and x.dtype is self._dtype
-            and x.stride() == self._strides
-            and x.device == self._device
-            and not x.is_neg()
-            and (self._alignment == 1 or x.data_ptr() % self._alignment == 0)
-            and not (x.requires_grad and torch.is_grad_enabled())
-            and self._launch.is_current()
-            and (self._mask_shape is None if mask is None else self._fits_mask(mask))
-        )
-
-    def __call__(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Return the activation of `x`, and add the counts of the states of `x` to the plan's counts.
+    def __call__(self, x: Tensor, mask: Tensor | None = None, counts: Tensor | None = None, offset: int = 0) -> Tensor:
+        """Return the activation of `x`, and add the counts of the states of `x` to the plan's counts, or to others.
 
         Args:
             x: a tensor for which `fits` returns True. Nothing is checked here.
             mask: a mask for which `fits` returns True, or None.
+            counts: int64, contiguous, on the device of `x`. It replaces the plan's counts if `adds_to` returns True.
+            offset: the index in the flat `counts` at which the counts `[neurons, 3]` begin.
 
         Returns:
             The activation. It is `x` itself if the plan works in place.
         """
         y = x if self.inplace else torch.empty_like(x)
+        if counts is None:
+            counts = self._counts
+        address = counts.data_ptr() + 8 * offset
         if mask is None:
-            self._launch(x.data_ptr(), y.data_ptr())
+            self._launch(x.data_ptr(), y.data_ptr(), address)
         else:
-            self._launch(x.data_ptr(), y.data_ptr(), mask.data_ptr())
+            self._launch(x.data_ptr(), y.data_ptr(), address, mask.data_ptr())
         if not torch.is_inference_mode_enabled():  # asked here too, to save a call
-            increment_versions(self._counts, x if self.inplace else None)
+            increment_versions(counts, x if self.inplace else None)
         return y
 
-    def with_counts(self, counts: Tensor) -> ActivationPlan | None:
-        """Return a plan for the same calls that adds to other counts, in a tenth of the time that it takes to make one.
+
+class CountPlan(Plan):
+    """A prepared `count_states` for tensors with one shape, one set of strides, one dtype and one device.
+
+    `plan_count_states` makes the plan. It is used like an `ActivationPlan`, but also where gradients are recorded.
+
+    Examples:
+        >>> import torch
+        >>> from fastentropy_kernels import plan_count_states
+        >>> counts = torch.zeros(3, 3, dtype=torch.int64)
+        >>> plan = plan_count_states(torch.empty(2, 3), counts)
+        >>> x = torch.tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0]])
+        >>> plan.fits(x)
+        True
+        >>> plan(x)
+        >>> counts
+        tensor([[2, 0, 0],
+                [0, 2, 0],
+                [0, 0, 2]])
+    """
+
+    def __init__(self, x: Tensor, counts: Tensor, arranged: Arranged, request: Request) -> None:
+        """Prepare the launch. `make_count_plan` calls this only if a kernel can be launched without a copy.
 
         Args:
-            counts: int64 `[neurons, 3]`, contiguous, on the same device and with as many neurons. Nothing is checked here.
-
-        Returns:
-            The plan. None if the kernel was specialised for another alignment of the counts, on a GPU.
+            x: a tensor like those of later calls.
+            counts: int64 `[neurons, 3]`. Each call of the plan adds to it.
+            arranged: `x` and the mask as rows or planes, without a copy.
+            request: the other arguments of `count_states`, checked.
         """
-        launch = self._launch.with_counts(counts)
-        if launch is None:
-            return None
-        plan = object.__new__(ActivationPlan)
-        plan.__dict__.update(self.__dict__, _launch=launch, _counts=counts)
-        return plan
+        self._prepare(x, counts, arranged, request, None)
 
-    def _fits_mask(self, mask: Tensor) -> bool:
-        """Return whether `mask` is contiguous, aligned, and otherwise like the mask for which the plan was made."""
-        return (
-            mask.shape == self._mask_shape
-            and mask.dtype is torch.bool
-            and mask.is_contiguous()
-            and mask.device == self._device
-            and mask.data_ptr() % self._alignment == 0
-        )
+    def __call__(self, x: Tensor, mask: Tensor | None = None, counts: Tensor | None = None, offset: int = 0) -> None:
+        """Add the counts of the states of `x` to the plan's counts, or to others; see `ActivationPlan.__call__`."""
+        if counts is None:
+            counts = self._counts
+        address = counts.data_ptr() + 8 * offset
+        if mask is None:
+            self._launch(x.data_ptr(), 0, address)
+        else:
+            self._launch(x.data_ptr(), 0, address, mask.data_ptr())
+        if not torch.is_inference_mode_enabled():  # asked here too, to save a call
+            increment_versions(counts)
 
 
 def make_plan(x: Tensor, counts: Tensor, request: Request, inplace: bool) -> ActivationPlan | None:
@@ -157,37 +222,55 @@ def make_plan(x: Tensor, counts: Tensor, request: Request, inplace: bool) -> Act
         request: the other arguments of `activation_states`, checked.
         inplace: whether the activation is written over the tensor of a call.
     """
-    if x.device.type not in _ALIGNMENT or not x.numel() or request.weight is not None:
+    if request.weight is not None or not is_fused(request.activation, x):
         return None
-    if (x.is_cpu and request.mask is not None) or not is_fused(request.activation, x):
+    arranged = _arranged_in_place(x, request)
+    if arranged is None or not (inplace or torch.empty_like(x).stride() == x.stride()):
+        return None
+    plan = ActivationPlan(x, counts, arranged, request, inplace)
+    return plan if plan.fits(x, request.mask) else None
+
+
+def make_count_plan(x: Tensor, counts: Tensor, request: Request) -> CountPlan | None:
+    """Return a plan that counts tensors like `x`, or None if there can be none, as for `make_plan`.
+
+    Args:
+        x: a tensor like those of later calls.
+        counts: int64 `[neurons, 3]`. Each call of the plan adds to it.
+        request: the other arguments of `count_states`, checked.
+    """
+    arranged = _arranged_in_place(x, request) if is_fused(request.activation, x) else None
+    plan = None if arranged is None else CountPlan(x, counts, arranged, request)
+    return plan if plan is not None and plan.fits(x, request.mask) else None
+
+
+def _arranged_in_place(x: Tensor, request: Request) -> Arranged | None:
+    """Return a tensor and its mask as rows or planes; None if no kernel can be prepared for them, or not without a copy."""
+    if x.device.type not in _ALIGNMENT or not x.numel() or (x.is_cpu and request.mask is not None):
         return None
     if x.data_ptr() % _ALIGNMENT[x.device.type]:
         return None
     arranged = arrange(x, request.channel_axis, request.mask)
     given = [x] if request.mask is None else [x, request.mask]
     read = [arranged.values] if arranged.mask is None else [arranged.values, arranged.mask]
-    if [tensor.data_ptr() for tensor in given] != [tensor.data_ptr() for tensor in read]:
-        return None
-    if not (inplace or torch.empty_like(x).stride() == x.stride()):
-        return None
-    plan = ActivationPlan(x, counts, arranged, request, inplace)
-    return plan if plan.fits(x, request.mask) else None
+    return arranged if [tensor.data_ptr() for tensor in given] == [tensor.data_ptr() for tensor in read] else None
 
 
-def _prepare(arranged: Arranged, counts: Tensor, y: Tensor, request: Request) -> Any:
+def _prepare(arranged: Arranged, counts: Tensor, y: Tensor | None, request: Request) -> Any:
     """Prepare the launch of the kernel, for Numba on a CPU and for Triton otherwise.
 
     Args:
         arranged: a tensor like those of later calls, as rows or planes, with its mask.
-        counts: int64 `[neurons, 3]`. Each launch adds to it.
-        y: the output, with the layout of `arranged.values`, or `arranged.values` itself to work in place.
+        counts: int64 `[neurons, 3]`, like those that the launches add to.
+        y: the output, with the layout of `arranged.values`; `arranged.values` itself to work in place; None to count only.
         request: the other arguments of `activation_states`, checked.
 
     Returns:
-        A function that takes the addresses of x, of y and, if there is one, of the mask, and runs the kernel.
+        A function that takes the addresses of x, of y (0 if there is none), of the counts and, if there is one, of the mask,
+        and runs the kernel.
     """
     if arranged.values.is_cpu:
-        return state_kernels("numba").prepare(arranged.values, counts, y=y, activation=request.activation)
+        return state_kernels("numba").prepare(arranged.values, y=y, activation=request.activation)
     return state_kernels("triton").prepare(
         arranged.values,
         counts,

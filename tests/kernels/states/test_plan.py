@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastentropy_kernels import activation_states, activations, plan_activation_states
+from fastentropy_kernels import activation_states, activations, count_states, plan_activation_states, plan_count_states
 from tests._helpers.tensors import INTEGER, bits, random_values
 
 FUSED = ("identity", "relu", "relu6")
@@ -151,15 +151,47 @@ def test_plan_with_other_counts(layout, threads):
     x = random_values(shape, torch.float32)
     first, second, expected = counters(shape[axis]), counters(shape[axis], 1), counters(shape[axis], 1)
     plan = plan_activation_states(x, first, "relu", channel_axis=axis)
-    other = plan.with_counts(second)
-    before = first.clone()
-    y = other(x)
+    before, buffer = first.clone(), torch.cat([torch.full((7,), -1), second.flatten(), torch.full((2,), -1)])
+    second = buffer[7:-2].view_as(second)
+    assert plan.adds_to(buffer, 7)
+    y = plan(x, None, buffer, 7)
+    assert [*buffer[:7].tolist(), *buffer[-2:].tolist()] == [-1] * 9
     y_expected = activation_states(x, expected, "relu", channel_axis=axis, impl="reference")
     assert torch.equal(second, expected)
     assert torch.equal(bits(y), bits(y_expected))
     assert torch.equal(first, before)
     plan(x)
     assert torch.equal(first - before, second - counters(shape[axis], 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layout", ["rows", "planes", "one value"])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_plan_that_only_counts(layout, threads, dtype):
+    torch.set_num_threads(threads)
+    shape, axis = LAYOUTS[layout]
+    first, second, expected = counters(shape[axis]), counters(shape[axis]), counters(shape[axis])
+    plan = plan_count_states(random_values(shape, dtype), first, channel_axis=axis)
+    assert torch.equal(first, expected)
+    for seed in range(3):
+        x = random_values(shape, dtype, seed).requires_grad_(seed > 0)
+        before, version = x.detach().clone(), x._version
+        assert plan.fits(x)
+        assert plan(x) is None
+        plan(x, None, second)
+        count_states(x, expected, channel_axis=axis, impl="reference")
+        assert torch.equal(bits(x), bits(before))
+        assert x._version == version
+    assert torch.equal(first, expected)
+    assert torch.equal(second, expected)
+
+
+def test_no_plan_counts_what_a_kernel_cannot_count_in_place():
+    for x in (torch.zeros(2, 3, dtype=torch.float64), torch.zeros(0, 3), torch.zeros(1, 3).expand(4, 3)[:, ::2]):
+        assert plan_count_states(x, torch.zeros(x.shape[1], 3, dtype=torch.int64)) is None
+    x, counts = torch.zeros(2, 3), torch.zeros(3, 3, dtype=torch.int64)
+    assert plan_count_states(x, counts, mask=torch.ones(2, dtype=torch.bool)) is None
+    assert not plan_count_states(x, counts).fits(torch.zeros(2, 4))
 
 
 def test_plan_keeps_its_counts_alive():
