@@ -115,6 +115,33 @@ def test_dispatch_modes():
         assert _compat.in_dispatch_mode()
 
 
+def test_a_mode_steps_aside():
+    class Seeing(Mode):
+        seen = 0
+
+        def __torch_dispatch__(self, *args, **kwargs):
+            self.seen += 1
+            return super().__torch_dispatch__(*args, **kwargs)
+
+    assert not _compat.is_only_mode(Mode())
+    with Seeing() as mode:
+        assert _compat.is_only_mode(mode)
+        assert not _compat.is_only_mode(Mode())
+        _compat.step_aside()
+        assert not _compat.in_dispatch_mode()
+        torch.ones(1)
+        assert mode.seen == 0
+        for _ in range(2):
+            _compat.step_back(mode)
+            assert torch._C._len_torch_dispatch_stack() == 1
+        torch.ones(1)
+        assert mode.seen == 1
+        with Mode() as inner:
+            assert not _compat.is_only_mode(mode)
+            assert not _compat.is_only_mode(inner)
+    assert not _compat.in_dispatch_mode()
+
+
 def test_functorch_tensor():
     seen = []
     torch.func.vmap(lambda row: seen.append(_compat.is_functorch_tensor(row)) or row)(torch.ones(2, 2))
@@ -185,13 +212,17 @@ def test_add_to_each():
     assert totals == [111, 222]
 
 
-def test_buffers_and_children_are_what_the_module_reads():
+def test_buffers_parameters_and_children_are_what_the_module_reads():
     module = nn.Module()
     module.register_buffer("a", None)
+    module.register_parameter("weight", None)
     module.first = module.second = nn.ReLU()
     assert _compat.buffers_of(module) == {"a": None}
     assert _compat.children_of(module) == {"first": module.first, "second": module.first}
+    assert _compat.parameters_of(module) == {"weight": None}
     _compat.buffers_of(module)["a"] = torch.ones(1)
+    _compat.parameters_of(module)["weight"] = nn.Parameter(torch.ones(1))
+    assert module.weight == 1
     _compat.children_of(module)["second"] = nn.GELU()
     assert module.a == 1
     assert isinstance(module.second, nn.GELU)
@@ -449,6 +480,10 @@ GONE = [
     (torch._C._functorch, "is_functorch_wrapped_tensor", lambda: kernels_compat.is_plain_eager(torch.ones(1))),
     (torch._C, "_current_graph_task_id", lambda: _compat.in_backward()),
     (torch._C, "_len_torch_dispatch_stack", lambda: _compat.in_dispatch_mode()),
+    (torch._C, "_len_torch_dispatch_stack", lambda: _compat.is_only_mode(Mode())),
+    (torch._C, "_get_dispatch_stack_at", lambda: in_mode(lambda: _compat.is_only_mode(Mode()))),
+    (torch._C, "_pop_torch_dispatch_stack", lambda: _compat.step_aside()),
+    (torch._C, "_push_on_torch_dispatch_stack", lambda: _compat.step_back(Mode())),
     (torch._C, "DisableTorchFunction", lambda: _compat.without_modes()),
     (_python_dispatch, "_disable_current_modes", lambda: in_mode(lambda: _compat.without_modes().__enter__())),
     (torch._C, "_is_torch_function_mode_enabled", lambda: _compat.in_function_mode()),
@@ -492,6 +527,7 @@ ATTRIBUTES = {
     "_cdata": lambda without: _compat.storage_id(SimpleNamespace(untyped_storage=lambda: without)),
     "_buffers": _compat.buffers_of,
     "_modules": _compat.children_of,
+    "_parameters": _compat.parameters_of,
     "_forward_hooks": _compat.module_identity,
     "_forward_pre_hooks": _compat.has_pre_hooks,
     "_compiled_call_impl": _compat.is_compiled,

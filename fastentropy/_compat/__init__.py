@@ -25,7 +25,10 @@ from fastentropy._compat.modes import entered as entered
 from fastentropy._compat.modes import in_backward as in_backward
 from fastentropy._compat.modes import in_dispatch_mode as in_dispatch_mode
 from fastentropy._compat.modes import in_function_mode as in_function_mode
+from fastentropy._compat.modes import is_only_mode as is_only_mode
 from fastentropy._compat.modes import is_traced as is_traced
+from fastentropy._compat.modes import step_aside as step_aside
+from fastentropy._compat.modes import step_back as step_back
 from fastentropy._compat.modes import without_modes as without_modes
 from fastentropy._compat.modules import buffers_of as buffers_of
 from fastentropy._compat.modules import children_of as children_of
@@ -36,6 +39,7 @@ from fastentropy._compat.modules import is_compiled as is_compiled
 from fastentropy._compat.modules import is_replica as is_replica
 from fastentropy._compat.modules import module_call as module_call
 from fastentropy._compat.modules import module_identity as module_identity
+from fastentropy._compat.modules import parameters_of as parameters_of
 from fastentropy._compat.modules import path_when_uncompiled as path_when_uncompiled
 from fastentropy._compat.modules import replace_module_call as replace_module_call
 from fastentropy._compat.modules import runs_only_forward as runs_only_forward

@@ -76,6 +76,31 @@ def entered(mode: TorchDispatchMode) -> Iterator[None]:
         _SHARED_FLAGS.leave(inside)
 
 
+def is_only_mode(mode: TorchDispatchMode) -> bool:
+    """Return whether a TorchDispatchMode is active in this thread, once, and no other one is."""
+    try:  # not by `named`, since this runs in each call of a layer that is followed; so in the next two functions
+        return _C._len_torch_dispatch_stack() == 1 and _C._get_dispatch_stack_at(0) is mode
+    except AttributeError as error:
+        raise unknown_release(f"torch._C.{error.name}") from error
+
+
+def step_aside() -> None:
+    """Let the only mode that is active (see `is_only_mode`) see no operators until `step_back`."""
+    try:
+        _C._pop_torch_dispatch_stack(None)
+    except AttributeError as error:
+        raise unknown_release(f"torch._C.{error.name}") from error
+
+
+def step_back(mode: TorchDispatchMode) -> None:
+    """Let a mode see operators again, unless it does so already because an interrupt came before `step_aside`."""
+    try:
+        if not is_only_mode(mode):
+            _C._push_on_torch_dispatch_stack(mode)
+    except AttributeError as error:
+        raise unknown_release(f"torch._C.{error.name}") from error
+
+
 def _activations(mode: TorchDispatchMode) -> int:
     """Return how many times a mode is on the stack of this thread."""
     entry, size = named("torch._C", "_get_dispatch_stack_at"), named("torch._C", "_len_torch_dispatch_stack")

@@ -22,6 +22,12 @@ def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
     return buffers
 
 
+def parameters_of(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    """Return the dict in which a module keeps its own parameters by name, including those that are None."""
+    parameters: dict[str, nn.Parameter | None] = attribute(module, "_parameters")
+    return parameters
+
+
 def children_of(module: nn.Module) -> dict[str, nn.Module | None]:
     """Return the dict in which a module keeps its children by name. `named_children` lists each module only once."""
     children: dict[str, nn.Module | None] = attribute(module, "_modules")

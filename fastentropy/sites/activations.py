@@ -91,6 +91,9 @@ OPERATORS: dict[Any, str] = {
     if hasattr(torch.ops.aten, operator)
 }
 
+#: Those that read one tensor, and compute each entry from the one at the same place.
+ELEMENTWISE = frozenset(operator for operator, name in OPERATORS.items() if name not in ("prelu", "rrelu"))
+
 #: Function that the user has registered -> name of the activation.
 _REGISTERED_FUNCTIONS: dict[Callable[..., Any], str] = {}
 

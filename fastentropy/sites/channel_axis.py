@@ -1,20 +1,29 @@
 """Follow, from operator to operator, the channel axis of each tensor, its token positions and the part that this rank holds."""
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from fastentropy._compat import TorchDispatchMode, entered, tree_leaves
+from fastentropy._compat import TorchDispatchMode, entered, is_only_mode, step_aside, step_back, tree_leaves
 from fastentropy.sites.axes import NO_AXIS, Factor, Note, channel_axis_of, token_axes_of, unlabelled
+from fastentropy.sites.known_calls import LayerCall, LayerOutput, layer_call, layer_input
 from fastentropy.sites.operator_kinds import Call, describe
-from fastentropy.sites.output_notes import Input, output_note, output_sharding, token_sets_of
+from fastentropy.sites.output_notes import Input, output_note, output_sharding, sets_of, token_sets_of
 from fastentropy.sites.padding import BY_SHAPE, TokenAxes
 from fastentropy.sites.sharding import Sharding, is_dtensor, shown_local_tensors
-from fastentropy.sites.tensor_notes import TensorNotes, has_notes, note_in, place_of, storage_number
+from fastentropy.sites.tensor_notes import TensorNotes, has_notes, note_in, place_of, storage_number, tensors_in
 
 __all__ = ["NO_AXIS", "AxisTracker"]
+
+
+class Evidence(NamedTuple):
+    """What is known of a tensor."""
+
+    channel_axis: int | None  # see `AxisTracker.axis_of`
+    sharding: Sharding | None  # see `AxisTracker.sharding_of`
+    token_axes: TokenAxes | None  # see `AxisTracker.token_axes`
 
 
 # TorchDispatchMode and its constructor have no annotations.
@@ -57,6 +66,7 @@ class AxisTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.followed: int | None = None
         self._vanished: frozenset[int] = frozenset()  # sets whose values went into tensors that cannot be followed
         self._has_failed = False
+        self._layers: dict[nn.Module, LayerOutput] = {}  # the latest call of each layer whose operators were followed
         for weight in weights:
             self._notes.mark_weight(weight)
 
@@ -96,15 +106,18 @@ class AxisTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             The axes. None if the values of `x` do not belong to token positions. BY_SHAPE if they come from tokens in a way
                 that could not be followed, or if no tokens are followed.
         """
-        if self.followed is None:
-            return BY_SHAPE
-        note = self._note_of(x)
-        if note is None:
-            return BY_SHAPE if self._has_failed or not has_notes(x) else None
-        axes = self._axes_of_set(note, self.followed)
-        if axes is not None:
-            return TokenAxes(*axes)
-        return BY_SHAPE if self.followed in note.lost or self._has_failed else None
+        return self._token_axes(self._note_of(x), has_notes(x))
+
+    def evidence(self, x: Tensor) -> Evidence:
+        """Return all that is known of `x`, in a third of the time that it takes to ask for each."""
+        number = storage_number(x)
+        storage = None if number is None else self._notes.storages.get(number)
+        if storage is None:
+            return Evidence(None, None, self._token_axes(None, number is not None))
+        note = note_in(storage, x)
+        axis = None if note is None else channel_axis_of(note.axes)
+        sharding = storage.shardings.get(place_of(x)) if storage.shardings else None
+        return Evidence(axis, sharding, self._token_axes(note, True))
 
     def keep(self, outputs: object) -> None:
         """Forget all notes but those of the tensors in the nested `outputs`, which may be inputs of what is followed next.
@@ -122,9 +135,97 @@ class AxisTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         with shown_local_tensors(self._take_out), entered(self):
             yield
 
+    def run_layer(
+        self, module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        """Run a layer. If its output is known to hold the same as in an earlier call, its operators are not followed.
+
+        Args:
+            module: the layer.
+            original: the function that runs it, as original(module, *args, **kwargs).
+            args: the positional arguments of the call.
+            kwargs: its keyword arguments.
+        """
+        call = self._layer_call(module, args, kwargs)
+        if call is None:
+            return original(module, *args, **kwargs)
+        known = self._layers.get(module)
+        if known is not None and known.call == call:
+            y = self._run_aside(original, module, *args)
+            self._set_note(y, known.shape, known.note)
+            return y
+        y = original(module, *args)
+        self._learn(module, call, y)
+        return y
+
+    def run_elementwise(self, x: Tensor, run: Callable[[], Any]) -> Any:
+        """Run a function whose output has each entry at the place that it has in `x`, without following its operators.
+
+        Args:
+            x: the tensor that the function reads. The function writes into no other tensor.
+            run: the function.
+        """
+        given = self._look_at(x) if type(x) is Tensor and is_only_mode(self) else None
+        if given is None or not _is_ordinary(given):
+            return run()
+        y = self._run_aside(run)
+        if y is not x:
+            self._set_note(y, given.shape, given.note)
+        return y
+
+    def _layer_call(self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> LayerCall | None:
+        """Return what decides what the output of a layer holds; None if that may not decide it."""
+        try:
+            x = layer_input(module, args, kwargs) if is_only_mode(self) else None
+            given = None if x is None else self._look_at(x)
+            return layer_call(given.x, given.note) if given is not None and _is_ordinary(given) else None
+        except Exception:  # whatever it is, the model must not see it
+            self._fail()
+            return None
+
+    def _learn(self, module: nn.Module, call: LayerCall, y: Any) -> None:
+        """Remember what the output of a layer holds, whose operators were followed."""
+        try:
+            if type(y) is Tensor and _is_ordinary(made := self._look_at(y)):
+                self._layers[module] = LayerOutput(call, made.x.shape, made.note)
+        except Exception:  # whatever it is, the model must not see it
+            self._fail()
+
+    def _run_aside(self, run: Callable[..., Any], *args: Any) -> Any:
+        """Run a function without following its operators. The tracker is the only mode that is active."""
+        try:
+            step_aside()
+            return run(*args)
+        finally:
+            step_back(self)
+
+    def _set_note(self, y: Any, shape: Sequence[int], note: Note | None) -> None:
+        """Set the note about an output that has the given shape. If it has another shape, nothing is known of it."""
+        try:
+            if note is not None and type(y) is Tensor and y.shape == shape:
+                self._notes.set_note(y, note)
+        except Exception:  # whatever it is, the model must not see it
+            self._fail()
+
     def _note_of(self, x: Tensor) -> Note | None:
         """Return the note about a tensor."""
         return self._notes.note(x) if has_notes(x) else None
+
+    def _token_axes(self, note: Note | None, is_noted: bool) -> TokenAxes | None:
+        """Return where the positions of the followed tokens lie in a tensor with a note; see `token_axes`.
+
+        Args:
+            note: the note.
+            is_noted: whether something can be noted about the tensor.
+        """
+        if self.followed is None:
+            return BY_SHAPE
+        if note is None:
+            return BY_SHAPE if self._has_failed or not is_noted else None
+        axes = self._axes_of_set(note, self.followed)
+        if axes is not None:
+            return TokenAxes(*axes)
+        return BY_SHAPE if self.followed in note.lost or self._has_failed else None
 
     def _axes_of_set(self, note: Note, number: int) -> tuple[int, int] | None:
         """Return the axes of the batch and the tokens of a set of token sequences."""
@@ -165,10 +266,10 @@ class AxisTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 if isinstance(value, Tensor):
                     inputs.append(self._look_at(value))
                 elif isinstance(value, (list, tuple)):
-                    inputs += [self._look_at(x) for x in _tensors_in(value)]
+                    inputs += [self._look_at(x) for x in tensors_in(value)]
             if kwargs:
                 read = [value for name, value in kwargs.items() if name not in call.operator.writes_only]
-                inputs += [self._look_at(x) for x in _tensors_in(read)]
+                inputs += [self._look_at(x) for x in tensors_in(read)]
         except Exception:  # whatever it is, the model must not see it
             self._fail()
             return None, []
@@ -178,6 +279,7 @@ class AxisTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Forget all notes, because those about the outputs of an operator could not be made."""
         self._has_failed = True
         self._notes.clear()
+        self._layers.clear()
 
     def _look_at(self, x: Tensor) -> Input:
         """Return what is known of a tensor that an operator reads."""
@@ -195,10 +297,10 @@ class AxisTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _note_outputs(self, call: Call, inputs: list[Input], outputs: Any) -> None:
         """Note what is known of the outputs of an operator, and of the tensors that it has written into."""
         operator = call.operator
-        ys = [outputs] if type(outputs) is Tensor else list(_tensors_in((outputs,)))
+        ys = [outputs] if type(outputs) is Tensor else list(tensors_in((outputs,)))
         for name, place in operator.written:
             value = call.args[place] if place < len(call.args) else call.kwargs.get(name)
-            ys += [x for x in _tensors_in((value,)) if not any(x is y for y in ys)]
+            ys += [x for x in tensors_in((value,)) if not any(x is y for y in ys)]
         from_weights, is_divided, is_opaque, has_subclass = bool(inputs), False, False, False
         for given in inputs:
             from_weights &= given.is_weight
@@ -211,7 +313,7 @@ class AxisTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for y in ys:
             number = storage_number(y)
             if number is None:
-                self._vanished |= frozenset().union(*(_sets_of(given.note) for given in inputs))
+                self._vanished |= frozenset().union(*(sets_of(given.note) for given in inputs))
                 continue
             # Of several outputs with different shapes, such as a norm with its statistics, only the first is followed.
             is_main = y is ys[0] or isinstance(outputs, list) or y.shape == ys[0].shape
@@ -228,17 +330,6 @@ class AxisTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._notes.mark_weight(y, from_weights)
 
 
-def _sets_of(note: Note | None) -> frozenset[int]:
-    """Return the numbers of the sets of token sequences that the values of a tensor come from."""
-    return frozenset() if note is None else note.lost | token_sets_of(note.axes)
-
-
-def _tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
-    """Return the tensors in nested lists, tuples and dicts."""
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, (list, tuple)):
-            yield from _tensors_in(value)
-        elif isinstance(value, dict):
-            yield from _tensors_in(value.values())
+def _is_ordinary(given: Input) -> bool:
+    """Return whether a tensor can be followed, is no weight, and is not divided among ranks."""
+    return not (given.is_opaque or given.is_weight or given.sharding is not None)

@@ -85,9 +85,10 @@ class CallNames:
         if number < len(names) and names[number] not in given.used:
             name = names[number]
         else:
+            call = CallKey(*key)
             with self._lock:
-                name = self._known(CallKey(*key), given.used) or self._new(key[0])
-                self._remember(CallKey(*key), number, name)
+                name = self._known(call, given.used) or self._new(call.path)
+                self._remember(call, number, name)
         given.used.add(name)
         return name
 
@@ -99,7 +100,7 @@ class CallNames:
         else:
             if not key.is_function:
                 keys += self._by_producer[key.path, key.producer]
-            keys.append(key._replace(producer=None))
+            keys.append(CallKey(key.path, key.is_function, key.place, None))
         names = [name for other in keys if other != key for name in self._names.get(other, ())]
         if key.producer is None and not key.is_function:
             names += self._by_path[key.path]

@@ -140,6 +140,11 @@ def token_sets_of(axes: Axes) -> frozenset[int]:
     return token_sets(factor for axis in axes for factor in axis)
 
 
+def sets_of(note: Note | None) -> frozenset[int]:
+    """Return the numbers of the sets of token sequences that the values of a tensor come from."""
+    return frozenset() if note is None else note.lost | token_sets_of(note.axes)
+
+
 def _evident_channel_axis(call: Call, inputs: Sequence[Input], new_shape: Shape) -> int | None:
     """Return the channel axis that the weights of an operator tell, for inputs of unknown origin."""
     last = len(new_shape) - 1

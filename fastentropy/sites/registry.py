@@ -26,7 +26,8 @@ class _Axis(NamedTuple):
 
     axis: int  # the channel axis, or NO_AXIS
     is_inferred: bool
-    sharding: Sharding | None
+    sharding: Sharding | None = None
+    token_axes: TokenAxes | None = BY_SHAPE
 
 
 class SiteRegistry:
@@ -237,7 +238,7 @@ class SiteRegistry:
         if is_dtensor(x):
             found = found._replace(sharding=Sharding.of(x))
         self._ranks[name], self._siblings[kind], self._shardings[name] = x.ndim, found, found.sharding
-        self._token_axes[name] = BY_SHAPE if current.tracker is None else current.tracker.token_axes(x)
+        self._token_axes[name] = found.token_axes
         if found.is_inferred:
             self._inferred.append(name)
         if found.axis == NO_AXIS:
@@ -251,17 +252,15 @@ class SiteRegistry:
         known of the same activation in another module of the same class. Where nothing tells the channel axis, it is axis 1 for
         inputs with at least 4 axes (images), else the last axis.
         """
-        sibling = self._siblings.get(kind)
-        axis, is_certain, sharding = None, True, None
+        default = 1 if x.ndim >= 4 else x.ndim - 1
         if current.tracker is not None:
-            axis, sharding = current.tracker.axis_of(x), current.tracker.sharding_of(x)
-        else:
-            axis, is_certain = current.produced.channel_axis(x)
-            if sibling is not None and not is_certain:
-                return sibling
-        if axis is None:
-            return _Axis(1 if x.ndim >= 4 else x.ndim - 1, True, sharding)
-        return _Axis(axis, not is_certain, sharding)
+            axis, sharding, token_axes = current.tracker.evidence(x)
+            return _Axis(default if axis is None else axis, axis is None, sharding, token_axes)
+        axis, is_certain = current.produced.channel_axis(x)
+        sibling = self._siblings.get(kind)
+        if sibling is not None and not is_certain:
+            return sibling._replace(token_axes=BY_SHAPE)
+        return _Axis(default if axis is None else axis, axis is None or not is_certain)
 
     def _leave_out(self, name: str, x: Tensor) -> None:
         """Leave out a site of which an input has another number of neurons, from now on, or raise."""

@@ -3,6 +3,7 @@
 import contextlib
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, Generic, TypeGuard, TypeVar
@@ -10,8 +11,18 @@ from typing import Any, Generic, TypeGuard, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fastentropy._compat import has_pre_hooks, is_functorch_tensor, stack_frame, without_intercepting, without_modes
+from fastentropy._compat import (
+    has_pre_hooks,
+    in_function_mode,
+    is_functorch_tensor,
+    runs_only_forward,
+    stack_frame,
+    without_intercepting,
+    without_modes,
+)
 from fastentropy.sites import operators
+from fastentropy.sites.activations import ELEMENTWISE, FusedActivation, fused_activation
+from fastentropy.sites.channel_axis import AxisTracker
 from fastentropy.sites.modules import WatchedModules
 from fastentropy.sites.naming import CallNames, Key, Places
 from fastentropy.sites.observer import Observer
@@ -24,7 +35,7 @@ _NOTHING = contextlib.nullcontext()
 
 #: Source files of the stack frames between the code that calls an activation function and the watcher.
 _BETWEEN = frozenset({
-    *(str(Path(__file__).parent / name) for name in ("reporter.py", "watcher.py", "operators.py")),
+    *(str(Path(__file__).parent / name) for name in ("reporter.py", "watcher.py", "operators.py", "channel_axis.py")),
     str(Path(operators.__file__).parent.parent / "_compat" / "interception.py"),
     *(
         str(Path(torch.__file__).parent / name)
@@ -40,6 +51,7 @@ class CallReporter(Generic[P]):
         """Report calls of a model's `modules` to `observer`."""
         self._modules, self._registry, self._observer = modules, registry, observer
         self._names, self._places = CallNames(), Places()
+        self._fused: dict[nn.Module, FusedActivation | None] = {}
 
     def run_module(
         self,
@@ -123,7 +135,7 @@ class CallReporter(Generic[P]):
         called: str = getattr(getattr(function, "overloadpacket", function), "__name__", "function")
         path = self._function_path(current.owners[-1] if current.owners else "", called.strip("_"))
         key = (path, True, self._places.of(frame), current.produced.path)
-        return self._report(current, key, activation, x, run, function=called)
+        return self._report(current, key, activation, x, run, function=called, operator=function)
 
     def _function_path(self, owner: str, function: str) -> str:
         """Return the path for the calls of a function by the module with the path `owner`.
@@ -146,6 +158,7 @@ class CallReporter(Generic[P]):
         run: Callable[[], Any],
         module: nn.Module | None = None,
         function: str = "",
+        operator: Any = None,
     ) -> Any:
         """Find the site of an activation call, let the observer run the call, and return its output.
 
@@ -157,12 +170,13 @@ class CallReporter(Generic[P]):
             run: a function that runs the activation and returns its output.
             module: the activation module, or None if a function is called.
             function: the name of the function; empty if a module is called.
+            operator: the function, or the operator that it calls; None if a module is called.
         """
         name = self._names.name(key, current.names)
         with _NOTHING if type(x) is Tensor else without_modes():  # a subclass would see what is asked of it
             found = self._registry.resolve(name, key[0], activation, x, current)
         if found is None:
-            return run()
+            return self._run_followed(current.tracker, x, run, module, operator)
         site, local = found
         if function:
             self._registry.functional.add(name)
@@ -173,9 +187,29 @@ class CallReporter(Generic[P]):
         before, current.inside_activation = current.inside_activation, True
         try:
             call = Call._make((site, x, is_token, module, function, run, token_axes))  # faster than Call(…)
-            return self._observer.run_activation(current.observed, call)
+            if current.tracker is None:
+                return self._observer.run_activation(current.observed, call)
+            count = partial(self._observer.run_activation, current.observed, call)
+            return self._run_followed(current.tracker, x, count, module, operator)
         finally:
             current.inside_activation = before
+
+    def _run_followed(
+        self, tracker: AxisTracker | None, x: Tensor, run: Callable[[], Any], module: nn.Module | None, operator: Any
+    ) -> Any:
+        """Run an activation. If it is known to be elementwise, the tracker need not follow it."""
+        if tracker is None or not (operator in ELEMENTWISE or (module is not None and self._is_elementwise(module))):
+            return run()
+        return tracker.run_elementwise(x, run)
+
+    def _is_elementwise(self, module: nn.Module) -> bool:
+        """Return whether a call of an activation module does nothing but compute each entry from the one at the same place."""
+        if in_function_mode() or not runs_only_forward(module):
+            return False
+        known = self._fused.get(module)
+        if known is None or not known.is_of(module):
+            known = self._fused[module] = fused_activation(module)
+        return known is not None
 
 
 def calling_frame() -> FrameType:

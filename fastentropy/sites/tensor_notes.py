@@ -1,6 +1,6 @@
 """Remember something about tensors, by the memory that they occupy, for as long as this memory exists."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -86,7 +86,7 @@ class TensorNotes:
         if len(storage.notes) >= _MAX_VIEWS:
             del storage.notes[next(iter(storage.notes))]
         storage.notes[place] = note
-        if is_dtensor(x):
+        if type(x) is not Tensor and is_dtensor(x):
             storage.shapes[place] = tuple(x.shape)
         elif storage.shapes:
             storage.shapes.pop(place, None)
@@ -215,3 +215,14 @@ def _note_of_view(note: Note, known: Place, place: Place) -> Note:
                     axes[new] = (Factor(CHANNEL, size, factor.step * (stride // begin)),)
     tokens = {factor for axis in note.axes for factor in axis if factor.label > CHANNEL}
     return Note(tuple(axes), note.lost | {factor.label >> 1 for factor in tokens - seen})
+
+
+def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
+    """Return the tensors in nested lists, tuples and dicts."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from tensors_in(value)
+        elif isinstance(value, dict):
+            yield from tensors_in(value.values())

@@ -140,7 +140,10 @@ class SiteWatcher(Generic[P]):
             y = self._run_neutral(name, module, original, args, kwargs)
             self._thread.produced.set(name, module, y)
             return y
-        y = original(module, *args, **kwargs)
+        if current.tracker is None:
+            y = original(module, *args, **kwargs)
+        else:
+            y = current.tracker.run_layer(module, original, args, kwargs)
         current.produced.set(name, module, y)
         return y
 

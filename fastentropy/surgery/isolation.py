@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fastentropy._compat import children_of, is_compiled, tree_leaves
 from fastentropy._utils.errors import one_line
-from fastentropy.sites import finding, interception, operators, reporter, watcher
+from fastentropy.sites import channel_axis, finding, interception, operators, reporter, watcher
 from fastentropy.sites.activations import activation_name, function_name
 from fastentropy.sites.fast_paths import fast_paths
 from fastentropy.sites.finding import call_once, call_watched
@@ -50,7 +50,7 @@ _MODULES: dict[str, tuple[Callable[..., nn.Module], tuple[str, ...]]] = {
 #: Source files of the stack frames between the code that calls an activation and the observer that sees the call.
 _BETWEEN = (
     __file__,
-    *(str(module.__file__) for module in (finding, interception, operators, reporter, watcher)),
+    *(str(module.__file__) for module in (channel_axis, finding, interception, operators, reporter, watcher)),
     *(str(Path(__file__).parent.parent / name) for name in ("_compat/interception.py", "sites/fast_paths.py")),
     *(
         str(Path(torch.__file__).parent / name)
