@@ -13,7 +13,8 @@ from fastentropy.fusion.chains.affine import AffineOperator
 from fastentropy.fusion.chains.aten import AffineNode, channelwise
 from fastentropy.fusion.chains.elements import Chain, Concatenation, Element, Sum
 from fastentropy.fusion.chains.layouts import Layout, Part, joined, natural_layout, reshaped, same_layout
-from fastentropy.fusion.chains.nodes import Size, known, module_path, product, same_size, shape_of
+from fastentropy.fusion.chains.nodes import Size, device_of, known, module_path, product, same_size, shape_of
+from fastentropy.fusion.chains.rearrangements import rearrangement
 from fastentropy.fusion.chains.selections import Selection, selected_channels
 
 #: Convolutions take images with at most this many axes before the channels: the batch.
@@ -131,7 +132,7 @@ def extend(before: Segment, node: Node, affine: AffineNode) -> Segment | None:
     if affine.number is not None:
         return scaled(before, node, *affine.number)
     assert affine.axes is not None
-    before = before if before.axes is not None else with_channels(before, len(before.layout) - affine.axes - 1)
+    before = rearranged(before if before.axes is not None else _with_axes_of(before, affine.axes))
     if before.axes is None:
         return None
     if not before.is_natural or affine.axes != before.axes:
@@ -154,6 +155,31 @@ def scaled(before: Segment, node: Node, scale: Tensor, shift: Tensor) -> Segment
         return replace(channelwise(scale.expand(channels), shift.expand(channels), axes), names=path)
 
     return append_step(before, node, Step(build, ""))
+
+
+def rearranged(segment: Segment) -> Segment:
+    """Return a segment in which views that permute channels, or (un)shuffle pixels, are a step; any other one as it is."""
+    if segment.axes is None or segment.is_natural:
+        return segment
+    found = rearrangement(segment.layout, segment.shape, segment.axes)
+    if found is None:
+        return segment
+    device = device_of(segment.source)
+    steps = (*segment.steps, Step(lambda _: found.build(device), ""))
+    return replace(segment, steps=steps, shape=found.shape, layout=found.layout)
+
+
+def _with_axes_of(segment: Segment, axes: int) -> Segment:
+    """Return a segment, whose number of spatial axes was not known, with the number that an operator behind it needs.
+
+    It stays None as in `with_channels`, but not where the views of the segment are a selection.
+    """
+    channels = len(segment.layout) - axes - 1
+    found = with_channels(segment, channels)
+    if found.axes is None and len(segment.layout) == len(segment.shape) and channels <= _AXES_BEFORE_CHANNELS and axes <= 3:
+        selected = rearranged(with_axes(segment, axes))
+        return selected if selected.is_natural else segment
+    return found
 
 
 def with_channels(segment: Segment, axis: int) -> Segment:

@@ -9,7 +9,16 @@ from torch.fx import Node
 from fastentropy.fusion.chains.aten import read_concatenation, read_weighted_sum
 from fastentropy.fusion.chains.layouts import natural_layout, reshaped, same_layout
 from fastentropy.fusion.chains.nodes import device_of, is_overwritten, overwrites, readers_of, same_sizes, shape_of
-from fastentropy.fusion.chains.segments import Segment, Stacked, Steps, empty_segment, scaled, with_axes, with_channels
+from fastentropy.fusion.chains.segments import (
+    Segment,
+    Stacked,
+    Steps,
+    empty_segment,
+    rearranged,
+    scaled,
+    with_axes,
+    with_channels,
+)
 
 
 def segment_to_sum(node: Node, segments: Mapping[Node, Segment]) -> Segment | None:
@@ -36,7 +45,7 @@ def segment_to_sum(node: Node, segments: Mapping[Node, Segment]) -> Segment | No
         return None
     if not (pair := _with_equal_axes(first, second)):
         return None
-    first, second = pair
+    first, second = map(rearranged, pair)
     if not same_sizes(first.shape, second.shape) or not same_layout(first.layout, second.layout):
         return None
     steps: Steps = (_branches_of(first.steps) + _branches_of(second.steps),)
@@ -63,7 +72,7 @@ def segment_to_concatenation(node: Node, segments: Mapping[Node, Segment]) -> Se
         return None
     axes = next((branch.axes for branch in branches if branch.axes is not None), None)
     axes = with_channels(branches[0], dim).axes if axes is None else axes
-    branches = [with_axes(branch, axes) if branch.axes is None else branch for branch in branches]
+    branches = [rearranged(with_axes(branch, axes) if branch.axes is None else branch) for branch in branches]
     value = shape_of(node) or ()
     if axes is None or axes != len(value) - dim - 1 or not all(each.axes == axes and each.is_natural for each in branches):
         return None

@@ -8,7 +8,8 @@ from torch import nn
 from fastentropy.fusion.chains.elements import Concatenation
 from fastentropy.fusion.chains.finding import find_chains
 from fastentropy.fusion.chains.merging import merge
-from fastentropy.fusion.tracing import rewrite
+from fastentropy.fusion.inputs import Inputs
+from fastentropy.fusion.tracing import export, inference_module, rewrite
 from tests._helpers.networks import Reads
 
 IMAGES = torch.randn(2, 4, 6, 5)
@@ -137,3 +138,74 @@ def test_scaling_a_part_of_the_input_in_place_stays_outside_of_chains():
     theirs, ours = x.clone(), x.clone()
     torch.testing.assert_close(result(ours), model(theirs), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(ours, theirs)
+
+
+def views(shape, order, after):
+    """Return a function that reshapes, permutes and reshapes a value; both shapes follow from that of the value."""
+    return lambda x: x.reshape(shape(*x.shape)).permute(order).reshape(after(*x.shape))
+
+
+#: Views of images, and what they are.
+VIEWS = {
+    "channel shuffle": (
+        views(lambda b, c, h, w: (b, 2, c // 2, h, w), (0, 2, 1, 3, 4), lambda b, c, h, w: (b, c, h, w)),
+        lambda x: F.channel_shuffle(x, 2),
+    ),
+    "channels in another order": (
+        views(lambda b, c, h, w: (b, 2, 2, c // 4, h, w), (0, 3, 2, 1, 4, 5), lambda b, c, h, w: (b, -1, h, w)),
+        lambda x: x.unflatten(1, (2, 2, -1)).permute(0, 3, 2, 1, 4, 5).flatten(1, 3),
+    ),
+    "transposed": (lambda x: x.unflatten(1, (4, -1)).transpose(1, 2).contiguous().flatten(1, 2), None),
+    "pixel shuffle": (
+        views(lambda b, c, h, w: (b, c // 4, 2, 2, h, w), (0, 1, 4, 2, 5, 3), lambda b, c, h, w: (b, c // 4, 2 * h, 2 * w)),
+        lambda x: F.pixel_shuffle(x, 2),
+    ),
+    "pixel unshuffle": (
+        views(
+            lambda b, c, h, w: (b, c, h // 2, 2, w // 2, 2),
+            (0, 1, 3, 5, 2, 4),
+            lambda b, c, h, w: (b, 4 * c, h // 2, w // 2),
+        ),
+        lambda x: F.pixel_unshuffle(x, 2),
+    ),
+}
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["layer first", "views first"])
+@pytest.mark.parametrize("name", VIEWS)
+@torch.no_grad()
+def test_selections_that_are_written_as_views(name, first):
+    function, meaning = VIEWS[name]
+    x = torch.randn(2, 8, 6, 4)
+    assert meaning is None or torch.equal(function(x), meaning(x))
+    front = nn.Conv2d(8, 8, 3, padding=1) if first else nn.Identity()
+    model = Reads(lambda m, x: m.back(function(m.front(x))), front=front, back=nn.Conv2d(function(x).shape[1], 3, 1)).eval()
+    module = inference_module(export(model, Inputs((x,), {})))
+    (chain,) = find_chains(module)
+    assert chain.names == ("front",) * first + ("back",)
+    assert len(chain.elements) == 2 + first
+    for form in (lambda chain, _: chain.folded, merged):
+        result = rewritten(module, x, form)
+        for size in (1, 3):
+            other = torch.randn(size, 8, 6, 4)
+            torch.testing.assert_close(result(other), model(other), rtol=1e-4, atol=1e-5)
+    assert len(merged(chain, x)) == 1
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x.unflatten(1, (2, 4)).transpose(2, 3).flatten(1, 2),
+        lambda x: x.unflatten(1, (2, 4)).permute(0, 3, 2, 1, 4).reshape(2, 6, 8, 4).permute(0, 2, 1, 3),
+        lambda x: x.permute(0, 3, 1, 2).reshape(2, 8, 6, 4),
+        lambda x: x.unflatten(2, (2, 3)).permute(0, 2, 1, 3, 4).reshape(2, 8, 6, 4),
+    ],
+)
+@torch.no_grad()
+def test_other_views_keep_their_meaning(function):
+    x = torch.randn(2, 8, 6, 4)
+    channels = function(x).shape[1]
+    model = Reads(lambda m, x: m.back(function(m.front(x))), front=nn.Conv2d(8, 8, 1), back=nn.Conv2d(channels, 3, 3)).eval()
+    module = traced(model, x)
+    for form in (lambda chain, _: chain.folded, merged):
+        torch.testing.assert_close(rewritten(module, x, form)(x), model(x), rtol=1e-4, atol=1e-5)
