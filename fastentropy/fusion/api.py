@@ -4,21 +4,19 @@ A chain is a stretch of linear operators. A form is one way to compute the same 
 folded.
 """
 
-import copy
 import functools
-from typing import Any, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.fx import GraphModule
 
-from fastentropy._compat import uncompiled
-from fastentropy._utils.errors import one_line
 from fastentropy.fusion.backends import Backend
 from fastentropy.fusion.binding import Signature
 from fastentropy.fusion.chains.finding import overwritten_constants
 from fastentropy.fusion.chains.merging import Borders
+from fastentropy.fusion.checks import check_options, copy_that_runs, default_tolerance
 from fastentropy.fusion.choosing import FURTHER, first_equal, race
+from fastentropy.fusion.explanations import why_nothing_is_fused
 from fastentropy.fusion.finishing import finish
 from fastentropy.fusion.forms import make_forms
 from fastentropy.fusion.fused_model import FusedModel, make_trainable
@@ -28,8 +26,8 @@ from fastentropy.fusion.planner import PlanCache, plan_chain
 from fastentropy.fusion.report import FusionReport
 from fastentropy.fusion.traced_inputs import TracedInputs
 from fastentropy.fusion.tracing import export, own_constants, prepared_module, rewrite
-from fastentropy.fusion.verification import TOLERANCE, EquivalenceCheck
-from fastentropy.sites.inputs import ExampleInputs, check_inputs, check_model, is_exported, misfit
+from fastentropy.fusion.verification import EquivalenceCheck
+from fastentropy.sites.inputs import ExampleInputs, check_inputs, check_model
 
 
 @torch.inference_mode(False)
@@ -94,13 +92,13 @@ def fuse(
         True
     """
     check_model(model)
-    _check_options(tolerance, borders, backend, measure)
-    original, inputs = _copy_that_runs(model, Inputs.of(check_inputs(example_inputs, "fe.fuse(model, {})")))
+    check_options(tolerance, borders, backend, measure)
+    original, inputs = copy_that_runs(model, Inputs.of(check_inputs(example_inputs, "fe.fuse(model, {})")))
     program = own_constants(export(original, inputs, dynamic_sizes))
     traced = prepared_module(program)
     if updated := overwritten_constants(traced):
         raise ValueError(f"the model updates {', '.join(updated)} as it runs: its outputs do not depend on its inputs alone")
-    tolerance = _default_tolerance(model) if tolerance is None else tolerance
+    tolerance = default_tolerance(model) if tolerance is None else tolerance
     signature, traced_inputs = Signature.of(original), TracedInputs.of(program)
     guards = guards_of(program, original, inputs)
     conditions = Conditions(traced_inputs, guards)
@@ -115,68 +113,12 @@ def fuse(
     made = race(forms, _finished(traced, original, inputs), FURTHER[backend], make, inputs, measure)
     if made.notes and backend != "auto":
         raise ValueError(f"backend={backend!r}: {made.notes[0]}")
+    if not any(reports.values()):
+        made = made._replace(notes=(*made.notes, why_nothing_is_fused(traced)))
     fused = first_equal(made, check, reports, trains=borders == "train")
     if borders == "train":
         make_trainable(fused, dict(original.named_parameters()))
     return fused
-
-
-def _check_options(tolerance: float | None, borders: Borders, backend: Backend, measure: bool) -> None:
-    """Raise ValueError if an argument of `fuse` is invalid, or two do not go together."""
-    if tolerance is not None and not (isinstance(tolerance, int | float) and tolerance >= 0):
-        raise ValueError(f"tolerance must be a relative error of 0 or more, not {tolerance!r}")
-    if borders not in get_args(Borders):
-        raise ValueError(f"borders must be 'exact' or 'train', not {borders!r}")
-    if backend not in get_args(Backend):
-        raise ValueError(f"backend must be 'eager', 'inductor', 'auto' or 'onnxruntime', not {backend!r}")
-    if backend == "auto" and not measure:
-        raise ValueError("backend='auto' chooses by measured times, but measure is False; name the backend")
-    if backend != "eager" and borders == "train":
-        raise ValueError(f"borders='train' makes a network to be trained, which backend={backend!r} cannot; use 'eager'")
-
-
-def _copy_that_runs(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, Inputs]:
-    """Return a copy of the model after it has run on the example inputs once, and these inputs with the batch of its outputs.
-
-    Raises ValueError if the model is in training mode or compiled by TorchScript, cannot be copied or does not run, or if the
-    inputs hold no sample.
-    """
-    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
-        raise ValueError("the model is compiled by TorchScript; fuse the model before torch.jit")
-    if model.training and not is_exported(model):
-        raise ValueError("the model is in training mode, where batch norm and dropout are not linear; call model.eval() first")
-    try:
-        original = copy.deepcopy(uncompiled(model), _copied_values(model))
-    except Exception as error:
-        raise ValueError(f"{type(model).__name__} cannot be copied by copy.deepcopy: {one_line(error)}") from error
-    given = clone(inputs)
-    try:
-        outputs = original(*given.args, **given.kwargs)
-    except Exception as error:
-        reason = misfit(original, inputs.args, inputs.kwargs, error) or one_line(error)
-        raise ValueError(f"the model does not run on example_inputs: {reason}") from error
-    inputs = inputs.with_batch_of(outputs)
-    if inputs.batch == 0:
-        raise ValueError("example_inputs hold a batch of no samples; give at least one")
-    return original, inputs
-
-
-def _copied_values(model: nn.Module) -> dict[int, Any]:
-    """Return copies of the tensors that modules compute from their parameters, by id, as the memo of a deep copy.
-
-    A module with a pruning mask or under the older weight norm keeps its weight as such a tensor, which PyTorch does not copy.
-    """
-    values = [value for module in model.modules() for value in vars(module).values()]
-    return {id(each): each.detach().clone() for each in values if isinstance(each, Tensor) and not each.is_leaf}
-
-
-def _default_tolerance(model: nn.Module) -> float:
-    """Return the default tolerance for the dtype that most weights of the model have."""
-    sizes: dict[torch.dtype, int] = {}
-    for parameter in model.parameters():
-        sizes[parameter.dtype] = sizes.get(parameter.dtype, 0) + parameter.numel()
-    dtype = max(sizes, key=lambda each: sizes[each], default=torch.float32)
-    return TOLERANCE.get(dtype, TOLERANCE[torch.float32])
 
 
 def _finished(traced: GraphModule, model: nn.Module, inputs: Inputs) -> GraphModule:

@@ -101,7 +101,7 @@ class FusionReport:
         backend: what runs the returned form: `eager`, `inductor` or `onnxruntime`.
         times: the milliseconds of each form in each backend that was measured. `original` in `inductor` is the model compiled
             by torch.compile with frozen weights.
-        notes: what could not be measured, and why.
+        notes: what could not be measured, and why; why nothing was fused.
         bound: the bound that the error was held to, as text: the tolerance, or 10 times the error that the model itself has
             against float64, where that is larger.
 

@@ -23,7 +23,7 @@ from fastentropy.fusion.inputs import clone, is_float
 from fastentropy.fusion.report import FusionReport
 from fastentropy.fusion.traced_inputs import TracedInputs
 from fastentropy.fusion.tracing import inference_module
-from fastentropy.fusion.verification import TOLERANCE, full_precision, largest_error
+from fastentropy.fusion.verification import TOLERANCE, EquivalenceCheck
 
 #: The names of the entries that `write` puts into an archive, without the top folder.
 _OWN_ENTRIES = re.compile(
@@ -98,7 +98,7 @@ def write_onnx(path: str | PathLike[str], program: ExportedProgram) -> None:
 
     def save(file: Path) -> None:
         export_onnx(program, file)
-        session = start_session(file)
+        session = start_session(file, program)
         _check_equal(program, lambda *inputs, **keywords: run_session(session, tree_leaves((inputs, keywords))))
 
     replace_file(path, save)
@@ -112,13 +112,14 @@ def _check_equal(program: ExportedProgram, written: Callable[..., Any]) -> None:
         written: runs the written model on the same inputs.
     """
     inputs = TracedInputs.of(program).sample()
-    given, again = clone(inputs), clone(inputs)
-    with full_precision():
-        expected = tree_leaves(inference_module(program)(*given.args, **given.kwargs))
-        error = largest_error(tree_leaves(written(*again.args, **again.kwargs)), expected)
-    tolerance = TOLERANCE.get(next((value.dtype for value in expected if is_float(value)), torch.float32), 1e-5)
-    if not error <= tolerance:
-        raise RuntimeError(f"the written model differs by {error:.1e} (relative), above {tolerance:.0e}, and was not kept")
+    given = clone(inputs)
+    outputs = tree_leaves(inference_module(program)(*given.args, **given.kwargs))
+    tolerance = TOLERANCE.get(next((value.dtype for value in outputs if is_float(value)), torch.float32), 1e-5)
+    judged = EquivalenceCheck(inference_module(program), inputs, lambda other: False, tolerance).judge(written)
+    if not judged.holds:
+        raise RuntimeError(
+            f"the written model differs by {judged.error:.1e} (relative), above {judged.bound}, and was not kept"
+        )
 
 
 def read(path: str | PathLike[str] | bytes) -> tuple[ExportedProgram, FusionReport, tuple[str, ...], Signature]:

@@ -46,7 +46,8 @@ def export(model: nn.Module, example_inputs: Inputs, dynamic_sizes: bool = False
             return _trace_single(model, inputs, dynamic_sizes)
         return _trace(model, inputs, dynamic_sizes)
     except Exception as error:
-        raise ValueError(f"torch.export cannot trace {type(model).__name__}: {one_line(error)}") from error
+        hint = "; it takes a branch by the value of a tensor, see torch.cond" if "data-dependent" in str(error) else ""
+        raise ValueError(f"torch.export cannot trace {type(model).__name__}: {one_line(error)}{hint}") from error
 
 
 def _trace(model: nn.Module, inputs: Inputs, dynamic_sizes: bool) -> ExportedProgram:

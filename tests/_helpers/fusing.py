@@ -75,3 +75,22 @@ def ringed():
     torch.manual_seed(0)
     layers = nn.Conv2d(2, 16, 3, padding=1), nn.Conv2d(16, 2, 3, padding=1), nn.ReLU()
     return nn.Sequential(*layers).eval(), torch.randn(3, 2, 11, 12)
+
+
+class Amplifier(nn.Module):
+    """A network whose rounding grows from block to block. Each block is a chain of two layers, and a sine."""
+
+    def __init__(self, blocks: int = 6, gain: float = 6.0, features: int = 16) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        pairs = [nn.Sequential(nn.Linear(features, 40), nn.Linear(40, features)) for _ in range(blocks)]
+        self.blocks, self.gain = nn.ModuleList(pairs), gain
+        for layer in self.modules():
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
+                nn.init.normal_(layer.bias)
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = torch.sin(self.gain * block(x))
+        return x

@@ -15,31 +15,13 @@ from fastentropy.fusion.chains.merging import merge
 from fastentropy.fusion.inputs import Inputs
 from fastentropy.fusion.tracing import export, inference_module, values_of
 from fastentropy.fusion.verification import EquivalenceCheck, Judgement
+from tests._helpers.fusing import Amplifier
 from tests._helpers.networks import Reads
 
 pytestmark = pytest.mark.usefixtures("counted_times")
 
 #: How far each dtype is from float64 in the networks below, at least and at most.
 OWN_ERROR = {torch.float32: (1e-4, 0.1), torch.bfloat16: (0.05, 0.5), torch.float16: (0.01, 0.5)}
-
-
-class Amplifier(nn.Module):
-    """A network whose rounding grows from block to block. Each block is a chain of two layers, and a sine."""
-
-    def __init__(self, blocks: int = 6, gain: float = 6.0, features: int = 16) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        pairs = [nn.Sequential(nn.Linear(features, 40), nn.Linear(40, features)) for _ in range(blocks)]
-        self.blocks, self.gain = nn.ModuleList(pairs), gain
-        for layer in self.modules():
-            if isinstance(layer, nn.Linear):
-                nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
-                nn.init.normal_(layer.bias)
-
-    def forward(self, x):
-        for block in self.blocks:
-            x = torch.sin(self.gain * block(x))
-        return x
 
 
 def own_error(model, x):

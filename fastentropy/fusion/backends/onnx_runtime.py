@@ -1,5 +1,6 @@
 """Run a network in ONNX Runtime, on a CPU."""
 
+import re
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
@@ -39,7 +40,7 @@ class OnnxSession:
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "model.onnx"
             export_onnx(program, file)
-            self._session = start_session(file)
+            self._session = start_session(file, program)
 
     def __call__(self, *inputs: Any, **keywords: Any) -> Any:
         """Run the network."""
@@ -62,13 +63,27 @@ def export_onnx(program: ExportedProgram, file: Path) -> None:
     exported.save(file)
 
 
-def start_session(file: Path) -> Any:
-    """Return an `onnxruntime.InferenceSession` of a file, with as many threads as PyTorch has now."""
+def start_session(file: Path, program: ExportedProgram) -> Any:
+    """Return an `onnxruntime.InferenceSession` of a file, with as many threads as PyTorch has now.
+
+    Raises ValueError if ONNX Runtime cannot run an operator in the dtype of `program`, from which the file was written.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    try:
+        return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # of a class that onnxruntime does not make public
+        dtypes = {value.dtype for value in program.state_dict.values() if value.is_floating_point()} - {torch.float32}
+        operator = re.search(r"Could not find an implementation for (\w+)", str(error))
+        if not operator or not dtypes:
+            raise
+        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+        raise ValueError(
+            f"ONNX Runtime has no {operator[1]} in {names} on a CPU; convert the model with model.float(), fuse it again and "
+            "write that"
+        ) from error
 
 
 def run_session(session: Any, leaves: list[Any]) -> list[Tensor]:

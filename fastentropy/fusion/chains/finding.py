@@ -147,7 +147,7 @@ def _found_chain(
         return None
     if view and segment.axes and view.order is None and len(segment.shape) == segment.axes + 2 and len(shape) == 2:
         elements, view = (*elements, Flatten()), None
-    ended_by = ", ".join(_described(user) for user in last.users if user.op != "output")
+    ended_by = ", ".join(described(user) for user in last.users if user.op != "output")
     return FoundChain(segment.source, end, members, elements, step_names(segment.steps), segment.natural_shape, view, ended_by)
 
 
@@ -217,7 +217,7 @@ def _only_splits(node: Node, members: frozenset[Node]) -> bool:
     return node.target in SPLITS and not members.isdisjoint(node.users) and members.issuperset(used_parts(node))
 
 
-def _described(node: Node) -> str:
+def described(node: Node) -> str:
     """Return the operator of a node and the path of its module, such as "aten.relu in features.0.2"."""
     name, path = str(node.target).rpartition(".")[0] or str(node.target), module_path(node)
     return f"{name} in {path}" if path else name

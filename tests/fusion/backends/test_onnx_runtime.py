@@ -43,3 +43,20 @@ def test_missing_packages(monkeypatch, network, images):
     monkeypatch.setattr(onnx_runtime, "find_spec", Mock(return_value=None))
     with pytest.raises(ImportError, match=r"^onnx, onnxscript, onnxruntime: not installed; pip install 'fastentropy\[onnx\]'$"):
         fuse(network.eval(), (images,), backend="onnxruntime")
+
+
+@pytest.mark.parametrize(("dtype", "operator"), [(torch.float64, "Conv"), (torch.bfloat16, "Gemm")])
+def test_operators_that_onnx_runtime_has_in_float32_only(dtype, operator, tmp_path):
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    layers, shape = {
+        "Conv": ([nn.Conv2d(2, 3, 1), nn.ReLU(), nn.Conv2d(3, 2, 1)], (2, 2, 4, 4)),
+        "Gemm": ([nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)], (2, 4)),
+    }[operator]
+    fused = fuse(nn.Sequential(*layers).to(dtype).eval(), (torch.randn(shape, dtype=dtype),), measure=False)
+    name = str(dtype).removeprefix("torch.")
+    with pytest.raises(
+        ValueError, match=rf"^ONNX Runtime has no {operator} in {name} on a CPU; convert the model with model\.float\(\)"
+    ):
+        fused.save_onnx(tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())

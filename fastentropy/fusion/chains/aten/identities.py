@@ -32,5 +32,5 @@ def _read_identity(node: Node, module: GraphModule) -> AffineNode | None:
 
 
 def _read_dropout(node: Node, module: GraphModule) -> AffineNode | None:
-    """Read dropout in eval mode."""
-    return None if node.args[2] else affine_in(node.args[0], None)
+    """Read dropout in eval mode, or of nothing."""
+    return None if node.args[2] and node.args[1] else affine_in(node.args[0], None)
