@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
-from fastentropy._compat import compile_package, load_package, tree_leaves
+from fastentropy._compat import compile_package, load_package, tree_leaves, with_frozen_weights
 from fastentropy._utils.errors import one_line
 from fastentropy._utils.files import replace_file
 from fastentropy.fusion.backends.onnx_runtime import check_onnx, export_onnx, run_session, start_session
@@ -80,7 +80,8 @@ def write_package(path: str | PathLike[str], program: ExportedProgram) -> None:
     def save(file: Path) -> None:
         package = file.with_name(f"{file.name}.pt2")  # AOTInductor refuses other names
         try:
-            compile_package(program, package)
+            with with_frozen_weights():
+                compile_package(program, package)
             _check_equal(program, load_package(package))
             package.replace(file)
         finally:
