@@ -1,9 +1,10 @@
-"""Finish a rewritten graph: linear layers read dense values, activations run in place, and outputs have the model's strides.
+"""Finish a rewritten graph: linear layers read dense values, activations cost no pass of their own, outputs keep their strides.
 
 None of this changes a value that the graph computes.
 """
 
 from collections.abc import Sequence
+from operator import getitem
 from typing import Any
 
 import torch
@@ -31,11 +32,32 @@ _IN_PLACE = {
     _aten.relu.default: _aten.relu_.default,
     _aten.relu6.default: _aten.relu6_.default,
     _aten.hardtanh.default: _aten.hardtanh_.default,
+    _aten.mish.default: _aten.mish_.default,
     _aten.hardswish.default: _aten.hardswish_.default,
     _aten.silu.default: _aten.silu_.default,
     _aten.gelu.default: _aten.gelu_.default,
     _aten.leaky_relu.default: _aten.leaky_relu_.default,
     _aten.elu.default: _aten.elu_.default,
+}
+
+#: The position of the argument that names the activation, for each kernel of a chain.
+_ACTIVATION_ARGUMENT = {
+    "fastentropy_kernels.conv_pointwise.default": 10,
+    "fastentropy_kernels.conv_bordered.default": 9,
+    "fastentropy_kernels.linear_pair.default": 6,
+}
+
+#: Activations that these kernels compute too, by operator and further arguments: their names in `fastentropy_kernels`.
+_ACTIVATIONS: dict[Any, str] = {
+    (_aten.relu.default,): "relu",
+    (_aten.relu6.default,): "relu6",
+    (_aten.hardtanh.default, 0.0, 6.0): "relu6",
+    (_aten.hardswish.default,): "hardswish",
+    (_aten.silu.default,): "silu",
+    (_aten.mish.default,): "mish",
+    (_aten.gelu.default,): "gelu",
+    (_aten.gelu.default, "none"): "gelu",
+    (_aten.gelu.default, "tanh"): "gelu_tanh",
 }
 
 
@@ -79,11 +101,28 @@ def finish(graph: GraphModule, inputs: Inputs, expected: Any) -> GraphModule:
             dense = graph.graph.call_function(_aten.contiguous.default, (node.args[0],))
         node.replace_input_with(node.args[0], dense)  # type: ignore[arg-type]
     for node in list(graph.graph.nodes):
-        if node.target in _IN_PLACE and _is_free(node.args[0]):
+        if node.target in _IN_PLACE and not _absorbed(node) and _is_free(node.args[0]):
             node.target = _IN_PLACE[node.target]
     _restore_orders(graph, tree_leaves(actual), tree_leaves(expected))
     graph.recompile()
     return graph
+
+
+def _absorbed(node: Node) -> bool:
+    """Let the kernel of the chain before an activation compute it, and return whether there is such a kernel."""
+    name = _ACTIVATIONS.get((node.target, *node.args[1:], *node.kwargs.values()))
+    kernel = output = node.args[0]
+    if isinstance(output, Node) and output.target is getitem and output.args[1] == 0:
+        kernel = output.args[0]
+    if name is None or not isinstance(output, Node) or not isinstance(kernel, Node) or len(output.users) > 1:
+        return False
+    position = _ACTIVATION_ARGUMENT.get(str(kernel.target))
+    if position is None or len(kernel.users) > 1 or kernel.args[position] != "identity":
+        return False
+    kernel.update_arg(position, name)
+    node.replace_all_uses_with(output)
+    node.graph.erase_node(node)
+    return True
 
 
 def _is_free(operand: Any) -> bool:

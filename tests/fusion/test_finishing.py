@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -40,6 +41,41 @@ def test_activation_behind_a_layer_runs_in_place(name):
     assert set(called(graph)) & set(name.split("|"))
     with torch.no_grad():
         assert torch.equal(graph(x), model(x))
+
+
+KERNELS = {
+    "linear_pair": lambda x, w: torch.ops.fastentropy_kernels.linear_pair(
+        x.flatten(1), w, None, w, None, None, "identity", "auto"
+    ),
+    "conv_pointwise": lambda x, w: torch.ops.fastentropy_kernels.conv_pointwise(
+        x, w[..., None, None], None, w, None, None, [1, 1], [0, 0], [1, 1], 1, "identity", "auto"
+    ),
+    "conv_bordered": lambda x, w: torch.ops.fastentropy_kernels.conv_bordered(
+        x, w[..., None, None], None, None, None, [1, 1], [0, 0], [1, 1], 1, "identity", False, "auto"
+    )[0],
+}
+
+
+@pytest.mark.parametrize("name", ["relu", "relu6", "hardswish", "silu", "mish", "gelu"])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_kernel_of_a_chain_computes_the_activation(kernel, name):
+    model = Reads(lambda m, x: getattr(F, name)(KERNELS[kernel](x, m.weight)))
+    model.weight = nn.Parameter(torch.randn(6, 6), requires_grad=False)
+    graph, x = finished(model, torch.randn(4, 6, 1, 1)), torch.randn(7, 6, 1, 1)
+    assert [each for each in called(graph) if each not in ("flatten", "getitem")] == ["default"]
+    torch.testing.assert_close(graph(x), model(x))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(
+    "activate",
+    [lambda y: F.relu(y) + y, lambda y: F.hardtanh(y, -0.5, 0.5), lambda y: F.leaky_relu(y, 0.3), lambda y: F.elu(y)],
+)
+def test_activation_that_the_kernel_does_not_compute(kernel, activate):
+    model = Reads(lambda m, x: activate(KERNELS[kernel](x, m.weight)))
+    model.weight = nn.Parameter(torch.randn(6, 6), requires_grad=False)
+    graph, x = finished(model, torch.randn(4, 6, 1, 1)), torch.randn(7, 6, 1, 1)
+    torch.testing.assert_close(graph(x), model(x))
 
 
 @pytest.mark.parametrize(
