@@ -18,7 +18,7 @@ def why_nothing_is_fused(traced: GraphModule) -> str:
         traced: the graph of the model.
     """
     calls = [node for node in traced.graph.nodes if node.op == "call_function"]
-    linear = [(node, affine.name) for node in calls if (affine := read_node(node, traced)) is not None and affine.name]
+    linear = [(node, affine.name) for node in calls for affine in read_node(node, traced) if affine.name]
     if not linear:
         kinds = Counter(described(node).partition(" in ")[0] for node in calls)
         found = ", ".join(name for name, _ in kinds.most_common(_MOST_NAMES))
