@@ -92,10 +92,11 @@ def _element_structure(element: Element) -> Hashable:
         case Selection(weight=weight, axes=axes, groups=groups, target=target, arguments=arguments):
             values = tuple(each.shape if isinstance(each, Tensor) else repr(each) for each in arguments)
             return "selection", weight.shape, axes, groups, str(target), values
-        case AffineOperator(weight=weight, bias=bias, axes=axes, groups=groups):
+        case AffineOperator(weight=weight, bias=bias, axes=axes, groups=groups, border_bias=slabs):
             scale = weight.flatten()[:1] if element.is_channelwise else None
             is_number = scale is not None and bool((weight == scale).all())
-            return weight.shape, axes, groups, bias.shape, bool(bias.any()), element.is_average, is_number
+            border = tuple((slab.axis, slab.positions, slab.values.shape) for slab in slabs)
+            return weight.shape, axes, groups, bias.shape, bool(bias.any()), border, element.is_average, is_number
         case Parallel(branches):
             return type(element).__name__, tuple(map(structure, branches))
         case BorderCorrected(interior, chain, strips):

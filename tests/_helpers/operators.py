@@ -41,7 +41,11 @@ def pytorch_output(operator, x):
     x = F.pad(x, [max(zeros, 0) for pair in reversed(operator.padding) for zeros in pair])
     for axis, (before, after) in enumerate(operator.padding, x.ndim - axes):  # negative padding cuts values off
         x = x.narrow(axis, max(-before, 0), x.shape[axis] - max(-before, 0) - max(-after, 0))
-    return CONVOLUTIONS[axes - 1](x, operator.weight, None, operator.stride, 0, operator.dilation, operator.groups) + bias
+    y = CONVOLUTIONS[axes - 1](x, operator.weight, None, operator.stride, 0, operator.dilation, operator.groups) + bias
+    for axis, (start, stop), values in operator.border_bias:
+        index = (..., slice(start, stop), *[slice(None)] * (axes - 1 - axis))
+        y[index] = y[index] + values
+    return y
 
 
 def close(actual, expected):

@@ -12,13 +12,27 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastentropy.fusion.chains.geometry import Axis, add_axes, compose_axes, is_transposed, sizes_agree
+
+
+class BiasSlab(NamedTuple):
+    """A bias that is added to a range of output positions along one spatial axis, in addition to the bias of all positions.
+
+    Attributes:
+        axis: index of the spatial axis.
+        positions: the range, (start, stop).
+        values: `[out_channels, *sizes]`. A size of 1 stands for the same value at all positions of its axis.
+    """
+
+    axis: int
+    positions: tuple[int, int]
+    values: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +51,7 @@ class AffineOperator:
         upsampling: one number per spatial axis; upsampling − 1 zeros are inserted between two values of the input. It is 1
             unless the operator is a transposed convolution.
         names: paths of the modules that the operator was read from, in the order in which they are applied.
+        border_bias: what is added to a bias `[out_channels]` near the borders, in place of a bias map.
         axes: the geometry of the fields above, as one `Axis` per spatial axis.
     """
 
@@ -48,6 +63,7 @@ class AffineOperator:
     groups: int = 1
     upsampling: tuple[int, ...] = ()
     names: tuple[str, ...] = ()
+    border_bias: tuple[BiasSlab, ...] = ()
     axes: tuple[Axis, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -83,6 +99,11 @@ class AffineOperator:
         return self.weight.shape[0]
 
     @property
+    def has_uniform_bias(self) -> bool:
+        """Return whether the bias is the same at all positions."""
+        return self.bias.ndim == 1 and not self.border_bias
+
+    @property
     def is_pointwise(self) -> bool:
         """Return whether each output position reads only the input position with the same index."""
         return all(axis._replace(dilation=1) == Axis(1) for axis in self.axes)
@@ -95,7 +116,7 @@ class AffineOperator:
     @property
     def is_average(self) -> bool:
         """Return whether this is average pooling: each output channel is the mean of one input channel over the kernel."""
-        depthwise = self.groups == self.in_channels == self.out_channels and self.bias.ndim == 1 and not self.is_pointwise
+        depthwise = self.groups == self.in_channels == self.out_channels and self.has_uniform_bias and not self.is_pointwise
         dense = all(axis.upsampling == 1 and (axis.dilation == 1 or axis.kernel == 1) for axis in self.axes)
         return depthwise and dense and bool((self.weight == 1 / math.prod(self.kernel)).all()) and not self.bias.any()
 
@@ -117,7 +138,10 @@ class AffineOperator:
         padding = [zeros for axis in reversed(self.axes) for zeros in (axis.before, axis.after)]
         padded = F.pad(self._upsample(x), [max(zeros, 0) for zeros in padding])
         cropped = F.pad(padded, [min(zeros, 0) for zeros in padding])
-        return convolution(cropped, self.weight, None, self.stride, 0, self.dilation, self.groups) + bias
+        output = convolution(cropped, self.weight, None, self.stride, 0, self.dilation, self.groups) + bias
+        for axis, (start, stop), values in self.border_bias:
+            output.narrow(axis - len(self.axes), start, stop - start).add_(values)
+        return output
 
     def _upsample(self, x: Tensor) -> Tensor:
         """Return x with zeros inserted between its values along the spatial axes."""

@@ -4,7 +4,7 @@ A chain is a stretch of linear operators. The merged operator is the single oper
 The two treat zero padding inside the chain differently. If an operator of the chain reads its own padding, it reads zeros. In
 the merged operator, these zeros are replaced by the values that the preceding operators would compute outside of the image.
 
-If these values are only a bias, the merged operator needs another bias at the affected output positions (`zero_response`).
+If these values are only a bias, the merged operator needs another bias at the affected output positions (see `bias_maps`).
 Otherwise the affected outputs are recomputed with the chain (`border_strips`).
 """
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastentropy.fusion.chains.affine import AffineOperator
-from fastentropy.fusion.chains.elements import BorderStrip, Chain, Parallel, operators, run
+from fastentropy.fusion.chains.elements import BorderStrip, Chain, Parallel, operators
 from fastentropy.fusion.chains.geometry import Axis
 from fastentropy.fusion.chains.selections import Selection
 
@@ -135,32 +135,24 @@ def differs_at_border(chain: Chain, axis: int, *, zero_input: bool) -> bool:
     return not all(valid.is_everything for valid in ranges)
 
 
-def zero_response(chain: Chain, spatial_size: Sequence[int]) -> Tensor:
-    """Return the output of a chain for an input of zeros.
+class SmallerSize(NamedTuple):
+    """An input size along an axis whose output for an input of zeros has the same borders as that of a larger size.
 
-    Away from the borders this output is constant. The chain therefore runs on a smaller input, and the constant part of its
-    output is repeated.
-
-    Args:
-        chain: operators with spatial axes, and sums and concatenations of them.
-        spatial_size: size of the input along each spatial axis.
-
-    Returns:
-        `[out_channels, *output_size]`, in the dtype of the chain.
+    Attributes:
+        size: the input size.
+        positions: for each output position of the larger size, the position of the equal value: int64.
+        interior: the position of the value that is repeated, or None if the two sizes are the same.
     """
-    first = operators(chain)[0]
-    pairs = [_smaller_size(chain, axis, size) for axis, size in enumerate(spatial_size)]
-    response = run(chain, first.bias.new_zeros((1, first.in_channels, *(size for size, _ in pairs))))[0]
-    for axis, (_, positions) in enumerate(pairs, 1):
-        response = response.index_select(axis, positions.to(response.device))
-    return response
+
+    size: int
+    positions: Tensor
+    interior: int | None
 
 
-def _smaller_size(chain: Chain, axis: int, size: int) -> tuple[int, Tensor]:
+def smaller_size(chain: Chain, axis: int, size: int) -> SmallerSize:
     """Return the smallest input size along an axis whose output for zeros has the same borders as that of `size`.
 
-    Also returns, for each output position of `size`, the position of the equal value in the smaller output: int64,
-    `[output positions]`. If no smaller size will do, these are `size` itself and every position.
+    If no smaller size will do, this is `size` itself.
     """
     period = _stride(chain, axis)
     output = _output_size(chain, axis, size)
@@ -170,8 +162,9 @@ def _smaller_size(chain: Chain, axis: int, size: int) -> tuple[int, Tensor]:
             if _output_size(chain, axis, smaller) and start < stop:
                 before, after = torch.arange(start, device="cpu"), torch.arange(stop, length, device="cpu")
                 inside = torch.full((output - len(before) - len(after),), start, device="cpu")
-                return smaller, torch.cat([before, inside, after])
-    return size, torch.arange(output, device="cpu")
+                kept = torch.cat([before, inside, after])
+                return SmallerSize(smaller, kept, start)
+    return SmallerSize(size, torch.arange(output, device="cpu"), None)
 
 
 def _stride(chain: Chain, axis: int) -> int:

@@ -270,8 +270,11 @@ def _operator_cost(operator: AffineOperator, shape: Sequence[int], itemsize: int
     if isinstance(operator, Selection):
         return Cost(0, (min(math.prod(shape), output) + output) * itemsize)
     bias_map = 2 * output + operator.bias.numel() if operator.bias.ndim > 1 else operator.bias.numel()
-    values = math.prod(shape) + operator.weight.numel() + output + bias_map
-    return Cost(operator.multiplications(shape), values * itemsize)
+    for axis, (start, stop), values in operator.border_bias:
+        size = operator.output_shape(shape)[axis - len(operator.axes)]
+        bias_map += 2 * output * (stop - start) // size + values.numel()
+    moved = math.prod(shape) + operator.weight.numel() + output + bias_map
+    return Cost(operator.multiplications(shape), moved * itemsize)
 
 
 def operators(chain: Chain) -> list[AffineOperator]:

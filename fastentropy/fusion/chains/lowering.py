@@ -126,7 +126,7 @@ class Lowering:
         if not operator.axes and not operator.is_channelwise:
             weight, bias = self._constant(operator.dense_weight()), self._bias(operator)
             return self._graph.call_function(_aten.linear.default, (value, weight, bias))
-        if operator.is_channelwise and operator.bias.ndim == 1:
+        if operator.is_channelwise and operator.has_uniform_bias:
             return self._scale(operator, value)
         if operator.is_average and all(0 <= axis.before == axis.after <= axis.kernel // 2 for axis in operator.axes):
             padding = [axis.before for axis in operator.axes]
@@ -170,8 +170,12 @@ class Lowering:
     def _with_bias_map(self, operator: AffineOperator, output: Node) -> Node:
         """Add a bias that depends on the position (a bias map) to the output of a convolution. Any other bias is already in it.
 
-        The addition is in place, because no other node reads the output.
+        The additions are in place, because no other node reads the output.
         """
+        for axis, positions, values in operator.border_bias:
+            border = self._slice(output, self._like.ndim - len(operator.axes) + axis, positions)
+            batched = values if self._like.ndim == values.ndim else values.unsqueeze(0)
+            self._graph.call_function(_aten.add_.Tensor, (border, self._constant(batched)))
         if operator.bias.ndim == 1:
             return output
         return self._graph.call_function(_aten.add_.Tensor, (output, self._constant(operator.bias)))
@@ -313,7 +317,7 @@ def _covers(operator: AffineOperator, shape: Sequence[int]) -> bool:
         or not operator.axes
         or len(shape) != len(operator.axes) + 2
         or operator.groups > 1
-        or operator.bias.ndim > 1
+        or not operator.has_uniform_bias
     ):
         return False
     plain = all(axis == Axis(axis.kernel, axis.stride) for axis in operator.axes)

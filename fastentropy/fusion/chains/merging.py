@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from fastentropy.fusion.chains.affine import AffineOperator, add, compose, identity, stack
-from fastentropy.fusion.chains.borders import border_strips, differs_at_border, zero_response
+from fastentropy.fusion.chains.bias_maps import ZeroResponse, zero_response
+from fastentropy.fusion.chains.borders import border_strips, differs_at_border
 from fastentropy.fusion.chains.elements import (
     BorderCorrected,
     Chain,
@@ -41,8 +42,8 @@ def merge(
     """Merge a chain into one operator that equals the chain at every position.
 
     The bias of the operator is the output of the chain for an input of zeros. If that output differs near the border, the bias
-    is a map with one value for each position. If more than the bias differs near the border, the outputs there are recomputed
-    with the chain (`BorderCorrected`).
+    is a map with one value for each position, of which large ones are stored as slabs (`BiasSlab`). If more than the bias
+    differs near the border, the outputs there are recomputed with the chain (`BorderCorrected`).
 
     Args:
         chain: affine operators and sums of them, and possibly a `Flatten` at the end, which is kept.
@@ -68,12 +69,17 @@ def merge(
         return (crop_kernel(merged, spatial_size), *tail)
     strips = border_strips(body, spatial_size)
     response = zero_response(body, spatial_size)
-    interior = merged.bias.reshape(-1, *(1,) * len(spatial_size)).expand_as(response)
-    differs = ~torch.isclose(response, interior, rtol=1e-12, atol=1e-12)
-    for strip in strips:
-        differs.narrow(1 + strip.axis, strip.output[0], strip.output[1] - strip.output[0]).fill_(False)
-    merged = crop_kernel(replace(merged, bias=response) if differs.any() else merged, spatial_size)
+    if response.differs(merged.bias, strips):
+        merged = _with_bias_map(merged, response)
+    merged = crop_kernel(merged, spatial_size)
     return (BorderCorrected(merged, body, strips) if strips else merged, *tail)
+
+
+def _with_bias_map(merged: AffineOperator, response: ZeroResponse) -> AffineOperator:
+    """Return a merged operator with the bias of each position: as a map if that is no larger than the weight, else as slabs."""
+    if None in response.interiors or response.numel() <= merged.weight.numel():
+        return replace(merged, bias=response.expanded())
+    return replace(merged, border_bias=tuple(response.slabs()))
 
 
 def _for_every_size(chain: Chain, merged: AffineOperator) -> Element:

@@ -85,7 +85,7 @@ def _is_padded(operator: AffineOperator) -> bool:
 
 def _as_pointwise(element: Element) -> AffineOperator | None:
     """Return the element if it is a pointwise operator whose bias is the same at all positions, and None otherwise."""
-    return element if isinstance(element, AffineOperator) and element.is_pointwise and element.bias.ndim == 1 else None
+    return element if isinstance(element, AffineOperator) and element.is_pointwise and element.has_uniform_bias else None
 
 
 def _with_channels(pool: AffineOperator, channels: int) -> AffineOperator:
@@ -135,7 +135,7 @@ def _fused_pair(first: AffineOperator, second: Element) -> FusedPair | None:
     """Return two neighbouring operators as a `FusedPair`, or None if `fastentropy_kernels` has no kernel for the two."""
     if isinstance(first, Selection) or isinstance(second, Selection):
         return None
-    if not isinstance(second, AffineOperator) or first.bias.ndim > 1 or second.bias.ndim > 1:
+    if not isinstance(second, AffineOperator) or not (first.has_uniform_bias and second.has_uniform_bias):
         return None
     if not first.axes:
         return FusedPair("linear_pair", first, second) if first.out_channels <= MOST_MIDDLES else None

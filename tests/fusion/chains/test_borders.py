@@ -6,11 +6,11 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 
-from fastentropy.fusion.chains.borders import border_strips, valid_range, zero_response
-from fastentropy.fusion.chains.elements import Sum, run
+from fastentropy.fusion.chains.borders import border_strips, valid_range
+from fastentropy.fusion.chains.elements import Sum
 from fastentropy.fusion.chains.merging import compose_chain
 from tests._helpers.chains import chains, pytorch_chain
-from tests._helpers.operators import REFUSALS, attempt, channelwise, close, convolution, pytorch_output
+from tests._helpers.operators import REFUSALS, attempt, close, convolution, pytorch_output
 
 
 @settings(max_examples=40)
@@ -82,22 +82,3 @@ def test_only_biases_differ_in_the_valid_range(drawn):
 )
 def test_valid_range_of_known_chains(chain, size, expected):
     assert valid_range(chain, 0, size)[:2] == expected
-
-
-@pytest.mark.slow
-@settings(max_examples=40)
-@given(chains(largest=(60, 20, 8), flatten=False))
-def test_zero_response_is_the_output_for_zeros(drawn):
-    chain, x, _ = drawn
-    close(zero_response(chain, x.shape[2:]), pytorch_chain(chain, torch.zeros_like(x[:1]))[0])
-
-
-def test_zero_response_of_a_large_size_runs_on_a_small_one(monkeypatch):
-    """A block for images of 512×300 runs on fewer than 20 positions per axis."""
-    sizes = []
-    monkeypatch.setattr("fastentropy.fusion.chains.borders.run", lambda chain, x: sizes.append(x.shape[2:]) or run(chain, x))
-    chain = (convolution(6, 4, 3, 1, stride=2), channelwise(6), convolution(4, 6, 5, 2, seed=3))
-    response = zero_response(chain, (512, 300))
-    assert response.shape == (4, 256, 150)
-    assert max(sizes[0]) < 20
-    close(response, pytorch_chain(chain, torch.zeros(1, 4, 512, 300).double())[0])
