@@ -39,6 +39,7 @@ from fastentropy.fusion.chains.segments import (
     build_elements,
     empty_segment,
     extend,
+    rearranged,
     step_names,
 )
 from fastentropy.fusion.chains.sums import segment_to_concatenation, segment_to_sum
@@ -129,13 +130,13 @@ def _found_chain(
 ) -> FoundChain | None:
     """Return the chain of a segment that grows no further and ends with the node `last`.
 
-    Views at its end only belong to the chain if they give back the natural value. Returns None if an operator needs a size that
-    is free, or a graph cannot compute the shape of the output.
+    Views at its end only belong to the chain if they give back the natural value, or are a selection. Returns None if an
+    operator needs a size that is free, or a graph cannot compute the shape of the output.
     """
-    end = last
-    while not segments[last].is_natural and read_view(end) and end.args[0] in segments[last].members:
+    end, segment = last, rearranged(segments[last])
+    while not segment.is_natural and read_view(end) and end.args[0] in segments[last].members:
         end = cast(Node, end.args[0])
-    segment = segments[end]
+    segment = segment if end is last else segments[end]
     members = tuple(node for node in end.graph.nodes if node in segment.members or _only_splits(node, segment.members))
     if not segment.is_natural:
         segment, members = _from_first_operator(segment, members, read)

@@ -89,10 +89,10 @@ def segment_to_concatenation(node: Node, segments: Mapping[Node, Segment]) -> Se
 
 def _behind(before: Segment, joined: Segment) -> Segment:
     """Append the steps of a segment to the one that computes its source, or return it alone if their axes differ."""
-    pair = _with_equal_axes(before, joined) if before.is_natural else None
-    if pair is None:
+    pair = _with_equal_axes(before, joined)
+    before, joined = (rearranged(pair[0]), pair[1]) if pair else (before, joined)
+    if pair is None or not before.is_natural:
         return joined
-    before, joined = pair
     steps, members = before.steps + joined.steps, before.members | joined.members
     return replace(joined, source=before.source, steps=steps, members=members)
 

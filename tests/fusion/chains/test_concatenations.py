@@ -209,3 +209,29 @@ def test_other_views_keep_their_meaning(function):
     module = traced(model, x)
     for form in (lambda chain, _: chain.folded, merged):
         torch.testing.assert_close(rewritten(module, x, form)(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_shufflenet_without_activations_is_one_chain():
+    shuffle = VIEWS["channel shuffle"][0]
+
+    def forward(m, x):
+        for branch in (m.first, m.second):
+            kept, changed = x.chunk(2, dim=1)
+            x = shuffle(torch.cat((kept, branch(changed)), dim=1))
+        return x
+
+    def branch():
+        layers = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, padding=1, groups=4), nn.Conv2d(4, 4, 1)
+        return nn.Sequential(*layers)
+
+    model, x = Reads(forward, first=branch(), second=branch()).eval(), torch.randn(2, 8, 6, 4)
+    module = traced(model, x)
+    (chain,) = find_chains(module)
+    assert chain.names == ("first.0", "first.2", "first.3", "second.0", "second.2", "second.3")
+    for form in (lambda chain, _: chain.folded, merged):
+        result = rewritten(module, x, form)
+        torch.testing.assert_close(result(x), model(x), rtol=1e-4, atol=1e-5)
+        assert not result.graph.find_nodes(op="call_function", target=torch.ops.aten.permute.default)
+    assert len(chain.folded) == 4
+    assert len(merge(chain.folded, (6, 4))) == 1
