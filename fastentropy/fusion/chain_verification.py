@@ -19,7 +19,7 @@ from fastentropy.fusion.chains.finding import FoundChain
 from fastentropy.fusion.inputs import Inputs, clone, is_float
 from fastentropy.fusion.tracing import AddedForms, add_forms, rewrite
 from fastentropy.fusion.verification import (
-    LARGEST_ALLOWED,
+    MOSTLY_ROUNDING,
     EquivalenceCheck,
     Judgement,
     full_precision,
@@ -47,7 +47,8 @@ def rewrite_equal(
 
     If the network with all chains rewritten is within the tolerance, they are all equal. Otherwise each chain is judged by
     itself, and those that hold are rewritten. If the network with these changes its outputs nevertheless, then chains are left
-    out by bisection.
+    out by bisection. If the outputs of the model are mostly rounding, they cannot tell whether the rest of the trace is right.
+    The trace without any rewritten chain must then give the outputs of the model within the tolerance.
 
     Args:
         traced: the trace of the model.
@@ -65,11 +66,12 @@ def rewrite_equal(
     if left:
         module = rewrite(traced, _without(forms, left), sources)
         judgement = check.judge(module)
-    if judgement.holds or not check.judge(traced).holds:
-        return Rewritten(module, left)
-    if judgement.allowed >= LARGEST_ALLOWED:
-        left |= dict.fromkeys(_without(forms, left), "left as it was: rounding alone changes the outputs of the model as much")
+    as_traced = check.judge(traced)
+    if judgement.allowed > MOSTLY_ROUNDING and as_traced.error > check.tolerance:
+        left |= dict.fromkeys(_without(forms, left), "left as it was: rounding decides the outputs of the model")
         return Rewritten(traced, left)
+    if judgement.holds or not as_traced.holds:
+        return Rewritten(module, left)
     wrong = _bisect(traced, _without(forms, left), sources, check)
     left |= dict.fromkeys(wrong, "left as it was: rewriting it changes the outputs of the model")
     return Rewritten(rewrite(traced, _without(forms, left), sources), left)

@@ -71,8 +71,8 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, tor
 #: A form may be this many times as far from the model in float64 as the model itself is in its own precision.
 OWN_ERROR_FACTOR = 10
 
-#: No form may be further away than this, however far the model itself is: its outputs would be noise.
-LARGEST_ALLOWED = 0.5
+#: Where a form may be further away than this, the outputs of the model are mostly rounding, and comparing them says little.
+MOSTLY_ROUNDING = 0.5
 
 
 class Judgement(NamedTuple):
@@ -111,10 +111,10 @@ def judge(error: float, own_error: float, tolerance: float) -> Judgement:
         tolerance: the largest relative error that is always allowed.
     """
     # An original that is not finite where the exact value is says nothing about other forms.
-    scaled = min(OWN_ERROR_FACTOR * own_error, LARGEST_ALLOWED) if own_error < torch.inf else 0.0
+    scaled = OWN_ERROR_FACTOR * own_error if own_error < torch.inf else 0.0
     if scaled <= tolerance or error <= tolerance:
         return Judgement(error, tolerance, f"the tolerance of {tolerance:.0e}")
-    return Judgement(error, scaled, f"{scaled / own_error:.2g} times the rounding error of the model itself, {own_error:.0e}")
+    return Judgement(error, scaled, f"{OWN_ERROR_FACTOR} times the rounding error of the model itself, {own_error:.0e}")
 
 
 class _Case:

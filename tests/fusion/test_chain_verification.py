@@ -61,6 +61,24 @@ def test_chains_of_a_network_that_amplifies_rounding_are_kept(dtype, gain):
     assert FusionReport.from_dict(report.to_dict()) == report
 
 
+def test_chains_are_kept_where_rounding_decides_the_outputs():
+    """The outputs of the network are noise; each chain is right by itself, and the trace gives the outputs of the model."""
+    model, x = Amplifier(blocks=12, gain=9.0).eval(), torch.randn(5, 16)
+    assert own_error(model, x) > 0.5
+    report = fuse(model, (x,)).report
+    assert [chain.choice for chain in report.chains] == ["merge"] * 12
+
+
+def test_nothing_is_rewritten_where_a_wrong_trace_could_hide_in_rounding():
+    traced, chains, sources, inputs = parts(Amplifier(blocks=12, gain=9.0).eval(), torch.randn(5, 16))
+    other = Amplifier(blocks=12, gain=9.1).eval()
+    check = EquivalenceCheck(other, inputs, lambda inputs: False, 1e-5)
+    with torch.no_grad():
+        left = rewrite_equal(traced, {chain: chain.elements for chain in chains}, sources, check).left
+    assert set(left.values()) == {"left as it was: rounding decides the outputs of the model"}
+    assert list(left) == chains
+
+
 def test_bound_is_the_tolerance_where_that_suffices():
     model = Amplifier(blocks=1, gain=1.0).eval()
     assert fuse(model, (torch.randn(5, 16),)).report.bound == "the tolerance of 1e-05"
