@@ -258,6 +258,15 @@ def test_asserts_metadata():
     assert not _compat.asserts_metadata("placeholder")
 
 
+def test_to_copy():
+    class Cast(torch.nn.Module):
+        def forward(self, x):
+            return x.to(torch.float64)
+
+    program = torch.export.export(Cast(), (torch.ones(2),)).run_decompositions()
+    assert _compat.to_copy() in {node.target for node in program.graph.nodes}
+
+
 def test_operator_schema():
     schema = _compat.operator_schema(torch.ops.aten.relu_.default)
     assert schema.is_mutable

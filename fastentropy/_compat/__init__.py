@@ -50,6 +50,7 @@ from fastentropy._compat.programs import composite_kernel as composite_kernel
 from fastentropy._compat.programs import export_guards as export_guards
 from fastentropy._compat.programs import load_package as load_package
 from fastentropy._compat.programs import operator_schema as operator_schema
+from fastentropy._compat.programs import to_copy as to_copy
 from fastentropy._compat.programs import tree_node as tree_node
 from fastentropy._compat.programs import with_frozen_weights as with_frozen_weights
 from fastentropy._compat.ranks import local_part as local_part

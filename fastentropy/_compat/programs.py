@@ -24,6 +24,11 @@ def asserts_metadata(target: object) -> bool:
     return target is attribute(torch.ops.aten, "_assert_tensor_metadata").default
 
 
+def to_copy() -> Any:
+    """Return the operator that casts a tensor in a decomposed graph."""
+    return attribute(torch.ops.aten, "_to_copy").default
+
+
 def composite_kernel(operator: object) -> Callable[..., Any] | None:
     """Return the kernel that composes an overload of an operator of other operators.
 

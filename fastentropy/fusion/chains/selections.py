@@ -154,6 +154,20 @@ def window(channels: int, margins: Sequence[tuple[int, int]], stride: Sequence[i
     return Window(**geometry, groups=channels, target=_aten.constant_pad_nd.default, arguments=(numbers,))
 
 
+def summed_positions(channels: int, sizes: Sequence[int], device: torch.device) -> Selection:
+    """Return the sum over positions, which is no selection, but runs as a cheap operator too.
+
+    Args:
+        channels: number of channels.
+        sizes: for each spatial axis, its size, or 1 if it is not summed.
+        device: the device of the weight.
+    """
+    weight = torch.ones(channels, 1, *sizes, dtype=torch.float64, device=device)
+    geometry: dict[str, Any] = {**_fields(weight, len(sizes)), "stride": tuple(sizes), "groups": channels}
+    dims = [axis - len(sizes) for axis, size in enumerate(sizes) if size > 1]
+    return Selection(**geometry, target=_aten.sum.dim_IntList, arguments=(dims, True))
+
+
 def is_exact_factor(factor: int, size: int) -> bool:
     """Return whether nearest upsampling to `size` positions repeats each position `factor` times.
 

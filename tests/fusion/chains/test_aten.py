@@ -257,7 +257,7 @@ def test_identities_are_read_as_nothing(function):
         "instance norm": lambda m, x: F.instance_norm(x),
         "dropout": lambda m, x: F.dropout(x, 0.5, training=True),
         "ceil mode": lambda m, x: F.avg_pool2d(x, 2, 2, ceil_mode=True),
-        "ceil mode in one dimension": lambda m, x: F.avg_pool1d(x.flatten(2), 2, 2, ceil_mode=True),
+        "ceil mode in one dimension": lambda m, x: F.avg_pool1d(x.flatten(2), 3, 3, ceil_mode=True),
         "padding that does not count": lambda m, x: F.avg_pool2d(x, 3, 2, 1, count_include_pad=False),
         "another divisor": lambda m, x: F.avg_pool2d(x, 2, divisor_override=3),
         "another divisor in three dimensions": lambda m, x: F.avg_pool3d(x[:, :, None], (1, 2, 2), divisor_override=3),

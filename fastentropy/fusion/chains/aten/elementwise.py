@@ -35,11 +35,15 @@ _QUOTIENTS = {
     *(_aten.true_divide.Tensor, _aten.true_divide_.Tensor, _aten.true_divide.Scalar, _aten.true_divide_.Scalar),
 }
 
+#: Repetitions of a constant, which an elementwise operator would repeat by itself.
+_EXPANSIONS = {_aten.expand.default, _aten.expand_as.default, _aten.broadcast_to.default}
+
 
 def readers() -> Mapping[Any, Reader]:
     """Return the reader of each operator of this family."""
     operators = _SUMS | _DIFFERENCES | _REVERSED_DIFFERENCES | _NEGATIONS | _PRODUCTS | _QUOTIENTS
-    return dict.fromkeys(operators | {_aten.lerp.Scalar}, _read_scale_or_shift)
+    products = {_aten.addcmul.default: _read_addcmul, _aten.addcmul_.default: _read_addcmul}
+    return products | dict.fromkeys(operators | {_aten.lerp.Scalar}, _read_scale_or_shift)
 
 
 class WeightedSum(NamedTuple):
@@ -93,10 +97,25 @@ def _read_scale_or_shift(node: Node, module: GraphModule) -> AffineNode | None:
     return None if value is None or node.target in _QUOTIENTS else _scale_and_shift(node, right, value, _number(0, node))
 
 
+def _read_addcmul(node: Node, module: GraphModule) -> AffineNode | None:
+    """Read a + number · b · c, of which two are constants."""
+    added, left, right = (_constant_operand(operand, node, module) for operand in node.args[:3])
+    number: Any = node.kwargs.get("value", 1)
+    if added is None and left is not None and right is not None:
+        return _scale_and_shift(node, node.args[0], _number(1, node), number * left * right)
+    if added is not None and left is None and right is not None:
+        return _scale_and_shift(node, node.args[1], number * right, added)
+    if added is not None and left is not None and right is None:
+        return _scale_and_shift(node, node.args[2], number * left, added)
+    return None
+
+
 def _constant_operand(operand: Any, node: Node, module: GraphModule) -> Tensor | None:
     """Return an operand of a node in float64 if it is a number or a constant, or None."""
     if isinstance(operand, int | float):
         return _number(operand, node)
+    while isinstance(operand, Node) and operand.target in _EXPANSIONS:
+        operand = operand.args[0]
     value = constant(operand, module)
     return None if value is None else value.double()
 
@@ -107,17 +126,17 @@ def _number(number: float, node: Node) -> Tensor:
 
 
 def _scale_and_shift(node: Node, operand: Any, scale: Tensor, shift: Tensor) -> AffineNode | None:
-    """Return the affine node of x · scale + shift, of which one is a number and the other a number or a tensor.
+    """Return the affine node of x · scale + shift. Scale and shift are numbers, or tensors with one value per channel.
 
-    Returns None if the tensor does not have one value per channel, or if the operator changes the shape or the dtype of x.
+    Returns None if a tensor does not have one value per channel, or if the operator changes the shape or the dtype of x.
     """
     shape = shape_of(operand)
     if shape is None or not same_sizes(shape_of(node) or (), shape) or not same_dtype(node, operand):
         return None
-    value = scale if scale.numel() > 1 else shift
-    axes = _axes_behind_channels(value)
-    if value.numel() != 1 and axes not in (0, len(shape) - 2):
+    behind = {_axes_behind_channels(value) for value in (scale, shift) if value.numel() != 1}
+    if not behind <= {0, len(shape) - 2} or len(behind) > 1:
         return None
+    axes = next(iter(behind), None)
     scale, shift = scale.flatten(), shift.flatten()
 
     def build(axes: int) -> AffineOperator:

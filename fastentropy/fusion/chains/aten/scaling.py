@@ -15,13 +15,21 @@ _aten = torch.ops.aten
 
 def readers() -> Mapping[Any, Reader]:
     """Return the reader of each operator of this family."""
-    return {_aten.batch_norm.default: _read_batch_norm}
+    return {_aten.batch_norm.default: _read_batch_norm, _aten.instance_norm.default: _read_batch_norm}
 
 
 def _read_batch_norm(node: Node, module: GraphModule) -> AffineNode | None:
-    """Read batch norm in eval mode: y = (x − mean) / sqrt(var + eps) · weight + bias (Ioffe and Szegedy, arXiv 1502.03167)."""
+    """Read batch norm in eval mode: y = (x − mean) / sqrt(var + eps) · weight + bias (Ioffe and Szegedy, arXiv 1502.03167).
+
+    Instance norm that uses running statistics computes the same.
+    """
     named = arguments(node, "weight", "bias", "running_mean", "running_var", module=module)
-    if named is None or named[0]["training"] or not {"running_mean", "running_var"} <= set(named[1]):
+    if (
+        named is None
+        or named[0].get("training")
+        or named[0].get("use_input_stats")
+        or not {"running_mean", "running_var"} <= set(named[1])
+    ):
         return None
     values, tensors = named
 
