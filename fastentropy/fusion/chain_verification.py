@@ -34,10 +34,12 @@ class Rewritten(NamedTuple):
     Attributes:
         module: the network.
         left: the chains that were left as they were, and why.
+        amplifies: whether the network amplifies rounding beyond the tolerance, so that chains were judged by themselves.
     """
 
     module: GraphModule
     left: dict[FoundChain, str]
+    amplifies: bool
 
 
 def rewrite_equal(
@@ -58,7 +60,7 @@ def rewrite_equal(
     """
     module, left = rewrite(traced, forms, sources), dict[FoundChain, str]()
     if check is None or (judgement := check.judge(module)).error <= check.tolerance:
-        return Rewritten(module, left)
+        return Rewritten(module, left, amplifies=False)
     judgements = judge_chains(traced, forms, sources, check.smallest_inputs(), check.tolerance)
     for chain, own in judgements.items():
         if not own.holds:
@@ -69,12 +71,12 @@ def rewrite_equal(
     as_traced = check.judge(traced)
     if judgement.allowed > MOSTLY_ROUNDING and as_traced.error > check.tolerance:
         left |= dict.fromkeys(_without(forms, left), "left as it was: rounding decides the outputs of the model")
-        return Rewritten(traced, left)
+        return Rewritten(traced, left, amplifies=True)
     if judgement.holds or not as_traced.holds:
-        return Rewritten(module, left)
+        return Rewritten(module, left, amplifies=True)
     wrong = _bisect(traced, _without(forms, left), sources, check)
     left |= dict.fromkeys(wrong, "left as it was: rewriting it changes the outputs of the model")
-    return Rewritten(rewrite(traced, _without(forms, left), sources), left)
+    return Rewritten(rewrite(traced, _without(forms, left), sources), left, amplifies=True)
 
 
 def judge_chains(

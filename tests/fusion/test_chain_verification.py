@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fastentropy import FusionReport, fuse
-from fastentropy.fusion import api, chain_verification
+from fastentropy.fusion import api, chain_verification, forms
 from fastentropy.fusion.chain_verification import judge_chains, rewrite_equal
 from fastentropy.fusion.chains.finding import find_chains
 from fastentropy.fusion.chains.merging import merge
@@ -226,6 +226,15 @@ def test_chains_that_are_wrong_together_are_bisected(pair):
     assert chains.index(next(iter(rewritten.left))) in pair
     assert check.judge(rewritten.module).holds
     assert check.tried < 16
+
+
+@pytest.mark.parametrize(("gain", "compared"), [(0.5, False), (9.0, True)])
+def test_folded_networks_are_compared_where_rounding_is_amplified(monkeypatch, gain, compared):
+    checks = []
+    original = chain_verification.rewrite_equal
+    monkeypatch.setattr(forms, "rewrite_equal", lambda *given: checks.append(given[-1] is not None) or original(*given))
+    fuse(Amplifier(gain=gain).eval(), (torch.randn(5, 16),))
+    assert checks == [True, compared]
 
 
 def test_nothing_is_judged_where_all_is_within_the_tolerance(monkeypatch):
