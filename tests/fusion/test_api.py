@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fastentropy import FusionReport, fuse, linearize
-from fastentropy.fusion import choosing, planner
+from fastentropy.fusion import choosing, pricing
 from tests._helpers.fusing import assert_equal, inverted_residual, randomize_batch_norm, two_layers
 from tests._helpers.networks import Reads
 from tests._helpers.snapshots import assert_unchanged, snapshot
@@ -76,7 +76,9 @@ def test_linearised_network_is_merged_and_measured(network, images):
     assert_equal(fused, network, images)
     assert [chain.names for chain in fused.report.chains] == [("conv1", "conv2"), ("fc1", "fc2")]
     assert set(fused.report.milliseconds) == {"original", "folded", "fused"}
-    assert fused.report.milliseconds[fused.report.choice] == min(fused.report.milliseconds.values())
+    # The model itself is returned where the others are not faster by more than the noise.
+    times = fused.report.milliseconds
+    assert fused.report.choice == "original" or times[fused.report.choice] == min(times["folded"], times["fused"])
     assert fused.report.max_relative_error <= 1e-5
 
 
@@ -273,7 +275,7 @@ def test_kernels_are_candidates_on_a_gpu(dtype):
 @pytest.mark.slow
 def test_nothing_is_timed_without_measure(monkeypatch):
     model, x = inverted_residual()
-    monkeypatch.setattr(planner, "measure_times", Mock(side_effect=AssertionError("timed")))
+    monkeypatch.setattr(pricing, "measure_times", Mock(side_effect=AssertionError("timed")))
     monkeypatch.setattr(choosing, "measure_samples", Mock(side_effect=AssertionError("timed")))
     fused = fuse(model, (x,), measure=False)
     assert (fused.report.choice, fused.report.speedup, fused.report.milliseconds) == ("fused", None, {})
