@@ -76,20 +76,23 @@ def _positions(operand: Any, dim: Any, positions: slice) -> AffineNode | None:
         return None
     margins, stride = [(0, 0)] * (len(shape) - 2), [1] * (len(shape) - 2)
     margins[axis], stride[axis] = (-kept.start, min(kept.stop, size) - size), kept.step
-    return _window(operand, margins, stride)
+    return _window(operand, margins, stride, is_view=True)
 
 
-def _window(operand: Any, margins: Sequence[tuple[int, int]], stride: Sequence[int]) -> AffineNode | None:
+def _window(
+    operand: Any, margins: Sequence[tuple[int, int]], stride: Sequence[int], is_view: bool = False
+) -> AffineNode | None:
     """Return the affine node of positions that are padded or cut off, or None if the number of channels is free.
 
     Args:
         operand: the node that is padded.
         margins: for each spatial axis, the numbers of zeros before and after. A negative number cuts positions off.
         stride: for each spatial axis, the distance between two positions that are kept.
+        is_view: whether the result shares memory with the operand.
     """
     shape = shape_of(operand) or ()
     channels = shape[1] if 3 <= len(shape) <= 5 else None
     if not isinstance(channels, int):
         return None
     device = device_of(operand)
-    return affine_in(operand, len(margins), lambda _: window(channels, margins, stride, device))
+    return affine_in(operand, len(margins), lambda _: window(channels, margins, stride, device), is_view=is_view)

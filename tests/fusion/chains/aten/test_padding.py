@@ -213,3 +213,15 @@ def test_causal_convolutions():
         x = torch.randn(batch, 4, 11)
         with torch.no_grad():
             torch.testing.assert_close(fused(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_an_input_that_is_overwritten_through_a_slice_is_overwritten():
+    layers = {"a": nn.Conv2d(4, 16, 1), "b": nn.Conv2d(16, 4, 1)}
+    model = Reads(lambda m, x: m.b(m.a(x[:, :, 1:, 1:].mul_(2))), **layers).eval()
+    fused = fe.fuse(model, (torch.randn(2, 4, 5, 7),), measure=False)
+    x = torch.randn(3, 4, 5, 7)
+    given, copied = x.clone(), x.clone()
+    with torch.no_grad():
+        torch.testing.assert_close(fused(given), model(copied), rtol=1e-4, atol=1e-5)
+    assert torch.equal(given, copied)
+    assert not torch.equal(given, x)
