@@ -15,15 +15,13 @@ class Drawn(NamedTuple):
     Attributes:
         model: the network in eval mode.
         shape: the shape of one of its samples.
-        layers: the paths of its layers with weights, in call order.
-        pieces: number of stretches of linear operators, between activations, that have a layer.
+        pieces: the number of layers with weights between two activations, in call order, without pieces that have none.
         operators: the names of the drawn operators, in call order.
     """
 
     model: nn.Module
     shape: tuple[int, ...]
-    layers: list[str]
-    pieces: list[list[str]]
+    pieces: list[int]
     operators: list[str]
 
 
@@ -51,13 +49,13 @@ class _Draft:
         self.random = random.Random(seed)
         self.network = _Network()
         self.channels, self.size = self.random.randint(2, 5), self.random.choice([(6, 6), (5, 7), (8, 4)])
-        self.positions, self.pieces, self.operators = 1, [[]], []  # `positions` of an image in one axis with its channels
+        self.positions, self.pieces, self.operators = 1, [0], []  # `positions` of an image in one axis with its channels
 
     def layer(self, module: nn.Module) -> nn.Module:
         """Add a layer with weights to the network."""
         name = str(len(self.network.layers))
         self.network.layers[name] = module
-        self.pieces[-1].append(f"layers.{name}")
+        self.pieces[-1] += 1
         return module
 
     def norm(self, module: nn.Module) -> nn.Module:
@@ -168,6 +166,49 @@ def _channels_last_layer(draft):
     return lambda x: layer(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
+def _concatenation(draft):
+    first, second = draft.layer(nn.Conv2d(draft.channels, 2, 1)), draft.layer(nn.Conv2d(draft.channels, 3, 3, padding=1))
+    old, draft.channels = draft.channels, 5
+    if draft.random.random() < 0.5:
+        return lambda x: torch.cat([first(x), second(x)], 1)
+    draft.channels += old
+    return lambda x: torch.cat([first(x), x, second(x)], 1)
+
+
+def _split_channels(draft):
+    layer = draft.layer(nn.Conv2d(draft.channels, 4, 1))
+    draft.channels = 4
+    halves = [
+        lambda x: torch.cat(layer(x).chunk(2, 1)[::-1], 1),
+        lambda x: torch.cat([(y := layer(x))[:, 1:], y[:, :1]], 1),
+        lambda x: F.channel_shuffle(layer(x), 2),
+    ]
+    return draft.random.choice(halves)
+
+
+def _pixels(draft):
+    if draft.size[0] % 2 == 0 and draft.size[1] % 2 == 0:
+        draft.channels, draft.size = 4 * draft.channels, (draft.size[0] // 2, draft.size[1] // 2)
+        return lambda x: F.pixel_unshuffle(x, 2)
+    layer, draft.channels, draft.size = draft.layer(nn.Conv2d(draft.channels, 8, 1)), 2, tuple(2 * n for n in draft.size)
+    return lambda x: F.pixel_shuffle(layer(x), 2)
+
+
+def _upsample(draft):
+    draft.size = tuple(2 * size for size in draft.size)
+    return lambda x: F.interpolate(x, scale_factor=2)
+
+
+def _computed_constant(draft):
+    if draft.random.random() < 0.5:
+        gamma = draft.constant(draft.channels)
+        return lambda x: x * gamma.exp().view(1, -1, 1, 1)
+    width = draft.random.randint(2, 5)
+    weight, draft.channels = draft.constant(width, draft.channels, 1, 1), width
+    draft.pieces[-1] += 1
+    return lambda x: F.conv2d(x, weight - weight.mean((1, 2, 3), keepdim=True))
+
+
 def _tokens(draft):
     return draft.random.choice([lambda x: x.flatten(2).transpose(1, 2), lambda x: x.movedim(1, -1)])
 
@@ -177,7 +218,7 @@ def _head(draft):
         draft.positions = draft.size[0] * draft.size[1]
         draft.channels *= draft.positions
         return lambda x: x.flatten(1)
-    pooled = [lambda x: x.flatten(1), lambda x: x[:, :, 0, 0], lambda x: x.squeeze(-1).squeeze(-1), lambda x: x.mean((2, 3))]
+    pooled = [lambda x: x.flatten(1), lambda x: x[:, :, 0, 0], lambda x: x.squeeze(-1).squeeze(-1), lambda x: x.sum((2, 3))]
     view = draft.random.choice(pooled)
     return lambda x: view(F.adaptive_avg_pool2d(x, 1))
 
@@ -205,7 +246,7 @@ def _views_of_rows(draft):
 
 
 def _activation(draft):
-    draft.pieces.append([])
+    draft.pieces.append(0)
     return draft.random.choice([torch.relu, F.gelu, torch.tanh])
 
 
@@ -220,6 +261,11 @@ IMAGE_OPERATORS = {
     "residual": _residual,
     "views": _views_of_images,
     "channels-last layer": _channels_last_layer,
+    "concatenation": _concatenation,
+    "split channels": _split_channels,
+    "pixels": _pixels,
+    "upsample": _upsample,
+    "computed constant": _computed_constant,
     "activation": _activation,
 }
 ENDS = {"tokens": _tokens, "head": _head}
@@ -245,8 +291,9 @@ def draw_network(seed: int, active: bool = True) -> Drawn:
 
     def append(table):
         names = [name for name in table if active or name != "activation"]
-        small, large = min(draft.size) < 4, max(draft.size) > 10
-        names = [name for name in names if not (name in ("pool", "spatial") and small) and not (name == "transposed" and large)]
+        shrinking, growing = {"pool", "spatial"}, {"transposed", "upsample", "pixels"}
+        unfit = (shrinking if min(draft.size) < 4 else set()) | (growing if max(draft.size) > 10 else set())
+        names = [name for name in names if name not in unfit]
         name = draft.random.choice(names)
         draft.operators.append(name)
         draft.network.functions.append(table[name](draft))
@@ -260,5 +307,4 @@ def draw_network(seed: int, active: bool = True) -> Drawn:
         for _ in range(draft.random.randint(1, 3)):
             append(ROW_OPERATORS)
         append({"layer": _linear})
-    layers = [name for piece in draft.pieces for name in piece]
-    return Drawn(draft.network.eval(), shape, layers, [piece for piece in draft.pieces if piece], draft.operators)
+    return Drawn(draft.network.eval(), shape, [piece for piece in draft.pieces if piece], draft.operators)

@@ -16,7 +16,7 @@ from typing import cast
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from fastentropy.fusion.chains.aten import read_node, read_view
+from fastentropy.fusion.chains.aten import read_node, read_reduction, read_view
 from fastentropy.fusion.chains.elements import Activation, Chain, Flatten, operators
 from fastentropy.fusion.chains.layouts import View, view_to
 from fastentropy.fusion.chains.nodes import (
@@ -39,6 +39,7 @@ from fastentropy.fusion.chains.segments import (
     build_elements,
     empty_segment,
     extend,
+    extend_reduction,
     rearranged,
     step_names,
 )
@@ -170,7 +171,7 @@ def _from_first_operator(
 
 
 def _read(node: Node, module: GraphModule, activations: Mapping[str, nn.Module]) -> tuple[Node, _Append] | None:
-    """Read a node as a view, an activation or an operator.
+    """Read a node as a view, a mean or sum over positions, an activation or an operator.
 
     Args:
         node: the node.
@@ -183,14 +184,19 @@ def _read(node: Node, module: GraphModule, activations: Mapping[str, nn.Module])
     """
     if view := read_view(node):
         return cast(Node, node.args[0]), functools.partial(append_view, node=node, view=view)
-    affine = read_node(node, module)
+    affine, reduction = read_node(node, module), read_reduction(node)
     if not affine:
-        return None
+        return reduction and (reduction.operand, functools.partial(extend_reduction, node=node, reduction=reduction))
     operand = affine[0].operand
     if (path := module_path(node)) in activations:
         step = Step(lambda _: Activation(path, activations[path]), path)
         return operand, functools.partial(append_step, node=node, step=step)
-    return operand, lambda before: next(filter(None, (extend(before, node, each) for each in affine)), None)
+
+    def append_any(before: Segment) -> Segment | None:
+        longer = next(filter(None, (extend(before, node, each) for each in affine)), None)
+        return extend_reduction(before, node, reduction) if reduction and longer is None else longer
+
+    return operand, append_any
 
 
 def _segment_to(node: Node, segments: Mapping[Node, Segment], reading: tuple[Node, _Append] | None) -> Segment | None:

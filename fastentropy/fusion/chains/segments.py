@@ -3,6 +3,8 @@
 A segment knows where its channels lie so far. An operator that acts on another axis cannot be appended.
 """
 
+import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -10,12 +12,12 @@ from torch import Tensor
 from torch.fx import Node
 
 from fastentropy.fusion.chains.affine import AffineOperator
-from fastentropy.fusion.chains.aten import AffineNode, channelwise
+from fastentropy.fusion.chains.aten import AffineNode, Reduction, average, channelwise
 from fastentropy.fusion.chains.elements import Chain, Concatenation, Element, Sum
 from fastentropy.fusion.chains.layouts import Layout, Part, joined, natural_layout, reshaped, same_layout
 from fastentropy.fusion.chains.nodes import Size, device_of, known, module_path, product, same_size, shape_of
 from fastentropy.fusion.chains.rearrangements import rearrangement
-from fastentropy.fusion.chains.selections import Selection, selected_channels
+from fastentropy.fusion.chains.selections import Selection, selected_channels, summed_positions
 
 #: Convolutions take images with at most this many axes before the channels: the batch.
 _AXES_BEFORE_CHANNELS = 1
@@ -127,8 +129,9 @@ def extend(before: Segment, node: Node, affine: AffineNode) -> Segment | None:
         The longer segment, or None if the operator acts on another axis than the channels of the segment.
     """
     build = affine.build
-    if build is None:
-        return replace(before, members=before.members | {node})
+    if build is None:  # a mean of single positions may leave out their axes
+        value = shape_of(node) or ()
+        return append_view(before, node, lambda layout: layout if len(layout) == len(value) else reshaped(layout, value))
     if affine.number is not None:
         return scaled(before, node, *affine.number)
     assert affine.axes is not None
@@ -144,6 +147,38 @@ def extend(before: Segment, node: Node, affine: AffineNode) -> Segment | None:
     layout = reshaped(natural_layout(shape), value)
     step = Step(_with_path(build, node), affine.name, affine.is_view)
     return None if layout is None else replace(append_step(before, node, step), shape=shape, layout=layout)
+
+
+def extend_reduction(before: Segment, node: Node, reduction: Reduction) -> Segment | None:
+    """Append a mean or a sum over positions to a segment, as average pooling over whole spatial axes of the natural value.
+
+    Returns None if the node reduces other axes, or parts of an axis, or if the number of channels or of positions is free.
+    """
+    if before.axes is None and reduction.axes[0] > 0:
+        before = with_channels(before, reduction.axes[0] - 1)
+    parts = [part for axis in reduction.axes for part in before.layout[axis]]
+    if before.axes is None or not all(_is_whole(part, before.shape) and part.axis > before.channel_axis for part in parts):
+        return None
+    reduced = [part.axis for part in parts]
+    channels, *spatial = before.shape[before.channel_axis :]
+    kernel = [size if before.channel_axis + axis in reduced else 1 for axis, size in enumerate(spatial, 1)]
+    fixed = [size for size in kernel if isinstance(size, int)]
+    layout = tuple(() if axis in reduction.axes else group for axis, group in enumerate(before.layout))
+    squeezed = reshaped(layout, shape_of(node) or ())
+    if squeezed is None or not isinstance(channels, int) or len(fixed) < len(kernel):
+        return None
+    after = replace(
+        before,
+        members=before.members | {node},
+        shape=tuple(1 if axis in reduced else size for axis, size in enumerate(before.shape)),
+        layout=squeezed,
+    )
+    if math.prod(fixed) == 1:
+        return after
+    device = device_of(node)
+    mean = functools.partial(average, channels, fixed, fixed, (0,) * len(fixed), device)
+    total = functools.partial(summed_positions, channels, fixed, device)
+    return append_step(after, node, Step(_with_path(lambda _: mean() if reduction.is_mean else total(), node), ""))
 
 
 def scaled(before: Segment, node: Node, scale: Tensor, shift: Tensor) -> Segment:

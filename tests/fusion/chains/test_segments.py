@@ -35,6 +35,21 @@ CHAINS = {
         ("a", "l"),
         None,
     ),
+    "the mean of the positions": (lambda m, x: m.k(m.l(m.a(x).mean((2, 3)))), IMAGES, ("a", "l", "k"), None),
+    "the mean in another order": (lambda m, x: m.b(m.a(x).mean((-1, -2), keepdim=True)), IMAGES, ("a", "b"), None),
+    "the mean before a layer": (lambda m, x: m.k(m.l(x.mean((3, 2)))), IMAGES, ("l", "k"), None),
+    "the mean of one position": (lambda m, x: m.l(1 - F.adaptive_avg_pool2d(m.a(x), 1).mean((2, 3))), IMAGES, ("a", "l"), None),
+    "one mean after the other": (lambda m, x: m.l(m.a(x).mean(3).mean(2)), IMAGES, ("a", "l"), None),
+    "the mean of a row": (lambda m, x: m.b(m.a(x).mean(2, keepdim=True)), IMAGES, ("a", "b"), None),
+    "the mean of tokens": (lambda m, x: m.l(m.a(x).flatten(2).transpose(1, 2).mean(1)), IMAGES, ("a", "l"), None),
+    "the mean of channels-last images": (lambda m, x: m.l(m.a(x).movedim(1, -1)).mean((1, 2)), IMAGES, ("a", "l"), None),
+    "a sum that is divided": (lambda m, x: m.l(m.a(x).sum((2, 3)) / 36), IMAGES, ("a", "l"), None),
+    "a sum of rows": (
+        lambda m, x: m.l(m.a(x).sum(-1, keepdim=True).squeeze(-1).transpose(1, 2)),
+        IMAGES,
+        ("a", "l"),
+        (0, 2, 1),
+    ),
     "squeeze and excite without its gate": (
         lambda m, x: m.k(m.l(F.adaptive_avg_pool2d(m.a(x), 1).flatten(1))).view(-1, 4, 1, 1),
         IMAGES,
@@ -184,6 +199,15 @@ def test_a_model_with_views_is_fused(name):
         (lambda m, x: m.t(m.a(x).flatten(2)), IMAGES, [("a",), ("t",)]),
         (lambda m, x: m.s(m.a(x).flatten(0, 1).mT), IMAGES, [("a",), ("s",)]),
         (lambda m, x: m.k(m.l(x).transpose(1, 2).reshape(-1, 3, 5)), ROWS, [("l",), ("k",)]),
+        (lambda m, x: m.k(m.l(x).mean(1)), ROWS, [("l",), ("k",)]),
+        (lambda m, x: m.k(m.l(x).mean(0)), ROWS, [("l",), ("k",)]),
+        (lambda m, x: m.k(m.l(x).sum((0, 1))), ROWS, [("l",), ("k",)]),
+        (lambda m, x: m.t(m.a(x).flatten(2).mean(1)), IMAGES, [("a",), ("t",)]),
+        (
+            lambda m, x: m.s(m.a(x).flatten(2).unflatten(2, (18, 2)).mean(2)[:, :, :1].expand(-1, -1, 6)),
+            IMAGES,
+            [("a",), ("s",)],
+        ),
     ],
 )
 def test_a_view_that_mixes_channels_and_positions_ends_a_chain(forward, x, expected):

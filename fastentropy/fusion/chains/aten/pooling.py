@@ -83,6 +83,8 @@ def _read_sum(node: Node, module: GraphModule) -> AffineNode | None:
     if read is None or not isinstance(channels, int) or not same_dtype(node, operand):
         return None
     (sizes, flattens), device = read, device_of(operand)
+    if max(sizes) == 1:
+        return affine_in(operand, len(sizes), flattens=flattens)
     return affine_in(operand, len(sizes), lambda _: summed_positions(channels, sizes, device), flattens=flattens)
 
 
@@ -116,8 +118,14 @@ def _average(operand: Any, kernel: tuple[int, ...], stride: tuple[int, ...], pad
     if not isinstance(channels, int):
         return None
 
-    def build(axes: int) -> AffineOperator:
-        weight = torch.full((channels, 1, *kernel), 1 / math.prod(kernel), dtype=torch.float64, device=device_of(operand))
-        return AffineOperator(weight, weight.new_zeros(channels), stride, padding, (1,) * axes, groups=channels)
+    device = device_of(operand)
+    return affine_in(operand, len(kernel), lambda _: average(channels, kernel, stride, padding, device))
 
-    return affine_in(operand, len(kernel), build)
+
+def average(
+    channels: int, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], device: torch.device
+) -> AffineOperator:
+    """Return average pooling as an operator. Kernel, stride and padding have one number per axis."""
+    weight = torch.full((channels, 1, *kernel), 1 / math.prod(kernel), dtype=torch.float64, device=device)
+    ones = (1,) * len(kernel)
+    return AffineOperator(weight, weight.new_zeros(channels), tuple(stride), tuple(padding), ones, groups=channels)
