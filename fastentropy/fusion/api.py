@@ -23,6 +23,7 @@ from fastentropy.fusion.fused_model import FusedModel, make_trainable
 from fastentropy.fusion.guards import Conditions, guards_of
 from fastentropy.fusion.inputs import Inputs, clone
 from fastentropy.fusion.planner import PlanCache, plan_chain
+from fastentropy.fusion.progress import shown
 from fastentropy.fusion.report import FusionReport
 from fastentropy.fusion.traced_inputs import TracedInputs
 from fastentropy.fusion.tracing import export, own_constants, prepared_module, rewrite
@@ -41,6 +42,7 @@ def fuse(
     dynamic_sizes: bool = False,
     borders: Borders = "exact",
     backend: Backend = "eager",
+    progress: bool | None = None,
 ) -> FusedModel:
     """Return a copy of a network in which each chain (stretch of linear operators) has the form that runs fastest.
 
@@ -66,6 +68,8 @@ def fuse(
             on a CPU and CUDA graphs on a GPU: it compiles here and again for other batch sizes, for a minute or more, needs a
             C++ compiler on a CPU, and gives no gradients. "auto" measures both and returns the faster one. "onnxruntime" is an
             ONNX Runtime session, for CPUs.
+        progress: whether to show the phase, and how many chains are planned, on a line of the standard error. By default, only
+            a terminal shows it.
 
     Returns:
         The fused network, for any batch size that the model allows. What is returned is what was timed, and it is not slower
@@ -93,32 +97,39 @@ def fuse(
     """
     check_model(model)
     check_options(tolerance, borders, backend, measure)
-    original, inputs = copy_that_runs(model, Inputs.of(check_inputs(example_inputs, "fe.fuse(model, {})")))
-    program = own_constants(export(original, inputs, dynamic_sizes))
-    traced = prepared_module(program)
-    if updated := overwritten_constants(traced):
-        raise ValueError(f"the model updates {', '.join(updated)} as it runs: its outputs do not depend on its inputs alone")
-    tolerance = default_tolerance(model) if tolerance is None else tolerance
-    signature, traced_inputs = Signature.of(original), TracedInputs.of(program)
-    guards = guards_of(program, original, inputs)
-    conditions = Conditions(traced_inputs, guards)
-    check = EquivalenceCheck(original, inputs, lambda given: not conditions.refusal(given.leaves), tolerance)
-    guards += _smallest_sizes(traced_inputs, check, traced, inputs)
-    plan = functools.partial(plan_chain, tolerance=tolerance, measure=measure, borders=borders, cache=PlanCache())
+    with shown(progress) as show:
+        show("trace", 0, 0)
+        original, inputs = copy_that_runs(model, Inputs.of(check_inputs(example_inputs, "fe.fuse(model, {})")))
+        program = own_constants(export(original, inputs, dynamic_sizes))
+        traced = prepared_module(program)
+        if updated := overwritten_constants(traced):
+            raise ValueError(
+                f"the model updates {', '.join(updated)} as it runs: its outputs do not depend on its inputs alone"
+            )
+        tolerance = default_tolerance(model) if tolerance is None else tolerance
+        signature, traced_inputs = Signature.of(original), TracedInputs.of(program)
+        guards = guards_of(program, original, inputs)
+        conditions = Conditions(traced_inputs, guards)
+        check = EquivalenceCheck(original, inputs, lambda given: not conditions.refusal(given.leaves), tolerance)
+        guards += _smallest_sizes(traced_inputs, check, traced, inputs)
+        plan = functools.partial(plan_chain, tolerance=tolerance, measure=measure, borders=borders, cache=PlanCache())
 
-    def make(form: nn.Module, runs_in: str) -> FusedModel:
-        return FusedModel(form, traced_inputs, FusionReport((), {}, {}, "", 0.0, runs_in), guards, signature)
+        def make(form: nn.Module, runs_in: str) -> FusedModel:
+            return FusedModel(form, traced_inputs, FusionReport((), {}, {}, "", 0.0, runs_in), guards, signature)
 
-    forms, reports = make_forms(original, traced, inputs, plan, None if borders == "train" else check, channels_last=measure)
-    made = race(forms, _finished(traced, original, inputs), FURTHER[backend], make, inputs, measure)
-    if made.notes and backend != "auto":
-        raise ValueError(f"backend={backend!r}: {made.notes[0]}")
-    if not any(reports.values()):
-        made = made._replace(notes=(*made.notes, why_nothing_is_fused(traced)))
-    fused = first_equal(made, check, reports, trains=borders == "train")
-    if borders == "train":
-        make_trainable(fused, dict(original.named_parameters()))
-    return fused
+        forms, reports = make_forms(
+            original, traced, inputs, plan, None if borders == "train" else check, channels_last=measure, progress=show
+        )
+        show("time the network" if measure else "compare with the model", 0, 0)
+        made = race(forms, _finished(traced, original, inputs), FURTHER[backend], make, inputs, measure)
+        if made.notes and backend != "auto":
+            raise ValueError(f"backend={backend!r}: {made.notes[0]}")
+        if not any(reports.values()):
+            made = made._replace(notes=(*made.notes, why_nothing_is_fused(traced)))
+        fused = first_equal(made, check, reports, trains=borders == "train")
+        if borders == "train":
+            make_trainable(fused, dict(original.named_parameters()))
+        return fused
 
 
 def _finished(traced: GraphModule, model: nn.Module, inputs: Inputs) -> GraphModule:

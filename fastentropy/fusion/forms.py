@@ -14,6 +14,7 @@ from fastentropy.fusion.chains.finding import FoundChain, find_chains
 from fastentropy.fusion.finishing import finish
 from fastentropy.fusion.inputs import Inputs, clone
 from fastentropy.fusion.memory_format import InOrder, lost_order, with_channels_last_weights
+from fastentropy.fusion.progress import Progress, ignore
 from fastentropy.fusion.report import ChainReport
 from fastentropy.fusion.tracing import in_channels_last, rewrite, values_of
 from fastentropy.fusion.verification import EquivalenceCheck
@@ -30,6 +31,7 @@ def make_forms(
     check: EquivalenceCheck | None = None,
     *,
     channels_last: bool = True,
+    progress: Progress = ignore,
 ) -> tuple[dict[Form, nn.Module], dict[str, tuple[ChainReport, ...]]]:
     """Make every form of a model. All of them return outputs with the strides of the model's.
 
@@ -45,6 +47,7 @@ def make_forms(
         check: compares rewritten networks with the model; chains that do not hold stay as they are in the trace. Without it,
             all chains are rewritten.
         channels_last: whether to make the forms in channels-last too. This needs a convolution of images or volumes.
+        progress: is told the number of chains planned so far.
 
     Returns:
         The forms, and the reports on all chains by memory format.
@@ -68,7 +71,11 @@ def make_forms(
             folded = rewrite(graph, {chain: chain.folded for chain in chains}, sources)
             forms["folded", memory_format] = finish(folded, example_inputs, outputs)
             continue
-        plans = {chain: plan(chain, sources[chain.source]) for chain in chains}
+        plans = {}
+        for planned, chain in enumerate(chains):
+            progress(f"plan chains, {memory_format.replace('_', '-')}", planned, len(chains))
+            plans[chain] = plan(chain, sources[chain.source])
+        progress("compare with the model", len(chains), len(chains))
         fused, left, amplifies = rewrite_equal(graph, {chain: form for chain, (form, _) in plans.items()}, sources, check)
         kept = {chain: chain.folded for chain in chains if chain not in left}
         # The folded chains are judged by themselves too, where comparing the outputs of networks does not suffice.

@@ -6,9 +6,10 @@ its time or its counted cost.
 
 import contextlib
 import functools
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -39,6 +40,13 @@ MAX_NUMBERS = 2**26
 #: length must not end the search. An example is a 1×1 convolution that increases the channels, a depthwise convolution, and a
 #: 1×1 convolution that reduces the channels: all three are worth merging, the first two alone are not.
 MAX_UNPROMISING = 4
+
+#: The largest number of elements that are merged as a part of a chain, so that the time to plan is linear in the length of the
+#: chain. As a whole, a chain of any length is merged.
+MAX_ELEMENTS = 16
+
+#: Forms of stretches of a chain, by the first element, the element behind the last one, and whether they are merged.
+_Stretches: TypeAlias = dict[tuple[int, int, bool], Chain]
 
 
 class Merged(NamedTuple):
@@ -228,7 +236,7 @@ def _fastest_split(chain: Chain, x: Tensor, context: PlanContext) -> Chain:
     inputs = [x]
     for element in chain:
         inputs.append(compile_chain((element,), inputs[-1])(inputs[-1]))
-    stretches = _stretches(chain, inputs, context)
+    stretches = _competitive(_stretches(chain, inputs, context), inputs)
     times = context.price(stretches, {key: inputs[key[0]] for key in stretches})
     best: list[tuple[float, Chain]] = [(0.0, ())]
     for stop in range(1, len(chain) + 1):
@@ -239,7 +247,7 @@ def _fastest_split(chain: Chain, x: Tensor, context: PlanContext) -> Chain:
     return best[-1][1]
 
 
-def _stretches(chain: Chain, inputs: list[Tensor], context: PlanContext) -> dict[tuple[int, int, bool], Chain]:
+def _stretches(chain: Chain, inputs: list[Tensor], context: PlanContext) -> _Stretches:
     """Return each element of a chain, and each merged stretch chain[start:stop] that may be faster than its elements.
 
     Args:
@@ -250,18 +258,38 @@ def _stretches(chain: Chain, inputs: list[Tensor], context: PlanContext) -> dict
     Returns:
         The forms by (start, stop, whether the stretch is merged).
     """
-    stretches: dict[tuple[int, int, bool], Chain] = {}
+    stretches: _Stretches = {}
     sketches = [sketch(element) for element in chain]
     for start, element in enumerate(chain):
         x = inputs[start]
         if isinstance(element, Parallel):
             element = replace(element, branches=tuple(_fastest_split(branch, x, context) for branch in element.branches))
         stretches[start, start + 1, False] = (element,)
-        for stop in promising_stops(chain[start:], sketches[start:], x):
+        end = start + MAX_ELEMENTS
+        for stop in promising_stops(chain[start:end], sketches[start:end], x):
             if stop > 1 or isinstance(element, Parallel):
                 with contextlib.suppress(ValueError):
                     stretches[start, start + stop, True] = context.merge(chain[start : start + stop], x)
     return stretches
+
+
+def _competitive(stretches: _Stretches, inputs: list[Tensor]) -> _Stretches:
+    """Return the stretches without those that are far more costly than others of the same elements, one behind the other.
+
+    The costs are counted, which takes less time than a measurement. The arguments are those of `_stretches`.
+    """
+    costs = {key: counted_cost(form, inputs[key[0]]) for key, form in stretches.items()}
+    competitive, ending = {}, defaultdict(list)
+    for part in stretches:
+        ending[part[1]].append(part)
+    for key, form in stretches.items():
+        start, stop, is_merged = key
+        cheapest = {start: 0.0}  # of all divisions of the elements from `start` to a position
+        for end in range(start + 1, stop + 1):
+            cheapest[end] = min(cheapest[part[0]] + costs[part] for part in ending[end] if part[0] >= start)
+        if not is_merged or costs[key] <= MAX_COST_RATIO * cheapest[stop]:
+            competitive[key] = form
+    return competitive
 
 
 def sketch(element: Element) -> AffineOperator | None:
@@ -284,7 +312,7 @@ def promising_stops(chain: Chain, sketches: list[AffineOperator | None], x: Tens
         x: an input of the first element.
     """
     merged, unpromising = sketches[0], 0
-    for stop in range(1, len(chain) + 1):
+    for stop in range(1, min(len(chain), MAX_ELEMENTS) + 1):
         last = sketches[stop - 1]
         try:
             merged = merged if stop == 1 or merged is None or last is None else compose(merged, last)

@@ -12,27 +12,14 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastentropy.fusion.chains.bias_slabs import BiasSlab
 from fastentropy.fusion.chains.geometry import Axis, add_axes, compose_axes, is_transposed, sizes_agree
-
-
-class BiasSlab(NamedTuple):
-    """A bias that is added to a range of output positions along one spatial axis, in addition to the bias of all positions.
-
-    Attributes:
-        axis: index of the spatial axis.
-        positions: the range, (start, stop).
-        values: `[out_channels, *sizes]`. A size of 1 stands for the same value at all positions of its axis.
-    """
-
-    axis: int
-    positions: tuple[int, int]
-    values: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,8 +126,8 @@ class AffineOperator:
         padded = F.pad(self._upsample(x), [max(zeros, 0) for zeros in padding])
         cropped = F.pad(padded, [min(zeros, 0) for zeros in padding])
         output = convolution(cropped, self.weight, None, self.stride, 0, self.dilation, self.groups) + bias
-        for axis, (start, stop), values in self.border_bias:
-            output.narrow(axis - len(self.axes), start, stop - start).add_(values)
+        for slab in self.border_bias:
+            slab.add_to(output)
         return output
 
     def _upsample(self, x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastentropy.fusion.chains.affine import BiasSlab
+from fastentropy.fusion.chains.bias_slabs import BiasSlab
 from fastentropy.fusion.chains.borders import smaller_size
 from fastentropy.fusion.chains.elements import BorderStrip, Chain, operators, run
 

@@ -34,13 +34,12 @@ def _read_linear(node: Node, module: GraphModule) -> AffineNode | None:
     if (named := arguments(node, "weight", "bias", module=module)) is None or named[1]["weight"].ndim != 2:
         return None
     values, tensors = named
-    weight = tensors["weight"]
-    return affine_in(
-        values["input"],
-        0,
-        lambda _: AffineOperator(weight, bias_or_zeros(tensors, weight, len(weight))),
-        weight_path(values["weight"]),
-    )
+
+    def build(_: int) -> AffineOperator:
+        weight = tensors["weight"]
+        return AffineOperator(weight, bias_or_zeros(tensors, weight, len(weight)))
+
+    return affine_in(values["input"], 0, build, weight_path(values["weight"]))
 
 
 def _read_addmm(node: Node, module: GraphModule) -> AffineNode | None:
@@ -49,9 +48,8 @@ def _read_addmm(node: Node, module: GraphModule) -> AffineNode | None:
     values = constant(bias, module), constant(matrix, module)
     if values[0] is None or values[1] is None or node.kwargs or values[0].ndim != 1:
         return None
-    weight = values[1].double().T
-    shift = values[0].double().expand(len(weight))
-    return affine_in(operand, 0, lambda _: AffineOperator(weight, shift), weight_path(matrix))
+    transposed, bias = values[1].T, values[0].expand(values[1].shape[1])
+    return affine_in(operand, 0, lambda _: AffineOperator(transposed.double(), bias.double()), weight_path(matrix))
 
 
 def _read_matrix_product(node: Node, module: GraphModule) -> AffineNode | None:
@@ -70,7 +68,7 @@ def _read_matrix_product(node: Node, module: GraphModule) -> AffineNode | None:
 
 
 def _constant_matrix(argument: Any, module: GraphModule) -> tuple[Tensor, str] | None:
-    """Return a constant matrix in float64 and the path of its module; one that is repeated for each sample counts too."""
+    """Return a constant matrix and the path of its module; one that is repeated for each sample counts too."""
     source = argument
     while isinstance(source, Node) and source.target in _EXPANSIONS:
         source = source.args[0]
@@ -79,7 +77,7 @@ def _constant_matrix(argument: Any, module: GraphModule) -> tuple[Tensor, str] |
         return None
     if not same_sizes((shape_of(argument) or value.shape)[-2:], value.shape[-2:]):
         return None
-    return value.reshape(value.shape[-2:]).double(), weight_path(source)
+    return value.reshape(value.shape[-2:]), weight_path(source)
 
 
 def _read_einsum(node: Node, module: GraphModule) -> AffineNode | None:
@@ -100,7 +98,7 @@ def _read_einsum(node: Node, module: GraphModule) -> AffineNode | None:
             continue
         (channel,) = contracted
         new, place = weights.replace(channel, ""), given.index(channel)
-        oriented = matrix.double() if weights == new + channel else matrix.double().T
+        oriented = matrix if weights == new + channel else matrix.T
         axes = len(shape) - 1 - place
         is_layer = place in (1, len(shape) - 1) and axes <= 3 and new not in given
         if is_layer and wanted == given.replace(channel, new) and same_size(shape[place], oriented.shape[1]):
@@ -118,6 +116,7 @@ def _pointwise(operand: Any, weight: Tensor, axes: int, path: str) -> AffineNode
     ones = (1,) * axes
 
     def build(_: int) -> AffineOperator:
-        return AffineOperator(weight.reshape(*weight.shape, *ones), weight.new_zeros(len(weight)), ones, (0,) * axes, ones)
+        kernel = weight.double().reshape(*weight.shape, *ones)
+        return AffineOperator(kernel, kernel.new_zeros(len(kernel)), ones, (0,) * axes, ones)
 
     return affine_in(operand, axes, build, path)
