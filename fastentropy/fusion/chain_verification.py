@@ -132,7 +132,7 @@ class _Comparison(Interpreter):
         self._exact: dict[str, Any] = {}
 
     def run_node(self, n: Node) -> Any:
-        """Run a node; a node of a chain runs in float64 first. The outputs of forms are compared, and not kept."""
+        """Run a node; a node of a chain runs in float64 first. The output of a form is compared when it is complete."""
         if (chain := self._added.owners.get(n.name)) is not None:
             return self._run_added(n, chain)
         if (chain := self._chains.get(n.name)) is None:
@@ -145,9 +145,8 @@ class _Comparison(Interpreter):
                 self._exact.pop(member.name, None)
             self._exact[n.name] = value if exact is None else exact
             self.own_errors[chain] = relative_error(value, self._exact[n.name])
-            if self._added.results[chain] not in self._added.owners:  # the form returns its input
-                (source,) = (node for node in self.env if node.name == chain.source.name)
-                self.errors[chain] = relative_error(self.env[source], self._exact.pop(n.name))
+            if self._added.results[chain].name not in self._added.owners:  # the form returns its input
+                self.errors[chain] = relative_error(self.env[self._added.results[chain]], self._exact.pop(n.name))
         return value
 
     def _run_exactly(self, node: Node, chain: FoundChain) -> None:
@@ -172,10 +171,12 @@ class _Comparison(Interpreter):
         except Exception:  # such as a size that the form does not take
             del self._exact[chain.end.name]
             return None
-        if node.name != self._added.results[chain]:
-            return value
-        self.errors[chain] = relative_error(value, self._exact.pop(chain.end.name))
-        return None
+        if node.name in self._added.last:
+            result = self._added.results[chain]
+            output = value if node is result else self.env[result]
+            self.errors[chain] = relative_error(output, self._exact.pop(chain.end.name))
+            self.env[result] = value = None
+        return value
 
 
 def _without(forms: Mapping[FoundChain, Chain], left: Collection[FoundChain]) -> dict[FoundChain, Chain]:

@@ -183,12 +183,15 @@ class AddedForms(NamedTuple):
     Attributes:
         module: the graph. The outputs of the forms are further outputs.
         owners: the chain of each added node, by the name of the node.
-        results: the name of the node with the output of each chain's form.
+        results: the node with the output of each chain's form.
+        last: the last node of each form, by the name of the node. Its output is complete only then, because border strips are
+            written into it. A form that returns its input has no node.
     """
 
     module: GraphModule
     owners: dict[str, FoundChain]
-    results: dict[FoundChain, str]
+    results: dict[FoundChain, Node]
+    last: dict[str, FoundChain]
 
 
 def add_forms(traced: GraphModule, forms: Mapping[FoundChain, Chain], sources: Mapping[Node, Tensor]) -> AddedForms:
@@ -214,7 +217,10 @@ def add_forms(traced: GraphModule, forms: Mapping[FoundChain, Chain], sources: M
     output.args = ((*output.all_input_nodes, *results.values()),)
     _allow_all_strides(graph)
     module = _with_constants(traced, graph, constants)
-    return AddedForms(module, owners, {chain: node.name for chain, node in results.items()})
+    copied = {node.name: node for node in module.graph.nodes}
+    last = {owners[name]: name for name in copied if name in owners}
+    outputs = {chain: copied[node.name] for chain, node in results.items()}
+    return AddedForms(module, owners, outputs, {name: chain for chain, name in last.items()})
 
 
 def _insert_form(

@@ -10,12 +10,13 @@ from torch import nn
 from fastentropy import FusionReport, fuse
 from fastentropy.fusion import api, chain_verification, forms
 from fastentropy.fusion.chain_verification import judge_chains, rewrite_equal
+from fastentropy.fusion.chains.elements import BorderCorrected
 from fastentropy.fusion.chains.finding import find_chains
 from fastentropy.fusion.chains.merging import merge
 from fastentropy.fusion.inputs import Inputs
 from fastentropy.fusion.tracing import export, inference_module, values_of
 from fastentropy.fusion.verification import EquivalenceCheck, Judgement
-from tests._helpers.fusing import Amplifier
+from tests._helpers.fusing import Amplifier, ringed
 from tests._helpers.networks import Reads
 
 pytestmark = pytest.mark.usefixtures("counted_times")
@@ -166,6 +167,20 @@ def test_form_that_returns_its_input():
     assert [each.holds for each in judged.values()] == [True, True]
     judged = judge_chains(traced, {first: (), second: second.elements}, sources, [inputs], 1e-5)
     assert [each.holds for each in judged.values()] == [False, True]
+
+
+@torch.no_grad()
+def test_border_strips_are_written_before_the_form_is_judged():
+    """The output of a merged chain is wrong at the border until the last operators of its form have run."""
+    model, x = ringed()
+    traced, (chain,), sources, inputs = parts(model, x)
+    form = merge(chain.elements, x.shape[2:], "exact")
+    assert any(isinstance(element, BorderCorrected) for element in form)
+    (judged,) = judge_chains(traced, {chain: form}, sources, [inputs], 1e-5).values()
+    assert judged.error < 1e-5
+    wrong = replace(form[0], strips=form[0].strips[1:])
+    (judged,) = judge_chains(traced, {chain: (wrong,)}, sources, [inputs], 1e-5).values()
+    assert judged.error > 1e-3
 
 
 @torch.no_grad()
