@@ -20,7 +20,7 @@ from fastentropy.fusion.chains.elements import Chain, Element, Flatten, Parallel
 from fastentropy.fusion.chains.finding import FoundChain
 from fastentropy.fusion.chains.lowering import compile_chain
 from fastentropy.fusion.chains.merging import Borders, composed_shape, crop_kernel, merge, placeholder_weights, with_tap_bias
-from fastentropy.fusion.chains.passes import fuse_pairs, move_pools_forward
+from fastentropy.fusion.chains.passes import fuse_pairs, move_pools_forward, move_upsampling_back
 from fastentropy.fusion.pricing import Price, SharedPrices, counted, counted_cost, measured
 from fastentropy.fusion.report import Candidate, ChainReport
 from fastentropy.fusion.verification import judge
@@ -141,7 +141,7 @@ def plan_chain(
         keep: the chain with batch norm folded.
         merge: one operator for the whole chain.
         split: the chain divided into stretches, each merged or kept, such that the sum of their prices is smallest.
-        reorder: a split of the chain after average pooling was moved forward.
+        reorder: a split of the chain after average pooling was moved forward, and nearest upsampling back.
         kernel: on a GPU, the chain with each suitable pair of operators in one kernel.
         masked: on a GPU, one operator with a bias per tap, which is left out where the tap reads padding (`TapBiased`).
 
@@ -211,7 +211,7 @@ def _forms(kept: Chain, x: Tensor, context: PlanContext) -> tuple[dict[str, Chai
     split = _fastest_split(kept, x, context)
     if not _is_known(split, forms):
         forms["split"] = context.materialize(split)
-    if (reordered := move_pools_forward(kept)) != kept:
+    if (reordered := move_upsampling_back(move_pools_forward(kept))) != kept:
         forms["reorder"] = context.materialize(_fastest_split(reordered, x, context))
     if x.is_cuda and context.borders == "exact":
         if (paired := fuse_pairs(kept)) != kept:

@@ -1,4 +1,4 @@
-"""Rewrite a chain without changing its function: fold batch norm and padding, move pooling, run two operators in one kernel.
+"""Rewrite a chain without changing its function: fold batch norm and padding, move pooling and upsampling, pair kernels.
 
 A chain is a stretch of linear operators.
 """
@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from fastentropy.fusion.chains.affine import AffineOperator, compose
 from fastentropy.fusion.chains.elements import Chain, Concatenation, Element, FusedPair, Parallel, Sum
-from fastentropy.fusion.chains.selections import Selection, Window
+from fastentropy.fusion.chains.selections import Selection, Window, repeated_positions
 from fastentropy_kernels import MOST_MIDDLES
 
 
@@ -74,6 +74,23 @@ def move_pools_forward(chain: Chain) -> Chain:
         if isinstance(element, AffineOperator) and element.is_average and not _is_padded(element):
             while position and (pointwise := _as_pointwise(moved[position - 1])):
                 element, position = _with_channels(element, pointwise.in_channels), position - 1
+        moved.insert(position, element)
+    return tuple(moved)
+
+
+def move_upsampling_back(chain: Chain) -> Chain:
+    """Move each nearest upsampling behind the pointwise operators that come directly after it.
+
+    The function stays the same. The pointwise operators then run on fewer positions.
+    """
+    moved: list[Element] = []
+    for element in chain:
+        position = len(moved)
+        pointwise = _as_pointwise(element)
+        while position and pointwise and isinstance(repeat := moved[position - 1], Selection) and repeat.repeats:
+            factors, device = repeat.upsampling, pointwise.weight.device
+            moved[position - 1] = repeated_positions(pointwise.out_channels, factors, device)
+            position -= 1
         moved.insert(position, element)
     return tuple(moved)
 

@@ -1,5 +1,6 @@
 """Selections compute what their weights say, compose like convolutions, and run as operators that only copy."""
 
+import itertools
 import re
 from dataclasses import replace
 
@@ -13,7 +14,7 @@ from fastentropy.fusion.chains.affine import AffineOperator, stack
 from fastentropy.fusion.chains.elements import BorderCorrected, Concatenation, Flatten, cost, output_shape, run
 from fastentropy.fusion.chains.lowering import compile_chain
 from fastentropy.fusion.chains.merging import compose_chain, composed_shape, merge, placeholder_weights
-from fastentropy.fusion.chains.passes import fold, fuse_pairs, move_pools_forward
+from fastentropy.fusion.chains.passes import fold, fuse_pairs, move_pools_forward, move_upsampling_back
 from fastentropy.fusion.chains.selections import (
     Selection,
     is_exact_factor,
@@ -183,3 +184,22 @@ def test_exact_factors_repeat_every_position(factor, size):
     x = torch.arange(size, dtype=torch.float32).reshape(1, 1, -1)
     repeated = F.interpolate(x, scale_factor=factor)
     assert torch.equal(repeated, x.repeat_interleave(factor, 2))
+
+
+@settings(max_examples=30)
+@given(chains(kinds=("selection", "pointwise", "batch norm", "same"), flatten=False))
+def test_moving_upsampling_back_keeps_the_function(drawn):
+    chain, x, y = drawn
+    moved = move_upsampling_back(chain)
+    close(run(moved, x), y)
+    for first, second in itertools.pairwise(moved):
+        repeats = isinstance(first, Selection) and first.repeats
+        assert not repeats or not isinstance(second, AffineOperator) or not second.is_pointwise
+
+
+def test_upsampling_moves_behind_all_pointwise_operators():
+    layers = convolution(3, 4, 1), convolution(4, 2, 1)
+    moved = move_upsampling_back((repeated_positions(3, (2, 3), CPU), *layers, convolution(2, 2, 3)))
+    assert moved[:2] == layers
+    assert moved[2].repeats
+    assert moved[2].out_channels == 2
