@@ -10,13 +10,16 @@ from torch import nn
 from fastentropy import FusionReport, fuse
 from fastentropy.fusion import api, chain_verification, forms
 from fastentropy.fusion.chain_verification import judge_chains, rewrite_equal
+from fastentropy.fusion.chains.affine import AffineOperator
 from fastentropy.fusion.chains.elements import BorderCorrected
 from fastentropy.fusion.chains.finding import find_chains
 from fastentropy.fusion.chains.merging import merge
 from fastentropy.fusion.inputs import Inputs
+from fastentropy.fusion.planner import plan_chain
 from fastentropy.fusion.tracing import export, inference_module, values_of
 from fastentropy.fusion.verification import EquivalenceCheck, Judgement
 from tests._helpers.fusing import Amplifier, ringed
+from tests._helpers.linear_networks import NETWORKS
 from tests._helpers.networks import Reads
 
 pytestmark = pytest.mark.usefixtures("counted_times")
@@ -155,6 +158,21 @@ def test_each_chain_runs_on_the_values_that_it_gets_in_the_network():
     assert [each.holds for each in judged.values()] == [True, False, False, True]
     assert judged[chains[1]].error == pytest.approx(0.25)
     assert judged[chains[2]].error == float("inf")
+
+
+@pytest.mark.slow
+@torch.no_grad()
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+def test_forms_of_every_network(name):
+    """The planned and the folded form hold, behind the views of their chain too, and a form that is off does not."""
+    model, x, _ = NETWORKS[name]
+    traced, chains, sources, inputs = parts(model.eval(), x)
+    planned = {chain: plan_chain(chain, sources[chain.source], 1e-5, measure=False)[0] for chain in chains}
+    for made in (planned, {chain: chain.folded for chain in chains}):
+        assert all(each.holds for each in judge_chains(traced, made, sources, [inputs], 1e-5).values())
+    off = {chain: scaled(chain.elements, 1.5) for chain in chains if isinstance(chain.elements[-1], AffineOperator)}
+    assert all(each.error > 0.1 for each in judge_chains(traced, off, sources, [inputs], 1e-5).values())
 
 
 @torch.no_grad()
