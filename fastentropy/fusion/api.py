@@ -121,7 +121,8 @@ def fuse(
             original, traced, inputs, plan, None if borders == "train" else check, channels_last=measure, progress=show
         )
         show("time the network" if measure else "compare with the model", 0, 0)
-        made = race(forms, _finished(traced, original, inputs), FURTHER[backend], make, inputs, measure)
+        trace = _finished(traced, original, inputs) if FURTHER[backend] else traced
+        made = race(forms, trace, FURTHER[backend], make, inputs, measure)
         if made.notes and backend != "auto":
             raise ValueError(f"backend={backend!r}: {made.notes[0]}")
         if not any(reports.values()):
