@@ -104,7 +104,14 @@ class FusedModel(nn.Module):
         return run(*inputs, **keywords)
 
     def train(self, mode: bool = True) -> "FusedModel":
-        """Do nothing and return the model: it stays in eval mode, because chains are linear in eval mode only."""
+        """Do nothing: the model stays in eval mode, because chains are linear in eval mode only.
+
+        Args:
+            mode: has no effect.
+
+        Returns:
+            The model.
+        """
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "FusedModel":

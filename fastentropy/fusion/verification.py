@@ -168,7 +168,8 @@ class EquivalenceCheck:
             tolerance: the largest relative error at which a form always counts as equal.
         """
         batch = example_inputs.batch or 0
-        others = [random_like(with_batch_size(example_inputs, n), seed=n) for n in sorted({1, min(3, batch + 1)} - {batch})]
+        sizes = {1, batch + 1 if batch <= 3 else 3} - {batch}
+        others = [random_like(with_batch_size(example_inputs, n), seed=n) for n in sorted(sizes)]
         others.append(with_longer_axes(example_inputs))
         tried = [example_inputs, random_like(example_inputs, seed=0), *filter(takes, others)]
         cases = [_Case(inputs, _outputs(model, inputs), index < 2) for index, inputs in enumerate(tried)]
