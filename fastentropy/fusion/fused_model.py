@@ -114,6 +114,15 @@ class FusedModel(nn.Module):
         """
         return self
 
+    def _load_from_state_dict(self, *given: Any, **options: Any) -> None:
+        """Refuse other weights where the present ones are part of compiled code; `load_state_dict` calls this."""
+        if self._runner is not None and self.report.backend != "eager":
+            raise ValueError(
+                f"the weights are compiled into this model, which runs in {self.report.backend}, and cannot be replaced; load "
+                "them into the original model and fuse that again"
+            )
+        super()._load_from_state_dict(*given, **options)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> "FusedModel":
         """Return a copy with its own weights."""
         memo |= {id(shared): shared for shared in (self.report, self._inputs, self._conditions, self._binding)}
@@ -176,8 +185,9 @@ class FusedModel(nn.Module):
 
     def _start(self) -> Callable[..., Any]:
         """Return what runs the network, and keep it for later calls."""
-        self._runner = make_runner(self.report.backend, self.network, self._inputs)
-        return self._runner
+        runner = make_runner(self.report.backend, self.network, self._inputs)
+        object.__setattr__(self, "_runner", runner)  # nn.Module would list the network a second time, as a submodule
+        return runner
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the names and values of the weights and buffers."""

@@ -18,6 +18,17 @@ def test_copy_is_saved_like_the_model(network, images, tmp_path):
     assert_equal(load(tmp_path / "model.pt2"), network, images)
 
 
+def test_state_dict_holds_each_weight_once(network, images, tmp_path):
+    fused = fuse(network.eval(), (images,))
+    fused.save(tmp_path / "model.pt2")
+    called, uncalled = load(tmp_path / "model.pt2"), load(tmp_path / "model.pt2")
+    called(images)
+    weights = called.state_dict()
+    assert [name for name, _ in called.named_buffers()] == list(weights)
+    uncalled.load_state_dict(weights)
+    assert list(copy.deepcopy(called).state_dict()) == list(weights)
+
+
 def test_converted_model_is_not_saved(network, images, tmp_path):
     fused = fuse(network.eval(), (images,)).double()
     with pytest.raises(ValueError, match=r"was converted from torch\.float32 on cpu to torch\.float64 on cpu after fusing"):
