@@ -286,6 +286,14 @@ def test_frozen_weights():
     assert not config.freezing
 
 
+def test_recompile_limit():
+    config = torch._dynamo.config
+    before = config.recompile_limit
+    with _compat.with_recompile_limit(before + 1):
+        assert config.recompile_limit == before + 1
+    assert config.recompile_limit == before
+
+
 def test_part_of_a_dtensor(dtensor):
     local = _compat.local_part(dtensor)
     assert type(local) is torch.Tensor
@@ -508,6 +516,7 @@ GONE = [
     (torch._inductor, "aoti_compile_and_package", lambda: _compat.compile_package(None, "a.pt2")),
     (torch._inductor, "aoti_load_package", lambda: _compat.load_package("a.pt2")),
     (torch._inductor, "config", lambda: _compat.with_frozen_weights()),
+    (torch._dynamo, "config", lambda: _compat.with_recompile_limit(64)),
     (torch._dynamo, "OptimizedModule", lambda: _compat.is_compiled(nn.ReLU())),
     (torch._dynamo, "OptimizedModule", lambda: _compat.uncompiled(nn.ReLU())),
     (_functional_collectives, "AsyncCollectiveTensor", lambda: _compat.wait_tensor(nn.Parameter(torch.ones(1)))),

@@ -53,6 +53,7 @@ from fastentropy._compat.programs import operator_schema as operator_schema
 from fastentropy._compat.programs import to_copy as to_copy
 from fastentropy._compat.programs import tree_node as tree_node
 from fastentropy._compat.programs import with_frozen_weights as with_frozen_weights
+from fastentropy._compat.programs import with_recompile_limit as with_recompile_limit
 from fastentropy._compat.ranks import local_part as local_part
 from fastentropy._compat.ranks import local_shape_and_offset as local_shape_and_offset
 from fastentropy._compat.ranks import wait_tensor as wait_tensor

@@ -83,3 +83,9 @@ def with_frozen_weights() -> AbstractContextManager[object]:
     """
     context: AbstractContextManager[object] = named("torch._inductor", "config").patch(freezing=True)
     return context
+
+
+def with_recompile_limit(limit: int) -> AbstractContextManager[object]:
+    """Return a context in which torch.compile compiles a function at most `limit` times. By default it gives up after 8."""
+    context: AbstractContextManager[object] = named("torch._dynamo", "config").patch(recompile_limit=limit)
+    return context

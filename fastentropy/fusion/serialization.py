@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
-from fastentropy._compat import compile_package, load_package, tree_leaves, with_frozen_weights
+from fastentropy._compat import compile_package, load_package, tree_leaves
 from fastentropy._utils.errors import one_line
 from fastentropy._utils.files import replace_file
+from fastentropy.fusion.backends.inductor import freezing
 from fastentropy.fusion.backends.onnx_runtime import check_onnx, export_onnx, run_session, start_session
 from fastentropy.fusion.binding import Signature
 from fastentropy.fusion.inputs import clone, is_float
@@ -80,7 +81,7 @@ def write_package(path: str | PathLike[str], program: ExportedProgram) -> None:
     def save(file: Path) -> None:
         package = file.with_name(f"{file.name}.pt2")  # AOTInductor refuses other names
         try:
-            with with_frozen_weights():
+            with freezing([*program.state_dict.values(), *program.constants.values()]):
                 compile_package(program, package)
             _check_equal(program, load_package(package))
             package.replace(file)

@@ -1,18 +1,25 @@
 """Run a network compiled by torch.compile with frozen weights on a CPU, and as a CUDA graph on a GPU."""
 
+import contextlib
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastentropy._compat import tree_leaves, tree_map, with_frozen_weights
+from fastentropy._compat import tree_leaves, tree_map, with_frozen_weights, with_recompile_limit
+
+#: How often a network may be compiled. Each memory format of the inputs takes two times, and twice as many in inference mode.
+RECOMPILE_LIMIT = 64
 
 
 class Compiled:
     """A network that is compiled in the first call, and again for inputs of other shapes, at most twice (see torch.compile).
 
-    The weights of the first call are part of the compiled code: torch.compile folds batch norm into them and lays them out for
-    the machine. A call that needs gradients runs the network as it is.
+    It is also compiled for each memory format of the inputs, and once more for inference mode. The weights of the first call
+    are part of the compiled code: torch.compile folds batch norm into them and lays them out for the machine. A call that needs
+    gradients runs the network as it is, and so does one that torch.compile or torch.export traces.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -27,19 +34,27 @@ class Compiled:
     def __call__(self, *inputs: Any, **keywords: Any) -> Any:
         """Run the network."""
         leaves = [leaf for leaf in tree_leaves((inputs, keywords)) if isinstance(leaf, Tensor)]
-        if torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves):
+        needs_gradients = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)
+        if needs_gradients or torch.compiler.is_compiling():
             return self._network(*inputs, **keywords)
-        shapes = tuple([(leaf.shape, leaf.dtype) for leaf in leaves])
+        # What torch.compile compiles again for.
+        shapes = (torch.is_inference_mode_enabled(), *[(leaf.shape, leaf.stride(), leaf.dtype) for leaf in leaves])
         with torch.no_grad():
             if shapes in self._shapes:
                 outputs = self._compiled(*inputs, **keywords)
             else:
                 # Weights are frozen only if this is switched on while the call compiles. As an option of torch.compile it has
                 # no effect, because the weights have become inputs by then.
-                with with_frozen_weights():
+                with freezing(self._network.state_dict().values()), with_recompile_limit(RECOMPILE_LIMIT):
                     outputs = self._compiled(*inputs, **keywords)
                 self._shapes.add(shapes)
         return tree_map(_copied, outputs) if self._copies_outputs else outputs
+
+
+def freezing(weights: Iterable[Any]) -> AbstractContextManager[object]:
+    """Return a context in which these weights are compiled as constants, except in float64: oneDNN cannot lay these out."""
+    has_doubles = any(isinstance(weight, Tensor) and weight.dtype == torch.float64 for weight in weights)
+    return contextlib.nullcontext() if has_doubles else with_frozen_weights()
 
 
 def _copied(value: Any) -> Any:

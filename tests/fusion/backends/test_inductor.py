@@ -77,6 +77,54 @@ def test_copies_and_files_are_compiled_again(compiled_by, monkeypatch, tmp_path)
         assert len(compiled_by) > before
 
 
+def laid_out(x):
+    """Return an image batch in four layouts: dense, channels-last, with swapped rows and columns, and part of a larger one."""
+    return (
+        x,
+        x.contiguous(memory_format=torch.channels_last),
+        x.mT.contiguous().mT,
+        torch.cat([x, x], 3)[..., : x.shape[3]],
+    )
+
+
+def test_every_layout_and_mode(compiled_by, monkeypatch):
+    model, x, fused = fuse_compiled(monkeypatch)
+    for batch in (3, 2, 5):
+        for given in laid_out(torch.randn(batch, *x.shape[1:])):
+            for mode in (torch.no_grad, torch.inference_mode):
+                with mode():
+                    assert_equal(fused, model, given)
+    assert all(frozen for _, frozen in compiled_by)
+
+
+def test_float64_is_compiled_without_freezing(compiled_by):
+    model, x = inverted_residual()
+    model, x = model.double(), x.double()
+    fused = fuse(model, (x,), backend="inductor", measure=False)
+    torch.testing.assert_close(fused(x), model(x), rtol=1e-9, atol=1e-9)
+    assert compiled_by
+    assert not any(frozen for _, frozen in compiled_by)
+
+
+def test_compiled_network_in_another_trace(compiled_by, monkeypatch):
+    model, x, fused = fuse_compiled(monkeypatch)
+    again = fuse(fused, (x,), measure=False)
+    assert_equal(again, model, torch.randn(5, *x.shape[1:]))
+    program = torch.export.export(fused, (x,), dynamic_shapes=(({0: torch.export.Dim.AUTO},),))
+    assert_equal(program.module(), model, torch.randn(5, *x.shape[1:]))
+
+
+def test_compiled_weights_are_not_replaced(compiled_by, monkeypatch):
+    model, x, fused = fuse_compiled(monkeypatch)
+    weights = {name: 2 * value for name, value in fused.state_dict().items()}
+    uncalled = copy.deepcopy(fused)
+    uncalled.load_state_dict(weights)
+    with pytest.raises(ValueError, match=r"^the weights are compiled into this model, which runs in inductor"):
+        nn.Sequential(fused).load_state_dict({f"0.{name}": value for name, value in weights.items()})
+    assert_equal(fused, model, x)
+    assert_equal(uncalled, uncalled.network, x)
+
+
 def test_network_that_cannot_be_compiled(monkeypatch, images, network):
     def fail(*given, **options):
         raise RuntimeError("no compiler\nwas found")
