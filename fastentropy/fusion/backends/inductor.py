@@ -1,6 +1,7 @@
 """Run a network compiled by torch.compile with frozen weights on a CPU, and as a CUDA graph on a GPU."""
 
 import contextlib
+import threading
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -12,6 +13,9 @@ from fastentropy._compat import tree_leaves, tree_map, with_frozen_weights, with
 
 #: How often a network may be compiled. Each memory format of the inputs takes two times, and twice as many in inference mode.
 RECOMPILE_LIMIT = 64
+
+#: Held while a network is compiled, because the options that are switched on meanwhile are those of all threads.
+_COMPILING = threading.RLock()
 
 
 class Compiled:
@@ -45,7 +49,7 @@ class Compiled:
             else:
                 # Weights are frozen only if this is switched on while the call compiles. As an option of torch.compile it has
                 # no effect, because the weights have become inputs by then.
-                with freezing(self._network.state_dict().values()), with_recompile_limit(RECOMPILE_LIMIT):
+                with _COMPILING, freezing(self._network.state_dict().values()), with_recompile_limit(RECOMPILE_LIMIT):
                     outputs = self._compiled(*inputs, **keywords)
                 self._shapes.add(shapes)
         return tree_map(_copied, outputs) if self._copies_outputs else outputs

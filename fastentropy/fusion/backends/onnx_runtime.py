@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
+from torch.export.graph_signature import TensorArgument
 
 from fastentropy._compat import tree_leaves, tree_unflatten
+from fastentropy.fusion.chains.nodes import overwrites
 from fastentropy.fusion.traced_inputs import TracedInputs
 from fastentropy.fusion.tracing import export_again
 
@@ -30,7 +32,8 @@ class OnnxSession:
 
         Raises:
             ImportError: onnx, onnxscript or onnxruntime is missing.
-            ValueError: the network cannot be exported, or is not on a CPU.
+            ValueError: the network cannot be exported, is not on a CPU, overwrites its inputs or returns other values than
+                tensors.
         """
         check_onnx()
         if any(value.device.type != "cpu" for value in network.state_dict().values()):
@@ -57,7 +60,15 @@ def check_onnx() -> None:
 
 
 def export_onnx(program: ExportedProgram, file: Path) -> None:
-    """Write a program as ONNX."""
+    """Write a program as ONNX.
+
+    Raises ValueError if the program does what ONNX cannot express: it returns other values than tensors, or overwrites inputs.
+    """
+    if not all(isinstance(spec.arg, TensorArgument) for spec in program.graph_signature.output_specs):
+        raise ValueError("the model returns values that are not tensors, which ONNX cannot; use backend='eager' or save")
+    inputs = program.graph.find_nodes(op="placeholder")
+    if any(overwrites(user, node) for node in inputs for user in node.users):
+        raise ValueError("the model overwrites its inputs, which ONNX cannot; use backend='eager' or save")
     exported = torch.onnx.export(program, dynamo=True, verbose=False)
     assert exported is not None
     exported.save(file)

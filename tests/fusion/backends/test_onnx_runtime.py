@@ -60,3 +60,19 @@ def test_operators_that_onnx_runtime_has_in_float32_only(dtype, operator, tmp_pa
     ):
         fused.save_onnx(tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("forward", "text"),
+    [
+        (lambda m, x: {"y": m.a(x), "n": None, "k": 3}, "returns values that are not tensors"),
+        (lambda m, x: m.a(x.add_(1)), "overwrites its inputs"),
+    ],
+)
+def test_what_onnx_cannot_express(forward, text):
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    model = Reads(forward, a=nn.Linear(3, 3)).eval()
+    with pytest.raises(ValueError, match=f"^backend='onnxruntime': .*the model {text}, which ONNX cannot"):
+        fuse(model, (torch.randn(2, 3),), backend="onnxruntime", measure=False)
