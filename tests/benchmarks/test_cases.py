@@ -278,7 +278,7 @@ def test_facts_of_a_fused_network(linear):
 def test_frozen_baseline_has_constant_weights(linear):
     """It computes the same as the network, with the weights of the first call."""
     model, inputs, _ = linear
-    run, before = fusing._frozen(model), networks.infer(model, inputs)
+    run, before = networks.frozen(model), networks.infer(model, inputs)
     torch.testing.assert_close(networks.infer(run, inputs), before, rtol=1e-4, atol=1e-4)
     weight = model[3].weight.detach().clone()
     try:

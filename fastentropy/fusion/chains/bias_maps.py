@@ -45,7 +45,7 @@ class ZeroResponse(NamedTuple):
         different = ~torch.isclose(self.values, interior.expand_as(self.values), rtol=1e-12, atol=1e-12)
         for strip in strips:
             positions, (start, stop) = self.positions[strip.axis], strip.output
-            inside = torch.ones(different.shape[1 + strip.axis], dtype=torch.bool)
+            inside = torch.ones(different.shape[1 + strip.axis], dtype=torch.bool, device=different.device)
             inside[torch.cat([positions[:start], positions[stop:]])] = False
             different.index_fill_(1 + strip.axis, inside.nonzero().flatten().to(different.device), False)
         return bool(different.any())
