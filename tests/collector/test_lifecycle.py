@@ -112,11 +112,16 @@ def test_a_thousand_cycles_leak_nothing(scene, model, x, way):
         return len(gc.get_objects()) - objects, tracemalloc.get_traced_memory()[0] - memory
 
     cycles = {"one pass": 250, "dropped": 5}.get(way, 50)  # the dropped ones collect garbage each time
+    gc.collect()
+    gc.freeze()  # what other tests left need not be searched each time
     tracemalloc.start()
-    with torch.inference_mode():
-        run(cycles // 5)
-        objects, memory = zip(*[run(cycles) for _ in range(4)], strict=True)
-    tracemalloc.stop()
+    try:
+        with torch.inference_mode():
+            run(cycles // 5)
+            objects, memory = zip(*[run(cycles) for _ in range(4)], strict=True)
+    finally:
+        tracemalloc.stop()
+        gc.unfreeze()
     assert min(objects) < 0.1 * cycles
     assert min(memory) < 40 * cycles + 10_000  # a collector alone has more than that
 
