@@ -68,7 +68,7 @@ def computed(view, value):
     return torch.fx.GraphModule({}, graph)(value)
 
 
-@settings(max_examples=150)
+@settings(max_examples=50)
 @given(views())
 def test_the_view_of_a_layout_is_the_value(drawn):
     natural, moves = drawn
