@@ -21,7 +21,7 @@ from fastentropy.fusion.finishing import finish
 from fastentropy.fusion.forms import make_forms
 from fastentropy.fusion.fused_model import FusedModel, make_trainable
 from fastentropy.fusion.guards import Conditions, guards_of
-from fastentropy.fusion.inputs import Inputs, clone
+from fastentropy.fusion.inputs import Inputs, outputs_of
 from fastentropy.fusion.planner import PlanCache, plan_chain
 from fastentropy.fusion.progress import shown
 from fastentropy.fusion.report import FusionReport
@@ -135,8 +135,7 @@ def fuse(
 
 def _finished(traced: GraphModule, model: nn.Module, inputs: Inputs) -> GraphModule:
     """Return a copy of the trace of a model that runs as fast as its operators allow."""
-    given = clone(inputs)
-    return finish(rewrite(traced, {}, {}), inputs, model(*given.args, **given.kwargs))
+    return finish(rewrite(traced, {}, {}), inputs, outputs_of(model, inputs))
 
 
 def _smallest_sizes(traced_inputs: TracedInputs, check: EquivalenceCheck, traced: nn.Module, inputs: Inputs) -> tuple[str, ...]:

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import UninitializedParameter
 
-from fastentropy._compat import tree_leaves, uncompiled
+from fastentropy._compat import uncompiled
 from fastentropy._utils.errors import one_line
 from fastentropy._utils.text import plural
 from fastentropy.fusion.backends import Backend
 from fastentropy.fusion.chains.merging import Borders
-from fastentropy.fusion.inputs import Inputs, clone
+from fastentropy.fusion.inputs import Inputs, outputs_of
 from fastentropy.fusion.verification import TOLERANCE, largest_error
 from fastentropy.sites.inputs import is_exported, misfit
 
@@ -53,11 +53,11 @@ def copy_that_runs(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, Inputs]
         reason = f"{type(model).__name__} cannot be copied by copy.deepcopy: {one_line(error)}{_uncopied(model)}"
         raise ValueError(reason) from error
     try:
-        outputs = _outputs(original, inputs)
+        outputs = outputs_of(original, inputs)
     except Exception as error:
         reason = misfit(original, inputs.args, inputs.kwargs, error) or one_line(error)
         raise ValueError(f"the model does not run on example_inputs: {reason}") from error
-    if (names := _modules_set_to_eval(original)) and largest_error(_outputs(original, inputs), outputs) > 0:
+    if (names := _modules_set_to_eval(original)) and largest_error(outputs_of(original, inputs), outputs) > 0:
         raise ValueError(f"{_PARTLY_TRAINING}: {names}; call model.eval() first")
     inputs = inputs.with_batch_of(outputs)
     if inputs.batch == 0:
@@ -117,12 +117,6 @@ def _modules_set_to_eval(model: nn.Module) -> str:
     for module in training:
         module.training = False  # an exported module has no eval()
     return "" if is_exported(model) else _listed_modules(model, lambda module: module in training)
-
-
-def _outputs(model: nn.Module, inputs: Inputs) -> list[Any]:
-    """Return the outputs of a model in flat order."""
-    given = clone(inputs)
-    return tree_leaves(model(*given.args, **given.kwargs))
 
 
 def _autocasts(values: Iterable[Any]) -> list[tuple[str, torch.dtype]]:

@@ -16,7 +16,7 @@ from fastentropy._utils.timing import measure_samples
 from fastentropy.fusion.backends import Backend
 from fastentropy.fusion.forms import Form
 from fastentropy.fusion.fused_model import FusedModel
-from fastentropy.fusion.inputs import Inputs, clone
+from fastentropy.fusion.inputs import Inputs, clone, outputs_of
 from fastentropy.fusion.planner import TIE
 from fastentropy.fusion.report import ChainReport, FusionReport
 from fastentropy.fusion.verification import EquivalenceCheck, Judgement
@@ -157,8 +157,7 @@ def _failure(modules: Iterable[FusedModel], inputs: Inputs) -> str:
     """Call each module once, and return why one of them cannot be compiled or run; "" if all can."""
     try:
         for module in modules:
-            given = clone(inputs)
-            module(*given.args, **given.kwargs)
+            outputs_of(module, inputs)
     except ImportError:
         raise
     except Exception as error:  # whatever a compiler raises

@@ -7,12 +7,11 @@ from typing import Any, TypeAlias
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from fastentropy._compat import tree_leaves
 from fastentropy.fusion.chain_verification import rewrite_equal
 from fastentropy.fusion.chains.elements import Chain, operators
 from fastentropy.fusion.chains.finding import FoundChain, find_chains
 from fastentropy.fusion.finishing import finish
-from fastentropy.fusion.inputs import Inputs, clone
+from fastentropy.fusion.inputs import Inputs, clone, outputs_of
 from fastentropy.fusion.memory_format import InOrder, lost_order, with_channels_last_weights
 from fastentropy.fusion.progress import Progress, ignore
 from fastentropy.fusion.report import ChainReport
@@ -55,7 +54,7 @@ def make_forms(
     chains = [chain for chain in find_chains(traced) if len(operators(chain.elements)) > 1]
     graphs = {"contiguous": traced, "channels_last": in_channels_last(traced) if channels_last else None}
     forms: dict[Form, nn.Module] = {}
-    outputs = _outputs(model, example_inputs)
+    outputs = outputs_of(model, example_inputs)
     reports: dict[str, tuple[ChainReport, ...]] = {}
     for memory_format, graph in graphs.items():
         if graph is None:
@@ -90,16 +89,10 @@ def make_forms(
     return forms, reports
 
 
-def _outputs(model: nn.Module, inputs: Inputs) -> list[Any]:
-    """Return the outputs of a model for inputs, in flat order."""
-    given = clone(inputs)
-    return tree_leaves(model(*given.args, **given.kwargs))
-
-
 def _in_channels_last(model: nn.Module, inputs: Inputs, expected: list[Any]) -> nn.Module:
     """Return a copy of a model with its weights in channels-last, whose outputs have the strides of the expected ones."""
     last = with_channels_last_weights(model)
-    actual = _outputs(last, inputs)
+    actual = outputs_of(last, inputs)
     if any(lost_order(value, wanted) for value, wanted in zip(actual, expected, strict=True)):
         return InOrder(last, actual, expected)
     return last

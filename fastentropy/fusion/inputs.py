@@ -120,6 +120,12 @@ def clone(inputs: Inputs) -> Inputs:
     return inputs.map(lambda value: value.clone() if isinstance(value, Tensor) else value)
 
 
+def outputs_of(model: Callable[..., Any], inputs: Inputs) -> list[Any]:
+    """Return the outputs of a call on a copy of the inputs, in flat order."""
+    given = clone(inputs)
+    return tree_leaves(model(*given.args, **given.kwargs))
+
+
 def to_double(inputs: Inputs) -> Inputs:
     """Return the inputs with every floating-point tensor converted to float64."""
     return inputs.map(lambda value: value.double() if is_float(value) else value)

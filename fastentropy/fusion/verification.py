@@ -12,12 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastentropy._compat import tree_leaves
 from fastentropy.fusion.inputs import (
     Inputs,
-    clone,
     has_batch,
     is_float,
+    outputs_of,
     random_like,
     to_double,
     with_batch_size,
@@ -279,7 +278,6 @@ def _outputs(model: Callable[..., Any], inputs: Inputs) -> list[Any] | None:
     """
     try:
         with full_precision():
-            copied = clone(inputs)
-            return tree_leaves(model(*copied.args, **copied.kwargs))
+            return outputs_of(model, inputs)
     except Exception:  # whatever a model raises
         return None
