@@ -9,12 +9,12 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
-from fastentropy._compat import TorchDispatchMode
 from fastentropy.collector.counting import PassCounting
 from fastentropy.collector.values import plain_parts
 from fastentropy.sites.padding import TokenAxes
 from fastentropy.sites.site import Call, Site
 from tests._helpers.counts import plain_counts
+from tests._helpers.modes import RecordsOperators
 from tests._helpers.tensors import assert_same
 
 
@@ -207,18 +207,6 @@ class Records(TorchFunctionMode):
         self.seen = []
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        self.seen.append(func)
-        return func(*args, **(kwargs or {}))
-
-
-class RecordsOperators(TorchDispatchMode):
-    """A mode that records which operators run."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.seen.append(func)
         return func(*args, **(kwargs or {}))
 

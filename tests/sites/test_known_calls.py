@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import fastentropy as fe
-from fastentropy._compat import TorchDispatchMode
 from fastentropy.sites import channel_axis, known_calls, tensor_notes
 from fastentropy.sites.channel_axis import AxisTracker
 from fastentropy.sites.padding import TokenAxes
+from tests._helpers.modes import RecordsOperators
 
 MODES = [torch.no_grad, torch.inference_mode, torch.enable_grad]
 WIDTH, TOKENS = 6, 6  # equal, so that no size tells the axes apart
@@ -250,27 +250,15 @@ def test_what_fails_in_the_bookkeeping_stays_there(place, monkeypatch):
         assert tracker.axis_of(run_layer(tracker, layer, x)) == 1
 
 
-class Seeing(TorchDispatchMode):
-    """A mode of the user, which must see every operator."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.seen.append(func)
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("inside", [False, True])
 def test_other_modes_see_every_operator(inside):
     layer, x = nn.Linear(4, 6), torch.randn(5, 4)
     tracker = AxisTracker(layer.parameters())
     with torch.no_grad():
-        with Seeing() as expected:
+        with RecordsOperators() as expected:
             layer(x).relu()
         with contextlib.ExitStack() as stack:
-            seeing = Seeing()
+            seeing = RecordsOperators()
             for mode in (tracker.following(), seeing) if inside else (seeing, tracker.following()):
                 stack.enter_context(mode)
             for _ in range(3):
