@@ -60,7 +60,7 @@ ALIGNED = frozenset({
     "quantize_per_tensor_dynamic", "quantize_per_channel", "fake_quantize_per_tensor_affine_cachemask",
     "fake_quantize_per_channel_affine_cachemask", "_fake_quantize_per_tensor_affine_cachemask_tensor_qparams",
     "_fake_quantize_learnable_per_tensor_affine", "_fake_quantize_learnable_per_channel_affine", "renorm", "expand",
-    "broadcast_to", "repeat", "glu",
+    "broadcast_to", "repeat", "glu", "leaky_relu",
     # cut or extended
     "slice", "narrow", "split", "split_with_sizes", "chunk", "tensor_split", "unsafe_split", "unsafe_split_with_sizes",
     "unsafe_chunk", "constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d", "replication_pad1d",
@@ -115,11 +115,28 @@ class Operator:
         self.written = [(argument.name, self.places[argument.name]) for argument in written]
         self.writes_only = frozenset(argument.name for argument in written if argument.kwarg_only)
         self.name = _base_name(name)
-        self.is_pointwise = torch.Tag.pointwise in tags
+        self.is_pointwise = torch.Tag.pointwise in tags or _has_pointwise_variant(func, self.name)
         self.is_view_of_dtype = self.name == "view" and getattr(func, "_overloadname", "") == "dtype"
         self.is_reshape = self.name in RESHAPES and not self.is_view_of_dtype
         self.is_followed = self.is_pointwise or self.name in FOLLOWED
         self.is_copy = self.name == "copy"
+
+
+def _has_pointwise_variant(func: Any, name: str) -> bool:
+    """Return whether another variant of an ATen operator has the tag for elementwise ones, which PyTorch does not give to all.
+
+    In-place variants, for example, often lack it, more of them in older releases. For operators that are followed by name the
+    answer is no, because `max` of two tensors is elementwise and `max` along an axis is not.
+
+    Args:
+        func: the operator.
+        name: its name without what marks variants.
+    """
+    if getattr(func, "namespace", "") != "aten" or name in FOLLOWED:
+        return False
+    packet = getattr(torch.ops.aten, name, None)
+    variants = [] if packet is None else [getattr(packet, overload) for overload in packet.overloads()]
+    return any(torch.Tag.pointwise in variant.tags for variant in variants)
 
 
 @lru_cache(4096)

@@ -93,6 +93,26 @@ def test_where_tokens_lie(case, mode):
     assert tracker.token_axes(y) == expected
 
 
+ELEMENTWISE = (
+    *("relu", "relu6", "leaky_relu", "elu", "selu", "celu", "gelu", "silu", "mish", "softplus", "hardtanh", "hardswish"),
+    *("hardsigmoid", "sigmoid", "abs", "neg", "exp"),
+)
+
+
+@pytest.mark.parametrize("name", [*ELEMENTWISE, "eq", "gt", "le", "copysign", "add", "mul"])
+def test_elementwise_operators_keep_tokens(name):
+    for variant in (name, f"{name}_"):
+        operator = getattr(torch.ops.aten, variant, None)
+        if operator is None:
+            continue
+        model, others = Parts(), () if name in ELEMENTWISE else (torch.rand(3, 5, 4),)
+        tracker = AxisTracker(model.parameters())
+        with torch.no_grad(), tracker.following():
+            tracker.follow_tokens(IDS)
+            y = operator(model.embed(), *others)
+        assert (tracker.axis_of(y), tracker.token_axes(y)) == (2, TokenAxes(0, 1)), variant
+
+
 @pytest.mark.parametrize("sizes", [(1, 5), (3, 1), (1, 1)])
 def test_single_sequences_and_tokens(sizes):
     model, ids = Parts(), torch.ones(sizes, dtype=torch.long)
