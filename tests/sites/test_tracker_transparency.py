@@ -77,6 +77,7 @@ def test_a_model_is_exported_while_it_is_followed(strict):
     ids=["vmap", "functionalize", "jvp", "sparse", "quantised", "cond", "csr"],
 )
 def test_other_tensors_pass_through(mode, transform):
+    torch.compiler.reset()  # in PyTorch 2.11 `cond` raises after it has run inside of any mode
     model, x = network(), torch.randn(5, 4)
     tracker = AxisTracker(model.parameters())
     with mode(), contextlib.suppress(NotImplementedError):
