@@ -14,6 +14,9 @@ Key = TypeVar("Key", bound=Hashable)
 #: The number of rounds that are measured even if the time budget is exceeded, because quartiles need some samples.
 MIN_ROUNDS = 5
 
+#: The first call of a function counts as at most this many times as slow as the calls that follow it.
+FIRST_CALLS = 20
+
 #: The number of rounds after which slow functions can drop out.
 TRIAL_ROUNDS = 3
 
@@ -93,8 +96,10 @@ def _samples(
     """Take the samples of `measure_samples` by calling the functions. The arguments are those of `measure_samples`."""
     repeats = {}
     for key, function in functions.items():
-        function()
-        repeats[key] = max(1, int(round_seconds / max(measure_seconds(function), 1e-7)))
+        seconds = measure_seconds(function)
+        if seconds < FIRST_CALLS * round_seconds:  # else no warm call repeats within a round either
+            seconds = measure_seconds(function)
+        repeats[key] = max(1, int(round_seconds / max(seconds, 1e-7)))
     samples: dict[Key, list[float]] = {key: [] for key in functions}
     left, start = list(functions), _clock()
     for index in range(rounds):

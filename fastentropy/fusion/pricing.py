@@ -36,7 +36,7 @@ def measured(forms: Mapping[Key, Chain], inputs: Mapping[Key, Tensor]) -> dict[K
     gpu = next((x.device for x in inputs.values() if x.is_cuda), None)
     if len(forms) <= 6:
         return measure_times(calls(forms, inputs), graphs_on=gpu, budget_seconds=BUDGET_SECONDS)
-    return measure_times(calls(forms, inputs), rounds=5, round_seconds=0.001, graphs_on=gpu)
+    return measure_times(calls(forms, inputs), rounds=3, round_seconds=0.001, graphs_on=gpu)
 
 
 def calls(forms: Mapping[Key, Chain], inputs: Mapping[Key, Tensor]) -> dict[Key, Callable[[], Tensor]]:
