@@ -22,7 +22,7 @@ from fastentropy.fusion.forms import make_forms
 from fastentropy.fusion.fused_model import FusedModel, make_trainable
 from fastentropy.fusion.guards import Conditions, guards_of
 from fastentropy.fusion.inputs import Inputs, outputs_of
-from fastentropy.fusion.planner import PlanCache, plan_chain
+from fastentropy.fusion.planner import plan_chain, shared_prices
 from fastentropy.fusion.progress import shown
 from fastentropy.fusion.report import FusionReport
 from fastentropy.fusion.traced_inputs import TracedInputs
@@ -112,7 +112,9 @@ def fuse(
         conditions = Conditions(traced_inputs, guards)
         check = EquivalenceCheck(original, inputs, lambda given: not conditions.refusal(given.leaves), tolerance)
         guards += _smallest_sizes(traced_inputs, check, traced, inputs)
-        plan = functools.partial(plan_chain, tolerance=tolerance, measure=measure, borders=borders, cache=PlanCache())
+        plan = functools.partial(
+            plan_chain, tolerance=tolerance, measure=measure, borders=borders, prices=shared_prices(measure)
+        )
 
         def make(form: nn.Module, runs_in: str) -> FusedModel:
             return FusedModel(form, traced_inputs, FusionReport((), {}, {}, "", 0.0, runs_in), guards, signature)

@@ -56,10 +56,10 @@ def rewrite_equal(
         traced: the trace of the model.
         forms: the new form of each chain.
         sources: an example of each chain's input, by its node.
-        check: compares networks with the model. Without it, all chains are rewritten.
+        check: compares networks with the model. Without it, all chains are rewritten, unchecked.
     """
     module, left = rewrite(traced, forms, sources), dict[FoundChain, str]()
-    if check is None or (judgement := check.judge(module)).error <= check.tolerance:
+    if not forms or check is None or (judgement := check.judge(module)).error <= check.tolerance:
         return Rewritten(module, left, amplifies=False)
     judgements = judge_chains(traced, forms, sources, check.smallest_inputs(), check.tolerance)
     for chain, own in judgements.items():

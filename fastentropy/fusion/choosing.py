@@ -87,7 +87,7 @@ class Race(NamedTuple):
         """Return the entries, the fastest first.
 
         Times are compared with those of the model in the same round. The model comes before each module that is not faster by
-        more than the noise of the measurement.
+        more than the noise of the measurement. The fused form comes before a folded form that is the same module.
         """
         if not self.samples:
             return list(self.modules)[::-1]
@@ -97,7 +97,7 @@ class Race(NamedTuple):
             entry: [one / other for one, other in zip(samples, self.samples[baseline], strict=False)]
             for entry, samples in self.samples.items()
         }
-        order = sorted(ratios, key=lambda entry: median(ratios[entry]))
+        order = sorted(ratios, key=lambda entry: (median(ratios[entry]), entry[0] != "fused"))
         faster = [entry for entry in order if entry not in baselines and _is_below_one(ratios[entry])]
         return [*faster, baseline, *(entry for entry in order if entry not in (*faster, baseline))]
 
@@ -132,14 +132,20 @@ def race(
     modules: dict[Entry, FusedModel] = {}
     notes: list[str] = []
     if measure or not backends:
-        modules |= {(name, memory_format, "eager"): make(form, "eager") for (name, memory_format), form in forms.items()}
+        modules |= _made({(*form, "eager"): module for form, module in forms.items()}, make)
     for backend in backends:
-        compiled = {entry: make(form, backend) for entry, form in _compiled_forms(forms, trace, backend)}
+        compiled = _made(dict(_compiled_forms(forms, trace, backend)), make)
         if failure := _failure(compiled.values(), inputs):
             notes.append(f"{backend} cannot run this network: {failure}")
         else:
             modules |= compiled
     return Race(modules, _samples(modules, inputs) if measure else {}, tuple(notes))
+
+
+def _made(forms: Mapping[Entry, nn.Module], make: Callable[[nn.Module, str], FusedModel]) -> dict[Entry, FusedModel]:
+    """Return the modules that run forms in their backends: a single one for entries that have the same form."""
+    made = {(id(form), entry[2]): make(form, entry[2]) for entry, form in forms.items()}
+    return {entry: made[id(form), entry[2]] for entry, form in forms.items()}
 
 
 def _compiled_forms(forms: Mapping[Form, nn.Module], trace: nn.Module, backend: str) -> Iterator[tuple[Entry, nn.Module]]:
@@ -168,8 +174,10 @@ def _failure(modules: Iterable[FusedModel], inputs: Inputs) -> str:
 def _samples(modules: Mapping[Entry, FusedModel], inputs: Inputs) -> dict[Entry, list[float]]:
     """Return the milliseconds of calls of each module, as its user calls it, in rounds."""
     inputs = clone(inputs)
-    calls = {entry: functools.partial(module, *inputs.args, **inputs.kwargs) for entry, module in modules.items()}
-    return measure_samples(calls, rounds=ROUNDS, round_seconds=ROUND_SECONDS, budget_seconds=BUDGET_SECONDS, slowest=SLOWEST)
+    entries = {id(module): entry for entry, module in modules.items()}
+    calls = {entry: functools.partial(modules[entry], *inputs.args, **inputs.kwargs) for entry in entries.values()}
+    samples = measure_samples(calls, rounds=ROUNDS, round_seconds=ROUND_SECONDS, budget_seconds=BUDGET_SECONDS, slowest=SLOWEST)
+    return {entry: samples[entries[id(module)]] for entry, module in modules.items()}
 
 
 def first_equal(

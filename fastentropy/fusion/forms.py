@@ -1,11 +1,11 @@
 """Make the forms of a network that `fuse` compares: original, with batch norm folded, and fused, in two memory formats."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from fastentropy.fusion.chain_verification import rewrite_equal
 from fastentropy.fusion.chains.elements import Chain, operators
@@ -49,7 +49,8 @@ def make_forms(
         progress: is told the number of chains planned so far.
 
     Returns:
-        The forms, and the reports on all chains by memory format.
+        The forms, and the reports on all chains by memory format. The folded and the fused form are one module if no chain is
+        faster in another form.
     """
     chains = [chain for chain in find_chains(traced) if len(operators(chain.elements)) > 1]
     graphs = {"contiguous": traced, "channels_last": in_channels_last(traced) if channels_last else None}
@@ -69,24 +70,47 @@ def make_forms(
             model if memory_format == "contiguous" else _in_channels_last(model, example_inputs, outputs)
         )
         if plan is None:
-            folded = rewrite(graph, {chain: chain.folded for chain in chains}, sources)
-            forms["folded", memory_format] = finish(folded, example_inputs, outputs)
-            continue
-        plans = {}
-        for planned, chain in enumerate(chains):
-            progress(f"plan chains, {memory_format.replace('_', '-')}", planned, len(chains))
-            plans[chain] = plan(chain, sources[chain.source])
-        progress("compare with the model", len(chains), len(chains))
-        fused, left, amplifies = rewrite_equal(graph, {chain: form for chain, (form, _) in plans.items()}, sources, check)
-        kept = {chain: chain.folded for chain in chains if chain not in left}
-        # The folded chains are judged by themselves too, where comparing the outputs of networks does not suffice.
-        folded = rewrite_equal(graph, kept, sources, check if amplifies else None).module
-        forms["folded", memory_format] = finish(folded, example_inputs, outputs)
-        forms["fused", memory_format] = finish(fused, example_inputs, outputs)
-        reports[memory_format] = tuple(
-            _kept(report, left[chain]) if chain in left else report for chain, (_, report) in plans.items()
-        )
+            made = {"folded": rewrite(graph, {chain: chain.folded for chain in chains if chain.has_folds}, sources)}
+        else:
+            plans = {}
+            for planned, chain in enumerate(chains):
+                progress(f"plan chains, {memory_format.replace('_', '-')}", planned, len(chains))
+                plans[chain] = plan(chain, sources[chain.source])
+            progress("compare with the model", len(chains), len(chains))
+            made, reports[memory_format] = _rewritten(graph, plans, sources, check)
+        del sources  # the inputs of all chains, which take much memory
+        finished = {id(form): finish(form, example_inputs, outputs) for form in made.values()}
+        forms |= {(name, memory_format): finished[id(form)] for name, form in made.items()}
     return forms, reports
+
+
+def _rewritten(
+    graph: GraphModule,
+    plans: Mapping[FoundChain, tuple[Chain, ChainReport]],
+    sources: Mapping[Node, Tensor],
+    check: EquivalenceCheck | None,
+) -> tuple[dict[str, GraphModule], tuple[ChainReport, ...]]:
+    """Return the folded and the fused form of a graph by name, and the reports on the chains as they are in the fused form.
+
+    Args:
+        graph: the graph.
+        plans: the chosen form of each chain, and its report.
+        sources: an example of each chain's input, by its node.
+        check: as in `make_forms`.
+    """
+    forms = {chain: form for chain, (form, report) in plans.items() if report.choice != "keep" or chain.has_folds}
+    fused, left, amplifies = rewrite_equal(graph, forms, sources, check)
+    reports = tuple(_kept(report, left[chain]) if chain in left else report for chain, (_, report) in plans.items())
+    if all(report.choice == "keep" for report in reports):
+        return {"folded": fused, "fused": fused}, reports
+    kept = {
+        chain: form if plans[chain][1].choice == "keep" else chain.folded
+        for chain, form in forms.items()
+        if chain.has_folds and chain not in left
+    }
+    # The folded chains are judged by themselves too, where comparing the outputs of networks does not suffice.
+    folded = rewrite_equal(graph, kept, sources, check if amplifies else None).module
+    return {"folded": folded, "fused": fused}, reports
 
 
 def _in_channels_last(model: nn.Module, inputs: Inputs, expected: list[Any]) -> nn.Module:

@@ -14,11 +14,15 @@ CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def with_channels_last_weights(model: nn.Module) -> nn.Module:
-    """Return a copy of a model with its 4-d and 5-d weights in channels-last. All other weights and buffers are shared.
+    """Return a copy of a model with its 4-d and 5-d weights in channels-last. Weights that need no other strides are shared.
 
     Convolutions with such weights also give their outputs in channels-last.
     """
-    shared = {id(value): value for value in [*model.parameters(), *model.buffers()] if value.ndim not in CHANNELS_LAST}
+    shared = {
+        id(value): value
+        for value in [*model.parameters(), *model.buffers()]
+        if value.ndim not in CHANNELS_LAST or value.is_contiguous(memory_format=CHANNELS_LAST[value.ndim])
+    }
     copied = copy.deepcopy(model, shared)
     for parameter in copied.parameters():
         if parameter.ndim in CHANNELS_LAST:

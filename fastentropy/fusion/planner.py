@@ -64,26 +64,8 @@ class Merged(NamedTuple):
     materialize: Callable[[], Chain]
 
 
-class PlanCache:
-    """What the plans of all chains of one network share, in both memory formats: merged chains and prices.
-
-    Attributes:
-        merged: see `PlanContext`.
-    """
-
-    def __init__(self) -> None:
-        """Begin with nothing."""
-        self.merged: dict[tuple[Any, ...], tuple[Chain, Merged]] = {}
-        self._prices: SharedPrices | None = None
-
-    def prices(self, price: Price) -> SharedPrices:
-        """Return the prices known so far, the others of which the given function returns."""
-        self._prices = self._prices or SharedPrices(price)
-        return self._prices
-
-
 class PlanContext(NamedTuple):
-    """The settings with which the forms of a chain are made and compared, and a cache of merged chains.
+    """The settings with which the forms of one chain are made and compared, and a cache of its merged stretches.
 
     Attributes:
         price: returns the time or the counted cost of each form, given the forms and their inputs by the same keys.
@@ -133,7 +115,7 @@ def plan_chain(
     *,
     measure: bool = True,
     borders: Borders = "exact",
-    cache: PlanCache | None = None,
+    prices: SharedPrices | None = None,
 ) -> tuple[Chain, ChainReport]:
     """Choose the fastest form of a chain.
 
@@ -151,7 +133,7 @@ def plan_chain(
         tolerance: the largest relative error that the chosen form may have.
         measure: compare measured times. False compares counted costs.
         borders: as in `fuse`.
-        cache: what calls for the chains of one network share; without it, nothing is shared.
+        prices: what calls for the chains of one network share (see `shared_prices`); without it, nothing is shared.
 
     Returns:
         The chosen form, and the report on all candidates.
@@ -159,14 +141,13 @@ def plan_chain(
     kept = found.folded
     if len(operators(kept)) == 1:
         return kept, ChainReport(found.names, {}, "keep", ended_by=found.ended_by)
-    cache = cache or PlanCache()
-    context = PlanContext(cache.prices(measured if measure else counted), borders, found.has_fixed_size, cache.merged)
+    context = PlanContext(prices or shared_prices(measure), borders, found.has_fixed_size, {})
     forms, note = _forms(kept, x, context)
-    prices = context.price(forms, dict.fromkeys(forms, x))
+    price = context.price(forms, dict.fromkeys(forms, x))
     exact = ChainReference(found.elements, x) if borders == "exact" else None
     candidates = {
         name: Candidate(
-            prices[name] if measure else None,
+            price[name] if measure else None,
             len(operators(form)),
             *cost(form, x.shape, x.element_size()),
             (exact or ChainReference(form, x)).error(form),
@@ -180,11 +161,16 @@ def plan_chain(
         equal = [name for name in forms if judged[name].holds]
         wrong = [name for name in forms if name not in equal]
         note = f"above {judged[wrong[0]].bound}: {', '.join(wrong)}" if wrong else note
-    fastest = min(equal, key=lambda name: prices[name], default="keep")
-    choice = fastest if prices[fastest] <= (1 - TIE) * prices["keep"] else "keep"
+    fastest = min(equal, key=lambda name: price[name], default="keep")
+    choice = fastest if price[fastest] <= (1 - TIE) * price["keep"] else "keep"
     if borders == "train":
         note = f"differs at the border by {ChainReference(found.elements, x).error(forms[choice]):.0e}, to be trained"
     return forms[choice], ChainReport(found.names, candidates, choice, note, found.ended_by)
+
+
+def shared_prices(measure: bool) -> SharedPrices:
+    """Return prices for the plans of all chains of one network: measured times or counted costs."""
+    return SharedPrices(measured if measure else counted)
 
 
 def _forms(kept: Chain, x: Tensor, context: PlanContext) -> tuple[dict[str, Chain], str]:

@@ -179,7 +179,8 @@ class FusionReport:
         backend = "" if self.backend == "eager" else f" in {self.backend}"
         kept = f"kept: {self.choice}{backend}{gain}, relative error {self.max_relative_error:.0e}"
         kept += f", within {self.bound}" if self.bound else ""
-        slower = ["the fused form is not used: it was slower or not verified"] * (self.choice != "fused")
+        has_another = self.choice != "fused" and any(chain.choice != "keep" for chain in self.chains)
+        slower = ["the fused form is not used: it was slower or not verified"] * has_another
         return "\n".join([*map(str, self.chains), *self._times(), kept, *slower, *self.notes])
 
     def _times(self) -> list[str]:

@@ -25,7 +25,8 @@ def test_every_form_gets_its_fastest_memory_format(network, images, monkeypatch,
     prices = lambda functions, **options: {key: [price[key[0]] + (key[1] != fastest) / 2] for key in functions}  # noqa: E731
     monkeypatch.setattr(choosing, "measure_samples", prices)
     fused = fuse(network.eval(), (images,))
-    assert fused.report.milliseconds == price
+    # No chain is faster in another form, so the folded form is the same module.
+    assert fused.report.milliseconds == price | {"folded": price["fused"]}
     assert set(fused.report.memory_formats.values()) == {fastest}
     images = torch.randn(4, 1, 5, 5)
     assert_equal(fused, network, images)
@@ -62,6 +63,28 @@ def test_wrong_chains_are_left_and_reported(network, images, monkeypatch, wrong)
     assert_equal(fused, network, images)
     left = {chain.names[0]: chain.note.startswith("left as it was") for chain in fused.report.chains}
     assert left == {name: name in wrong for name in ("conv1", "fc1")}
+
+
+def test_chain_without_folds_keeps_the_weights_of_the_model():
+    layers = [nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 20), nn.Linear(20, 5)]
+    model, inputs = nn.Sequential(*layers, nn.ReLU()).eval(), Inputs((torch.randn(3, 6),))
+    forms, _ = make_forms(model, inference_module(export(model, inputs)), inputs)
+    addresses = {weight.data_ptr() for weight in model.state_dict().values()}
+    assert {value.data_ptr() for value in forms["folded", "contiguous"].state_dict().values()} <= addresses
+
+
+def test_form_that_is_two_is_made_and_timed_once(network, images, monkeypatch):
+    timed = []
+
+    def samples(functions, **options):
+        timed.extend(functions)
+        return {entry: [1.0] for entry in functions}
+
+    monkeypatch.setattr(choosing, "measure_samples", samples)
+    report = fuse(network.eval(), (images,)).report
+    assert all(chain.choice == "keep" for chain in report.chains)
+    assert {name for name, *_ in timed} == {"original", "fused"}
+    assert report.times["eager"] == {"original": 1.0, "folded": 1.0, "fused": 1.0}
 
 
 @pytest.mark.slow

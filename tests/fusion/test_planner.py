@@ -26,7 +26,7 @@ def operator(out_channels, in_channels, kernel, padding=0, groups=1):
 
 
 def found(*elements):
-    return FoundChain(None, None, (), elements, tuple(f"conv{index}" for index in range(len(elements))))
+    return FoundChain(None, None, (), 2, lambda: elements, tuple(f"conv{index}" for index in range(len(elements))))
 
 
 def price(chain):

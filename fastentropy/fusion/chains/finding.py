@@ -57,7 +57,8 @@ class FoundChain:
         source: the node whose value is the input of the chain.
         end: the node whose value is the output of the chain.
         members: the nodes of the chain in call order, without the source and with the end.
-        elements: the function of the chain, with float64 weights, except for `view`.
+        axes: the number of spatial axes.
+        build: builds `elements`.
         names: paths of the modules of its convolutions, linear layers and activations, in call order.
         shape: the shape of the output of `elements` in the trace.
         view: the view of this output that is the output of the chain, or None if the two are the same.
@@ -68,23 +69,33 @@ class FoundChain:
     source: Node
     end: Node
     members: tuple[Node, ...]
-    elements: Chain
+    axes: int
+    build: Callable[[], Chain]
     names: tuple[str, ...]
     shape: tuple[Size, ...] = ()
     view: View | None = None
     ended_by: str = ""
 
-    @cached_property
+    @property
+    def elements(self) -> Chain:
+        """Return the function of the chain, with float64 weights, except for `view`. They are built anew, to save memory."""
+        return self.build()
+
+    @property
     def folded(self) -> Chain:
-        """Return the elements with batch norm folded into its neighbours; see `fold`."""
+        """Return the elements with batch norm folded into its neighbours; see `fold`. They are built anew, too."""
         return fold(self.elements)
+
+    @cached_property
+    def has_folds(self) -> bool:
+        """Return whether there is batch norm, or padding, to be folded into its neighbours."""
+        return len(operators(self.folded)) < len(operators(self.elements))
 
     @property
     def has_fixed_size(self) -> bool:
         """Return whether the trace fixed the spatial sizes of the source."""
-        axes = len(operators(self.elements)[0].axes)
         shape = shape_of(self.source) or ()
-        return all(isinstance(size, int) for size in shape[len(shape) - axes :])
+        return all(isinstance(size, int) for size in shape[len(shape) - self.axes :])
 
 
 def find_chains(module: GraphModule, activations: Mapping[str, nn.Module] | None = None) -> list[FoundChain]:
@@ -142,15 +153,19 @@ def _found_chain(
     if not segment.is_natural:
         segment, members = _from_first_operator(segment, members, read)
     shape = shape_of(end) or ()
+    axes = segment.axes or 0
+    build = functools.partial(build_elements, segment.steps, axes)
     try:
-        elements = build_elements(segment.steps, segment.axes or 0)
+        build()
         view = view_to(segment.layout, segment.natural_shape, shape)
     except (ValueError, *FREE_SIZE_ERRORS):
         return None
     if view and segment.axes and view.order is None and len(segment.shape) == segment.axes + 2 and len(shape) == 2:
-        elements, view = (*elements, Flatten()), None
+        build, view = functools.partial(build_elements, segment.steps, axes, (Flatten(),)), None
     ended_by = ", ".join(described(user) for user in last.users if user.op != "output")
-    return FoundChain(segment.source, end, members, elements, step_names(segment.steps), segment.natural_shape, view, ended_by)
+    return FoundChain(
+        segment.source, end, members, axes, build, step_names(segment.steps), segment.natural_shape, view, ended_by
+    )
 
 
 def _from_first_operator(

@@ -321,8 +321,8 @@ def step_names(steps: Steps) -> tuple[str, ...]:
     return tuple(names)
 
 
-def build_elements(steps: Steps, axes: int) -> Chain:
-    """Build the elements of steps for a number of spatial axes."""
+def build_elements(steps: Steps, axes: int, last: Chain = ()) -> Chain:
+    """Build the elements of steps for a number of spatial axes, and append further elements."""
 
     def built(step: "Step | Stacked | tuple[Steps, ...]") -> Element:
         if isinstance(step, Step):
@@ -331,4 +331,4 @@ def build_elements(steps: Steps, axes: int) -> Chain:
             return Concatenation(tuple(build_elements(branch, axes) for branch in step.branches), axes)
         return Sum(tuple(build_elements(branch, axes) for branch in step))
 
-    return tuple(map(built, steps))
+    return (*map(built, steps), *last)
