@@ -38,6 +38,11 @@ class Arranged(NamedTuple):
         """
         return _merge_axes(y if self.order == tuple(range(y.ndim)) else y.permute(self.order), self.channel)
 
+    def arrange(self, other: Tensor) -> Tensor:
+        """Return `other`, a tensor with the shape of the original, with the shape of `values`: as a view, or as a copy."""
+        view = self.view(other)
+        return other.permute(self.order).contiguous().view(self.values.shape) if view is None else view
+
 
 def arrange(x: Tensor, channel_axis: int, mask: Tensor | None) -> Arranged:
     """Return `x` as rows or planes, as a view if its strides allow that and as a copy otherwise.

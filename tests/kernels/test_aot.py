@@ -73,6 +73,22 @@ def test_registers_suffice(layout, dtype, activation, arch):
     assert not findings(variant(layout, dtype, activation), arch).spilled
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", aot.SHAPES)
+@pytest.mark.parametrize(("dtype", "arch"), [("bf16", "sm_80"), ("fp32", "sm_90"), ("bf16", "sm_100"), ("bf16", "gfx942")])
+def test_gate_is_read_16_bytes_wide(dtype, arch, layout):
+    found = findings(variant(layout, dtype, "silu", gate=True, note="gate"), arch)
+    assert (found.loads, found.stores) == ((16,), (16,))
+    assert not found.spilled
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("activation", ["relu", "silu", "gelu_tanh"])
+def test_memory_bounds_gated_activations(activation):
+    kernel = variant("rows", activation=activation, gate=True, note="gate")
+    assert aot.issue_share(kernel, "sm_90", findings(kernel, "sm_90").instructions) <= aot.ISSUE_LIMIT
+
+
 CONFIGURATIONS = [each for each in aot.variants() if each.dtype == "bf16" and (each.note or each.line.startswith("small"))]
 
 

@@ -22,7 +22,9 @@ def used(monkeypatch):
 
     class Kernels:
         @staticmethod
-        def add_states(values, counts, *, edges, mask, nan, y=None, activation="identity", parameters=(), weight=None):
+        def add_states(
+            values, counts, *, edges, mask, nan, y=None, activation="identity", parameters=(), weight=None, gate=None
+        ):
             names.append(chosen[-1])
             reference.add_states(values, counts, 1, edges=edges, mask=mask, nan=nan)
             if y is not None:

@@ -68,14 +68,14 @@ SIGNATURES = {
     },
     "fastentropy_kernels": {
         "ActivationPlan": "(x, counts, arranged, request, inplace)",
-        "ActivationPlan.fits": "(self, x, mask=None)",
+        "ActivationPlan.fits": "(self, x, mask=None, gate=None)",
         "ActivationPlan.adds_to": "(self, counts, offset)",
         "CountPlan": "(x, counts, arranged, request)",
-        "CountPlan.fits": "(self, x, mask=None)",
+        "CountPlan.fits": "(self, x, mask=None, gate=None)",
         "CountPlan.adds_to": "(self, counts, offset)",
         "MOST_MIDDLES": "128",
         "activation_states": "(x, counts, activation, *, channel_axis=1, mask=None, nan=None, "
-        "states='sign', edges=None, weight=None, inplace=False, impl='auto', "
+        "states='sign', edges=None, weight=None, gate=None, inplace=False, impl='auto', "
         "**parameters)",
         "available_implementations": "(device)",
         "conv_bordered": "(x, weight, bias, tap_bias=None, *, stride=(1, 1), padding=(0, 0), "
@@ -88,7 +88,8 @@ SIGNATURES = {
         "is_fused": "(activation, x)",
         "linear_pair": "(x, weight1, bias1, weight2, bias2, *, residual=None, activation='identity', impl='auto')",
         "linear_regions": "(activation, **parameters)",
-        "plan_activation_states": "(x, counts, activation, *, channel_axis=1, mask=None, inplace=False, **parameters)",
+        "plan_activation_states": "(x, counts, activation, *, channel_axis=1, mask=None, gate=None, "
+        "inplace=False, **parameters)",
         "plan_count_states": "(x, counts, *, channel_axis=1, mask=None)",
     },
 }

@@ -70,6 +70,9 @@ ODD_SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
     "planes": {"7x7": (64, 256, 7 * 7), "11x93": (3, 37, 11 * 93), "1 image": (1, 256, 56 * 56)},
 }
 
+# The activations of gated MLPs: ReGLU, SwiGLU, GEGLU.
+GATED = ("relu", "silu", "gelu", "gelu_tanh")
+
 
 class Variant(NamedTuple):
     """One configuration of a kernel that counts states.
@@ -82,6 +85,7 @@ class Variant(NamedTuple):
         edges: the number of edges of the histogram; 0 to count off, zero and on.
         mask: whether there is a mask.
         nan: whether NaN values are counted.
+        gate: whether the activation is multiplied by a gate.
         note: the difference from the plain configuration, in words.
     """
 
@@ -92,6 +96,7 @@ class Variant(NamedTuple):
     edges: int = 0
     mask: bool = False
     nan: bool = False
+    gate: bool = False
     note: str = ""
 
     def __str__(self) -> str:
@@ -103,7 +108,7 @@ def variants() -> list[Variant]:
     """Return all configurations of the kernels that count states.
 
     Masks, NaN counts, unaligned shapes, small tensors and histograms do not depend on the activation. They are combined with
-    ReLU only.
+    ReLU only. Gates are combined with the activations of gated MLPs.
 
     Returns:
         A list of configurations for both layouts and all dtypes.
@@ -116,6 +121,9 @@ def variants() -> list[Variant]:
         found += [plain._replace(mask=True, note="mask"), plain._replace(nan=True, note="nan")]
         found += [plain._replace(shape=shape, note=note) for note, shape in ODD_SHAPES[layout].items()]
         found += [plain._replace(line=f"small {layout}")]
+        gated = plain._replace(gate=True, note="gate")
+        found += [gated._replace(activation=activation) for activation in GATED]
+        found += [gated._replace(mask=True, nan=True, note="gate mask nan"), gated._replace(line=f"small {layout}")]
         found += [histogram._replace(edges=edges, note=f"{edges} edges") for edges in (1, MAX_EDGES)]
     return found
 
@@ -149,6 +157,7 @@ def compile_variant(variant: Variant, arch: str) -> CompiledKernel:
             activation=activation,
             parameters=tuple(ACTIVATIONS[activation].parameters.values()),
             weight=tensor((channels,)) if activation == "prelu" else None,
+            gate=tensor(variant.shape) if variant.gate else None,
             launch=launch_triton.LAUNCHES[variant.line],
         )
     return compiled[0]
@@ -161,7 +170,7 @@ def issue_share(variant: Variant, arch: str, instructions: float | None) -> floa
     written. Above 1, the schedulers limit the kernel.
 
     Args:
-        variant: the configuration. Its dtype and activation determine how many bytes an element moves.
+        variant: the configuration. Its dtype, activation and gate determine how many bytes an element moves.
         arch: the architecture, such as "sm_90".
         instructions: instructions of the main loop per element, or None if they are unknown.
 
@@ -171,7 +180,7 @@ def issue_share(variant: Variant, arch: str, instructions: float | None) -> floa
     if arch not in GPUS or instructions is None:
         return None
     gpu = GPUS[arch]
-    bytes_moved = DTYPES[variant.dtype].itemsize * (2 if variant.activation else 1)
+    bytes_moved = DTYPES[variant.dtype].itemsize * (1 + bool(variant.activation) + variant.gate)
     return instructions / (bytes_moved / gpu.bandwidth * gpu.multiprocessors * gpu.clock * ISSUED_PER_CYCLE)
 
 

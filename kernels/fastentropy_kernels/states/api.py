@@ -79,13 +79,14 @@ def activation_states(
     states: States = "sign",
     edges: Sequence[float] | None = None,
     weight: Tensor | None = None,
+    gate: Tensor | None = None,
     inplace: bool = False,
     impl: str = "auto",
     **parameters: float,
 ) -> Tensor:
-    """Return the activation of `x`, and add the counts of the states of `x` to `counts` in place.
+    """Return the activation of `x`, times a gate if one is given, and add the counts of the states of `x` to `counts` in place.
 
-    The result has a gradient if `x` or `weight` requires one. torch.compile (fullgraph) and torch.export can trace the
+    The result has a gradient if `x`, `weight` or `gate` requires one. torch.compile (fullgraph) and torch.export can trace the
     function, and a CUDA graph can capture it.
 
     Args:
@@ -99,17 +100,22 @@ def activation_states(
             `linear_regions(activation, **parameters)` returns.
         edges: as for `count_states`. If they are given, they replace `states="sign"`; they cannot be combined with "regions".
         weight: the slopes of prelu, `[neurons]` or `[1]`, with the dtype and device of `x`.
+        gate: a tensor with the shape, dtype and device of `x`, by which the activation is multiplied, as in the gated MLP of a
+            language model: `act(x) * gate`. It is read in place if its strides are like those of `x` or if both are slices of
+            rows, and copied otherwise.
         inplace: whether to write the result over `x` and return `x`. `x` must then neither require a gradient nor overlap
-            itself.
+            itself, and there must be no gate.
         impl: as for `count_states`. Triton activates and counts in one pass for every activation. Numba does so for identity,
             relu and relu6 without edges. In all other cases Numba counts first, and PyTorch's own function then activates. See
-            `is_fused`.
+            `is_fused`. With a gate, Triton does everything in one pass. Numba multiplies in the pass that counts, for float32
+            without edges, after PyTorch's function where the activation is not one of the three.
         **parameters: parameters of the activation, named as in torch.nn.functional: `negative_slope` of leaky_relu, `alpha` of
             elu and celu, `beta` and `threshold` of softplus, `min_val` and `max_val` of hardtanh.
 
     Returns:
         The activation, with the dtype of `x` (also under autocast) and the strides of `torch.empty_like(x)`. For 16-bit dtypes
-        it is computed in float32 and rounded once.
+        it is computed in float32 and rounded once. The product is that of the rounded activation and the gate, rounded once
+        more, as PyTorch computes `act(x) * gate`.
 
     Raises:
         TypeError: a dtype is not supported, or a parameter does not belong to the activation. `x`, `counts` and `nan` are
@@ -129,10 +135,11 @@ def activation_states(
                 [0, 0, 2]])
     """
     request = activation_request(
-        x, counts, activation, nan, channel_axis, mask, states, edges, weight, parameters, inplace, impl
+        x, counts, activation, nan, channel_axis, mask, states, edges, weight, parameters, inplace, impl, gate
     )
-    needs_grad = torch.is_grad_enabled() and (x.requires_grad or (weight is not None and weight.requires_grad))
-    if not needs_grad and launches_directly(x):
+    read = [tensor for tensor in (x, weight, gate) if tensor is not None]
+    needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in read)
+    if not needs_grad and launches_directly(x) and (gate is None or launches_directly(gate)):
         return dispatch.activate_and_count(x, counts, nan, request, inplace)
     y, added, added_nan = ops.activation_states(x, *request)
     counts += added
@@ -148,6 +155,7 @@ def plan_activation_states(
     *,
     channel_axis: int = 1,
     mask: Tensor | None = None,
+    gate: Tensor | None = None,
     inplace: bool = False,
     **parameters: float,
 ) -> ActivationPlan | None:
@@ -162,12 +170,14 @@ def plan_activation_states(
         activation: as for `activation_states`.
         channel_axis: as for `activation_states`.
         mask: a mask with the shape of the masks of later calls. None if the later calls have no mask.
+        gate: a gate with the strides of the gates of later calls. None if the later calls have no gate.
         inplace: as for `activation_states`.
         **parameters: as for `activation_states`.
 
     Returns:
-        The plan, which only one thread may use at a time. None if no kernel fuses the activation (see `is_fused`), if the
-        activation is prelu, if `x` is empty or would be copied, or if there is a mask on a CPU.
+        The plan, which only one thread may use at a time. None if no kernel fuses the activation (see `is_fused`) or the
+        product with the gate, if the activation is prelu, if `x` is empty, if `x` or the gate would be copied, or if there is a
+        mask on a CPU.
 
     Raises:
         TypeError: as `activation_states`.
@@ -186,7 +196,7 @@ def plan_activation_states(
                 [ 0,  0, 40]])
     """
     request = activation_request(
-        x, counts, activation, None, channel_axis, mask, "sign", None, None, parameters, inplace, "auto"
+        x, counts, activation, None, channel_axis, mask, "sign", None, None, parameters, inplace, "auto", gate
     )
     return make_plan(x, counts, request, inplace)
 

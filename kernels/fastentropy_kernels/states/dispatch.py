@@ -63,7 +63,7 @@ def count(x: Tensor, counts: Tensor, nan: Tensor | None, request: Request) -> No
 
 
 def activate_and_count(x: Tensor, counts: Tensor, nan: Tensor | None, request: Request, inplace: bool) -> Tensor:
-    """Return the activation of `x`, and count the states of `x`.
+    """Return the activation of `x`, times the gate if there is one, and count the states of `x`.
 
     Args:
         x: a tensor of any strides.
@@ -75,43 +75,67 @@ def activate_and_count(x: Tensor, counts: Tensor, nan: Tensor | None, request: R
     impl = _implementation(request.impl, x.device.type, x.dtype)
     if x.numel() == 0:
         return x if inplace else torch.empty_like(x)
-    if impl == "reference" or not state_kernels(impl).fuses(request.activation, request.edges):
+    kernels = None if impl == "reference" else state_kernels(impl)
+    if request.gate is not None and (kernels is None or not kernels.multiplies(x.dtype, request.edges)):
+        return activate_and_count(x, counts, nan, request._replace(gate=None), False).mul_(request.gate)
+    if kernels is None or not (request.gate is not None or kernels.fuses(request.activation, request.edges)):
         count(x, counts, nan, request)
-        with no_autocast(x.device.type):
-            y = activate(x, request.activation, request.parameters, request.weight, request.channel_axis)
-        return x.copy_(y) if inplace else _laid_out_as(x, y)
-    if x.is_neg():
-        y = activate_and_count(x.resolve_neg(), counts, nan, request, inplace=True)
+        y = _activation(x, request)
         return x.copy_(y) if inplace else y
+    if x.is_neg():
+        y = activate_and_count(x.resolve_neg(), counts, nan, request, inplace=request.gate is None)
+        return x.copy_(y) if inplace else y
+    is_activated = not kernels.fuses(request.activation, request.edges)
+    y = x if inplace else _activation(x, request) if is_activated else torch.empty_like(x)
+    _launch(kernels, x, y, counts, nan, request, is_activated)
+    increment_versions(counts, nan, x if inplace else None)
+    return y
+
+
+def _activation(x: Tensor, request: Request) -> Tensor:
+    """Return the activation of `x`, computed by PyTorch, as a new tensor with the strides of `torch.empty_like(x)`.
+
+    Tracers expect these strides. Other ones, which are rare, cost a copy.
+    """
+    with no_autocast(x.device.type):
+        y = activate(x, request.activation, request.parameters, request.weight, request.channel_axis)
+    strides = torch.empty_like(x, device="meta").stride()
+    return y if y.stride() == strides else torch.empty_like(x).copy_(y)
+
+
+def _launch(
+    kernels: ModuleType, x: Tensor, y: Tensor, counts: Tensor, nan: Tensor | None, request: Request, is_activated: bool
+) -> None:
+    """Launch the kernel that counts the states of `x` and writes `y`.
+
+    Args:
+        kernels: the module that launches the kernels.
+        x: a tensor of any strides, not empty, whose values are stored as they are (not negated).
+        y: receives the activation, or its product with the gate. It has the shape of `x`, or is `x` itself.
+        counts: int64 `[neurons, states]`, contiguous.
+        nan: int64 `[neurons]`, contiguous, or None.
+        request: the other arguments, checked.
+        is_activated: whether `y` holds the activation already, so that it is only multiplied by the gate.
+    """
     arranged = arrange(x, request.channel_axis, request.mask)
-    y = x if inplace else torch.empty_like(x)
-    target = arranged.view(y)
-    written = torch.empty_like(arranged.values) if target is None else target
-    state_kernels(impl).add_states(
+    written = target = arranged.view(y)
+    if written is None:
+        written = arranged.arrange(y) if is_activated else torch.empty_like(arranged.values)
+    kernels.add_states(
         arranged.values,
         counts,
         edges=request.edges,
         mask=arranged.mask,
         nan=nan,
         y=written,
-        activation=request.activation,
+        activation=None if is_activated else request.activation,
         parameters=request.parameters,
         weight=None if request.weight is None else request.weight.resolve_neg(),
+        gate=None if request.gate is None else arranged.arrange(request.gate.resolve_neg()),
     )
     if target is None:
         in_order = y.permute(arranged.order)
         in_order.copy_(written.view(in_order.shape))
-    increment_versions(counts, nan, x if inplace else None)
-    return y
-
-
-def _laid_out_as(x: Tensor, y: Tensor) -> Tensor:
-    """Return `y` with the strides of `torch.empty_like(x)`, because tracers expect these.
-
-    `y` is copied only if it has other strides, which is rare.
-    """
-    strides = torch.empty_like(x, device="meta").stride()
-    return y if y.stride() == strides else torch.empty_like(x).copy_(y)
 
 
 @cache

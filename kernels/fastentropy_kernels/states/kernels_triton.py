@@ -1,4 +1,4 @@
-"""GPU: kernels that count the states of a tensor, and compute its activation in the same pass if requested.
+"""GPU: kernels that count the states of a tensor, and compute its activation (times a gate) in the same pass if requested.
 
 Each program reads a strip of tiles. Its lanes count three states in 10-bit counters of one int32, each for its own values
 only. After the strip, the counts are summed over the lanes and added to memory once.
@@ -31,12 +31,14 @@ def states_rows_kernel(
     y_ptr,
     mask_ptr,
     counts_ptr,
+    gate_ptr,
     nan_ptr,
     weight_ptr,
     rows,
     channels,
     x_row_stride,
     y_row_stride,
+    gate_row_stride,
     weight_stride,
     strip_rows,
     parameters,
@@ -59,12 +61,15 @@ def states_rows_kernel(
         mask_ptr: [rows] bool, contiguous. Rows at which it is false are not counted. None to count all.
         counts_ptr: [channels, states] int64, contiguous; the counts are added to it. `states` is 3 (off, zero, on) without
             edges and len(edges) + 1 with edges.
+        gate_ptr: [rows, channels], dtype of `x_ptr`, with row stride `gate_row_stride`; the activation is multiplied by it.
+            None not to multiply.
         nan_ptr: [channels] int64; the number of NaN values of each channel is added to it. None not to count them.
         weight_ptr: [channels], dtype of `x_ptr`, the slopes of prelu. None for other activations.
         rows: number of rows.
         channels: number of channels.
         x_row_stride: distance between two rows of x, in elements.
         y_row_stride: distance between two rows of y, in elements.
+        gate_row_stride: distance between two rows of the gate, in elements.
         weight_stride: distance between two slopes, in elements; 0 if all channels share one slope.
         strip_rows: number of rows in a strip, a multiple of BLOCK_ROWS.
         parameters: tuple of float32 numbers, the parameters of the activation.
@@ -90,8 +95,10 @@ def states_rows_kernel(
         inside = (row < rows)[:, None] & (channel < channels)[None, :]
         x = _load(x_ptr + row[:, None] * x_row_stride + channel[None, :], inside)
         if y_ptr is not None:
-            y = activate(x, ACTIVATION, parameters, weight[None, :])
-            tl.store(y_ptr + row[:, None] * y_row_stride + channel[None, :], y.to(y_ptr.dtype.element_ty), mask=inside)
+            y = activate(x, ACTIVATION, parameters, weight[None, :]).to(y_ptr.dtype.element_ty)
+            if gate_ptr is not None:
+                y = _product(y, gate_ptr + row[:, None] * gate_row_stride + channel[None, :], inside)
+            tl.store(y_ptr + row[:, None] * y_row_stride + channel[None, :], y, mask=inside)
         counted = row < rows
         if mask_ptr is not None:
             counted = tl.load(mask_ptr + row, mask=row < rows, other=0) != 0
@@ -108,6 +115,7 @@ def states_planes_kernel(
     y_ptr,
     mask_ptr,
     counts_ptr,
+    gate_ptr,
     nan_ptr,
     weight_ptr,
     tiles,
@@ -140,6 +148,8 @@ def states_planes_kernel(
         mask_ptr: [outer, inner] bool, contiguous. Positions at which it is false are not counted. None to count all.
         counts_ptr: [channels, states] int64, contiguous; the counts are added to it. `states` is 3 (off, zero, on) without
             edges and len(edges) + 1 with edges.
+        gate_ptr: [outer, channels, inner], dtype of `x_ptr`, contiguous; the activation is multiplied by it. None not to
+            multiply.
         nan_ptr: [channels] int64; the number of NaN values of each channel is added to it. None not to count them.
         weight_ptr: [channels], dtype of `x_ptr`, the slopes of prelu. None for other activations.
         tiles: number of tiles of a block of channels, `outer * cdiv(inner, BLOCK_INNER)`.
@@ -176,8 +186,10 @@ def states_planes_kernel(
         offset = (image * channels + channel)[:, None] * inner + position[None, :]
         x = _load(x_ptr + offset, inside)
         if y_ptr is not None:
-            y = activate(x, ACTIVATION, parameters, weight[:, None])
-            tl.store(y_ptr + offset, y.to(y_ptr.dtype.element_ty), mask=inside)
+            y = activate(x, ACTIVATION, parameters, weight[:, None]).to(y_ptr.dtype.element_ty)
+            if gate_ptr is not None:
+                y = _product(y, gate_ptr + offset, inside)
+            tl.store(y_ptr + offset, y, mask=inside)
         counted = position < inner
         if mask_ptr is not None:
             counted = tl.load(mask_ptr + image * inner + position, mask=position < inner, other=0) != 0
@@ -201,6 +213,18 @@ def _load(pointers, inside):
         inside: bool, whether a value exists. NaN is returned for the others; it has no state, so no later test is needed.
     """
     return tl.load(pointers, mask=inside, other=float("nan")).to(tl.float32)
+
+
+@triton.jit
+def _product(y, gate_pointers, inside):
+    """Return the product of an activation and its gate, as PyTorch rounds it: once more after the activation was rounded.
+
+    Args:
+        y: tile of the activation, in the dtype of the output.
+        gate_pointers: pointers to the values of the gate, of the same dtype.
+        inside: bool, whether a value exists.
+    """
+    return (y.to(tl.float32) * _load(gate_pointers, inside)).to(y.dtype)
 
 
 @triton.jit

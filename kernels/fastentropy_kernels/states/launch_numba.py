@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fastentropy_kernels._compat import openmp_parallel
+from fastentropy_kernels.states.formats_numba import FORMATS, thresholds_of
 from fastentropy_kernels.states.tasks_numba import (
     JobStructure,
     compile_adder,
@@ -27,22 +28,6 @@ from fastentropy_kernels.states.tasks_numba import (
     compile_planes_task,
     compile_rows_task,
 )
-
-
-class _Format(NamedTuple):
-    """The bits of a floating-point dtype, as signed integers of the same width."""
-
-    signed: Any  # the NumPy type of the same width
-    positive: int  # every bit but the sign
-    infinity: int  # the bits of infinity
-    six: int  # the bits of 6
-
-
-_FORMATS = {
-    torch.float32: _Format(np.int32, 0x7FFFFFFF, 0x7F800000, 0x40C00000),
-    torch.bfloat16: _Format(np.int16, 0x7FFF, 0x7F80, 0x40C0),
-    torch.float16: _Format(np.int16, 0x7FFF, 0x7C00, 0x4600),
-}
 
 # Width in values. Narrower contiguous rows are read several at a time, as one row of about this width. This makes the inner
 # loop longer and does not change the order of the channels.
@@ -78,6 +63,18 @@ def fuses(activation: str, edges: Sequence[float] | None) -> bool:
     return activation in ("identity", "relu", "relu6") and edges is None
 
 
+def multiplies(dtype: torch.dtype, edges: Sequence[float] | None) -> bool:
+    """Return whether the product with a gate is computed in the pass that counts.
+
+    It is where values are read as floats.
+
+    Args:
+        dtype: the dtype of the values.
+        edges: the edges of a histogram, or None.
+    """
+    return edges is None and _reads_floats(dtype)
+
+
 def add_states(
     values: Tensor,
     counts: Tensor,
@@ -86,11 +83,14 @@ def add_states(
     mask: Tensor | None = None,
     nan: Tensor | None = None,
     y: Tensor | None = None,
-    activation: str = "identity",
+    activation: str | None = "identity",
     parameters: Sequence[float] = (),
     weight: Tensor | None = None,
+    gate: Tensor | None = None,
 ) -> None:
     """Add the states of `values` to `counts` and its numbers of NaN to `nan`, and write its activation to `y`.
+
+    With a gate, the product of the activation and the gate is written.
 
     Args:
         values: *rows* `[rows, channels]` or *planes* `[outer, channels, inner]`, not empty (see `layout.Arranged`).
@@ -99,21 +99,25 @@ def add_states(
         mask: bool `[rows]` or `[outer, inner]`, contiguous. Positions at which it is False are not counted. None to count all.
         nan: int64 `[channels]`, contiguous. None not to count NaN values.
         y: receives the activation. It has the layout of `values` and may be the same memory. None to count only.
-        activation: an activation for which `fuses` returns True.
+        activation: an activation for which `fuses` returns True. None if `y` holds the activation already, so that it is only
+            multiplied by the gate.
         parameters: ignored, because these activations have none.
         weight: ignored, because prelu is none of these activations.
+        gate: what the activation is multiplied by, if `multiplies` returns True. It has the shape and dtype of `values`; only
+            its row stride may be another. None not to multiply.
     """
-    launch = prepare(values, edges=edges, mask=mask, nan=nan, y=y, activation=activation)
-    launch(values.data_ptr(), 0 if y is None else y.data_ptr(), counts.data_ptr())
+    launch = prepare(values, edges=edges, mask=mask, nan=nan, y=y, activation=activation, gate=gate)
+    addresses = (0 if tensor is None else tensor.data_ptr() for tensor in (values, y, counts, gate))
+    launch(*addresses)
 
 
 class PreparedLaunch(NamedTuple):
-    """A prepared `add_states` on a CPU: everything but the addresses of x, y and the counts is decided.
+    """A prepared `add_states` on a CPU: everything but the addresses of x, y, the counts and the gate is decided.
 
     Only one thread may use it at a time, and only while `is_current` returns True.
 
     Attributes:
-        job: the description of the call. The addresses of x, y and the counts are filled in at each launch.
+        job: the description of the call. These addresses are filled in at each launch.
         address: the address of the job.
         loop: the compiled loop that was chosen.
         adder: the compiled function that adds the tiles to the counts.
@@ -137,16 +141,17 @@ class PreparedLaunch(NamedTuple):
         threads, keeps_subnormals = self.settings
         return torch.get_num_threads() == threads and (_SMALLEST_SUBNORMAL > 0) is keeps_subnormals
 
-    def __call__(self, x: int, y: int, counts: int) -> None:
+    def __call__(self, x: int, y: int, counts: int, gate: int = 0) -> None:
         """Run the loop on the tensors at these addresses.
 
         Args:
             x: address of the input.
             y: address of the output. It equals `x` for a launch in place, and is 0 if no activation is written.
             counts: address of the counts, int64 `[channels, states]`.
+            gate: address of the gate, or 0 if there is none.
         """
         job, tiles = self.job, _borrow_zeros(self.tile_size)
-        job.next_task, job.x, job.y, job.counts, job.tiles = 0, x, y, counts, tiles.address
+        job.next_task, job.x, job.y, job.counts, job.gate, job.tiles = 0, x, y, counts, gate, tiles.address
         if self.is_alone:
             self.loop.call(self.address)
         else:
@@ -163,7 +168,8 @@ def prepare(
     mask: Tensor | None = None,
     nan: Tensor | None = None,
     y: Tensor | None = None,
-    activation: str = "identity",
+    activation: str | None = "identity",
+    gate: Tensor | None = None,
 ) -> PreparedLaunch:
     """Choose the loop for the arguments of `add_states`, and fill in the description of the call.
 
@@ -174,17 +180,19 @@ def prepare(
         nan: as for `add_states`.
         y: as for `add_states`.
         activation: as for `add_states`.
+        gate: as for `add_states`.
     """
-    settings = threads, keeps_subnormals = _settings()
-    form, floats = _FORMATS[values.dtype], values.dtype == torch.float32 and keeps_subnormals
+    settings = threads, _ = _settings()
+    form, floats = FORMATS[values.dtype], _reads_floats(values.dtype)
     outer, channels = values.shape[:2]
     inner = values.shape[2] if values.ndim == 3 else 1
-    row_stride, y_row_stride = values.stride(0), 0 if y is None else y.stride(0)
+    row_stride, y_row_stride, gate_row_stride = (0 if tensor is None else tensor.stride(0) for tensor in (values, y, gate))
     tasks = max(1, min(threads, values.numel() // max(_SMALLEST_TASK, _ROWS_PER_TASK * channels)))
     short = inner * (outer + _ROWS_FOR_SUMS * tasks) < _SMALLEST_PLANE[values.element_size()] * outer
     as_rows = values.ndim == 2 or (short and mask is None)
-    foldable = as_rows and mask is None and row_stride == channels * inner and y_row_stride in (0, row_stride)
-    thresholds = None if edges is None else _thresholds(edges, values.dtype)
+    others = (stride for tensor, stride in ((y, y_row_stride), (gate, gate_row_stride)) if tensor is not None)
+    foldable = as_rows and mask is None and all(stride == channels * inner for stride in (row_stride, *others))
+    thresholds = None if edges is None else thresholds_of(edges, values.dtype)
     columns = 3 if thresholds is None else thresholds.numel()
     job = JobStructure(
         tasks=tasks,
@@ -196,11 +204,12 @@ def prepare(
         inner=inner,
         x_row_stride=row_stride,
         y_row_stride=y_row_stride,
+        gate_row_stride=gate_row_stride,
         fold=max(1, _FOLDED_WIDTH // row_stride) if foldable else 1,
         columns=columns,
         positions=0 if nan is None else int(outer * inner if mask is None else mask.sum()),
         limit=form.infinity - form.positive - 1,
-        floor=0 if activation != "identity" else -math.inf if floats else -1,
+        floor=0 if activation not in ("identity", None) else -math.inf if floats else -1,
         ceiling=form.six if not floats else 6 if activation == "relu6" else math.inf,
     )
     if edges is not None:
@@ -211,7 +220,8 @@ def prepare(
         task = compile_rows_task if as_rows else compile_planes_task
         # LLVM would store floats in place through a mask if there were no ceiling. This takes twice the time of a plain store.
         clipped = floats or activation == "relu6"
-        loop = _compiled(task, kind, y is not None and not inplace, inplace, clipped, mask is not None)
+        gated = (gate is not None, activation is None)
+        loop = _compiled(task, kind, y is not None and not inplace, inplace, clipped, mask is not None, *gated)
     operands = (nan, mask, thresholds)
     adder = _compiled(compile_adder)
     return PreparedLaunch(job, ctypes.addressof(job), loop, adder, tasks * columns * channels, tasks == 1, settings, operands)
@@ -224,6 +234,11 @@ def _settings() -> tuple[int, bool]:
         The number of PyTorch's threads, and whether this thread keeps subnormals (instead of flushing them to zero).
     """
     return torch.get_num_threads(), _SMALLEST_SUBNORMAL > 0
+
+
+def _reads_floats(dtype: torch.dtype) -> bool:
+    """Return whether values of a dtype are read as floats: float32 in a thread that keeps subnormals."""
+    return dtype == torch.float32 and _SMALLEST_SUBNORMAL > 0
 
 
 class _Zeros(NamedTuple):
@@ -248,29 +263,6 @@ def _borrow_zeros(size: int) -> _Zeros:
         memory = np.zeros(size, np.int64)
         zeros = _Zeros(memory, memory.ctypes.data)
     return zeros
-
-
-def _thresholds(edges: Sequence[float], dtype: torch.dtype) -> Tensor:
-    """Return the thresholds of a histogram as integers, which are compared with the results of `loops_numba.ordered`.
-
-    The thresholds are -infinity, then for each edge the smallest value of `dtype` that is at least the edge, and at last the
-    first bit pattern beyond infinity.
-
-    Args:
-        edges: the edges in rising order.
-        dtype: float16, bfloat16 or float32.
-
-    Returns:
-        int16 or int32 `[len(edges) + 2]`.
-    """
-    form = _FORMATS[dtype]
-    exact = torch.tensor(edges, dtype=torch.float64, device="cpu")
-    rounded = exact.to(dtype)
-    integers = torch.int32 if dtype == torch.float32 else torch.int16
-    bits = rounded.view(integers).long()
-    ordered = torch.where(bits >= 0, bits, bits ^ form.positive) + (rounded.double() < exact)
-    ordered = torch.where(rounded == 0, torch.where(exact > 0, 1, -1), ordered)
-    return torch.tensor([-form.infinity - 1, *ordered.tolist(), form.infinity + 1], dtype=integers, device="cpu")
 
 
 class _Loop(NamedTuple):

@@ -57,6 +57,8 @@ class Launch(NamedTuple):
 #   with two. A program of rows adds one set of counts for each channel of its tile. In tiles of 4 KB, SiLU of 4096 rows takes
 #   1.60 with 256 channels per tile and 1.12 with 64. Before that, the counts of the lanes are summed, which takes 1% less in
 #   an int32 than in an int64.
+# Launches with a gate, which read twice as much, use the same lines. They were compiled for every target without spills (see
+# `aot`), and not measured.
 LAUNCHES = {
     # Each row of a tile is 256 bytes, which are two whole cache lines of 128 bytes.
     "rows": Launch(tile_bytes=8192, row_bytes=256, num_warps=4, programs_per_multiprocessor=40, shortest_strip=2),
@@ -84,6 +86,11 @@ def fuses(activation: str, edges: Sequence[float] | None) -> bool:
     return True
 
 
+def multiplies(dtype: torch.dtype, edges: Sequence[float] | None) -> bool:
+    """Return whether the product with a gate is computed in the pass that counts. In Triton it always is."""
+    return True
+
+
 def add_states(
     values: Tensor,
     counts: Tensor,
@@ -95,9 +102,12 @@ def add_states(
     activation: str = "identity",
     parameters: Sequence[float] = (),
     weight: Tensor | None = None,
+    gate: Tensor | None = None,
     launch: Launch | None = None,
 ) -> None:
     """Add the states of `values` to `counts` and its numbers of NaN to `nan`, and write its activation to `y`.
+
+    With a gate, the product of the activation and the gate is written.
 
     Args:
         values: *rows* `[rows, channels]` or *planes* `[outer, channels, inner]`, not empty (see `layout.Arranged`).
@@ -109,9 +119,13 @@ def add_states(
         activation: a key of `activations.ACTIVATIONS`.
         parameters: the parameters of the activation, in the order of the table.
         weight: the slopes of prelu, `[channels]` or `[1]`. None for other activations.
+        gate: what the activation is multiplied by. It has the shape and dtype of `values`; only its row stride may be another.
+            None not to multiply.
         launch: replaces the entry of `LAUNCHES` for tensors of this kind.
     """
-    kernel, grid, arguments, options = _arguments(values, counts, edges, mask, nan, y, activation, parameters, weight, launch)
+    kernel, grid, arguments, options = _arguments(
+        values, counts, edges, mask, nan, y, activation, parameters, weight, gate, launch
+    )
     # A launch goes to the current device, which may differ from the device of the tensor. For a CPU tensor this context does
     # nothing.
     with torch.cuda.device_of(values):
@@ -130,18 +144,18 @@ class PreparedLaunch:
         Args:
             kernel: the kernel of rows or of planes.
             grid: the number of programs along the three axes of the grid.
-            arguments: all arguments of the kernel in order, starting with x, y and the mask.
+            arguments: all arguments of the kernel in order, starting with x, y, the mask, the counts and the gate.
             options: the options of the compiler, such as `num_warps`.
         """
         self._run = kernel.warmup(*arguments, grid=grid, **options)[grid]
-        self._others = arguments[4:]
+        self._others = arguments[5:]
         self._device = torch.cuda.current_device()
 
     def is_current(self) -> bool:
         """Return whether the current device is still the one that the launch was prepared for."""
         return torch.cuda.current_device() == self._device
 
-    def __call__(self, x: int, y: int, counts: int, mask: int | None = None) -> None:
+    def __call__(self, x: int, y: int, counts: int, mask: int | None = None, gate: int | None = None) -> None:
         """Launch the kernel on the tensors at these addresses.
 
         Args:
@@ -149,8 +163,9 @@ class PreparedLaunch:
             y: address of the output, a multiple of 16; 0 if the launch was prepared without one.
             counts: address of the counts. It is a multiple of 16 if that of the counts of `prepare` is, and only then.
             mask: address of the mask, a multiple of 16. None if the launch was prepared without a mask.
+            gate: address of the gate, a multiple of 16. None if the launch was prepared without a gate.
         """
-        self._run(x, y or None, mask, counts, *self._others)
+        self._run(x, y or None, mask, counts, gate, *self._others)
 
 
 def prepare(
@@ -161,6 +176,7 @@ def prepare(
     y: Tensor | None,
     activation: str,
     parameters: Sequence[float],
+    gate: Tensor | None = None,
 ) -> PreparedLaunch:
     """Prepare `add_states` for tensors like these, whose addresses are multiples of 16.
 
@@ -171,36 +187,38 @@ def prepare(
         y: as for `add_states`.
         activation: as for `add_states`.
         parameters: as for `add_states`.
+        gate: as for `add_states`.
     """
     with torch.cuda.device_of(values):
-        return PreparedLaunch(*_arguments(values, counts, None, mask, None, y, activation, parameters, None, None))
+        return PreparedLaunch(*_arguments(values, counts, None, mask, None, y, activation, parameters, None, gate, None))
 
 
-def _arguments(values, counts, edges, mask, nan, y, activation, parameters, weight, launch):
+def _arguments(values, counts, edges, mask, nan, y, activation, parameters, weight, gate, launch):
     """Return what a launch of the kernel needs, for the arguments of `add_states`.
 
     Returns:
         The kernel; its grid; all its arguments in order; the options of the compiler.
     """
     launch = launch or LAUNCHES[_line(values, edges)]
-    pointers = (values, y, mask, counts, nan, weight)
+    pointers = (values, y, mask, counts, gate, nan, weight)
     # A weight with a single slope has stride 0, so all channels read the same value. An edge between two float32 numbers is
     # rounded up, which keeps the comparison x >= edge exact.
     weight_stride = 0 if weight is None or weight.numel() == 1 else weight.stride(0)
     numbers = (tuple(parameters), tuple(_float32_from(edge) for edge in edges or ()))
     constants = tile(values.shape, values.element_size(), launch)
     arguments_of = _rows_arguments if values.ndim == 2 else _planes_arguments
-    kernel, programs, sizes = arguments_of(values, y, weight_stride, constants, launch)
+    kernel, programs, sizes = arguments_of(values, y, gate, weight_stride, constants, launch)
     arguments = (*pointers, *sizes, *numbers, activation, launch.stages, *constants.values())
     return kernel, (programs, 1, 1), arguments, {"num_warps": launch.num_warps, "enable_fp_fusion": True}
 
 
-def _rows_arguments(values, y, weight_stride: int, constants: dict[str, int], launch: Launch):
+def _rows_arguments(values, y, gate, weight_stride: int, constants: dict[str, int], launch: Launch):
     """Return the kernel for rows, and how to launch it.
 
     Args:
         values: the input, `[rows, channels]`.
         y: the output, or None to count only.
+        gate: what the activation is multiplied by, or None.
         weight_stride: distance between two slopes of prelu, in elements.
         constants: the compile-time sizes that `tile` returns.
         launch: how the kernel is spread over the GPU.
@@ -214,16 +232,18 @@ def _rows_arguments(values, y, weight_stride: int, constants: dict[str, int], la
     longest = _longest_strip(constants["REPEATS"], constants["BLOCK_ROWS"], constants["BLOCK_ROWS"] > MAX_NARROW.value)
     strip_rows = constants["BLOCK_ROWS"] * min(longest, _strip(values, tiles, channel_blocks, launch))
     y_row_stride = channels if y is None else y.stride(0)
-    sizes = (rows, channels, values.stride(0), y_row_stride, weight_stride, strip_rows)
+    gate_row_stride = channels if gate is None else gate.stride(0)
+    sizes = (rows, channels, values.stride(0), y_row_stride, gate_row_stride, weight_stride, strip_rows)
     return states_rows_kernel, triton.cdiv(rows, strip_rows) * channel_blocks, sizes
 
 
-def _planes_arguments(values, y, weight_stride: int, constants: dict[str, int], launch: Launch):
+def _planes_arguments(values, y, gate, weight_stride: int, constants: dict[str, int], launch: Launch):
     """Return the kernel for planes, and how to launch it.
 
     Args:
         values: the input, `[outer, channels, inner]`.
         y: the output, or None to count only.
+        gate: what the activation is multiplied by, or None.
         weight_stride: distance between two slopes of prelu, in elements.
         constants: the compile-time sizes that `tile` returns.
         launch: how the kernel is spread over the GPU.

@@ -1,4 +1,4 @@
-"""CPU: loops that count the states of values, and compute identity, relu or relu6 in the same pass.
+"""CPU: loops that count the states of values, and compute identity, relu or relu6, or a product with a gate, in the same pass.
 
 A function reads its values either as floats or as the bits of floats in signed integers. The elements of `x` and `y` and every
 `value` have the same type.
@@ -33,7 +33,24 @@ _LONGEST_BYTE_SUM = 254
 
 
 @njit(nogil=True)
-def count_strip(x, x_row_stride, y, y_row_stride, mask, rows, width, tile, inner, limit, floor, ceiling, inplace):
+def count_strip(
+    x,
+    x_row_stride,
+    y,
+    y_row_stride,
+    gate,
+    gate_row_stride,
+    mask,
+    rows,
+    width,
+    tile,
+    inner,
+    limit,
+    floor,
+    ceiling,
+    inplace,
+    ready,
+):
     """Add the states of a strip of rows to `tile`, and write their activation.
 
     A row holds `inner` adjacent values of each channel. A row that consists of several folded rows repeats this sequence.
@@ -43,6 +60,8 @@ def count_strip(x, x_row_stride, y, y_row_stride, mask, rows, width, tile, inner
         x_row_stride: distance between two rows of x, in values.
         y: flat array that receives the activation, or None.
         y_row_stride: distance between two rows of y, in values.
+        gate: flat array by which the activation is multiplied, or None. Bits are never multiplied.
+        gate_row_stride: distance between two rows of the gate, in values.
         mask: [rows] bool. Rows at which it is false are not counted. None to count all.
         rows: number of rows in the strip.
         width: number of values in a row.
@@ -52,6 +71,7 @@ def count_strip(x, x_row_stride, y, y_row_stride, mask, rows, width, tile, inner
         floor: the lower bound of the activation, as for `_activated`.
         ceiling: the upper bound of the activation, as for `_activated`.
         inplace: whether the activation is written over `x`.
+        ready: whether y holds the activation already, so that it is only multiplied by the gate.
     """
     sums = np.zeros((3, width), np.uint8)
     uncounted = sums if mask is None else np.zeros((3, width), np.uint8)
@@ -59,15 +79,17 @@ def count_strip(x, x_row_stride, y, y_row_stride, mask, rows, width, tile, inner
     while row < rows:
         x0 = x[row * x_row_stride : row * x_row_stride + width]
         y0 = None if y is None else y[row * y_row_stride : row * y_row_stride + width]
+        gate0 = None if gate is None else gate[row * gate_row_stride : row * gate_row_stride + width]
         if mask is None and row + 1 < rows:
             x1 = x[(row + 1) * x_row_stride : (row + 1) * x_row_stride + width]
             y1 = None if y is None else y[(row + 1) * y_row_stride : (row + 1) * y_row_stride + width]
-            _count_two_rows(x0, x1, y0, y1, sums, limit, floor, ceiling, inplace)
+            gate1 = None if gate is None else gate[(row + 1) * gate_row_stride : (row + 1) * gate_row_stride + width]
+            _count_two_rows(x0, x1, y0, y1, gate0, gate1, sums, limit, floor, ceiling, inplace, ready)
             row += 2
         else:
             counted = mask is None or mask[row]
             if counted or y is not None or inplace:
-                _count_row(x0, y0, sums if counted else uncounted, limit, floor, ceiling, inplace)
+                _count_row(x0, y0, gate0, sums if counted else uncounted, limit, floor, ceiling, inplace, ready)
             row += 1
         summed += 2
         if summed == _LONGEST_BYTE_SUM:
@@ -77,7 +99,7 @@ def count_strip(x, x_row_stride, y, y_row_stride, mask, rows, width, tile, inner
 
 
 @njit(nogil=True)
-def _count_two_rows(x0, x1, y0, y1, sums, limit, floor, ceiling, inplace):
+def _count_two_rows(x0, x1, y0, y1, gate0, gate1, sums, limit, floor, ceiling, inplace, ready):
     """Add the states of two rows to their common counters, and write their activation.
 
     Each counter is read and written once for both rows.
@@ -87,11 +109,14 @@ def _count_two_rows(x0, x1, y0, y1, sums, limit, floor, ceiling, inplace):
         x1: [width] values of the second row.
         y0: [width] receives the activation of the first row, or None.
         y1: [width] receives the activation of the second row, or None.
+        gate0: [width] the gate of the first row, or None.
+        gate1: [width] the gate of the second row, or None.
         sums: uint8 [3, width], the counters of off, zero and on for each column.
         limit: None for floats, or the constant for bits at the head of this file.
         floor: the lower bound of the activation, as for `_activated`.
         ceiling: the upper bound of the activation, as for `_activated`.
         inplace: whether the activation is written over `x0` and `x1`.
+        ready: as for `count_strip`.
     """
     off, zero, on = sums[0], sums[1], sums[2]
     for i in range(x0.size):
@@ -100,6 +125,9 @@ def _count_two_rows(x0, x1, y0, y1, sums, limit, floor, ceiling, inplace):
         if inplace:
             x0[i] = _activated(a, off_a, limit, floor, ceiling)
             x1[i] = _activated(b, off_b, limit, floor, ceiling)
+        elif gate0 is not None:
+            y0[i] = (y0[i] if ready else _activated(a, off_a, limit, floor, ceiling)) * gate0[i]
+            y1[i] = (y1[i] if ready else _activated(b, off_b, limit, floor, ceiling)) * gate1[i]
         elif y0 is not None:
             y0[i] = _activated(a, off_a, limit, floor, ceiling)
             y1[i] = _activated(b, off_b, limit, floor, ceiling)
@@ -109,17 +137,19 @@ def _count_two_rows(x0, x1, y0, y1, sums, limit, floor, ceiling, inplace):
 
 
 @njit(nogil=True)
-def _count_row(x, y, sums, limit, floor, ceiling, inplace):
+def _count_row(x, y, gate, sums, limit, floor, ceiling, inplace, ready):
     """Add the states of one row to the counters of its columns, and write its activation.
 
     Args:
         x: [width] values of the row.
         y: [width] receives the activation, or None.
+        gate: [width] by which the activation is multiplied, or None.
         sums: uint8 [3, width], the counters of off, zero and on for each column.
         limit: None for floats, or the constant for bits at the head of this file.
         floor: the lower bound of the activation, as for `_activated`.
         ceiling: the upper bound of the activation, as for `_activated`.
         inplace: whether the activation is written over `x`.
+        ready: as for `count_strip`.
     """
     off, zero, on = sums[0], sums[1], sums[2]
     for i in range(x.size):
@@ -127,6 +157,8 @@ def _count_row(x, y, sums, limit, floor, ceiling, inplace):
         is_off = _is_off(value, limit)
         if inplace:
             x[i] = _activated(value, is_off, limit, floor, ceiling)
+        elif gate is not None:
+            y[i] = (y[i] if ready else _activated(value, is_off, limit, floor, ceiling)) * gate[i]
         elif y is not None:
             y[i] = _activated(value, is_off, limit, floor, ceiling)
         off[i] += np.uint8(is_off)
@@ -162,17 +194,19 @@ def _add_sums(sums, tile, inner):
 
 
 @njit(nogil=True)
-def count_run(x, y, mask, limit, floor, ceiling, inplace):
+def count_run(x, y, gate, mask, limit, floor, ceiling, inplace, ready):
     """Count the states of a run of at most LONGEST_RUN values, and write their activation.
 
     Args:
         x: [values], contiguous. The activation is written over it if `inplace`.
         y: [values], receives the activation, or None.
+        gate: [values], by which the activation is multiplied, or None.
         mask: [values] bool. Values at which it is false are not counted. None to count all.
         limit: None for floats, or the constant for bits at the head of this file.
         floor: the lower bound of the activation, as for `_activated`.
         ceiling: the upper bound of the activation, as for `_activated`.
         inplace: whether the activation is written over `x`.
+        ready: as for `count_strip`.
 
     Returns:
         How many values are off, zero and on.
@@ -184,6 +218,8 @@ def count_run(x, y, mask, limit, floor, ceiling, inplace):
         is_off, is_zero, is_on = _is_off(value, limit), _is_zero(value, limit), _is_on(value, limit)
         if inplace:
             x[i] = _activated(value, is_off, limit, floor, ceiling)
+        elif gate is not None:
+            y[i] = (y[i] if ready else _activated(value, is_off, limit, floor, ceiling)) * gate[i]
         elif y is not None:
             y[i] = _activated(value, is_off, limit, floor, ceiling)
         if mask is not None:

@@ -28,15 +28,16 @@ def activation_states(
     mask: Tensor | None,
     edges: Sequence[float] | None,
     impl: str,
+    gate: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the activation of `x`, its counts, and its numbers of NaN.
+    """Return the activation of `x`, times the gate if there is one, its counts, and its numbers of NaN.
 
     The arguments are those of the public `activation_states`, already checked.
 
     Returns:
-        The activation; the counts, int64 `[neurons, states]`; the numbers of NaN values, int64 `[neurons]`.
+        The activation or the product; the counts, int64 `[neurons, states]`; the numbers of NaN values, int64 `[neurons]`.
     """
-    request = Request(activation, tuple(parameters), weight, channel_axis, mask, _tuple(edges), impl)
+    request = Request(activation, tuple(parameters), weight, channel_axis, mask, _tuple(edges), impl, gate)
     counts, nan = _counters(x, channel_axis, edges)
     y = dispatch.activate_and_count(x, counts, nan, request, inplace=False)
     return y, counts, nan
@@ -52,23 +53,30 @@ def _(
     mask: Tensor | None,
     edges: Sequence[float] | None,
     impl: str,
+    gate: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(x), *_counters(x, channel_axis, edges)
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     """Save what `_backward` needs of the arguments and of the output."""
-    x, ctx.activation, ctx.parameters, weight, ctx.channel_axis, *_ = inputs
+    x, ctx.activation, ctx.parameters, weight, ctx.channel_axis, *_, gate = inputs
     # The gradient of relu can be computed from y. The next operator keeps y anyway, so x can be freed before the backward
     # pass.
-    ctx.save_for_backward(output[0] if ctx.activation == "relu" else x, weight)
+    ctx.save_for_backward(output[0] if ctx.activation == "relu" and gate is None else x, weight, gate)
 
 
 def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
-    """Return the gradients of all arguments. Only those of `x` and of `weight` can be other than None."""
-    x, weight = ctx.saved_tensors
+    """Return the gradients of all arguments. Only those of `x`, of `weight` and of `gate` can be other than None."""
+    x, weight, gate = ctx.saved_tensors
+    grad_gate = None
+    if gate is not None:
+        # The activation is computed again: keeping it would take the memory that the one pass has saved.
+        if ctx.needs_input_grad[-1]:
+            grad_gate = grad * activations.activate(x, ctx.activation, ctx.parameters, weight, ctx.channel_axis)
+        grad = grad * gate
     grad_x, grad_weight = activations.activate_backward(grad, x, ctx.activation, ctx.parameters, weight, ctx.channel_axis)
-    return grad_x, None, None, grad_weight, None, None, None, None
+    return grad_x, None, None, grad_weight, None, None, None, None, grad_gate
 
 
 activation_states.register_autograd(_backward, setup_context=_save_for_backward)

@@ -7,12 +7,15 @@ kernel, except for large tensors.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastentropy_kernels._compat import is_plain_eager
+from fastentropy_kernels.activations import activate
 from fastentropy_kernels.dispatch import increment_versions
 from fastentropy_kernels.layout import Arranged, arrange
 from fastentropy_kernels.states.dispatch import is_fused, state_kernels
@@ -31,6 +34,8 @@ class Plan:
     """
 
     _activates = False
+    _gate_strides: Sequence[int] | None = None  # None without a gate
+    _function: Callable[[Tensor], Tensor] | None = None  # PyTorch's activation, where the kernel only multiplies
 
     def _prepare(self, x: Tensor, counts: Tensor, arranged: Arranged, request: Request, y: Tensor | None) -> None:
         """Prepare the launch.
@@ -47,13 +52,13 @@ class Plan:
         self._shape, self._strides, self._dtype, self._device = x.shape, x.stride(), x.dtype, x.device
         self._mask_shape = None if request.mask is None else request.mask.shape
 
-    def fits(self, x: Tensor, mask: Tensor | None = None) -> bool:
-        """Return whether the plan may be called with `x` and `mask`.
+    def fits(self, x: Tensor, mask: Tensor | None = None, gate: Tensor | None = None) -> bool:
+        """Return whether the plan may be called with `x`, `mask` and `gate`.
 
         It may if all of this holds:
 
-        - `x` and `mask` have the shapes, strides, dtypes and devices for which the plan was made. On a GPU, their addresses
-          are multiples of 16.
+        - `x`, `mask` and `gate` have the shapes, strides, dtypes and devices for which the plan was made. On a GPU, their
+          addresses are multiples of 16.
         - The settings of the thread have not changed: on a CPU, the number of threads and whether subnormals are flushed to
           zero; on a GPU, the current device.
         - No tracer, mode or transform is active. If the plan activates, no gradient is recorded.
@@ -61,9 +66,10 @@ class Plan:
         Args:
             x: the tensor to activate or to count.
             mask: bool, with the shape of `x` without the channel axis. None if the plan was made without a mask.
+            gate: what the activation is multiplied by. None if the plan was made without a gate, as plans that only count are.
 
         Returns:
-            True if `plan(x, mask)` does the same as `activation_states` or `count_states`.
+            True if the call of the plan does the same as `activation_states` or `count_states`.
         """
         return (
             type(x) is Tensor
@@ -79,6 +85,7 @@ class Plan:
             and not (self._activates and x.requires_grad and torch.is_grad_enabled())
             and self._launch.is_current()
             and (self._mask_shape is None if mask is None else self._fits_mask(mask))
+            and (self._gate_strides is None if gate is None else self._fits_gate(gate))
         )
 
     def adds_to(self, counts: Tensor, offset: int) -> bool:
@@ -96,6 +103,23 @@ class Plan:
             and mask.is_contiguous()
             and mask.device == self._device
             and mask.data_ptr() % self._alignment == 0
+        )
+
+    def _fits_gate(self, gate: Tensor) -> bool:
+        """Return whether `gate` is like the gate for which the plan was made, and nothing records or changes the product."""
+        return (
+            type(gate) is Tensor
+            and is_plain_eager(gate)
+            and gate.layout is torch.strided
+            and not gate.is_nested
+            and gate.shape == self._shape
+            and gate.dtype is self._dtype
+            and gate.stride() == self._gate_strides
+            and gate.device == self._device
+            and not gate.is_neg()
+            and gate.data_ptr() % self._alignment == 0
+            and not (gate.requires_grad and torch.is_grad_enabled())
+            and not (self._function is not None and torch.is_autocast_enabled(gate.device.type))
         )
 
 
@@ -137,11 +161,22 @@ class ActivationPlan(Plan):
             request: the other arguments of `activation_states`, checked.
             inplace: whether the activation is written over `x`.
         """
+        self.inplace = inplace
+        if request.gate is not None:
+            self._gate_strides = request.gate.stride()
+            if not is_fused(request.activation, x):
+                self._function = partial(activate, activation=request.activation, parameters=request.parameters)
         y = arranged.values if inplace else torch.empty_like(arranged.values)
         self._prepare(x, counts, arranged, request, y)
-        self.inplace = inplace
 
-    def __call__(self, x: Tensor, mask: Tensor | None = None, counts: Tensor | None = None, offset: int = 0) -> Tensor:
+    def __call__(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        counts: Tensor | None = None,
+        offset: int = 0,
+        gate: Tensor | None = None,
+    ) -> Tensor:
         """Return the activation of `x`, and add the counts of the states of `x` to the plan's counts, or to others.
 
         Args:
@@ -149,15 +184,19 @@ class ActivationPlan(Plan):
             mask: a mask for which `fits` returns True, or None.
             counts: int64, contiguous, on the device of `x`. It replaces the plan's counts if `adds_to` returns True.
             offset: the index in the flat `counts` at which the counts `[neurons, 3]` begin.
+            gate: a gate for which `fits` returns True, or None.
 
         Returns:
-            The activation. It is `x` itself if the plan works in place.
+            The activation, times the gate if there is one. It is `x` itself if the plan works in place.
         """
-        y = x if self.inplace else torch.empty_like(x)
+        y = x if self.inplace else torch.empty_like(x) if self._function is None else self._function(x)
         if counts is None:
             counts = self._counts
         address = counts.data_ptr() + 8 * offset
-        if mask is None:
+        if gate is not None:
+            masks = () if mask is None else (mask.data_ptr(),)
+            self._launch(x.data_ptr(), y.data_ptr(), address, *masks, gate=gate.data_ptr())
+        elif mask is None:
             self._launch(x.data_ptr(), y.data_ptr(), address)
         else:
             self._launch(x.data_ptr(), y.data_ptr(), address, mask.data_ptr())
@@ -213,8 +252,9 @@ class CountPlan(Plan):
 def make_plan(x: Tensor, counts: Tensor, request: Request, inplace: bool) -> ActivationPlan | None:
     """Return a plan for tensors like `x`, or None if there can be none.
 
-    There is none if no kernel fuses the activation, for prelu, for an empty tensor, if `x` or the mask would be copied, if
-    their addresses are not aligned, for a mask on a CPU, or if `fits` would refuse `x` itself.
+    There is none if no kernel fuses the activation or the product with the gate, for prelu, for an empty tensor, if `x`, the
+    mask or the gate would be copied, if their addresses are not aligned, for a mask on a CPU, or if `fits` would refuse `x`
+    itself.
 
     Args:
         x: a tensor like those of later calls.
@@ -222,13 +262,15 @@ def make_plan(x: Tensor, counts: Tensor, request: Request, inplace: bool) -> Act
         request: the other arguments of `activation_states`, checked.
         inplace: whether the activation is written over the tensor of a call.
     """
-    if request.weight is not None or not is_fused(request.activation, x):
+    if request.weight is not None or not (is_fused(request.activation, x) or _is_multiplied(x, request)):
         return None
     arranged = _arranged_in_place(x, request)
     if arranged is None or not (inplace or torch.empty_like(x).stride() == x.stride()):
         return None
+    if request.gate is not None and not (_is_multiplied(x, request) and arranged.view(request.gate) is not None):
+        return None
     plan = ActivationPlan(x, counts, arranged, request, inplace)
-    return plan if plan.fits(x, request.mask) else None
+    return plan if plan.fits(x, request.mask, request.gate) else None
 
 
 def make_count_plan(x: Tensor, counts: Tensor, request: Request) -> CountPlan | None:
@@ -242,6 +284,18 @@ def make_count_plan(x: Tensor, counts: Tensor, request: Request) -> CountPlan | 
     arranged = _arranged_in_place(x, request) if is_fused(request.activation, x) else None
     plan = None if arranged is None else CountPlan(x, counts, arranged, request)
     return plan if plan is not None and plan.fits(x, request.mask) else None
+
+
+def _is_multiplied(x: Tensor, request: Request) -> bool:
+    """Return whether a kernel computes the product of the activation and the gate in the pass that counts.
+
+    Where it multiplies what PyTorch's activation has written, that must have the strides of `x`.
+    """
+    if request.gate is None or not is_fused("identity", x):
+        return False
+    if not state_kernels("numba" if x.is_cpu else "triton").multiplies(x.dtype, None):
+        return False
+    return is_fused(request.activation, x) or activate(x.to("meta"), *request[:2]).stride() == x.stride()
 
 
 def _arranged_in_place(x: Tensor, request: Request) -> Arranged | None:
@@ -266,11 +320,13 @@ def _prepare(arranged: Arranged, counts: Tensor, y: Tensor | None, request: Requ
         request: the other arguments of `activation_states`, checked.
 
     Returns:
-        A function that takes the addresses of x, of y (0 if there is none), of the counts and, if there is one, of the mask,
-        and runs the kernel.
+        A function that takes the addresses of x, of y (0 if there is none), of the counts and, if there are any, of the mask
+        and of the gate, and runs the kernel.
     """
+    gate = None if request.gate is None else arranged.view(request.gate)
     if arranged.values.is_cpu:
-        return state_kernels("numba").prepare(arranged.values, y=y, activation=request.activation)
+        activation = request.activation if is_fused(request.activation, arranged.values) else None
+        return state_kernels("numba").prepare(arranged.values, y=y, activation=activation, gate=gate)
     return state_kernels("triton").prepare(
         arranged.values,
         counts,
@@ -278,4 +334,5 @@ def _prepare(arranged: Arranged, counts: Tensor, y: Tensor | None, request: Requ
         y=y,
         activation=request.activation,
         parameters=request.parameters,
+        gate=gate,
     )

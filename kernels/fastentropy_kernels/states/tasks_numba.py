@@ -37,11 +37,12 @@ class JobStructure(ctypes.Structure):
             for name in (
                 # The index of the next task, and the number of tasks. `_take_task` relies on `next_task` being the first field.
                 *("next_task", "tasks"),
-                # Addresses of x and y [outer, channels, inner], of the mask [outer, inner], of the thresholds [columns] of a
-                # histogram, of the tiles [tasks, columns, channels], of counts [channels, states] and of nan [channels].
-                *("x", "y", "mask", "thresholds", "tiles", "counts", "nan"),
+                # Addresses of x, y and the gate [outer, channels, inner], of the mask [outer, inner], of the thresholds
+                # [columns] of a histogram, of the tiles [tasks, columns, channels], of counts [channels, states] and of nan
+                # [channels].
+                *("x", "y", "gate", "mask", "thresholds", "tiles", "counts", "nan"),
                 # A tensor of rows has inner = 1. A row stride is the distance between two indices of the outer axis.
-                *("outer", "channels", "inner", "x_row_stride", "y_row_stride"),
+                *("outer", "channels", "inner", "x_row_stride", "y_row_stride", "gate_row_stride"),
                 # fold: how many rows are read as one. columns: how many counters a channel has. positions: how many values of
                 # each channel are counted, if nan is given. limit: see the head of `loops_numba`.
                 *("fold", "columns", "positions", "limit"),
@@ -66,7 +67,9 @@ def loops_digest() -> int:
     return int.from_bytes(hashlib.sha256(inspect.getsource(loops_numba).encode()).digest()[:4], "big")
 
 
-def compile_rows_task(kind: Any, writes: bool, inplace: bool, clipped: bool, masked: bool) -> Any:
+def compile_rows_task(
+    kind: Any, writes: bool, inplace: bool, clipped: bool, masked: bool, gated: bool = False, ready: bool = False
+) -> Any:
     """Compile the function that a thread runs for rows: while a task is left, take it and count its rows.
 
     Narrow contiguous rows are read `fold` at a time, as one row that is `fold` times as wide. The rows left over at the end of
@@ -79,6 +82,8 @@ def compile_rows_task(kind: Any, writes: bool, inplace: bool, clipped: bool, mas
         inplace: whether the activation is written over x.
         clipped: whether the activation has a ceiling.
         masked: whether there is a mask.
+        gated: whether the activation is multiplied by a gate.
+        ready: whether y holds the activation already, so that it is only multiplied by the gate.
     """
     floats = kind is np.float32
 
@@ -89,13 +94,14 @@ def compile_rows_task(kind: Any, writes: bool, inplace: bool, clipped: bool, mas
         _ = digest  # part of the key of Numba's cache
         job = carray(job_pointer, 1)[0]
         rows, channels, inner, fold = job.outer, job.channels, job.inner, job.fold
-        x_row_stride, y_row_stride = job.x_row_stride, job.y_row_stride
+        x_row_stride, y_row_stride, gate_row_stride = job.x_row_stride, job.y_row_stride, job.gate_row_stride
         limit = None if floats else kind(job.limit)
         floor = kind(job.floor)
         ceiling = kind(job.ceiling) if clipped else None
         width = channels * inner
         x = carray(_pointer(job.x), (rows - 1) * x_row_stride + width, kind)
         y = carray(_pointer(job.y), (rows - 1) * y_row_stride + width, kind) if writes else None
+        gate = carray(_pointer(job.gate), (rows - 1) * gate_row_stride + width, kind) if gated else None
         mask = carray(_pointer(job.mask), rows, np.bool_) if masked else None
         tiles = carray(_pointer(job.tiles), (job.tasks, 3, channels), np.int64)
         task = _take_task(job_pointer)
@@ -109,6 +115,8 @@ def compile_rows_task(kind: Any, writes: bool, inplace: bool, clipped: bool, mas
                     x_row_stride * folded,
                     None if y is None else y[row * y_row_stride :],
                     y_row_stride * folded,
+                    None if gate is None else gate[row * gate_row_stride :],
+                    gate_row_stride * folded,
                     mask[row:] if masked else None,
                     strip,
                     width * folded,
@@ -118,6 +126,7 @@ def compile_rows_task(kind: Any, writes: bool, inplace: bool, clipped: bool, mas
                     floor,
                     ceiling,
                     inplace,
+                    ready,
                 )
                 row += strip * folded
             task = _take_task(job_pointer)
@@ -125,7 +134,9 @@ def compile_rows_task(kind: Any, writes: bool, inplace: bool, clipped: bool, mas
     return rows_task
 
 
-def compile_planes_task(kind: Any, writes: bool, inplace: bool, clipped: bool, masked: bool) -> Any:
+def compile_planes_task(
+    kind: Any, writes: bool, inplace: bool, clipped: bool, masked: bool, gated: bool = False, ready: bool = False
+) -> Any:
     """Compile the function that a thread runs for planes: while a task is left, take it and count its part of the memory.
 
     Args:
@@ -134,6 +145,8 @@ def compile_planes_task(kind: Any, writes: bool, inplace: bool, clipped: bool, m
         inplace: as for `compile_rows_task`.
         clipped: as for `compile_rows_task`.
         masked: as for `compile_rows_task`.
+        gated: as for `compile_rows_task`.
+        ready: as for `compile_rows_task`.
     """
     floats = kind is np.float32
 
@@ -150,6 +163,7 @@ def compile_planes_task(kind: Any, writes: bool, inplace: bool, clipped: bool, m
         ceiling = kind(job.ceiling) if clipped else None
         x = carray(_pointer(job.x), size, kind)
         y = carray(_pointer(job.y), size, kind) if writes else None
+        gate = carray(_pointer(job.gate), size, kind) if gated else None
         mask = carray(_pointer(job.mask), job.outer * inner, np.bool_) if masked else None
         tiles = carray(_pointer(job.tiles), (job.tasks, 3, channels), np.int64)
         task = _take_task(job_pointer)
@@ -162,11 +176,13 @@ def compile_planes_task(kind: Any, writes: bool, inplace: bool, clipped: bool, m
                 off, zero, on = count_run(
                     x[start:stop],
                     y[start:stop] if writes else None,
+                    gate[start:stop] if gated else None,
                     mask[mask_start : mask_start + stop - start] if masked else None,
                     limit,
                     floor,
                     ceiling,
                     inplace,
+                    ready,
                 )
                 channel = plane % channels
                 tiles[task, 0, channel] += off

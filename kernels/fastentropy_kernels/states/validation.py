@@ -31,6 +31,7 @@ class Request(NamedTuple):
         mask: bool, with the shape of `x` without the channel axis. None to count all positions.
         edges: the edges of the histogram. None to count off, zero and on.
         impl: "auto", "triton", "numba" or "reference".
+        gate: what the activation is multiplied by, with the shape, dtype and device of `x`. None not to multiply.
     """
 
     activation: str
@@ -40,6 +41,7 @@ class Request(NamedTuple):
     mask: Tensor | None
     edges: tuple[float, ...] | None
     impl: str
+    gate: Tensor | None = None
 
 
 def count_request(
@@ -76,6 +78,7 @@ def activation_request(
     parameters: Mapping[str, float],
     inplace: bool,
     impl: str,
+    gate: Tensor | None,
 ) -> Request:
     """Check the arguments of `activation_states` and return them as a request.
 
@@ -94,7 +97,9 @@ def activation_request(
     _check_weight(x, activation, weight, request.channel_axis)
     if inplace:
         _check_inplace(x, weight)
-    return request._replace(activation=activation, parameters=values, weight=weight)
+    if gate is not None:
+        _check_gate(x, gate, inplace)
+    return request._replace(activation=activation, parameters=values, weight=weight, gate=gate)
 
 
 def _check_implementation(impl: str) -> None:
@@ -173,6 +178,18 @@ def _check_weight(x: Tensor, activation: str, weight: Tensor | None, channel_axi
         raise ValueError(f"weight: got shape {list(weight.shape)}, expected [1] or [{neurons}]")
     if weight.dtype != x.dtype or weight.device != x.device:
         raise ValueError(f"weight: got {weight.dtype} on {weight.device}, expected {x.dtype} on {x.device}, as x")
+
+
+def _check_gate(x: Tensor, gate: Tensor, inplace: bool) -> None:
+    """Check that `gate` has the shape, dtype and device of `x`, and that the result is not written over `x`."""
+    if inplace:
+        raise ValueError("inplace: got True with a gate, expected False: the product is a new tensor")
+    if gate.dtype != x.dtype:
+        raise TypeError(f"gate: got {gate.dtype}, expected {x.dtype}, the dtype of x; use gate.to(x.dtype)")
+    if gate.shape != x.shape:
+        raise ValueError(f"gate: got shape {list(gate.shape)}, expected {list(x.shape)}, that of x; use gate.expand_as(x)")
+    if gate.device != x.device:
+        raise ValueError(f"gate: got a tensor on {gate.device}, expected {x.device}, the device of x")
 
 
 def _check_inplace(x: Tensor, weight: Tensor | None) -> None:

@@ -90,6 +90,19 @@ def check(values, y=None, activation="identity", parameters=(), weight=None, mas
         torch.testing.assert_close(y.cpu(), exact.to(x.dtype), rtol=rtol, atol=atol, equal_nan=True)
 
 
+def check_gate(values, gate, activation="silu", mask=None, launch=None, target=None):
+    """The product is that of the activation as the kernel writes it without a gate, rounded once more."""
+    alone, y = torch.full_like(values, POISON), torch.full_like(values, POISON) if target is None else target
+    counts, expected = torch.zeros(2, values.shape[1], 3, dtype=torch.int64, device=DEVICE)
+    options = {"activation": activation, "mask": None if mask is None else mask.to(DEVICE), "launch": launch}
+    launch_triton.add_states(values, expected, y=alone, **options)
+    launch_triton.add_states(values, counts, y=y, gate=gate, **options)
+    assert torch.equal(counts, expected)
+    # The interpreter truncates to bfloat16, and reads its subnormals as zero.
+    rtol, atol = (2**-7, 2.0**-125) if INTERPRETED and values.dtype == torch.bfloat16 else (0, 0)
+    torch.testing.assert_close(y, alone * gate, rtol=rtol, atol=atol, equal_nan=True)
+
+
 CASES = {
     "dtype": st.sampled_from(list(RTOL)),
     "masked": st.booleans(),
@@ -153,6 +166,28 @@ def test_planes(outer, channels, inner, offset, dtype, masked, edges, target, ac
 
 
 @runs_kernels
+@settings(max_examples=15)
+@given(
+    shape=st.sampled_from([(1, 1), (37, 130), (1023, 37), (2, 3, 256), (1, 37, 1023), (5, 1, 2)]),
+    gaps=st.tuples(*3 * [st.sampled_from([0, 5, 16])]),
+    dtype=CASES["dtype"],
+    activation=st.sampled_from(["relu", "silu", "gelu_tanh"]),
+    masked=st.booleans(),
+    launch=CASES["launch"],
+    seed=CASES["seed"],
+)
+def test_gate(shape, gaps, dtype, activation, masked, launch, seed):
+    def strided(gap, seed):
+        if len(shape) == 3:
+            return random_values(shape, dtype, seed)
+        return random_values((shape[0], gap + shape[1]), dtype, seed)[:, gap:]
+
+    values, gate, y = (strided(gap, seed + i) for i, gap in enumerate(gaps))
+    mask = torch.rand(values[:, 0].shape) > 0.5 if masked else None
+    check_gate(values, gate, activation, mask, launch, y)
+
+
+@runs_kernels
 @pytest.mark.parametrize("line", LAUNCHES)
 @pytest.mark.parametrize("edges", [None, (-3.0, 0.0, 3.0)])
 def test_every_line_of_the_table(line, edges):
@@ -197,7 +232,7 @@ def test_number_of_programs(rows, programs, monkeypatch):
     launch = Launch(8192, 256, 4, programs_per_multiprocessor=40, shortest_strip=2)  # tiles of 32 rows
     values = torch.empty(rows, 128, dtype=torch.bfloat16)
     constants = launch_triton.tile(values.shape, 2, launch)
-    assert launch_triton._rows_arguments(values, None, 0, constants, launch)[1] == programs
+    assert launch_triton._rows_arguments(values, None, None, 0, constants, launch)[1] == programs
 
 
 @pytest.mark.parametrize(("layout", "width"), [("rows", (64,)), ("planes", (16, 16))])

@@ -214,6 +214,26 @@ OF_ACTIVATIONS = {
         ValueError,
         "inplace: got True for x with strides [5, 1, 1], whose values overlap; use x.clone()",
     ),
+    "gate of another shape": (
+        {"gate": X[:, :1]},
+        ValueError,
+        "gate: got shape [4, 1, 6], expected [4, 5, 6], that of x; use gate.expand_as(x)",
+    ),
+    "gate of another dtype": (
+        {"gate": X.double()},
+        TypeError,
+        "gate: got torch.float64, expected torch.float32, the dtype of x; use gate.to(x.dtype)",
+    ),
+    "gate on another device": (
+        {"gate": X.to("meta")},
+        ValueError,
+        "gate: got a tensor on meta, expected cpu, the device of x",
+    ),
+    "in place with a gate": (
+        {"gate": X, "inplace": True},
+        ValueError,
+        "inplace: got True with a gate, expected False: the product is a new tensor",
+    ),
 }
 CALLS = [
     *(pytest.param(count_states, *case, id=f"count_states, {name}") for name, case in OF_BOTH.items()),
