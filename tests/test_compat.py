@@ -586,3 +586,66 @@ def test_nested_values():
     assert (kind, keys, _compat.tree_node(last)) == (dict, ["a", "b"], (None, None, []))
     assert [_compat.tree_node(part)[0] for part in _compat.tree_node(first)[2]] == [None, tuple]
     assert (spec.num_leaves, first.num_leaves) == (4, 3)
+
+
+def test_compiler_of_a_thread():
+    chosen, graphs = [], []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def refusing(graph, inputs):
+        raise _compat.UncountableGraphError("never")
+
+    compiled = torch.compile(lambda x: x.sin(), backend=backend, fullgraph=True)
+    compiled(torch.ones(2))
+    assert [_compat.current_compiler(), len(graphs)] == [None, 1]
+    for own, expected in [(None, 1), (refusing, 1), (backend, 2)]:
+
+        def choose(compiler, own=own):
+            assert _compat.backend_of(compiler).compiler_fn is backend
+            _compat.run_as_it_is()
+            return own and _compat.CompilerWith(compiler, own, lambda code, error: chosen.append(str(error)))
+
+        end = _compat.choose_compilers(choose)
+        try:
+            compiled(torch.ones(2))
+        finally:
+            end()
+        assert len(graphs) == expected
+    assert chosen == ["never"]
+    compiled(torch.ones(2))
+    assert len(graphs) == 2
+
+
+def test_code_that_is_never_compiled():
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def inner(x):
+        return x.sin()
+
+    def outer(x):
+        return inner(x).cos()
+
+    _compat.never_compile(outer.__code__)
+    assert torch.equal(torch.compile(outer, backend=backend)(torch.ones(2)), torch.ones(2).sin().cos())
+    assert ["sin" in graph.code and "cos" not in graph.code for graph in graphs] == [True]
+
+
+def test_own_graph():
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append((graph, _compat.own_graph(graph)))
+        return graph.forward
+
+    torch.compile(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), backend=backend)(torch.ones(1, 2))
+    for node, own in zip(*(graph.graph.nodes for graph in graphs[0]), strict=True):
+        assert node is not own
+        assert node.meta.get("nn_module_stack") == own.meta.get("nn_module_stack")
+    assert len(list(graphs[0][0].graph.nodes)) > 2

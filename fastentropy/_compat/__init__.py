@@ -17,6 +17,22 @@ try:
 except ImportError as error:
     raise ImportError(f"fastentropy does not work with PyTorch {torch.__version__}: {error}") from error
 
+from fastentropy._compat.compiled import Backend as Backend
+from fastentropy._compat.compiled import CompilerWith as CompilerWith
+from fastentropy._compat.compiled import UncountableGraphError as UncountableGraphError
+from fastentropy._compat.compiled import backend_of as backend_of
+from fastentropy._compat.compiled import choose_compilers as choose_compilers
+from fastentropy._compat.compiled import for_counting as for_counting
+from fastentropy._compat.compiled import is_fake as is_fake
+from fastentropy._compat.compiled import own_graph as own_graph
+from fastentropy._compat.compiled import take_for_plain as take_for_plain
+from fastentropy._compat.compiled import without_functions_of_modes as without_functions_of_modes
+from fastentropy._compat.compiled import wrapper_class as wrapper_class
+from fastentropy._compat.frames import Compiler as Compiler
+from fastentropy._compat.frames import current_compiler as current_compiler
+from fastentropy._compat.frames import never_compile as never_compile
+from fastentropy._compat.frames import run_as_it_is as run_as_it_is
+from fastentropy._compat.frames import set_compiler as set_compiler
 from fastentropy._compat.interception import intercept_operators as intercept_operators
 from fastentropy._compat.interception import set_intercepting as set_intercepting
 from fastentropy._compat.interception import stack_frame as stack_frame

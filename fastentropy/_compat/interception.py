@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from fastentropy._compat.frames import is_compiling_here, never_compile, set_compiler
 from fastentropy._compat.lookup import named
 
 # A dispatch key that no part of PyTorch uses. Its kernels run, and cost something, only in a thread that includes the key.
@@ -47,9 +48,18 @@ def intercept_operators(operators: tuple[Any, ...], run: Callable[..., Any]) -> 
 
     def kernel(operator: Any) -> Callable[..., Any]:
         def intercepted(*args: Any, **kwargs: Any) -> Any:
-            with without_intercepting():
-                return run(operator, args, kwargs)
+            if is_compiling_here():  # not with the key excluded: what is compiled depends on the keys that are included
+                with without_intercepting():
+                    return operator(*args, **kwargs)
+            compiler = set_compiler(None)  # between two graphs of a compiled model
+            try:
+                with without_intercepting():
+                    return run(operator, args, kwargs)
+            finally:
+                if compiler is not None:
+                    set_compiler(compiler)
 
+        never_compile(intercepted.__code__)
         return intercepted
 
     for operator in operators:

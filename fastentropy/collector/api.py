@@ -21,8 +21,9 @@ def collect(
 ) -> EntropyCollector:
     """Create a collector for all activations of a model, to be used as `with fe.collect(model) as collector:`.
 
-    After the block the model is as it was before, even if the block raises. Inside the block, parts that were compiled with
-    torch.compile run eagerly.
+    After the block the model is as it was before, even if the block raises. Models and parts of models that were compiled with
+    torch.compile are counted inside of their graphs: their first pass runs eagerly, and the second compiles graphs that count.
+    PyTorch keeps these beside the graphs that do not count, so a later collector compiles nothing.
 
     In a gated MLP (SwiGLU, GeGLU) the site (call of an activation) is the activation of the gate, and the counted state (off,
     zero or on) is the sign of the gate's pre-activation. Such an MLP multiplies gate and value, so it is not linear even if

@@ -78,7 +78,7 @@ class EntropyCollector:
         if misfits not in ("raise", "skip"):
             raise ValueError(f"misfits={misfits!r}: expected 'raise' or 'skip'")
         self._model = model
-        self._counting = PassCounting(average == "batch", self._recommend_isolation, self._note)
+        self._counting = PassCounting(model, average == "batch", self._recommend_isolation, self._note)
         self._watcher = SiteWatcher(model, self._counting, channel_axis, mask, exclude, misfits)
         self._restored, self._restored_shares = Statistics({}), dict[str, RankShare]()
         self._notes: list[str] = []

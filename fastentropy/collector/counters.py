@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastentropy._compat import add_to_each
 from fastentropy.sites.activations import FusedActivation
+from fastentropy.sites.graphs import NamedSites
 from fastentropy.sites.site import Site
 from fastentropy_kernels import ActivationPlan, CountPlan
 
@@ -136,6 +137,7 @@ class Counters:
         self.views: dict[tuple[str, torch.device], SiteCounters] = {}
         self.host_positions: dict[str, int] = {}
         self._layout = layout
+        self._parts: dict[tuple[NamedSites, torch.device], list[tuple[Tensor, int, int]]] = {}
         self._starts: dict[torch.device, list[int]] = {}  # the keys of `buffers`, in rising order
         self._calls: dict[str | type, tuple[torch.Size, FusedActivation | None]] = {}
         self._tokens: dict[int, tuple[Tensor, Tensor]] = {}  # id of a mask -> the mask, its number of tokens
@@ -166,6 +168,41 @@ class Counters:
         before = self._calls.get(site.name), self._calls.get(kind)
         self._calls[site.name] = self._calls[kind] = call
         return call in before
+
+    def add_slots(self, named: NamedSites, flat: Tensor) -> None:
+        """Add the counts of a compiled graph.
+
+        Args:
+            named: the sites of the graph. A site that is left out is None.
+            flat: int64, a slot for each site, one after the other.
+        """
+        parts = self._parts.get((named, flat.device))
+        if parts is None:
+            parts = self._parts[named, flat.device] = self._overlaps(named, flat.device)
+        self.sites.update(named.by_name)
+        if len(parts) == 1:
+            parts[0][0].add_(flat)
+        else:
+            add_to_each([part for part, _, _ in parts], [flat[start:stop] for _, start, stop in parts])
+
+    def _overlaps(self, named: NamedSites, device: torch.device) -> list[tuple[Tensor, int, int]]:
+        """Return the parts of the buffers that get the counts of a graph, each with its place in the output of the graph.
+
+        The slots of sites that were discovered one after another are one part.
+        """
+        parts: list[tuple[Tensor, int, int, int]] = []  # a buffer, the offset in it, and the place in the output
+        start = 0
+        for site, neurons in zip(named.sites, named.neurons, strict=True):
+            stop = start + 3 * neurons + 1
+            if site is not None:
+                buffer, offset, _ = self.of(site, device)
+                last = parts[-1] if parts else None
+                if last is not None and last[0] is buffer and last[3] == start and last[1] + last[3] - last[2] == offset:
+                    parts[-1] = (buffer, last[1], last[2], stop)
+                else:
+                    parts.append((buffer, offset, start, stop))
+            start = stop
+        return [(buffer[offset : offset + stop - start], start, stop) for buffer, offset, start, stop in parts]
 
     def add_positions(self, site: Site, positions: int) -> None:
         """Record on the host that `positions` values of each neuron were read. The site is then in `sites`."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastentropy._compat import (
+    Compiler,
     has_values,
     in_dispatch_mode,
     in_function_mode,
@@ -16,10 +17,12 @@ from fastentropy._compat import (
     wait_tensor,
     without_modes,
 )
+from fastentropy.collector.compiled.compilers import CountingCompilers
 from fastentropy.collector.counters import Counters, Layout, SiteCountPlan, SitePlan
 from fastentropy.collector.site_statistics import SiteStatistics, state_entropy
 from fastentropy.collector.values import COUNTABLE, UncountableError, is_plain, plain_parts
 from fastentropy.sites.activations import FusedActivation, fused_activation, kernel_of
+from fastentropy.sites.graphs import GraphReader
 from fastentropy.sites.padding import positions_to_count
 from fastentropy.sites.sharding import local_tensor
 from fastentropy.sites.site import Call, Site
@@ -34,10 +37,11 @@ class PassCounting:
         has_counted: whether any pass has been counted.
     """
 
-    def __init__(self, per_batch: bool, after_pass: Callable[[], None], note: Callable[[str], None]) -> None:
+    def __init__(self, model: nn.Module, per_batch: bool, after_pass: Callable[[], None], note: Callable[[str], None]) -> None:
         """Begin with nothing counted.
 
         Args:
+            model: the model that is counted.
             per_batch: whether to sum the neuron entropies of each pass as well.
             after_pass: a function that is called after each counted pass.
             note: a function that is given a sentence about an input that could not be counted.
@@ -45,6 +49,7 @@ class PassCounting:
         self.is_paused = self.has_counted = False
         self._per_batch, self._after_pass, self._note = per_batch, after_pass, note
         self._layout, self._lock = Layout(), threading.Lock()
+        self._compilers = CountingCompilers(model, note)
         self._total = Counters(self._layout)
         self._idle: list[Counters] = []
         self._captured: list[Counters] = []
@@ -83,6 +88,10 @@ class PassCounting:
         with without_modes(), torch.no_grad():
             _count(call, counters, self._note)
         return call.run()
+
+    def choose_compiler(self, counters: Counters | None, graphs: GraphReader, compiler: Compiler) -> Compiler:
+        """Return what compiles a function of torch.compile in a pass: what counts, too. Counts of a paused pass are dropped."""
+        return self._compilers.choose(graphs, compiler)
 
     def end_pass(self, counters: Counters | None, completed: bool) -> None:
         """Add the counters of a completed pass to the total, then clear them for another pass."""

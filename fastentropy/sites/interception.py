@@ -9,16 +9,31 @@ import contextlib
 import functools
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from types import FrameType, FunctionType
 from typing import Any, NamedTuple, cast
 
-import torch
 from torch import nn
 from torch.compiler import is_compiling
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from fastentropy._compat import compiled_call, is_replica, module_call, module_identity, replace_module_call, stack_frame
+from fastentropy._compat import (
+    Compiler,
+    choose_compilers,
+    compiled_call,
+    current_compiler,
+    is_replica,
+    module_call,
+    module_identity,
+    never_compile,
+    replace_module_call,
+    set_compiler,
+    stack_frame,
+    take_for_plain,
+    uncompiled,
+    wrapper_class,
+)
+from fastentropy.sites.compiled_calls import choose_compiler
 
 #: A function that runs in place of a call of a module: (name, module, original call, args, kwargs) -> result. The original call
 #: runs the module with its hooks: original(module, *args, **kwargs).
@@ -138,6 +153,7 @@ class _Table:
         self.entries: dict[int, _Entry] = {}
         self.original: Callable[..., Any] = module_call()
         self.outer: Callable[..., Any] = nn.Module.__call__
+        self.wrapper: type[nn.Module] | None = None  # the class of the modules that torch.compile makes of modules
         self._lock, self._attached = threading.RLock(), set[int]()
         self._in_place = contextlib.ExitStack()
 
@@ -146,19 +162,21 @@ class _Table:
         return module_identity(module) in self.entries
 
     def enter(self, attached: _Attached) -> None:
-        """Let calls of modules pass through the table from now on, and make compiled code run eagerly."""
+        """Let calls of modules pass through the table from now on, and choose what compiles the code of each thread."""
         with self._lock:
             self._attached.add(id(attached))
             if len(self._attached) > 1:
                 return
             with contextlib.ExitStack() as in_place:
-                # Code that was compiled before would not call the handlers; code compiled meanwhile would always call them.
-                in_place.enter_context(torch.compiler.set_stance("force_eager"))
+                never_compile(*(function.__code__ for function in _OURS))
+                self.wrapper = wrapper_class()
+                in_place.callback(choose_compilers(choose_compiler))
                 in_place.callback(register_module_module_registration_hook(_tell_of_module).remove)
                 self.original = module_call()
                 functools.update_wrapper(_intercepted_call, self.original)
                 replace_module_call(_intercepted_call)
                 in_place.callback(self._restore_call)
+                in_place.callback(take_for_plain("_call_impl", _intercepted_call))
                 self._in_place = in_place.pop_all()
 
     def leave(self, attached: _Attached) -> None:
@@ -175,18 +193,30 @@ class _Table:
             replace_module_call(self.original)
 
     def enter_call_of_compiled(self) -> None:
-        """Let modules that are compiled in place run eagerly too, although `compile` has kept their call as it was before."""
+        """Let calls of modules that are compiled in place pass through the table too.
+
+        Their method `compile` has kept their call as it was before.
+        """
         with self._lock:
             if self._attached and nn.Module.__call__ is not _call_of_compiled:
                 self.outer = nn.Module.__call__
                 functools.update_wrapper(_call_of_compiled, self.outer)
                 nn.Module.__call__ = _call_of_compiled  # type: ignore[method-assign]
                 self._in_place.callback(self._restore_call_of_compiled)
+                self._in_place.callback(take_for_plain("__call__", _call_of_compiled))
 
     def _restore_call_of_compiled(self) -> None:
         """Let modules that are compiled in place run as before."""
         if nn.Module.__call__ is _call_of_compiled:
             nn.Module.__call__ = self.outer  # type: ignore[method-assign]
+
+    def find(self, module: nn.Module) -> _Entry | None:
+        """Return the entry of a module. A module that torch.compile has made of another one has the entry of that one."""
+        entry = self.entries.get(module_identity(module))
+        if entry is None:
+            inside = uncompiled(module)
+            return None if inside is module else self.find(inside)
+        return entry if entry.module is module or is_replica(module) else None
 
 
 _TABLE = _Table()
@@ -198,28 +228,70 @@ def _intercepted_call(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
     Code that is traced for torch.compile or torch.export is not intercepted.
     """
     if not is_compiling():
+        compiler = current_compiler()
+        if compiler is not None:
+            return _call_between_graphs(compiler, _TABLE.original, module, args, kwargs)
         entry = _TABLE.entries.get(module_identity(module))
-        if entry is not None and (entry[1] is module or is_replica(module)) and (interception := entry[0]()) is not None:
+        if entry is None:
+            entry = _TABLE.find(module) if type(module) is _TABLE.wrapper else None
+        elif not (entry[1] is module or is_replica(module)):
+            entry = None
+        if entry is not None and (interception := entry[0]()) is not None:
             return interception.handlers[entry[3]](entry[2], module, _TABLE.original, args, kwargs)
     return _TABLE.original(module, *args, **kwargs)
 
 
 def _call_of_compiled(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
-    """Call a module, without the code that its method `compile` has made if the module is intercepted.
+    """Call a module. The handler of one that was compiled in place, and is intercepted, runs around its compiled code.
 
-    This replaces `nn.Module.__call__` while such a module is intercepted.
+    This replaces `nn.Module.__call__` while such a module is intercepted. Inside of the compiled code nobody calls the module.
     """
-    if compiled_call(module) is not None and _TABLE.is_intercepted(module):
-        return _intercepted_call(module, *args, **kwargs)
+    if not is_compiling():
+        compiler = current_compiler()
+        if compiler is not None:
+            return _call_between_graphs(compiler, _TABLE.outer, module, args, kwargs)
+        entry = _TABLE.find(module) if compiled_call(module) is not None else None
+        if entry is not None and (interception := entry.interception()) is not None:
+            return interception.handlers[entry.kind](entry.name, module, _TABLE.outer, args, kwargs)
     return _TABLE.outer(module, *args, **kwargs)
 
 
+def _call_between_graphs(
+    compiler: Compiler, original: Callable[..., Any], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Call a module in code that is being compiled, or runs between compiled graphs. Its handler is not compiled."""
+    set_compiler(None)
+    try:
+        run, entry = functools.partial(_resume, compiler, original), _TABLE.find(module)
+        interception = None if entry is None else entry.interception()
+        if entry is None or interception is None:
+            return run(module, *args, **kwargs)
+        return interception.handlers[entry.kind](entry.name, module, run, args, kwargs)
+    finally:
+        set_compiler(compiler)
+
+
+def _resume(compiler: Compiler, original: Callable[..., Any], module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+    """Run a module whose handler was called between graphs, and let its code be compiled again."""
+    before = set_compiler(choose_compiler(compiler))
+    try:
+        return original(module, *args, **kwargs)
+    finally:
+        set_compiler(before)
+
+
+#: What runs between the caller of a module and its handler, or between the handler and the module. None of it is compiled.
+_OURS = (_intercepted_call, _call_of_compiled, _call_between_graphs, _resume)
+
 #: The code that PyTorch and the interception run between the caller of a module and `_intercepted_call`.
 #: By identity, because the hash of a code object takes long.
-_BETWEEN = {
-    id(function.__code__): function.__code__
-    for function in (cast(FunctionType, nn.Module.__call__), cast(FunctionType, _call_of_compiled), _intercepted_call)
-}
+_BETWEEN = {id(function.__code__): function.__code__ for function in (cast(FunctionType, nn.Module.__call__), *_OURS)}
+
+
+def identities_of_others(modules: Collection[nn.Module]) -> set[int]:
+    """Return the identities of all modules that are intercepted, except those of `modules`."""
+    own = {id(module) for module in modules}
+    return {id(entry.module) for entry in list(_TABLE.entries.values())} - own
 
 
 def calling_frame() -> FrameType:

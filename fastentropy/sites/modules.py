@@ -109,6 +109,27 @@ class WatchedModules:
         """Return the path of the activation module of which a stack frame runs a method; None if it runs other code."""
         return self.path_in(frame) if frame.f_code in self._activation_methods else None
 
+    def path_at(self, path: str) -> str:
+        """Return the path of the module that the attributes of a path lead to. A module may have several; one is its path."""
+        if path in self.kinds or not path:
+            return path
+        try:
+            return self.path_of(self._model.get_submodule(path)) or path
+        except AttributeError:
+            return path
+
+    def function_path(self, owner: str, function: str) -> str:
+        """Return the path for the calls of a function by the module with the path `owner`.
+
+        If a module of the model has this path, a number is added to it.
+        """
+        path = f"{owner}.{function}".lstrip(".")
+        index = 0
+        while path in self.kinds:
+            index += 1
+            path = f"{owner}.{function}_{index}".lstrip(".")
+        return path
+
     def class_at(self, path: str) -> type[nn.Module]:
         """Return the class of the module at a path; nn.Module if there is none."""
         return type(self.kinds[path][0]) if path in self.kinds else nn.Module

@@ -2,10 +2,11 @@
 
 import threading
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from types import CodeType, FrameType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 #: The entries of a `CallKey`. A plain tuple is made in a tenth of the time.
 Key = tuple[str, bool, object, str | None]
@@ -45,6 +46,18 @@ class Places:
             known = self._known[id(code)] = self._numbers.setdefault(code, next(self._next)), code
         return known[0], frame.f_lasti
 
+    def on_line(self, file: str, line: int, known: Sequence[object]) -> Sequence[object]:
+        """Return those of some known places that are on a line of a file, in the order in which they run."""
+        codes = dict(self._known.values())
+        found = list[tuple[Any, ...]]()
+        for place in known:
+            if isinstance(place, tuple) and place[0] in codes:
+                code = codes[place[0]]
+                lines = (number for start, end, number in code.co_lines() if start <= place[1] < end)
+                if code.co_filename == file and next(lines, None) == line:
+                    found.append(place)
+        return sorted(found)
+
 
 @dataclass
 class PassNames:
@@ -71,6 +84,24 @@ class CallNames:
         self._by_path: dict[str, list[str]] = defaultdict(list)
         self._by_place: dict[tuple[str, object], list[CallKey]] = defaultdict(list)
         self._by_producer: dict[tuple[str, str], list[CallKey]] = defaultdict(list)
+
+    def places_of(self, path: str) -> list[object]:
+        """Return the places in the code at which calls of functions with this path are known, each once."""
+        return list(dict.fromkeys(key[2] for key in list(self._names) if key[0] == path and key[1]))
+
+    def known_name(self, key: Key, given: PassNames) -> str | None:
+        """Return the name of the next call with this key in a pass, as `name` does; None if there is no such call yet."""
+        number = given.times.get(key, 0)
+        names = self._names.get(key, ())
+        if number < len(names) and names[number] not in given.used:
+            name: str | None = names[number]
+        else:
+            with self._lock:
+                name = self._known(CallKey(*key), given.used)
+        if name is not None:
+            given.times[key] = number + 1
+            given.used.add(name)
+        return name
 
     def name(self, key: Key, given: PassNames) -> str:
         """Return the name of the next call with this key in a pass.

@@ -2,6 +2,9 @@
 
 from typing import Any, Protocol, TypeVar
 
+from fastentropy._compat import Compiler
+from fastentropy.sites.compiled_calls import run_eagerly
+from fastentropy.sites.graphs import GraphReader
 from fastentropy.sites.site import Call
 
 P = TypeVar("P")
@@ -21,6 +24,16 @@ class Observer(Protocol[P]):
         """Run an activation and return its output. The observer may read the input before or after it runs the activation."""
         ...
 
+    def choose_compiler(self, forward_pass: P, graphs: GraphReader, compiler: Compiler) -> Compiler:
+        """Return what compiles a function of torch.compile in a pass.
+
+        Args:
+            forward_pass: the pass.
+            graphs: what finds the sites of its graphs.
+            compiler: what compiles the function while no watcher is attached.
+        """
+        ...
+
     def end_pass(self, forward_pass: P, completed: bool) -> None:
         """Finish a pass. `completed` is True if the call returned, and False if it raised."""
         ...
@@ -35,6 +48,11 @@ class NoObserver:
     def run_activation(self, forward_pass: None, call: Call) -> Any:
         """Run the activation and return its output."""
         return call.run()
+
+    def choose_compiler(self, forward_pass: None, graphs: GraphReader, compiler: Compiler) -> Compiler:
+        """Return None: compiled functions run as they are, so that activations are called."""
+        run_eagerly(compiler)
+        return None
 
     def end_pass(self, forward_pass: None, completed: bool) -> None:
         """Do nothing, because no state was kept for the pass."""

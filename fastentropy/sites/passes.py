@@ -68,6 +68,7 @@ class Pass(Generic[P]):
     owners: list[str] = field(default_factory=list)  # paths of the modules whose forwards are running, outermost first
     is_token: Tensor | None = None  # the padding mask that applies, bool [batch, tokens]
     inside_activation: bool = False  # whether an activation is running
+    is_compiled: bool = False  # whether it runs functions of torch.compile, as they are or compiled
 
 
 class ThreadState(threading.local, Generic[P]):

@@ -37,6 +37,7 @@ class SiteRegistry:
         sites: the sites by name, in the order of their discovery.
         functional: the names of the sites that are calls of functions.
         notes: sentences about sites that are left out, and why.
+        options: the options that the user gave, and the sites that were left out because an input did not fit.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class SiteRegistry:
         self._siblings: dict[tuple[type[nn.Module], str, int], _Axis] = {}
         self._lock = threading.Lock()
         self._has_recommended = False
+        self.options: tuple[object, ...] = (tuple(sorted(channel_axis.items())), tuple(exclude))
         self._inferred: list[str] = []  # names of the sites of which nobody has been warned yet
 
     def resolve(self, name: str, path: str, activation: str, x: Tensor, current: Pass[Any]) -> tuple[Site, Tensor] | None:
@@ -106,6 +108,40 @@ class SiteRegistry:
             self._leave_out(name, local)
             return None
         return site, local
+
+    def is_left_out(self, name: str) -> bool:
+        """Return whether a site is left out."""
+        return self._left_out.get(name, False) or any(fnmatchcase(name, pattern) for pattern in self._exclude)
+
+    def known(self, name: str, activation: str, x: Tensor) -> Site | None:
+        """Return the site of a call with an input like `x`, which need not have values; None if no known site fits."""
+        site = self.sites.get(name)
+        if site is None or site.activation != activation or self._shardings[name] is not None or x.is_nested:
+            return None
+        if x.ndim != self._ranks[name]:
+            site = self._with_other_rank(site, x)
+        if site is None or site.channel_axis is None or _size(x, site.channel_axis) != site.neurons:
+            return None
+        return site
+
+    def known_or_new(self, name: str, like: Site, ndim: int) -> Site | None:
+        """Return the site of a call in a compiled graph; None if it is left out.
+
+        A further call of a layer is new, and gets a site like that for which the layer was compiled, with as many axes.
+        """
+        site = self.sites.get(name)
+        if site is None and self.is_left_out(name):
+            self._left_out[name] = True
+            return None
+        if site is None:
+            with self._lock:
+                site = self.sites[name] = replace(like, name=name)
+                self._ranks[name], self._shardings[name] = ndim, None
+                self._token_axes[name] = self._token_axes.get(like.name, BY_SHAPE)
+        if site.neurons != like.neurons:
+            self.note(f"site {name!r} was not counted in some calls, compiled for {plural(like.neurons, 'neuron')}")
+            return None
+        return site
 
     @property
     def left_out(self) -> list[str]:
@@ -278,6 +314,7 @@ class SiteRegistry:
         with self._lock:
             self.sites.pop(name, None)
             self._left_out[name] = True
+            self.options = (*self.options, name)
         self.note(f"{had} {shape}; it is left out")
 
     def _with_other_rank(self, site: Site, x: Tensor) -> Site | None:

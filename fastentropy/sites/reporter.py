@@ -45,12 +45,17 @@ _BETWEEN = frozenset({
 
 
 class CallReporter(Generic[P]):
-    """Find the site of each activation call, and let an observer run the call."""
+    """Find the site of each activation call, and let an observer run the call.
+
+    Attributes:
+        names: the names of the calls.
+        places: the places in the code at which they are made.
+    """
 
     def __init__(self, modules: WatchedModules, registry: SiteRegistry, observer: Observer[P]) -> None:
         """Report calls of a model's `modules` to `observer`."""
         self._modules, self._registry, self._observer = modules, registry, observer
-        self._names, self._places = CallNames(), Places()
+        self.names, self.places = CallNames(), Places()
         self._fused: dict[nn.Module, FusedActivation | None] = {}
 
     def run_module(
@@ -74,7 +79,7 @@ class CallReporter(Generic[P]):
             args: the positional arguments of the call.
             kwargs: its keyword arguments.
         """
-        key = (path, False, self._places.of(caller), current.produced.for_path(path))
+        key = (path, False, self.places.of(caller), current.produced.for_path(path))
 
         def run() -> Any:
             with without_intercepting():
@@ -130,24 +135,12 @@ class CallReporter(Generic[P]):
         path = self._modules.activation_in(frame)
         if path in self._modules.activations:
             caller, module = _outside(frame.f_back or frame), self._modules.kinds[path][0]
-            key = (path, False, self._places.of(caller), current.produced.for_path(path))
+            key = (path, False, self.places.of(caller), current.produced.for_path(path))
             return self._report(current, key, self._modules.activations[path], x, run, module)
         called: str = getattr(getattr(function, "overloadpacket", function), "__name__", "function")
-        path = self._function_path(current.owners[-1] if current.owners else "", called.strip("_"))
-        key = (path, True, self._places.of(frame), current.produced.path)
+        path = self._modules.function_path(current.owners[-1] if current.owners else "", called.strip("_"))
+        key = (path, True, self.places.of(frame), current.produced.path)
         return self._report(current, key, activation, x, run, function=called, operator=function)
-
-    def _function_path(self, owner: str, function: str) -> str:
-        """Return the path for the calls of a function by the module with the path `owner`.
-
-        If a module of the model has this path, a number is added to it.
-        """
-        path = f"{owner}.{function}".lstrip(".")
-        index = 0
-        while path in self._modules.kinds:
-            index += 1
-            path = f"{owner}.{function}_{index}".lstrip(".")
-        return path
 
     def _report(
         self,
@@ -172,13 +165,13 @@ class CallReporter(Generic[P]):
             function: the name of the function; empty if a module is called.
             operator: the function, or the operator that it calls; None if a module is called.
         """
-        name = self._names.name(key, current.names)
+        name = self.names.name(key, current.names)
         with _NOTHING if type(x) is Tensor else without_modes():  # a subclass would see what is asked of it
             found = self._registry.resolve(name, key[0], activation, x, current)
         if found is None:
             return self._run_followed(current.tracker, x, run, module, operator)
         site, local = found
-        if function:
+        if function and not current.is_compiled:
             self._registry.functional.add(name)
         is_token, token_axes = current.is_token, None
         if is_token is not None:

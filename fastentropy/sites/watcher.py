@@ -9,11 +9,13 @@ from typing import Any, Generic, TypeVar
 
 from torch import Tensor, nn
 
-from fastentropy._compat import in_backward, is_compiled, is_traced, path_when_uncompiled
+from fastentropy._compat import in_backward, is_traced, path_when_uncompiled
 from fastentropy.sites import interception
 from fastentropy.sites.activations import called_name, has_registered_functions
 from fastentropy.sites.channel_axis import AxisTracker
+from fastentropy.sites.compiled_calls import set_caller
 from fastentropy.sites.fast_paths import without_fast_path
+from fastentropy.sites.graph_sites import GraphCaller
 from fastentropy.sites.interception import Interception
 from fastentropy.sites.modules import ACTIVATION, CONTAINER, LAYER, NEUTRAL, WatchedModules, is_scripted_activation
 from fastentropy.sites.observer import Observer
@@ -73,6 +75,8 @@ class SiteWatcher(Generic[P]):
         self._interception = Interception(handlers, self._add_module)
         self._entries: set[str] = set()
         self._thread: ThreadState[P] = ThreadState()
+        names, places = self._reporter.names, self._reporter.places
+        self._graphs = GraphCaller(self.modules, self.registry, names, places, self._thread, observer)
         self._attachment: object = None  # another one each time that the watcher is attached
         self._warned_of_mask = False
 
@@ -91,15 +95,9 @@ class SiteWatcher(Generic[P]):
                 f"{name!r} is compiled by TorchScript, where calls cannot be seen; "
                 "collect on the model as it was before torch.jit.script"
             )
-        if compiled := [name for name, module in self._model.named_modules() if is_compiled(module)]:
-            parts = ", ".join(path_when_uncompiled(name) or "as a whole" for name in compiled)
-            warnings.warn(
-                f"{type(self._model).__name__} is compiled ({parts}); while a collector is attached it runs eagerly, "
-                "so that every activation is counted",
-                stacklevel=4,
-            )
-        self._thread = ThreadState()
+        self._thread = self._graphs.thread = ThreadState()
         self.modules.refresh()
+        self._graphs.forget()
         self._interception.attach(self._model, self.modules.kinds)
         self._attachment = object()
         begin_listening(self)
@@ -128,6 +126,7 @@ class SiteWatcher(Generic[P]):
         for name, (added, kind) in self.modules.add(path, module).items():
             self._interception.add(name, added, kind)
         self._entries.clear()
+        self._graphs.forget()
 
     # The handlers of `Interception`, so their arguments are those of `interception.Handler` ---------------------------------
 
@@ -249,7 +248,7 @@ class SiteWatcher(Generic[P]):
         thread = self._thread
         tracker = None if entry in self._entries else self._tracker()
         current = Pass(self._observer.begin_pass(), tracker, produced)
-        attachment, completed = self._attachment, False
+        attachment, completed, caller = self._attachment, False, set_caller(self._graphs)
         try:
             thread.current = current
             with contextlib.ExitStack() as modes:
@@ -261,6 +260,7 @@ class SiteWatcher(Generic[P]):
                 yield current
             completed = attachment is self._attachment  # else the watcher was detached meanwhile, and has seen a part only
         finally:
+            set_caller(caller)
             thread.current = None
             if completed:
                 self._entries.add(entry)

@@ -1,0 +1,93 @@
+"""The backend of torch.compile that counts: it changes each graph before the backend of the user compiles it."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, fx
+
+from fastentropy._compat import (
+    Backend,
+    UncountableGraphError,
+    for_counting,
+    is_fake,
+    own_graph,
+    without_functions_of_modes,
+    without_intercepting,
+)
+from fastentropy.collector.compiled.instrumentation import add_counts
+from fastentropy.collector.counters import Counters
+from fastentropy.sites.compiled_calls import current_caller
+from fastentropy.sites.graphs import GraphReader, GraphSites
+
+
+class CountingBackend:
+    """Let another backend compile graphs that also count, and add the counts of a run to the pass that runs the graph.
+
+    It holds neither a collector nor a model, because Dynamo keeps it as long as the code of the model.
+
+    """
+
+    def __init__(self, inner: Backend, options: object) -> None:
+        """Begin without graphs.
+
+        Args:
+            inner: the backend of the user.
+            options: the options of the collector that the graphs depend on.
+        """
+        self._inner, self._options = inner, options
+        self._axes: dict[str, int | None] = {}
+        self.__name__ = getattr(inner, "__name__", type(inner).__name__)
+
+    def is_like(self, inner: Backend, reader: GraphReader) -> bool:
+        """Return whether its graphs count what those of a backend for `reader` would."""
+        return (self._inner is inner or self._inner == inner) and self._options == reader.options and reader.agrees(self._axes)
+
+    def __call__(self, graph_module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        """Compile a graph of Dynamo. The function that is returned has the outputs of the graph as it was.
+
+        Raises:
+            UncountableGraphError: the graph cannot be counted.
+        """
+        reader: GraphReader | None = current_caller()
+        counting = own_graph(graph_module)
+        calls, sites = ([], GraphSites((), None)) if reader is None else reader.read(counting)
+        if not calls:
+            return _without_counts(self._inner(graph_module, inputs), sites)
+        add_counts(counting, calls)
+        self._axes.update((call.site.name, call.site.channel_axis) for call in calls)
+        try:
+            with for_counting(any(isinstance(x, Tensor) and x.is_cuda for x in inputs)):
+                compiled = self._inner(counting, inputs)
+        except Exception as error:
+            reason = f"the backend {self.__name__!r} does not compile it with counts ({type(error).__name__}: {error})"
+            raise UncountableGraphError(reason) from error
+        return _with_counts(compiled, sites)
+
+
+def _without_counts(compiled: Callable[..., Any], sites: GraphSites) -> Callable[..., Any]:
+    """Return a function that runs a compiled graph without activations."""
+
+    def run(*args: Any) -> Any:
+        reader: GraphReader | None = current_caller()
+        if reader is not None:
+            reader.enter(sites)
+        with without_intercepting(), without_functions_of_modes():
+            return compiled(*args)
+
+    return run
+
+
+def _with_counts(compiled: Callable[..., Any], sites: GraphSites) -> Callable[..., Any]:
+    """Return a function that runs a compiled graph, whose last output is the counts of `sites`."""
+
+    def run(*args: Any) -> Any:
+        reader: GraphReader | None = current_caller()
+        named = None if reader is None else reader.enter(sites)
+        with without_intercepting(), without_functions_of_modes():
+            *outputs, counts = compiled(*args)
+        counters: Counters | None = None if reader is None else reader.observed  # None in a paused pass
+        if named is not None and counters is not None and not is_fake(counts):  # DDP tries graphs out without values
+            counters.add_slots(named, counts)
+        return outputs
+
+    return run

@@ -1,0 +1,47 @@
+"""The forms of a count in a graph: the operators that count the states of an activation's input.
+
+What they are compiled to depends on the backend. Inductor joins comparisons and sums with the operators that compute the input.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: How many values one int32 can count in three packed counters of 10 bits.
+_PACKED = 1023
+
+
+def count_as_sums(x: Any, like: Tensor, axis: int) -> Any:
+    """Return the counts of the states of `x`, int64 [neurons, 3], as comparisons and sums in two steps.
+
+    The first sum is short (an image row, or the tokens of a sequence), so that a GPU kernel does not have to split it. Up to
+    1023 values it adds up three counters of 10 bits in one int32. The second sum is in int64, so the counts are exact.
+
+    Args:
+        x: a proxy of the input in the graph.
+        like: the input as the tracer knows it: its shape.
+        axis: the axis of the neurons, not negative.
+    """
+    axes = [each for each in range(like.ndim) if each != axis]
+    if not axes:
+        return torch.stack([x < 0, x == 0, x > 0], 1).to(torch.int64)
+    first = _first_axes(like.shape, axis, axes)
+    off, zero, on = ((x < 0).to(torch.int32), (x == 0).to(torch.int32), (x > 0).to(torch.int32))
+    sizes = [like.shape[each] for each in first]
+    if all(isinstance(size, int) for size in sizes) and math.prod(sizes) <= _PACKED:
+        packed = torch.sum(off + zero * (1 << 10) + on * (1 << 20), first, True, dtype=torch.int32)
+        parts = [packed & _PACKED, (packed >> 10) & _PACKED, packed >> 20]
+    else:
+        parts = [torch.sum(state, first, True, dtype=torch.int32) for state in (off, zero, on)]
+    return torch.stack([torch.sum(part, axes, dtype=torch.int64) for part in parts], 1)
+
+
+def _first_axes(shape: Sequence[Any], axis: int, axes: list[int]) -> list[int]:
+    """Return the axes of the first sum."""
+    if len(shape) == 4 and axis == 1:
+        *_, height, width = shape
+        return [2, 3] if isinstance(height, int) and isinstance(width, int) and width < 16 else [3]
+    return [each for each in axes if each > axis] or axes[-1:]

@@ -1,0 +1,198 @@
+"""Give the calls of activations in compiled graphs the names and sites that they have in eager mode."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Generic, TypeVar
+
+from torch import Tensor, fx
+
+from fastentropy._compat import Compiler, CompilerWith, UncountableGraphError
+from fastentropy.sites import interception
+from fastentropy.sites.compiled_calls import run_eagerly
+from fastentropy.sites.graph_calls import TracedCall, traced_calls
+from fastentropy.sites.graphs import BEFORE, GraphCall, GraphSite, GraphSites, NamedSites
+from fastentropy.sites.modules import WatchedModules
+from fastentropy.sites.naming import CallNames, Key, PassNames, Places
+from fastentropy.sites.observer import Observer
+from fastentropy.sites.passes import Pass, ThreadState
+from fastentropy.sites.registry import SiteRegistry
+from fastentropy.sites.site import Site
+
+P = TypeVar("P")
+
+
+class GraphCaller(Generic[P]):
+    """Run compiled code in the passes of a watcher, and find the sites of its graphs.
+
+    Attributes:
+        registry: the sites of the watcher.
+        thread: what the watcher knows of each thread.
+    """
+
+    def __init__(
+        self,
+        modules: WatchedModules,
+        registry: SiteRegistry,
+        names: CallNames,
+        places: Places,
+        thread: ThreadState[P],
+        observer: Observer[P],
+    ) -> None:
+        """Begin without graphs. The arguments are the parts of the watcher."""
+        self._modules, self.registry, self._names, self._places = modules, registry, names, places
+        self.thread, self._observer = thread, observer
+        self._named: dict[tuple[GraphSites, str, str | None], NamedSites] = {}
+
+    @property
+    def observed(self) -> P | None:
+        """Return what the observer knows of the pass of this thread; None if no pass is running."""
+        return None if self.thread.current is None else self.thread.current.observed
+
+    @property
+    def options(self) -> object:
+        """Return the options of the watcher that graphs depend on, and the sites that are left out."""
+        return self.registry.options
+
+    def agrees(self, axes: Mapping[str, int | None]) -> bool:
+        """Return whether no site has another channel axis than in `axes`."""
+        known = self.registry.sites
+        return all(name not in known or known[name].channel_axis == axis for name, axis in axes.items())
+
+    def forget(self) -> None:
+        """Forget the names of the calls in graphs, because the modules of the model have changed."""
+        self._named.clear()
+
+    def choose_compiler(self, compiler: Compiler) -> Compiler:
+        """Return what compiles a function of torch.compile that the pass of this thread is about to call.
+
+        Nothing does in passes in which operators are followed. The code of an activation is counted in front of it.
+        """
+        current = self.thread.current
+        if current is None or current.inside_activation:
+            return None if isinstance(compiler, CompilerWith) else compiler
+        current.is_compiled = True
+        if current.tracker is not None or current.is_token is not None:
+            run_eagerly(compiler)
+            return None
+        return self._observer.choose_compiler(current.observed, self, compiler)
+
+    def read(self, graph_module: fx.GraphModule) -> tuple[list[GraphCall], GraphSites]:
+        """Find the calls of activations in a graph that the pass of this thread is about to run.
+
+        Raises:
+            UncountableGraphError: it is not known which activations are called, or a call belongs to no known site.
+        """
+        current = self.thread.current
+        if current is None:
+            return [], GraphSites((), None)
+        owner, others = (
+            _owner(current),
+            interception.identities_of_others([module for module, _ in self._modules.kinds.values()]),
+        )
+        traced, last = traced_calls(graph_module.graph, self._modules, owner, others)
+        given = PassNames(set(current.names.used), dict(current.names.times))
+        calls, sites = list[GraphCall](), list[GraphSite]()
+        for call in traced:
+            found = self._site_of(call, owner, given, current)
+            if found is not None:
+                calls.append(GraphCall(call.node, call.x, found.like))
+                sites.append(found)
+        return calls, GraphSites(tuple(sites), None if last is None else _relative(last, owner))
+
+    def _site_of(self, call: TracedCall, owner: str, given: PassNames, current: Pass[P]) -> GraphSite | None:
+        """Return the site of a call in a graph; None if it is left out."""
+        x: Tensor = call.x.meta["example_value"]
+        producer = _relative(call.producer, owner) if call.producer is not None else BEFORE
+        path = self._path(call.path, call.function)
+        for place in self._places_of(call, path):
+            key = self._key(_relative(call.path, owner), call.function, place, producer, owner, current)
+            name = self._names.known_name(key, given)
+            if name is not None and self.registry.is_left_out(name):
+                return None
+            site = None if name is None else self.registry.known(name, call.activation, x)
+            if site is not None:
+                return GraphSite(_relative(call.path, owner), call.function, place, producer, site, x.ndim)
+        raise UncountableGraphError(f"{path!r} was not called like this in the first pass")
+
+    def _places_of(self, call: TracedCall, path: str) -> Sequence[object]:
+        """Return the places in the code that may make a call."""
+        if not call.function:
+            return [None]
+        known = self._names.places_of(path)
+        on_line = [] if call.line is None else self._places.on_line(*call.line, known)
+        return on_line or known
+
+    def _key(self, path: str, function: str, place: object, producer: object, owner: str, current: Pass[P]) -> Key:
+        """Return what tells a call in a graph from others, as in eager mode. The first arguments are those of a `GraphSite`."""
+        path = self._modules.path_at(_join(owner, path))
+        before = current.produced.path if producer is BEFORE else _join(owner, str(producer))
+        if function:
+            return self._path(path, function), True, place, before
+        if before is not None and path.startswith(f"{before}."):
+            before = None
+        return path, False, place, before
+
+    def _path(self, owner: str, function: str) -> str:
+        """Return the path of a call."""
+        return self._modules.function_path(owner, function) if function else owner
+
+    def enter(self, graph: GraphSites) -> NamedSites:
+        """Name the calls of a compiled graph that the pass of this thread is about to run, and return their sites."""
+        current = self.thread.current
+        assert current is not None
+        owner = _owner(current)
+        key = (graph, owner, current.produced.path)
+        named = self._named.get(key)
+        given = current.names
+        if named is not None and given.used.isdisjoint(named.names.used) and given.times.keys().isdisjoint(named.names.times):
+            given.used |= named.names.used
+            given.times.update(named.names.times)
+        else:
+            paths = {_path_of(name) for name in given.used}
+            named = self._name(graph, owner, current)
+            if paths.isdisjoint(_path_of(name) for name in named.names.used):
+                self._named[key] = named
+        if named.last is not None and named.last in self._modules.kinds:
+            current.produced.set(named.last, self._modules.kinds[named.last][0], None)
+        return named
+
+    def _name(self, graph: GraphSites, owner: str, current: Pass[P]) -> NamedSites:
+        """Name the calls of a graph, one after the other."""
+        before = PassNames(set(current.names.used), dict(current.names.times))
+        sites = list[Site | None]()
+        for at in graph.sites:
+            key = self._key(at.path, at.function, at.place, at.producer, owner, current)
+            name = self._names.name(key, current.names)
+            sites.append(self.registry.known_or_new(name, at.like, at.ndim))
+        used = current.names.used - before.used
+        times = {key: number for key, number in current.names.times.items() if before.times.get(key) != number}
+        last = None if graph.last is None else _join(owner, graph.last)
+        neurons = tuple(at.like.neurons for at in graph.sites)
+        return NamedSites(tuple(sites), neurons, PassNames(used, times), last)
+
+
+def _path_of(name: str) -> str:
+    """Return the path of a call with a name."""
+    return name.partition(":")[0]
+
+
+def _owner(current: Pass[Any]) -> str:
+    """Return the path of the container whose forward is running."""
+    return current.owners[-1] if current.owners else ""
+
+
+def _relative(path: str, owner: str) -> str:
+    """Return a path as seen from the module at the path `owner`.
+
+    Raises:
+        UncountableGraphError: the path is not below it.
+    """
+    if path == owner or not owner:
+        return path[len(owner) :]
+    if not path.startswith(f"{owner}."):
+        raise UncountableGraphError(f"it runs {path!r}, which is no part of {owner!r}")
+    return path[len(owner) + 1 :]
+
+
+def _join(owner: str, path: str) -> str:
+    """Return the path in the model of what `path` is as seen from the module at the path `owner`."""
+    return f"{owner}.{path}" if owner and path else owner or path
