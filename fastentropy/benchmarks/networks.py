@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import random
+import tempfile
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastentropy._compat import with_frozen_weights
+from fastentropy.fusion.backends.onnx_runtime import export_onnx, run_session, start_session
 from fastentropy.sites.finding import find_sites
 from fastentropy.surgery.isolation import isolate
 from fastentropy.surgery.linearization import linearize
@@ -45,6 +49,14 @@ def gpt2(tokens: int, batch: int, layers: int) -> Network:
 
     config = transformers.GPT2Config(use_cache=False, n_layer=layers)
     return _ready(transformers.GPT2LMHeadModel(config)), (torch.randint(0, config.vocab_size, (batch, tokens), device="cpu"),)
+
+
+def bert(tokens: int, batch: int, layers: int) -> Network:
+    """Return BERT with this number of layers, and random tokens `[batch, tokens]`."""
+    import transformers
+
+    config = transformers.BertConfig(num_hidden_layers=layers)
+    return _ready(transformers.BertModel(config)), (torch.randint(0, config.vocab_size, (batch, tokens), device="cpu"),)
 
 
 def hugging_face_vit(size: int, batch: int, layers: int) -> Network:
@@ -177,3 +189,17 @@ def frozen(model: nn.Module) -> Callable[..., object]:
         return program(*inputs)
 
     return run
+
+
+def in_onnx_runtime(model: nn.Module, inputs: tuple[Tensor, ...]) -> Callable[..., object]:
+    """Return a model as a session of ONNX Runtime, which the first call exports and starts."""
+
+    @functools.cache
+    def session() -> Any:
+        program = torch.export.export(model, inputs)
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "model.onnx"
+            export_onnx(program, file)
+            return start_session(file, program)
+
+    return lambda *given: run_session(session(), list(given))

@@ -18,8 +18,11 @@ from torch import nn
 from fastentropy.benchmarks.measurements import Case, name_case
 from fastentropy.benchmarks.networks import (
     Network,
+    bert,
     frozen,
+    gpt2,
     hugging_face_vit,
+    in_onnx_runtime,
     infer,
     inside_blocks,
     linearised,
@@ -29,6 +32,7 @@ from fastentropy.benchmarks.networks import (
     vision,
 )
 from fastentropy.fusion.api import fuse
+from fastentropy.fusion.backends import Backend
 from fastentropy.fusion.fused_model import FusedModel
 
 TORCHVISION = (
@@ -36,7 +40,15 @@ TORCHVISION = (
     "vit_b_16",
 )  # fmt: skip
 TIMM = ("fastvit_t8", "repvgg_a0", "mobileone_s0", "poolformer_s12", "mixer_s16_224", "levit_128s")
-NETWORKS = (*TORCHVISION, *TIMM, "hugging face vit")
+HUGGING_FACE = {
+    "hugging face vit": partial(hugging_face_vit, 224, layers=12),
+    "bert": partial(bert, 128, layers=12),
+    "gpt2": partial(gpt2, 128, layers=12),
+}
+NETWORKS = (*TORCHVISION, *TIMM, *HUGGING_FACE)
+
+#: The operations that run what `fuse` returns, with the backend.
+BACKENDS: dict[str, Backend] = {"fused": "eager", "fused, auto": "auto", "fused, ONNX Runtime": "onnxruntime"}
 
 #: Which activations are linearised, by the name of the variant. In "all", those of the MLPs or blocks are, if the network has
 #: them, and otherwise all.
@@ -56,15 +68,15 @@ def whole_network(name: str, batch: int) -> Network:
     """Return a network of `NETWORKS` with random weights, and its inputs."""
     if name in TORCHVISION:
         return randomize_batch_norm(vision(name, batch))
-    return randomize_batch_norm(timm_network(name, batch) if name in TIMM else hugging_face_vit(224, batch, 12))
+    return randomize_batch_norm(timm_network(name, batch) if name in TIMM else HUGGING_FACE[name](batch=batch))
 
 
 def whole_network_case(name: str, variant: str, batch: int) -> Case:
-    """Return the case of one network: the model, what `fuse` returns in each backend, and torch.compile.
+    """Return the case of one network: the model, what `fuse` returns in each backend, and what its user would run instead.
 
     The operations are "model" (as its user calls it), "fused" (backend="eager"), "fused, auto" (backend="auto"),
-    "torch.compile" of the model, and "torch.compile, dense" of the network before activations were linearised. The last two
-    have frozen weights.
+    "torch.compile" of the model, "torch.compile, dense" of the network before activations were linearised (both with frozen
+    weights), and "ONNX Runtime" and "fused, ONNX Runtime" where it is installed.
 
     Args:
         name: one of `NETWORKS`.
@@ -76,19 +88,25 @@ def whole_network_case(name: str, variant: str, batch: int) -> Case:
     model, inputs = linearised(dense, VARIANTS[variant])
     operations: dict[str, Callable[..., object]] = {"model": model}
     facts: dict[str, dict[str, Any]] = {}
-    for operation, backend in (("fused", "eager"), ("fused, auto", "auto")):
-        operations[operation], facts[operation] = _fused(model, inputs, backend)
+    for operation, backend in BACKENDS.items():
+        try:
+            operations[operation], facts[operation] = _fused(model, inputs, backend)
+        except (ImportError, ValueError) as error:
+            if backend != "onnxruntime":
+                raise
+            facts[operation] = {"notes": [str(error)]}  # it is not installed, or cannot run the model
     operations |= {"torch.compile": frozen(model), "torch.compile, dense": frozen(dense[0])}
+    operations["ONNX Runtime"] = in_onnx_runtime(model, inputs)
     return Case(
         name_case(f"{name} {variant}", inputs[0].shape, next(model.parameters()).dtype),
         {operation: partial(infer, run, inputs) for operation, run in operations.items()},
         denominator="model",
         facts=facts,
-        baselines=frozenset({"torch.compile", "torch.compile, dense"}),
+        baselines=frozenset({"torch.compile", "torch.compile, dense", "ONNX Runtime"}),
     )
 
 
-def _fused(model: nn.Module, inputs: tuple[Any, ...], backend: Any) -> tuple[FusedModel, dict[str, Any]]:
+def _fused(model: nn.Module, inputs: tuple[Any, ...], backend: Backend) -> tuple[FusedModel, dict[str, Any]]:
     """Fuse a model, and return the result with what it cost: seconds, and the peak memory in bytes before and after."""
     before, start = _peak_bytes(), time.perf_counter()
     fused = fuse(model, inputs, backend=backend)
