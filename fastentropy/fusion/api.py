@@ -15,7 +15,7 @@ from fastentropy.fusion.binding import Signature
 from fastentropy.fusion.chains.finding import overwritten_constants
 from fastentropy.fusion.chains.merging import Borders
 from fastentropy.fusion.checks import check_options, copy_that_runs, default_tolerance
-from fastentropy.fusion.choosing import FURTHER, first_equal, race
+from fastentropy.fusion.choosing import first_equal, further_backends, race
 from fastentropy.fusion.explanations import why_nothing_is_fused
 from fastentropy.fusion.finishing import finish
 from fastentropy.fusion.forms import make_forms
@@ -66,8 +66,8 @@ def fuse(
             can be trained afterwards.
         backend: what runs the result. "eager" is PyTorch without compilation. "inductor" is torch.compile, with frozen weights
             on a CPU and CUDA graphs on a GPU: it compiles here and again for other batch sizes, for a minute or more, needs a
-            C++ compiler on a CPU, and gives no gradients. "auto" measures both and returns the faster one. "onnxruntime" is an
-            ONNX Runtime session, for CPUs.
+            C++ compiler on a CPU, and gives no gradients. "onnxruntime" is an ONNX Runtime session, for CPUs. "auto" measures
+            all of them (ONNX Runtime where it is installed), and returns the fastest one.
         progress: whether to show the phase, and how many chains are planned, on a line of the standard error. By default, only
             a terminal shows it.
 
@@ -123,8 +123,9 @@ def fuse(
             original, traced, inputs, plan, None if borders == "train" else check, channels_last=measure, progress=show
         )
         show("time the network" if measure else "compare with the model", 0, 0)
-        trace = _finished(traced, original, inputs) if FURTHER[backend] else traced
-        made = race(forms, trace, FURTHER[backend], make, inputs, measure)
+        backends = further_backends(backend, original)
+        trace = _finished(traced, original, inputs) if backends else traced
+        made = race(forms, trace, backends, make, inputs, measure)
         if made.notes and backend != "auto":
             raise ValueError(f"backend={backend!r}: {made.notes[0]}")
         if not any(reports.values()):

@@ -14,6 +14,7 @@ from torch import nn
 from fastentropy._utils.errors import joined_lines
 from fastentropy._utils.timing import measure_samples
 from fastentropy.fusion.backends import Backend
+from fastentropy.fusion.backends.onnx_runtime import missing_packages
 from fastentropy.fusion.forms import Form
 from fastentropy.fusion.fused_model import FusedModel
 from fastentropy.fusion.inputs import Inputs, clone, outputs_of
@@ -36,14 +37,6 @@ BUDGET_SECONDS = 4.0
 #: A module is timed only roughly if it takes more than this many times as long as the fastest one.
 SLOWEST = 1.5
 
-
-#: The backends that `fuse` tries in addition to "eager", by its argument.
-FURTHER: dict[Backend, tuple[str, ...]] = {
-    "eager": (),
-    "inductor": ("inductor",),
-    "auto": ("inductor",),
-    "onnxruntime": ("onnxruntime",),
-}
 
 #: The bound of a network that is to be trained, in the report.
 AT_BORDERS = "no bound: the outputs may differ near the borders of images until the network is trained"
@@ -106,6 +99,14 @@ def _is_below_one(ratios: Sequence[float]) -> bool:
     """Return whether ratios are below one by more than their noise: by `GAIN` in the middle, and in three of four rounds."""
     middle, high = median(ratios), sorted(ratios)[3 * (len(ratios) - 1) // 4]
     return middle <= 1 - GAIN and high <= 1
+
+
+def further_backends(backend: Backend, model: nn.Module) -> tuple[str, ...]:
+    """Return the backends that `fuse` tries in addition to "eager", by its argument. ONNX Runtime is for models on a CPU."""
+    if backend == "auto":
+        on_cpu = all(value.device.type == "cpu" for value in model.state_dict().values())
+        return ("inductor", "onnxruntime") if on_cpu and not missing_packages() else ("inductor",)
+    return () if backend == "eager" else (backend,)
 
 
 def race(

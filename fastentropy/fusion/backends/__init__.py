@@ -9,7 +9,7 @@ from fastentropy.fusion.backends.inductor import Compiled
 from fastentropy.fusion.backends.onnx_runtime import OnnxSession
 from fastentropy.fusion.traced_inputs import TracedInputs
 
-#: What may run a fused network. "auto" measures "eager" and "inductor", and takes the faster one.
+#: What may run a fused network. "auto" measures all that can run here, and takes the fastest one.
 Backend = Literal["eager", "inductor", "auto", "onnxruntime"]
 
 

@@ -12,6 +12,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import TensorArgument
 
 from fastentropy._compat import tree_leaves, tree_unflatten
+from fastentropy.fusion.backends.functional import write_new_values
 from fastentropy.fusion.chains.nodes import overwrites
 from fastentropy.fusion.traced_inputs import TracedInputs
 from fastentropy.fusion.tracing import export_again
@@ -53,9 +54,14 @@ class OnnxSession:
         return tree_unflatten(run_session(self._session, leaves), self._structure)
 
 
+def missing_packages() -> list[str]:
+    """Return which of onnx, onnxscript and onnxruntime are not installed."""
+    return [name for name in ("onnx", "onnxscript", "onnxruntime") if not find_spec(name)]
+
+
 def check_onnx() -> None:
     """Raise ImportError if onnx, onnxscript or onnxruntime is missing."""
-    if missing := [name for name in ("onnx", "onnxscript", "onnxruntime") if not find_spec(name)]:
+    if missing := missing_packages():
         raise ImportError(f"{', '.join(missing)}: not installed; pip install 'fastentropy[onnx]'")
 
 
@@ -69,6 +75,7 @@ def export_onnx(program: ExportedProgram, file: Path) -> None:
     inputs = program.graph.find_nodes(op="placeholder")
     if any(overwrites(user, node) for node in inputs for user in node.users):
         raise ValueError("the model overwrites its inputs, which ONNX cannot; use backend='eager' or save")
+    write_new_values(program.graph)
     exported = torch.onnx.export(program, dynamo=True, verbose=False)
     assert exported is not None
     exported.save(file)

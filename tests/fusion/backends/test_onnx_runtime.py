@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 from fastentropy import fuse
+from fastentropy.fusion import choosing
 from fastentropy.fusion.backends import onnx_runtime
+from fastentropy.fusion.choosing import further_backends
 from tests._helpers.fusing import assert_equal, inverted_residual
 from tests._helpers.networks import Reads
 
@@ -26,6 +28,25 @@ def test_network_in_a_session():
     with torch.enable_grad():
         fused(x.requires_grad_()).sum().backward()
     assert x.grad is not None
+
+
+@pytest.mark.slow
+def test_auto_measures_the_session_too(monkeypatch):
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    prices = {"eager": 3.0, "inductor": 2.0, "onnxruntime": 1.0}
+    monkeypatch.setattr(choosing, "measure_samples", lambda functions, **options: {key: [prices[key[2]]] for key in functions})
+    model, x = inverted_residual()
+    fused = fuse(model, (x,), backend="auto")
+    assert fused.report.backend == "onnxruntime"
+    assert fused.report.times.keys() == prices.keys()
+    assert_equal(fused, model, torch.randn(5, *x.shape[1:]))
+
+
+def test_auto_needs_no_onnx_runtime(monkeypatch):
+    monkeypatch.setattr(onnx_runtime, "find_spec", lambda name: None)
+    assert further_backends("auto", nn.Linear(2, 2)) == ("inductor",)
+    assert further_backends("auto", nn.Linear(2, 2, device="meta")) == ("inductor",)
 
 
 @pytest.mark.slow
