@@ -1,15 +1,14 @@
 """Measure whole networks: what `fuse` returns, next to the model as given and to torch.compile with frozen weights.
 
-python bench/record_networks.py [--networks mobilenet_v2 vit_b_16] [--variants half all] [--batch 4] [--name networks-MACHINE]
+python bench/record_networks.py [--networks mobilenet_v2 vit_b_16] [--variants half all] [--name networks-MACHINE]
 
 Each case runs in a process of its own, so that its peak memory is known. A line is printed for each case, and the record
-bench/results/NAME.json grows by it. Cases that are in the record already are left out, so a run that was stopped goes on.
+bench/results/NAME.json grows by it. Cases that are in the record already are left out, so a run that was stopped goes on, and
+the networks can be measured in any order. All of them take some hours.
 """
 
 import argparse
 import multiprocessing
-import shlex
-import sys
 from dataclasses import replace
 
 import torch
@@ -25,32 +24,33 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="*", choices=NETWORKS, default=NETWORKS, metavar="NETWORK")
     parser.add_argument("--variants", nargs="*", choices=[*VARIANTS], default=[*VARIANTS])
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=24)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--name", help="keep the record as bench/results/NAME.json")
     arguments = parser.parse_args()
-    command = shlex.join(["python", "bench/record_networks.py", *sys.argv[1:]])
     path = RESULTS / f"{arguments.name}.json"
+    command = f"python bench/record_networks.py --name {arguments.name}"
     record = Record.load(path) if arguments.name and path.exists() else Record.begin("networks", "cpu", command)
-    known = {tuple(case.split(", ")[0].rsplit(" ", 1)) for case in record.cases()}
     context = multiprocessing.get_context("spawn")
     for name, variant in ((name, variant) for name in arguments.networks for variant in arguments.variants):
-        if (name, variant) in known:
+        if (name, variant) in known_cases(record):
             continue
         with context.Pool(1) as pool:
-            measurements = pool.apply(measured, (name, variant, arguments.batch, arguments.rounds))
+            measurements = pool.apply(measured, (name, variant, arguments.rounds))
         print(described(measurements), flush=True)
         record = record.with_more(measurements)
         if arguments.name:
-            record.save(path)
-    if arguments.name:
-        replace(record, complete=True).save(path)
+            replace(record, complete=len(known_cases(record)) == len(NETWORKS) * len(VARIANTS)).save(path)
 
 
-def measured(name: str, variant: str, batch: int, rounds: int) -> list[Measurement]:
-    """Return the measurements of one case."""
+def known_cases(record: Record) -> set[tuple[str, ...]]:
+    """Return the network and the variant of each case of a record."""
+    return {tuple(case.split(", ")[0].rsplit(" ", 1)) for case in record.cases()}
+
+
+def measured(name: str, variant: str, rounds: int) -> list[Measurement]:
+    """Return the measurements of one case, in one thread."""
     torch.set_num_threads(1)
-    return measure(whole_network_case(name, variant, batch), rounds=rounds, budget_seconds=40)
+    return measure(whole_network_case(name, variant), rounds=rounds, budget_seconds=40)
 
 
 def described(measurements: list[Measurement]) -> str:

@@ -17,6 +17,7 @@ from markdown_tables import (
     inverse,
     load_json,
     median,
+    of_record,
     origin,
     quartiles,
     table,
@@ -31,6 +32,16 @@ KERNEL_BASELINES = ("PyTorch counting", "torch.compile", "published procedure", 
 COLLECT_BASELINES = ("PyTorch hooks", "compiled hooks", "histogram observer", "published procedure")
 #: The beginnings of the names of the cases of fusing that the README shows.
 FUSED = ("mobilenet_v2 features.2,", "mobilenet_v2 features.12", "mobilenet_v2 all blocks", "mobilenet_v2 half", "vit_b_16 MLP")
+#: The operations that the table of whole networks shows, in the order of their columns, and the names of the backends there.
+NETWORK_OPERATIONS = (
+    "fused",
+    "fused, auto",
+    "fused, ONNX Runtime",
+    "torch.compile",
+    "ONNX Runtime",
+    "torch.compile, dense",
+)
+BACKENDS = {"eager": "eager", "inductor": "torch.compile", "onnxruntime": "ONNX Runtime"}
 #: The networks with which the fused network of a pruning run is compared: key of its time in the history → text.
 DIGITS = {"dense": "the dense network", "dense_fused": "that with batch norm folded", "pruned": "the pruned one before fusing"}
 
@@ -125,6 +136,26 @@ def fuse_row(case: str, operations: dict[str, Measurement]) -> Sequence[str]:
         f"{counts[0] / counts[1]:.2f}" if counts[1] else "–",
         f"{fused.facts['relative_error']:.0e}",
     )
+
+
+def networks(results: str) -> str:
+    """Return the table of `record_networks.py`: how many times as fast as the model whole networks run, and what fusing costs.
+
+    The model is the network as its user calls it, in eager PyTorch.
+    """
+    record = Record.load(RESULTS / "networks-epyc.json")
+    head = ("", "model", *NETWORK_OPERATIONS, "fused in", "memory (weights)")
+    return f"{of_record('networks-epyc', record, results)}\n\n{table(head, case_rows(network_row, record))}"
+
+
+def network_row(case: str, operations: dict[str, Measurement]) -> Sequence[str]:
+    """Return the row of one network in the table of whole networks."""
+    speeds = [f"{1 / operations[name].ratio.median:.2f}" if name in operations else "–" for name in NETWORK_OPERATIONS]
+    facts, automatic = operations["fused"].facts, operations["fused, auto"].facts
+    speeds[1] += f" ({BACKENDS[automatic['backend']]})"
+    memory = f"{(facts['peak_bytes'] - facts['peak_bytes_before']) / 1e6:.0f} MB ({facts['weight_bytes'] / 1e6:.0f} MB)"
+    seconds = f"{facts['seconds_to_fuse']:.0f} s"
+    return case, f"{operations['model'].milliseconds.median:.3g} ms", *speeds, seconds, memory
 
 
 def baselines(results: str) -> str:
@@ -298,6 +329,7 @@ SECTIONS: dict[str, Callable[[str], str]] = {
     "kernels": kernels,
     "collect": collecting,
     "fuse": fusing,
+    "networks": networks,
     "goals": goals,
     "baselines": baselines,
     "digits": digits,

@@ -47,6 +47,10 @@ HUGGING_FACE = {
 }
 NETWORKS = (*TORCHVISION, *TIMM, *HUGGING_FACE)
 
+#: The batch size, and that of networks that take a second per image, or would take too much memory.
+BATCH = 4
+BATCHES = dict.fromkeys(("vgg16_bn", "convnext_tiny", "swin_t", "mixer_s16_224", *HUGGING_FACE), 1)
+
 #: The operations that run what `fuse` returns, with the backend.
 BACKENDS: dict[str, Backend] = {"fused": "eager", "fused, auto": "auto", "fused, ONNX Runtime": "onnxruntime"}
 
@@ -64,14 +68,15 @@ def inside_mlps(names: Sequence[str]) -> Sequence[str]:
     return [name for name in names if "mlp" in name or "intermediate" in name]
 
 
-def whole_network(name: str, batch: int) -> Network:
+def whole_network(name: str) -> Network:
     """Return a network of `NETWORKS` with random weights, and its inputs."""
+    batch = BATCHES.get(name, BATCH)
     if name in TORCHVISION:
         return randomize_batch_norm(vision(name, batch))
     return randomize_batch_norm(timm_network(name, batch) if name in TIMM else HUGGING_FACE[name](batch=batch))
 
 
-def whole_network_case(name: str, variant: str, batch: int) -> Case:
+def whole_network_case(name: str, variant: str) -> Case:
     """Return the case of one network: the model, what `fuse` returns in each backend, and what its user would run instead.
 
     The operations are "model" (as its user calls it), "fused" (backend="eager"), "fused, auto" (backend="auto"),
@@ -81,10 +86,9 @@ def whole_network_case(name: str, variant: str, batch: int) -> Case:
     Args:
         name: one of `NETWORKS`.
         variant: one of `VARIANTS`.
-        batch: the batch size.
     """
     torch.manual_seed(0)
-    dense = whole_network(name, batch)
+    dense = whole_network(name)
     model, inputs = linearised(dense, VARIANTS[variant])
     operations: dict[str, Callable[..., object]] = {"model": model}
     facts: dict[str, dict[str, Any]] = {}
