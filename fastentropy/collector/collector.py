@@ -205,7 +205,8 @@ class EntropyCollector:
         """Combine the statistics of all ranks of torch.distributed.
 
         This is a collective operation, so all ranks must call it. It leaves the counts of each rank unchanged, so it may be
-        called at any time. If torch.distributed is not initialised, it returns the statistics of this process.
+        called at any time. If torch.distributed is not initialised, it returns the statistics of this process. Counts that were
+        made on GPUs, one for each rank, are added over the backend of the GPUs (NCCL), others over that of the CPU.
 
         - Data-parallel ranks: the counts are added.
         - Tensor-parallel ranks that each hold some neurons of a site: the parts are concatenated in order.
@@ -218,7 +219,8 @@ class EntropyCollector:
             The same statistics on every rank.
 
         Raises:
-            ValueError: the ranks run different models, or it is not known which part of a site a rank holds. All ranks raise.
+            ValueError: the ranks run different models, it is not known which part of a site a rank holds, or the process group
+                has no backend for a device of this process. All ranks raise.
 
         Examples:
             >>> import torch
@@ -228,7 +230,8 @@ class EntropyCollector:
             >>> collector.sync()["0"].observations  # of one process
             6
         """
-        return sum_over_ranks(self._statistics(), self._shares(), self._watcher.modules.activations)
+        modules = self._watcher.modules.activations
+        return sum_over_ranks(self._statistics(), self._shares(), modules, self._counting.devices)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the counts of this rank as tensors and plain values, to be saved with `torch.save`.

@@ -109,6 +109,11 @@ class PassCounting:
         if completed:
             self._after_pass()
 
+    @property
+    def devices(self) -> list[torch.device]:
+        """Return the devices on which values were counted."""
+        return list(self._total.buffers)
+
     def reset(self) -> None:
         """Set the total to zero. Counters keep their addresses."""
         with self._lock, without_modes():

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
+from fastentropy.collector.reduction import all_reduce, check_backend, counting_device, device_name, reduction_device
 from fastentropy.collector.site_statistics import SiteStatistics, batches_of_neurons
 from fastentropy.collector.statistics import Statistics
 from fastentropy.sites.sharding import RankShare
@@ -29,9 +29,15 @@ class _Rank(NamedTuple):
     modules: Mapping[str, str]  # dotted path of each activation module in the rank's model -> name of the activation
     sites: dict[str, _Entry]  # by name of the site
     notes: tuple[str, ...]  # what the rank could not count
+    device: str  # the name of the device on which it counted
 
 
-def sum_over_ranks(statistics: Statistics, shares: Mapping[str, RankShare], modules: Mapping[str, str]) -> Statistics:
+def sum_over_ranks(
+    statistics: Statistics,
+    shares: Mapping[str, RankShare],
+    modules: Mapping[str, str],
+    devices: Sequence[torch.device] = (),
+) -> Statistics:
     """Combine the statistics of all ranks.
 
     Ranks whose models have the same activation modules may each lack sites that other ranks counted. Ranks with different
@@ -41,16 +47,21 @@ def sum_over_ranks(statistics: Statistics, shares: Mapping[str, RankShare], modu
         statistics: the statistics that this rank has counted.
         shares: where these counts belong in the counts of all ranks, by name of the site.
         modules: the names of the activations of this rank's activation modules, by dotted path.
+        devices: the devices on which this rank has counted.
 
     Returns:
         The combined statistics, which are the same on every rank. Without torch.distributed, the given statistics.
 
     Raises:
-        ValueError: the sites of the ranks do not fit together, or a rank's share is unknown. All ranks raise.
+        ValueError: the sites of the ranks do not fit together, a rank's share is unknown, or the process group has no backend
+            for a device of this process. All ranks raise.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return statistics
-    ranks = _all_ranks(statistics, shares, modules)
+    check_backend()
+    own = counting_device(devices)
+    ranks = _all_ranks(statistics, shares, modules, device_name(own))
+    device = reduction_device([rank.device for rank in ranks], own)
     _check(ranks)
     _check_copies(ranks, statistics)
     parts = {}
@@ -59,10 +70,10 @@ def sum_over_ranks(statistics: Statistics, shares: Mapping[str, RankShare], modu
         keeps_batches = all(entry.tells_batches_apart for entry in entries)
         entry = entries[0]._replace(axis_is_inferred=any(entry.axis_is_inferred for entry in entries))
         parts[name] = _part(statistics.get(name), shares.get(name), entry, keeps_batches)
-    return Statistics(_summed(parts), tuple(dict.fromkeys(note for rank in ranks for note in rank.notes)))
+    return Statistics(_summed(parts, device), tuple(dict.fromkeys(note for rank in ranks for note in rank.notes)))
 
 
-def _all_ranks(statistics: Statistics, shares: Mapping[str, RankShare], modules: Mapping[str, str]) -> list[_Rank]:
+def _all_ranks(statistics: Statistics, shares: Mapping[str, RankShare], modules: Mapping[str, str], device: str) -> list[_Rank]:
     """Send this rank's information to all ranks, and return the information of each, by rank."""
     sites = {
         name: _Entry(
@@ -73,8 +84,8 @@ def _all_ranks(statistics: Statistics, shares: Mapping[str, RankShare], modules:
         )
         for name, site in statistics.items()
     }
-    ranks = [_Rank({}, {}, ())] * dist.get_world_size()
-    dist.all_gather_object(ranks, _Rank(modules, sites, statistics.notes))
+    ranks = [_Rank({}, {}, (), "")] * dist.get_world_size()
+    dist.all_gather_object(ranks, _Rank(modules, sites, statistics.notes, device))
     return ranks
 
 
@@ -156,17 +167,18 @@ def _part(site: SiteStatistics | None, share: RankShare | None, entry: _Entry, k
     return replace(part, nan=site.nan, batches=site.batches if share.is_first else 0, neuron_batches=neuron_batches)
 
 
-def _summed(parts: Mapping[str, SiteStatistics]) -> dict[str, SiteStatistics]:
+def _summed(parts: Mapping[str, SiteStatistics], device: torch.device) -> dict[str, SiteStatistics]:
     """Sum the parts of each site over all ranks.
 
-    All integers take one collective operation; the entropies per batch, if there are any, take a second one.
+    All integers take one collective operation; the entropies per batch, if there are any, take a second one. Both run over the
+    backend of `device`.
     """
     numbers = torch.tensor([[part.nan, part.batches] for part in parts.values()], dtype=torch.int64, device="cpu")
     with_batches = [part for part in parts.values() if part.batch_entropies is not None]
     batches = [batches_of_neurons(part) for part in with_batches]
-    numbers, *integers = _all_reduce([numbers, *(part.counts for part in parts.values()), *batches])
+    numbers, *integers = all_reduce([numbers, *(part.counts for part in parts.values()), *batches], device)
     sums = zip(
-        _all_reduce([part.batch_entropies for part in with_batches if part.batch_entropies is not None]),
+        all_reduce([part.batch_entropies for part in with_batches if part.batch_entropies is not None], device),
         integers[len(parts) :],
         strict=True,
     )
@@ -179,19 +191,3 @@ def _summed(parts: Mapping[str, SiteStatistics]) -> dict[str, SiteStatistics]:
             most = max(site_batches, int(neuron_batches.max()) if part.neurons else 0)
             summed[name] = replace(summed[name], batch_entropies=entropies, batches=most, neuron_batches=neuron_batches)
     return summed
-
-
-def _all_reduce(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Sum tensors over all ranks, in one collective operation on one buffer. The buffer is on the device of the backend.
-
-    Returns:
-        The sums on the CPU, in the shapes of `tensors`.
-    """
-    flat = torch.cat([tensor.flatten() for tensor in tensors]) if tensors else torch.empty(0, device="cpu")
-    if not flat.numel():
-        return list(tensors)
-    if "cpu:" not in dist.get_backend_config():  # as with nccl
-        flat = flat.to(torch.accelerator.current_accelerator())
-    dist.all_reduce(flat)
-    parts = torch.split(flat.cpu(), [tensor.numel() for tensor in tensors])
-    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
