@@ -84,8 +84,14 @@ def set_intercepting(is_on: bool) -> None:
 
 def without_intercepting() -> AbstractContextManager[object]:
     """Return a context in which this thread intercepts no operators."""
-    guard: AbstractContextManager[object] = named("torch._C", "_ExcludeDispatchKeyGuard")(_intercepted_keys())
+    guard: AbstractContextManager[object] = _guard_without_key()()
     return guard
+
+
+@functools.cache
+def _guard_without_key() -> Callable[[], Any]:
+    """Return the function that makes such a context."""
+    return functools.partial(named("torch._C", "_ExcludeDispatchKeyGuard"), _intercepted_keys())
 
 
 #: Return the stack frame that lies a number of calls above this one. `inspect.stack` would read source files.

@@ -171,7 +171,7 @@ class PassCounting:
 def _run_fused(call: Call, counters: Counters) -> Tensor | None:
     """Run an activation with a kernel that also counts its input, and return its output. None if no kernel can."""
     site, x, is_token, module, _, _, token_axes = call
-    if module is None or site.channel_axis is None:
+    if module is None or site.channel_axis is None or (x.requires_grad and torch.is_grad_enabled()):
         return None
     mask = None
     if is_token is not None:

@@ -1,6 +1,5 @@
 """Report the activation calls of a pass to an observer, each with its site."""
 
-import contextlib
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -31,7 +30,6 @@ from fastentropy.sites.registry import SiteRegistry
 from fastentropy.sites.site import Call
 
 P = TypeVar("P")
-_NOTHING = contextlib.nullcontext()
 
 #: Source files of the stack frames between the code that calls an activation function and the watcher.
 _BETWEEN = frozenset({
@@ -166,8 +164,11 @@ class CallReporter(Generic[P]):
             operator: the function, or the operator that it calls; None if a module is called.
         """
         name = self.names.name(key, current.names)
-        with _NOTHING if type(x) is Tensor else without_modes():  # a subclass would see what is asked of it
+        if type(x) is Tensor:
             found = self._registry.resolve(name, key[0], activation, x, current)
+        else:
+            with without_modes():  # a subclass would see what is asked of it
+                found = self._registry.resolve(name, key[0], activation, x, current)
         if found is None:
             return self._run_followed(current.tracker, x, run, module, operator)
         site, local = found
@@ -223,13 +224,15 @@ def is_countable(x: Any) -> TypeGuard[Tensor]:
     Raises:
         RuntimeError: the value belongs to a transform of torch.func.
     """
-    if isinstance(x, Tensor) and is_functorch_tensor(x):
+    if not isinstance(x, Tensor):
+        return False
+    if is_functorch_tensor(x):
         raise RuntimeError(
             "activations cannot be counted inside of torch.func transforms; collect while the model is called alone"
         )
     if type(x) is Tensor:
         return x.is_floating_point() and x.ndim > 0
-    if not isinstance(x, Tensor) or isinstance(x, nn.Parameter):
+    if isinstance(x, nn.Parameter):
         return False
     with without_modes():  # a subclass would see what is asked of it
         return x.is_floating_point() and x.ndim > 0

@@ -27,6 +27,7 @@ from fastentropy_kernels.states.tasks_numba import (
     compile_histogram_task,
     compile_planes_task,
     compile_rows_task,
+    compile_whole,
 )
 
 # Width in values. Narrower contiguous rows are read several at a time, as one row of about this width. This makes the inner
@@ -123,8 +124,9 @@ class PreparedLaunch(NamedTuple):
         adder: the compiled function that adds the tiles to the counts.
         tile_size: the number of int64 in the tiles of all tasks.
         is_alone: whether there is one task, so that no team of threads is needed.
+        whole: for a small tensor, the compiled function that runs the loop and the adder on tiles of its own; else None.
         settings: the settings of the thread for which the loop was chosen.
-        operands: the tensors whose addresses are in the job. They are kept alive here.
+        operands: the tensors, and the array of tiles, whose addresses are in the job. They are kept alive here.
     """
 
     job: JobStructure
@@ -133,8 +135,9 @@ class PreparedLaunch(NamedTuple):
     adder: _Loop
     tile_size: int
     is_alone: bool
+    whole: Callable[[int, int, int, int], None] | None
     settings: tuple[int, bool]
-    operands: tuple[Tensor | None, ...]
+    operands: tuple[Any, ...]
 
     def is_current(self) -> bool:
         """Return whether the settings of this thread are still the ones for which the loop was chosen."""
@@ -150,6 +153,10 @@ class PreparedLaunch(NamedTuple):
             counts: address of the counts, int64 `[channels, states]`.
             gate: address of the gate, or 0 if there is none.
         """
+        if self.whole is not None:
+            with _COUNTS_LOCK:
+                self.whole(self.address, x, y, counts)
+            return
         job, tiles = self.job, _borrow_zeros(self.tile_size)
         job.next_task, job.x, job.y, job.counts, job.gate, job.tiles = 0, x, y, counts, gate, tiles.address
         if self.is_alone:
@@ -222,9 +229,13 @@ def prepare(
         clipped = floats or activation == "relu6"
         gated = (gate is not None, activation is None)
         loop = _compiled(task, kind, y is not None and not inplace, inplace, clipped, mask is not None, *gated)
-    operands = (nan, mask, thresholds)
-    adder = _compiled(compile_adder)
-    return PreparedLaunch(job, ctypes.addressof(job), loop, adder, tasks * columns * channels, tasks == 1, settings, operands)
+    adder, tile_size = _compiled(compile_adder), tasks * columns * channels
+    whole, tiles = None, None
+    if tasks == 1 and gate is None and values.numel() <= _SMALLEST_TASK:
+        whole, tiles = _compiled(compile_whole).call, np.zeros(tile_size, np.int64)
+        job.tiles, job.loop, job.adder = tiles.ctypes.data, loop.address, adder.address
+    operands = (nan, mask, thresholds, tiles)
+    return PreparedLaunch(job, ctypes.addressof(job), loop, adder, tile_size, tasks == 1, whole, settings, operands)
 
 
 def _settings() -> tuple[int, bool]:
@@ -274,7 +285,7 @@ class _Loop(NamedTuple):
     """
 
     address: int
-    call: Callable[[int], None]
+    call: Callable[..., None]
 
 
 @cache

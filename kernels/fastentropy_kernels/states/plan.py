@@ -182,7 +182,8 @@ class ActivationPlan(Plan):
         Args:
             x: a tensor for which `fits` returns True. Nothing is checked here.
             mask: a mask for which `fits` returns True, or None.
-            counts: int64, contiguous, on the device of `x`. It replaces the plan's counts if `adds_to` returns True.
+            counts: int64, contiguous, on the device of `x`. It replaces the plan's counts if `adds_to` returns True. Unlike the
+                plan's counts it must be no tensor that autograd saves, since its version counter is not incremented.
             offset: the index in the flat `counts` at which the counts `[neurons, 3]` begin.
             gate: a gate for which `fits` returns True, or None.
 
@@ -190,9 +191,7 @@ class ActivationPlan(Plan):
             The activation, times the gate if there is one. It is `x` itself if the plan works in place.
         """
         y = x if self.inplace else torch.empty_like(x) if self._function is None else self._function(x)
-        if counts is None:
-            counts = self._counts
-        address = counts.data_ptr() + 8 * offset
+        address = (self._counts if counts is None else counts).data_ptr() + 8 * offset
         if gate is not None:
             masks = () if mask is None else (mask.data_ptr(),)
             self._launch(x.data_ptr(), y.data_ptr(), address, *masks, gate=gate.data_ptr())
@@ -200,8 +199,8 @@ class ActivationPlan(Plan):
             self._launch(x.data_ptr(), y.data_ptr(), address)
         else:
             self._launch(x.data_ptr(), y.data_ptr(), address, mask.data_ptr())
-        if not torch.is_inference_mode_enabled():  # asked here too, to save a call
-            increment_versions(counts, x if self.inplace else None)
+        if self.inplace or counts is None:
+            increment_versions(self._counts if counts is None else None, x if self.inplace else None)
         return y
 
 
@@ -238,15 +237,13 @@ class CountPlan(Plan):
 
     def __call__(self, x: Tensor, mask: Tensor | None = None, counts: Tensor | None = None, offset: int = 0) -> None:
         """Add the counts of the states of `x` to the plan's counts, or to others; see `ActivationPlan.__call__`."""
-        if counts is None:
-            counts = self._counts
-        address = counts.data_ptr() + 8 * offset
+        address = (self._counts if counts is None else counts).data_ptr() + 8 * offset
         if mask is None:
             self._launch(x.data_ptr(), 0, address)
         else:
             self._launch(x.data_ptr(), 0, address, mask.data_ptr())
-        if not torch.is_inference_mode_enabled():  # asked here too, to save a call
-            increment_versions(counts)
+        if counts is None:
+            increment_versions(self._counts)
 
 
 def make_plan(x: Tensor, counts: Tensor, request: Request, inplace: bool) -> ActivationPlan | None:

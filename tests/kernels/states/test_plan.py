@@ -10,7 +10,14 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastentropy_kernels import activation_states, activations, count_states, plan_activation_states, plan_count_states
+from fastentropy_kernels import (
+    ActivationPlan,
+    activation_states,
+    activations,
+    count_states,
+    plan_activation_states,
+    plan_count_states,
+)
 from tests._helpers.tensors import INTEGER, bits, random_values
 
 FUSED = ("identity", "relu", "relu6")
@@ -424,6 +431,15 @@ def test_versions_of_written_tensors(inplace):
     plan(x)
     assert counts._version == versions[0] + 1
     assert x._version == versions[1] + inplace
+
+
+def test_versions_with_other_counts():
+    counts, others, x = counters(6), counters(6), torch.randn(4, 6)
+    for plan in (plan_activation_states(x, counts, "relu", inplace=True), plan_count_states(x, counts)):
+        versions = counts._version, others._version, x._version
+        plan(x, None, others)
+        assert (counts._version, others._version) == versions[:2]
+        assert x._version == versions[2] + isinstance(plan, ActivationPlan)
 
 
 def test_in_place_in_inference_mode():
