@@ -114,6 +114,12 @@ class FusedModel(nn.Module):
         """
         return self
 
+    def _apply(self, *given: Any, **options: Any) -> "FusedModel":
+        """Convert the weights, as `to`, `double` and `cuda` do, and start the backend anew for them."""
+        super()._apply(*given, **options)  # type: ignore[no-untyped-call]
+        object.__setattr__(self, "_runner", None)
+        return self
+
     def _load_from_state_dict(self, *given: Any, **options: Any) -> None:
         """Refuse other weights where the present ones are part of compiled code; `load_state_dict` calls this."""
         if self._runner is not None and self.report.backend != "eager":
@@ -146,9 +152,11 @@ class FusedModel(nn.Module):
             path: the file to write. Its name must end in `.pt2`.
 
         Raises:
+            TypeError: `path` is not the name of a file.
             ValueError: the name does not end in `.pt2`, or the weights were converted to another dtype or device after fusing.
             RuntimeError: the written model gives other outputs than this one.
         """
+        _check_path(path, "a .pt2 file to write")
         serialization.write(path, self._program(), self.report, self._conditions.guards, self._binding.signature)
 
     def save_package(self, path: str | PathLike[str]) -> None:
@@ -160,9 +168,11 @@ class FusedModel(nn.Module):
             path: the file to write.
 
         Raises:
+            TypeError: `path` is not the name of a file.
             ValueError: the weights were converted to another dtype or device after fusing.
             RuntimeError: the package gives other outputs than the model.
         """
+        _check_path(path, "a .pt2 package to write")
         serialization.write_package(path, self._program())
 
     def save_onnx(self, path: str | PathLike[str]) -> None:
@@ -172,10 +182,12 @@ class FusedModel(nn.Module):
             path: the file to write.
 
         Raises:
+            TypeError: `path` is not the name of a file.
             ImportError: onnx, onnxscript or onnxruntime is missing.
             ValueError: the weights were converted to another dtype or device after fusing.
             RuntimeError: the written file gives other outputs than the model.
         """
+        _check_path(path, "an .onnx file to write")
         serialization.write_onnx(path, self._program())
 
     @property
@@ -185,6 +197,8 @@ class FusedModel(nn.Module):
 
     def _start(self) -> Callable[..., Any]:
         """Return what runs the network, and keep it for later calls."""
+        if self.report.backend == "onnxruntime":
+            self._check_placements()
         runner = make_runner(self.report.backend, self.network, self._inputs)
         object.__setattr__(self, "_runner", runner)  # nn.Module would list the network a second time, as a submodule
         return runner
@@ -195,10 +209,13 @@ class FusedModel(nn.Module):
         yield from self.network.named_buffers()
 
     def _program(self) -> ExportedProgram:
-        """Export the network with its present weights.
+        """Export the network with its present weights, none of which may have been converted."""
+        self._check_placements()
+        with torch.no_grad():
+            return export_again(self.network, self._inputs)
 
-        Raises ValueError if a weight was converted to another dtype or device.
-        """
+    def _check_placements(self) -> None:
+        """Raise ValueError if a weight was converted to another dtype or device, since the trace is of the former ones."""
         for name, value in self._tensors():
             dtype, device = self._placements[name]
             if (value.dtype, value.device) != (dtype, device):
@@ -206,8 +223,6 @@ class FusedModel(nn.Module):
                     f"{name} was converted from {dtype} on {device} to {value.dtype} on {value.device} after fusing; convert "
                     "the model and fuse it again"
                 )
-        with torch.no_grad():
-            return export_again(self.network, self._inputs)
 
 
 def make_trainable(model: FusedModel, names: Collection[str]) -> None:
@@ -250,9 +265,15 @@ def load(path: str | PathLike[str]) -> FusedModel:
         >>> torch.equal(loaded(x), fused(x)), loaded.report == fused.report
         (True, True)
     """
-    if not (isinstance(path, str | PathLike) or hasattr(path, "read")):
-        raise TypeError(f"path: got {described(path)}, expected the name of a .pt2 file that fused.save wrote")
+    if not hasattr(path, "read"):
+        _check_path(path, "a .pt2 file that fused.save wrote")
     return _from_archive(path)
+
+
+def _check_path(path: object, expected: str) -> None:
+    """Raise TypeError if a path is not the name of a file."""
+    if not isinstance(path, str | PathLike):
+        raise TypeError(f"path: got {described(path)}, expected the name of {expected}")
 
 
 def _from_archive(source: str | PathLike[str] | bytes) -> FusedModel:

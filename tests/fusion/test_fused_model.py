@@ -35,6 +35,14 @@ def test_converted_model_is_not_saved(network, images, tmp_path):
         fused.save(tmp_path / "model.pt2")
 
 
+@pytest.mark.parametrize("path", [3, None, b"model.pt2"])
+def test_path_that_is_no_file_name(network, images, path):
+    fused = fuse(network.eval(), (images,))
+    for call in (fused.save, fused.save_package, fused.save_onnx, load):
+        with pytest.raises(TypeError, match=r"^path: got .*, expected the name of an? \.?[a-z0-9]+ (file|package) "):
+            call(path)
+
+
 def test_saving_and_loading(network, images, tmp_path):
     linearize(network.eval(), ["relu1"])
     fused = fuse(network, (images,))

@@ -125,6 +125,14 @@ def test_compiled_weights_are_not_replaced(compiled_by, monkeypatch):
     assert_equal(uncalled, uncalled.network, x)
 
 
+def test_converted_weights_are_compiled_again(compiled_by, monkeypatch):
+    _, x, fused = fuse_compiled(monkeypatch)
+    before = len(compiled_by)
+    fused.half().float()  # which rounds the weights
+    assert_equal(fused, fused.network, x)
+    assert len(compiled_by) > before
+
+
 def test_network_that_cannot_be_compiled(monkeypatch, images, network):
     def fail(*given, **options):
         raise RuntimeError("no compiler\nwas found")

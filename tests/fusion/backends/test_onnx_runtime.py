@@ -28,6 +28,8 @@ def test_network_in_a_session():
     with torch.enable_grad():
         fused(x.requires_grad_()).sum().backward()
     assert x.grad is not None
+    with pytest.raises(ValueError, match=r"was converted from torch\.float32 on cpu to torch\.float64 on cpu after fusing"):
+        fused.double()(x.detach().double())
 
 
 @pytest.mark.slow
