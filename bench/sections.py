@@ -33,14 +33,7 @@ COLLECT_BASELINES = ("PyTorch hooks", "compiled hooks", "histogram observer", "p
 #: The beginnings of the names of the cases of fusing that the README shows.
 FUSED = ("mobilenet_v2 features.2,", "mobilenet_v2 features.12", "mobilenet_v2 all blocks", "mobilenet_v2 half", "vit_b_16 MLP")
 #: The operations that the table of whole networks shows, in the order of their columns, and the names of the backends there.
-NETWORK_OPERATIONS = (
-    "fused",
-    "fused, auto",
-    "fused, ONNX Runtime",
-    "torch.compile",
-    "ONNX Runtime",
-    "torch.compile, dense",
-)
+NETWORK_OPERATIONS = ("fused", "fused, auto", "torch.compile", "ONNX Runtime", "torch.compile, dense")
 BACKENDS = {"eager": "eager", "inductor": "torch.compile", "onnxruntime": "ONNX Runtime"}
 #: The networks with which the fused network of a pruning run is compared: key of its time in the history → text.
 DIGITS = {"dense": "the dense network", "dense_fused": "that with batch norm folded", "pruned": "the pruned one before fusing"}

@@ -52,7 +52,7 @@ BATCH = 4
 BATCHES = dict.fromkeys(("vgg16_bn", "convnext_tiny", "swin_t", "mixer_s16_224", *HUGGING_FACE), 1)
 
 #: The operations that run what `fuse` returns, with the backend.
-BACKENDS: dict[str, Backend] = {"fused": "eager", "fused, auto": "auto", "fused, ONNX Runtime": "onnxruntime"}
+BACKENDS: dict[str, Backend] = {"fused": "eager", "fused, auto": "auto"}
 
 #: Which activations are linearised, by the name of the variant. In "all", those of the MLPs or blocks are, if the network has
 #: them, and otherwise all.
@@ -81,7 +81,7 @@ def whole_network_case(name: str, variant: str) -> Case:
 
     The operations are "model" (as its user calls it), "fused" (backend="eager"), "fused, auto" (backend="auto"),
     "torch.compile" of the model, "torch.compile, dense" of the network before activations were linearised (both with frozen
-    weights), and "ONNX Runtime" and "fused, ONNX Runtime" where it is installed.
+    weights), and "ONNX Runtime" where it is installed.
 
     Args:
         name: one of `NETWORKS`.
@@ -93,12 +93,7 @@ def whole_network_case(name: str, variant: str) -> Case:
     operations: dict[str, Callable[..., object]] = {"model": model}
     facts: dict[str, dict[str, Any]] = {}
     for operation, backend in BACKENDS.items():
-        try:
-            operations[operation], facts[operation] = _fused(model, inputs, backend)
-        except (ImportError, ValueError) as error:
-            if backend != "onnxruntime":
-                raise
-            facts[operation] = {"notes": [str(error)]}  # it is not installed, or cannot run the model
+        operations[operation], facts[operation] = _fused(model, inputs, backend)
     operations |= {"torch.compile": frozen(model), "torch.compile, dense": frozen(dense[0])}
     operations["ONNX Runtime"] = in_onnx_runtime(model, inputs)
     return Case(
