@@ -132,6 +132,30 @@ def _batch_norm(draft):
     return draft.norm(nn.BatchNorm2d(draft.channels))
 
 
+def _instance_norm(draft):
+    return draft.norm(nn.InstanceNorm2d(draft.channels, affine=True, track_running_stats=True))
+
+
+def _padding(draft):
+    pads = draft.random.choice([(1, 1, 1, 1), (0, 2, 1, 0), (-1, 1, 0, 0), (1, 0, -1, -1), (0, 0, 0, 0)])
+    draft.size = draft.size[0] + pads[2] + pads[3], draft.size[1] + pads[0] + pads[1]
+    return draft.random.choice([lambda x: F.pad(x, pads), nn.ZeroPad2d(pads)])
+
+
+def _rounded_pool(draft):
+    if draft.size[0] % 2 or draft.size[1] % 2:
+        return lambda x: F.avg_pool2d(x, 3, 1, 1, ceil_mode=True)
+    draft.size = tuple(size // 2 for size in draft.size)
+    return lambda x: F.avg_pool2d(x, 2, ceil_mode=True)
+
+
+def _contraction(draft):
+    width = draft.random.randint(2, 5)
+    weight, draft.channels = draft.constant(width, draft.channels), width
+    draft.pieces[-1] += 1
+    return lambda x: torch.einsum("bchw,dc->bdhw", x, weight)
+
+
 def _residual(draft):
     body, gamma = draft.same(), draft.constant(1, draft.channels, 1, 1)
     joins = [
@@ -258,6 +282,10 @@ IMAGE_OPERATORS = {
     "number": _number,
     "channel constant": _channel_constant,
     "batch norm": _batch_norm,
+    "instance norm": _instance_norm,
+    "padding": _padding,
+    "rounded pool": _rounded_pool,
+    "contraction": _contraction,
     "residual": _residual,
     "views": _views_of_images,
     "channels-last layer": _channels_last_layer,
@@ -291,7 +319,7 @@ def draw_network(seed: int, active: bool = True) -> Drawn:
 
     def append(table):
         names = [name for name in table if active or name != "activation"]
-        shrinking, growing = {"pool", "spatial"}, {"transposed", "upsample", "pixels"}
+        shrinking, growing = {"pool", "spatial", "padding", "rounded pool"}, {"transposed", "upsample", "pixels"}
         unfit = (shrinking if min(draft.size) < 4 else set()) | (growing if max(draft.size) > 10 else set())
         names = [name for name in names if name not in unfit]
         name = draft.random.choice(names)
