@@ -110,6 +110,8 @@ def fusing(results: str) -> str:
         "fused",
         "times as fast",
         "`torch.compile`, frozen",
+        "fused in `torch.compile`",
+        "ONNX Runtime",
         "times fewer multiplications",
         "error",
     )
@@ -118,14 +120,15 @@ def fusing(results: str) -> str:
 
 def fuse_row(case: str, operations: dict[str, Measurement]) -> Sequence[str]:
     """Return the row of one network in the table of fusing."""
-    folded, fused, frozen = operations["folded"], operations["fused"], operations.get("torch.compile, frozen")
+    folded, fused = operations["folded"], operations["fused"]
+    others = [operations.get(name) for name in ("torch.compile, frozen", "fused, torch.compile", "ONNX Runtime")]
     counts = fused.facts["multiplications_folded"], fused.facts["multiplications"]
     return (
         case,
         f"{folded.milliseconds.median:.3g} ms",
         f"{fused.milliseconds.median:.3g} ms",
         quartiles(inverse(fused.ratio)),
-        f"{1 / frozen.ratio.median:.2f}" if frozen else "–",
+        *(f"{1 / other.ratio.median:.2f}" if other else "–" for other in others),
         f"{counts[0] / counts[1]:.2f}" if counts[1] else "–",
         f"{fused.facts['relative_error']:.0e}",
     )

@@ -1,7 +1,7 @@
 """The cases of `fastentropy bench fuse`.
 
-Each case times four forms of a network side by side: the original, the network with batch norm folded, the fused network, and
-torch.compile with frozen weights.
+Each case times a network side by side: as it is, with batch norm folded, fused, in torch.compile with frozen weights (as it is
+and fused), and on a CPU in ONNX Runtime.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from fastentropy.benchmarks.measurements import Case, name_case
 from fastentropy.benchmarks.networks import (
     Network,
     frozen,
+    in_onnx_runtime,
     infer,
     inside_blocks,
     linearised,
@@ -38,8 +39,9 @@ from fastentropy.fusion.tracing import export, prepared_module
 BATCH = 4
 #: Networks in which a random half of the activations is linearised, which means replaced by the identity.
 HALF = ("resnet18", "mobilenet_v2", "efficientnet_b0")
-BASELINES = frozenset({"torch.compile, frozen"})
-FORMS = ("folded", "fused", "original", *BASELINES)
+#: What needs a compiler or a further package.
+BASELINES = frozenset({"fused, torch.compile", "torch.compile, frozen", "ONNX Runtime"})
+FORMS = ("folded", "fused", "original", *sorted(BASELINES))
 
 
 def fuse_cases(device: torch.device, dtypes: Sequence[torch.dtype], sizes: Sequence[int]) -> Iterator[Case]:
@@ -71,7 +73,7 @@ def _networks(batch: int) -> Iterator[tuple[str, Network]]:
 
 
 def fuse_case(name: str, network: Network) -> Case:
-    """Return a case with all `FORMS` of one network. On a GPU they run as CUDA graphs.
+    """Return a case with all `FORMS` of one network. On a GPU they run as CUDA graphs, and there is no ONNX Runtime.
 
     Args:
         name: the name of the network.
@@ -87,7 +89,9 @@ def fuse_case(name: str, network: Network) -> Case:
     format_of_folded, folded = _fastest(in_each_format, inputs, gpu)
     facts["folded"] = {"memory_format": format_of_folded}
     forms: dict[str, Callable[..., object]] = {"folded": folded, "fused": fused, "original": model}
-    forms["torch.compile, frozen"] = frozen(model)
+    forms |= {"torch.compile, frozen": frozen(model), "fused, torch.compile": frozen(fused.network)}
+    if gpu is None:
+        forms["ONNX Runtime"] = in_onnx_runtime(model, inputs)
     title = name_case(name, inputs[0].shape, inputs[0].dtype)
     return Case(
         title if gpu is None else f"{title}, CUDA graphs",

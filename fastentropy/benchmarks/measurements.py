@@ -65,7 +65,8 @@ class Case:
         roof: the name of the operation whose bandwidth counts as the highest possible, or None.
         facts: further facts about an operation, which are stored in the record, by the name of the operation.
         graphs_on: the GPU on which the operations run as CUDA graphs, or None for eager calls.
-        baselines: the names of the operations that are not part of fastentropy. They are skipped if they raise.
+        baselines: the names of the operations that are not part of fastentropy, or need what may be missing. They are skipped
+            if they raise.
     """
 
     name: str
