@@ -157,7 +157,8 @@ def _compiled_forms(forms: Mapping[Form, nn.Module], trace: nn.Module, backend: 
     formats = {memory_format for _, memory_format in forms}
     memory_format = "channels_last" if backend == "inductor" and "channels_last" in formats else "contiguous"
     for name in _NAMES:
-        yield (name, memory_format, backend), trace if name == "original" else forms[name, memory_format]
+        form = forms[name, memory_format]
+        yield (name, memory_format, backend), trace if form is forms["original", memory_format] else form
 
 
 def _failure(modules: Iterable[FusedModel], inputs: Inputs) -> str:

@@ -49,8 +49,8 @@ def make_forms(
         progress: is told the number of chains planned so far.
 
     Returns:
-        The forms, and the reports on all chains by memory format. The folded and the fused form are one module if no chain is
-        faster in another form.
+        The forms, and the reports on all chains by memory format. The folded form is the original one if there is nothing to
+        fold, and otherwise the fused one if no chain is faster in another form.
     """
     chains = [chain for chain in find_chains(traced) if len(operators(chain.elements)) > 1]
     graphs = {"contiguous": traced, "channels_last": in_channels_last(traced) if channels_last else None}
@@ -70,7 +70,8 @@ def make_forms(
             model if memory_format == "contiguous" else _in_channels_last(model, example_inputs, outputs)
         )
         if plan is None:
-            made = {"folded": rewrite(graph, {chain: chain.folded for chain in chains if chain.has_folds}, sources)}
+            folds = {chain: chain.folded for chain in chains if chain.has_folds}
+            made = {"folded": rewrite(graph, folds, sources)} if folds else {}
         else:
             plans = {}
             for planned, chain in enumerate(chains):
@@ -80,6 +81,7 @@ def make_forms(
             made, reports[memory_format] = _rewritten(graph, plans, sources, check)
         del sources  # the inputs of all chains, which take much memory
         finished = {id(form): finish(form, example_inputs, outputs) for form in made.values()}
+        forms["folded", memory_format] = forms["original", memory_format]
         forms |= {(name, memory_format): finished[id(form)] for name, form in made.items()}
     return forms, reports
 
@@ -90,7 +92,7 @@ def _rewritten(
     sources: Mapping[Node, Tensor],
     check: EquivalenceCheck | None,
 ) -> tuple[dict[str, GraphModule], tuple[ChainReport, ...]]:
-    """Return the folded and the fused form of a graph by name, and the reports on the chains as they are in the fused form.
+    """Return the fused form of a graph and the folded one if anything is folded, by name, and the reports on the chains.
 
     Args:
         graph: the graph.
@@ -101,13 +103,15 @@ def _rewritten(
     forms = {chain: form for chain, (form, report) in plans.items() if report.choice != "keep" or chain.has_folds}
     fused, left, amplifies = rewrite_equal(graph, forms, sources, check)
     reports = tuple(_kept(report, left[chain]) if chain in left else report for chain, (_, report) in plans.items())
-    if all(report.choice == "keep" for report in reports):
+    if forms and all(report.choice == "keep" for report in reports):
         return {"folded": fused, "fused": fused}, reports
     kept = {
         chain: form if plans[chain][1].choice == "keep" else chain.folded
         for chain, form in forms.items()
         if chain.has_folds and chain not in left
     }
+    if not kept:
+        return {"fused": fused}, reports
     # The folded chains are judged by themselves too, where comparing the outputs of networks does not suffice.
     folded = rewrite_equal(graph, kept, sources, check if amplifies else None).module
     return {"folded": folded, "fused": fused}, reports

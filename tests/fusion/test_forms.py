@@ -11,6 +11,7 @@ from fastentropy.fusion import api, choosing, verification
 from fastentropy.fusion.chains import finding
 from fastentropy.fusion.forms import make_forms
 from fastentropy.fusion.inputs import Inputs
+from fastentropy.fusion.report import ChainReport
 from fastentropy.fusion.tracing import export, inference_module
 from tests._helpers.fusing import assert_equal
 from tests._helpers.networks import Reads
@@ -68,9 +69,12 @@ def test_wrong_chains_are_left_and_reported(network, images, monkeypatch, wrong)
 def test_chain_without_folds_keeps_the_weights_of_the_model():
     layers = [nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 20), nn.Linear(20, 5)]
     model, inputs = nn.Sequential(*layers, nn.ReLU()).eval(), Inputs((torch.randn(3, 6),))
-    forms, _ = make_forms(model, inference_module(export(model, inputs)), inputs)
+    kept = ChainReport((), {}, "keep")
+    plan = lambda chain, x: (chain.folded, kept)  # noqa: E731
+    forms, _ = make_forms(model, inference_module(export(model, inputs)), inputs, plan)
     addresses = {weight.data_ptr() for weight in model.state_dict().values()}
-    assert {value.data_ptr() for value in forms["folded", "contiguous"].state_dict().values()} <= addresses
+    assert {value.data_ptr() for value in forms["fused", "contiguous"].state_dict().values()} <= addresses
+    assert forms["folded", "contiguous"] is model
 
 
 def test_form_that_is_two_is_made_and_timed_once(network, images, monkeypatch):
