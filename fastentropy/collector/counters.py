@@ -59,8 +59,8 @@ class SitePlan(NamedTuple):
     plan: ActivationPlan
     counter: SiteCounters  # what the launch adds to
     fused: FusedActivation  # the activation, as it was read from the module
-    channel_axis: int
-    positions: int | None  # how many values of each neuron are read; None if `_add_positions` decides in each call
+    site: Site
+    positions: int | None  # how many values of each neuron are read; None if `add_positions` decides in each call
 
 
 class SiteCountPlan(NamedTuple):
@@ -68,7 +68,7 @@ class SiteCountPlan(NamedTuple):
 
     plan: CountPlan
     counter: SiteCounters  # what the launch adds to
-    channel_axis: int
+    site: Site
     positions: int | None  # as for `SitePlan`
 
 

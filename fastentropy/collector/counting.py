@@ -11,22 +11,21 @@ from torch import Tensor, nn
 from fastentropy._compat import (
     Compiler,
     has_values,
-    in_dispatch_mode,
     in_function_mode,
-    runs_only_forward,
     wait_tensor,
     without_modes,
 )
 from fastentropy.collector.compiled.compilers import CountingCompilers
-from fastentropy.collector.counters import Counters, Layout, SiteCountPlan, SitePlan
+from fastentropy.collector.counters import Counters, Layout
+from fastentropy.collector.launches import add_positions, count_as_planned, run_fused, run_repeated
 from fastentropy.collector.site_statistics import SiteStatistics, state_entropy
-from fastentropy.collector.values import COUNTABLE, UncountableError, is_plain, plain_parts
-from fastentropy.sites.activations import FusedActivation, fused_activation, kernel_of
+from fastentropy.collector.values import UncountableError, is_plain, plain_parts
 from fastentropy.sites.graphs import GraphReader
+from fastentropy.sites.observer import NOT_RUN
 from fastentropy.sites.padding import positions_to_count
 from fastentropy.sites.sharding import local_tensor
 from fastentropy.sites.site import Call, Site
-from fastentropy_kernels import activation_states, count_states, is_fused, plan_activation_states, plan_count_states
+from fastentropy_kernels import count_states
 
 
 class PassCounting:
@@ -80,14 +79,28 @@ class PassCounting:
             return call.run()
         # A mode of the user and a subclass of Tensor would see what is asked of the tensor, so they are ruled out first.
         if type(call.x) is Tensor and not in_function_mode():
-            y = _run_fused(call, counters)
+            y = run_fused(call, counters)
             if y is not None:
                 return y
-            if _count_as_planned(call, counters):
+            if count_as_planned(call, counters):
                 return call.run()
         with without_modes(), torch.no_grad():
             _count(call, counters, self._note)
         return call.run()
+
+    def run_repeated(
+        self,
+        counters: Counters | None,
+        name: str,
+        activation: str,
+        x: Tensor,
+        module: nn.Module | None,
+        run: Callable[[], Any],
+    ) -> Any:
+        """Run an activation with the prepared launch of its site; see `Observer.run_repeated`."""
+        if counters is None or type(x) is not Tensor or in_function_mode():
+            return NOT_RUN
+        return run_repeated(counters, name, activation, x, module, run)
 
     def choose_compiler(self, counters: Counters | None, graphs: GraphReader, compiler: Compiler) -> Compiler:
         """Return what compiles a function of torch.compile in a pass: what counts, too. Counts of a paused pass are dropped."""
@@ -168,127 +181,6 @@ class PassCounting:
             self._batches[name] = self._batches.get(name, 0) + bool(part[:, 2].any())
 
 
-def _run_fused(call: Call, counters: Counters) -> Tensor | None:
-    """Run an activation with a kernel that also counts its input, and return its output. None if no kernel can."""
-    site, x, is_token, module, _, _, token_axes = call
-    if module is None or site.channel_axis is None or (x.requires_grad and torch.is_grad_enabled()):
-        return None
-    mask = None
-    if is_token is not None:
-        if x.is_nested:
-            return None
-        mask = positions_to_count(is_token, x, site.channel_axis, token_axes)
-    planned = counters.plans.get(site.name)
-    if planned is None or not _fits(planned, site, module, x, mask):
-        planned = _shared_plan(counters, site, module, x, mask)
-    if planned is not None:
-        counter = planned.counter
-        y = planned.plan(x, mask, counter.buffer, counter.offset)
-        if planned.positions is None:
-            _add_positions(counters, site, x.numel(), x, mask)
-        else:
-            counters.add_positions(site, planned.positions)
-        return y
-    fused = _fused(module, x)
-    if fused is None:
-        return None
-    counter = counters.of(site, x.device)
-    counts = counter.counts
-    options: dict[str, Any] = {"channel_axis": site.channel_axis, "mask": mask, "inplace": fused.inplace, **fused.parameters}
-    if counters.repeats_call(site, x, fused):
-        plan = plan_activation_states(x, counts, fused.activation, **options)
-        if plan is not None:
-            positions = None if mask is not None or x.is_cuda else x.numel() // site.neurons
-            planned = SitePlan(plan, counter, fused, site.channel_axis, positions)
-            counters.plans[site.name] = counters.plans_of_class[fused.kind] = planned
-    y = activation_states(x, counts, fused.activation, **options)
-    _add_positions(counters, site, x.numel(), x, mask)
-    return y
-
-
-def _count_as_planned(call: Call, counters: Counters) -> bool:
-    """Count the input of an activation with a prepared launch of the kernel that counts. Return whether there is one."""
-    site, x, is_token, *_ = call
-    if is_token is not None or site.channel_axis is None:
-        return False
-    planned = counters.count_plans.get(site.name)
-    if planned is None or planned.channel_axis != site.channel_axis or not planned.plan.fits(x):
-        planned = _new_count_plan(counters, site, x, site.channel_axis)
-        if planned is None:
-            return False
-        counters.count_plans[site.name] = planned
-    counter = planned.counter
-    planned.plan(x, None, counter.buffer, counter.offset)
-    if planned.positions is None:
-        _add_positions(counters, site, x.numel(), x, None)
-    else:
-        counters.add_positions(site, planned.positions)
-    return True
-
-
-def _new_count_plan(counters: Counters, site: Site, x: Tensor, axis: int) -> SiteCountPlan | None:
-    """Return a plan to count the inputs of a site, which shares another site's launch if possible; None if there is none."""
-    latest = counters.latest_count_plan
-    if latest is not None and latest.channel_axis == axis and latest.plan.fits(x):
-        counter = counters.of(site, x.device)
-        if latest.plan.adds_to(counter.buffer, counter.offset):
-            return SiteCountPlan(latest.plan, counter, latest.channel_axis, latest.positions)
-    if not is_plain(x) or not has_values(x) or x.dtype not in COUNTABLE or in_dispatch_mode() or not is_fused("identity", x):
-        return None
-    if counters.unplanned.get(site.name) == (x.shape, x.stride()) or not counters.repeats_call(site, x, None):
-        return None
-    counter = counters.of(site, x.device)
-    plan = plan_count_states(x.detach(), counter.counts, channel_axis=axis)
-    if plan is None:
-        counters.unplanned[site.name] = x.shape, x.stride()
-        return None
-    positions = None if x.is_cuda else x.numel() // site.neurons
-    counters.latest_count_plan = planned = SiteCountPlan(plan, counter, axis, positions)
-    return planned
-
-
-def _fits(planned: SitePlan, site: Site, module: nn.Module, x: Tensor, mask: Tensor | None) -> bool:
-    """Return whether a plan still does the same as running the activation: whether nothing that made it has changed."""
-    return (
-        planned.channel_axis == site.channel_axis
-        and planned.fused.is_of(module)
-        and runs_only_forward(module)
-        and not (planned.fused.activation == "softplus" and _casts(x))
-        and planned.plan.fits(x, mask)
-    )
-
-
-def _shared_plan(counters: Counters, site: Site, module: nn.Module, x: Tensor, mask: Tensor | None) -> SitePlan | None:
-    """Return a plan for a site that shares the launch of another site, whose inputs are alike; None if there is none."""
-    other = counters.plans_of_class.get(type(module))
-    if other is None or not _fits(other, site, module, x, mask):
-        return None
-    counter = counters.of(site, x.device)
-    if not other.plan.adds_to(counter.buffer, counter.offset):
-        return None
-    planned = counters.plans[site.name] = SitePlan(other.plan, counter, other.fused, other.channel_axis, other.positions)
-    return planned
-
-
-def _fused(module: nn.Module, x: Tensor) -> FusedActivation | None:
-    """Return the activation that a kernel can compute in place of an activation module, or None if no kernel can.
-
-    It is None for tensors that are not plain, while gradients are recorded, and while a TorchDispatchMode is active.
-    """
-    kernel = kernel_of(type(module))
-    if kernel is None or not is_fused(kernel, x) or (kernel == "softplus" and _casts(x)):
-        return None
-    if not is_plain(x) or not has_values(x) or (x.requires_grad and torch.is_grad_enabled()) or in_dispatch_mode():
-        return None
-    fused = fused_activation(module) if runs_only_forward(module) else None
-    return fused if fused is not None and is_fused(fused.activation, x) else None
-
-
-def _casts(x: Tensor) -> bool:
-    """Return whether autocast is enabled on the device of `x`. Softplus then returns float32."""
-    return torch.is_autocast_enabled(x.device.type)
-
-
 def _count(call: Call, counters: Counters, note: Callable[[str], None]) -> None:
     """Count the states of the input of an activation, without running the activation.
 
@@ -314,26 +206,4 @@ def _count(call: Call, counters: Counters, note: Callable[[str], None]) -> None:
             raise
         note(f"site {site.name!r} was not counted in some calls: its input is a {type(local).__name__}")
         return
-    _add_positions(counters, site, sum(part.numel() for part, _ in parts), local, mask)
-
-
-def _add_positions(counters: Counters, site: Site, values: int, x: Tensor, mask: Tensor | None) -> None:
-    """Record how many values of each neuron were read.
-
-    The number is recorded on the host, except in two cases: only the device knows it (a mask), or a CUDA graph is being
-    captured, whose replays must repeat the addition.
-
-    Args:
-        counters: the counters of the pass.
-        site: the site of the activation.
-        values: the number of values in the input.
-        x: the input, whose device is asked for.
-        mask: bool, True at the positions that were counted. None if all were.
-    """
-    positions = values // max(site.neurons, 1)
-    if mask is not None:
-        counters.add_masked_positions(counters.of(site, x.device), mask)
-    elif x.is_cuda and torch.cuda.is_current_stream_capturing():
-        counters.add_repeated_positions(counters.of(site, x.device), positions)
-    else:
-        counters.add_positions(site, positions)
+    add_positions(counters, site, sum(part.numel() for part, _ in parts), local, mask)

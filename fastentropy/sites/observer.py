@@ -1,6 +1,9 @@
 """What an observer of a model's activation calls does, and an observer that records nothing."""
 
+from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
+
+from torch import Tensor, nn
 
 from fastentropy._compat import Compiler
 from fastentropy.sites.compiled_calls import run_eagerly
@@ -8,6 +11,9 @@ from fastentropy.sites.graphs import GraphReader
 from fastentropy.sites.site import Call
 
 P = TypeVar("P")
+
+#: What `run_repeated` returns if it has not run the activation.
+NOT_RUN = object()
 
 
 class Observer(Protocol[P]):
@@ -22,6 +28,30 @@ class Observer(Protocol[P]):
 
     def run_activation(self, forward_pass: P, call: Call) -> Any:
         """Run an activation and return its output. The observer may read the input before or after it runs the activation."""
+        ...
+
+    def run_repeated(
+        self,
+        forward_pass: P,
+        name: str,
+        activation: str,
+        x: Tensor,
+        module: nn.Module | None,
+        run: Callable[[], Any],
+    ) -> Any:
+        """Run an activation without looking its site up, if the site had such a call before. No padding mask applies.
+
+        Args:
+            forward_pass: the pass.
+            name: the name of the site.
+            activation: the name of the activation.
+            x: its input.
+            module: the activation module; None if a function is called.
+            run: runs the activation and returns its output.
+
+        Returns:
+            The output; NOT_RUN if the call is not known to be like an earlier one.
+        """
         ...
 
     def choose_compiler(self, forward_pass: P, graphs: GraphReader, compiler: Compiler) -> Compiler:
@@ -48,6 +78,12 @@ class NoObserver:
     def run_activation(self, forward_pass: None, call: Call) -> Any:
         """Run the activation and return its output."""
         return call.run()
+
+    def run_repeated(
+        self, forward_pass: None, name: str, activation: str, x: Tensor, module: nn.Module | None, run: Callable[[], Any]
+    ) -> Any:
+        """Return NOT_RUN: every call is of interest."""
+        return NOT_RUN
 
     def choose_compiler(self, forward_pass: None, graphs: GraphReader, compiler: Compiler) -> Compiler:
         """Return None: compiled functions run as they are, so that activations are called."""

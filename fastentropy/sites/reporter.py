@@ -24,7 +24,7 @@ from fastentropy.sites.activations import ELEMENTWISE, FusedActivation, fused_ac
 from fastentropy.sites.channel_axis import AxisTracker
 from fastentropy.sites.modules import WatchedModules
 from fastentropy.sites.naming import CallNames, Key, Places
-from fastentropy.sites.observer import Observer
+from fastentropy.sites.observer import NOT_RUN, Observer
 from fastentropy.sites.passes import Pass
 from fastentropy.sites.registry import SiteRegistry
 from fastentropy.sites.site import Call
@@ -164,11 +164,42 @@ class CallReporter(Generic[P]):
             operator: the function, or the operator that it calls; None if a module is called.
         """
         name = self.names.name(key, current.names)
+        before, current.inside_activation = current.inside_activation, True
+        try:
+            if current.tracker is None and current.is_token is None:
+                y = self._observer.run_repeated(current.observed, name, activation, x, module, run)
+                if y is not NOT_RUN:
+                    return y
+            return self._run_resolved(current, name, key[0], activation, x, run, module, function, operator)
+        finally:
+            current.inside_activation = before
+
+    def _run_resolved(
+        self,
+        current: Pass[P],
+        name: str,
+        path: str,
+        activation: str,
+        x: Tensor,
+        run: Callable[[], Any],
+        module: nn.Module | None,
+        function: str,
+        operator: Any,
+    ) -> Any:
+        """Look the site of an activation call up, and let the observer run the call. The arguments are those of `_report`.
+
+        Raises:
+            RuntimeError: the input belongs to a transform of torch.func.
+        """
+        if is_functorch_tensor(x):
+            raise RuntimeError(
+                "activations cannot be counted inside of torch.func transforms; collect while the model is called alone"
+            )
         if type(x) is Tensor:
-            found = self._registry.resolve(name, key[0], activation, x, current)
+            found = self._registry.resolve(name, path, activation, x, current)
         else:
             with without_modes():  # a subclass would see what is asked of it
-                found = self._registry.resolve(name, key[0], activation, x, current)
+                found = self._registry.resolve(name, path, activation, x, current)
         if found is None:
             return self._run_followed(current.tracker, x, run, module, operator)
         site, local = found
@@ -178,15 +209,11 @@ class CallReporter(Generic[P]):
         if is_token is not None:
             is_token = self._registry.tokens_here(is_token, site, local)
             token_axes = self._registry.token_axes(site, local)
-        before, current.inside_activation = current.inside_activation, True
-        try:
-            call = Call._make((site, x, is_token, module, function, run, token_axes))  # faster than Call(…)
-            if current.tracker is None:
-                return self._observer.run_activation(current.observed, call)
-            count = partial(self._observer.run_activation, current.observed, call)
-            return self._run_followed(current.tracker, x, count, module, operator)
-        finally:
-            current.inside_activation = before
+        call = Call._make((site, x, is_token, module, function, run, token_axes))  # faster than Call(…)
+        if current.tracker is None:
+            return self._observer.run_activation(current.observed, call)
+        count = partial(self._observer.run_activation, current.observed, call)
+        return self._run_followed(current.tracker, x, count, module, operator)
 
     def _run_followed(
         self, tracker: AxisTracker | None, x: Tensor, run: Callable[[], Any], module: nn.Module | None, operator: Any
@@ -219,20 +246,10 @@ def _outside(frame: FrameType) -> FrameType:
 
 
 def is_countable(x: Any) -> TypeGuard[Tensor]:
-    """Return whether a value has neurons to count: a floating-point tensor with axes that is not a parameter.
-
-    Raises:
-        RuntimeError: the value belongs to a transform of torch.func.
-    """
-    if not isinstance(x, Tensor):
-        return False
-    if is_functorch_tensor(x):
-        raise RuntimeError(
-            "activations cannot be counted inside of torch.func transforms; collect while the model is called alone"
-        )
+    """Return whether a value has neurons to count: a floating-point tensor with axes that is not a parameter."""
     if type(x) is Tensor:
         return x.is_floating_point() and x.ndim > 0
-    if isinstance(x, nn.Parameter):
+    if not isinstance(x, Tensor) or isinstance(x, nn.Parameter):
         return False
     with without_modes():  # a subclass would see what is asked of it
         return x.is_floating_point() and x.ndim > 0
