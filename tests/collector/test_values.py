@@ -21,7 +21,7 @@ from tests._helpers.tensors import assert_same
 def count(x, axis, neurons, act=None, is_token=None, token_axes=None):
     """What `PassCounting` makes of one call: the output, the statistics of the site (None if it never ran), and the notes."""
     act, notes, site = act or nn.ReLU(), [], Site("act", "relu", neurons, axis)
-    counting = PassCounting(per_batch=False, after_pass=lambda: None, note=notes.append)
+    counting = PassCounting(nn.Identity(), per_batch=False, after_pass=lambda: None, note=notes.append)
     counters = counting.begin_pass()
     call = Call(site, x, is_token, act, "", lambda: act(x), token_axes)
     y = counting.run_activation(counters, call)
