@@ -20,6 +20,14 @@ class UncountableGraphError(Exception):
     """The calls of activations in a graph cannot be counted. The message says why."""
 
 
+class UnknownSiteError(UncountableGraphError):
+    """A graph calls an activation for the first time. It is known once the code has run as it is."""
+
+
+#: How often a frame is traced again although its graph had unknown sites.
+_ATTEMPTS = 3
+
+
 def wrapper_class() -> type[torch.nn.Module]:
     """Return the class of the modules that torch.compile makes of modules."""
     kind: type[torch.nn.Module] = named("torch._dynamo", "OptimizedModule")
@@ -89,24 +97,35 @@ class CompilerWith:
             backend: the other backend. It raises UncountableGraphError where it refuses a graph.
             refused: a function that is told the code of a frame whose graph was refused, and why.
         """
-        self._original, self._backend, self._refused = compiler, backend, refused
+        self.original, self._backend, self._refused = compiler, backend, refused
         convert = attribute(attribute(compiler, "_torchdynamo_orig_backend"), "_clone_with_backend")(backend)
         self._torchdynamo_orig_backend = type(compiler)(convert, attribute(compiler, "hooks"))
         self._as_it_is: set[CodeType] = set()
+        self._attempts: dict[CodeType, int] = {}
 
     def __call__(self, frame: FrameType, *args: Any) -> Any:
         """Compile a frame, or let it run as it is."""
         if frame.f_code in self._as_it_is:
             return _as_it_is_once()
         try:
-            with compiling():
-                return self._torchdynamo_orig_backend(frame, *args)
+            with compiling(), _room_beside_others(frame.f_code, self._backend):
+                compiled = self._torchdynamo_orig_backend(frame, *args)
         except Exception as error:
             if (reason := _refusal(error)) is None:
                 raise
-            self._as_it_is.add(frame.f_code)
-            self._refused(frame.f_code, reason)
+            self._let_run(frame.f_code, reason)
             return _as_it_is_once()
+        if _gives_up(compiled):  # at the limit of recompilations, for this backend alone
+            self._as_it_is.add(frame.f_code)
+            return _as_it_is_once()
+        return compiled
+
+    def _let_run(self, code: CodeType, reason: UncountableGraphError) -> None:
+        """Let frames with a code run as they are from now on. If a site was not known yet, this holds for this time only."""
+        attempts = self._attempts[code] = self._attempts.get(code, 0) + 1
+        if not isinstance(reason, UnknownSiteError) or attempts == _ATTEMPTS:
+            self._as_it_is.add(code)
+            self._refused(code, reason)
 
 
 def _refusal(error: BaseException) -> UncountableGraphError | None:
@@ -117,6 +136,23 @@ def _refusal(error: BaseException) -> UncountableGraphError | None:
     return inner
 
 
+def _room_beside_others(code: CodeType, backend: Backend) -> AbstractContextManager[object]:
+    """Return a context in which code that other backends have compiled does not count to the limit of recompilations."""
+    entries = named("torch._dynamo.eval_frame", "_debug_get_cache_entry_list")(code)
+    others = sum(attribute(entry, "backend") is not backend for entry in entries)
+    if not others:
+        return nullcontext()
+    config = named("torch._dynamo", "config")
+    context: AbstractContextManager[object] = config.patch(recompile_limit=config.recompile_limit + others)
+    return context
+
+
+def _gives_up(compiled: Any) -> bool:
+    """Return whether Dynamo is going to compile a code no more."""
+    action = attribute(compiled, "frame_exec_strategy").cur_action
+    return bool(action == named("torch._dynamo.types", "FrameAction").RUN_ONLY)
+
+
 def _as_it_is_once() -> Any:
     """Return what lets a frame, and all that it calls, run as it is this time."""
     run_as_it_is()
@@ -124,23 +160,6 @@ def _as_it_is_once() -> Any:
     skip = named(types, "FrameAction").SKIP
     strategy = named(types, "FrameExecStrategy")(skip, skip)
     return named(types, "ConvertFrameReturn")(frame_exec_strategy=strategy, apply_to_code=False)
-
-
-def own_graph(graph_module: torch.fx.GraphModule) -> torch.fx.GraphModule:
-    """Return a copy of a graph that may be changed. Dynamo goes on reading its own."""
-    graph, copies = torch.fx.Graph(), dict[torch.fx.Node, torch.fx.Node]()
-    result = graph.graph_copy(graph_module.graph, copies)
-    output = graph.output(result)
-    output.meta = dict(graph_module.graph.output_node().meta)
-    for node, copied in copies.items():
-        if hasattr(node, "_dynamo_source"):
-            copied._dynamo_source = node._dynamo_source
-    own = torch.fx.GraphModule(graph_module, graph)
-    own.meta = dict(graph_module.meta)
-    for name in ("_param_name_to_source", "compile_subgraph_reason", "_backend_id"):
-        if hasattr(graph_module, name):
-            setattr(own, name, getattr(graph_module, name))
-    return own
 
 
 def without_functions_of_modes() -> AbstractContextManager[object]:
@@ -157,8 +176,3 @@ def for_counting(is_on_cuda: bool) -> AbstractContextManager[object]:
     options = {"triton.mix_order_reduction": False, "realize_reads_threshold": 20}
     context: AbstractContextManager[object] = named("torch._inductor", "config").patch(options)
     return context
-
-
-def is_fake(x: Any) -> bool:
-    """Return whether a value is a tensor of a tracer, which has no values."""
-    return isinstance(x, named("torch._subclasses", "FakeTensor"))

@@ -6,8 +6,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 
-import torch
 from torch import _C
+from torch.compiler import is_compiling
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastentropy._compat.lookup import attribute, named, unknown_release
@@ -24,13 +24,30 @@ def in_backward() -> bool:
         raise unknown_release(f"torch._C.{error.name}") from error
 
 
+def is_compiled_here() -> bool:
+    """Return whether calls of this thread are being traced for torch.compile or torch.export.
+
+    `torch.compiler.is_compiling()` is also True at runtime in threads beside one that compiles.
+    """
+    return is_compiling() and _has_tracer()
+
+
+def _has_tracer() -> bool:
+    """Return whether a compiler or a tracer is at work in this thread."""
+    contexts = [named("torch._guards", name) for name in ("CompileContext", "TracingContext")]
+    if any(context.try_get() is not None for context in contexts):
+        return True
+    keys = attribute(_C, "_TorchDispatchModeKey")
+    return any(named("torch._C", "_get_dispatch_mode")(key) is not None for key in (keys.FAKE, keys.PROXY))
+
+
 def is_traced() -> bool:
     """Return whether calls are being traced: for torch.compile, torch.export, torch.jit.trace or make_fx.
 
     What counts must not become a part of the trace.
     """
     return (
-        torch.compiler.is_compiling()
+        is_compiled_here()
         or named("torch._C", "_get_tracing_state")() is not None
         or named("torch.fx.experimental.proxy_tensor", "get_proxy_mode")() is not None
     )

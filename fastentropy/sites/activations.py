@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Mapping
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -226,6 +227,15 @@ def kernel_of(kind: type[nn.Module]) -> str | None:
 def has_registered_functions() -> bool:
     """Return whether the user has registered a function."""
     return bool(_REGISTERED_FUNCTIONS)
+
+
+def registered_in_python() -> list[str]:
+    """Return the names of the functions that the user has registered and that are written in Python.
+
+    A graph of torch.compile shows what they call.
+    """
+    functions = [each for each in _REGISTERED_FUNCTIONS if isinstance(each, FunctionType)]
+    return [each.__qualname__ for each in functions if each.__module__.partition(".")[0] != "torch"]
 
 
 def fused_activation(module: nn.Module) -> FusedActivation | None:

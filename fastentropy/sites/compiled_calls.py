@@ -1,16 +1,21 @@
 """Decide what compiles the code that a thread runs while modules are intercepted."""
 
 import threading
+import weakref
 from typing import Any, Protocol
 
-from fastentropy._compat import Compiler, run_as_it_is
+from fastentropy._compat import Compiler, CompilerWith, in_backward, run_as_it_is
 
 
 class CompiledCaller(Protocol):
-    """What runs compiled code in a pass."""
+    """What runs compiled code in the passes of a watcher."""
 
     def choose_compiler(self, compiler: Compiler) -> Compiler:
-        """Return what compiles a function of torch.compile that the pass is about to call."""
+        """Return what compiles a function of torch.compile that the pass of this thread is about to call."""
+        ...
+
+    def latest_compiler(self, compiler: Compiler) -> tuple[bool, Compiler]:
+        """Return whether `choose_compiler` was asked for a compiler, and what it has returned last."""
         ...
 
 
@@ -21,33 +26,49 @@ class _Thread(threading.local):
 
 
 _THREAD = _Thread()
+#: What may run compiled code in any thread.
+_CALLERS: "weakref.WeakSet[Any]" = weakref.WeakSet()
 
 
 def choose_compiler(compiler: Compiler) -> Compiler:
     """Return what compiles a function of torch.compile that this thread is about to call.
 
-    Nothing does outside of passes, because the function may call a model, which begins a pass.
+    Outside of passes nothing does, because the function may call a model, which begins a pass. Checkpointing repeats functions
+    in the backward pass, and they must save the same tensors: they are compiled as in the forward pass.
 
     Args:
         compiler: what compiles it while nothing is attached.
     """
-    caller = _THREAD.caller
-    if caller is not None:
-        chosen: Compiler = caller.choose_compiler(compiler)
-        return chosen
-    run_eagerly(compiler)
-    return None
-
-
-def run_eagerly(compiler: Compiler) -> None:
-    """Let a function that `compiler` would compile run as it is, without an error if it must be compiled as a whole."""
-    if compiler is not None:
+    chosen = _choose(compiler)
+    if chosen is None and compiler is not None:
         run_as_it_is()
+    return chosen
+
+
+def _choose(compiler: Compiler) -> Compiler:
+    """Return what compiles a function."""
+    if not in_backward():
+        caller: CompiledCaller | None = _THREAD.caller
+        return None if caller is None else caller.choose_compiler(compiler)
+    if isinstance(compiler, CompilerWith):
+        return compiler
+    latest = (each.latest_compiler(compiler) for each in list(_CALLERS))
+    return next((chosen for is_known, chosen in latest if is_known), None)
+
+
+def add_caller(caller: CompiledCaller) -> None:
+    """Note what may run compiled code from now on."""
+    _CALLERS.add(caller)
+
+
+def remove_caller(caller: CompiledCaller) -> None:
+    """Note what runs compiled code no longer."""
+    _CALLERS.discard(caller)
 
 
 def current_caller() -> Any:
-    """Return what runs compiled code in this thread; None outside of passes."""
-    return _THREAD.caller
+    """Return what runs compiled code in this thread and counts; None outside of passes, and in backward passes."""
+    return None if _THREAD.caller is None or in_backward() else _THREAD.caller
 
 
 def set_caller(caller: CompiledCaller | None) -> Any:

@@ -1,13 +1,13 @@
 """Find the calls of activations in a graph that torch.compile has traced, with the input of each call."""
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 
-from fastentropy._compat import UncountableGraphError, has_pre_hooks
+from fastentropy._compat import UncountableGraphError, bodies, has_pre_hooks, is_checkpoint
 from fastentropy.sites.activations import called_name, function_name
 from fastentropy.sites.modules import ACTIVATION, CONTAINER, NEUTRAL, WatchedModules
 
@@ -30,6 +30,7 @@ class TracedCall(NamedTuple):
     function: str  # the name of the function; empty for a module
     producer: str | None  # the path of the module of the graph that ran before the call; None if none did
     line: tuple[str, int] | None  # the file and the line that call a function
+    containers: tuple[str, ...]  # the paths of the containers that are running inside of the graph
 
 
 class _Module(NamedTuple):
@@ -41,41 +42,77 @@ class _Module(NamedTuple):
     kind: str
 
 
-def traced_calls(
-    graph: fx.Graph, modules: WatchedModules, owner: str, others: Collection[int]
-) -> tuple[list[TracedCall], str | None]:
-    """Return the calls of activations in a graph, in their order, and the path of the module of the graph that returned last.
+class GraphTracer:
+    """Follow the nodes of a graph, in the order in which they run, and find the calls of activations.
 
-    Args:
-        graph: a graph of Dynamo, of which the nodes tell the modules that were running.
-        modules: the modules of the model.
-        owner: the path of the container whose forward is traced.
-        others: the identities of modules that are watched by others.
-
-    Raises:
-        UncountableGraphError: it is not known which activations the graph calls, or on which input.
+    Attributes:
+        calls: the calls that were found.
+        producer: the path of the module of the graph that has returned last; None if none has.
     """
-    ids = {id(module): (path, module, kind) for path, (module, kind) in modules.kinds.items()}
-    calls, seen, producer, before = list[TracedCall](), set[str](), None, list[_Module]()
-    for node in graph.nodes:
-        if node.op not in ("call_function", "call_method", "call_module"):
-            continue
-        _check(node, others)
-        stack = list(_running(node, ids))
-        for module in _returned(before, stack):
-            producer = module.path
-        before = stack
-        inside = next((module for module in stack if module.kind == ACTIVATION), None)
+
+    def __init__(self, modules: WatchedModules, owner: str, others: Collection[int]) -> None:
+        """Begin without calls.
+
+        Args:
+            modules: the modules of the model.
+            owner: the path of the container whose forward is traced.
+            others: the identities of modules that are watched by others.
+        """
+        self.calls: list[TracedCall] = []
+        self.producer: str | None = None
+        self._modules, self._owner, self._others = modules, owner, others
+        self._ids = {id(module): (path, module, kind) for path, (module, kind) in modules.kinds.items()}
+        self._seen, self._running = set[str](), list[_Module]()
+
+    def follow(self, graph: fx.Graph) -> None:
+        """Follow a graph of Dynamo, of which the nodes tell the modules that were running.
+
+        Raises:
+            UncountableGraphError: it is not known which activations the graph calls, or on which input.
+        """
+        for node in graph.nodes:
+            if node.op not in ("call_function", "call_method", "call_module"):
+                continue
+            _check(node, self._others)
+            if inner := bodies(node):
+                self._follow_bodies(node, inner)
+                continue
+            self._enter(list(_running(node, self._ids)))
+            call = self._call(node)
+            if call is not None:
+                self.calls.append(call)
+
+    def finish(self) -> None:
+        """Let all modules return."""
+        self._enter([])
+
+    def _enter(self, running: list[_Module]) -> None:
+        """Note which modules are running now. The others have returned."""
+        for module in _returned(self._running, running):
+            self.producer = module.path
+        self._running = running
+
+    def _follow_bodies(self, node: fx.Node, inner: Sequence[fx.GraphModule]) -> None:
+        """Follow the graphs that a node runs. Only a checkpoint may call activations."""
+        before = len(self.calls)
+        for body in inner:
+            self.follow(body.graph)
+        if len(self.calls) > before and not (is_checkpoint(node) and len(inner) == 1):
+            raise UncountableGraphError(f"activations are called inside of {_name(node.target)}")
+
+    def _call(self, node: fx.Node) -> TracedCall | None:
+        """Return the call of an activation that begins with a node; None if none does."""
+        running = self._running
+        containers = tuple(each.path for each in running if each.kind == CONTAINER and each.path != self._owner)
+        inside = next((module for module in running if module.kind == ACTIVATION), None)
         if inside is None:
-            call = _function_call(node, next((m.path for m in reversed(stack) if m.kind == CONTAINER), owner), producer)
-        else:
-            call = _module_call(node, inside, producer, modules) if inside.key not in seen else None
+            return _function_call(node, self._owner, containers, self.producer)
+        if inside.key in self._seen:
+            return None
+        call = _module_call(node, inside, containers, self.producer, self._modules)
         if call is not None:
-            calls.append(call)
-            seen.add("" if inside is None else inside.key)
-    for module in _returned(before, []):
-        producer = module.path
-    return calls, producer
+            self._seen.add(inside.key)
+        return call
 
 
 def _check(node: fx.Node, others: Collection[int]) -> None:
@@ -110,7 +147,7 @@ def _returned(before: list[_Module], now: list[_Module]) -> Iterator[_Module]:
     return (module for module in reversed(before[same:]) if module.kind != NEUTRAL)
 
 
-def _function_call(node: fx.Node, owner: str, producer: str | None) -> TracedCall | None:
+def _function_call(node: fx.Node, owner: str, containers: tuple[str, ...], producer: str | None) -> TracedCall | None:
     """Return the call of an activation function that a node is; None if it is none."""
     function: Any = getattr(Tensor, str(node.target), None) if node.op == "call_method" else node.target
     activation = None if function is None else function_name(function) or called_name(function)
@@ -119,17 +156,20 @@ def _function_call(node: fx.Node, owner: str, producer: str | None) -> TracedCal
         return None
     found = _TRACED.findall(node.meta.get("stack_trace") or "")
     line = (found[-1][0], int(found[-1][1])) if found else None
-    return TracedCall(node, x, owner, activation, _name(function).strip("_"), producer, line)
+    caller = containers[-1] if containers else owner
+    return TracedCall(node, x, caller, activation, _name(function).strip("_"), producer, line, containers)
 
 
-def _module_call(node: fx.Node, module: _Module, producer: str | None, modules: WatchedModules) -> TracedCall | None:
+def _module_call(
+    node: fx.Node, module: _Module, containers: tuple[str, ...], producer: str | None, modules: WatchedModules
+) -> TracedCall | None:
     """Return the call of an activation module to which a node belongs; None if the node does not read the input."""
     if has_pre_hooks(module.module):
         raise UncountableGraphError(f"hooks may change the input of {module.path!r}")
     inputs = [x for x in node.all_input_nodes if is_countable_node(x) and not _is_inside(x, module.key)]
     if not inputs:
         return None
-    return TracedCall(node, inputs[0], module.path, modules.activations[module.path], "", producer, None)
+    return TracedCall(node, inputs[0], module.path, modules.activations[module.path], "", producer, None, containers)
 
 
 def _is_inside(x: fx.Node, key: str) -> bool:

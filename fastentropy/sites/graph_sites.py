@@ -5,14 +5,15 @@ from typing import Any, Generic, TypeVar
 
 from torch import Tensor, fx
 
-from fastentropy._compat import Compiler, CompilerWith, UncountableGraphError
+from fastentropy._compat import Compiler, CompilerWith, UncountableGraphError, UnknownSiteError, size_of
 from fastentropy.sites import interception
-from fastentropy.sites.compiled_calls import run_eagerly
-from fastentropy.sites.graph_calls import TracedCall, traced_calls
+from fastentropy.sites.activations import registered_in_python
+from fastentropy.sites.graph_calls import GraphTracer, TracedCall
 from fastentropy.sites.graphs import BEFORE, GraphCall, GraphSite, GraphSites, NamedSites
 from fastentropy.sites.modules import WatchedModules
 from fastentropy.sites.naming import CallNames, Key, PassNames, Places
 from fastentropy.sites.observer import Observer
+from fastentropy.sites.padding import TokenAxes, axes_of_mask
 from fastentropy.sites.passes import Pass, ThreadState
 from fastentropy.sites.registry import SiteRegistry
 from fastentropy.sites.site import Site
@@ -26,6 +27,7 @@ class GraphCaller(Generic[P]):
     Attributes:
         registry: the sites of the watcher.
         thread: what the watcher knows of each thread.
+        has_own_mask: the paths of containers that were given another mask than the call around them.
     """
 
     def __init__(
@@ -40,6 +42,9 @@ class GraphCaller(Generic[P]):
         """Begin without graphs. The arguments are the parts of the watcher."""
         self._modules, self.registry, self._names, self._places = modules, registry, names, places
         self.thread, self._observer = thread, observer
+        self.has_own_mask = set[str]()
+        self._with_masks = set[str]()
+        self._latest = dict[int, tuple[Compiler, Compiler]]()  # by identity of a compiler of the user: it, and what was chosen
         self._named: dict[tuple[GraphSites, str, str | None], NamedSites] = {}
 
     @property
@@ -58,8 +63,10 @@ class GraphCaller(Generic[P]):
         return all(name not in known or known[name].channel_axis == axis for name, axis in axes.items())
 
     def forget(self) -> None:
-        """Forget the names of the calls in graphs, because the modules of the model have changed."""
+        """Forget what is known of graphs and masks, because the modules of the model may have changed."""
         self._named.clear()
+        self._with_masks.clear()
+        self._latest.clear()
 
     def choose_compiler(self, compiler: Compiler) -> Compiler:
         """Return what compiles a function of torch.compile that the pass of this thread is about to call.
@@ -69,11 +76,37 @@ class GraphCaller(Generic[P]):
         current = self.thread.current
         if current is None or current.inside_activation:
             return None if isinstance(compiler, CompilerWith) else compiler
+        chosen = self._choose_in(current, compiler)
+        if not isinstance(compiler, CompilerWith):
+            self._latest[id(compiler)] = compiler, chosen
+        return chosen
+
+    def latest_compiler(self, compiler: Compiler) -> tuple[bool, Compiler]:
+        """Return whether `choose_compiler` was asked for a compiler, and what it has returned last."""
+        known, chosen = self._latest.get(id(compiler), (None, None))
+        return known is compiler, chosen
+
+    def _choose_in(self, current: Pass[P], compiler: Compiler) -> Compiler:
+        """Return what compiles a function that a pass calls."""
         current.is_compiled = True
-        if current.tracker is not None or current.is_token is not None:
-            run_eagerly(compiler)
+        is_new = current.is_token is not None and current.entry not in self._with_masks
+        if current.tracker is not None or is_new:
+            current.learns_masks |= is_new
+            return None
+        if hidden := registered_in_python():
+            self.registry.note(f"compiled code runs eagerly and is counted there: its graphs do not show calls of {hidden[0]}")
             return None
         return self._observer.choose_compiler(current.observed, self, compiler)
+
+    def end_pass(self, current: Pass[P], completed: bool) -> None:
+        """Note which masks apply where, if the pass has shown it."""
+        if completed and current.learns_masks:
+            self._with_masks.add(current.entry)
+
+    @property
+    def mask(self) -> Tensor | None:
+        """Return the padding mask that applies where this thread runs: bool [batch, tokens]."""
+        return None if self.thread.current is None else self.thread.current.is_token
 
     def read(self, graph_module: fx.GraphModule) -> tuple[list[GraphCall], GraphSites]:
         """Find the calls of activations in a graph that the pass of this thread is about to run.
@@ -88,15 +121,17 @@ class GraphCaller(Generic[P]):
             _owner(current),
             interception.identities_of_others([module for module, _ in self._modules.kinds.values()]),
         )
-        traced, last = traced_calls(graph_module.graph, self._modules, owner, others)
+        tracer = GraphTracer(self._modules, owner, others)
+        tracer.follow(graph_module.graph)
+        tracer.finish()
         given = PassNames(set(current.names.used), dict(current.names.times))
         calls, sites = list[GraphCall](), list[GraphSite]()
-        for call in traced:
+        for call in tracer.calls:
             found = self._site_of(call, owner, given, current)
             if found is not None:
-                calls.append(GraphCall(call.node, call.x, found.like))
+                calls.append(GraphCall(call.node, call.x, found.like, self._axes_of_mask(call, found.like, current)))
                 sites.append(found)
-        return calls, GraphSites(tuple(sites), None if last is None else _relative(last, owner))
+        return calls, GraphSites(tuple(sites), None if tracer.producer is None else _relative(tracer.producer, owner))
 
     def _site_of(self, call: TracedCall, owner: str, given: PassNames, current: Pass[P]) -> GraphSite | None:
         """Return the site of a call in a graph; None if it is left out."""
@@ -111,7 +146,17 @@ class GraphCaller(Generic[P]):
             site = None if name is None else self.registry.known(name, call.activation, x)
             if site is not None:
                 return GraphSite(_relative(call.path, owner), call.function, place, producer, site, x.ndim)
-        raise UncountableGraphError(f"{path!r} was not called like this in the first pass")
+        raise UnknownSiteError(f"{path!r} was not called like this before")
+
+    def _axes_of_mask(self, call: TracedCall, site: Site, current: Pass[P]) -> TokenAxes | None:
+        """Return the axes of the input of a call along which the positions of the padding mask lie; None if it does not fit."""
+        if current.is_token is None:
+            return None
+        if own := self.has_own_mask.intersection(call.containers):
+            raise UncountableGraphError(f"{min(own)!r} has a padding mask of its own")
+        x: Tensor = call.x.meta["example_value"]
+        shape = [size_of(size) for size in x.shape]
+        return axes_of_mask(current.is_token.shape, shape, site.channel_axis, self.registry.token_axes(site, x))
 
     def _places_of(self, call: TracedCall, path: str) -> Sequence[object]:
         """Return the places in the code that may make a call."""

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
-from torch import fx
+from torch import Tensor, fx
 
 from fastentropy.sites.naming import PassNames
+from fastentropy.sites.padding import TokenAxes
 from fastentropy.sites.site import Site
 
 #: In a compiled graph, the producer of a call before which no module of the graph has run: the one that ran before the graph.
@@ -44,6 +45,7 @@ class GraphCall(NamedTuple):
     node: fx.Node  # the first node of the call
     x: fx.Node  # the input of the activation
     site: Site
+    token_axes: TokenAxes | None  # the axes of the input along which the padding mask lies; None if all positions are counted
 
 
 @dataclass(eq=False)
@@ -74,6 +76,11 @@ class GraphReader(Protocol):
     @property
     def observed(self) -> Any:
         """Return what the observer knows of the pass of this thread; None if no pass is running."""
+        ...
+
+    @property
+    def mask(self) -> Tensor | None:
+        """Return the padding mask that applies where this thread runs: bool [batch, tokens]."""
         ...
 
     @property

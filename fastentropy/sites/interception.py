@@ -14,7 +14,7 @@ from types import FrameType, FunctionType
 from typing import Any, NamedTuple, cast
 
 from torch import nn
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from fastentropy._compat import (
@@ -22,6 +22,7 @@ from fastentropy._compat import (
     choose_compilers,
     compiled_call,
     current_compiler,
+    is_compiled_here,
     is_replica,
     module_call,
     module_identity,
@@ -227,7 +228,7 @@ def _intercepted_call(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
 
     Code that is traced for torch.compile or torch.export is not intercepted.
     """
-    if not is_compiling():
+    if not is_dynamo_compiling():
         compiler = current_compiler()
         if compiler is not None:
             return _call_between_graphs(compiler, _TABLE.original, module, args, kwargs)
@@ -236,7 +237,7 @@ def _intercepted_call(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
             entry = _TABLE.find(module) if type(module) is _TABLE.wrapper else None
         elif not (entry[1] is module or is_replica(module)):
             entry = None
-        if entry is not None and (interception := entry[0]()) is not None:
+        if entry is not None and not is_compiled_here() and (interception := entry[0]()) is not None:
             return interception.handlers[entry[3]](entry[2], module, _TABLE.original, args, kwargs)
     return _TABLE.original(module, *args, **kwargs)
 
@@ -246,12 +247,12 @@ def _call_of_compiled(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
 
     This replaces `nn.Module.__call__` while such a module is intercepted. Inside of the compiled code nobody calls the module.
     """
-    if not is_compiling():
+    if not is_dynamo_compiling():
         compiler = current_compiler()
         if compiler is not None:
             return _call_between_graphs(compiler, _TABLE.outer, module, args, kwargs)
         entry = _TABLE.find(module) if compiled_call(module) is not None else None
-        if entry is not None and (interception := entry.interception()) is not None:
+        if entry is not None and not is_compiled_here() and (interception := entry.interception()) is not None:
             return interception.handlers[entry.kind](entry.name, module, _TABLE.outer, args, kwargs)
     return _TABLE.outer(module, *args, **kwargs)
 
@@ -263,7 +264,7 @@ def _call_between_graphs(
     set_compiler(None)
     try:
         run, entry = functools.partial(_resume, compiler, original), _TABLE.find(module)
-        interception = None if entry is None else entry.interception()
+        interception = None if entry is None or is_compiled_here() else entry.interception()
         if entry is None or interception is None:
             return run(module, *args, **kwargs)
         return interception.handlers[entry.kind](entry.name, module, run, args, kwargs)
@@ -273,7 +274,7 @@ def _call_between_graphs(
 
 def _resume(compiler: Compiler, original: Callable[..., Any], module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
     """Run a module whose handler was called between graphs, and let its code be compiled again."""
-    before = set_compiler(choose_compiler(compiler))
+    before = set_compiler(choose_compiler(compiler) if compiler else None)  # False: only code that does not count would run
     try:
         return original(module, *args, **kwargs)
     finally:

@@ -1,5 +1,6 @@
 """Name the activation calls of a pass, so that a call has the same name in every pass, whatever else the pass leaves out."""
 
+import dis
 import threading
 from collections import defaultdict
 from collections.abc import Sequence
@@ -35,7 +36,7 @@ class Places:
         """Begin without places."""
         self._numbers: dict[CodeType, int] = {}
         # The same by identity, because the hash of a code object takes long. The code is kept alive, and so is its identity.
-        self._known: dict[int, tuple[int, CodeType]] = {}
+        self._known: dict[int, tuple[int, CodeType, list[int]]] = {}
         self._next = count()
 
     def of(self, frame: FrameType) -> tuple[int, int]:
@@ -43,12 +44,12 @@ class Places:
         code = frame.f_code
         known = self._known.get(id(code))
         if known is None:
-            known = self._known[id(code)] = self._numbers.setdefault(code, next(self._next)), code
-        return known[0], frame.f_lasti
+            known = self._known[id(code)] = self._numbers.setdefault(code, next(self._next)), code, _instructions(code)
+        return known[0], known[2][frame.f_lasti >> 1]
 
     def on_line(self, file: str, line: int, known: Sequence[object]) -> Sequence[object]:
         """Return those of some known places that are on a line of a file, in the order in which they run."""
-        codes = dict(self._known.values())
+        codes = {number: code for number, code, _ in self._known.values()}
         found = list[tuple[Any, ...]]()
         for place in known:
             if isinstance(place, tuple) and place[0] in codes:
@@ -57,6 +58,19 @@ class Places:
                 if code.co_filename == file and next(lines, None) == line:
                     found.append(place)
         return sorted(found)
+
+
+def _instructions(code: CodeType) -> list[int]:
+    """Return, for every second byte of a code, where its instruction begins.
+
+    A frame that calls a function is at the call or at the end of its inline cache. This depends on whether Dynamo is active.
+    """
+    begins = [0] * (len(code.co_code) // 2 + 1)
+    for instruction in dis.get_instructions(code):
+        begins[instruction.offset >> 1] = instruction.offset
+    for index in range(1, len(begins)):
+        begins[index] = begins[index] or begins[index - 1]
+    return begins
 
 
 @dataclass

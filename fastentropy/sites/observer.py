@@ -6,7 +6,6 @@ from typing import Any, Protocol, TypeVar
 from torch import Tensor, nn
 
 from fastentropy._compat import Compiler
-from fastentropy.sites.compiled_calls import run_eagerly
 from fastentropy.sites.graphs import GraphReader
 from fastentropy.sites.site import Call
 
@@ -87,7 +86,6 @@ class NoObserver:
 
     def choose_compiler(self, forward_pass: None, graphs: GraphReader, compiler: Compiler) -> Compiler:
         """Return None: compiled functions run as they are, so that activations are called."""
-        run_eagerly(compiler)
         return None
 
     def end_pass(self, forward_pass: None, completed: bool) -> None:

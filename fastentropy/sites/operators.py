@@ -10,10 +10,10 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
-import torch
+from torch.compiler import is_dynamo_compiling
 from torch.overrides import TorchFunctionMode
 
-from fastentropy._compat import intercept_operators, set_intercepting
+from fastentropy._compat import intercept_operators, is_compiled_here, never_compile, set_compiler, set_intercepting
 from fastentropy.sites.activations import OPERATORS
 
 
@@ -93,7 +93,7 @@ def listening(listener: Listener) -> Iterator[None]:
 
 def _run(operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Let the first listener that takes a call run the operator; run it alone if there is none, or if it is being traced."""
-    if torch.compiler.is_compiling():
+    if is_compiled_here():
         return operator(*args, **kwargs)
     for reference in reversed(_LISTENERS.all):
         listener = reference()
@@ -109,10 +109,17 @@ class FunctionCalls(TorchFunctionMode):
     def __init__(self, listener: Listener) -> None:
         """Prepare to hand functions to `listener`."""
         super().__init__()
+        never_compile(FunctionCalls.__torch_function__.__code__)
         self._listener = listener
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Let the listener run `func`, because it reports the function if it is an activation."""
-        return self._listener.run_function(func, args, kwargs or {})
+        if is_dynamo_compiling():
+            return func(*args, **(kwargs or {}))
+        compiler = set_compiler(None)
+        try:
+            return self._listener.run_function(func, args, kwargs or {})
+        finally:
+            set_compiler(compiler)

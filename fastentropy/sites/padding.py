@@ -3,6 +3,7 @@
 import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -90,6 +91,11 @@ def tells_of_padding(mask: Tensor) -> bool:
     return mask.device.type == "cpu" and not bool((mask != 0).all())
 
 
+def same_shape(first: Tensor | None, second: Tensor | None) -> bool:
+    """Return whether two masks have the same shape, or there is neither."""
+    return first is second is None or (first is not None and second is not None and first.shape == second.shape)
+
+
 def find_tokens(mask: Tensor | None, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
     """Return the tensor of a call whose positions a padding mask is about, or None if there is none.
 
@@ -126,40 +132,52 @@ def positions_to_count(
         bool, with the shape of `x` without its channel axis (if it has one), on the device of `x`. None if there is no mask, or
             if it does not fit `x`.
     """
+    shape = list(x.shape)
+    token_axes = None if is_token is None else axes_of_mask(is_token.shape, shape, channel_axis, token_axes)
     if is_token is None or token_axes is None:
         return None
-    shape = list(x.shape)
-    if token_axes == BY_SHAPE:
-        found = _axes_by_shape(is_token, shape, channel_axis)
-        if found is None:
-            return None
-        token_axes = found
     batch, tokens = token_axes
-    if max(batch, tokens) >= len(shape) or channel_axis in token_axes:
-        return None
-    sizes = [is_token.numel()] if batch == tokens else [shape[batch], shape[tokens]]
-    if sizes != ([shape[batch]] if batch == tokens else list(is_token.shape)):
-        return None
     positions = is_token.to(x.device)
     if batch == tokens:
         positions = positions.flatten()
     elif batch > tokens:
         positions = positions.t()
     kept = [axis for axis in range(len(shape)) if axis != channel_axis]
-    if len(kept) == len(sizes):
+    if len(kept) == positions.ndim:
         return positions
     alone = [shape[axis] if axis in token_axes else 1 for axis in kept]
     return positions.reshape(alone).expand([shape[axis] for axis in kept]).contiguous()
 
 
-def _axes_by_shape(is_token: Tensor, shape: Sequence[int], channel_axis: int | None) -> TokenAxes | None:
+def axes_of_mask(
+    mask_shape: Sequence[int], shape: Sequence[int], channel_axis: int | None, token_axes: TokenAxes | None
+) -> TokenAxes | None:
+    """Return the axes of an input along which the positions of a mask lie; None if the mask does not fit.
+
+    Args:
+        mask_shape: the shape of the mask, [batch, tokens].
+        shape: the shape of the input.
+        channel_axis: as for `positions_to_count`.
+        token_axes: as for `positions_to_count`.
+    """
+    if token_axes == BY_SHAPE:
+        token_axes = _axes_by_shape(mask_shape, shape, channel_axis)
+    if token_axes is None or max(token_axes) >= len(shape) or channel_axis in token_axes:
+        return None
+    batch, tokens = token_axes
+    if batch == tokens:
+        return token_axes if shape[batch] == prod(mask_shape) else None
+    return token_axes if [shape[batch], shape[tokens]] == list(mask_shape) else None
+
+
+def _axes_by_shape(mask_shape: Sequence[int], shape: Sequence[int], channel_axis: int | None) -> TokenAxes | None:
     """Return the axes of a tensor whose sizes are those of a mask; None if there are none. The neurons are behind them."""
     positions = list(shape) if channel_axis is None else list(shape[:-1])
     if channel_axis not in (None, len(shape) - 1):
         return None
-    if positions == list(is_token.shape):
+    if positions == list(mask_shape):
         return TokenAxes(0, 1)
-    return TokenAxes(0, 0) if positions == [is_token.numel()] else None
+    return TokenAxes(0, 0) if positions == [prod(mask_shape)] else None
 
 
 #: Arguments with such names hold something about the tokens, not the tokens themselves.

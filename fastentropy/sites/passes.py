@@ -61,13 +61,16 @@ class Produced:
 class Pass(Generic[P]):
     """A forward pass in one thread: the outermost call of the model, or of a part of it."""
 
+    entry: str  # the path of the module that is called from outside
     observed: P  # the value that the observer's begin_pass returned
     tracker: AxisTracker | None  # None if operators are not followed in this pass
     produced: Produced
     names: PassNames = field(default_factory=PassNames)
     owners: list[str] = field(default_factory=list)  # paths of the modules whose forwards are running, outermost first
     is_token: Tensor | None = None  # the padding mask that applies, bool [batch, tokens]
+    given_mask: Any = None  # the argument that it comes from
     inside_activation: bool = False  # whether an activation is running
+    learns_masks: bool = False  # whether compiled code runs as it is, to find out which mask applies where
     is_compiled: bool = False  # whether it runs functions of torch.compile, as they are or compiled
 
 

@@ -13,14 +13,14 @@ from fastentropy._compat import in_backward, is_traced, path_when_uncompiled
 from fastentropy.sites import interception
 from fastentropy.sites.activations import called_name, has_registered_functions
 from fastentropy.sites.channel_axis import AxisTracker
-from fastentropy.sites.compiled_calls import set_caller
+from fastentropy.sites.compiled_calls import add_caller, remove_caller, set_caller
 from fastentropy.sites.fast_paths import without_fast_path
 from fastentropy.sites.graph_sites import GraphCaller
 from fastentropy.sites.interception import Interception
 from fastentropy.sites.modules import ACTIVATION, CONTAINER, LAYER, NEUTRAL, WatchedModules, is_scripted_activation
 from fastentropy.sites.observer import Observer
 from fastentropy.sites.operators import FunctionCalls, begin_listening, end_listening, keep_listening, listening
-from fastentropy.sites.padding import Mask, MaskArgument, find_tokens, tells_of_padding, token_mask
+from fastentropy.sites.padding import Mask, MaskArgument, find_tokens, same_shape, tells_of_padding, token_mask
 from fastentropy.sites.passes import Pass, Produced, ThreadState
 from fastentropy.sites.registry import Misfits, SiteRegistry
 from fastentropy.sites.reporter import CallReporter, calling_frame, is_countable
@@ -100,12 +100,14 @@ class SiteWatcher(Generic[P]):
         self._graphs.forget()
         self._interception.attach(self._model, self.modules.kinds)
         self._attachment = object()
+        add_caller(self._graphs)
         begin_listening(self)
 
     def detach(self) -> None:
         """Leave the model as it was before `attach`."""
         self._attachment = None
         self._interception.detach()
+        remove_caller(self._graphs)
         end_listening()
 
     @property
@@ -247,7 +249,7 @@ class SiteWatcher(Generic[P]):
         """
         thread = self._thread
         tracker = None if entry in self._entries else self._tracker()
-        current = Pass(self._observer.begin_pass(), tracker, produced)
+        current = Pass(entry, self._observer.begin_pass(), tracker, produced)
         attachment, completed, caller = self._attachment, False, set_caller(self._graphs)
         try:
             thread.current = current
@@ -261,6 +263,7 @@ class SiteWatcher(Generic[P]):
             completed = attachment is self._attachment  # else the watcher was detached meanwhile, and has seen a part only
         finally:
             set_caller(caller)
+            self._graphs.end_pass(current, completed)
             thread.current = None
             if completed:
                 self._entries.add(entry)
@@ -288,24 +291,24 @@ class SiteWatcher(Generic[P]):
 
         Meanwhile calls of functions are named after the container, and the padding mask that it was given applies.
         """
-        is_token = current.is_token
+        is_token, given_mask = current.is_token, current.given_mask
         followed = None if current.tracker is None else current.tracker.followed
         argument = self.modules.mask_arguments.get(name)
         if argument is not None or (callable(self._mask) and not current.owners):
-            self._apply_mask(current, argument, args, kwargs)
+            self._apply_mask(current, name, argument, args, kwargs)
         current.owners.append(name)
         try:
             y = original(module, *args, **kwargs)
         finally:
             current.owners.pop()
-            current.is_token = is_token
+            current.is_token, current.given_mask = is_token, given_mask
             if current.tracker is not None:
                 current.tracker.followed = followed
         current.produced.set(name, module, y)
         return y
 
     def _apply_mask(
-        self, current: Pass[P], argument: MaskArgument | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, current: Pass[P], name: str, argument: MaskArgument | None, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         """Let the padding mask of a call apply, which is given as an argument or by the user's function.
 
@@ -321,7 +324,10 @@ class SiteWatcher(Generic[P]):
                 self._warn_of_mask(mask)
             return
         if given:
-            current.is_token = token_mask(local_tensor(mask), args, kwargs)
+            is_token = token_mask(local_tensor(mask), args, kwargs)
+            if mask is not current.given_mask or not same_shape(is_token, current.is_token):
+                self._graphs.has_own_mask.add(name)
+            current.is_token, current.given_mask = is_token, mask
             if current.is_token is None and isinstance(mask, Tensor) and tells_of_padding(mask):
                 self._warn_of_mask(mask)
         if current.tracker is None or (mask is None and current.owners and current.tracker.followed is not None):

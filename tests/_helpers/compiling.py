@@ -1,11 +1,15 @@
-"""Backends of torch.compile that note what they compile, and models to be compiled."""
+"""Backends of torch.compile that note what they compile, models to be compiled, and what is collected on them in eager mode."""
 
-from collections.abc import Callable
+import copy
+import warnings
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+import fastentropy as fe
 
 
 class NotingBackend:
@@ -53,3 +57,28 @@ class Blocks(nn.Module):
         for layer in self.layers:
             x = layer(x)
         return self.end(self.back(self.end(self.head(x))))
+
+
+def eagerly(model: nn.Module, *inputs: Tensor, state: Mapping[str, Any] | None = None, **options: Any) -> fe.Statistics:
+    """Return the statistics that are collected on a copy of a model that is not compiled, with the weights in `state`."""
+    plain = copy.deepcopy(model)
+    if state is not None:
+        plain.load_state_dict(state)
+    with warnings.catch_warnings(), torch.no_grad(), fe.collect(plain, **options) as collector:
+        warnings.filterwarnings("ignore", ".*fe.isolate")
+        for x in inputs:
+            plain(x)
+    return collector.compute()
+
+
+def assert_same(statistics: fe.Statistics, expected: fe.Statistics) -> None:
+    """Assert that two statistics have the same sites in the same order, and the same counts."""
+    assert list(statistics) == list(expected)
+    for name, site in expected.items():
+        assert torch.equal(statistics[name].counts, site.counts), name
+        assert (statistics[name].activation, statistics[name].nan) == (site.activation, site.nan), name
+
+
+def batches(*sizes: int) -> list[Tensor]:
+    """Return random inputs of `Blocks` with these batch sizes."""
+    return [torch.randn(size, 5, 8) for size in sizes]

@@ -1,6 +1,6 @@
 """The backend of torch.compile that counts: it changes each graph before the backend of the user compiles it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, fx
@@ -9,12 +9,13 @@ from fastentropy._compat import (
     Backend,
     UncountableGraphError,
     for_counting,
-    is_fake,
+    is_compiling_here,
     own_graph,
     without_functions_of_modes,
     without_intercepting,
 )
 from fastentropy.collector.compiled.instrumentation import add_counts
+from fastentropy.collector.compiled.masks import MaskInput
 from fastentropy.collector.counters import Counters
 from fastentropy.sites.compiled_calls import current_caller
 from fastentropy.sites.graphs import GraphReader, GraphSites
@@ -27,20 +28,22 @@ class CountingBackend:
 
     """
 
-    def __init__(self, inner: Backend, options: object) -> None:
+    def __init__(self, inner: Backend, options: object, has_mask: bool) -> None:
         """Begin without graphs.
 
         Args:
             inner: the backend of the user.
             options: the options of the collector that the graphs depend on.
+            has_mask: whether it counts passes with padding masks.
         """
-        self._inner, self._options = inner, options
+        self._inner, self._options, self._has_mask = inner, options, has_mask
         self._axes: dict[str, int | None] = {}
         self.__name__ = getattr(inner, "__name__", type(inner).__name__)
 
     def is_like(self, inner: Backend, reader: GraphReader) -> bool:
         """Return whether its graphs count what those of a backend for `reader` would."""
-        return (self._inner is inner or self._inner == inner) and self._options == reader.options and reader.agrees(self._axes)
+        is_same = self._options == reader.options and self._has_mask == (reader.mask is not None)
+        return is_same and (self._inner is inner or self._inner == inner) and reader.agrees(self._axes)
 
     def __call__(self, graph_module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         """Compile a graph of Dynamo. The function that is returned has the outputs of the graph as it was.
@@ -53,15 +56,15 @@ class CountingBackend:
         calls, sites = ([], GraphSites((), None)) if reader is None else reader.read(counting)
         if not calls:
             return _without_counts(self._inner(graph_module, inputs), sites)
-        add_counts(counting, calls)
+        masks, values = add_counts(counting, calls)
         self._axes.update((call.site.name, call.site.channel_axis) for call in calls)
         try:
             with for_counting(any(isinstance(x, Tensor) and x.is_cuda for x in inputs)):
-                compiled = self._inner(counting, inputs)
+                compiled = self._inner(counting, [*inputs, *values])
         except Exception as error:
             reason = f"the backend {self.__name__!r} does not compile it with counts ({type(error).__name__}: {error})"
             raise UncountableGraphError(reason) from error
-        return _with_counts(compiled, sites)
+        return _with_counts(compiled, sites, masks)
 
 
 def _without_counts(compiled: Callable[..., Any], sites: GraphSites) -> Callable[..., Any]:
@@ -69,7 +72,7 @@ def _without_counts(compiled: Callable[..., Any], sites: GraphSites) -> Callable
 
     def run(*args: Any) -> Any:
         reader: GraphReader | None = current_caller()
-        if reader is not None:
+        if reader is not None and not is_compiling_here():
             reader.enter(sites)
         with without_intercepting(), without_functions_of_modes():
             return compiled(*args)
@@ -77,17 +80,18 @@ def _without_counts(compiled: Callable[..., Any], sites: GraphSites) -> Callable
     return run
 
 
-def _with_counts(compiled: Callable[..., Any], sites: GraphSites) -> Callable[..., Any]:
+def _with_counts(compiled: Callable[..., Any], sites: GraphSites, masks: Sequence[MaskInput]) -> Callable[..., Any]:
     """Return a function that runs a compiled graph, whose last output is the counts of `sites`."""
 
     def run(*args: Any) -> Any:
-        reader: GraphReader | None = current_caller()
+        reader: GraphReader | None = None if is_compiling_here() else current_caller()  # DDP tries graphs without values
         named = None if reader is None else reader.enter(sites)
+        mask = None if reader is None else reader.mask
         with without_intercepting(), without_functions_of_modes():
-            *outputs, counts = compiled(*args)
-        counters: Counters | None = None if reader is None else reader.observed  # None in a paused pass
-        if named is not None and counters is not None and not is_fake(counts):  # DDP tries graphs out without values
-            counters.add_slots(named, counts)
+            *outputs, counts = compiled(*args, *[each.of(mask, args) for each in masks])
+            counters: Counters | None = None if reader is None else reader.observed  # None in a paused pass
+            if named is not None and counters is not None:
+                counters.add_slots(named, counts)
         return outputs
 
     return run

@@ -8,7 +8,6 @@ from torch import nn
 
 from fastentropy._compat import Backend, Compiler, CompilerWith, UncountableGraphError, backend_of, uncompiled
 from fastentropy.collector.compiled.backend import CountingBackend
-from fastentropy.sites.compiled_calls import run_eagerly
 from fastentropy.sites.graphs import GraphReader
 
 #: The backends that count in the code of a model. A later collector takes the same ones, so nothing is compiled again.
@@ -26,7 +25,7 @@ class CountingCompilers:
             note: a function that is given a sentence about code that runs eagerly.
         """
         self._model, self._note = weakref.ref(uncompiled(model)), note
-        self._compilers: dict[tuple[int, object], tuple[Compiler, CompilerWith]] = {}
+        self._compilers: dict[tuple[int, bool, object], tuple[Compiler, CompilerWith]] = {}
 
     def choose(self, reader: GraphReader, compiler: Compiler) -> Compiler:
         """Return what compiles a function in a pass: `compiler` with a backend that counts. None if the function runs as it is.
@@ -36,15 +35,14 @@ class CountingCompilers:
             compiler: the compiler of the user.
         """
         if isinstance(compiler, CompilerWith):
-            return compiler
-        key = (id(compiler), reader.options)
+            compiler = compiler.original
+        key = (id(compiler), reader.mask is None, reader.options)
         known = self._compilers.get(key)
         if known is not None and known[0] is compiler:
             return known[1]
         inner = backend_of(compiler)
         if inner is None:
             self._note("the stance of torch.compiler compiles nothing anew, so compiled code runs eagerly and is counted there")
-            run_eagerly(compiler)
             return None
         known = self._compilers[key] = compiler, CompilerWith(compiler, self._backend(inner, reader), self._refused)
         return known[1]
@@ -56,7 +54,7 @@ class CountingCompilers:
         for backend in backends:
             if backend.is_like(inner, reader):
                 return backend
-        backends.append(CountingBackend(inner, reader.options))
+        backends.append(CountingBackend(inner, reader.options, reader.mask is not None))
         return backends[-1]
 
     def _refused(self, code: CodeType, error: UncountableGraphError) -> None:

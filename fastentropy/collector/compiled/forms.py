@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: How many values one int32 can count in three packed counters of 10 bits.
+#: The largest number that one of three packed counters of 10 bits can hold.
 _PACKED = 1023
 
 
-def count_as_sums(x: Any, like: Tensor, axis: int) -> Any:
+def count_as_sums(x: Any, like: Tensor, axis: int, is_counted: Any) -> Any:
     """Return the counts of the states of `x`, int64 [neurons, 3], as comparisons and sums in two steps.
 
     The first sum is short (an image row, or the tokens of a sequence), so that a GPU kernel does not have to split it. Up to
@@ -24,12 +24,16 @@ def count_as_sums(x: Any, like: Tensor, axis: int) -> Any:
         x: a proxy of the input in the graph.
         like: the input as the tracer knows it: its shape.
         axis: the axis of the neurons, not negative.
+        is_counted: a proxy of a mask, bool, that is broadcast to the shape of `x`; None if all positions are counted.
     """
     axes = [each for each in range(like.ndim) if each != axis]
+    states = [x < 0, x == 0, x > 0]
+    if is_counted is not None:
+        states = [state & is_counted for state in states]
     if not axes:
-        return torch.stack([x < 0, x == 0, x > 0], 1).to(torch.int64)
+        return torch.stack(states, 1).to(torch.int64)
+    off, zero, on = (state.to(torch.int32) for state in states)
     first = _first_axes(like.shape, axis, axes)
-    off, zero, on = ((x < 0).to(torch.int32), (x == 0).to(torch.int32), (x > 0).to(torch.int32))
     sizes = [like.shape[each] for each in first]
     if all(isinstance(size, int) for size in sizes) and math.prod(sizes) <= _PACKED:
         packed = torch.sum(off + zero * (1 << 10) + on * (1 << 20), first, True, dtype=torch.int32)

@@ -1,8 +1,5 @@
 """Models that torch.compile has compiled as a whole: they are counted inside of their graphs."""
 
-import copy
-import warnings
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,7 +7,7 @@ from torch import nn
 from torch._dynamo.utils import counters as dynamo_counters
 
 import fastentropy as fe
-from tests._helpers.compiling import Blocks, NotingBackend
+from tests._helpers.compiling import Blocks, NotingBackend, assert_same, batches, eagerly
 from tests._helpers.counts import plain_counts
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("error")]  # the first compilation of a process imports for seconds
@@ -20,27 +17,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("error")]  # the firs
 def _without_compiled_code():
     torch._dynamo.reset()
     dynamo_counters.clear()
-
-
-def eagerly(model, *batches, **options):
-    """The statistics that are collected on a copy of the model that is not compiled."""
-    with warnings.catch_warnings(), fe.collect(copy.deepcopy(model), **options) as collector, torch.no_grad():
-        warnings.filterwarnings("ignore", ".*fe.isolate")
-        for batch in batches:
-            collector.update(batch)
-    return collector.compute()
-
-
-def assert_same(statistics, expected):
-    """Assert that two statistics have the same sites in the same order, and the same counts."""
-    assert list(statistics) == list(expected)
-    for name, site in expected.items():
-        assert torch.equal(statistics[name].counts, site.counts), name
-        assert (statistics[name].activation, statistics[name].nan) == (site.activation, site.nan), name
-
-
-def batches(*sizes):
-    return [torch.randn(size, 5, 8) for size in sizes]
 
 
 @pytest.mark.parametrize("attached_to", ["the compiled model", "the model inside", "module.compile()"])
