@@ -2,7 +2,7 @@
 
 import threading
 from bisect import bisect
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -118,6 +118,9 @@ class Counters:
         plans_of_class: the latest one for modules of a class, which further sites share.
         count_plans: the prepared launch of each site, by name, where the kernel only counts.
         latest_count_plan: the latest one, which further sites share.
+        gated_plans: the prepared launch of each site that multiplies as well, by name, and the latest one for modules of a
+            class; None if there is none.
+        deferred: runs an activation that waits to be multiplied; None if none waits.
         unplanned: the shape and strides of inputs for which no launch that counts could be prepared, by name of the site.
         buffers: for each device, its int64 buffers by the index in the layout at which they begin.
         views: the counters of a site on a device, by (name of the site, device).
@@ -132,6 +135,8 @@ class Counters:
         self.plans_of_class: dict[type, SitePlan] = {}
         self.count_plans: dict[str, SiteCountPlan] = {}
         self.latest_count_plan: SiteCountPlan | None = None
+        self.gated_plans: dict[str | type, SitePlan | None] = {}
+        self.deferred: Callable[[], object] | None = None
         self.unplanned: dict[str, tuple[torch.Size, Sequence[int]]] = {}
         self.buffers: dict[torch.device, dict[int, Tensor]] = {}
         self.views: dict[tuple[str, torch.device], SiteCounters] = {}
@@ -289,6 +294,7 @@ class Counters:
         for buffers in self.buffers.values():
             for buffer in buffers.values():
                 buffer.zero_()
+        self.deferred = None
         self.sites.clear()
         self.host_positions.clear()
         self._forget_notes()

@@ -18,6 +18,7 @@ from fastentropy._compat import (
 from fastentropy.collector.compiled.compilers import CountingCompilers
 from fastentropy.collector.counters import Counters, Layout
 from fastentropy.collector.launches import add_positions, count_as_planned, run_fused, run_repeated
+from fastentropy.collector.products import defer
 from fastentropy.collector.site_statistics import SiteStatistics, state_entropy
 from fastentropy.collector.values import UncountableError, is_plain, plain_parts
 from fastentropy.sites.graphs import GraphReader
@@ -73,10 +74,17 @@ class PassCounting:
             call: the call of the activation.
 
         Returns:
-            The output of the activation.
+            The output of the activation. If the caller multiplies it by that of a linear layer, and a kernel computes the
+            product, this is an object that computes the product when it is multiplied.
         """
         if counters is None:
             return call.run()
+        if call.is_factor and (deferred := defer(call, counters, self._run_now)) is not None:
+            return deferred
+        return self._run_now(counters, call)
+
+    def _run_now(self, counters: Counters, call: Call) -> Any:
+        """Run an activation as `run_activation`, and return its output in any case."""
         # A mode of the user and a subclass of Tensor would see what is asked of the tensor, so they are ruled out first.
         if type(call.x) is Tensor and not in_function_mode():
             y = run_fused(call, counters)
@@ -110,6 +118,8 @@ class PassCounting:
         """Add the counters of a completed pass to the total, then clear them for another pass."""
         if counters is None:
             return
+        if completed and counters.deferred is not None:
+            counters.deferred()
         with self._lock, without_modes():
             if completed:
                 counters.flush()

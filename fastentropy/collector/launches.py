@@ -37,7 +37,7 @@ def run_repeated(
     """
     if module is not None and not (x.requires_grad and torch.is_grad_enabled()):
         planned = counters.plans.get(name)
-        if planned is not None and planned.site.activation == activation and _fits(planned, module, x, None):
+        if planned is not None and planned.site.activation == activation and fits(planned, module, x, None):
             return _run_with(planned, counters, x, None)
     counting = counters.count_plans.get(name)
     if counting is None or counting.site.activation != activation or not counting.plan.fits(x):
@@ -48,7 +48,7 @@ def run_repeated(
 
 def run_fused(call: Call, counters: Counters) -> Tensor | None:
     """Run an activation with a kernel that also counts its input, and return its output. None if no kernel can."""
-    site, x, is_token, module, _, _, token_axes = call
+    site, x, is_token, module, _, _, token_axes, _ = call
     if module is None or site.channel_axis is None or (x.requires_grad and torch.is_grad_enabled()):
         return None
     mask = None
@@ -57,7 +57,7 @@ def run_fused(call: Call, counters: Counters) -> Tensor | None:
             return None
         mask = positions_to_count(is_token, x, site.channel_axis, token_axes)
     planned = counters.plans.get(site.name)
-    if planned is None or planned.site.channel_axis != site.channel_axis or not _fits(planned, module, x, mask):
+    if planned is None or planned.site.channel_axis != site.channel_axis or not fits(planned, module, x, mask):
         planned = _shared_plan(counters, site, module, x, mask)
     if planned is not None:
         return _run_with(planned, counters, x, mask)
@@ -135,20 +135,20 @@ def _count_with(planned: SiteCountPlan, counters: Counters, x: Tensor) -> None:
         counters.add_positions(planned.site, planned.positions)
 
 
-def _fits(planned: SitePlan, module: nn.Module, x: Tensor, mask: Tensor | None) -> bool:
+def fits(planned: SitePlan, module: nn.Module, x: Tensor, mask: Tensor | None, gate: Tensor | None = None) -> bool:
     """Return whether a plan still does the same as running the activation: whether nothing that made it has changed."""
     return (
         planned.fused.is_of(module)
         and runs_only_forward(module)
         and not (planned.fused.activation == "softplus" and _casts(x))
-        and planned.plan.fits(x, mask)
+        and planned.plan.fits(x, mask, gate)
     )
 
 
 def _shared_plan(counters: Counters, site: Site, module: nn.Module, x: Tensor, mask: Tensor | None) -> SitePlan | None:
     """Return a plan for a site that shares the launch of another site, whose inputs are alike; None if there is none."""
     other = counters.plans_of_class.get(type(module))
-    if other is None or other.site.channel_axis != site.channel_axis or not _fits(other, module, x, mask):
+    if other is None or other.site.channel_axis != site.channel_axis or not fits(other, module, x, mask):
         return None
     counter = counters.of(site, x.device)
     if not other.plan.adds_to(counter.buffer, counter.offset):

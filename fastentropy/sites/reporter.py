@@ -26,6 +26,7 @@ from fastentropy.sites.modules import WatchedModules
 from fastentropy.sites.naming import CallNames, Key, Places
 from fastentropy.sites.observer import NOT_RUN, Observer
 from fastentropy.sites.passes import Pass
+from fastentropy.sites.products import Products, is_plain
 from fastentropy.sites.registry import SiteRegistry
 from fastentropy.sites.site import Call
 
@@ -54,6 +55,7 @@ class CallReporter(Generic[P]):
         """Report calls of a model's `modules` to `observer`."""
         self._modules, self._registry, self._observer = modules, registry, observer
         self.names, self.places = CallNames(), Places()
+        self._products = Products()
         self._fused: dict[nn.Module, FusedActivation | None] = {}
 
     def run_module(
@@ -86,11 +88,20 @@ class CallReporter(Generic[P]):
         if has_pre_hooks(module):
             y = self._run_after_hooks(current, key, module, run)
         elif is_countable(x := args[0] if args else _input(args, kwargs)):
-            y = self._report(current, key, self._modules.activations[path], x, run, module)
+            is_factor = self._is_factor(current, caller, module)
+            y = self._report(current, key, self._modules.activations[path], x, run, module, is_factor=is_factor)
         else:
             return original(module, *args, **kwargs)
         current.produced.set(path, module, y)
         return y
+
+    def _is_factor(self, current: Pass[P], caller: FrameType, module: nn.Module) -> bool:
+        """Return whether the output of an activation module is only multiplied by that of a linear layer, which runs next."""
+        product = self._products.find(caller)
+        if product is None or current.tracker is not None or not current.owners:
+            return False
+        owner = self._modules.kinds.get(current.owners[-1])
+        return owner is not None and is_plain(product, caller.f_code, owner[0], module)
 
     def _run_after_hooks(self, current: Pass[P], key: Key, module: nn.Module, run: Callable[[], Any]) -> Any:
         """Run an activation module whose hooks may change its input. A further hook, the last one, reports what they return."""
@@ -150,6 +161,7 @@ class CallReporter(Generic[P]):
         module: nn.Module | None = None,
         function: str = "",
         operator: Any = None,
+        is_factor: bool = False,
     ) -> Any:
         """Find the site of an activation call, let the observer run the call, and return its output.
 
@@ -162,15 +174,16 @@ class CallReporter(Generic[P]):
             module: the activation module, or None if a function is called.
             function: the name of the function; empty if a module is called.
             operator: the function, or the operator that it calls; None if a module is called.
+            is_factor: whether the output is only multiplied by that of a linear layer, which runs next.
         """
         name = self.names.name(key, current.names)
         before, current.inside_activation = current.inside_activation, True
         try:
-            if current.tracker is None and current.is_token is None:
+            if current.tracker is None and current.is_token is None and not is_factor:
                 y = self._observer.run_repeated(current.observed, name, activation, x, module, run)
                 if y is not NOT_RUN:
                     return y
-            return self._run_resolved(current, name, key[0], activation, x, run, module, function, operator)
+            return self._run_resolved(current, name, key[0], activation, x, run, module, function, operator, is_factor)
         finally:
             current.inside_activation = before
 
@@ -185,6 +198,7 @@ class CallReporter(Generic[P]):
         module: nn.Module | None,
         function: str,
         operator: Any,
+        is_factor: bool,
     ) -> Any:
         """Look the site of an activation call up, and let the observer run the call. The arguments are those of `_report`.
 
@@ -209,7 +223,7 @@ class CallReporter(Generic[P]):
         if is_token is not None:
             is_token = self._registry.tokens_here(is_token, site, local)
             token_axes = self._registry.token_axes(site, local)
-        call = Call._make((site, x, is_token, module, function, run, token_axes))  # faster than Call(…)
+        call = Call._make((site, x, is_token, module, function, run, token_axes, is_factor))  # faster than Call(…)
         if current.tracker is None:
             return self._observer.run_activation(current.observed, call)
         count = partial(self._observer.run_activation, current.observed, call)

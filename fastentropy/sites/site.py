@@ -47,3 +47,4 @@ class Call(NamedTuple):
     function: str  # the name of the function; empty if a module is called
     run: Callable[[], Any]  # runs the activation and returns its output
     token_axes: TokenAxes | None = BY_SHAPE  # where the positions of `is_token` lie in x; None if x has none of them
+    is_factor: bool = False  # whether the output is only multiplied by that of a linear layer, which runs next (see `products`)

@@ -271,3 +271,22 @@ def test_no_plan_where_the_product_is_not_fused():
         assert (plan is None) == (dtype != torch.float32)
     for gate in (torch.randn(6, 4).t(), torch.randn(4, 12)[:, ::2]):
         assert plan_activation_states(x, counts, "silu", gate=gate) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+@pytest.mark.parametrize("dtype", INTEGER, ids=str)
+@pytest.mark.parametrize(("shape", "axis"), [((8, 64, 128), 2), ((2, 37, 3, 5), 1)], ids=str)
+def test_plan_multiplies_on_a_gpu(shape, axis, dtype, masked):
+    counts = zero_counts(shape[axis]).cuda()
+    expected, plan = counts.clone(), None
+    for seed in range(3):
+        x, gate = (tensor.cuda() for tensor in apart(shape, dtype, seed))
+        mask = torch.rand((*shape[:axis], *shape[axis + 1 :]), device="cuda") < 0.7 if masked else None
+        plan = plan or plan_activation_states(x, counts, "silu", channel_axis=axis, mask=mask, gate=gate)
+        assert plan.fits(x, mask, gate)
+        y = plan(x, mask, gate=gate)
+        alone = activation_states(x, expected, "silu", channel_axis=axis, mask=mask, impl="triton")
+        assert torch.equal(bits(y), bits(alone * gate))
+        assert torch.equal(counts, expected)
