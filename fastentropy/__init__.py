@@ -6,6 +6,7 @@ operators. README.md has an example of each.
 
 from fastentropy.collector.api import collect
 from fastentropy.collector.collector import EntropyCollector
+from fastentropy.collector.exported import instrument, statistics_of
 from fastentropy.collector.site_statistics import SiteStatistics
 from fastentropy.collector.statistics import Statistics
 from fastentropy.fusion import FusedModel, FusionReport, fuse, load
@@ -29,9 +30,11 @@ __all__ = [
     "collect",
     "find_sites",
     "fuse",
+    "instrument",
     "isolate",
     "linearize",
     "load",
     "prune",
     "register_activation",
+    "statistics_of",
 ]

@@ -13,6 +13,7 @@ try:
     from torch.utils._pytree import tree_flatten_with_path as tree_flatten_with_path
     from torch.utils._pytree import tree_leaves as tree_leaves
     from torch.utils._pytree import tree_map as tree_map
+    from torch.utils._pytree import tree_structure as tree_structure
     from torch.utils._pytree import tree_unflatten as tree_unflatten
 except ImportError as error:
     raise ImportError(f"fastentropy does not work with PyTorch {torch.__version__}: {error}") from error

@@ -196,7 +196,12 @@ def activation_name(module: nn.Module) -> str | None:
 
     A module of an unknown class has the name of the nearest known ancestor of its class.
     """
-    return next((_MODULES[name] for kind in type(module).__mro__ if (name := _full_name(kind)) in _MODULES), None)
+    return class_activation(type(module))
+
+
+def class_activation(kind: type) -> str | None:
+    """Return the name of the activation of a class of modules, or of its nearest known ancestor; None if there is none."""
+    return next((_MODULES[name] for each in kind.__mro__ if (name := _full_name(each)) in _MODULES), None)
 
 
 def function_name(function: Callable[..., Any]) -> str | None:

@@ -57,6 +57,7 @@ SIGNATURES = {
         "collect": f"(model, {COLLECT})",
         "find_sites": "(model, example_inputs)",
         "fuse": f"(model, example_inputs, *, {FUSE})",
+        "instrument": "(program, *, channel_axis=None, exclude=())",
         "isolate": "(model, example_inputs)",
         "linearize": "(model, names)",
         "load": "(path)",
@@ -65,6 +66,7 @@ SIGNATURES = {
         "max_latency_ms=None, collapse=None, statistics=None, checkpoint_dir=None, measure=None, "
         "on_step=None)",
         "register_activation": "(activation, name)",
+        "statistics_of": "(counts)",
     },
     "fastentropy_kernels": {
         "ActivationPlan": "(x, counts, arranged, request, inplace)",
