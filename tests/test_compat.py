@@ -527,7 +527,7 @@ GONE = [
     (torch._C, "_dispatch_key_parse", interception._intercepted_key.__wrapped__),
     (torch._C, "DispatchKeySet", interception._intercepted_keys.__wrapped__),
     (torch._C, "_dispatch_tls_set_dispatch_key_included", lambda: _compat.set_intercepting(False)),
-    (torch._C, "_ExcludeDispatchKeyGuard", lambda: _compat.without_intercepting()),
+    (torch._C, "_ExcludeDispatchKeyGuard", interception._guard_without_key.__wrapped__),
     (torch.nn.modules.module, "_global_forward_pre_hooks", lambda: _compat.has_pre_hooks(nn.ReLU())),
     (torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda: _compat.composite_kernel(torch.ops.aten.relu.default)),
 ]
@@ -561,7 +561,9 @@ def test_an_attribute_that_is_gone_is_an_error(name):
         ATTRIBUTES[name](SimpleNamespace())
 
 
-@pytest.mark.parametrize("name", ["tree_leaves", "tree_map", "tree_unflatten", "tree_flatten_with_path", "keystr"])
+@pytest.mark.parametrize(
+    "name", ["tree_leaves", "tree_map", "tree_structure", "tree_unflatten", "tree_flatten_with_path", "keystr"]
+)
 def test_functions_for_nested_values_that_are_gone(name):
     program = f"import torch.utils._pytree as pytree; del pytree.{name}; import fastentropy"
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
