@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, cast
 from torch import nn
 from torch.compiler import is_dynamo_compiling
 from torch.nn.modules.module import register_module_module_registration_hook
+from torch.utils.hooks import RemovableHandle
 
 from fastentropy._compat import (
     Compiler,
@@ -172,7 +173,7 @@ class _Table:
                 never_compile(*(function.__code__ for function in _OURS))
                 self.wrapper = wrapper_class()
                 in_place.callback(choose_compilers(choose_compiler))
-                in_place.callback(register_module_module_registration_hook(_tell_of_module).remove)
+                in_place.callback(_hook_registrations().remove)
                 self.original = module_call()
                 functools.update_wrapper(_intercepted_call, self.original)
                 replace_module_call(_intercepted_call)
@@ -301,6 +302,21 @@ def calling_frame() -> FrameType:
     while id(frame.f_code) in _BETWEEN and frame.f_back is not None:
         frame = frame.f_back
     return frame
+
+
+@functools.cache
+def _registration_handle() -> RemovableHandle:
+    """Register the hook that is told of modules, and return its handle."""
+    return register_module_module_registration_hook(_tell_of_module)
+
+
+def _hook_registrations() -> RemovableHandle:
+    """Let the hook be told of modules. Its key is always the same, because compiled code that makes modules depends on it."""
+    handle = _registration_handle()
+    hooks = handle.hooks_dict_ref()
+    if hooks is not None:
+        hooks[handle.id] = _tell_of_module
+    return handle
 
 
 def _tell_of_module(owner: nn.Module, attribute: str, module: nn.Module | None) -> None:

@@ -18,7 +18,8 @@ def count_as_sums(x: Any, like: Tensor, axis: int, is_counted: Any) -> Any:
     """Return the counts of the states of `x`, int64 [neurons, 3], as comparisons and sums in two steps.
 
     The first sum is short (an image row, or the tokens of a sequence), so that a GPU kernel does not have to split it. Up to
-    1023 values it adds up three counters of 10 bits in one int32. The second sum is in int64, so the counts are exact.
+    1023 values it adds up three counters of 10 bits in one int32. The second sum is in int64, and so is the first if it may be
+    longer than 2**31, so the counts are exact.
 
     Args:
         x: a proxy of the input in the graph.
@@ -35,11 +36,13 @@ def count_as_sums(x: Any, like: Tensor, axis: int, is_counted: Any) -> Any:
     off, zero, on = (state.to(torch.int32) for state in states)
     first = _first_axes(like.shape, axis, axes)
     sizes = [like.shape[each] for each in first]
-    if all(isinstance(size, int) for size in sizes) and math.prod(sizes) <= _PACKED:
+    length = math.prod(sizes) if all(isinstance(size, int) for size in sizes) else None
+    if length is not None and length <= _PACKED:
         packed = torch.sum(off + zero * (1 << 10) + on * (1 << 20), first, True, dtype=torch.int32)
         parts = [packed & _PACKED, (packed >> 10) & _PACKED, packed >> 20]
     else:
-        parts = [torch.sum(state, first, True, dtype=torch.int32) for state in (off, zero, on)]
+        dtype = torch.int32 if length is not None and length < 2**31 else torch.int64
+        parts = [torch.sum(state, first, True, dtype=dtype) for state in (off, zero, on)]
     return torch.stack([torch.sum(part, axes, dtype=torch.int64) for part in parts], 1)
 
 

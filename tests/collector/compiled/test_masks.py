@@ -11,7 +11,7 @@ from torch import nn
 import fastentropy as fe
 from tests._helpers.compiling import Block, NotingBackend, assert_same
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("error")]
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("error::UserWarning")]
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ from torch._dynamo.utils import counters as dynamo_counters
 import fastentropy as fe
 from tests._helpers.compiling import Block, Blocks, NotingBackend, assert_same, batches, eagerly
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("error")]
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("error::UserWarning")]
 
 
 @pytest.fixture(autouse=True)

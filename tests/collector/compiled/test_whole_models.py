@@ -10,7 +10,10 @@ import fastentropy as fe
 from tests._helpers.compiling import Blocks, NotingBackend, assert_same, batches, eagerly
 from tests._helpers.counts import plain_counts
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("error")]  # the first compilation of a process imports for seconds
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("error::UserWarning"),
+]  # the first compilation of a process imports for seconds
 
 
 @pytest.fixture(autouse=True)
@@ -163,3 +166,26 @@ def test_batch_averages():
             compiled(x)
     expected = eagerly(model, *inputs, average="batch")
     assert collector.compute().layer_entropy() == expected.layer_entropy()
+
+
+class WithRowSums(nn.Module):
+    """A sum over rows beside the activation, with which Inductor may join the sums over columns."""
+
+    def forward(self, x):
+        x = x * 2
+        return F.relu(x), x.sum(-1), x
+
+
+@pytest.mark.parametrize("shape", [(40961, 129), (2**24 + 37, 1), (3, 2**22 + 5, 2)])
+def test_long_sums_are_exact(shape):
+    model, x = WithRowSums(), torch.randn(1, 1).expand(shape).clone()
+    x[-3:] = 0
+    x[0] = float("nan")
+    compiled = torch.compile(model, fullgraph=True, dynamic=False)
+    with torch.no_grad(), fe.collect(compiled, channel_axis={"relu": len(shape) - 1}) as collector:
+        collector.update(torch.ones(1, *shape[1:]))
+        collector.reset()
+        read = collector.update(x)[2]
+    site = collector.compute()["relu"]
+    assert torch.equal(site.counts, plain_counts(read, len(shape) - 1))
+    assert site.nan == shape[-1] * (shape[1] if len(shape) == 3 else 1)
