@@ -30,11 +30,13 @@ class Overhead:
         return statistics.median(self._ratios) if self._ratios else None
 
     def run(self, forward: Callable[[], object]) -> None:
-        """Run a batch by calling `forward`, once or twice. In either case its activations are counted once."""
+        """Run a batch by calling `forward`, once or several times. In any case its activations are counted once."""
         self._batches += 1
         if self._batches not in RUN_TWICE and self._batches % RUN_TWICE[-1]:
             forward()
             return
+        if not self.samples:
+            self._plain(forward)  # code of torch.compile is compiled once more without counting
         if self.samples % 2:  # the order alternates
             counted, plain = measure_seconds(forward), self._plain(forward)
         else:

@@ -15,6 +15,7 @@ import torch
 
 from fastentropy._utils.files import remove_leftovers, save_json
 from fastentropy._utils.machine import describe_machine
+from fastentropy.calibration.compiling import compile_layers
 from fastentropy.calibration.data.batching import ImageBatches, TextBatches
 from fastentropy.calibration.data.corpus import Corpus, open_corpus
 from fastentropy.calibration.engine import Calibration, Display, Outcome
@@ -45,6 +46,7 @@ class Options:
         device_map: how the accelerate library spreads the model over several devices; None for `device` alone.
         mask: the name of the model's argument that holds the padding mask; None counts padding too.
         checkpoint_every: how many chunks (pieces of the data) each rank reads between two checkpoints.
+        compile: whether the repeated layers of the model are compiled, and counted inside of their graphs.
     """
 
     model: str
@@ -59,6 +61,7 @@ class Options:
     device_map: str | None = None
     mask: str | None = "attention_mask"
     checkpoint_every: int = 8
+    compile: bool = False
 
     def __post_init__(self) -> None:
         """Raise ValueError if a value is out of range."""
@@ -166,6 +169,8 @@ def _load(options: Options, kind: str, ranks: Ranks) -> Pretrained:
         raise ValueError(f"--max-length {options.max_length} is more than {options.model} takes; set {limit} or less")
     if kind == "text" and options.mask is not None and not pretrained.takes_argument(options.mask):
         raise ValueError(f"--mask {options.mask}: no module of {options.model} takes an argument of that name")
+    if options.compile:
+        compile_layers(pretrained.model)
     return pretrained
 
 
@@ -196,6 +201,7 @@ def _settings(options: Options, pretrained: Pretrained, corpus: Corpus) -> dict[
         **(of_text if corpus.kind == "text" else {}),
         "max tokens": options.max_tokens,
         "dtype": str(pretrained.dtype).removeprefix("torch."),
+        "compile": options.compile,
     }
 
 

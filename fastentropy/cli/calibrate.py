@@ -49,6 +49,10 @@ def calibrate(
     checkpoint_every: Annotated[
         int, typer.Option(min=1, help="Chunks that a rank reads between checkpoints: 256 KB of text, or 256 rows of a table.")
     ] = 8,
+    compile_model: Annotated[
+        bool,
+        typer.Option("--compile", help="Compile the repeated layers with torch.compile, and count inside. [default: off]"),
+    ] = False,
     output: Annotated[
         Path | None, typer.Option(help="Folder to write the run to. [default: runs/calibrate-MODEL-DATA]")
     ] = None,
@@ -73,6 +77,7 @@ def calibrate(
                 device_map=device_map,
                 mask=None if mask == "none" else mask,
                 checkpoint_every=checkpoint_every,
+                compile=compile_model,
             )
         )
         folder = output or options.default_folder

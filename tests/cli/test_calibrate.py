@@ -1,5 +1,6 @@
 """`fastentropy calibrate`: what it prints, and one line for every error that the user can fix."""
 
+import functools
 import json
 import os
 import pickle
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 
 import fastentropy as fe
 from fastentropy.calibration import run
+from fastentropy.calibration.compiling import compile_layers
 from fastentropy.calibration.pretrained import Pretrained
 from fastentropy.cli import app
 from tests.calibration import cases
@@ -72,6 +74,21 @@ def finished(place, tmp_path_factory):
     result = calibrate(place / "llama", place / "texts", folder, "--max-length", 16)
     assert result.exit_code == 0, result.output
     return folder, result
+
+
+@pytest.mark.slow
+def test_compiled_layers_count_the_same(place, finished, output, monkeypatch):
+    monkeypatch.setattr(run, "compile_layers", functools.partial(compile_layers, backend="aot_eager"))
+    result = calibrate(place / "llama", place / "texts", output, "--max-length", 16, "--compile")
+    assert result.exit_code == 0, result.output
+    expected, actual = (fe.Statistics.load(folder / "statistics.safetensors") for folder in (finished[0], output))
+    assert list(actual) == list(expected)
+    for name, site in expected.items():
+        assert torch.equal(actual[name].counts, site.counts)
+    assert not actual.notes
+    summary = json.loads((output / "summary.json").read_text())
+    assert summary["settings"]["compile"]
+    torch.compiler.reset()
 
 
 def test_table_and_outcome_are_printed(finished):
