@@ -245,7 +245,8 @@ class Calibration:
         """Run the model on a batch while its activations are counted, and add the batch to the totals of this rank."""
         inputs = self._on_device(batch)
         try:
-            self._overhead.run(lambda: self._pretrained.forward(inputs))
+            shape = tuple(value.shape for value in inputs.values())
+            self._overhead.run(lambda: self._pretrained.forward(inputs), shape)
         except RuntimeError as error:  # out of memory, or an activation that cannot be followed
             raise ValueError(f"{self._pretrained.name} failed on a batch: {one_line(error)}") from error
         self._tally.add(batch)

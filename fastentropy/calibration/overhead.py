@@ -2,7 +2,7 @@
 
 import statistics
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 from fastentropy._utils.timing import measure_seconds
 from fastentropy.collector.collector import EntropyCollector
@@ -10,6 +10,8 @@ from fastentropy.collector.collector import EntropyCollector
 #: The numbers, counted from 1, of the first batches that a rank runs twice. After them, it runs every multiple of the last one
 #: twice. The earliest batches are not measured, because kernels are compiled during them.
 RUN_TWICE = (4, 8, 16, 32, 64)
+#: How many shapes of batches torch.compile meets until it compiles for no other. The first batch of each is not measured.
+COMPILED_SHAPES = 3
 #: How many of the latest ratios are kept. The overhead is their median.
 MAX_RATIOS = 1001
 
@@ -19,7 +21,7 @@ class Overhead:
 
     def __init__(self, collector: EntropyCollector) -> None:
         """Measure the overhead of a collector, which is attached to the model whenever `run` is called."""
-        self._collector, self._batches = collector, 0
+        self._collector, self._batches, self._shapes = collector, 0, set[Hashable]()
         self._ratios: deque[float] = deque(maxlen=MAX_RATIOS)
         #: The number of batches that were run twice, and the seconds that their runs without the collector took together.
         self.samples, self.plain_seconds = 0, 0.0
@@ -29,10 +31,12 @@ class Overhead:
         """The median of the time of a batch with counting divided by its time without; None if no batch was run twice yet."""
         return statistics.median(self._ratios) if self._ratios else None
 
-    def run(self, forward: Callable[[], object]) -> None:
-        """Run a batch by calling `forward`, once or several times. In any case its activations are counted once."""
+    def run(self, forward: Callable[[], object], shape: Hashable = None) -> None:
+        """Run a batch of a shape by calling `forward`, once or several times. In any case its activations are counted once."""
         self._batches += 1
-        if self._batches not in RUN_TWICE and self._batches % RUN_TWICE[-1]:
+        compiles = shape not in self._shapes and len(self._shapes) < COMPILED_SHAPES
+        self._shapes |= {shape} if compiles else set()
+        if compiles or (self._batches not in RUN_TWICE and self._batches % RUN_TWICE[-1]):
             forward()
             return
         if not self.samples:

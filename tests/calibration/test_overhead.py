@@ -34,14 +34,26 @@ def test_batches_run_twice_count_once(model, number):
     assert (measured.plain_seconds > 0) == (number >= RUN_TWICE[0])
 
 
+def test_first_batches_of_a_shape_are_not_measured(model, monkeypatch):
+    monkeypatch.setattr(overhead, "RUN_TWICE", (1,))
+    with fe.collect(model) as collector:
+        measured = Overhead(collector)
+        measured_batches = []
+        for shape in ("a", "a", "b", "a", "b", "c", "d", "c"):
+            before = measured.samples
+            measured.run(lambda: None, shape)
+            measured_batches.append(measured.samples - before)
+    assert measured_batches == [0, 1, 0, 1, 1, 0, 1, 1]  # from the fourth shape on nothing is compiled
+
+
 def test_order_alternates(model, monkeypatch):
-    monkeypatch.setattr(overhead, "RUN_TWICE", (1, 2, 3, 4))
+    monkeypatch.setattr(overhead, "RUN_TWICE", (2, 3, 4, 5))
     order = []
     with fe.collect(model) as collector:
         measured = Overhead(collector)
-        for _ in range(4):
+        for _ in range(5):
             measured.run(lambda: order.append(collector._watcher.is_attached))
-    assert order == [False, *[False, True, True, False] * 2]
+    assert order == [True, False, *[False, True, True, False] * 2]
 
 
 @pytest.mark.parametrize("batch", [1, 4])
@@ -71,6 +83,6 @@ def test_ratio_is_the_median_of_the_last(model, monkeypatch):
         times = {False: iter([50.0, *[1.0] * 7]), True: iter([9.0, 9.0, 1.0, 2.0, 3.0, 4.0, 5.0])}
         monkeypatch.setattr(overhead, "measure_seconds", lambda forward: next(times[collector._watcher.is_attached]))
         measured = Overhead(collector)
-        for _ in range(7):
+        for _ in range(8):
             measured.run(lambda: None)
     assert (measured.ratio, measured.samples, measured.plain_seconds) == (3, 7, 7)
