@@ -7,7 +7,7 @@ a linear layer of PyTorch runs before the product. So both can be computed at on
 import dis
 import inspect
 import sys
-from types import CodeType, FrameType
+from types import CodeType
 from typing import NamedTuple
 
 import torch.nn.functional as F
@@ -31,21 +31,25 @@ class Product(NamedTuple):
     linear: str
 
 
-class Products:
-    """Know the products in the code that calls activations."""
+def product_at(code: CodeType, place: int) -> Product | None:
+    """Return the product of which the call at a place in some code is the first factor; None if there is none.
 
-    def __init__(self) -> None:
-        """Begin with no code known."""
-        # By the identity of a code object, whose hash takes long, and the place in it. The code is kept alive here.
-        self._known: dict[tuple[int, int], tuple[CodeType, Product | None]] = {}
-
-    def find(self, caller: FrameType) -> Product | None:
-        """Return the product of which the call that a stack frame is making is the first factor; None if there is none."""
-        key = id(caller.f_code), caller.f_lasti
-        known = self._known.get(key)
-        if known is None:
-            known = self._known[key] = caller.f_code, _product_at(caller.f_code, caller.f_lasti)
-        return known[1]
+    The instructions decide, not the source, which may have changed since. They must be those of `self.a(v) * self.b(w)` or of
+    `self.a(self.c(v)) * self.b(w)`, where v and w are local variables.
+    """
+    if code.co_flags & (inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR) or not code.co_argcount:
+        return None
+    instructions = [each for each in dis.get_instructions(code) if each.opname not in _SKIPPED]
+    calls = [index for index, each in enumerate(instructions) if each.offset == place]
+    if not calls or not _is_call(instructions[calls[0]]):
+        return None
+    before, after = instructions[: calls[0]], instructions[calls[0] + 1 : calls[0] + 6]
+    argument = 1 if before and before[-1].opname in _LOADS else 4
+    activation = _method(code, before[-argument - 2 : -argument])
+    is_argument = argument == 1 or (_method(code, before[-4:-2]) and before[-2].opname in _LOADS and _is_call(before[-1]))
+    linear = _method(code, after[:2])
+    is_product = len(after) == 5 and after[2].opname in _LOADS and _is_call(after[3]) and _is_multiplication(after[4])
+    return Product(activation, linear) if activation and is_argument and linear and is_product else None
 
 
 def is_plain(product: Product, code: CodeType, owner: nn.Module, module: nn.Module) -> bool:
@@ -75,27 +79,6 @@ def is_plain(product: Product, code: CodeType, owner: nn.Module, module: nn.Modu
         and sys.gettrace() is None
         and sys.getprofile() is None
     )
-
-
-def _product_at(code: CodeType, place: int) -> Product | None:
-    """Return the product of which the call at a place in some code is the first factor; None if there is none.
-
-    The instructions decide, not the source, which may have changed since. They must be those of `self.a(v) * self.b(w)` or of
-    `self.a(self.c(v)) * self.b(w)`, where v and w are local variables.
-    """
-    if code.co_flags & (inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR) or not code.co_argcount:
-        return None
-    instructions = [each for each in dis.get_instructions(code) if each.opname not in _SKIPPED]
-    calls = [index for index, each in enumerate(instructions) if each.offset == place]
-    if not calls or not _is_call(instructions[calls[0]]):
-        return None
-    before, after = instructions[: calls[0]], instructions[calls[0] + 1 : calls[0] + 6]
-    argument = 1 if before and before[-1].opname in _LOADS else 4
-    activation = _method(code, before[-argument - 2 : -argument])
-    is_argument = argument == 1 or (_method(code, before[-4:-2]) and before[-2].opname in _LOADS and _is_call(before[-1]))
-    linear = _method(code, after[:2])
-    is_product = len(after) == 5 and after[2].opname in _LOADS and _is_call(after[3]) and _is_multiplication(after[4])
-    return Product(activation, linear) if activation and is_argument and linear and is_product else None
 
 
 def _method(code: CodeType, instructions: list[dis.Instruction]) -> str | None:

@@ -26,7 +26,7 @@ from fastentropy.sites.modules import WatchedModules
 from fastentropy.sites.naming import CallNames, Key, Places
 from fastentropy.sites.observer import NOT_RUN, Observer
 from fastentropy.sites.passes import Pass
-from fastentropy.sites.products import Products, is_plain
+from fastentropy.sites.products import Product, is_plain, product_at
 from fastentropy.sites.registry import SiteRegistry
 from fastentropy.sites.site import Call
 
@@ -55,7 +55,7 @@ class CallReporter(Generic[P]):
         """Report calls of a model's `modules` to `observer`."""
         self._modules, self._registry, self._observer = modules, registry, observer
         self.names, self.places = CallNames(), Places()
-        self._products = Products()
+        self._products: dict[tuple[int, int], Product | None] = {}  # by the place in the code of their first factor
         self._fused: dict[nn.Module, FusedActivation | None] = {}
 
     def run_module(
@@ -88,17 +88,20 @@ class CallReporter(Generic[P]):
         if has_pre_hooks(module):
             y = self._run_after_hooks(current, key, module, run)
         elif is_countable(x := args[0] if args else _input(args, kwargs)):
-            is_factor = self._is_factor(current, caller, module)
+            place = key[2]
+            if place not in self._products:
+                self._products[place] = product_at(caller.f_code, place[1])
+            product = self._products[place]
+            is_factor = product is not None and self._is_factor(current, product, caller, module)
             y = self._report(current, key, self._modules.activations[path], x, run, module, is_factor=is_factor)
         else:
             return original(module, *args, **kwargs)
         current.produced.set(path, module, y)
         return y
 
-    def _is_factor(self, current: Pass[P], caller: FrameType, module: nn.Module) -> bool:
+    def _is_factor(self, current: Pass[P], product: Product, caller: FrameType, module: nn.Module) -> bool:
         """Return whether the output of an activation module is only multiplied by that of a linear layer, which runs next."""
-        product = self._products.find(caller)
-        if product is None or current.tracker is not None or not current.owners:
+        if current.tracker is not None or not current.owners:
             return False
         owner = self._modules.kinds.get(current.owners[-1])
         return owner is not None and is_plain(product, caller.f_code, owner[0], module)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastentropy.sites.products import Product, Products, is_plain
+from fastentropy.sites.products import Product, is_plain, product_at
 
 
 class Code(nn.Module):
@@ -91,20 +91,12 @@ FOUND = {
 METHODS = [name for name, value in vars(Code).items() if callable(value) or isinstance(value, staticmethod)]
 
 
-class Frame:
-    """A stack frame at a place in some code."""
-
-    def __init__(self, code, place):
-        self.f_code, self.f_lasti = code, place
-
-
 @pytest.mark.skipif(sys.version_info >= (3, 15), reason="other instructions, which are not read as products")
 @pytest.mark.parametrize("name", METHODS)
 def test_products_in_code(name):
-    code, products = getattr(Code, name).__code__, Products()
-    found = [products.find(Frame(code, each.offset)) for each in dis.get_instructions(code)]
+    code = getattr(Code, name).__code__
+    found = [product_at(code, each.offset) for each in dis.get_instructions(code)]
     assert [product for product in found if product] == [Product(*names) for names in FOUND.get(name, [])]
-    assert [products.find(Frame(code, each.offset)) for each in dis.get_instructions(code)] == found
 
 
 class Gated(nn.Module):
