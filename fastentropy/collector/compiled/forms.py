@@ -34,7 +34,7 @@ def count_as_sums(x: Any, like: Tensor, axis: int, is_counted: Any) -> Any:
     if not axes:
         return torch.stack(states, 1).to(torch.int64)
     off, zero, on = (state.to(torch.int32) for state in states)
-    first = _first_axes(like.shape, axis, axes)
+    first = _first_axes(like.shape, axis, axes, like.is_cuda)
     sizes = [like.shape[each] for each in first]
     length = math.prod(sizes) if all(isinstance(size, int) for size in sizes) else None
     if length is not None and length <= _PACKED:
@@ -46,9 +46,13 @@ def count_as_sums(x: Any, like: Tensor, axis: int, is_counted: Any) -> Any:
     return torch.stack([torch.sum(part, axes, dtype=torch.int64) for part in parts], 1)
 
 
-def _first_axes(shape: Sequence[Any], axis: int, axes: list[int]) -> list[int]:
-    """Return the axes of the first sum."""
+def _first_axes(shape: Sequence[Any], axis: int, axes: list[int], is_cuda: bool) -> list[int]:
+    """Return the axes of the first sum: of a small image both, of any other one the rows.
+
+    On a CPU an image is small if the packed counters hold its states, which saves the second sum.
+    """
     if len(shape) == 4 and axis == 1:
         *_, height, width = shape
-        return [2, 3] if isinstance(height, int) and isinstance(width, int) and width < 16 else [3]
+        is_known = isinstance(height, int) and isinstance(width, int)
+        return [2, 3] if is_known and (width < 16 if is_cuda else height * width <= _PACKED) else [3]
     return [each for each in axes if each > axis] or axes[-1:]
