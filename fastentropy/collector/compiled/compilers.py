@@ -13,6 +13,9 @@ from fastentropy.sites.graphs import GraphReader
 #: The backends that count in the code of a model. A later collector takes the same ones, so nothing is compiled again.
 _BACKENDS: "weakref.WeakKeyDictionary[nn.Module, list[CountingBackend]]" = weakref.WeakKeyDictionary()
 
+#: How many compilers a collector keeps. PyTorch makes another one for each call under `set_stance(force_backend=…)`.
+_MOST_COMPILERS = 256
+
 
 class CountingCompilers:
     """The compilers that count in the passes of a collector, each in place of a compiler of the user."""
@@ -44,6 +47,8 @@ class CountingCompilers:
         if inner is None:
             self._note("the stance of torch.compiler compiles nothing anew, so compiled code runs eagerly and is counted there")
             return None
+        if len(self._compilers) == _MOST_COMPILERS:
+            self._compilers.clear()
         known = self._compilers[key] = compiler, CompilerWith(compiler, self._backend(inner, reader), self._refused)
         return known[1]
 
