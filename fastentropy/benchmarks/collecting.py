@@ -25,7 +25,7 @@ from fastentropy.surgery.isolation import copy_sharing_tensors
 
 #: Networks and their default batch sizes, by type of device.
 NETWORKS = {
-    "cpu": {"resnet18": 16, "mobilenet_v2": 16, "vgg16_bn": 16, "swin_t": 16},
+    "cpu": {"resnet18": 16, "mobilenet_v2": 16, "vgg16_bn": 16, "swin_t": 16, "vit_b_16": 4},
     "cuda": {"resnet18": 256, "llama": 8},
 }
 #: The class of models for whose 4-dimensional values the published code takes the neurons from the last axis.
@@ -43,7 +43,10 @@ def collect_cases(device: torch.device, dtypes: Sequence[torch.dtype], sizes: Se
     for name, batch in NETWORKS[device.type].items():
         for dtype in dtypes:
             for size in sizes or [batch]:
-                yield from network_cases(name, _network(name, size, device, dtype), device)
+                network = _network(name, size, device, dtype)
+                yield from network_cases(name, network, device)
+                yield from compiled_cases(name, network)
+                del network
                 gc.collect()  # hooks and their model refer to each other; free the memory for the next one
 
 
@@ -77,6 +80,24 @@ def network_cases(name: str, network: Network, device: torch.device) -> Iterator
         if device.type == "cuda":
             graphs = {procedure: operations[procedure] for procedure in ("plain", "collecting")}
             yield Case(f"{title}, CUDA graphs", graphs, denominator="plain", graphs_on=device)
+
+
+def compiled_cases(name: str, network: Network) -> Iterator[Case]:
+    """Yield the case of one network under torch.compile: plain, while collecting, and with hooks that are compiled too.
+
+    Another operation is the network in eager mode while collecting. The arguments and the iterator are as in `network_cases`.
+    """
+    model, inputs = network
+    title = name_case(name, inputs[0].shape, next(model.parameters()).dtype)
+    with contextlib.ExitStack() as stack:
+        operations = {}
+        for operation, (procedure, is_compiled) in COMPILED.items():
+            run = stack.enter_context(PROCEDURES[procedure](copy_sharing_tensors(model)))
+            operations[operation] = partial(infer, torch.compile(run) if is_compiled else run, inputs)
+        for operation in ("plain", "collecting"):
+            for _ in range(3):  # a collector finds the sites in the first pass, and the second one compiles
+                operations[operation]()
+        yield Case(f"{title}, compiled", operations, denominator="plain", baselines=BASELINES)
 
 
 def _two_passes(model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -179,3 +200,11 @@ PROCEDURES: dict[str, Callable[[nn.Module], AbstractContextManager[Callable[...,
     "histogram observer": _observers,
 }
 BASELINES = frozenset({"PyTorch hooks", "compiled hooks", "histogram observer"})
+
+#: The operations of a compiled case: the name of the procedure, and whether the network is compiled.
+COMPILED = {
+    "plain": ("plain", True),
+    "collecting": ("collecting", True),
+    "collecting, eager": ("collecting", False),
+    "compiled hooks": ("PyTorch hooks", True),
+}

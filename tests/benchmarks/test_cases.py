@@ -1,5 +1,6 @@
 """The cases of `fastentropy bench`: the operations measured side by side do what their names say."""
 
+import functools
 import gc
 import shutil
 import weakref
@@ -218,8 +219,27 @@ def test_memory_of_procedures(residual):
     assert 24 * (6 + 6 + 8) <= peaks["collecting"] - peaks["plain"] < kept / 2
 
 
+def test_compiled_operations_compute_the_same(residual, monkeypatch):
+    model, inputs = residual
+    compile_quickly = functools.partial(torch.compile, backend="aot_eager")
+    monkeypatch.setattr(torch, "compile", compile_quickly)
+    for case in collecting.compiled_cases("residual", residual):
+        assert case.name == "residual, 4 × 1 × 5 × 5, float32, compiled"
+        assert list(case.operations) == list(collecting.COMPILED)
+        for run in case.operations.values():
+            torch.testing.assert_close(run(), networks.infer(model, inputs))
+    torch.compiler.reset()
+
+
+@pytest.fixture
+def uncompiled(monkeypatch):
+    """What is to be compiled runs as it is."""
+    monkeypatch.setattr(torch, "compile", lambda run: run)
+
+
 @pytest.mark.parametrize("name", ["resnet18", "llama"])
 @pytest.mark.slow
+@pytest.mark.usefixtures("uncompiled")
 def test_collect_cases_dtypes_and_batch_sizes(monkeypatch, name):
     made = []
     monkeypatch.setitem(collecting.NETWORKS, "cpu", {name: 2})
@@ -227,10 +247,11 @@ def test_collect_cases_dtypes_and_batch_sizes(monkeypatch, name):
     monkeypatch.setattr(collecting, "llama", lambda batch: _small(batch, made))
     cases = [case.name for case in collecting.collect_cases(CPU, [torch.float32, torch.bfloat16], [1, 3])]
     shapes = [f"{batch} × 1 × 5 × 5, {dtype}" for dtype in ("float32", "bfloat16") for batch in (1, 3)]
-    assert cases == [f"{name}, {shape}" for shape in shapes]
+    assert cases == [f"{name}, {shape}{how}" for shape in shapes for how in ("", ", compiled")]
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("uncompiled")
 def test_network_is_freed_before_the_next(monkeypatch):
     made = []
     monkeypatch.setitem(collecting.NETWORKS, "cpu", {"resnet18": 2})
