@@ -35,11 +35,13 @@ def product_at(code: CodeType, place: int) -> Product | None:
     """Return the product of which the call at a place in some code is the first factor; None if there is none.
 
     The instructions decide, not the source, which may have changed since. They must be those of `self.a(v) * self.b(w)` or of
-    `self.a(self.c(v)) * self.b(w)`, where v and w are local variables.
+    `self.a(self.c(v)) * self.b(w)`, where v and w are local variables, and `self` is always what the code was called with.
     """
     if code.co_flags & (inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR) or not code.co_argcount:
         return None
     instructions = [each for each in dis.get_instructions(code) if each.opname not in _SKIPPED]
+    if any(_stores(each, code.co_varnames[0]) for each in instructions):
+        return None
     calls = [index for index, each in enumerate(instructions) if each.offset == place]
     if not calls or not _is_call(instructions[calls[0]]):
         return None
@@ -78,7 +80,14 @@ def is_plain(product: Product, code: CodeType, owner: nn.Module, module: nn.Modu
         and all(type(parameter) in (nn.Parameter, type(None)) for parameter in parameters_of(linear).values())
         and sys.gettrace() is None
         and sys.getprofile() is None
+        and not _is_monitored()
     )
+
+
+def _stores(instruction: dis.Instruction, name: str) -> bool:
+    """Return whether an instruction gives a local variable a value. Some store two variables, or load another one as well."""
+    names = instruction.argval if isinstance(instruction.argval, tuple) else (instruction.argval,)
+    return "STORE_FAST" in instruction.opname and name in names
 
 
 def _method(code: CodeType, instructions: list[dis.Instruction]) -> str | None:
@@ -101,6 +110,11 @@ def _is_call(instruction: dis.Instruction) -> bool:
 def _is_multiplication(instruction: dis.Instruction) -> bool:
     """Return whether an instruction computes `a * b`, not in place."""
     return instruction.opname == "BINARY_MULTIPLY" or (instruction.opname == "BINARY_OP" and instruction.argrepr == "*")
+
+
+def _is_monitored() -> bool:
+    """Return whether a tool uses `sys.monitoring` (of Python 3.12), which may be shown what functions return."""
+    return sys.version_info >= (3, 12) and any(sys.monitoring.get_tool(tool) for tool in range(6))
 
 
 def _reads_children(kind: type[nn.Module], *names: str) -> bool:

@@ -43,6 +43,10 @@ _BETWEEN = frozenset({
 })  # fmt: skip
 
 
+#: The source file of the function that calls the forward of a module.
+_MODULE_CALLS = str(Path(torch.__file__).parent / "nn/modules/module.py")
+
+
 class CallReporter(Generic[P]):
     """Find the site of each activation call, and let an observer run the call.
 
@@ -100,8 +104,12 @@ class CallReporter(Generic[P]):
         return y
 
     def _is_factor(self, current: Pass[P], product: Product, caller: FrameType, module: nn.Module) -> bool:
-        """Return whether the output of an activation module is only multiplied by that of a linear layer, which runs next."""
-        if current.tracker is not None or not current.owners:
+        """Return whether the output of an activation module is only multiplied by that of a linear layer, which runs next.
+
+        Where a forward is called without its module, it is not known of which module it reads the layers.
+        """
+        before = caller.f_back
+        if current.tracker is not None or not current.owners or before is None or before.f_code.co_filename != _MODULE_CALLS:
             return False
         owner = self._modules.kinds.get(current.owners[-1])
         return owner is not None and is_plain(product, caller.f_code, owner[0], module)

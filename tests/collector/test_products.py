@@ -257,6 +257,51 @@ def test_entropies_of_batches(kernels):
     assert all(kernels)
 
 
+class Overwriting(nn.Linear):
+    """Changes its input in place after it has read it."""
+
+    def forward(self, x):
+        y = super().forward(x)
+        x.neg_()
+        return y
+
+
+class Delegating(nn.Module):
+    """Calls the forward of another module of its class, which shares the activation."""
+
+    def __init__(self, inner=None):
+        super().__init__()
+        self.act = inner.act if inner else nn.SiLU()
+        self.up = nn.Linear(3, 3) if inner else Overwriting(3, 3)
+        self.inner = inner
+
+    def forward(self, x):
+        if self.inner is not None:
+            return self.inner.forward(x)
+        return self.act(x) * self.up(x)
+
+
+class Replacing(Delegating):
+    """Goes on as another module of its class, which shares the activation."""
+
+    def forward(self, x):
+        if self.inner is not None:
+            self = self.inner
+        return self.act(x) * self.up(x)
+
+
+@pytest.mark.parametrize("kind", [Delegating, Replacing])
+def test_code_that_runs_for_another_module(kind):
+    model, x = kind(kind()), torch.randn(4, 3)
+    with torch.no_grad():
+        expected = model(x.clone())
+        with fe.collect(model) as collector:
+            for _ in range(PASSES):
+                assert torch.equal(model(x.clone()), expected)
+    (statistics,) = collector.compute().values()
+    assert torch.equal(statistics.counts, PASSES * plain_counts(x, 1))
+
+
 def test_excluded_site(kernels):
     model, x = Gated(nn.SiLU()), torch.randn(4, 3)
     with torch.no_grad(), fe.collect(model, exclude=["act_fn"]):

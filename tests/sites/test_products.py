@@ -71,6 +71,11 @@ class Code(nn.Module):
     def chosen(self, x):
         return self.act(x) * (self.up(x) if x is not None else self.gate(x))
 
+    def replaced(self, x):
+        if x is None:
+            self = self.other
+        return self.act(x) * self.up(x)
+
     def generator(self, x):
         yield self.act(x) * self.up(x)
 
@@ -171,6 +176,16 @@ def test_nothing_is_plain_while_functions_are_replaced(owner, name, monkeypatch)
     module, original = Gated(), getattr(owner, name)
     monkeypatch.setattr(owner, name, lambda *args, **kwargs: original(*args, **kwargs))
     assert not is_plain(Product("act", "up"), Gated.forward.__code__, module, module.act)
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="sys.monitoring is new in Python 3.12")
+def test_nothing_is_plain_while_calls_are_monitored():
+    module, tool = Gated(), 4
+    sys.monitoring.use_tool_id(tool, "test")
+    try:
+        assert not is_plain(Product("act", "up"), Gated.forward.__code__, module, module.act)
+    finally:
+        sys.monitoring.free_tool_id(tool)
 
 
 @pytest.mark.parametrize("trace", [sys.settrace, sys.setprofile])
