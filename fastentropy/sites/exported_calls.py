@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
 from torch.fx import GraphModule, Interpreter, Node
 
 from fastentropy._compat import tree_leaves
@@ -33,6 +34,7 @@ def exported_calls(program: ExportedProgram) -> list[ExportedCall]:
     """Return the calls of activations in a program, in call order."""
     calls: list[ExportedCall] = []
     seen, times = set[str](), Counter[str]()
+    state = {spec.arg.name for spec in program.graph_signature.input_specs if spec.kind != InputKind.USER_INPUT}
     for node in program.graph.nodes:
         if node.op != "call_function":
             continue
@@ -40,9 +42,9 @@ def exported_calls(program: ExportedProgram) -> list[ExportedCall]:
         module = next(((key, path, name) for key, (path, kind) in stack.items() if (name := _activation(kind))), None)
         if module is None:
             owner = list(stack.values())[-1][0] if stack else ""
-            found = _function_call(node, owner)
+            found = _function_call(node, owner, state)
         else:
-            found = _module_call(node, *module) if module[0] not in seen else None
+            found = _module_call(node, *module, state) if module[0] not in seen else None
         if found is None:
             continue
         x, path, activation = found
@@ -74,28 +76,26 @@ def _class_named(name: str) -> Any:
     return functools.reduce(lambda owner, each: getattr(owner, each, None), names, sys.modules.get(module))
 
 
-def _function_call(node: Node, owner: str) -> tuple[Node, str, str] | None:
+def _function_call(node: Node, owner: str, state: Collection[str]) -> tuple[Node, str, str] | None:
     """Return the input, the path and the activation of a call that is an operator of its own; None if it is none."""
     activation, x = called_name(node.target), node.args[0] if node.args else None  # type: ignore[arg-type]
-    if activation is None or not isinstance(x, Node) or not _is_countable(x):
+    if activation is None or not isinstance(x, Node) or not _is_countable(x, state):
         return None
     function = str(node.target).split(".")[1].strip("_")
     return x, f"{owner}.{function}".lstrip("."), activation
 
 
-def _module_call(node: Node, key: str, path: str, activation: str) -> tuple[Node, str, str] | None:
+def _module_call(node: Node, key: str, path: str, activation: str, state: Collection[str]) -> tuple[Node, str, str] | None:
     """Return the input, the path and the activation of a call of a module, of which `node` is a part; None if it reads none."""
-    outside = (x for x in node.all_input_nodes if _is_countable(x) and key not in (x.meta.get("nn_module_stack") or {}))
+    outside = (x for x in node.all_input_nodes if _is_countable(x, state) and key not in (x.meta.get("nn_module_stack") or {}))
     x = next(outside, None)
     return None if x is None else (x, path, activation)
 
 
-def _is_countable(x: Node) -> bool:
-    """Return whether a node has neurons to count: a floating-point tensor with axes that is not a parameter."""
+def _is_countable(x: Node, state: Collection[str]) -> bool:
+    """Return whether a node has neurons to count: a floating-point tensor with axes that is not among the weights by name."""
     value = x.meta.get("val")
-    if not isinstance(value, Tensor) or isinstance(value, nn.Parameter) or x.name.startswith(("p_", "b_", "c_")):
-        return False
-    return value.is_floating_point() and value.ndim > 0
+    return isinstance(value, Tensor) and x.name not in state and value.is_floating_point() and value.ndim > 0
 
 
 def exported_sites(
@@ -115,7 +115,9 @@ def exported_sites(
     module = program.module()
     assert isinstance(module, GraphModule)
     assert program.example_inputs is not None
-    _Follower(module, {call.node.name: call for call in calls}, registry).follow(tree_leaves(program.example_inputs))
+    changed = [value for value in (*module.buffers(), *program.constants.values()) if isinstance(value, Tensor)]
+    follower = _Follower(module, {call.node.name: call for call in calls}, registry)
+    follower.follow(tree_leaves(program.example_inputs), changed)
     registry.warn_of_inferred()
     return registry.sites
 
@@ -129,9 +131,14 @@ class _Follower(Interpreter):
         self._calls, self._registry = calls, registry
         self._pass = Pass[None]("", None, AxisTracker(module.parameters()), Produced())
 
-    def follow(self, inputs: list[Any]) -> None:
-        """Run the program on inputs in flat order. Neither the inputs nor the buffers of the program are changed."""
-        buffers = [(buffer, buffer.clone()) for buffer in self.module.buffers()]
+    def follow(self, inputs: list[Any], changed: list[Tensor]) -> None:
+        """Run the program on inputs in flat order, and undo it.
+
+        Args:
+            inputs: the inputs, which are not changed.
+            changed: the buffers and constants, to which the program may write. Afterwards they have their values again.
+        """
+        befores = [value.clone() for value in changed]
         copies = [value.clone() if isinstance(value, Tensor) else value for value in inputs]
         tracker = self._pass.tracker
         assert tracker is not None
@@ -139,12 +146,12 @@ class _Follower(Interpreter):
             with torch.no_grad(), torch.random.fork_rng(), tracker.following():
                 self.run(*copies, enable_io_processing=False)
         finally:
-            for buffer, before in buffers:
-                buffer.copy_(before)
+            for value, before in zip(changed, befores, strict=True):
+                value.copy_(before)
 
     def run_node(self, n: Node) -> Any:
         """Run a node. If it is the first one of a call, the site of the call is added before."""
         if (call := self._calls.get(n.name)) is not None:
-            x = next(value for node, value in self.env.items() if node.name == call.x.name)
-            self._registry.resolve(call.name, call.path, call.activation, x, self._pass)
+            x = n.all_input_nodes[call.node.all_input_nodes.index(call.x)]  # by place: an input may have another name here
+            self._registry.resolve(call.name, call.path, call.activation, self.env[x], self._pass)
         return super().run_node(n)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fastentropy as fe
+from tests._helpers.counts import plain_counts
 from tests._helpers.networks import Reads, Residual
 
 #: A free batch size.
@@ -90,6 +91,19 @@ def test_nested_outputs_and_inputs_by_name():
     )
 
 
+def test_inputs_with_the_names_of_builtins_and_of_weights():
+    class Model(nn.Module):
+        def forward(self, max, p_hidden, b_value, c_1):
+            return torch.relu(max), F.leaky_relu(p_hidden), F.silu(b_value), F.gelu(c_1)
+
+    inputs = [torch.randn(2, size) for size in (3, 4, 5, 6)]
+    with pytest.warns(UserWarning, match="channel_axis"):
+        program = fe.instrument(exported(Model(), *inputs))
+    _, counts = program.module()(*inputs)
+    for name, x in zip(("relu", "leaky_relu", "silu", "gelu"), inputs, strict=True):
+        assert torch.equal(fe.statistics_of(counts)[name].counts, plain_counts(x, 1))
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_dtypes(dtype):
     model = nn.Sequential(nn.Linear(6, 1100), nn.ReLU()).to(dtype).eval()
@@ -137,6 +151,23 @@ def test_program_is_left_as_it_was(train):
         assert value.data_ptr() == counting.state_dict[name].data_ptr()
     counting.module()(x)
     assert torch.equal(program.state_dict["norm.num_batches_tracked"], weights["norm.num_batches_tracked"] + train)
+
+
+def test_constants_to_which_the_program_writes_are_left_as_they_were():
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.calls = nn.Linear(3, 5), torch.zeros(5)
+
+        def forward(self, x):
+            self.calls.add_(1)
+            return F.relu(self.a(x)) + self.calls
+
+    model = Counting()
+    program = exported(model, torch.randn(2, 3))
+    before = model.calls.clone()
+    fe.instrument(program)
+    assert torch.equal(model.calls, before)
 
 
 def test_activation_written_as_a_formula():
