@@ -185,8 +185,7 @@ def _neurons_last(model: nn.Module, x: Tensor) -> bool:
 
 
 def _compiled_count(x: Tensor, counts: Tensor, channel_axis: int) -> None:
-    with torch.compiler.set_stance("default"):  # the collector of another procedure has disabled compiled code
-        compiled(count_in_pytorch, dynamic=True)(x, counts, channel_axis)
+    compiled(count_in_pytorch, dynamic=True)(x, counts, channel_axis)
 
 
 #: The procedures by name. Each is a context manager that takes a model and yields a callable that runs the model with the

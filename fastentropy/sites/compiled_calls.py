@@ -5,6 +5,7 @@ import weakref
 from typing import Any, Protocol
 
 from fastentropy._compat import Compiler, CompilerWith, in_backward, run_as_it_is
+from fastentropy.sites.outside_calls import OutsideCompilers
 
 
 class CompiledCaller(Protocol):
@@ -16,6 +17,10 @@ class CompiledCaller(Protocol):
 
     def latest_compiler(self, compiler: Compiler) -> tuple[bool, Compiler]:
         """Return whether `choose_compiler` was asked for a compiler, and what it has returned last."""
+        ...
+
+    def note(self, text: str) -> None:
+        """Take a sentence about code that runs eagerly."""
         ...
 
 
@@ -30,11 +35,21 @@ _THREAD = _Thread()
 _CALLERS: "weakref.WeakSet[Any]" = weakref.WeakSet()
 
 
+def _note(text: str) -> None:
+    """Tell all that may run compiled code."""
+    for caller in list(_CALLERS):
+        caller.note(text)
+
+
+_OUTSIDE = OutsideCompilers(_note)
+
+
 def choose_compiler(compiler: Compiler) -> Compiler:
     """Return what compiles a function of torch.compile that this thread is about to call.
 
-    Outside of passes nothing does, because the function may call a model, which begins a pass. Checkpointing repeats functions
-    in the backward pass, and they must save the same tensors: they are compiled as in the forward pass.
+    Outside of passes a function may call a model, which begins a pass, so only code without modules and activations is
+    compiled. Checkpointing repeats functions in the backward pass, and they must save the same tensors: they are compiled as in
+    the forward pass.
 
     Args:
         compiler: what compiles it while nothing is attached.
@@ -49,11 +64,11 @@ def _choose(compiler: Compiler) -> Compiler:
     """Return what compiles a function."""
     if not in_backward():
         caller: CompiledCaller | None = _THREAD.caller
-        return None if caller is None else caller.choose_compiler(compiler)
+        return _OUTSIDE.choose(compiler) if caller is None else caller.choose_compiler(compiler)
     if isinstance(compiler, CompilerWith):
         return compiler
     latest = (each.latest_compiler(compiler) for each in list(_CALLERS))
-    return next((chosen for is_known, chosen in latest if is_known), None)
+    return next((chosen for is_known, chosen in latest if is_known), _OUTSIDE.known(compiler))
 
 
 def add_caller(caller: CompiledCaller) -> None:
@@ -64,6 +79,8 @@ def add_caller(caller: CompiledCaller) -> None:
 def remove_caller(caller: CompiledCaller) -> None:
     """Note what runs compiled code no longer."""
     _CALLERS.discard(caller)
+    if not _CALLERS:
+        _OUTSIDE.forget()
 
 
 def current_caller() -> Any:

@@ -20,6 +20,9 @@ from fastentropy.sites.site import Site
 
 P = TypeVar("P")
 
+#: How many compilers are kept for backward passes. PyTorch makes another one for each call under `set_stance(force_backend=…)`.
+_MOST_COMPILERS = 256
+
 
 class GraphCaller(Generic[P]):
     """Run compiled code in the passes of a watcher, and find the sites of its graphs.
@@ -78,13 +81,20 @@ class GraphCaller(Generic[P]):
             return None if isinstance(compiler, CompilerWith) else compiler
         chosen = self._choose_in(current, compiler)
         if not isinstance(compiler, CompilerWith):
+            self._latest.pop(id(compiler), None)
             self._latest[id(compiler)] = compiler, chosen
+            if len(self._latest) > _MOST_COMPILERS:
+                self._latest.pop(next(iter(self._latest)), None)
         return chosen
 
     def latest_compiler(self, compiler: Compiler) -> tuple[bool, Compiler]:
         """Return whether `choose_compiler` was asked for a compiler, and what it has returned last."""
         known, chosen = self._latest.get(id(compiler), (None, None))
         return known is compiler, chosen
+
+    def note(self, text: str) -> None:
+        """Add a sentence about code that runs eagerly to the notes."""
+        self.registry.note(text)
 
     def _choose_in(self, current: Pass[P], compiler: Compiler) -> Compiler:
         """Return what compiles a function that a pass calls."""

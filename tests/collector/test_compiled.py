@@ -95,7 +95,7 @@ def test_compiled_code_runs_again_after_two_collectors():
 
         return run
 
-    function = torch.compile(lambda x: x + 1, backend=backend)
+    function = torch.compile(lambda x: F.relu(x) + 1, backend=backend)
     first, second = collect(make_part()), collect(make_part())
     first.attach()
     second.attach()

@@ -205,7 +205,9 @@ def test_function_that_calls_the_model():
     model, inputs = Blocks().eval(), batches(3, 3, 3)
     step = torch.compile(lambda x: model(x).sum(), backend="aot_eager", fullgraph=True)
     with warnings.catch_warnings(), torch.no_grad(), fe.collect(model) as collector:
-        warnings.filterwarnings("ignore", ".*fe.isolate")
+        warnings.filterwarnings("ignore", ".*(fe.isolate|runs eagerly)")
         for x in inputs:
             step(x)
     assert_same(collector.compute(), eagerly(model, *inputs))
+    (note,) = collector.compute().notes
+    assert "runs eagerly: it calls modules outside of forward passes" in note

@@ -1,7 +1,9 @@
 """Passes of compiled models that raise, run in threads, belong to several collectors, or cannot be counted in graphs."""
 
+import gc
 import threading
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -231,6 +233,30 @@ def test_forced_backend_of_the_user():
             compiled(x)
     assert backend.compilations() == 1
     assert_same(collector.compute(), eagerly(model, *inputs))
+
+
+def test_compilers_of_a_forced_backend_are_not_kept(monkeypatch):
+    from fastentropy.collector.compiled import compilers
+    from fastentropy.sites import graph_sites
+
+    for module in (compilers, graph_sites):
+        monkeypatch.setattr(module, "_MOST_COMPILERS", 3, raising=False)
+    model, (x,) = Blocks().eval(), batches(3)
+    compiled, made = torch.compile(model, backend="aot_eager"), []
+    choose = compilers.CountingCompilers.choose
+
+    def noting(self, reader, compiler):
+        made.append(weakref.ref(compiler))
+        return choose(self, reader, compiler)
+
+    monkeypatch.setattr(compilers.CountingCompilers, "choose", noting)
+    with torch.no_grad(), fe.collect(compiled):
+        for _ in range(20):
+            with torch.compiler.set_stance("default", force_backend="eager"):
+                compiled(x)
+        gc.collect()
+        assert len(made) >= 19
+        assert sum(each() is not None for each in made) <= 2 * 3 + 1
 
 
 def test_encoder_with_a_fast_path():
