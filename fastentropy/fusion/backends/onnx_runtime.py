@@ -16,12 +16,14 @@ from fastentropy.fusion.backends.functional import write_new_values
 from fastentropy.fusion.chains.nodes import overwrites
 from fastentropy.fusion.traced_inputs import TracedInputs
 from fastentropy.fusion.tracing import export_again
+from fastentropy_kernels.dispatch import launches_directly
 
 
 class OnnxSession:
     """A network in an ONNX Runtime session, with as many threads as PyTorch has when the session is made.
 
-    A call that needs gradients runs the network as it is.
+    A call that needs gradients runs the network as it is, and so does one that a tracer, mode or transform of PyTorch looks on:
+    none of them would see the session.
     """
 
     def __init__(self, network: nn.Module, inputs: TracedInputs) -> None:
@@ -49,7 +51,9 @@ class OnnxSession:
     def __call__(self, *inputs: Any, **keywords: Any) -> Any:
         """Run the network."""
         leaves = tree_leaves((inputs, keywords))
-        if torch.is_grad_enabled() and any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves):
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        needs_gradients = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+        if needs_gradients or not all(map(launches_directly, tensors)):
             return self._network(*inputs, **keywords)
         return tree_unflatten(run_session(self._session, leaves), self._structure)
 

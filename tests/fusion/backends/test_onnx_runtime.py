@@ -28,6 +28,12 @@ def test_network_in_a_session():
     with torch.enable_grad():
         fused(x.requires_grad_()).sum().backward()
     assert x.grad is not None
+    traced = torch.jit.trace(fused, (x.detach(),), check_trace=False)
+    exported = torch.export.export(fused, (x.detach(),)).module()
+    compiled = torch.compile(fused, backend="eager", fullgraph=True)
+    y = torch.randn_like(x)
+    for seen in (traced, exported, compiled, lambda x: torch.func.vmap(fused)(x.unsqueeze(0)).squeeze(0)):
+        assert_equal(seen, model, y)
     with pytest.raises(ValueError, match=r"was converted from torch\.float32 on cpu to torch\.float64 on cpu after fusing"):
         fused.double()(x.detach().double())
 
