@@ -109,7 +109,7 @@ def test_code_that_calls_modules_or_activations_runs_eagerly_with_a_note():
             warnings.simplefilter("ignore")
             run(*compiled)
         assert_same(collector.compute(), expected.compute())
-        names = [note.split(" runs eagerly")[0].rpartition(".")[2] for note in collector.compute().notes]
+        names = [note.split(" runs eagerly")[0].split()[-1].rpartition(".")[2] for note in collector.compute().notes]
         assert names == ["forward", "activate", "project", "<lambda>"]
 
 
