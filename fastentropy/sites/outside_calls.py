@@ -46,7 +46,7 @@ def _check(graph: fx.Graph) -> None:
     for node in graph.nodes:
         function: Any = getattr(Tensor, str(node.target), None) if node.op == "call_method" else node.target
         if node.op == "call_module" or node.meta.get("nn_module_stack"):
-            raise UncountableGraphError("it calls modules outside of forward passes; compile the model itself")
+            raise UncountableGraphError("it calls modules outside of forward passes")
         if callable(function) and (function_name(function) or called_name(function)):
             raise UncountableGraphError("it calls activations outside of forward passes")
         for body in bodies(node):
