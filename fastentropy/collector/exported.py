@@ -48,7 +48,8 @@ def instrument(
 
     Raises:
         TypeError: `program` is not an exported program.
-        ValueError: the program was decomposed, has no example inputs or calls no known activation.
+        ValueError: the program was decomposed, has no example inputs or calls no known activation, or the input of an
+            activation is not known.
 
     Examples:
         >>> import torch
@@ -65,7 +66,8 @@ def instrument(
     if not sites:
         raise ValueError("the program calls no known activation that is not excluded; export the model before it is fused")
     if hidden := activations_in_branches(program):
-        warnings.warn(f"not counted, because they are in branches of control flow: {', '.join(hidden)}", stacklevel=2)
+        where = "in programs within the program, such as branches of torch.cond or code under torch.no_grad()"
+        warnings.warn(f"not counted, because they are {where}: {', '.join(hidden)}", stacklevel=2)
     graph = Graph()
     copies: dict[Node, Node] = {}
     output = graph.output(graph.graph_copy(program.graph, copies))
@@ -73,7 +75,9 @@ def instrument(
     for node, copied in copies.items():
         copied.name = node.name  # copying renames a node such as "input", and the signature knows nodes by their names
     counts = [
-        (call, _add_count(graph, copies[call.node], copies[call.x], sites[call.name])) for call in calls if call.name in sites
+        (call, _add_count(graph, copies[call.node], copies[call.x], sites[call.name]))
+        for call in calls
+        if call.name in sites and call.x is not None
     ]
     output.args = ((*output.args[0], *(node for _, node in counts)),)
     return _with_outputs(program, graph, counts)

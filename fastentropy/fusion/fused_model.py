@@ -115,9 +115,13 @@ class FusedModel(nn.Module):
         return self
 
     def _apply(self, *given: Any, **options: Any) -> "FusedModel":
-        """Convert the weights, as `to`, `double` and `cuda` do, and start the backend anew for them."""
-        super()._apply(*given, **options)  # type: ignore[no-untyped-call]
-        object.__setattr__(self, "_runner", None)
+        """Convert the weights, as `to`, `double` and `cuda` do, and start the backend anew if that changed them."""
+        before = [value.data_ptr() for _, value in self._tensors()]
+        try:
+            super()._apply(*given, **options)  # type: ignore[no-untyped-call]
+        finally:
+            if [value.data_ptr() for _, value in self._tensors()] != before:
+                object.__setattr__(self, "_runner", None)
         return self
 
     def _load_from_state_dict(self, *given: Any, **options: Any) -> None:

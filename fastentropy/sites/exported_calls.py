@@ -24,7 +24,7 @@ class ExportedCall(NamedTuple):
     """A call of an activation in an exported program."""
 
     node: Node  # the first node of the call
-    x: Node  # the input of the activation
+    x: Node | None  # the input of the activation; None if several tensors may be the input
     path: str  # the path of the module; for a function, the path of the module that calls it and the name of the function
     name: str  # the name of the site
     activation: str
@@ -55,7 +55,7 @@ def exported_calls(program: ExportedProgram) -> list[ExportedCall]:
 
 
 def activations_in_branches(program: ExportedProgram) -> list[str]:
-    """Return the activations that are called in the branches of control flow, such as `torch.cond`, each once."""
+    """Return the activations that are called in programs within the program, such as branches of `torch.cond`, each once."""
     branches = [module for name, module in program.graph_module.named_modules() if name and isinstance(module, GraphModule)]
     found = [called_name(node.target) for branch in branches for node in branch.graph.nodes if node.op == "call_function"]
     return list(dict.fromkeys(name for name in found if name))
@@ -76,7 +76,7 @@ def _class_named(name: str) -> Any:
     return functools.reduce(lambda owner, each: getattr(owner, each, None), names, sys.modules.get(module))
 
 
-def _function_call(node: Node, owner: str, state: Collection[str]) -> tuple[Node, str, str] | None:
+def _function_call(node: Node, owner: str, state: Collection[str]) -> tuple[Node | None, str, str] | None:
     """Return the input, the path and the activation of a call that is an operator of its own; None if it is none."""
     activation, x = called_name(node.target), node.args[0] if node.args else None  # type: ignore[arg-type]
     if activation is None or not isinstance(x, Node) or not _is_countable(x, state):
@@ -85,11 +85,12 @@ def _function_call(node: Node, owner: str, state: Collection[str]) -> tuple[Node
     return x, f"{owner}.{function}".lstrip("."), activation
 
 
-def _module_call(node: Node, key: str, path: str, activation: str, state: Collection[str]) -> tuple[Node, str, str] | None:
+def _module_call(
+    node: Node, key: str, path: str, activation: str, state: Collection[str]
+) -> tuple[Node | None, str, str] | None:
     """Return the input, the path and the activation of a call of a module, of which `node` is a part; None if it reads none."""
-    outside = (x for x in node.all_input_nodes if _is_countable(x, state) and key not in (x.meta.get("nn_module_stack") or {}))
-    x = next(outside, None)
-    return None if x is None else (x, path, activation)
+    read = [x for x in node.all_input_nodes if _is_countable(x, state) and key not in (x.meta.get("nn_module_stack") or {})]
+    return (read[0] if len(read) == 1 else None, path, activation) if read else None
 
 
 def _is_countable(x: Node, state: Collection[str]) -> bool:
@@ -110,14 +111,25 @@ def exported_sites(
         calls: the calls of activations in it.
         channel_axis: the axis of the neurons, by name of the site, where it should not be inferred.
         exclude: names of sites, or patterns of names, that are left out.
+
+    Raises:
+        ValueError: the input of a site that is not left out is not known.
     """
     registry = SiteRegistry(lambda path: nn.Module, channel_axis, exclude, "raise")
+    for call in calls:
+        if call.x is None and not registry.is_left_out(call.name):
+            raise ValueError(
+                f"site {call.name!r} reads several tensors, and which is its input is not known; leave it out with "
+                f"exclude=[{call.name!r}]"
+            )
     module = program.module()
     assert isinstance(module, GraphModule)
     assert program.example_inputs is not None
     changed = [value for value in (*module.buffers(), *program.constants.values()) if isinstance(value, Tensor)]
     follower = _Follower(module, {call.node.name: call for call in calls}, registry)
     follower.follow(tree_leaves(program.example_inputs), changed)
+    if lost := [call.name for call in calls if call.name not in registry.sites and not registry.is_left_out(call.name)]:
+        raise ValueError(f"site {lost[0]!r} was not found again when the program ran; leave it out with exclude=[{lost[0]!r}]")
     registry.warn_of_inferred()
     return registry.sites
 
@@ -151,7 +163,7 @@ class _Follower(Interpreter):
 
     def run_node(self, n: Node) -> Any:
         """Run a node. If it is the first one of a call, the site of the call is added before."""
-        if (call := self._calls.get(n.name)) is not None:
+        if (call := self._calls.get(n.name)) is not None and call.x is not None:
             x = n.all_input_nodes[call.node.all_input_nodes.index(call.x)]  # by place: an input may have another name here
             self._registry.resolve(call.name, call.path, call.activation, self.env[x], self._pass)
         return super().run_node(n)

@@ -202,9 +202,24 @@ def test_activations_in_branches_are_named():
         return m.b(m.relu(m.a(torch.cond(x.sum() > 0, lambda x: F.gelu(x), lambda x: x * 2, (x,)))))
 
     model = Reads(forward, a=nn.Linear(4, 4), b=nn.Linear(4, 4), relu=nn.ReLU()).eval()
-    with pytest.warns(UserWarning, match=r"^not counted, because they are in branches of control flow: gelu$"):
+    with pytest.warns(UserWarning, match=r"^not counted, because they are in programs within .*: gelu$"):
         program = fe.instrument(exported(model, torch.randn(3, 4)))
     assert program.module()(torch.randn(3, 4))[1].keys() == {"relu"}
+
+
+class Scaled(nn.ReLU):
+    """An activation with two tensors as its inputs."""
+
+    def forward(self, x, scale):
+        return super().forward(scale * x)
+
+
+def test_activation_whose_input_is_not_known():
+    model = Reads(lambda m, x, scale: m.b(m.act(x, scale)), act=Scaled(), b=nn.Sequential(nn.Linear(3, 3), nn.ReLU())).eval()
+    program = exported(model, torch.randn(4, 3), torch.ones(4, 1))
+    with pytest.raises(ValueError, match=r"^site 'act' reads several tensors, .*; leave it out with exclude=\['act'\]$"):
+        fe.instrument(program)
+    assert fe.instrument(program, exclude=["act"]).module()(torch.randn(4, 3), torch.ones(4, 1))[1].keys() == {"b.1"}
 
 
 def test_programs_that_cannot_be_instrumented():

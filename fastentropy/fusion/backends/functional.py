@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from fastentropy.fusion.chains.aten import CONVOLUTIONS
+from fastentropy.fusion.chains.nodes import is_overwritten
 
 _aten = torch.ops.aten
 
@@ -50,7 +51,9 @@ def _write_to(view: Node) -> Node | None:
     if write.target not in _WRITES or write.args[0] is not view or len(write.args) != 2 or write.kwargs or write.users:
         return None
     values = write.args[1]
-    return write if isinstance(values, Node) and _fits(values.meta["val"], view, write) else None
+    if not isinstance(values, Node) or is_overwritten(values):
+        return None
+    return write if _fits(values.meta["val"], view, write) else None
 
 
 def _fits(values: Tensor, view: Node, write: Node) -> bool:
@@ -59,7 +62,7 @@ def _fits(values: Tensor, view: Node, write: Node) -> bool:
     shape: Sequence[int] = view.meta["val"].shape
     if not isinstance(whole, Node) or not isinstance(axis, int) or not isinstance(start, int) or not isinstance(stop, int):
         return False
-    if start < 0 or stop - start != shape[axis]:
+    if start < 0 or stop - start != shape[axis] or values.dtype != view.meta["val"].dtype:
         return False
     behind = len(shape) - axis
     is_sum = write.target is _aten.add_.Tensor

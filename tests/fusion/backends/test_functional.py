@@ -103,6 +103,20 @@ def repeats_what_it_adds(y, x):
     return y + 1
 
 
+def adds_another_dtype(y, x):
+    """Add float64 to float32."""
+    part(y, 2, 0, 1).add_(torch.ones(4, 1, 6, dtype=torch.float64))
+    return y + 1
+
+
+def changes_what_it_adds(y, x):
+    """Change the values after they were added."""
+    row = x[:, :1, 0:1] * 2
+    part(y, 2, 0, 1).add_(row)
+    part(y, 3, 0, 1).add_(torch.ones(4, 7, 1))
+    return y + row.mul_(5).sum()
+
+
 def counts_from_the_end(y, x):
     """Add to the last row."""
     part(y, 2, -1, 2**63 - 1).add_(torch.ones(4, 1, 6))
@@ -117,8 +131,21 @@ def repeats_what_it_copies(y, x):
 
 @pytest.mark.parametrize(
     "write",
-    [reads_before, reads_a_view, reads_the_slice, repeats_what_it_adds, repeats_what_it_copies, counts_from_the_end],
+    [
+        reads_before,
+        reads_a_view,
+        reads_the_slice,
+        repeats_what_it_adds,
+        repeats_what_it_copies,
+        counts_from_the_end,
+        adds_another_dtype,
+    ],
 )
 def test_other_values_are_left_as_they_are(write):
     before, after = written(write)
     assert before == after == 1
+
+
+def test_values_that_change_later_are_left_as_they_are():
+    before, after = written(changes_what_it_adds)
+    assert before == after == 2
