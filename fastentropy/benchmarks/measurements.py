@@ -152,9 +152,9 @@ class Measurement:
 def measure(case: Case, *, rounds: int, budget_seconds: float) -> list[Measurement]:
     """Measure the operations of a case in interleaved rounds, each of which takes one sample of every operation.
 
-    A baseline that raises is skipped, and its measurement holds a line of the error message. Each operation is called before
-    the first round. These calls are not part of the samples, because a first call does extra work: for example, a collector
-    finds the sites (calls of activations) of its model.
+    A baseline that raises is skipped, and its measurement holds a line of the error message. Each operation is called twice
+    before the first round. These calls are not part of the samples, because a first call does extra work: for example, a
+    collector finds the sites (calls of activations) of its model.
 
     Args:
         case: the case.
@@ -165,8 +165,10 @@ def measure(case: Case, *, rounds: int, budget_seconds: float) -> list[Measureme
         The measurements in the order of the operations, and last those of the skipped baselines.
     """
     operations, skipped = dict(case.operations), []
-    for name in [name for name in operations if name in case.baselines]:
-        if reason := skip_reason(operations[name]):
+    for name, operation in case.operations.items():
+        if name not in case.baselines:
+            operation()
+        elif reason := skip_reason(operation):
             del operations[name]
             skipped.append(Measurement(case.name, name, facts=case.facts.get(name, {}), skipped=reason))
     samples = measure_samples(
