@@ -53,6 +53,7 @@ def test_threads(parts):
     model, inputs = Blocks(blocks=3).eval(), batches(3, 3, *range(2, 14))
     expected = eagerly(model, *inputs)
     other = torch.compile(Blocks().eval(), backend="aot_eager")
+    warnings.filterwarnings("ignore", ".* it calls modules outside of forward passes")  # the other model
     if parts:
         for layer in model.layers:
             layer.compile(backend="aot_eager")
@@ -66,7 +67,8 @@ def test_threads(parts):
             with torch.no_grad():
                 for x in own:
                     compiled(x)
-                    other(x)
+                    if not parts:  # see docs/limits.md
+                        other(x)
 
         threads = [threading.Thread(target=run, args=(inputs[1 + index :: 3],)) for index in range(3)]
         for thread in threads:
