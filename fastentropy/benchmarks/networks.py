@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import functools
 import random
-import tempfile
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastentropy._compat import with_frozen_weights
-from fastentropy.fusion.backends.onnx_runtime import export_onnx, run_session, start_session
+from fastentropy.fusion.backends.onnx_runtime import run_session, session_of
 from fastentropy.sites.finding import find_sites
 from fastentropy.surgery.isolation import isolate
 from fastentropy.surgery.linearization import linearize
@@ -196,10 +194,6 @@ def in_onnx_runtime(model: nn.Module, inputs: tuple[Tensor, ...]) -> Callable[..
 
     @functools.cache
     def session() -> Any:
-        program = torch.export.export(model, inputs)
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / "model.onnx"
-            export_onnx(program, file)
-            return start_session(file, program)
+        return session_of(torch.export.export(model, inputs))
 
     return lambda *given: run_session(session(), list(given))

@@ -145,7 +145,8 @@ def race(
 
 def _made(forms: Mapping[Entry, nn.Module], make: Callable[[nn.Module, str], FusedModel]) -> dict[Entry, FusedModel]:
     """Return the modules that run forms in their backends: a single one for entries that have the same form."""
-    made = {(id(form), entry[2]): make(form, entry[2]) for entry, form in forms.items()}
+    distinct = {(id(form), entry[2]): form for entry, form in forms.items()}
+    made = {key: make(form, key[1]) for key, form in distinct.items()}
     return {entry: made[id(form), entry[2]] for entry, form in forms.items()}
 
 

@@ -43,10 +43,7 @@ class OnnxSession:
             raise ValueError('backend="onnxruntime" runs on a CPU, but the model is on another device; call model.cpu()')
         program = export_again(network, inputs)
         self._network, self._structure = network, program.call_spec.out_spec
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / "model.onnx"
-            export_onnx(program, file)
-            self._session = start_session(file, program)
+        self._session = session_of(program)
 
     def __call__(self, *inputs: Any, **keywords: Any) -> Any:
         """Run the network."""
@@ -83,6 +80,14 @@ def export_onnx(program: ExportedProgram, file: Path) -> None:
     exported = torch.onnx.export(program, dynamo=True, verbose=False)
     assert exported is not None
     exported.save(file)
+
+
+def session_of(program: ExportedProgram) -> Any:
+    """Return an `onnxruntime.InferenceSession` of a program. What is raised is as in `export_onnx` and `start_session`."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "model.onnx"
+        export_onnx(program, file)
+        return start_session(file, program)
 
 
 def start_session(file: Path, program: ExportedProgram) -> Any:
