@@ -89,13 +89,13 @@ class CompilerWith:
     Dynamo keeps the code that it compiles for two backends apart, so the code of the original compiler stays as it is.
     """
 
-    def __init__(self, compiler: Any, backend: Backend, refused: Callable[[CodeType, UncountableGraphError], None]) -> None:
+    def __init__(self, compiler: Any, backend: Backend, refused: Callable[[str, UncountableGraphError], None]) -> None:
         """Take the place of a compiler, of which `backend_of` returns the backend.
 
         Args:
             compiler: the compiler.
             backend: the other backend. It raises UncountableGraphError where it refuses a graph.
-            refused: a function that is told the code of a frame whose graph was refused, and why.
+            refused: a function that is told the name of the code whose graph was refused, and why.
         """
         self.original, self._backend, self._refused = compiler, backend, refused
         convert = attribute(attribute(compiler, "_torchdynamo_orig_backend"), "_clone_with_backend")(backend)
@@ -125,7 +125,7 @@ class CompilerWith:
         attempts = self._attempts[code] = self._attempts.get(code, 0) + 1
         if not isinstance(reason, UnknownSiteError) or attempts == _ATTEMPTS:
             self._as_it_is.add(code)
-            self._refused(code, reason)
+            self._refused(getattr(code, "co_qualname", code.co_name), reason)  # co_qualname is new in Python 3.11
 
 
 def _refusal(error: BaseException) -> UncountableGraphError | None:

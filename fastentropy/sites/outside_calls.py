@@ -2,7 +2,6 @@
 
 import weakref
 from collections.abc import Callable
-from types import CodeType
 from typing import Any
 
 from torch import Tensor, fx
@@ -93,9 +92,8 @@ class OutsideCompilers:
         self._compilers[id(compiler)] = compiler, known
         return known
 
-    def _refused(self, code: CodeType, error: UncountableGraphError) -> None:
-        """Note that a frame runs eagerly."""
-        name = getattr(code, "co_qualname", code.co_name)  # co_qualname is new in Python 3.11
+    def _refused(self, name: str, error: UncountableGraphError) -> None:
+        """Note that some code runs eagerly."""
         self._note(f"the compiled code of {name} runs eagerly: {error}")
 
 

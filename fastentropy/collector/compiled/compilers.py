@@ -2,7 +2,6 @@
 
 import weakref
 from collections.abc import Callable
-from types import CodeType
 
 from torch import nn
 
@@ -62,7 +61,6 @@ class CountingCompilers:
         backends.append(CountingBackend(inner, reader.options, reader.mask is not None))
         return backends[-1]
 
-    def _refused(self, code: CodeType, error: UncountableGraphError) -> None:
-        """Note that the graph of a frame is not counted, so that the frame runs eagerly."""
-        name = getattr(code, "co_qualname", code.co_name)  # co_qualname is new in Python 3.11
+    def _refused(self, name: str, error: UncountableGraphError) -> None:
+        """Note that the graph of some code is not counted, so that the code runs eagerly."""
         self._note(f"the compiled code of {name} runs eagerly and is counted there: {error}")
