@@ -529,6 +529,8 @@ GONE = [
     (torch._C, "_dispatch_tls_set_dispatch_key_included", lambda: _compat.set_intercepting(False)),
     (torch._C, "_ExcludeDispatchKeyGuard", interception._guard_without_key.__wrapped__),
     (torch.nn.modules.module, "_global_forward_pre_hooks", lambda: _compat.has_pre_hooks(nn.ReLU())),
+    (torch.fx._symbolic_trace, "_orig_module_call", lambda: _compat.outer_module_call()),
+    (torch.fx._symbolic_trace, "_orig_module_call", lambda: _compat.take_for_call_in_traces(print)),
     (torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda: _compat.composite_kernel(torch.ops.aten.relu.default)),
 ]
 
@@ -619,6 +621,28 @@ def test_compiler_of_a_thread():
     assert chosen == ["never"]
     compiled(torch.ones(2))
     assert len(graphs) == 2
+
+
+def test_calls_of_modules_in_traces():
+    calls, module = [], nn.ReLU()
+
+    def call(module, *args):
+        calls.append(module)
+        return before(module, *args)
+
+    def traced(x):
+        assert nn.Module.__call__ is not before
+        assert _compat.outer_module_call() is call
+        return module(x)
+
+    before = nn.Module.__call__
+    end = _compat.take_for_call_in_traces(call)
+    try:
+        make_fx(traced)(torch.ones(2))
+    finally:
+        end()
+    assert calls == [module]
+    assert _compat.outer_module_call() is before is nn.Module.__call__
 
 
 def test_code_that_is_never_compiled():

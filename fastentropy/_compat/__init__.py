@@ -63,10 +63,12 @@ from fastentropy._compat.modules import is_compiled as is_compiled
 from fastentropy._compat.modules import is_replica as is_replica
 from fastentropy._compat.modules import module_call as module_call
 from fastentropy._compat.modules import module_identity as module_identity
+from fastentropy._compat.modules import outer_module_call as outer_module_call
 from fastentropy._compat.modules import parameters_of as parameters_of
 from fastentropy._compat.modules import path_when_uncompiled as path_when_uncompiled
 from fastentropy._compat.modules import replace_module_call as replace_module_call
 from fastentropy._compat.modules import runs_only_forward as runs_only_forward
+from fastentropy._compat.modules import take_for_call_in_traces as take_for_call_in_traces
 from fastentropy._compat.modules import uncompiled as uncompiled
 from fastentropy._compat.programs import asserts_metadata as asserts_metadata
 from fastentropy._compat.programs import compile_package as compile_package

@@ -77,6 +77,31 @@ def module_call() -> Callable[..., Any]:
     return call
 
 
+def outer_module_call() -> Callable[..., Any]:
+    """Return `nn.Module.__call__`; what it was before if torch.fx has replaced it, because another thread traces."""
+    call: Callable[..., Any] = nn.Module.__call__
+    plain: Callable[..., Any] = attribute(named("torch.fx", "_symbolic_trace"), "_orig_module_call")
+    return plain if getattr(call, "__wrapped__", None) is plain else call
+
+
+def take_for_call_in_traces(call: Callable[..., Any]) -> Callable[[], None]:
+    """Let `call` be what calls modules while torch.fx traces, also for make_fx and torch.compile.
+
+    Meanwhile a function of torch.fx is in place of `nn.Module.__call__` in all threads, and calls the method of PyTorch.
+
+    Returns:
+        A function that ends this.
+    """
+    traces: Any = named("torch.fx", "_symbolic_trace")
+    plain = attribute(traces, "_orig_module_call")
+    traces._orig_module_call = call
+
+    def end() -> None:
+        traces._orig_module_call = plain
+
+    return end
+
+
 def replace_module_call(call: Callable[..., Any]) -> None:
     """Let all calls of modules pass through `call(module, *args, **kwargs)` from now on (see `module_call`)."""
     module_call()

@@ -28,9 +28,11 @@ from fastentropy._compat import (
     module_call,
     module_identity,
     never_compile,
+    outer_module_call,
     replace_module_call,
     set_compiler,
     stack_frame,
+    take_for_call_in_traces,
     take_for_plain,
     uncompiled,
     wrapper_class,
@@ -155,6 +157,7 @@ class _Table:
         self.entries: dict[int, _Entry] = {}
         self.original: Callable[..., Any] = module_call()
         self.outer: Callable[..., Any] = nn.Module.__call__
+        self._takes_outer_calls = False
         self.wrapper: type[nn.Module] | None = None  # the class of the modules that torch.compile makes of modules
         self._lock, self._attached = threading.RLock(), set[int]()
         self._in_place = contextlib.ExitStack()
@@ -200,15 +203,19 @@ class _Table:
         Their method `compile` has kept their call as it was before.
         """
         with self._lock:
-            if self._attached and nn.Module.__call__ is not _call_of_compiled:
-                self.outer = nn.Module.__call__
-                functools.update_wrapper(_call_of_compiled, self.outer)
+            if self._attached and not self._takes_outer_calls:
+                self._takes_outer_calls, call = True, outer_module_call()
+                if call is not _call_of_compiled:
+                    self.outer = call
+                    functools.update_wrapper(_call_of_compiled, call)
                 nn.Module.__call__ = _call_of_compiled  # type: ignore[method-assign]
                 self._in_place.callback(self._restore_call_of_compiled)
                 self._in_place.callback(take_for_plain("__call__", _call_of_compiled))
+                self._in_place.callback(take_for_call_in_traces(_call_of_compiled))
 
     def _restore_call_of_compiled(self) -> None:
         """Let modules that are compiled in place run as before."""
+        self._takes_outer_calls = False
         if nn.Module.__call__ is _call_of_compiled:
             nn.Module.__call__ = self.outer  # type: ignore[method-assign]
 

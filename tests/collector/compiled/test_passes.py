@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
 import fastentropy as fe
@@ -67,14 +68,44 @@ def test_threads(parts):
             with torch.no_grad():
                 for x in own:
                     compiled(x)
-                    if not parts:  # see docs/limits.md
-                        other(x)
+                    other(x)
 
         threads = [threading.Thread(target=run, args=(inputs[1 + index :: 3],)) for index in range(3)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
+    assert_same(collector.compute(), expected)
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.fx._symbolic_trace, "_get_is_fx_tracing"),
+    reason="PyTorch 2.11 runs no compiled code while a backend of another thread traces",
+)
+def test_thread_that_traces_beside_one_that_runs_compiled_parts():
+    model, inputs, entered, leave = Blocks().eval(), batches(3, 3, 3), threading.Event(), threading.Event()
+    expected = eagerly(model, *inputs)
+
+    def traced(x):
+        entered.set()
+        leave.wait(30)
+        return x + 1
+
+    def backend(graph, inputs):
+        make_fx(traced)(torch.ones(2))
+        return graph.forward
+
+    for layer in model.layers:
+        layer.compile(backend="aot_eager")
+    thread = threading.Thread(target=torch.compile(torch.clone, backend=backend), args=(inputs[0],))
+    with torch.no_grad(), fe.collect(model) as collector:
+        for x in inputs[:2]:
+            model(x)
+        thread.start()
+        assert entered.wait(30)
+        model(inputs[2])
+        leave.set()
+        thread.join()
     assert_same(collector.compute(), expected)
 
 
