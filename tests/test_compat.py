@@ -529,6 +529,7 @@ GONE = [
     (torch._C, "_dispatch_tls_set_dispatch_key_included", lambda: _compat.set_intercepting(False)),
     (torch._C, "_ExcludeDispatchKeyGuard", interception._guard_without_key.__wrapped__),
     (torch.nn.modules.module, "_global_forward_pre_hooks", lambda: _compat.has_pre_hooks(nn.ReLU())),
+    (torch._C, "_DisableFuncTorch", lambda: _compat.without_transforms()),
     (torch.fx._symbolic_trace, "_orig_module_call", lambda: _compat.outer_module_call()),
     (torch.fx._symbolic_trace, "_orig_module_call", lambda: _compat.take_for_call_in_traces(print)),
     (torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda: _compat.composite_kernel(torch.ops.aten.relu.default)),

@@ -54,6 +54,7 @@ from fastentropy._compat.modes import is_traced as is_traced
 from fastentropy._compat.modes import step_aside as step_aside
 from fastentropy._compat.modes import step_back as step_back
 from fastentropy._compat.modes import without_modes as without_modes
+from fastentropy._compat.modes import without_transforms as without_transforms
 from fastentropy._compat.modules import buffers_of as buffers_of
 from fastentropy._compat.modules import children_of as children_of
 from fastentropy._compat.modules import compiled_call as compiled_call

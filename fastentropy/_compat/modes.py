@@ -186,6 +186,15 @@ def without_modes() -> AbstractContextManager[object]:
     return _and_without_dispatch_modes(context) if in_dispatch_mode() else context
 
 
+def without_transforms() -> AbstractContextManager[object]:
+    """Return a context in which transforms of torch.func see no operators.
+
+    They refuse operators that change tensors from outside of them.
+    """
+    context: AbstractContextManager[object] = named("torch._C", "_DisableFuncTorch")()
+    return context
+
+
 @contextmanager
 def _and_without_dispatch_modes(context: AbstractContextManager[object]) -> Iterator[None]:
     """Enter a context, and one without any TorchDispatchMode, for the block."""

@@ -14,6 +14,7 @@ from fastentropy._compat import (
     in_function_mode,
     wait_tensor,
     without_modes,
+    without_transforms,
 )
 from fastentropy.collector.compiled.compilers import CountingCompilers
 from fastentropy.collector.counters import Counters, Layout
@@ -120,7 +121,7 @@ class PassCounting:
             return
         if completed and counters.deferred is not None:
             counters.deferred()
-        with self._lock, without_modes():
+        with self._lock, without_modes(), without_transforms():
             if completed:
                 counters.flush()
                 self._total.add(counters)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from fastentropy._compat import handles_operators, storage_id, weak_storage
+from fastentropy._compat import handles_operators, is_functorch_tensor, storage_id, weak_storage
 from fastentropy.sites.axes import CHANNEL, Axis, Factor, Note, moved, unlabelled
 from fastentropy.sites.sharding import Sharding, is_dtensor, stored
 
@@ -165,7 +165,7 @@ def storage_number(x: Tensor) -> int | None:
         x = stored(x)
         if handles_operators(type(x)) or is_lazy(x):
             return None
-    return storage_id(x) if x.layout is torch.strided and not x.is_nested else None
+    return storage_id(x) if x.layout is torch.strided and not x.is_nested and not is_functorch_tensor(x) else None
 
 
 def note_in(storage: Storage, x: Tensor) -> Note | None:

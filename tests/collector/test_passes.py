@@ -267,7 +267,28 @@ def test_an_activation_inside_of_one_is_no_site(monkeypatch):
     assert counted(collector) == {"0": 6}
 
 
-def test_transforms_of_torch_func_are_refused():
+def of_stacked_weights(model):
+    weights = {name: weight.detach()[None] for name, weight in model.named_parameters()}
+    return lambda x: torch.func.vmap(lambda given: torch.func.functional_call(model, given, x))(weights)
+
+
+TRANSFORMS = {
+    "vmap": torch.func.vmap,
+    "vmap over weights": of_stacked_weights,
+    "grad": lambda model: torch.func.grad(lambda x: model(x).sum()),
+    "jvp": lambda model: lambda x: torch.func.jvp(model, (x,), (x,)),
+    "jacrev": torch.func.jacrev,
+}
+
+
+@pytest.mark.parametrize("passes", [0, 1, 2])
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_transforms_of_torch_func_are_refused(transform, passes):
     model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
-    with collect(model), pytest.raises(RuntimeError, match=r"inside of torch\.func transforms"):
-        torch.func.vmap(model)(torch.randn(3, 2))
+    with collect(model) as collector:
+        for _ in range(passes):
+            model(torch.randn(3, 2))
+        with pytest.raises(RuntimeError, match=r"inside of torch\.func transforms; [^\n]*$"):
+            TRANSFORMS[transform](model)(torch.randn(3, 2))
+        model(torch.randn(3, 2))
+    assert counted(collector) == {"1": 6 * (passes + 1)}
