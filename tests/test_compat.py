@@ -26,6 +26,7 @@ from torch.utils import _python_dispatch
 from torch.utils.checkpoint import checkpoint
 
 from fastentropy import _compat
+from fastentropy._compat import compiled as compiled_code
 from fastentropy._compat import interception, lookup, modes, modules
 from fastentropy_kernels import _compat as kernels_compat
 
@@ -532,6 +533,8 @@ GONE = [
     (torch._C, "_DisableFuncTorch", lambda: _compat.without_transforms()),
     (torch.fx._symbolic_trace, "_orig_module_call", lambda: _compat.outer_module_call()),
     (torch.fx._symbolic_trace, "_orig_module_call", lambda: _compat.take_for_call_in_traces(print)),
+    (torch._dynamo.convert_frame, "compile_lock", lambda: compiled_code._counted_alone(in_mode.__code__, print).__enter__()),
+    (torch._dynamo.eval_frame, "_debug_get_cache_entry_list", lambda: compiled_code._counted_alone(None, None).__enter__()),
     (torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda: _compat.composite_kernel(torch.ops.aten.relu.default)),
 ]
 
@@ -553,6 +556,7 @@ ATTRIBUTES = {
     "_forward_pre_hooks": _compat.has_pre_hooks,
     "_compiled_call_impl": _compat.is_compiled,
     "_guards_code": _compat.export_guards,
+    "id_matched_objs": compiled_code._is_counted,
     "_local_tensor": _compat.local_part,
     "children_specs": _compat.tree_node,
 }
@@ -611,7 +615,7 @@ def test_compiler_of_a_thread():
         def choose(compiler, own=own):
             assert _compat.backend_of(compiler).compiler_fn is backend
             _compat.run_as_it_is()
-            return own and _compat.CompilerWith(compiler, own, lambda code, error: chosen.append(str(error)))
+            return own and _compat.CompilerWith(compiler, own, _compat.Refusals(lambda code, error: chosen.append(str(error))))
 
         end = _compat.choose_compilers(choose)
         try:
@@ -622,6 +626,31 @@ def test_compiler_of_a_thread():
     assert chosen == ["never"]
     compiled(torch.ones(2))
     assert len(graphs) == 2
+
+
+def test_limit_of_recompilations():
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(lambda x: x.sin(), backend=backend, dynamic=False)
+    refused = _compat.Refusals(lambda code, error: None)
+
+    def run(own):
+        end = own and _compat.choose_compilers(lambda compiler: _compat.CompilerWith(compiler, own, refused))
+        for size in (1, 2, 3, 4):
+            compiled(torch.ones(size))
+        if own:
+            end()
+
+    others = [lambda graph, inputs: backend(graph, inputs) for _ in range(2)]
+    with torch._dynamo.config.patch(recompile_limit=3):
+        for own, expected in [(others[0], 3), (others[1], 6), (None, 9)]:
+            refused.codes.clear()
+            run(own)
+            assert len(graphs) == expected
 
 
 def test_calls_of_modules_in_traces():

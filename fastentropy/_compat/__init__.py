@@ -20,6 +20,7 @@ except ImportError as error:
 
 from fastentropy._compat.compiled import Backend as Backend
 from fastentropy._compat.compiled import CompilerWith as CompilerWith
+from fastentropy._compat.compiled import Refusals as Refusals
 from fastentropy._compat.compiled import UncountableGraphError as UncountableGraphError
 from fastentropy._compat.compiled import UnknownSiteError as UnknownSiteError
 from fastentropy._compat.compiled import backend_of as backend_of

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import CodeType, FrameType
 from typing import Any
 
@@ -26,6 +27,8 @@ class UnknownSiteError(UncountableGraphError):
 
 #: How often a frame is traced again although its graph had unknown sites.
 _ATTEMPTS = 3
+#: No local variable of a frame has this name.
+_OF_NO_FRAME = "<none>"
 
 
 def wrapper_class() -> type[torch.nn.Module]:
@@ -83,49 +86,63 @@ def backend_of(compiler: Compiler) -> Backend | None:
     return backend
 
 
+class Refusals:
+    """The code that a backend refuses to compile. Its frames run as they are.
+
+    They belong to the backend, since PyTorch makes another compiler for each call under `set_stance(force_backend=…)`.
+    """
+
+    def __init__(self, refused: Callable[[str, UncountableGraphError], None]) -> None:
+        """Begin without refusals. `refused` is told the name of the code whose graph was refused, and why."""
+        self._refused = refused
+        self._attempts: dict[CodeType, int] = {}
+        self.codes: set[CodeType] = set()
+
+    def add(self, code: CodeType, reason: UncountableGraphError) -> None:
+        """Let frames with a code run as they are from now on. If a site was not known yet, this holds for this time only."""
+        attempts = self._attempts[code] = self._attempts.get(code, 0) + 1
+        if not isinstance(reason, UnknownSiteError) or attempts == _ATTEMPTS:
+            self.codes.add(code)
+            self._refused(getattr(code, "co_qualname", code.co_name), reason)  # co_qualname is new in Python 3.11
+
+
 class CompilerWith:
     """A compiler that hands its graphs to another backend. Where that refuses a graph, the frame runs as it is.
 
-    Dynamo keeps the code that it compiles for two backends apart, so the code of the original compiler stays as it is.
+    Dynamo keeps the code that it compiles for two backends apart, so the code of the original compiler stays as it is. To the
+    limit of recompilations each counts for itself.
     """
 
-    def __init__(self, compiler: Any, backend: Backend, refused: Callable[[str, UncountableGraphError], None]) -> None:
+    def __init__(self, compiler: Any, backend: Backend, refusals: Refusals) -> None:
         """Take the place of a compiler, of which `backend_of` returns the backend.
 
         Args:
             compiler: the compiler.
             backend: the other backend. It raises UncountableGraphError where it refuses a graph.
-            refused: a function that is told the name of the code whose graph was refused, and why.
+            refusals: the code that this backend has refused before.
         """
-        self.original, self._backend, self._refused = compiler, backend, refused
+        self.original, self.backend, self._refusals = compiler, backend, refusals
         convert = attribute(attribute(compiler, "_torchdynamo_orig_backend"), "_clone_with_backend")(backend)
         self._torchdynamo_orig_backend = type(compiler)(convert, attribute(compiler, "hooks"))
-        self._as_it_is: set[CodeType] = set()
-        self._attempts: dict[CodeType, int] = {}
 
     def __call__(self, frame: FrameType, *args: Any) -> Any:
         """Compile a frame, or let it run as it is."""
-        if frame.f_code in self._as_it_is:
+        if frame.f_code in self._refusals.codes:
             return _as_it_is_once()
         try:
-            with compiling(), _room_beside_others(frame.f_code, self._backend):
+            with compiling(), _counted_alone(frame.f_code, self.backend):
                 compiled = self._torchdynamo_orig_backend(frame, *args)
         except Exception as error:
             if (reason := _refusal(error)) is None:
                 raise
-            self._let_run(frame.f_code, reason)
+            self._refusals.add(frame.f_code, reason)
             return _as_it_is_once()
         if _gives_up(compiled):  # at the limit of recompilations, for this backend alone
-            self._as_it_is.add(frame.f_code)
+            self._refusals.codes.add(frame.f_code)
             return _as_it_is_once()
+        if (code := attribute(compiled, "guarded_code")) is not None:
+            _set_counted(False, [attribute(code, "guard_manager")])
         return compiled
-
-    def _let_run(self, code: CodeType, reason: UncountableGraphError) -> None:
-        """Let frames with a code run as they are from now on. If a site was not known yet, this holds for this time only."""
-        attempts = self._attempts[code] = self._attempts.get(code, 0) + 1
-        if not isinstance(reason, UnknownSiteError) or attempts == _ATTEMPTS:
-            self._as_it_is.add(code)
-            self._refused(getattr(code, "co_qualname", code.co_name), reason)  # co_qualname is new in Python 3.11
 
 
 def _refusal(error: BaseException) -> UncountableGraphError | None:
@@ -136,15 +153,45 @@ def _refusal(error: BaseException) -> UncountableGraphError | None:
     return inner
 
 
-def _room_beside_others(code: CodeType, backend: Backend) -> AbstractContextManager[object]:
-    """Return a context in which code that other backends have compiled does not count to the limit of recompilations."""
-    entries = named("torch._dynamo.eval_frame", "_debug_get_cache_entry_list")(code)
-    others = sum(attribute(entry, "backend") is not backend for entry in entries)
-    if not others:
-        return nullcontext()
-    config = named("torch._dynamo", "config")
-    context: AbstractContextManager[object] = config.patch(recompile_limit=config.recompile_limit + others)
-    return context
+@contextmanager
+def _counted_alone(code: CodeType, backend: Backend) -> Iterator[None]:
+    """Let only what a code was compiled to for a backend count to the limit of recompilations, inside of the block.
+
+    Afterwards it does not count any more, so that the compilers of the user have all of the limit.
+    """
+    with named("torch._dynamo.convert_frame", "compile_lock"):
+        own, others = list[Any](), list[Any]()
+        for entry in named("torch._dynamo.eval_frame", "_debug_get_cache_entry_list")(code):
+            manager = attribute(entry, "guard_manager")
+            if attribute(entry, "backend") is backend:
+                own.append(manager)
+            elif _is_counted(manager):
+                others.append(manager)
+        try:
+            _set_counted(True, own)
+            _set_counted(False, others)
+            yield
+        finally:
+            _set_counted(False, own)
+            _set_counted(True, others)
+
+
+def _is_counted(guard_manager: Any) -> bool:
+    """Return whether compiled code counts to the limit of recompilations."""
+    return _OF_NO_FRAME not in attribute(guard_manager, "id_matched_objs")
+
+
+def _set_counted(is_counted: bool, guard_managers: Sequence[Any]) -> None:
+    """Let compiled codes count to the limit of recompilations, or not.
+
+    Dynamo does not count code that was compiled for other objects than those of the frame, by the names of local variables.
+    """
+    for each in guard_managers:
+        objects = attribute(each, "id_matched_objs")
+        if is_counted:
+            objects.pop(_OF_NO_FRAME, None)
+        else:
+            objects[_OF_NO_FRAME] = weakref.ref(_counted_alone)  # an object that lives as long as the process
 
 
 def _gives_up(compiled: Any) -> bool:

@@ -185,9 +185,9 @@ class Counters:
         if parts is None:
             parts = self._parts[named, flat.device] = self._overlaps(named, flat.device)
         self.sites.update(named.by_name)
-        if len(parts) == 1:
+        if len(parts) == 1 and len(parts[0][0]) == len(flat):
             parts[0][0].add_(flat)
-        else:
+        elif parts:
             add_to_each([part for part, _, _ in parts], [flat[start:stop] for _, start, stop in parts])
 
     def _overlaps(self, named: NamedSites, device: torch.device) -> list[tuple[Tensor, int, int]]:

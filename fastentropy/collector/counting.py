@@ -50,7 +50,7 @@ class PassCounting:
         self.is_paused = self.has_counted = False
         self._per_batch, self._after_pass, self._note = per_batch, after_pass, note
         self._layout, self._lock = Layout(), threading.Lock()
-        self._compilers = CountingCompilers(model, note)
+        self._compilers = CountingCompilers(note)
         self._total = Counters(self._layout)
         self._idle: list[Counters] = []
         self._captured: list[Counters] = []

@@ -234,6 +234,11 @@ def has_registered_functions() -> bool:
     return bool(_REGISTERED_FUNCTIONS)
 
 
+def registrations() -> tuple[int, int]:
+    """Return how many classes and functions are known activations."""
+    return len(_MODULES), len(_REGISTERED_FUNCTIONS)
+
+
 def registered_in_python() -> list[str]:
     """Return the names of the functions that the user has registered and that are written in Python.
 

@@ -7,9 +7,9 @@ from torch import Tensor, fx
 
 from fastentropy._compat import Compiler, CompilerWith, UncountableGraphError, UnknownSiteError, size_of
 from fastentropy.sites import interception
-from fastentropy.sites.activations import registered_in_python
+from fastentropy.sites.activations import registered_in_python, registrations
 from fastentropy.sites.graph_calls import GraphTracer, TracedCall
-from fastentropy.sites.graphs import BEFORE, GraphCall, GraphSite, GraphSites, NamedSites
+from fastentropy.sites.graphs import BEFORE, CountedAxes, GraphCall, GraphSite, GraphSites, NamedSites, ReadGraph
 from fastentropy.sites.modules import WatchedModules
 from fastentropy.sites.naming import CallNames, Key, PassNames, Places
 from fastentropy.sites.observer import Observer
@@ -57,13 +57,29 @@ class GraphCaller(Generic[P]):
 
     @property
     def options(self) -> object:
-        """Return the options of the watcher that graphs depend on, and the sites that are left out."""
-        return self.registry.options
+        """Return what graphs depend on besides the axes of sites and the padding mask, hashable.
 
-    def agrees(self, axes: Mapping[str, int | None]) -> bool:
-        """Return whether no site has another channel axis than in `axes`."""
-        known = self.registry.sites
-        return all(name not in known or known[name].channel_axis == axis for name, axis in axes.items())
+        Sites of models of different classes may have the same names. PyTorch takes care of all other differences of models.
+        """
+        return self._modules.class_name, registrations()
+
+    @property
+    def known_sites(self) -> int:
+        """Return how many sites are known."""
+        return len(self.registry.sites)
+
+    def agrees(self, axes: Mapping[str, CountedAxes], with_mask: bool) -> bool:
+        """Return whether sites are counted as in `axes`, as far as they are known."""
+        known, is_left_out = self.registry.sites, self.registry.is_left_out
+        return all(
+            is_left_out(name) == (each is None) and (name not in known or self._counted_axes(name, with_mask) == each)
+            for name, each in axes.items()
+        )
+
+    def _counted_axes(self, name: str, with_mask: bool) -> CountedAxes:
+        """Return how the calls of a known site are counted."""
+        axis, token_axes = self.registry.axes(name)
+        return axis, token_axes if with_mask else None
 
     def forget(self) -> None:
         """Forget what is known of graphs and masks, because the modules of the model may have changed."""
@@ -118,7 +134,7 @@ class GraphCaller(Generic[P]):
         """Return the padding mask that applies where this thread runs: bool [batch, tokens]."""
         return None if self.thread.current is None else self.thread.current.is_token
 
-    def read(self, graph_module: fx.GraphModule) -> tuple[list[GraphCall], GraphSites]:
+    def read(self, graph_module: fx.GraphModule) -> ReadGraph:
         """Find the calls of activations in a graph that the pass of this thread is about to run.
 
         Raises:
@@ -126,7 +142,7 @@ class GraphCaller(Generic[P]):
         """
         current = self.thread.current
         if current is None:
-            return [], GraphSites((), None)
+            return ReadGraph([], GraphSites((), None), {})
         owner, others = (
             _owner(current),
             interception.identities_of_others([module for module, _ in self._modules.kinds.values()]),
@@ -135,27 +151,39 @@ class GraphCaller(Generic[P]):
         tracer.follow(graph_module.graph)
         tracer.finish()
         given = PassNames(set(current.names.used), dict(current.names.times))
-        calls, sites = list[GraphCall](), list[GraphSite]()
+        calls, sites, axes = list[GraphCall](), list[GraphSite](), dict[str, CountedAxes]()
         for call in tracer.calls:
-            found = self._site_of(call, owner, given, current)
-            if found is not None:
+            name, found = self._site_of(call, owner, given, current)
+            sites.append(found)
+            if found.like is not None:
                 calls.append(GraphCall(call.node, call.x, found.like, self._axes_of_mask(call, found.like, current)))
-                sites.append(found)
-        return calls, GraphSites(tuple(sites), None if tracer.producer is None else _relative(tracer.producer, owner))
+            if not self.registry.is_left_out(name):
+                axes[name] = self._counted_axes(name, self.mask is not None)
+            elif found.like is None:
+                axes[name] = None
+        last = None if tracer.producer is None else _relative(tracer.producer, owner)
+        return ReadGraph(calls, GraphSites(tuple(sites), last), axes)
 
-    def _site_of(self, call: TracedCall, owner: str, given: PassNames, current: Pass[P]) -> GraphSite | None:
-        """Return the site of a call in a graph; None if it is left out."""
+    def _site_of(self, call: TracedCall, owner: str, given: PassNames, current: Pass[P]) -> tuple[str, GraphSite]:
+        """Return the name and the site of a call in a graph.
+
+        A call that is left out is counted nevertheless if it is not in other modules, which may share the graph.
+        """
         x: Tensor = call.x.meta["example_value"]
         producer = _relative(call.producer, owner) if call.producer is not None else BEFORE
         path = self._path(call.path, call.function)
         for place in self._places_of(call, path):
             key = self._key(_relative(call.path, owner), call.function, place, producer, owner, current)
             name = self._names.known_name(key, given)
-            if name is not None and self.registry.is_left_out(name):
-                return None
-            site = None if name is None else self.registry.known(name, call.activation, x)
-            if site is not None:
-                return GraphSite(_relative(call.path, owner), call.function, place, producer, site, x.ndim)
+            is_left_out = name is not None and self.registry.is_left_out(name)
+            site = None if name is None or is_left_out else self.registry.known(name, call.activation, x)
+            if name is not None and is_left_out and owner:
+                site = self.registry.siblings.site_like(name, call.activation, x)
+            if owner and site is not None and (other := self.registry.unlike_sibling(site, x.ndim)):
+                raise UncountableGraphError(f"it is shared by {site.name!r} and {other!r}, which have different channel axes")
+            if name is not None and (site is not None or is_left_out):
+                at = self._places.code_at(place)
+                return name, GraphSite(_relative(call.path, owner), call.function, at, producer, site, x.ndim)
         raise UnknownSiteError(f"{path!r} was not called like this before")
 
     def _axes_of_mask(self, call: TracedCall, site: Site, current: Pass[P]) -> TokenAxes | None:
@@ -215,13 +243,16 @@ class GraphCaller(Generic[P]):
         before = PassNames(set(current.names.used), dict(current.names.times))
         sites = list[Site | None]()
         for at in graph.sites:
-            key = self._key(at.path, at.function, at.place, at.producer, owner, current)
-            name = self._names.name(key, current.names)
-            sites.append(self.registry.known_or_new(name, at.like, at.ndim))
+            place = self._places.place_in(at.place)
+            name = self._names.name(self._key(at.path, at.function, place, at.producer, owner, current), current.names)
+            if at.like is None:
+                self.registry.check_left_out(name)
+            else:
+                sites.append(self.registry.known_or_new(name, at.like, at.ndim))
         used = current.names.used - before.used
         times = {key: number for key, number in current.names.times.items() if before.times.get(key) != number}
         last = None if graph.last is None else _join(owner, graph.last)
-        neurons = tuple(at.like.neurons for at in graph.sites)
+        neurons = tuple(at.like.neurons for at in graph.sites if at.like is not None)
         return NamedSites(tuple(sites), neurons, PassNames(used, times), last)
 
 

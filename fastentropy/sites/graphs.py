@@ -20,15 +20,15 @@ class GraphSite(NamedTuple):
 
     path: str  # the module, or the module that calls the function
     function: str
-    place: object
-    producer: object  # a path; _BEFORE; None if it is not known
-    like: Site  # the site of the call for which it was compiled
+    place: object  # as `Places.code_at` returns it
+    producer: object  # a path; BEFORE; None if it is not known
+    like: Site | None  # the site of the call for which it was compiled; None if the graph does not count the call
     ndim: int  # the number of axes of its input
 
 
 @dataclass(eq=False)
 class GraphSites:
-    """The calls of activations in a compiled graph, in the order of their counts.
+    """The calls of activations in a compiled graph, in the order in which they are made, and of their counts.
 
     Attributes:
         sites: the calls.
@@ -48,12 +48,30 @@ class GraphCall(NamedTuple):
     token_axes: TokenAxes | None  # the axes of the input along which the padding mask lies; None if all positions are counted
 
 
+#: How the calls of a site are counted: the channel axis, and under a mask the token axes. None if the site is left out.
+CountedAxes = tuple[int | None, TokenAxes | None] | None
+
+
+class ReadGraph(NamedTuple):
+    """What was found in a graph that is about to be compiled.
+
+    Attributes:
+        calls: the calls that are counted.
+        sites: all calls.
+        axes: how they are counted, by name of the site.
+    """
+
+    calls: list[GraphCall]
+    sites: GraphSites
+    axes: dict[str, CountedAxes]
+
+
 @dataclass(eq=False)
 class NamedSites:
     """The sites of a graph in a place of the model.
 
     Attributes:
-        sites: the sites in the order of `GraphSites.sites`; None for a site that is left out.
+        sites: the sites of the calls that the graph counts, in the order of the counts; None for a site that is left out.
         neurons: the number of neurons of each.
         names: the names that the graph has given, and the calls that it has made.
         last: the path of the module of the graph that returns last; None if none does.
@@ -85,14 +103,19 @@ class GraphReader(Protocol):
 
     @property
     def options(self) -> object:
-        """Return the options of the watcher that graphs depend on, and the sites that are left out."""
+        """Return what graphs depend on besides the axes of sites and the padding mask, hashable."""
         ...
 
-    def agrees(self, axes: Mapping[str, int | None]) -> bool:
-        """Return whether no site has another channel axis than in `axes`."""
+    @property
+    def known_sites(self) -> int:
+        """Return how many sites are known."""
         ...
 
-    def read(self, graph_module: fx.GraphModule) -> tuple[list[GraphCall], GraphSites]:
+    def agrees(self, axes: Mapping[str, CountedAxes], with_mask: bool) -> bool:
+        """Return whether sites are counted as in `axes`, with or without a padding mask, as far as they are known."""
+        ...
+
+    def read(self, graph_module: fx.GraphModule) -> ReadGraph:
         """Find the calls of activations in a graph that is about to be compiled.
 
         Raises:

@@ -2,6 +2,7 @@
 
 import functools
 import re
+import weakref
 from types import CodeType, FrameType, FunctionType, MethodType
 from typing import Any
 
@@ -35,6 +36,7 @@ class WatchedModules:
         kinds: for each path, the module and its kind.
         activations: the name of the activation of each activation module, by path.
         mask_arguments: the argument that holds the padding mask, by path of the container that takes one.
+        class_name: the name of the model's class, with its module.
     """
 
     def __init__(self, model: nn.Module, mask: Mask) -> None:
@@ -58,6 +60,8 @@ class WatchedModules:
         for known in (self.kinds, self.activations, self.mask_arguments, self._paths, self._methods, self._activation_methods):
             known.clear()
         self.add("", self._model)
+        kind = self.class_at("")
+        self.class_name = f"{kind.__module__}.{kind.__qualname__}"
 
     def add(self, path: str, module: nn.Module) -> dict[str, tuple[nn.Module, str]]:
         """Take a module that the model has, or is about to have, under a path, with all its submodules.
@@ -145,11 +149,18 @@ class WatchedModules:
         return LAYER if (is_layer or isinstance(module, torch.jit.ScriptModule)) and module is not self._model else CONTAINER
 
 
-@functools.cache
+#: What `_methods` returns, by class. A class is held weakly, because code that was compiled lives as long as the class.
+_METHODS: "weakref.WeakKeyDictionary[type, frozenset[CodeType]]" = weakref.WeakKeyDictionary()
+
+
 def _methods(kind: Any) -> frozenset[CodeType]:
     """Return the code of the methods and properties that a class of modules has besides those of nn.Module."""
-    classes = [owner for owner in kind.__mro__ if issubclass(owner, nn.Module) and owner is not nn.Module]
-    return frozenset().union(*(_codes(value) for owner in classes for value in vars(owner).values()))
+    known = _METHODS.get(kind)
+    if known is None:
+        classes = [owner for owner in kind.__mro__ if issubclass(owner, nn.Module) and owner is not nn.Module]
+        codes = (_codes(value) for owner in classes for value in vars(owner).values())
+        known = _METHODS[kind] = frozenset[CodeType]().union(*codes)
+    return known
 
 
 def _codes(method: Any) -> set[CodeType]:

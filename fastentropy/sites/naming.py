@@ -2,10 +2,10 @@
 
 import dis
 import threading
+import weakref
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import count
 from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
@@ -35,25 +35,41 @@ class Places:
     def __init__(self) -> None:
         """Begin without places."""
         self._numbers: dict[CodeType, int] = {}
+        self._codes: list[CodeType] = []
         # The same by identity, because the hash of a code object takes long. The code is kept alive, and so is its identity.
         self._known: dict[int, tuple[int, CodeType, list[int]]] = {}
-        self._next = count()
+        self._lock = threading.Lock()
 
     def of(self, frame: FrameType) -> tuple[int, int]:
         """Return the place in the code at which a stack frame is."""
         code = frame.f_code
         known = self._known.get(id(code))
         if known is None:
-            known = self._known[id(code)] = self._numbers.setdefault(code, next(self._next)), code, _instructions(code)
+            known = self._known[id(code)] = self._number(code), code, _instructions(code)
         return known[0], known[2][frame.f_lasti >> 1]
+
+    def code_at(self, place: object) -> object:
+        """Return what a place is for others who number places: the code, held weakly, and the place in it."""
+        return (weakref.ref(self._codes[place[0]]), place[1]) if isinstance(place, tuple) else place
+
+    def place_in(self, code_at: object) -> object:
+        """Return the place for which `code_at` of others has returned this."""
+        return (self._number(code_at[0]()), code_at[1]) if isinstance(code_at, tuple) else code_at
+
+    def _number(self, code: CodeType) -> int:
+        """Return the number of a code."""
+        with self._lock:
+            if code not in self._numbers:
+                self._numbers[code] = len(self._codes)
+                self._codes.append(code)
+            return self._numbers[code]
 
     def on_line(self, file: str, line: int, known: Sequence[object]) -> Sequence[object]:
         """Return those of some known places that are on a line of a file, in the order in which they run."""
-        codes = {number: code for number, code, _ in self._known.values()}
         found = list[tuple[Any, ...]]()
         for place in known:
-            if isinstance(place, tuple) and place[0] in codes:
-                code = codes[place[0]]
+            if isinstance(place, tuple):
+                code = self._codes[place[0]]
                 lines = (number for start, end, number in code.co_lines() if start <= place[1] < end)
                 if code.co_filename == file and next(lines, None) == line:
                     found.append(place)

@@ -8,9 +8,7 @@ from torch import Tensor, fx
 
 from fastentropy._compat import Backend, Compiler, CompilerWith, UncountableGraphError, backend_of, bodies, without_intercepting
 from fastentropy.sites.activations import called_name, function_name, registered_in_python
-
-#: How many compilers are kept. PyTorch makes another compiler for each call under `set_stance(force_backend=…)`.
-_MOST = 64
+from fastentropy.sites.kept_compilers import KeptCompilers
 
 
 class _PlainBackend:
@@ -62,17 +60,17 @@ class OutsideCompilers:
     def __init__(self, note: Callable[[str], None]) -> None:
         """Begin without compilers. `note` is given a sentence about code that runs eagerly."""
         self._note = note
-        self._compilers: dict[int, tuple[Compiler, CompilerWith]] = {}
+        self.forget()
 
     def forget(self) -> None:
-        """Forget the compilers, and what they have refused."""
-        self._compilers.clear()
+        """Forget the compilers, and what their backends have refused."""
+        self._compilers = KeptCompilers(self._refused)
 
     def known(self, compiler: Compiler) -> CompilerWith | None:
         """Return what has compiled a function outside of passes in place of `compiler`; None if nothing has."""
         original = compiler.original if isinstance(compiler, CompilerWith) else compiler
-        of, chosen = self._compilers.get(id(original), (None, None))
-        return chosen if of is original and (compiler is of or compiler is chosen) else None
+        known = self._compilers.known(original)
+        return known if compiler is original or compiler is known else None
 
     def choose(self, compiler: Compiler) -> Compiler:
         """Return what compiles a function outside of passes; None if the function runs as it is."""
@@ -86,11 +84,7 @@ class OutsideCompilers:
         if inner is None:
             self._note("compiled code outside of forward passes runs eagerly: the stance of torch.compiler compiles nothing")
             return None
-        if len(self._compilers) == _MOST:
-            self._compilers.clear()
-        known = CompilerWith(compiler, _backend(inner), self._refused)
-        self._compilers[id(compiler)] = compiler, known
-        return known
+        return self._compilers.keep(compiler, _backend(inner))
 
     def _refused(self, name: str, error: UncountableGraphError) -> None:
         """Note that some code runs eagerly."""

@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,19 +15,11 @@ from fastentropy.sites.channel_axis import NO_AXIS
 from fastentropy.sites.padding import BY_SHAPE, TokenAxes
 from fastentropy.sites.passes import Pass
 from fastentropy.sites.sharding import RankShare, Sharding, is_dtensor, local_tensor
+from fastentropy.sites.siblings import Siblings
 from fastentropy.sites.site import Site
 
 #: What happens to a site of which an input has another number of neurons: "raise" raises RuntimeError, "skip" leaves it out.
 Misfits = Literal["raise", "skip"]
-
-
-class _Axis(NamedTuple):
-    """What is known of the neurons of a site when it is discovered."""
-
-    axis: int  # the channel axis, or NO_AXIS
-    is_inferred: bool
-    sharding: Sharding | None = None
-    token_axes: TokenAxes | None = BY_SHAPE
 
 
 class SiteRegistry:
@@ -37,7 +29,7 @@ class SiteRegistry:
         sites: the sites by name, in the order of their discovery.
         functional: the names of the sites that are calls of functions.
         notes: sentences about sites that are left out, and why.
-        options: the options that the user gave, and the sites that were left out because an input did not fit.
+        siblings: what is known of the same activations in other modules of a class.
     """
 
     def __init__(
@@ -58,18 +50,15 @@ class SiteRegistry:
         self.sites: dict[str, Site] = {}
         self.functional: set[str] = set()
         self.notes: list[str] = []
-        self._class_at, self._channel_axis, self._exclude, self._misfits = class_at, channel_axis, exclude, misfits
+        self.siblings = Siblings(class_at)
+        self._channel_axis, self._exclude, self._misfits = channel_axis, exclude, misfits
         self._left_out: dict[str, bool] = {}  # whether a site is left out, by its name
         self._ranks: dict[str, int] = {}  # the number of axes of the input, by name of the site
         self._shardings: dict[str, Sharding | None] = {}
         self._token_axes: dict[str, TokenAxes | None] = {}
         self._meshes: set[Any] = set()  # device meshes of the DTensors in the passes
-        # What is known of an activation. A module of the same class, with an activation in the same attribute and with as many
-        # axes, gets the same. The key is (class, attribute, number of axes).
-        self._siblings: dict[tuple[type[nn.Module], str, int], _Axis] = {}
         self._lock = threading.Lock()
         self._has_recommended = False
-        self.options: tuple[object, ...] = (tuple(sorted(channel_axis.items())), tuple(exclude))
         self._inferred: list[str] = []  # names of the sites of which nobody has been warned yet
 
     def resolve(self, name: str, path: str, activation: str, x: Tensor, current: Pass[Any]) -> tuple[Site, Tensor] | None:
@@ -124,6 +113,16 @@ class SiteRegistry:
             return None
         return site
 
+    def unlike_sibling(self, site: Site, ndim: int) -> str | None:
+        """Return the name of a sibling of a site, whose input has as many axes, with another channel axis."""
+        others = (name for name, other in list(self.sites.items()) if other.channel_axis != site.channel_axis)
+        kind = self.siblings.kind(site.name, ndim)
+        return next((name for name in others if self.siblings.kind(name, self._ranks[name]) == kind), None)
+
+    def axes(self, name: str) -> tuple[int | None, TokenAxes | None]:
+        """Return the channel axis of a known site, and its token axes."""
+        return self.sites[name].channel_axis, self._token_axes[name]
+
     def known_or_new(self, name: str, like: Site, ndim: int) -> Site | None:
         """Return the site of a call in a compiled graph; None if it is left out.
 
@@ -138,10 +137,19 @@ class SiteRegistry:
                 site = self.sites[name] = replace(like, name=name)
                 self._ranks[name], self._shardings[name] = ndim, None
                 self._token_axes[name] = self._token_axes.get(like.name, BY_SHAPE)
-        if site.neurons != like.neurons:
-            self.note(f"site {name!r} was not counted in some calls, compiled for {plural(like.neurons, 'neuron')}")
+        axes = site.channel_axis, like.channel_axis
+        if site.neurons != like.neurons or (ndim == self._ranks[name] and axes[0] != axes[1]):
+            neurons = f"{plural(like.neurons, 'neuron')} on axis {like.channel_axis}"
+            self.note(f"site {name!r} was not counted in some calls, compiled for {neurons}")
             return None
         return site
+
+    def check_left_out(self, name: str) -> None:
+        """Note a call in a compiled graph that does not count it, if its site is not left out."""
+        if self.is_left_out(name):
+            self._left_out[name] = True
+        else:
+            self.note(f"site {name!r} was not counted in some calls, compiled for a module where it is left out")
 
     @property
     def left_out(self) -> list[str]:
@@ -263,9 +271,8 @@ class SiteRegistry:
                 f"site {name!r} is met for the first time while a CUDA graph is captured; "
                 "run one forward pass with the collector attached before the capture"
             )
-        owner, _, attribute = path.rpartition(".")
-        kind = (self._class_at(owner), attribute, x.ndim)
-        found = self._axis(x, kind, current)
+        kind = self.siblings.kind(path, x.ndim)
+        found = self.siblings.find(x, kind, current)
         axis = self._channel_axis.get(name, found.axis)
         if name in self._channel_axis and not -x.ndim <= axis < x.ndim:
             raise ValueError(f"channel_axis of site {name!r} is {axis}, but its input has shape {list(x.shape)}")
@@ -273,30 +280,13 @@ class SiteRegistry:
             found = found._replace(axis=axis % x.ndim, is_inferred=False)
         if is_dtensor(x):
             found = found._replace(sharding=Sharding.of(x))
-        self._ranks[name], self._siblings[kind], self._shardings[name] = x.ndim, found, found.sharding
+        self._ranks[name], self.siblings.found[kind], self._shardings[name] = x.ndim, found, found.sharding
         self._token_axes[name] = found.token_axes
         if found.is_inferred:
             self._inferred.append(name)
         if found.axis == NO_AXIS:
             return Site(name, activation, 1, None)
         return Site(name, activation, _size(local_tensor(x), found.axis), found.axis, found.is_inferred)
-
-    def _axis(self, x: Tensor, kind: tuple[type[nn.Module], str, int], current: Pass[Any]) -> _Axis:
-        """Return what is known of a new site.
-
-        This is what the operators tell, in a pass in which they are followed; else what the layer before it tells; else what is
-        known of the same activation in another module of the same class. Where nothing tells the channel axis, it is axis 1 for
-        inputs with at least 4 axes (images), else the last axis.
-        """
-        default = 1 if x.ndim >= 4 else x.ndim - 1
-        if current.tracker is not None:
-            axis, sharding, token_axes = current.tracker.evidence(x)
-            return _Axis(default if axis is None else axis, axis is None, sharding, token_axes)
-        axis, is_certain = current.produced.channel_axis(x)
-        sibling = self._siblings.get(kind)
-        if sibling is not None and not is_certain:
-            return sibling._replace(token_axes=BY_SHAPE)
-        return _Axis(default if axis is None else axis, axis is None or not is_certain)
 
     def _leave_out(self, name: str, x: Tensor) -> None:
         """Leave out a site of which an input has another number of neurons, from now on, or raise."""
@@ -314,7 +304,6 @@ class SiteRegistry:
         with self._lock:
             self.sites.pop(name, None)
             self._left_out[name] = True
-            self.options = (*self.options, name)
         self.note(f"{had} {shape}; it is left out")
 
     def _with_other_rank(self, site: Site, x: Tensor) -> Site | None:

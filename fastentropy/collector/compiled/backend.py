@@ -18,32 +18,36 @@ from fastentropy.collector.compiled.instrumentation import add_counts
 from fastentropy.collector.compiled.masks import MaskInput
 from fastentropy.collector.counters import Counters
 from fastentropy.sites.compiled_calls import current_caller
-from fastentropy.sites.graphs import GraphReader, GraphSites
+from fastentropy.sites.graphs import CountedAxes, GraphReader, GraphSites
 
 
 class CountingBackend:
     """Let another backend compile graphs that also count, and add the counts of a run to the pass that runs the graph.
 
-    It holds neither a collector nor a model, because Dynamo keeps it as long as the code of the model.
-
+    It holds neither a collector nor a model: Dynamo keeps it as long as the code of the model, and models alike share it.
     """
 
-    def __init__(self, inner: Backend, options: object, has_mask: bool) -> None:
+    def __init__(self, inner: Backend, reader: GraphReader, changed: Callable[[], None]) -> None:
         """Begin without graphs.
 
         Args:
             inner: the backend of the user.
-            options: the options of the collector that the graphs depend on.
-            has_mask: whether it counts passes with padding masks.
+            reader: what finds the sites of the first graph.
+            changed: a function that is called when `agrees` may return something else.
         """
-        self._inner, self._options, self._has_mask = inner, options, has_mask
-        self._axes: dict[str, int | None] = {}
+        self._inner, self._changed = inner, changed
+        self._options, self._has_mask = reader.options, reader.mask is not None
+        self._axes: dict[str, CountedAxes] = {}
         self.__name__ = getattr(inner, "__name__", type(inner).__name__)
 
     def is_like(self, inner: Backend, reader: GraphReader) -> bool:
         """Return whether its graphs count what those of a backend for `reader` would."""
         is_same = self._options == reader.options and self._has_mask == (reader.mask is not None)
-        return is_same and (self._inner is inner or self._inner == inner) and reader.agrees(self._axes)
+        return is_same and (self._inner is inner or self._inner == inner) and self.agrees(reader)
+
+    def agrees(self, reader: GraphReader) -> bool:
+        """Return whether the sites in its graphs are counted as `reader` needs it."""
+        return reader.agrees(self._axes, self._has_mask)
 
     def __call__(self, graph_module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         """Compile a graph of Dynamo. The function that is returned has the outputs of the graph as it was.
@@ -53,11 +57,13 @@ class CountingBackend:
         """
         reader: GraphReader | None = current_caller()
         counting = own_graph(graph_module)
-        calls, sites = ([], GraphSites((), None)) if reader is None else reader.read(counting)
+        calls, sites, axes = ([], GraphSites((), None), {}) if reader is None else reader.read(counting)
+        if not axes.keys() <= self._axes.keys():
+            self._axes.update(axes)
+            self._changed()
         if not calls:
             return _without_counts(self._inner(graph_module, inputs), sites)
         masks, values = add_counts(counting, calls)
-        self._axes.update((call.site.name, call.site.channel_axis) for call in calls)
         try:
             with for_counting(any(isinstance(x, Tensor) and x.is_cuda for x in inputs)):
                 compiled = self._inner(counting, [*inputs, *values])

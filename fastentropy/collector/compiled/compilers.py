@@ -3,31 +3,50 @@
 import weakref
 from collections.abc import Callable
 
-from torch import nn
-
-from fastentropy._compat import Backend, Compiler, CompilerWith, UncountableGraphError, backend_of, uncompiled
+from fastentropy._compat import Backend, Compiler, CompilerWith, UncountableGraphError, backend_of
 from fastentropy.collector.compiled.backend import CountingBackend
 from fastentropy.sites.graphs import GraphReader
+from fastentropy.sites.kept_compilers import KeptCompilers
 
-#: The backends that count in the code of a model. A later collector takes the same ones, so nothing is compiled again.
-_BACKENDS: "weakref.WeakKeyDictionary[nn.Module, list[CountingBackend]]" = weakref.WeakKeyDictionary()
 
-#: How many compilers a collector keeps. PyTorch makes another one for each call under `set_stance(force_backend=…)`.
-_MOST_COMPILERS = 256
+class _Backends:
+    """The backends that count. Dynamo keeps each as long as code that it has compiled, so nothing is compiled again later.
+
+    Attributes:
+        version: another number each time that a backend may fit other models than before.
+    """
+
+    def __init__(self) -> None:
+        """Begin without backends."""
+        self.version = 0
+        self._backends: list[weakref.ref[CountingBackend]] = []
+
+    def find(self, inner: Backend, reader: GraphReader) -> CountingBackend:
+        """Return a backend whose graphs count what `reader` needs, with the backend of the user behind it."""
+        self._backends = [reference for reference in self._backends if reference() is not None]
+        for reference in self._backends:
+            backend = reference()
+            if backend is not None and backend.is_like(inner, reader):
+                return backend
+        backend = CountingBackend(inner, reader, self._changed)
+        self._backends.append(weakref.ref(backend))
+        return backend
+
+    def _changed(self) -> None:
+        """Note that a backend has compiled sites that it had not compiled before."""
+        self.version += 1
+
+
+_BACKENDS = _Backends()
 
 
 class CountingCompilers:
     """The compilers that count in the passes of a collector, each in place of a compiler of the user."""
 
-    def __init__(self, model: nn.Module, note: Callable[[str], None]) -> None:
-        """Begin without compilers.
-
-        Args:
-            model: the model that is counted.
-            note: a function that is given a sentence about code that runs eagerly.
-        """
-        self._model, self._note = weakref.ref(uncompiled(model)), note
-        self._compilers: dict[tuple[int, bool, object], tuple[Compiler, CompilerWith]] = {}
+    def __init__(self, note: Callable[[str], None]) -> None:
+        """Begin without compilers. `note` is given a sentence about code that runs eagerly."""
+        self._note = note
+        self._compilers, self._version = KeptCompilers(self._refused), (0, 0)
 
     def choose(self, reader: GraphReader, compiler: Compiler) -> Compiler:
         """Return what compiles a function in a pass: `compiler` with a backend that counts. None if the function runs as it is.
@@ -36,30 +55,20 @@ class CountingCompilers:
             reader: what finds the sites of the graphs.
             compiler: the compiler of the user.
         """
-        if isinstance(compiler, CompilerWith):
-            compiler = compiler.original
-        key = (id(compiler), reader.mask is None, reader.options)
-        known = self._compilers.get(key)
-        if known is not None and known[0] is compiler:
-            return known[1]
-        inner = backend_of(compiler)
+        version = _BACKENDS.version, reader.known_sites
+        if self._version != version:
+            self._version = version
+            self._compilers.drop(lambda backend: not (isinstance(backend, CountingBackend) and backend.agrees(reader)))
+        original = compiler.original if isinstance(compiler, CompilerWith) else compiler
+        options = reader.mask is None, reader.options
+        known = self._compilers.known(original, options)
+        if known is not None:
+            return known
+        inner = backend_of(original)
         if inner is None:
             self._note("the stance of torch.compiler compiles nothing anew, so compiled code runs eagerly and is counted there")
             return None
-        if len(self._compilers) == _MOST_COMPILERS:
-            self._compilers.clear()
-        known = self._compilers[key] = compiler, CompilerWith(compiler, self._backend(inner, reader), self._refused)
-        return known[1]
-
-    def _backend(self, inner: Backend, reader: GraphReader) -> CountingBackend:
-        """Return a backend that counts, with the backend of the user behind it. Dynamo knows the code that it has compiled."""
-        model = self._model()
-        backends = [] if model is None else _BACKENDS.setdefault(model, [])
-        for backend in backends:
-            if backend.is_like(inner, reader):
-                return backend
-        backends.append(CountingBackend(inner, reader.options, reader.mask is not None))
-        return backends[-1]
+        return self._compilers.keep(original, _BACKENDS.find(inner, reader), options)
 
     def _refused(self, name: str, error: UncountableGraphError) -> None:
         """Note that the graph of some code is not counted, so that the code runs eagerly."""
