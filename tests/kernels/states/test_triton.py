@@ -4,6 +4,7 @@ The interpreter has to be chosen before the kernels are imported. So `test_in_th
 of its own.
 """
 
+import itertools
 import math
 import os
 import re
@@ -64,6 +65,12 @@ def random_values(shape, dtype, seed=0):
     return torch.where(torch.rand(shape, generator=generator) < 0.4, chosen, x).to(dtype).to(DEVICE)
 
 
+def shapes(*sizes):
+    """Draw a shape of these sizes, a small one in the interpreter, which takes 10 ms for each tile."""
+    products = itertools.product(*sizes)
+    return st.sampled_from([shape for shape in products if not INTERPRETED or math.prod(shape) <= 10_000])
+
+
 def random_edges(values, number, seed):
     """Edges in rising order: numbers of float64, values that occur, and their neighbours in float64."""
     generator = torch.Generator().manual_seed(seed)
@@ -118,13 +125,13 @@ CASES = {
 @runs_kernels
 @settings(max_examples=40)
 @given(
-    rows=st.sampled_from([1, 37, 1023]),
-    channels=st.sampled_from([1, 37, 128, 130]),
+    shape=shapes([1, 37, 1023], [1, 5, 37, 128, 130]),
     gap=st.sampled_from([0, 5, 16]),
     y_gap=st.sampled_from([0, 3, 16]),
     **CASES,
 )
-def test_rows(rows, channels, gap, y_gap, dtype, masked, edges, target, activation, launch, seed):
+def test_rows(shape, gap, y_gap, dtype, masked, edges, target, activation, launch, seed):
+    rows, channels = shape
     memory = random_values((rows, gap + channels), dtype, seed)
     values = memory[:, gap:]
     around = torch.full((rows, y_gap + channels), POISON, dtype=dtype, device=DEVICE)
@@ -143,21 +150,19 @@ def test_rows(rows, channels, gap, y_gap, dtype, masked, edges, target, activati
 @runs_kernels
 @settings(max_examples=40)
 @given(
-    outer=st.sampled_from([1, 2, 5]),
-    channels=st.sampled_from([1, 3, 37]),
-    inner=st.sampled_from([2, 37, 196, 256, 1023]),
+    shape=shapes([1, 2, 5], [1, 3, 37], [2, 37, 196, 256, 1023]),
     offset=st.sampled_from([0, 1]),
     **CASES,
 )
-def test_planes(outer, channels, inner, offset, dtype, masked, edges, target, activation, launch, seed):
-    size = outer * channels * inner
-    values = random_values((offset + size,), dtype, seed)[offset:].view(outer, channels, inner)
+def test_planes(shape, offset, dtype, masked, edges, target, activation, launch, seed):
+    size = math.prod(shape)
+    values = random_values((offset + size,), dtype, seed)[offset:].view(shape)
     around = torch.full((offset + size + 1,), POISON, dtype=dtype, device=DEVICE)
     check(
         values,
         {None: None, "y": around[offset:-1].view(values.shape), "x": values}[target],
         activation,
-        mask=torch.rand(outer, inner) > 0.5 if masked else None,
+        mask=torch.rand(values[:, 0].shape) > 0.5 if masked else None,
         edges=random_edges(values, edges, seed) or None,
         launch=launch,
     )
@@ -168,7 +173,7 @@ def test_planes(outer, channels, inner, offset, dtype, masked, edges, target, ac
 @runs_kernels
 @settings(max_examples=15)
 @given(
-    shape=st.sampled_from([(1, 1), (37, 130), (1023, 37), (2, 3, 256), (1, 37, 1023), (5, 1, 2)]),
+    shape=shapes([1, 37, 1023], [1, 5, 37, 130]) | shapes([1, 2, 5], [1, 3, 37], [2, 256, 1023]),
     gaps=st.tuples(*3 * [st.sampled_from([0, 5, 16])]),
     dtype=CASES["dtype"],
     activation=st.sampled_from(["relu", "silu", "gelu_tanh"]),
@@ -191,19 +196,30 @@ def test_gate(shape, gaps, dtype, activation, masked, launch, seed):
 @pytest.mark.parametrize("line", LAUNCHES)
 @pytest.mark.parametrize("edges", [None, (-3.0, 0.0, 3.0)])
 def test_every_line_of_the_table(line, edges):
-    values = random_values((611, 133) if "rows" in line else (3, 5, 8200), torch.bfloat16)
+    values = random_values((211, 133) if "rows" in line else (2, 3, 8200), torch.bfloat16)
     mask = torch.rand(values[:, 0].shape) > 0.5
     check(values, torch.full_like(values, POISON), "relu", mask=mask, edges=edges, launch=LAUNCHES[line])
 
 
 @runs_kernels
-@pytest.mark.parametrize("tile_bytes", [128, 8192])  # for rows: narrow and wide sums
-@pytest.mark.parametrize("shape", [(300_000, 1), (1, 1, 300_000)])
+@pytest.mark.parametrize(
+    ("shape", "tile_bytes"),
+    [((3001, 1), 128), ((1_100_000, 1), 65536), ((1, 1, 66_001), 128), ((1, 1, 1_100_000), 65536)],
+    ids=["rows, narrow sums", "rows, wide sums", "planes", "planes, several values a lane"],
+)
 @pytest.mark.parametrize("edges", [None, (-0.5, 0.5)])
-def test_longer_than_the_longest_strip(shape, edges, tile_bytes, monkeypatch):
+def test_longer_than_the_longest_strip(shape, tile_bytes, edges, monkeypatch):
     monkeypatch.setattr(launch_triton, "_multiprocessors", lambda values: 1)
-    values = torch.arange(300_000).remainder(256).remainder(3).sub(1).bfloat16()  # a lane keeps to one state
-    check(values.view(shape).to(DEVICE), edges=edges, launch=Launch(tile_bytes, tile_bytes, 4, programs_per_multiprocessor=1))
+    launch = Launch(tile_bytes, tile_bytes, 4, programs_per_multiprocessor=1)
+    constants = launch_triton.tile(shape, 2, launch)
+    positions = constants["BLOCK_ROWS"] if len(shape) == 2 else constants["BLOCK_INNER"]
+    is_wide = len(shape) == 3 or positions > kernels_triton.MAX_NARROW.value
+    longest = launch_triton._longest_strip(constants["REPEATS"], positions, is_wide)
+    assert math.prod(shape) > longest * positions
+    lanes = positions // constants["REPEATS"]
+    states = torch.arange(lanes).remainder(5).sub(1).clamp(max=1).bfloat16()  # a lane keeps to one, most of them to "on"
+    values = states.repeat(math.prod(shape) // lanes + 1)[: math.prod(shape)]
+    check(values.view(shape).to(DEVICE), edges=edges, launch=launch)
 
 
 @runs_kernels
