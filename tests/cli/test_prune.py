@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from fastentropy import Statistics, load
 from fastentropy.cli import app
+from fastentropy.recipes import run
 from fastentropy.recipes.digits import Digits, DigitsNet
 
 SHORT = ["prune", "--epochs", "2", "--max-removed", "2", "--max-drop", "1", "--seed", "3"]
@@ -33,6 +34,13 @@ def small_networks():
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(Digits, "build_model", lambda self: small_network())
         yield
+
+
+@pytest.fixture
+def without_pages(monkeypatch):
+    """Leave out what a run shows of its result, which `finished` has: the report, and the times of the last networks."""
+    monkeypatch.setattr(run, "write_report", lambda history, path: None)
+    monkeypatch.setattr(run, "_latency", lambda *networks: {})
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +108,7 @@ def test_table_names_each_step_and_fits_80_columns(finished):
     assert max(map(len, table)) <= 80
 
 
+@pytest.mark.usefixtures("without_pages")
 @pytest.mark.slow
 def test_json_run_with_the_same_seed_is_the_same(finished, tmp_path):
     result = CliRunner().invoke(app, [*SHORT, "--output", str(tmp_path / "run"), "--json"])
@@ -109,6 +118,7 @@ def test_json_run_with_the_same_seed_is_the_same(finished, tmp_path):
     assert outcome(again) == outcome(json.loads((finished[0] / "history.json").read_text()))
 
 
+@pytest.mark.usefixtures("without_pages")
 @pytest.mark.slow
 def test_resume_of_a_run_by_latency_with_approximations(tmp_path):
     folder = tmp_path / "run"
@@ -126,6 +136,7 @@ def test_resume_of_a_run_by_latency_with_approximations(tmp_path):
     assert outcome(json.loads((folder / "history.json").read_text())) == outcome(history)
 
 
+@pytest.mark.usefixtures("without_pages")
 @pytest.mark.parametrize("when", ["dense training", "fine-tuning", "calibration"])
 @pytest.mark.slow
 def test_resumed_run_has_the_same_result(finished, tmp_path, monkeypatch, when):

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from torch import nn
+from torchvision.models import vgg
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import fastentropy as fe
 from fastentropy.benchmarks.networks import (
     VISION,
-    gpt2,
     hugging_face_vit,
     inside_blocks,
     linearised,
@@ -20,10 +22,26 @@ pytestmark = pytest.mark.slow
 
 BUILDERS = {name: lambda name=name: vision(name, 2, 64) for name in VISION}
 BUILDERS |= {
+    "vgg16_bn": lambda: narrow_vgg(),
     "vit_b_16": lambda: with_three_layers(vision("vit_b_16", 2, 64)),
-    "Hugging Face GPT-2": lambda: gpt2(9, 2, layers=2),
+    "Hugging Face GPT-2": lambda: narrow_gpt2(),
     "Hugging Face ViT": lambda: hugging_face_vit(64, 2, layers=2),
 }
+
+
+def narrow_vgg():
+    """The layers of vgg16_bn with an eighth of its channels. The products of two of its kernels are long sums."""
+    widths = [width if width == "M" else width // 8 for width in vgg.cfgs["D"]]
+    model = vgg.VGG(vgg.make_layers(widths, batch_norm=True))
+    for index, (inputs, outputs) in {0: (64 * 7 * 7, 64), 3: (64, 64), 6: (64, 10)}.items():
+        model.classifier[index] = nn.Linear(inputs, outputs)
+    return model.eval(), (torch.randn(2, 3, 64, 64),)
+
+
+def narrow_gpt2():
+    """Two layers of GPT-2 with a twelfth of its features and few words."""
+    config = GPT2Config(use_cache=False, n_layer=2, n_embd=64, n_head=4, vocab_size=101)
+    return GPT2LMHeadModel(config).eval(), (torch.randint(0, 101, (2, 9)),)
 
 
 def with_three_layers(case):

@@ -36,7 +36,7 @@ def test_every_block_runs(tmp_path, monkeypatch):
     prepare(tmp_path)
     page = tmp_path / "README.md"
     page.write_text(
-        README.replace("&& fastentropy prune\n", "&& fastentropy prune --epochs 1 --max-removed 2\n"), encoding="utf-8"
+        README.replace("&& fastentropy prune\n", "&& fastentropy prune --epochs 1 --max-removed 1\n"), encoding="utf-8"
     )
     namespace = run_page(page, tmp_path)
     assert len(namespace["statistics"].layer_entropy()) == 17
