@@ -54,7 +54,7 @@ class Residual(nn.Module):
 
 
 @pytest.mark.slow
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(networks(), st.sampled_from([1, 2, 3]))
 def test_network_at_every_batch_size(drawn, batch):
     model, size = drawn

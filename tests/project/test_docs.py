@@ -35,6 +35,8 @@ def test_page_runs_and_prints_as_shown(name, folder):
     if name == "how-to/hugging-face-model.md":
         prepare(folder)
     run_page(PAGES[name], folder)
+    if name == "how-to/hugging-face-model.md":
+        assert (folder / "runs" / "packed" / "summary.json").exists()
 
 
 @pytest.mark.parametrize("name", PAGES)

@@ -11,9 +11,10 @@ sys.path.append(str(ROOT / "bench"))
 
 import draw_figures
 
-from tests.project.documented import prepare, run_page
+from tests.project.documented import run_page
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+CALIBRATIONS = re.search(r"```sh\n(fastentropy calibrate .*?)```\n", README, re.DOTALL)
 #: A number with a decimal point or with a unit.
 FIGURE = re.compile(r"\d+\.\d+|\d+ ?(?:%|ms\b|s\b|[kMG]?B\b|GB/s|×(?!\d)|times as)")
 #: Numbers that are not measured: versions, a paper, a licence, and constants in the text.
@@ -33,15 +34,19 @@ NO_FIGURES = (
 def test_every_block_runs(tmp_path, monkeypatch):
     """Run the main command with schedules of one epoch, because the whole command takes minutes."""
     monkeypatch.chdir(tmp_path)
-    prepare(tmp_path)
     page = tmp_path / "README.md"
-    page.write_text(
-        README.replace("&& fastentropy prune\n", "&& fastentropy prune --epochs 1 --max-removed 1\n"), encoding="utf-8"
-    )
+    shorter = README.replace("&& fastentropy prune\n", "&& fastentropy prune --epochs 1 --max-removed 1\n")
+    page.write_text(shorter.replace(CALIBRATIONS[0], ""), encoding="utf-8")
     namespace = run_page(page, tmp_path)
     assert len(namespace["statistics"].layer_entropy()) == 17
     assert (tmp_path / "model.pt2").exists()
-    assert (tmp_path / "runs" / "packed" / "summary.json").exists()
+
+
+def test_calibrations_are_run_on_a_page():
+    page = (ROOT / "docs" / "how-to" / "hugging-face-model.md").read_text(encoding="utf-8")
+    commands = "".join(re.findall(r"```sh\n(.*?)```", page, re.DOTALL)).replace("\\\n  ", "").splitlines()
+    assert len(CALIBRATIONS[1].splitlines()) == 2
+    assert set(CALIBRATIONS[1].splitlines()) <= set(commands)
 
 
 def test_first_example_has_five_lines():

@@ -107,7 +107,7 @@ def assert_equal(fused, model, *shape):
 
 
 @pytest.mark.slow
-@settings(max_examples=20)
+@settings(max_examples=12)
 @given(networks(), st.integers(3, 9), st.integers(3, 9))
 def test_drawn_networks_are_one_chain(drawn, height, width):
     model, names = drawn

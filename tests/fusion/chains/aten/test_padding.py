@@ -116,7 +116,7 @@ def networks(draw):
 
 
 @pytest.mark.slow
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(networks(), st.integers(7, 12), st.integers(7, 12))
 def test_drawn_networks_are_one_chain(drawn, height, width):
     model, names = drawn

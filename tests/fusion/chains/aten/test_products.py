@@ -87,7 +87,7 @@ def networks(draw):
 
 
 @pytest.mark.slow
-@settings(max_examples=20)
+@settings(max_examples=12)
 @given(networks())
 def test_drawn_networks_are_one_chain(drawn):
     model, shape = drawn
