@@ -37,6 +37,7 @@ from fastentropy._compat.frames import run_as_it_is as run_as_it_is
 from fastentropy._compat.frames import set_compiler as set_compiler
 from fastentropy._compat.graphs import add_input as add_input
 from fastentropy._compat.graphs import bodies as bodies
+from fastentropy._compat.graphs import identity_in_stack as identity_in_stack
 from fastentropy._compat.graphs import in_fake_mode_of as in_fake_mode_of
 from fastentropy._compat.graphs import is_checkpoint as is_checkpoint
 from fastentropy._compat.graphs import own_graph as own_graph

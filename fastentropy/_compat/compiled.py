@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -37,11 +38,12 @@ def wrapper_class() -> type[torch.nn.Module]:
     return kind
 
 
-def choose_compilers(choose: Callable[[Compiler], Compiler]) -> Callable[[], None]:
+def choose_compilers(choose: Callable[[Compiler, torch.nn.Module | None], Compiler]) -> Callable[[], None]:
     """Let `choose` decide what compiles a function of torch.compile, each time that it is called.
 
     Args:
-        choose: a function that is given what would compile the function under the stance of the user, and returns what does.
+        choose: a function that is given what would compile the function under the stance of the user, and the module of which
+            the function is a method, if it is known to be one. It returns what compiles the function.
 
     Returns:
         A function that ends this.
@@ -51,7 +53,7 @@ def choose_compilers(choose: Callable[[Compiler], Compiler]) -> Callable[[], Non
 
     def chosen(compiler: Compiler) -> Compiler:
         by_user: Compiler = by_stance(compiler)
-        return None if by_user is None else choose(by_user)
+        return None if by_user is None else choose(by_user, _called_module(sys._getframe(1)))
 
     def end() -> None:
         if eval_frame._callback_from_stance is chosen:
@@ -59,6 +61,18 @@ def choose_compilers(choose: Callable[[Compiler], Compiler]) -> Callable[[], Non
 
     eval_frame._callback_from_stance = chosen
     return end
+
+
+def _called_module(frame: FrameType) -> torch.nn.Module | None:
+    """Return the module of which the wrapper that torch.compile makes, and that runs in a frame, calls a method.
+
+    Returns None if it calls another function, or other code runs in the frame.
+    """
+    function = frame.f_locals.get("fn") if frame.f_code.co_name == "compile_wrapper" else None
+    if not hasattr(function, "__self__"):  # PyTorch wraps the forwards of its own modules
+        function = getattr(function, "__wrapped__", None)
+    module = getattr(function, "__self__", None)
+    return module if isinstance(module, torch.nn.Module) else None
 
 
 def take_for_plain(name: str, call: Callable[..., Any]) -> Callable[[], None]:

@@ -52,6 +52,12 @@ def size_of(size: Any) -> int:
     return size if isinstance(size, int) else int(attribute(size, "node").hint)
 
 
+def identity_in_stack(key: Any) -> int:
+    """Return the identity of the module of a key of a node's `nn_module_stack`; -1 if the key tells none."""
+    digits = str(key).partition("@")[0]
+    return int(digits) if digits.isdigit() else -1
+
+
 def in_fake_mode_of(x: torch.Tensor) -> AbstractContextManager[object]:
     """Return a context in which new tensors have no values, like `x` of a tracer."""
     mode: AbstractContextManager[object] = attribute(x, "fake_mode")

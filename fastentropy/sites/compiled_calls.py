@@ -4,6 +4,8 @@ import threading
 import weakref
 from typing import Any, Protocol
 
+from torch import nn
+
 from fastentropy._compat import Compiler, CompilerWith, in_backward, run_as_it_is
 from fastentropy.sites.outside_calls import OutsideCompilers
 
@@ -17,6 +19,10 @@ class CompiledCaller(Protocol):
 
     def latest_compiler(self, compiler: Compiler) -> tuple[bool, Compiler]:
         """Return whether `choose_compiler` was asked for a compiler, and what it has returned last."""
+        ...
+
+    def watches(self, module: nn.Module) -> bool:
+        """Return whether a module, without those in it, is watched."""
         ...
 
     def note(self, text: str) -> None:
@@ -44,31 +50,40 @@ def _note(text: str) -> None:
 _OUTSIDE = OutsideCompilers(_note)
 
 
-def choose_compiler(compiler: Compiler) -> Compiler:
+def choose_compiler(compiler: Compiler, module: nn.Module | None) -> Compiler:
     """Return what compiles a function of torch.compile that this thread is about to call.
 
     Outside of passes a function may call a model, which begins a pass, so only code without modules and activations is
-    compiled. Checkpointing repeats functions in the backward pass, and they must save the same tensors: they are compiled as in
-    the forward pass.
+    compiled, and the code of models that nobody watches. Checkpointing repeats functions in the backward pass, and they must
+    save the same tensors: they are compiled as in the forward pass.
 
     Args:
         compiler: what compiles it while nothing is attached.
+        module: the module of which it is a method; None if it is none, or if that is not known.
     """
-    chosen = _choose(compiler)
+    chosen = _choose(compiler, module)
     if chosen is None and compiler is not None:
         run_as_it_is()
     return chosen
 
 
-def _choose(compiler: Compiler) -> Compiler:
-    """Return what compiles a function."""
+def _choose(compiler: Compiler, module: nn.Module | None) -> Compiler:
+    """Return what compiles a function. The arguments are as in `choose_compiler`."""
     if not in_backward():
         caller: CompiledCaller | None = _THREAD.caller
-        return _OUTSIDE.choose(compiler) if caller is None else caller.choose_compiler(compiler)
+        return _OUTSIDE.choose(compiler, _unwatched(module)) if caller is None else caller.choose_compiler(compiler)
     if isinstance(compiler, CompilerWith):
         return compiler
     latest = (each.latest_compiler(compiler) for each in list(_CALLERS))
-    return next((chosen for is_known, chosen in latest if is_known), _OUTSIDE.known(compiler))
+    return next((chosen for is_known, chosen in latest if is_known), _OUTSIDE.known(compiler, _unwatched(module)))
+
+
+def _unwatched(module: nn.Module | None) -> nn.Module | None:
+    """Return a module if neither it nor any module in it is watched, and None otherwise."""
+    if module is None:
+        return None
+    callers: list[CompiledCaller] = list(_CALLERS)
+    return None if any(caller.watches(each) for caller in callers for each in module.modules()) else module
 
 
 def add_caller(caller: CompiledCaller) -> None:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from fastentropy._compat import UncountableGraphError, bodies, has_pre_hooks, is_checkpoint
+from fastentropy._compat import UncountableGraphError, bodies, has_pre_hooks, identity_in_stack, is_checkpoint
 from fastentropy.sites.activations import called_name, function_name
 from fastentropy.sites.modules import ACTIVATION, CONTAINER, NEUTRAL, WatchedModules
 
@@ -121,22 +121,16 @@ def _check(node: fx.Node, others: Collection[int]) -> None:
         raise UncountableGraphError(f"it calls the module {node.target} as a whole")
     if node.target in _WITH_ACTIVATIONS:
         raise UncountableGraphError(f"{_name(node.target)} hides the activations that it calls")
-    if others and any(_identity(key) in others for key in node.meta.get("nn_module_stack") or ()):
+    if others and any(identity_in_stack(key) in others for key in node.meta.get("nn_module_stack") or ()):
         raise UncountableGraphError("it has modules to which another collector is attached")
 
 
 def _running(node: fx.Node, ids: Mapping[int, tuple[str, nn.Module, str]]) -> Iterator[_Module]:
     """Return the modules of the model that are running when a node is, outermost first."""
     for key in node.meta.get("nn_module_stack") or ():
-        known = ids.get(_identity(key))
+        known = ids.get(identity_in_stack(key))
         if known is not None:
             yield _Module(str(key), *known)
-
-
-def _identity(key: Any) -> int:
-    """Return the identity of the module of an entry of `nn_module_stack`; -1 if it tells none."""
-    digits = str(key).partition("@")[0]
-    return int(digits) if digits.isdigit() else -1
 
 
 def _returned(before: list[_Module], now: list[_Module]) -> Iterator[_Module]:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from fastentropy._compat import Compiler, CompilerWith, UncountableGraphError, UnknownSiteError, size_of
 from fastentropy.sites import interception
@@ -62,6 +62,10 @@ class GraphCaller(Generic[P]):
         Sites of models of different classes may have the same names. PyTorch takes care of all other differences of models.
         """
         return self._modules.class_name, registrations()
+
+    def watches(self, module: nn.Module) -> bool:
+        """Return whether a module, without those in it, belongs to the model."""
+        return self._modules.path_of(module) is not None
 
     @property
     def known_sites(self) -> int:

@@ -282,7 +282,8 @@ def _call_between_graphs(
 
 def _resume(compiler: Compiler, original: Callable[..., Any], module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
     """Run a module whose handler was called between graphs, and let its code be compiled again."""
-    before = set_compiler(choose_compiler(compiler) if compiler else None)  # False: only code that does not count would run
+    # The compiler is False where only code that does not count would run.
+    before = set_compiler(choose_compiler(compiler, None) if compiler else None)
     try:
         return original(module, *args, **kwargs)
     finally:

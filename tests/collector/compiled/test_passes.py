@@ -54,7 +54,6 @@ def test_threads(parts):
     model, inputs = Blocks(blocks=3).eval(), batches(3, 3, *range(2, 14))
     expected = eagerly(model, *inputs)
     other = torch.compile(Blocks().eval(), backend="aot_eager")
-    warnings.filterwarnings("ignore", ".* it calls modules outside of forward passes")  # the other model
     if parts:
         for layer in model.layers:
             layer.compile(backend="aot_eager")
