@@ -211,3 +211,21 @@ def test_function_that_calls_the_model():
     assert_same(collector.compute(), eagerly(model, *inputs))
     (note,) = collector.compute().notes
     assert "runs eagerly: it calls modules outside of forward passes" in note
+
+
+@pytest.mark.parametrize("hooked", ["layers.0.act", "layers.0", ""])
+@pytest.mark.parametrize("parts", [False, True])
+def test_hooks_that_are_registered_after_compiling(hooked, parts):
+    model, (x,) = Blocks().eval(), batches(3)
+    if parts:
+        compile_layers(model, "eager")
+    compiled = model if parts else torch.compile(model, backend="eager")
+    with torch.no_grad():
+        compiled(x)
+        collector = fe.collect(compiled)
+        collector.update(x)
+        collector.update(x)
+        model.get_submodule(hooked).register_forward_pre_hook(lambda module, args: (args[0] - 1,))
+        plain = compiled(x)
+        assert torch.equal(collector.update(x), plain)
+    assert collector.compute()["end"].observations == 3 * 4 * 15
