@@ -92,7 +92,7 @@ def check(name, operator, launch=None, **others):
 def is_small(layer):
     """Return whether the interpreter, which takes milliseconds for each tap of a tile, runs the layer. A GPU runs them all."""
     positions = layer["x"][0] * math.prod(output_size(layer))
-    return not INTERPRETED or positions * math.prod(layer["weight"]) <= 500_000
+    return not INTERPRETED or positions * math.prod(layer["weight"]) <= 150_000
 
 
 CASES = {
