@@ -70,6 +70,15 @@ def program():
     return torch.export.export(Branching(), (torch.ones(3, 4),), dynamic_shapes=sizes)
 
 
+@pytest.mark.parametrize("stride", [(12, 1, 4), (24, 2, 8)])
+def test_a_tensor_without_values_has_the_layout_of_another_one(stride):
+    x = torch.zeros(100, dtype=torch.float16).as_strided((2, 4, 3), stride)
+    like = _compat.without_values(x)
+    assert (like.shape, like.stride(), like.dtype, like.device) == (x.shape, stride, x.dtype, x.device)
+    assert like.is_contiguous() == x.is_contiguous()
+    assert not hasattr(like, "real_tensor") or like.real_tensor is None
+
+
 def test_plain_eager():
     x = torch.ones(2)
     assert kernels_compat.is_plain_eager(x)

@@ -42,6 +42,7 @@ from fastentropy._compat.graphs import in_fake_mode_of as in_fake_mode_of
 from fastentropy._compat.graphs import is_checkpoint as is_checkpoint
 from fastentropy._compat.graphs import own_graph as own_graph
 from fastentropy._compat.graphs import size_of as size_of
+from fastentropy._compat.graphs import without_values as without_values
 from fastentropy._compat.interception import intercept_operators as intercept_operators
 from fastentropy._compat.interception import set_intercepting as set_intercepting
 from fastentropy._compat.interception import stack_frame as stack_frame

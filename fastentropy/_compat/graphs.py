@@ -58,6 +58,12 @@ def identity_in_stack(key: Any) -> int:
     return int(digits) if digits.isdigit() else -1
 
 
+def without_values(x: torch.Tensor) -> torch.Tensor:
+    """Return a tensor with the shape, the strides, the dtype and the device of another one, but without its values."""
+    like: torch.Tensor = named("torch._subclasses", "FakeTensorMode")().from_tensor(x)
+    return like
+
+
 def in_fake_mode_of(x: torch.Tensor) -> AbstractContextManager[object]:
     """Return a context in which new tensors have no values, like `x` of a tracer."""
     mode: AbstractContextManager[object] = attribute(x, "fake_mode")

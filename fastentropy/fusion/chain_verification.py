@@ -14,10 +14,9 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.node import map_arg
 
-from fastentropy.fusion.chains.elements import Chain
 from fastentropy.fusion.chains.finding import FoundChain
 from fastentropy.fusion.inputs import Inputs, clone, is_float
-from fastentropy.fusion.tracing import AddedForms, add_forms, rewrite
+from fastentropy.fusion.tracing import AddedForms, ChainForms, add_forms, rewrite
 from fastentropy.fusion.verification import (
     MOSTLY_ROUNDING,
     EquivalenceCheck,
@@ -43,7 +42,10 @@ class Rewritten(NamedTuple):
 
 
 def rewrite_equal(
-    traced: GraphModule, forms: Mapping[FoundChain, Chain], sources: Mapping[Node, Tensor], check: EquivalenceCheck | None
+    traced: GraphModule,
+    forms: ChainForms,
+    sources: Mapping[Node, Tensor],
+    check: EquivalenceCheck | None,
 ) -> Rewritten:
     """Rewrite the chains of a graph, except those that change the outputs of the model.
 
@@ -54,7 +56,7 @@ def rewrite_equal(
 
     Args:
         traced: the trace of the model.
-        forms: the new form of each chain.
+        forms: the new form of each chain, as in `rewrite`.
         sources: an example of each chain's input, by its node.
         check: compares networks with the model. Without it, all chains are rewritten, unchecked.
     """
@@ -81,7 +83,7 @@ def rewrite_equal(
 
 def judge_chains(
     traced: GraphModule,
-    forms: Mapping[FoundChain, Chain],
+    forms: ChainForms,
     sources: Mapping[Node, Tensor],
     inputs: Iterable[Inputs],
     tolerance: float,
@@ -93,7 +95,7 @@ def judge_chains(
 
     Args:
         traced: the graph.
-        forms: the forms.
+        forms: the forms, as in `rewrite`.
         sources: an example of each chain's input, by its node.
         inputs: the inputs on which the graph runs.
         tolerance: the largest relative error that is always allowed.
@@ -179,13 +181,13 @@ class _Comparison(Interpreter):
         return value
 
 
-def _without(forms: Mapping[FoundChain, Chain], left: Collection[FoundChain]) -> dict[FoundChain, Chain]:
+def _without(forms: ChainForms, left: Collection[FoundChain]) -> ChainForms:
     """Return the forms of those chains that are not left as they were."""
     return {chain: form for chain, form in forms.items() if chain not in left}
 
 
 def _bisect(
-    traced: GraphModule, forms: Mapping[FoundChain, Chain], sources: Mapping[Node, Tensor], check: EquivalenceCheck
+    traced: GraphModule, forms: ChainForms, sources: Mapping[Node, Tensor], check: EquivalenceCheck
 ) -> list[FoundChain]:
     """Return chains of which the network with all others rewritten holds, found by halving the chains that are tried at once.
 

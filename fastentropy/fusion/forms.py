@@ -1,12 +1,14 @@
 """Make the forms of a network that `fuse` compares: original, with batch norm folded, and fused, in two memory formats."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from fastentropy._compat import without_values
 from fastentropy.fusion.chain_verification import rewrite_equal
 from fastentropy.fusion.chains.elements import Chain, operators
 from fastentropy.fusion.chains.finding import FoundChain, find_chains
@@ -15,18 +17,24 @@ from fastentropy.fusion.inputs import Inputs, clone, outputs_of
 from fastentropy.fusion.memory_format import InOrder, lost_order, with_channels_last_weights
 from fastentropy.fusion.progress import Progress, ignore
 from fastentropy.fusion.report import ChainReport
-from fastentropy.fusion.tracing import in_channels_last, rewrite, values_of
+from fastentropy.fusion.tracing import in_channels_last, rewrite, share_equal_constants, visit_values
 from fastentropy.fusion.verification import EquivalenceCheck
 
 #: The name of a form: "original", "folded" or "fused", and its memory format: "contiguous" or "channels_last".
 Form: TypeAlias = tuple[str, str]
+
+#: A function that chooses the form of a chain, given the chain and its input, and that returns the form and a report.
+Plan: TypeAlias = Callable[[FoundChain, Tensor], tuple[Chain, ChainReport]]
+
+#: The planned form of a chain, or None if it is kept with batch norm folded, and the report.
+_Planned: TypeAlias = "tuple[Chain | None, ChainReport]"
 
 
 def make_forms(
     model: nn.Module,
     traced: GraphModule,
     example_inputs: Inputs,
-    plan: Callable[[FoundChain, Tensor], tuple[Chain, ChainReport]] | None = None,
+    plan: Plan | None = None,
     check: EquivalenceCheck | None = None,
     *,
     channels_last: bool = True,
@@ -41,8 +49,7 @@ def make_forms(
         model: the model in eval mode.
         traced: its trace, as `prepared_module` returns it.
         example_inputs: the inputs of one call.
-        plan: chooses the form of a chain (stretch of linear operators), given the chain and its input; returns the form and a
-            report. Without it, no fused form is made.
+        plan: chooses the form of a chain (stretch of linear operators). Without it, no fused form is made.
         check: compares rewritten networks with the model; chains that do not hold stay as they are in the trace. Without it,
             all chains are rewritten.
         channels_last: whether to make the forms in channels-last too. This needs a convolution of images or volumes.
@@ -60,35 +67,67 @@ def make_forms(
     for memory_format, graph in graphs.items():
         if graph is None:
             continue
-        try:
-            sources = values_of(graph, [chain.source for chain in chains], clone(example_inputs))
-        except RuntimeError:  # a view that was traced on contiguous values
-            if memory_format == "contiguous":
-                raise
+        if memory_format == "channels_last" and not _runs(graph, example_inputs):
             continue
         forms["original", memory_format] = (
             model if memory_format == "contiguous" else _in_channels_last(model, example_inputs, outputs)
         )
+        show = functools.partial(progress, f"plan chains, {memory_format.replace('_', '-')}")
+        plans, sources = _planned(graph, chains, example_inputs, plan, show)
         if plan is None:
-            folds = {chain: chain.folded for chain in chains if chain.has_folds}
+            folds = dict.fromkeys(chain for chain in chains if chain.has_folds)
             made = {"folded": rewrite(graph, folds, sources)} if folds else {}
         else:
-            plans = {}
-            for planned, chain in enumerate(chains):
-                progress(f"plan chains, {memory_format.replace('_', '-')}", planned, len(chains))
-                plans[chain] = plan(chain, sources[chain.source])
             progress("compare with the model", len(chains), len(chains))
             made, reports[memory_format] = _rewritten(graph, plans, sources, check)
-        del sources  # the inputs of all chains, which take much memory
         finished = {id(form): finish(form, example_inputs, outputs) for form in made.values()}
         forms["folded", memory_format] = forms["original", memory_format]
         forms |= {(name, memory_format): finished[id(form)] for name, form in made.items()}
     return forms, reports
 
 
+def _runs(graph: GraphModule, inputs: Inputs) -> bool:
+    """Return whether a graph runs. In channels-last it does not if it has a view that was traced on contiguous values."""
+    try:
+        visit_values(graph, (), clone(inputs), lambda node, value: None)
+    except RuntimeError:
+        return False
+    return True
+
+
+def _planned(
+    graph: GraphModule, chains: Sequence[FoundChain], inputs: Inputs, plan: Plan | None, show: Callable[[int, int], None]
+) -> tuple[dict[FoundChain, _Planned], dict[Node, Tensor]]:
+    """Plan each chain of a graph when the graph has computed its input. The inputs of all chains would take much memory.
+
+    Args:
+        graph: the graph.
+        chains: its chains.
+        inputs: the inputs of the graph.
+        plan: chooses the form of a chain; None to plan nothing.
+        show: is told the number of chains planned so far, and that of all.
+
+    Returns:
+        The plan of each chain, and a tensor without values like the input of each chain, by its node.
+    """
+    plans: dict[FoundChain, _Planned] = {}
+    sources: dict[Node, Tensor] = {}
+
+    def visit(source: Node, x: Tensor) -> None:
+        sources[source] = without_values(x)
+        for chain in chains if plan is not None else ():
+            if chain.source is source:
+                show(len(plans), len(chains))
+                form, report = plan(chain, x)
+                plans[chain] = None if report.choice == "keep" else form, report
+
+    visit_values(graph, [chain.source for chain in chains], clone(inputs), visit)
+    return {chain: plans[chain] for chain in chains if chain in plans}, sources
+
+
 def _rewritten(
     graph: GraphModule,
-    plans: Mapping[FoundChain, tuple[Chain, ChainReport]],
+    plans: Mapping[FoundChain, _Planned],
     sources: Mapping[Node, Tensor],
     check: EquivalenceCheck | None,
 ) -> tuple[dict[str, GraphModule], tuple[ChainReport, ...]]:
@@ -105,15 +144,12 @@ def _rewritten(
     reports = tuple(_kept(report, left[chain]) if chain in left else report for chain, (_, report) in plans.items())
     if forms and all(report.choice == "keep" for report in reports):
         return {"folded": fused, "fused": fused}, reports
-    kept = {
-        chain: form if plans[chain][1].choice == "keep" else chain.folded
-        for chain, form in forms.items()
-        if chain.has_folds and chain not in left
-    }
+    kept = dict.fromkeys(chain for chain in forms if chain.has_folds and chain not in left)
     if not kept:
         return {"fused": fused}, reports
     # The folded chains are judged by themselves too, where comparing the outputs of networks does not suffice.
     folded = rewrite_equal(graph, kept, sources, check if amplifies else None).module
+    share_equal_constants(folded, fused)
     return {"folded": folded, "fused": fused}, reports
 
 

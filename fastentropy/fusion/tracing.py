@@ -1,9 +1,10 @@
 """Trace a model into a graph of ATen operators, run the graph, and rewrite its chains (stretches of linear operators)."""
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,9 @@ from fastentropy.fusion.chains.nodes import overwrites
 from fastentropy.fusion.inputs import Inputs, clone, has_batch, with_batch_size
 from fastentropy.fusion.memory_format import CHANNELS_LAST
 from fastentropy.fusion.traced_inputs import TracedInputs
+
+#: The new form of each chain of a graph. None stands for the chain with batch norm folded, which is built when it is needed.
+ChainForms: TypeAlias = "Mapping[FoundChain, Chain | None]"
 
 #: The prefix of the names of the constants of rewritten chains.
 CHAIN_PREFIX = "fastentropy_chain_"
@@ -152,14 +156,14 @@ def _with_constants(module: nn.Module, graph: torch.fx.Graph, added: Mapping[str
     return GraphModule({**detached, **added}, graph)
 
 
-def rewrite(traced: GraphModule, forms: Mapping[FoundChain, Chain], sources: Mapping[Node, Tensor]) -> GraphModule:
+def rewrite(traced: GraphModule, forms: ChainForms, sources: Mapping[Node, Tensor]) -> GraphModule:
     """Return a copy of a graph with chains rewritten.
 
     Args:
         traced: the graph, which is not changed.
         forms: the new form of each chain, in the order of the graph.
         sources: an example of each chain's input, by its node. The constants of a new form get its dtype, memory format and
-            device.
+            device. Its values are not read.
     """
     graph = copy.deepcopy(traced.graph)
     copies = {node.name: node for node in graph.nodes}
@@ -194,7 +198,7 @@ class AddedForms(NamedTuple):
     last: dict[str, FoundChain]
 
 
-def add_forms(traced: GraphModule, forms: Mapping[FoundChain, Chain], sources: Mapping[Node, Tensor]) -> AddedForms:
+def add_forms(traced: GraphModule, forms: ChainForms, sources: Mapping[Node, Tensor]) -> AddedForms:
     """Return a copy of a graph that also computes forms of its chains, each from the values that the chain itself gets.
 
     The arguments are as in `rewrite`.
@@ -223,15 +227,26 @@ def add_forms(traced: GraphModule, forms: Mapping[FoundChain, Chain], sources: M
     return AddedForms(module, owners, outputs, {name: chain for chain, name in last.items()})
 
 
+def share_equal_constants(module: GraphModule, other: GraphModule) -> None:
+    """Let a graph with rewritten chains hold the constants of these chains in common with another one, where they are equal."""
+    known = defaultdict(list)
+    for constant in other.buffers():
+        known[constant.shape, constant.stride(), constant.dtype].append(constant)
+    for name, constant in module.named_buffers():
+        equal = (each for each in known[constant.shape, constant.stride(), constant.dtype] if torch.equal(each, constant))
+        if name.startswith(CHAIN_PREFIX) and (shared := next(equal, None)) is not None:
+            setattr(module, name, shared)
+
+
 def _insert_form(
-    graph: torch.fx.Graph, chain: FoundChain, form: Chain, copies: Mapping[str, Node], like: Tensor, prefix: str
+    graph: torch.fx.Graph, chain: FoundChain, form: "Chain | None", copies: Mapping[str, Node], like: Tensor, prefix: str
 ) -> tuple[Node, dict[str, Tensor]]:
     """Insert a form of a chain into a graph, at the place where the graph inserts nodes.
 
     Args:
         graph: a copy of the graph in which the chain was found.
         chain: the chain.
-        form: its form.
+        form: its form; None for the chain with batch norm folded.
         copies: the nodes of `graph`, by their names in the original graph.
         like: an example of the chain's input.
         prefix: how the names of the constants begin.
@@ -239,6 +254,7 @@ def _insert_form(
     Returns:
         The node of the form's output, and the constants that the form reads, by name.
     """
+    form = chain.folded if form is None else form
     lowering = Lowering(graph, like, prefix, chain.has_fixed_size)
     result = lowering.lower(form, lowering.begin(form, copies[chain.source.name]), like.shape)
     if chain.view:
@@ -289,23 +305,27 @@ def _cuts_into_patches(node: Node, weight: Tensor) -> bool:
     return max(kernel) > 1 and kernel == (list(stride) if isinstance(stride, Sequence) else [stride] * len(kernel))
 
 
-class _Recorder(Interpreter):
-    """Runs a graph and keeps the values of some of its nodes.
+class _Visitor(Interpreter):
+    """Runs a graph, and hands the values of some of its nodes to a function. What no node reads any more is freed."""
 
-    Attributes:
-        values: the kept values by the name of their node.
-    """
-
-    def __init__(self, module: GraphModule, nodes: Iterable[Node]) -> None:
+    def __init__(self, module: GraphModule, nodes: Iterable[Node], visit: Callable[[Node, Tensor], object]) -> None:
         super().__init__(module)
-        self.values: dict[str, Tensor] = {}
-        self._names = {node.name for node in nodes}
+        self.extra_traceback = False  # an error of `visit` is no error of the graph
+        self._nodes, self._visit = {node.name: node for node in nodes}, visit
 
     def run_node(self, n: Node) -> Any:
         value = super().run_node(n)
-        if n.name in self._names:
-            self.values[n.name] = value
+        if n.name in self._nodes:
+            self._visit(self._nodes[n.name], value)
         return value
+
+
+def visit_values(traced: GraphModule, nodes: Sequence[Node], inputs: Inputs, visit: Callable[[Node, Tensor], object]) -> None:
+    """Run a graph and call `visit(node, value)` for some nodes as soon as each is computed, so that not all values are kept.
+
+    The other arguments are those of `values_of`.
+    """
+    _Visitor(traced, nodes, visit).run(*inputs.leaves, enable_io_processing=False)
 
 
 def values_of(traced: GraphModule, nodes: Sequence[Node], inputs: Inputs) -> dict[Node, Tensor]:
@@ -316,6 +336,6 @@ def values_of(traced: GraphModule, nodes: Sequence[Node], inputs: Inputs) -> dic
         nodes: nodes of the graph, or nodes with the same names in a graph of which it is a copy.
         inputs: the inputs of the call.
     """
-    recorder = _Recorder(traced, nodes)
-    recorder.run(*inputs.leaves, enable_io_processing=False)
-    return {node: recorder.values[node.name] for node in nodes}
+    values: dict[Node, Tensor] = {}
+    visit_values(traced, nodes, inputs, values.__setitem__)
+    return values

@@ -1,5 +1,6 @@
 """Which forms of a network are made, and that none is used that computes something else."""
 
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,7 @@ from torch import nn
 from fastentropy import fuse, linearize, load
 from fastentropy.fusion import api, choosing, verification
 from fastentropy.fusion.chains import finding
+from fastentropy.fusion.chains.merging import merge
 from fastentropy.fusion.forms import make_forms
 from fastentropy.fusion.inputs import Inputs
 from fastentropy.fusion.report import ChainReport
@@ -75,6 +77,43 @@ def test_chain_without_folds_keeps_the_weights_of_the_model():
     addresses = {weight.data_ptr() for weight in model.state_dict().values()}
     assert {value.data_ptr() for value in forms["fused", "contiguous"].state_dict().values()} <= addresses
     assert forms["folded", "contiguous"] is model
+
+
+def test_only_the_inputs_that_are_still_read_are_kept_while_chains_are_planned():
+    layers = [layer for _ in range(6) for layer in (nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Sigmoid())]
+    model, inputs = nn.Sequential(*layers).eval(), Inputs((torch.randn(2, 4, 8, 8),))
+    seen, alive = [], []
+
+    def plan(chain, x):
+        seen.append(weakref.ref(x))
+        alive.append(sum(each() is not None for each in seen))
+        return chain.folded, ChainReport((), {}, "keep")
+
+    make_forms(model, inference_module(export(model, inputs)), inputs, plan)
+    assert len(alive) == 12  # in each memory format
+    assert max(alive) <= 2  # the input of the model, and that of the chain
+
+
+def test_forms_share_the_weights_of_chains_that_are_equal(network, images):
+    linearize(network.eval(), ["relu1", "gelu"])
+    others = []
+
+    def plan(chain, x):
+        others.append(chain)
+        is_first = len(others) == 1
+        report = ChainReport(chain.names, {}, "merge" if is_first else "keep")
+        return tuple(merge(chain.folded, x.shape[2:])) if is_first else chain.folded, report
+
+    module = inference_module(export(network, Inputs((images,))))
+    forms, _ = make_forms(network, module, Inputs((images,)), plan, channels_last=False)
+    fused, folded = (dict(forms[name, "contiguous"].named_buffers()) for name in ("fused", "folded"))
+    assert len(others) > 1
+    addresses = {value.data_ptr() for value in fused.values()}
+    new = [name for name, value in folded.items() if value.data_ptr() not in addresses]
+    assert new  # the chain that is merged
+    assert all(not any(torch.equal(folded[name], value) for value in fused.values()) for name in new)
+    for form in forms.values():
+        assert_equal(form, network, images)
 
 
 def test_form_that_is_two_is_made_and_timed_once(network, images, monkeypatch):

@@ -43,7 +43,8 @@ class Lowering:
 
         Args:
             graph: the graph to which operators are appended.
-            like: an example of the chain's input. The constants get its dtype, device and memory format.
+            like: a tensor like the chain's input, whose values are not read. The constants get its dtype, device and memory
+                format.
             prefix: the first part of the names of the constants.
             fixed_size: whether every input of the chain has the spatial size of `like`.
         """
@@ -256,7 +257,7 @@ class Lowering:
     def _constant(self, tensor: Tensor) -> Node:
         """Add a constant in the dtype, device and memory format of the example, and return the node that reads it."""
         name = f"{self._prefix}_{len(self.tensors)}"
-        self.tensors[name] = like_format(tensor.to(self._like), self._like)
+        self.tensors[name] = like_format(tensor.to(self._like.device, self._like.dtype), self._like)
         return self._graph.create_node("get_attr", name)
 
 

@@ -5,6 +5,7 @@ operators before that padding are pointwise, only the bias differs there. The bi
 position. Otherwise the outputs near the border are recomputed with the chain (see `borders`).
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Literal, TypeAlias
@@ -127,10 +128,19 @@ def compose_chain(chain: Chain) -> AffineOperator:
     Raises:
         ValueError: the composition is not an operator.
     """
-    merged, *others = (_join_branches(element) for element in chain)
-    for operator in others:
-        merged = compose(merged, operator)
+    joined = [_join_branches(element) for element in chain]
+    if _is_cheaper_backwards(joined):
+        return functools.reduce(lambda later, earlier: compose(earlier, later), reversed(joined))
+    merged = functools.reduce(compose, joined)
     return merged.as_convolution() if isinstance(merged, Selection) else merged
+
+
+def _is_cheaper_backwards(chain: Sequence[AffineOperator]) -> bool:
+    """Return whether linear layers need fewer multiplications if they are composed from the last one to the first."""
+    if any(operator.axes for operator in chain):
+        return False
+    sizes = [operator.in_channels * operator.out_channels for operator in chain]
+    return chain[-1].out_channels * sum(sizes[:-1]) < chain[0].in_channels * sum(sizes[1:])
 
 
 def _join_branches(element: Element) -> AffineOperator:

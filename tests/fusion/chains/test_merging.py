@@ -8,7 +8,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from fastentropy.fusion.chains.affine import AffineOperator
+from fastentropy.fusion.chains import merging
+from fastentropy.fusion.chains.affine import AffineOperator, compose
 from fastentropy.fusion.chains.borders import valid_range
 from fastentropy.fusion.chains.elements import BorderCorrected, Flatten, Sum, output_shape, run
 from fastentropy.fusion.chains.lowering import compile_chain
@@ -90,6 +91,17 @@ def test_linear_layers_merge_into_one(data, widths):
         x = normal(2, 3, widths[0], seed=data.draw(SEEDS))
         close(pytorch_output(merged, x), pytorch_chain(chain, x))
         assert (merged.in_channels, merged.out_channels) == (widths[0], pytorch_chain(chain, x).shape[-1])
+
+
+@pytest.mark.parametrize("widths", [(64, 8, 8, 2), (2, 8, 8, 64)])
+def test_linear_layers_are_composed_from_the_narrow_end(monkeypatch, widths):
+    chain = tuple(AffineOperator(normal(b, a, seed=b), normal(b, seed=a)) for a, b in itertools.pairwise(widths))
+    composed = []
+    monkeypatch.setattr(merging, "compose", lambda *pair: composed.append(compose(*pair)) or composed[-1])
+    (merged,) = merge(chain, ())
+    assert {min(each.in_channels, each.out_channels) for each in composed} == {2}
+    x = normal(5, widths[0], seed=9)
+    close(pytorch_output(merged, x), pytorch_chain(chain, x))
 
 
 @pytest.mark.parametrize("size", [*itertools.product(range(1, 7), repeat=2), (14, 14), (1, 14), (9, 2)])
