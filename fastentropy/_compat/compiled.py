@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from types import CodeType, FrameType
 from typing import Any
 
@@ -231,11 +231,11 @@ def without_functions_of_modes() -> AbstractContextManager[object]:
 
 def for_counting(is_on_cuda: bool) -> AbstractContextManager[object]:
     """Return a context in which Inductor compiles sums of counts exactly, and joins them with what computes their input."""
-    if not is_on_cuda:
-        return nullcontext()
-    # Row and column reductions in one kernel add up padded rows, and integers in float32 (pytorch#195845). Above the thresholds
-    # Inductor would write the states of each value to memory, and read them again, in place of counting them where the input is
-    # computed: with those of batch norm, a count has more than 30 operations.
-    options = {"triton.mix_order_reduction": False, "realize_reads_threshold": 20, "realize_opcount_threshold": 100}
+    # Above the thresholds Inductor would write the input of the activation to memory and read it again, in place of counting it
+    # where it is computed. With the operations of batch norm, a count has more than 30.
+    options: dict[str, object] = {"realize_reads_threshold": 20, "realize_opcount_threshold": 100}
+    if is_on_cuda:
+        # Row and column reductions in one kernel add up padded rows, and integers in float32 (pytorch#195845).
+        options["triton.mix_order_reduction"] = False
     context: AbstractContextManager[object] = named("torch._inductor", "config").patch(options)
     return context

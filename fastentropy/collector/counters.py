@@ -142,7 +142,7 @@ class Counters:
         self.views: dict[tuple[str, torch.device], SiteCounters] = {}
         self.host_positions: dict[str, int] = {}
         self._layout = layout
-        self._parts: dict[tuple[NamedSites, torch.device], list[tuple[Tensor, int, int]]] = {}
+        self._parts: dict[tuple[NamedSites, torch.device], list[tuple[Tensor, Tensor]]] = {}
         self._starts: dict[torch.device, list[int]] = {}  # the keys of `buffers`, in rising order
         self._calls: dict[str | type, tuple[torch.Size, FusedActivation | None]] = {}
         self._tokens: dict[int, tuple[Tensor, Tensor]] = {}  # id of a mask -> the mask, its number of tokens
@@ -179,35 +179,35 @@ class Counters:
 
         Args:
             named: the sites of the graph. A site that is left out is None.
-            flat: int64, a slot for each site, one after the other.
+            flat: int64, for each site, one after the other: how many values of each neuron are off, then zero, then on, and
+                the number of positions.
         """
         parts = self._parts.get((named, flat.device))
         if parts is None:
             parts = self._parts[named, flat.device] = self._overlaps(named, flat.device)
         self.sites.update(named.by_name)
-        if len(parts) == 1 and len(parts[0][0]) == len(flat):
-            parts[0][0].add_(flat)
-        elif parts:
-            add_to_each([part for part, _, _ in parts], [flat[start:stop] for _, start, stop in parts])
+        if parts:
+            add_to_each([part for part, _ in parts], [flat.index_select(0, order) for _, order in parts])
 
-    def _overlaps(self, named: NamedSites, device: torch.device) -> list[tuple[Tensor, int, int]]:
-        """Return the parts of the buffers that get the counts of a graph, each with its place in the output of the graph.
+    def _overlaps(self, named: NamedSites, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+        """Return the parts of the buffers that get the counts of a graph, and the indices of their counts in its output.
 
         The slots of sites that were discovered one after another are one part.
         """
-        parts: list[tuple[Tensor, int, int, int]] = []  # a buffer, the offset in it, and the place in the output
+        parts: list[tuple[Tensor, int, list[Tensor]]] = []  # a buffer, the index at which the next slot begins, and the indices
         start = 0
         for site, neurons in zip(named.sites, named.neurons, strict=True):
             stop = start + 3 * neurons + 1
             if site is not None:
                 buffer, offset, _ = self.of(site, device)
-                last = parts[-1] if parts else None
-                if last is not None and last[0] is buffer and last[3] == start and last[1] + last[3] - last[2] == offset:
-                    parts[-1] = (buffer, last[1], last[2], stop)
-                else:
-                    parts.append((buffer, offset, start, stop))
+                order = torch.arange(start, stop, device="cpu")
+                order = torch.cat([order[:-1].view(3, neurons).t().flatten(), order[-1:]])
+                if not (parts and parts[-1][0] is buffer and parts[-1][1] == offset):
+                    parts.append((buffer, offset, []))
+                parts[-1] = (buffer, offset + order.numel(), [*parts[-1][2], order])
             start = stop
-        return [(buffer[offset : offset + stop - start], start, stop) for buffer, offset, start, stop in parts]
+        indices = [(buffer, end, torch.cat(orders)) for buffer, end, orders in parts]
+        return [(buffer[end - order.numel() : end], order.to(device)) for buffer, end, order in indices]
 
     def add_positions(self, site: Site, positions: int) -> None:
         """Record on the host that `positions` values of each neuron were read. The site is then in `sites`."""

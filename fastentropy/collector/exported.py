@@ -147,7 +147,7 @@ def _count(x: Tensor, channel_axis: int | None) -> Tensor:
     """Return the counts of a value, int64 [neurons, 4]: off, zero, on and NaN."""
     x = x.detach() if x.dtype in COUNTABLE else x.detach().float()
     x, axis = (x.unsqueeze(-1), x.ndim) if channel_axis is None else (x, channel_axis)
-    counts: Tensor = count_as_sums(x, x, axis, None)
+    counts = torch.stack(count_as_sums(x, x, axis, None), 1)
     nan = x.numel() // x.shape[axis] - counts.sum(1)
     return torch.cat([counts, nan.unsqueeze(1)], 1)
 

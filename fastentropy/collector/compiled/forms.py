@@ -14,8 +14,8 @@ from torch import Tensor
 _PACKED = 1023
 
 
-def count_as_sums(x: Any, like: Tensor, axis: int, is_counted: Any) -> Any:
-    """Return the counts of the states of `x`, int64 [neurons, 3], as comparisons and sums in two steps.
+def count_as_sums(x: Any, like: Tensor, axis: int, is_counted: Any) -> list[Any]:
+    """Return how many values of each neuron of `x` are off, zero and on, int64 [neurons] each, as sums in two steps.
 
     The first sum is short (an image row, or the tokens of a sequence), so that a GPU kernel does not have to split it. Up to
     1023 values it adds up three counters of 10 bits in one int32. The second sum is in int64, and so is the first if it may be
@@ -28,22 +28,30 @@ def count_as_sums(x: Any, like: Tensor, axis: int, is_counted: Any) -> Any:
         is_counted: a proxy of a mask, bool, that is broadcast to the shape of `x`; None if all positions are counted.
     """
     axes = [each for each in range(like.ndim) if each != axis]
-    states = [x < 0, x == 0, x > 0]
-    if is_counted is not None:
-        states = [state & is_counted for state in states]
     if not axes:
-        return torch.stack(states, 1).to(torch.int64)
-    off, zero, on = (state.to(torch.int32) for state in states)
+        return [state.to(torch.int64) for state in _states(x, is_counted)]
     first = _first_axes(like.shape, axis, axes, like.is_cuda)
     sizes = [like.shape[each] for each in first]
     length = math.prod(sizes) if all(isinstance(size, int) for size in sizes) else None
     if length is not None and length <= _PACKED:
-        packed = torch.sum(off + zero * (1 << 10) + on * (1 << 20), first, True, dtype=torch.int32)
+        packed = torch.sum(_packed_state(x, is_counted), first, True, dtype=torch.int32)
         parts = [packed & _PACKED, (packed >> 10) & _PACKED, packed >> 20]
     else:
         dtype = torch.int32 if length is not None and length < 2**31 else torch.int64
-        parts = [torch.sum(state, first, True, dtype=dtype) for state in (off, zero, on)]
-    return torch.stack([torch.sum(part, axes, dtype=torch.int64) for part in parts], 1)
+        parts = [torch.sum(state.to(torch.int32), first, True, dtype=dtype) for state in _states(x, is_counted)]
+    return [torch.sum(part, axes, dtype=torch.int64) for part in parts]
+
+
+def _states(x: Any, is_counted: Any) -> list[Any]:
+    """Return whether each value is off, zero and on; none of them where it is NaN or not counted."""
+    states = [x < 0, x == 0, x > 0]
+    return states if is_counted is None else [state & is_counted for state in states]
+
+
+def _packed_state(x: Any, is_counted: Any) -> Any:
+    """Return the state of each value as 1 in one of three packed counters. On a CPU, products would take longer."""
+    state = torch.where(x > 0, 1 << 20, torch.where(x == 0, 1 << 10, (x < 0).to(torch.int32)))
+    return state if is_counted is None else torch.where(is_counted, state, 0)
 
 
 def _first_axes(shape: Sequence[Any], axis: int, axes: list[int], is_cuda: bool) -> list[int]:

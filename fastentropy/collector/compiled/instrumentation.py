@@ -17,8 +17,8 @@ from fastentropy.sites.graphs import GraphCall
 def add_counts(graph_module: fx.GraphModule, calls: Sequence[GraphCall]) -> tuple[list[MaskInput], list[Tensor]]:
     """Let a graph count the states of the inputs of activations, and return the counts as one more output.
 
-    The output is int64, with a slot for each call as in the buffers of `Counters`: 3 * neurons counts, then the number of
-    positions (values read per neuron). Calls with a padding mask add it to the inputs.
+    The output is int64, with a slot for each call as `Counters.add_slots` takes it: how many values of each neuron are off,
+    then zero, then on, and the number of positions (values read per neuron). Calls with a padding mask add it to the inputs.
 
     Args:
         graph_module: the graph, which is changed. Its output is a tuple.
@@ -43,7 +43,7 @@ def _add_flat(graph_module: fx.GraphModule, calls: Mapping[fx.Node, GraphCall], 
     for node in list(graph.nodes):
         if node in calls:
             with graph.inserting_before(node):
-                slots.append(_slot(fx.Proxy(calls[node].x, tracer), calls[node], proxies))
+                slots += _slot(fx.Proxy(calls[node].x, tracer), calls[node], proxies)
         elif _runs_any(node, calls):
             slots.append(fx.Proxy(_add_flat_in_body(node, calls, masks), tracer))
     output = graph.output_node()
@@ -74,8 +74,8 @@ def _add_flat_in_body(node: fx.Node, calls: Mapping[fx.Node, GraphCall], masks: 
         return node.graph.call_function(operator.getitem, (node, number))
 
 
-def _slot(x: Any, call: GraphCall, masks: Mapping[bool, Any]) -> Any:
-    """Return the slot of a call: int64 [3 * neurons + 1]."""
+def _slot(x: Any, call: GraphCall, masks: Mapping[bool, Any]) -> list[Any]:
+    """Return the parts of the slot of a call: int64 [neurons] three times, and [1]."""
     like: Tensor = call.x.meta["example_value"]
     axis, axes = call.site.channel_axis, call.token_axes
     if axis is None or like.dtype not in COUNTABLE or like.layout is not torch.strided:
@@ -88,7 +88,7 @@ def _slot(x: Any, call: GraphCall, masks: Mapping[bool, Any]) -> Any:
         for each in range(like.ndim):
             if each != axis and each not in axes:
                 positions = positions * x.size(each)
-    return torch.cat([count_as_sums(x.detach(), like, axis, mask).flatten(), positions])
+    return [*count_as_sums(x.detach(), like, axis, mask), positions]
 
 
 def _filled(number: Any, device: torch.device) -> Any:
