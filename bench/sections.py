@@ -82,13 +82,13 @@ def largest_cases(record: Record) -> Iterator[tuple[str, dict[str, Measurement],
 
 def collecting(results: str) -> str:
     """Return the table of collecting: the time of inference relative to that without collecting, and the added memory."""
-    head = ("", "collecting", *COLLECT_BASELINES, "memory added", "published")
+    head = ("", "collecting", "collecting, eager", *COLLECT_BASELINES, "memory added", "published")
     return for_each_machine("collect", head, partial(case_rows, collect_row), results)
 
 
 def collect_row(case: str, operations: dict[str, Measurement]) -> Sequence[str]:
     """Return the row of one network in the table of collecting."""
-    baselines = [median(operations.get(name)) for name in COLLECT_BASELINES]
+    baselines = [median(operations.get(name)) for name in ("collecting, eager", *COLLECT_BASELINES)]
     memory = [added_megabytes(operations, name) for name in ("collecting", "published procedure")]
     return case, quartiles(operations["collecting"].ratio), *baselines, *memory
 

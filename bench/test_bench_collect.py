@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fastentropy.benchmarks.collecting import NETWORKS, PROCEDURES, network_cases
-from fastentropy.benchmarks.networks import vision
+from fastentropy.benchmarks.networks import small_llama, vision
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -21,6 +21,6 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 @pytest.mark.parametrize("name", NETWORKS["cpu"])
 def test_collect(measured, name, procedure):
     with DEVICE:
-        network = vision(name, batch=2, size=96)
+        network = small_llama(batch=2) if name == "small llama" else vision(name, batch=2, size=96)
     with contextlib.closing(network_cases(name, network, DEVICE)) as cases:
         measured(next(cases), procedure)

@@ -18,16 +18,17 @@ from torch import Tensor, nn
 from fastentropy.benchmarks.baselines import compiled, count_in_pytorch, histogram_observer, published_entropy
 from fastentropy.benchmarks.measurements import Case, name_case
 from fastentropy.benchmarks.memory import peak_bytes
-from fastentropy.benchmarks.networks import Network, infer, llama, moved, vision
+from fastentropy.benchmarks.networks import Network, infer, llama, moved, small_llama, vision
 from fastentropy.collector.api import collect
 from fastentropy.sites.activations import activation_modules
 from fastentropy.surgery.isolation import copy_sharing_tensors
 
 #: Networks and their default batch sizes, by type of device.
 NETWORKS = {
-    "cpu": {"resnet18": 16, "mobilenet_v2": 16, "vgg16_bn": 16, "swin_t": 16, "vit_b_16": 4},
+    "cpu": {"resnet18": 16, "mobilenet_v2": 16, "vgg16_bn": 16, "swin_t": 16, "vit_b_16": 4, "small llama": 16},
     "cuda": {"resnet18": 256, "llama": 8},
 }
+_LLAMAS = {"llama": llama, "small llama": small_llama}
 #: The class of models for whose 4-dimensional values the published code takes the neurons from the last axis.
 _NEURONS_LAST = "SwinTransformer"
 
@@ -53,7 +54,7 @@ def collect_cases(device: torch.device, dtypes: Sequence[torch.dtype], sizes: Se
 def _network(name: str, batch: int, device: torch.device, dtype: torch.dtype) -> Network:
     torch.manual_seed(0)
     with device:
-        return moved(llama(batch) if name == "llama" else vision(name, batch), device, dtype)
+        return moved(_LLAMAS[name](batch) if name in _LLAMAS else vision(name, batch), device, dtype)
 
 
 def network_cases(name: str, network: Network, device: torch.device) -> Iterator[Case]:
@@ -85,7 +86,8 @@ def network_cases(name: str, network: Network, device: torch.device) -> Iterator
 def compiled_cases(name: str, network: Network) -> Iterator[Case]:
     """Yield the case of one network under torch.compile: plain, while collecting, and with hooks that are compiled too.
 
-    Another operation is the network in eager mode while collecting. The arguments and the iterator are as in `network_cases`.
+    Another operation is the network in eager mode while collecting. Collectors stay attached while the other operations run,
+    which have models of their own. The arguments and the iterator are as in `network_cases`.
     """
     model, inputs = network
     title = name_case(name, inputs[0].shape, next(model.parameters()).dtype)

@@ -70,17 +70,22 @@ def llama(batch: int) -> Network:
 
     The model has the shape of Llama 3.2 1B, except for its vocabulary.
     """
+    sizes = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32}
+    return _llama(batch, 1024, num_key_value_heads=8, **sizes)
+
+
+def small_llama(batch: int) -> Network:
+    """Return a Llama of 16 million parameters with the proportions of Llama 3.2 1B, and random tokens `[batch, 128]`."""
+    sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 4, "num_attention_heads": 8}
+    return _llama(batch, 128, num_key_value_heads=2, vocab_size=1000, **sizes)
+
+
+def _llama(batch: int, tokens: int, **sizes: int) -> Network:
+    """Return a Llama of some sizes, and random tokens `[batch, tokens]`."""
     import transformers
 
-    config = transformers.LlamaConfig(
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_hidden_layers=16,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        use_cache=False,
-    )
-    return _ready(transformers.LlamaForCausalLM(config)), (torch.randint(0, config.vocab_size, (batch, 1024), device="cpu"),)
+    config = transformers.LlamaConfig(use_cache=False, **sizes)
+    return _ready(transformers.LlamaForCausalLM(config)), (torch.randint(0, config.vocab_size, (batch, tokens), device="cpu"),)
 
 
 def mobilenet_blocks(batch: int) -> dict[str, Network]:
