@@ -80,7 +80,7 @@ def small_llama(batch: int) -> Network:
     return _llama(batch, 128, num_key_value_heads=2, vocab_size=1000, **sizes)
 
 
-def _llama(batch: int, tokens: int, **sizes: int) -> Network:
+def _llama(batch: int, tokens: int, **sizes: Any) -> Network:
     """Return a Llama of some sizes, and random tokens `[batch, tokens]`."""
     import transformers
 

@@ -115,8 +115,8 @@ def _planned(
 
     def visit(source: Node, x: Tensor) -> None:
         sources[source] = without_values(x)
-        for chain in chains if plan is not None else ():
-            if chain.source is source:
+        for chain in chains:
+            if plan is not None and chain.source is source:
                 show(len(plans), len(chains))
                 form, report = plan(chain, x)
                 plans[chain] = None if report.choice == "keep" else form, report
