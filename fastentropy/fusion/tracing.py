@@ -231,11 +231,16 @@ def share_equal_constants(module: GraphModule, other: GraphModule) -> None:
     """Let a graph with rewritten chains hold the constants of these chains in common with another one, where they are equal."""
     known = defaultdict(list)
     for constant in other.buffers():
-        known[constant.shape, constant.stride(), constant.dtype].append(constant)
+        known[_layout(constant)].append(constant)
     for name, constant in module.named_buffers():
-        equal = (each for each in known[constant.shape, constant.stride(), constant.dtype] if torch.equal(each, constant))
+        equal = (each for each in known[_layout(constant)] if torch.equal(each, constant))
         if name.startswith(CHAIN_PREFIX) and (shared := next(equal, None)) is not None:
             setattr(module, name, shared)
+
+
+def _layout(x: Tensor) -> tuple[object, ...]:
+    """Return what equal constants have in common besides their values."""
+    return x.shape, x.stride(), x.dtype, x.device
 
 
 def _insert_form(

@@ -16,10 +16,12 @@ from fastentropy.fusion.inputs import Inputs
 from fastentropy.fusion.memory_format import is_channels_last
 from fastentropy.fusion.traced_inputs import TracedInputs, fits
 from fastentropy.fusion.tracing import (
+    CHAIN_PREFIX,
     export,
     in_channels_last,
     inference_module,
     rewrite,
+    share_equal_constants,
     values_of,
 )
 from tests._helpers.linear_networks import NETWORKS
@@ -253,3 +255,14 @@ def test_sample_inputs(dynamic_sizes):
     assert all(map(fits, inputs.leaves, TracedInputs.of(program).sizes))
     assert [value.dtype for value in inputs.args] == [torch.float32, torch.int64]
     close(inference_module(program)(*inputs.args), model(*inputs.args))
+
+
+def test_constants_on_other_devices_are_not_shared():
+    name, values = f"{CHAIN_PREFIX}0", torch.randn(3)
+    modules = [torch.fx.GraphModule(nn.Module(), torch.fx.Graph()) for _ in range(3)]
+    for module, device in zip(modules, ("meta", "cpu", "cpu"), strict=True):
+        module.register_buffer(name, values.to(device, copy=True))
+    share_equal_constants(modules[1], modules[0])
+    assert torch.equal(getattr(modules[1], name), values)
+    share_equal_constants(modules[1], modules[2])
+    assert getattr(modules[1], name) is getattr(modules[2], name)
