@@ -30,6 +30,8 @@ def add_counts(graph_module: fx.GraphModule, calls: Sequence[GraphCall]) -> tupl
     Raises:
         UncountableGraphError: an input cannot be counted in a graph.
     """
+    if len({call.x.meta["example_value"].device for call in calls}) > 1:
+        raise UncountableGraphError("its activations run on several devices")
     nodes, masks, values = add_masks(graph_module.graph, calls)
     _add_flat(graph_module, {call.node: call for call in calls}, nodes)
     return masks, values

@@ -373,3 +373,23 @@ def test_mode_of_the_user():
             for x, y in zip(inputs, outputs, strict=True):
                 assert torch.equal(compiled(x), y)
     assert_same(collector.compute(), expected.compute())
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_graph_on_several_devices_runs_as_it_is(backend):
+    class OnTwoDevices(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.relu, self.gelu = nn.ReLU(), nn.GELU()
+
+        def forward(self, x):
+            return self.relu(x), self.gelu(x.to("meta"))
+
+    model, x = OnTwoDevices().eval(), torch.randn(3, 4)
+    compiled = torch.compile(model, backend=backend)
+    with warnings.catch_warnings(record=True) as caught, fe.collect(model) as collector:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            compiled(x)
+    assert any("its activations run on several devices" in str(each.message) for each in caught)
+    assert torch.equal(collector.compute()["relu"].counts, 3 * torch.stack([x < 0, x == 0, x > 0], -1).sum(0))
