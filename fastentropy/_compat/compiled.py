@@ -75,6 +75,17 @@ def _called_module(frame: FrameType) -> torch.nn.Module | None:
     return module if isinstance(module, torch.nn.Module) else None
 
 
+def module_being_compiled() -> torch.nn.Module | None:
+    """Return the module of which torch.compile is compiling a method in this thread; None if it is not known to be one.
+
+    This is also known for the code between two graphs of it, after other compiled code has run there.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_name != "compile_wrapper":
+        frame = frame.f_back
+    return None if frame is None else _called_module(frame)
+
+
 def take_for_plain(name: str, call: Callable[..., Any]) -> Callable[[], None]:
     """Let code that is compiled from now on be the same as if `call` were a method of nn.Module itself.
 

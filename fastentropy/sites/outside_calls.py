@@ -1,6 +1,5 @@
 """Compile functions of torch.compile that are called outside of passes, where nothing in them could be counted."""
 
-import threading
 import weakref
 from collections.abc import Callable, Collection
 from typing import Any
@@ -15,25 +14,11 @@ from fastentropy._compat import (
     backend_of,
     bodies,
     identity_in_stack,
+    module_being_compiled,
     without_intercepting,
 )
 from fastentropy.sites.activations import called_name, function_name, registered_in_python
 from fastentropy.sites.kept_compilers import KeptCompilers
-
-
-class _Called(threading.local):
-    """The module of which a thread calls a compiled method, if nobody watches it or a module in it."""
-
-    module: "weakref.ref[nn.Module] | None" = None
-
-    @property
-    def identities(self) -> set[int]:
-        """Return the identities of the module and of all modules in it."""
-        module = None if self.module is None else self.module()
-        return set() if module is None else {id(each) for each in module.modules()}
-
-
-_CALLED = _Called()
 
 
 class _PlainBackend:
@@ -59,7 +44,9 @@ class _PlainBackend:
         Raises:
             UncountableGraphError: the graph has modules or activations that may be watched.
         """
-        _check(graph_module.graph, _CALLED.identities if self.of_modules else None)
+        module = module_being_compiled() if self.of_modules else None
+        unwatched = {id(each) for each in module.modules()} if module is not None else set[int]()
+        _check(graph_module.graph, unwatched if self.of_modules else None)
         compiled = self.inner(graph_module, inputs)
 
         def run(*args: Any) -> Any:
@@ -127,7 +114,6 @@ class OutsideCompilers:
             return None
         if isinstance(compiler, CompilerWith):
             return known
-        _CALLED.module = None if unwatched is None else weakref.ref(unwatched)
         if known is not None:
             return known
         inner = backend_of(compiler)

@@ -27,6 +27,21 @@ class Breaking(Blocks):
         return super().forward(x)
 
 
+class CallingCompiled(Blocks):
+    """Calls another compiled model between two graphs."""
+
+    def __init__(self, other):
+        super().__init__()
+        self.others = [other]
+
+    def forward(self, x):
+        return super().forward(self.call_other(x))
+
+    @torch._dynamo.disable
+    def call_other(self, x):
+        return self.others[0](x)
+
+
 class Holding(nn.Module):
     """Calls another model, which is no part of it."""
 
@@ -67,6 +82,18 @@ def test_other_model_stays_compiled(kind, way):
             assert_same(collector.compute(), eagerly(student, *inputs))
         other(inputs[0])
     assert [*made, backend.compilations()] == [usual, 0, 0]
+
+
+def test_other_model_that_calls_compiled_models_stays_compiled():
+    student, inner, backend = Blocks().eval(), Block().eval(), NotingBackend()
+    other, x = torch.compile(CallingCompiled(torch.compile(inner, backend=backend)).eval(), backend=backend), *batches(3)
+    with torch.no_grad():
+        output, usual = other(x), backend.compilations()
+        with warnings.catch_warnings(), fe.collect(student):
+            warnings.filterwarnings("ignore", ".*fe.isolate")
+            student(x)
+            assert torch.equal(other(x), output)
+    assert backend.compilations() == usual
 
 
 def test_code_of_another_model_is_not_used_for_the_model_that_is_counted():
