@@ -27,6 +27,7 @@ from fastentropy._compat.compiled import backend_of as backend_of
 from fastentropy._compat.compiled import choose_compilers as choose_compilers
 from fastentropy._compat.compiled import for_counting as for_counting
 from fastentropy._compat.compiled import module_being_compiled as module_being_compiled
+from fastentropy._compat.compiled import roots_of_modules as roots_of_modules
 from fastentropy._compat.compiled import take_for_plain as take_for_plain
 from fastentropy._compat.compiled import without_functions_of_modes as without_functions_of_modes
 from fastentropy._compat.compiled import wrapper_class as wrapper_class

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +29,8 @@ class UnknownSiteError(UncountableGraphError):
 
 #: How often a frame is traced again although its graph had unknown sites.
 _ATTEMPTS = 3
+#: How the name of a registered submodule ends.
+_REGISTERED = re.compile(r"(\._modules\['[^']*'\])*$")
 #: No local variable of a frame has this name.
 _OF_NO_FRAME = "<none>"
 
@@ -84,6 +87,16 @@ def module_being_compiled() -> torch.nn.Module | None:
     while frame is not None and frame.f_code.co_name != "compile_wrapper":
         frame = frame.f_back
     return None if frame is None else _called_module(frame)
+
+
+def roots_of_modules() -> set[str]:
+    """Return how the code that is being compiled in this thread reaches modules, without what is registered in these.
+
+    An example is `{"L['self']", "L['self'].models[0]"}`, where `L` holds the local variables.
+    """
+    guards = attribute(named("torch._guards", "TracingContext").get(), "guards_context").dynamo_guards
+    modules = (each for each in guards if type(attribute(each, "originating_source")).__name__.endswith("NNModuleSource"))
+    return {_REGISTERED.sub("", attribute(each, "name")) for each in modules}
 
 
 def take_for_plain(name: str, call: Callable[..., Any]) -> Callable[[], None]:

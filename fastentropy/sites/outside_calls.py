@@ -15,6 +15,7 @@ from fastentropy._compat import (
     bodies,
     identity_in_stack,
     module_being_compiled,
+    roots_of_modules,
     without_intercepting,
 )
 from fastentropy.sites.activations import called_name, function_name, registered_in_python
@@ -45,6 +46,8 @@ class _PlainBackend:
             UncountableGraphError: the graph has modules or activations that may be watched.
         """
         module = module_being_compiled() if self.of_modules else None
+        if self.of_modules and len(roots_of_modules()) > 1:  # such a module may be another one next time, or have other methods
+            raise UncountableGraphError("it calls modules outside of forward passes")
         unwatched = {id(each) for each in module.modules()} if module is not None else set[int]()
         _check(graph_module.graph, unwatched if self.of_modules else None)
         compiled = self.inner(graph_module, inputs)

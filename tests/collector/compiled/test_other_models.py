@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import fastentropy as fe
@@ -130,6 +131,54 @@ def test_model_that_another_one_holds_unregistered_is_counted(held_first):
         for x in inputs:
             compiled(x)
         with fe.collect(unwatched if held_first else held):
+            compiled(inputs[0])
+        model.held[0] = held
+        with fe.collect(held) as collector:
+            for x in inputs:
+                compiled(x)
+    assert_same(collector.compute(), eagerly(held, *map(model.layer, inputs)))
+
+
+class Encoding(nn.Module):
+    """Calls a method of another model that calls an activation, but no module."""
+
+    def __init__(self, held):
+        super().__init__()
+        self.held, self.layer = [held], nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.held[0].encode(self.layer(x))
+
+
+class Encoder(Block):
+    """A block with another method."""
+
+    def encode(self, x):
+        return F.gelu(x)
+
+
+def test_method_of_a_model_that_another_one_holds_is_counted():
+    held, x = Encoder().eval(), *batches(3)
+    model = Encoding(held).eval()
+    compiled = torch.compile(model, backend="aot_eager")
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        with fe.collect(held) as collector:
+            held(x)
+            compiled(x)
+    values = model.layer(x)
+    counts = torch.stack([values < 0, values == 0, values > 0], -1).sum((0, 1))
+    assert torch.equal(collector.compute()["gelu"].counts, counts)
+
+
+def test_list_that_holds_another_model_later():
+    held, inputs = Block().eval(), batches(3, 3)
+    model = Holding(Block()).eval()
+    model.inner = model.held[0]
+    compiled = torch.compile(model, backend="aot_eager")
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        with fe.collect(Block().eval()):
             compiled(inputs[0])
         model.held[0] = held
         with fe.collect(held) as collector:
