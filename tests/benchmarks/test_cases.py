@@ -244,7 +244,7 @@ def test_collect_cases_dtypes_and_batch_sizes(monkeypatch, name):
     made = []
     monkeypatch.setitem(collecting.NETWORKS, "cpu", {name: 2})
     monkeypatch.setattr(collecting, "vision", lambda name, batch: _small(batch, made))
-    monkeypatch.setattr(collecting, "llama", lambda batch: _small(batch, made))
+    monkeypatch.setitem(collecting._LLAMAS, "llama", lambda batch: _small(batch, made))
     cases = [case.name for case in collecting.collect_cases(CPU, [torch.float32, torch.bfloat16], [1, 3])]
     shapes = [f"{batch} × 1 × 5 × 5, {dtype}" for dtype in ("float32", "bfloat16") for batch in (1, 3)]
     assert cases == [f"{name}, {shape}{how}" for shape in shapes for how in ("", ", compiled")]
@@ -258,6 +258,15 @@ def test_network_is_freed_before_the_next(monkeypatch):
     monkeypatch.setattr(collecting, "vision", lambda name, batch: _small(batch, made))
     for _ in collecting.collect_cases(CPU, [torch.float32], [1, 2, 3]):
         assert sum(model() is not None for model in made) == 1
+
+
+def test_hooks_run_beside_a_compiled_network_without_hooks():
+    x, calls = torch.randn(2, 1, 5, 5), torch.zeros(1)
+    torch.compile(Residual().eval(), backend="eager")(x)
+    hooked = collecting._with_own_class(Residual().eval())
+    next(iter(hooked.children())).register_forward_pre_hook(lambda module, inputs: calls.add_(1) and None)
+    torch.compile(hooked, backend="eager")(x)
+    assert calls == 1
 
 
 def _small(batch, made):
