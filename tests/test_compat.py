@@ -621,7 +621,7 @@ def test_compiler_of_a_thread():
     assert [_compat.current_compiler(), len(graphs)] == [None, 1]
     for own, expected in [(None, 1), (refusing, 1), (backend, 2)]:
 
-        def choose(compiler, own=own):
+        def choose(compiler, module, own=own):
             assert _compat.backend_of(compiler).compiler_fn is backend
             _compat.run_as_it_is()
             return own and _compat.CompilerWith(compiler, own, _compat.Refusals(lambda code, error: chosen.append(str(error))))
@@ -648,7 +648,7 @@ def test_limit_of_recompilations():
     refused = _compat.Refusals(lambda code, error: None)
 
     def run(own):
-        end = own and _compat.choose_compilers(lambda compiler: _compat.CompilerWith(compiler, own, refused))
+        end = own and _compat.choose_compilers(lambda compiler, module: _compat.CompilerWith(compiler, own, refused))
         for size in (1, 2, 3, 4):
             compiled(torch.ones(size))
         if own:
@@ -714,3 +714,25 @@ def test_own_graph():
         assert node is not own
         assert node.meta.get("nn_module_stack") == own.meta.get("nn_module_stack")
     assert len(list(graphs[0][0].graph.nodes)) > 2
+
+
+def test_modules_of_compiled_code():
+    def backend(graph, inputs):
+        found.append((_compat.module_being_compiled(), _compat.roots_of_modules()))
+        return graph.forward
+
+    class Holding(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.held = nn.Linear(2, 2), [nn.Linear(2, 2)]
+
+        def forward(self, x):
+            return self.held[0](self.layer(x))
+
+    found, model, x = [], Holding(), torch.ones(2)
+    torch.compile(model, backend=backend)(x)
+    torch.compile(model.layer, backend=backend)(x)
+    (holding, roots), (layer, layer_roots) = found
+    assert [holding, layer] == [model, model.layer]
+    assert roots == {"L['self']", "L['self'].held[0]"}
+    assert len(layer_roots) == 1

@@ -72,9 +72,9 @@ def _called_module(frame: FrameType) -> torch.nn.Module | None:
     Returns None if it calls another function, or other code runs in the frame.
     """
     function = frame.f_locals.get("fn") if frame.f_code.co_name == "compile_wrapper" else None
-    if not hasattr(function, "__self__"):  # PyTorch wraps the forwards of its own modules
+    if not hasattr(function, "__self__"):  # PyTorch wraps its own modules and their forwards
         function = getattr(function, "__wrapped__", None)
-    module = getattr(function, "__self__", None)
+    module = function if isinstance(function, torch.nn.Module) else getattr(function, "__self__", None)
     return module if isinstance(module, torch.nn.Module) else None
 
 

@@ -85,6 +85,17 @@ def test_other_model_stays_compiled(kind, way):
     assert [*made, backend.compilations()] == [usual, 0, 0]
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_other_model_of_a_class_of_pytorch_stays_compiled(way):
+    student, teacher, backend = Block().eval(), nn.Sequential(nn.Linear(8, 8), nn.ReLU()).eval(), NotingBackend()
+    other, x = WAYS[way](teacher, backend), *batches(3)
+    with torch.no_grad():
+        output, usual = other(x), backend.compilations()
+        with fe.collect(student):
+            assert torch.equal(other(x), output)
+    assert backend.compilations() == usual
+
+
 def test_other_model_that_calls_compiled_models_stays_compiled():
     student, inner, backend = Blocks().eval(), Block().eval(), NotingBackend()
     other, x = torch.compile(CallingCompiled(torch.compile(inner, backend=backend)).eval(), backend=backend), *batches(3)
