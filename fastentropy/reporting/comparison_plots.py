@@ -39,8 +39,7 @@ def draw_removed(axes: Axes, runs: Runs) -> dict[str, Line2D]:
     axes.set_xlabel("activations removed")
     entries = _draw_runs(axes, runs, {label: run.depths for label, run in runs.started.items()})
     for published, marker in zip(runs.published, PUBLISHED_MARKERS, strict=False):
-        scores = [100 * published.dense, 100 * published.pruned]
-        (line,) = axes.plot([0, published.removed], scores, marker=marker, **PUBLISHED_STYLE)
+        (line,) = axes.plot(*zip(*published.tests, strict=True), marker=marker, **PUBLISHED_STYLE)
         entries[f"{published.model}, published"] = line
     axes.set_xlim(left=-0.5)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))

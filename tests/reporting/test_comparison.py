@@ -142,14 +142,17 @@ def test_kept_steps_stand_out_and_rejected_ones_are_hollow(draw):
             assert others.get_ydata()[1:].tolist() == [100 * history["steps"][-1]["test"]]
 
 
+RESNET18 = [(0, 92.47), (2, 92.82), (7, 92.40), (8, 92.10), (9, 90.35), (11, 86.53), (16, 77.74)]
+
+
 @pytest.mark.parametrize(
     ("model", "points"),
     [
-        ("resnet18", [(0, 92.47), (8, 92.10)]),
-        ("ResNet-18", [(0, 92.47), (8, 92.10)]),
-        ("swin_t", [(0, 91.66), (8, 90.83)]),
-        ("mobilenet_v2", [(0, 93.65), (15, 92.77)]),
-        ("vgg16_bn", [(0, 93.50), (10, 93.04)]),
+        ("resnet18", RESNET18),
+        ("ResNet-18", RESNET18),
+        ("swin_t", [(0, 91.66), (7, 91.41), (8, 90.83)]),
+        ("mobilenet_v2", [(0, 93.65), (12, 93.16), (15, 92.77), (17, 92.05), (29, 88.43)]),
+        ("vgg16_bn", [(0, 93.50), (8, 93.61), (10, 93.04), (14, 90.38)]),
         ("resnet34", []),
     ],
 )
@@ -178,12 +181,9 @@ def test_published_results_are_in_a_table_with_source(page_of):
     table = section(page_of("models"), "Published results")
     assert "Source: EASIER, arXiv 2404.18949, Table 5" in table
     cells = [re.findall(r"<td>(.*?)</td>", row) for row in re.findall(r"<tr.*?</tr>", table)[1:]]
-    assert cells == [
-        ["ResNet-18", "8 of 17", "92.47 → 92.10"],
-        ["Swin-T", "8 of 12", "91.66 → 90.83"],
-        ["MobileNetV2", "15 of 35", "93.65 → 92.77"],
-        ["VGG-16", "10 of 15", "93.50 → 93.04"],
-    ]
+    assert [name for name, *_ in cells] == ["ResNet-18"] * 7 + ["Swin-T"] * 3 + ["MobileNetV2"] * 5 + ["VGG-16"] * 4
+    assert cells[3] == ["ResNet-18", "8 of 17", "92.10"]
+    assert cells[-1] == ["VGG-16", "14 of 15", "90.38"]
 
 
 @pytest.mark.parametrize("case", MARKED_CASES)
