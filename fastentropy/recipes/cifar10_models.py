@@ -17,14 +17,24 @@ CLASSES = 10
 
 
 def resnet18() -> nn.Module:
-    """Build ResNet-18 (arXiv 1512.03385), which has 17 activations.
+    """Build ResNet-18 (arXiv 1512.03385) as EASIER's code has it for CIFAR-10. It has 17 activations.
 
-    Its stem is a 3×3 convolution of stride 1 without max pooling, because the images are small. `isolate` gives each call of
-    torchvision's shared ReLU modules a module of its own.
+    Its stem is a 3×3 convolution of stride 1, and a 3×3 max pooling of stride 2: 140 million multiplications. `isolate` gives
+    each call of torchvision's shared ReLU modules a module of its own.
     """
+    return _resnet18(nn.MaxPool2d(3, 2, padding=1))
+
+
+def resnet18_wide_map() -> nn.Module:
+    """Build ResNet-18 as `resnet18` does, without max pooling: 555 million multiplications, and a higher accuracy."""
+    return _resnet18(nn.Identity())
+
+
+def _resnet18(pool: nn.Module) -> nn.Module:
+    """Build ResNet-18 with the given pooling in its stem."""
     model = torchvision.models.resnet18(num_classes=CLASSES)
     model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
-    model.maxpool = nn.Identity()
+    model.maxpool = pool
     _initialize(model.conv1)
     return isolate(model, (torch.linspace(-1, 1, 3 * 32 * 32, dtype=torch.float32, device="cpu").view(1, 3, 32, 32),))
 
@@ -87,6 +97,7 @@ def resnet8() -> nn.Module:
 #: The functions that build the networks, by name. They return networks with random weights on the CPU.
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "resnet18": resnet18,
+    "resnet18_wide_map": resnet18_wide_map,
     "mobilenet_v2": mobilenet_v2,
     "vgg16_bn": vgg16_bn,
     "swin_t": swin_t,

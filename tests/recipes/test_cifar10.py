@@ -175,7 +175,15 @@ def test_training_augments_each_image_once_per_epoch(recipe, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("model", "first"), [("resnet18", 0.1), ("mobilenet_v2", 0.1), ("vgg16_bn", 0.01), ("swin_t", 0.001), ("resnet8", 0.1)]
+    ("model", "first"),
+    [
+        ("resnet18", 0.1),
+        ("resnet18_wide_map", 0.1),
+        ("mobilenet_v2", 0.1),
+        ("vgg16_bn", 0.01),
+        ("swin_t", 0.001),
+        ("resnet8", 0.1),
+    ],
 )
 def test_published_learning_rates(model, first):
     expected = [first] * 80 + [first / 10] * 40 + [first / 100] * 40
@@ -385,7 +393,7 @@ def test_no_data_and_unknown_model():
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         load_recipe("cifar10", CPU)
-    names = "resnet18, mobilenet_v2, vgg16_bn, swin_t, resnet8"
+    names = "resnet18, resnet18_wide_map, mobilenet_v2, vgg16_bn, swin_t, resnet8"
     with pytest.raises(ValueError, match=f"^unknown model 'resnet9'; the models of the recipe cifar10 are {names}$"):
         load_recipe("cifar10", CPU, model="resnet9")
 

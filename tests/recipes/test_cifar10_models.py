@@ -8,6 +8,7 @@ from fastentropy.recipes.cifar10_models import MODELS, resnet8, swin_t
 #: Activations of each network, as in EASIER's tables, and the kind.
 ACTIVATIONS = {
     "resnet18": (17, "relu"),
+    "resnet18_wide_map": (17, "relu"),
     "mobilenet_v2": (35, "relu6"),
     "vgg16_bn": (15, "relu"),
     "swin_t": (12, "gelu"),
@@ -15,7 +16,8 @@ ACTIVATIONS = {
 }
 #: Height and width of the last map before it is pooled or flattened, and the module that makes it.
 LAST_MAPS = {
-    "resnet18": ("layer4", 4),
+    "resnet18": ("layer4", 2),
+    "resnet18_wide_map": ("layer4", 4),
     "mobilenet_v2": ("features", 4),
     "vgg16_bn": ("features", 1),
     "swin_t": ("permute", 2),
@@ -44,6 +46,18 @@ def test_logits_and_number_of_activations(name, images):
     fe.linearize(model, [site.name for site in sites])
     with pytest.raises(ValueError, match="calls no known activation"):
         fe.find_sites(model, (images,))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "millions"), [("resnet18", 140), ("resnet18_wide_map", 555)])
+def test_multiplications_as_published(name, images, millions):
+    model, counted = MODELS[name]().eval(), []
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            module.register_forward_hook(lambda m, x, y: counted.append(m.weight.numel() * y[0, 0].numel()))
+    with torch.no_grad():
+        model(images[:1])
+    assert sum(counted) // 10**6 == millions
 
 
 @pytest.mark.slow
