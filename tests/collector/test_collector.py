@@ -177,16 +177,17 @@ def test_hundreds_of_collectors_leak_nothing(network, images):
         gc.collect()
         return len(gc.get_objects())
 
-    def run(times):
-        for _ in range(times):
+    def added(cycles):
+        before = objects()
+        for _ in range(cycles):
             with collect(network):
                 network(images)
+        return objects() - before
 
     with torch.inference_mode():
-        run(20)
-        before, snap = objects(), snapshot(network)
-        run(300)
-        assert objects() - before < 30
+        added(20)
+        snap = snapshot(network)
+        assert any(added(300) < 30 for _ in range(2))  # what other tests leave to run later adds objects once
     assert_unchanged(network, snap)
 
 
