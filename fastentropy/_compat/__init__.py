@@ -24,6 +24,7 @@ from fastentropy._compat.compiled import Refusals as Refusals
 from fastentropy._compat.compiled import UncountableGraphError as UncountableGraphError
 from fastentropy._compat.compiled import UnknownSiteError as UnknownSiteError
 from fastentropy._compat.compiled import backend_of as backend_of
+from fastentropy._compat.compiled import called_module as called_module
 from fastentropy._compat.compiled import choose_compilers as choose_compilers
 from fastentropy._compat.compiled import for_counting as for_counting
 from fastentropy._compat.compiled import module_being_compiled as module_being_compiled

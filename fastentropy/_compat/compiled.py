@@ -41,12 +41,12 @@ def wrapper_class() -> type[torch.nn.Module]:
     return kind
 
 
-def choose_compilers(choose: Callable[[Compiler, torch.nn.Module | None], Compiler]) -> Callable[[], None]:
+def choose_compilers(choose: Callable[[Compiler, FrameType], Compiler]) -> Callable[[], None]:
     """Let `choose` decide what compiles a function of torch.compile, each time that it is called.
 
     Args:
-        choose: a function that is given what would compile the function under the stance of the user, and the module of which
-            the function is a method, if it is known to be one. It returns what compiles the function.
+        choose: a function that is given what would compile the function under the stance of the user, and the frame that calls
+            the function, for `called_module`. It returns what compiles the function.
 
     Returns:
         A function that ends this.
@@ -56,7 +56,7 @@ def choose_compilers(choose: Callable[[Compiler, torch.nn.Module | None], Compil
 
     def chosen(compiler: Compiler) -> Compiler:
         by_user: Compiler = by_stance(compiler)
-        return None if by_user is None else choose(by_user, _called_module(sys._getframe(1)))
+        return None if by_user is None else choose(by_user, sys._getframe(1))
 
     def end() -> None:
         if eval_frame._callback_from_stance is chosen:
@@ -66,7 +66,7 @@ def choose_compilers(choose: Callable[[Compiler, torch.nn.Module | None], Compil
     return end
 
 
-def _called_module(frame: FrameType) -> torch.nn.Module | None:
+def called_module(frame: FrameType) -> torch.nn.Module | None:
     """Return the module of which the wrapper that torch.compile makes, and that runs in a frame, calls a method.
 
     Returns None if it calls another function, or other code runs in the frame.
@@ -86,7 +86,7 @@ def module_being_compiled() -> torch.nn.Module | None:
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_code.co_name != "compile_wrapper":
         frame = frame.f_back
-    return None if frame is None else _called_module(frame)
+    return None if frame is None else called_module(frame)
 
 
 def roots_of_modules() -> set[str]:

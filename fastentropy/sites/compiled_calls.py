@@ -2,11 +2,12 @@
 
 import threading
 import weakref
+from types import FrameType
 from typing import Any, Protocol
 
 from torch import nn
 
-from fastentropy._compat import Compiler, CompilerWith, in_backward, run_as_it_is
+from fastentropy._compat import Compiler, CompilerWith, called_module, in_backward, run_as_it_is
 from fastentropy.sites.outside_calls import OutsideCompilers
 
 
@@ -50,7 +51,7 @@ def _note(text: str) -> None:
 _OUTSIDE = OutsideCompilers(_note)
 
 
-def choose_compiler(compiler: Compiler, module: nn.Module | None) -> Compiler:
+def choose_compiler(compiler: Compiler, frame: FrameType | None) -> Compiler:
     """Return what compiles a function of torch.compile that this thread is about to call.
 
     Outside of passes a function may call a model, which begins a pass, so only code without modules and activations is
@@ -59,27 +60,31 @@ def choose_compiler(compiler: Compiler, module: nn.Module | None) -> Compiler:
 
     Args:
         compiler: what compiles it while nothing is attached.
-        module: the module of which it is a method; None if it is none, or if that is not known.
+        frame: the frame that calls it; None between two graphs.
     """
-    chosen = _choose(compiler, module)
+    chosen = _choose(compiler, frame)
     if chosen is None and compiler is not None:
         run_as_it_is()
     return chosen
 
 
-def _choose(compiler: Compiler, module: nn.Module | None) -> Compiler:
+def _choose(compiler: Compiler, frame: FrameType | None) -> Compiler:
     """Return what compiles a function. The arguments are as in `choose_compiler`."""
     if not in_backward():
         caller: CompiledCaller | None = _THREAD.caller
-        return _OUTSIDE.choose(compiler, _unwatched(module)) if caller is None else caller.choose_compiler(compiler)
+        return _OUTSIDE.choose(compiler, _unwatched(frame)) if caller is None else caller.choose_compiler(compiler)
     if isinstance(compiler, CompilerWith):
         return compiler
-    latest = (each.latest_compiler(compiler) for each in list(_CALLERS))
-    return next((chosen for is_known, chosen in latest if is_known), _OUTSIDE.known(compiler, _unwatched(module)))
+    for each in list(_CALLERS):
+        is_known, chosen = each.latest_compiler(compiler)
+        if is_known:
+            return chosen  # type: ignore[no-any-return] # the callers are held weakly, without a type
+    return _OUTSIDE.known(compiler, _unwatched(frame))
 
 
-def _unwatched(module: nn.Module | None) -> nn.Module | None:
-    """Return a module if neither it nor any module in it is watched, and None otherwise."""
+def _unwatched(frame: FrameType | None) -> nn.Module | None:
+    """Return the module of which a frame calls a method, if neither it nor any module in it is watched, and None otherwise."""
+    module = None if frame is None else called_module(frame)
     if module is None:
         return None
     callers: list[CompiledCaller] = list(_CALLERS)

@@ -115,9 +115,7 @@ class OutsideCompilers:
         if not of_modules and (hidden := registered_in_python()):
             self._note(f"compiled code outside of forward passes runs eagerly: its graphs do not show calls of {hidden[0]}")
             return None
-        if isinstance(compiler, CompilerWith):
-            return known
-        if known is not None:
+        if known is not None or isinstance(compiler, CompilerWith):
             return known
         inner = backend_of(compiler)
         if inner is None:
