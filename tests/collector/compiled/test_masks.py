@@ -14,11 +14,6 @@ from tests._helpers.compiling import Block, NotingBackend, assert_same
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("error::UserWarning")]
 
 
-@pytest.fixture(autouse=True)
-def _without_compiled_code():
-    torch._dynamo.reset()
-
-
 class Inner(nn.Module):
     """Takes a mask of its own, and ignores it."""
 

@@ -14,11 +14,6 @@ from tests._helpers.compiling import Block, Blocks, NotingBackend, assert_same, 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("error::UserWarning")]
 
 
-@pytest.fixture(autouse=True)
-def _without_compiled_code():
-    torch._dynamo.reset()
-
-
 class Breaking(Blocks):
     """Has a graph break between two layers."""
 

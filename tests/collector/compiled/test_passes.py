@@ -18,11 +18,6 @@ from tests._helpers.compiling import Block, Blocks, NotingBackend, assert_same, 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("error::UserWarning")]
 
 
-@pytest.fixture(autouse=True)
-def _without_compiled_code():
-    torch._dynamo.reset()
-
-
 class Raising(nn.Module):
     """Raises between two compiled graphs, if it is told to."""
 

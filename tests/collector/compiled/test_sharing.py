@@ -15,11 +15,6 @@ from tests._helpers.compiling import Blocks, NotingBackend, assert_same, batches
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("error::UserWarning")]
 
 
-@pytest.fixture(autouse=True)
-def _without_compiled_code():
-    torch._dynamo.reset()
-
-
 def collected(model, call, inputs, **options):
     """The statistics of calls of a model."""
     with torch.no_grad(), fe.collect(model, **options) as collector:

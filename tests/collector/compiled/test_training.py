@@ -15,11 +15,6 @@ from tests._helpers.compiling import Block, Blocks, NotingBackend, assert_same, 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("error::UserWarning")]
 
 
-@pytest.fixture(autouse=True)
-def _without_compiled_code():
-    torch._dynamo.reset()
-
-
 def trained(model, run, inputs):
     """The gradients after each batch, and the statistics."""
     gradients = []

@@ -16,12 +16,6 @@ pytestmark = [
 ]  # the first compilation of a process imports for seconds
 
 
-@pytest.fixture(autouse=True)
-def _without_compiled_code():
-    torch._dynamo.reset()
-    dynamo_counters.clear()
-
-
 @pytest.mark.parametrize("attached_to", ["the compiled model", "the model inside", "module.compile()"])
 def test_counts_as_in_eager_mode(attached_to):
     model, backend, (warm, *inputs) = Blocks().eval(), NotingBackend(), batches(4, 4, 4, 4)
