@@ -116,6 +116,29 @@ def test_in_backward():
     assert seen == [False, True]
 
 
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_running_checkpoint(use_reentrant):
+    seen = []
+
+    def inner(x):
+        seen.append(_compat.running_checkpoint())
+        return x.sin()
+
+    def outer(x):
+        seen.append(_compat.running_checkpoint())
+        return checkpoint(inner, x.sin(), use_reentrant=use_reentrant).sin()
+
+    checkpoint(outer, torch.ones(1, requires_grad=True), use_reentrant=use_reentrant).backward()
+    assert _compat.running_checkpoint() is None
+    if use_reentrant:
+        assert set(seen) == {None}
+    else:
+        assert None not in seen
+        assert seen.count(seen[0]) == 2  # the outer one, in the forward and recomputed
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
+            assert _compat.running_checkpoint() is None
+
+
 def test_dispatch_modes():
     assert not _compat.in_dispatch_mode()
     with Mode():
@@ -533,6 +556,7 @@ GONE = [
     (_functional_collectives, "AsyncCollectiveTensor", lambda: _compat.without_waiting(nn.Parameter(torch.ones(1)))),
     (_utils, "compute_local_shape_and_global_offset", lambda: _compat.local_shape_and_offset(SimpleNamespace())),
     (torch._C, "_get_tracing_state", lambda: _compat.is_traced()),
+    (torch._C._autograd, "_top_saved_tensors_default_hooks", lambda: _compat.running_checkpoint()),
     (proxy_tensor, "get_proxy_mode", lambda: _compat.is_traced()),
     (torch._C, "_dispatch_key_parse", interception._intercepted_key.__wrapped__),
     (torch._C, "DispatchKeySet", interception._intercepted_keys.__wrapped__),

@@ -57,6 +57,7 @@ from fastentropy._compat.modes import in_function_mode as in_function_mode
 from fastentropy._compat.modes import is_compiled_here as is_compiled_here
 from fastentropy._compat.modes import is_only_mode as is_only_mode
 from fastentropy._compat.modes import is_traced as is_traced
+from fastentropy._compat.modes import running_checkpoint as running_checkpoint
 from fastentropy._compat.modes import step_aside as step_aside
 from fastentropy._compat.modes import step_back as step_back
 from fastentropy._compat.modes import without_modes as without_modes

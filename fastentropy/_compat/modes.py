@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any, cast
 
 from torch import _C
 from torch.compiler import is_compiling
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from fastentropy._compat.lookup import attribute, named, unknown_release
 
@@ -22,6 +25,24 @@ def in_backward() -> bool:
         return _C._current_graph_task_id() != -1  # not by `named`, since this runs in each call of an activation
     except AttributeError as error:
         raise unknown_release(f"torch._C.{error.name}") from error
+
+
+def running_checkpoint() -> object | None:
+    """Return what PyTorch knows of the innermost checkpoint that this thread runs or recomputes, the same object for both.
+
+    None outside of checkpoints, in those with `use_reentrant=True`, and under hooks for saved tensors of the user.
+    """
+    hooks = named("torch._C._autograd", "_top_saved_tensors_default_hooks")(True)
+    pack: Any = None if hooks is None else inspect.unwrap(hooks[0])
+    if getattr(pack, "__module__", None) != checkpoint.__module__:
+        return None
+    variables = dict(zip(pack.__code__.co_freevars, pack.__closure__ or (), strict=True))
+    try:
+        if "frame" in variables:
+            return cast(object, variables["frame"].cell_contents)
+        return cast(object, variables["target_frame_ref"].cell_contents())
+    except KeyError as error:
+        raise unknown_release(f"{checkpoint.__module__}: {error}") from error
 
 
 def is_compiled_here() -> bool:

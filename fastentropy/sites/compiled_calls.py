@@ -2,12 +2,14 @@
 
 import threading
 import weakref
+from collections.abc import Callable
 from types import FrameType
 from typing import Any, Protocol
 
 from torch import nn
 
-from fastentropy._compat import Compiler, CompilerWith, called_module, in_backward, run_as_it_is
+from fastentropy._compat import Compiler, CompilerWith, called_module, choose_compilers, in_backward, run_as_it_is
+from fastentropy.sites.checkpoints import CheckpointedCompilers
 from fastentropy.sites.outside_calls import OutsideCompilers
 
 
@@ -16,10 +18,6 @@ class CompiledCaller(Protocol):
 
     def choose_compiler(self, compiler: Compiler) -> Compiler:
         """Return what compiles a function of torch.compile that the pass of this thread is about to call."""
-        ...
-
-    def latest_compiler(self, compiler: Compiler) -> tuple[bool, Compiler]:
-        """Return whether `choose_compiler` was asked for a compiler, and what it has returned last."""
         ...
 
     def watches(self, module: nn.Module) -> bool:
@@ -51,12 +49,43 @@ def _note(text: str) -> None:
 _OUTSIDE = OutsideCompilers(_note)
 
 
+class _Choosing:
+    """The choice of what compiles the functions of torch.compile, while it is made."""
+
+    def __init__(self) -> None:
+        """Begin without it."""
+        self._is_needed, self._end = False, list[Callable[[], None]]()
+        self.checkpointed = CheckpointedCompilers(self._end_if_idle)
+
+    def begin(self) -> Callable[[], None]:
+        """Begin to choose compilers. The function that is returned ends it, as soon as nothing is left to recompute."""
+        self._is_needed = True
+        if not self._end:
+            self._end.append(choose_compilers(choose_compiler))
+        return self._no_longer_needed
+
+    def _no_longer_needed(self) -> None:
+        """End the choice once all checkpoints are gone, whose backward passes may still come."""
+        self._is_needed = False
+        self._end_if_idle()
+
+    def _end_if_idle(self) -> None:
+        """End the choice if there is nothing to choose."""
+        if not self._is_needed and not self.checkpointed and self._end:
+            self._end.pop()()
+
+
+_CHOOSING = _Choosing()
+#: Begin to choose what compiles the functions of torch.compile, and return what ends it.
+begin_choosing = _CHOOSING.begin
+
+
 def choose_compiler(compiler: Compiler, frame: FrameType | None) -> Compiler:
     """Return what compiles a function of torch.compile that this thread is about to call.
 
     Outside of passes a function may call a model, which begins a pass, so only code without modules and activations is
-    compiled, and the code of models that nobody watches. Checkpointing repeats functions in the backward pass, and they must
-    save the same tensors: they are compiled as in the forward pass.
+    compiled, and the code of models that nobody watches. Nothing is counted in backward passes: what is compiled there is as
+    without a collector, but for functions in checkpoints, which are compiled as in the forward pass.
 
     Args:
         compiler: what compiles it while nothing is attached.
@@ -70,16 +99,22 @@ def choose_compiler(compiler: Compiler, frame: FrameType | None) -> Compiler:
 
 def _choose(compiler: Compiler, frame: FrameType | None) -> Compiler:
     """Return what compiles a function. The arguments are as in `choose_compiler`."""
-    if not in_backward():
-        caller: CompiledCaller | None = _THREAD.caller
-        return _OUTSIDE.choose(compiler, _unwatched(frame)) if caller is None else caller.choose_compiler(compiler)
-    if isinstance(compiler, CompilerWith):
+    if in_backward():
+        return compiler if isinstance(compiler, CompilerWith) else _choose_in_backward(compiler)
+    if not _CALLERS:
         return compiler
-    for each in list(_CALLERS):
-        is_known, chosen = each.latest_compiler(compiler)
-        if is_known:
-            return chosen  # type: ignore[no-any-return] # the callers are held weakly, without a type
-    return _OUTSIDE.known(compiler, _unwatched(frame))
+    caller: CompiledCaller | None = _THREAD.caller
+    chosen = _OUTSIDE.choose(compiler, _unwatched(frame)) if caller is None else caller.choose_compiler(compiler)
+    _CHOOSING.checkpointed.note(compiler, chosen)
+    return chosen
+
+
+def _choose_in_backward(compiler: Compiler) -> Compiler:
+    """Return what compiles a function that a backward pass calls."""
+    is_known, chosen = _CHOOSING.checkpointed.chosen(compiler)
+    if not _CALLERS:
+        return None if is_known and chosen is None else compiler
+    return chosen if is_known else _OUTSIDE.for_backward(compiler)
 
 
 def _unwatched(frame: FrameType | None) -> nn.Module | None:

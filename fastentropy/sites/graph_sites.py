@@ -20,9 +20,6 @@ from fastentropy.sites.site import Site
 
 P = TypeVar("P")
 
-#: How many compilers are kept for backward passes. PyTorch makes another one for each call under `set_stance(force_backend=…)`.
-_MOST_COMPILERS = 256
-
 
 class GraphCaller(Generic[P]):
     """Run compiled code in the passes of a watcher, and find the sites of its graphs.
@@ -47,7 +44,6 @@ class GraphCaller(Generic[P]):
         self.thread, self._observer = thread, observer
         self.has_own_mask = set[str]()
         self._with_masks = set[str]()
-        self._latest = dict[int, tuple[Compiler, Compiler]]()  # by identity of a compiler of the user: it, and what was chosen
         self._named: dict[tuple[GraphSites, str, str | None], NamedSites] = {}
 
     @property
@@ -89,7 +85,6 @@ class GraphCaller(Generic[P]):
         """Forget what is known of graphs and masks, because the modules of the model may have changed."""
         self._named.clear()
         self._with_masks.clear()
-        self._latest.clear()
 
     def choose_compiler(self, compiler: Compiler) -> Compiler:
         """Return what compiles a function of torch.compile that the pass of this thread is about to call.
@@ -99,18 +94,7 @@ class GraphCaller(Generic[P]):
         current = self.thread.current
         if current is None or current.inside_activation:
             return None if isinstance(compiler, CompilerWith) else compiler
-        chosen = self._choose_in(current, compiler)
-        if not isinstance(compiler, CompilerWith):
-            self._latest.pop(id(compiler), None)
-            self._latest[id(compiler)] = compiler, chosen
-            if len(self._latest) > _MOST_COMPILERS:
-                self._latest.pop(next(iter(self._latest)), None)
-        return chosen
-
-    def latest_compiler(self, compiler: Compiler) -> tuple[bool, Compiler]:
-        """Return whether `choose_compiler` was asked for a compiler, and what it has returned last."""
-        known, chosen = self._latest.get(id(compiler), (None, None))
-        return known is compiler, chosen
+        return self._choose_in(current, compiler)
 
     def note(self, text: str) -> None:
         """Add a sentence about code that runs eagerly to the notes."""

@@ -20,7 +20,6 @@ from torch.utils.hooks import RemovableHandle
 
 from fastentropy._compat import (
     Compiler,
-    choose_compilers,
     compiled_call,
     current_compiler,
     is_compiled_here,
@@ -37,7 +36,7 @@ from fastentropy._compat import (
     uncompiled,
     wrapper_class,
 )
-from fastentropy.sites.compiled_calls import choose_compiler
+from fastentropy.sites.compiled_calls import begin_choosing, choose_compiler
 
 #: A function that runs in place of a call of a module: (name, module, original call, args, kwargs) -> result. The original call
 #: runs the module with its hooks: original(module, *args, **kwargs).
@@ -175,7 +174,7 @@ class _Table:
             with contextlib.ExitStack() as in_place:
                 never_compile(*(function.__code__ for function in _OURS))
                 self.wrapper = wrapper_class()
-                in_place.callback(choose_compilers(choose_compiler))
+                in_place.callback(begin_choosing())
                 in_place.callback(_hook_registrations().remove)
                 self.original = module_call()
                 functools.update_wrapper(_intercepted_call, self.original)

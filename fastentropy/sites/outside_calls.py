@@ -1,8 +1,8 @@
-"""Compile functions of torch.compile that are called outside of passes, where nothing in them could be counted."""
+"""Compile functions of torch.compile that are called outside of passes, where nothing in them is counted."""
 
 import weakref
 from collections.abc import Callable, Collection
-from typing import Any
+from typing import Any, Literal, get_args
 
 from torch import Tensor, fx, nn
 
@@ -21,22 +21,21 @@ from fastentropy._compat import (
 from fastentropy.sites.activations import called_name, function_name, registered_in_python
 from fastentropy.sites.kept_compilers import KeptCompilers
 
+#: What is compiled outside of passes: "functions" without modules and activations; "methods" of modules that nobody watches,
+#: without other modules, since what was compiled for one module is also used for others of its class; all that runs in a
+#: "backward" pass.
+Scope = Literal["functions", "methods", "backward"]
+
 
 class _PlainBackend:
-    """Let the backend of the user compile graphs in which nothing could be counted, and refuse others.
+    """Let the backend of the user compile graphs in which nothing is counted, and refuse others.
 
     A refused function runs as it is: it may call a model, which begins a pass.
     """
 
-    def __init__(self, inner: Backend, of_modules: bool) -> None:
-        """Begin without graphs.
-
-        Args:
-            inner: the backend of the user.
-            of_modules: whether it compiles methods of modules that nobody watches. All other modules are refused, since what
-                was compiled for one module is also used for others of its class.
-        """
-        self.inner, self.of_modules = inner, of_modules
+    def __init__(self, inner: Backend, scope: Scope) -> None:
+        """Begin without graphs. `inner` is the backend of the user."""
+        self.inner, self.scope = inner, scope
         self.__name__ = getattr(inner, "__name__", type(inner).__name__)
 
     def __call__(self, graph_module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
@@ -45,11 +44,10 @@ class _PlainBackend:
         Raises:
             UncountableGraphError: the graph has modules or activations that may be watched.
         """
-        module = module_being_compiled() if self.of_modules else None
-        if self.of_modules and len(roots_of_modules()) > 1:  # such a module may be another one next time, or have other methods
-            raise UncountableGraphError("it calls modules outside of forward passes")
-        unwatched = {id(each) for each in module.modules()} if module is not None else set[int]()
-        _check(graph_module.graph, unwatched if self.of_modules else None)
+        if self.scope == "methods":
+            _check_of_method(graph_module.graph)
+        elif self.scope == "functions":
+            _check(graph_module.graph, None)
         compiled = self.inner(graph_module, inputs)
 
         def run(*args: Any) -> Any:
@@ -57,6 +55,14 @@ class _PlainBackend:
                 return compiled(*args)
 
         return run
+
+
+def _check_of_method(graph: fx.Graph) -> None:
+    """Raise for a graph that has other modules than the one that is being compiled, and those in it."""
+    module = module_being_compiled()
+    if len(roots_of_modules()) > 1:  # such a module may be another one next time, or have other methods
+        raise UncountableGraphError("it calls modules outside of forward passes")
+    _check(graph, set() if module is None else {id(each) for each in module.modules()})
 
 
 def _check(graph: fx.Graph, unwatched: Collection[int] | None) -> None:
@@ -99,9 +105,9 @@ class OutsideCompilers:
         The arguments are as in `choose`.
         """
         if isinstance(compiler, CompilerWith):  # between two graphs
-            kept = (self._compilers.known(compiler.original, of_modules) for of_modules in (False, True))
+            kept = (self._compilers.known(compiler.original, scope) for scope in get_args(Scope))
             return next((each for each in kept if each is compiler), None)
-        return self._compilers.known(compiler, unwatched is not None)
+        return self._compilers.known(compiler, _scope(unwatched))
 
     def choose(self, compiler: Compiler, unwatched: nn.Module | None) -> Compiler:
         """Return what compiles a function outside of passes; None if the function runs as it is.
@@ -111,8 +117,8 @@ class OutsideCompilers:
             unwatched: the module of which the function is a method, if neither it nor any module in it is watched.
         """
         known = self.known(compiler, unwatched)
-        of_modules = unwatched is not None or (known is not None and getattr(known.backend, "of_modules", False))
-        if not of_modules and (hidden := registered_in_python()):
+        is_method = unwatched is not None or (known is not None and getattr(known.backend, "scope", "") == "methods")
+        if not is_method and (hidden := registered_in_python()):
             self._note(f"compiled code outside of forward passes runs eagerly: its graphs do not show calls of {hidden[0]}")
             return None
         if known is not None or isinstance(compiler, CompilerWith):
@@ -121,18 +127,32 @@ class OutsideCompilers:
         if inner is None:
             self._note("compiled code outside of forward passes runs eagerly: the stance of torch.compiler compiles nothing")
             return None
-        return self._compilers.keep(compiler, _backend(inner, unwatched is not None), unwatched is not None)
+        return self._keep(compiler, inner, _scope(unwatched))
+
+    def for_backward(self, compiler: Compiler) -> Compiler:
+        """Return what compiles, without counts, a function that a backward pass calls. The argument is as in `choose`."""
+        known, inner = self._compilers.known(compiler, "backward"), backend_of(compiler)
+        return known or (compiler if inner is None else self._keep(compiler, inner, "backward"))
+
+    def _keep(self, compiler: Compiler, inner: Backend, scope: Scope) -> CompilerWith:
+        """Make a compiler that takes the place of another one, whose backend is `inner`, and keep it."""
+        return self._compilers.keep(compiler, _backend(inner, scope), scope)
 
     def _refused(self, name: str, error: UncountableGraphError) -> None:
         """Note that some code runs eagerly."""
         self._note(f"the compiled code of {name} runs eagerly: {error}")
 
 
-def _backend(inner: Backend, of_modules: bool) -> _PlainBackend:
+def _scope(unwatched: nn.Module | None) -> Scope:
+    """Return what is compiled for a function; the argument is as in `OutsideCompilers.choose`."""
+    return "functions" if unwatched is None else "methods"
+
+
+def _backend(inner: Backend, scope: Scope) -> _PlainBackend:
     """Return a backend with the backend of the user behind it. Dynamo knows the code that it has compiled."""
     for known in list(_BACKENDS):
-        if known.of_modules == of_modules and (known.inner is inner or known.inner == inner):
+        if known.scope == scope and (known.inner is inner or known.inner == inner):
             return known
-    backend = _PlainBackend(inner, of_modules)
+    backend = _PlainBackend(inner, scope)
     _BACKENDS.add(backend)
     return backend

@@ -8,12 +8,15 @@ from torch import Tensor, fx
 from fastentropy._compat import (
     Backend,
     UncountableGraphError,
+    UnknownSiteError,
     for_counting,
+    in_backward,
     is_compiling_here,
     own_graph,
     without_functions_of_modes,
     without_intercepting,
 )
+from fastentropy._utils.errors import one_line
 from fastentropy.collector.compiled.instrumentation import add_counts
 from fastentropy.collector.compiled.masks import MaskInput
 from fastentropy.collector.counters import Counters
@@ -55,6 +58,8 @@ class CountingBackend:
         Raises:
             UncountableGraphError: the graph cannot be counted.
         """
+        if in_backward():
+            raise UnknownSiteError("a backward pass would compile it, which does not know what is counted")
         reader: GraphReader | None = current_caller()
         counting = own_graph(graph_module)
         calls, sites, axes = ([], GraphSites((), None), {}) if reader is None else reader.read(counting)
@@ -68,7 +73,9 @@ class CountingBackend:
             with for_counting(any(isinstance(x, Tensor) and x.is_cuda for x in inputs)):
                 compiled = self._inner(counting, [*inputs, *values])
         except Exception as error:
-            reason = f"the backend {self.__name__!r} does not compile it with counts ({type(error).__name__}: {error})"
+            reason = (
+                f"the backend {self.__name__!r} does not compile it with counts ({type(error).__name__}: {one_line(error)})"
+            )
             raise UncountableGraphError(reason) from error
         return _with_counts(compiled, sites, masks)
 

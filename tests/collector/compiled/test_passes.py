@@ -264,9 +264,8 @@ def test_forced_backend_of_the_user():
 
 def test_compilers_of_a_forced_backend_are_not_kept(monkeypatch):
     from fastentropy.collector.compiled import compilers
-    from fastentropy.sites import graph_sites, kept_compilers
+    from fastentropy.sites import kept_compilers
 
-    monkeypatch.setattr(graph_sites, "_MOST_COMPILERS", 3)
     monkeypatch.setattr(kept_compilers, "_MOST", 3)
     model, (x,) = Blocks().eval(), batches(3)
     compiled, made = torch.compile(model, backend="aot_eager"), []

@@ -1,6 +1,7 @@
 """Compiled models in training: with gradients, under activation checkpointing, and on ranks of DDP."""
 
 import copy
+import gc
 import warnings
 
 import pytest
@@ -76,6 +77,65 @@ def test_checkpoints_around_compiled_layers(use_reentrant):
         layer.compile(backend="aot_eager")
     _, statistics = trained(model, model, inputs)
     assert_same(statistics, expected)
+
+
+class CheckpointedLayers(Blocks):
+    """Calls its layers in checkpoints once they are compiled."""
+
+    def __init__(self, backend="aot_eager", use_reentrant=False):
+        super().__init__()
+        self.has_checkpoints, self.use_reentrant = False, use_reentrant
+        self.backend = NotingBackend(backend)
+
+    def compile_layers(self):
+        self.has_checkpoints = True
+        for layer in self.layers:
+            layer.compile(backend=self.backend)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = checkpoint(layer, x, use_reentrant=self.use_reentrant) if self.has_checkpoints else layer(x)
+        return x
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_several_passes_before_a_backward_pass(use_reentrant):
+    model, inputs = CheckpointedLayers(use_reentrant=use_reentrant), [x.requires_grad_() for x in batches(3, 3, 4, 4)]
+    expected = eagerly(model, *inputs)
+    model.compile_layers()
+    with fe.collect(model) as collector:
+        for one, other in (inputs[:2], inputs[2:]):
+            (model(one).sum() + model(other).sum()).backward()
+    assert_same(collector.compute(), expected)
+
+
+def test_code_that_a_backward_pass_compiles_first():
+    model, inputs = CheckpointedLayers(use_reentrant=True), [x.requires_grad_() for x in batches(3, 3, 3, 3)]
+    expected = eagerly(model, *inputs)
+    model.compile_layers()
+    model(inputs[0]).sum().backward()
+    plain = model.backend.compilations()
+    with fe.collect(model) as collector:
+        for x in inputs[:3]:
+            model(x).sum().backward()
+        assert model.backend.compilations() == plain
+        model.has_checkpoints = False
+        model(inputs[3]).sum().backward()
+    assert_same(collector.compute(), expected)
+
+
+def test_backward_pass_after_detaching():
+    model, x = CheckpointedLayers(), batches(3)[0].requires_grad_()
+    model.compile_layers()
+    (expected,) = torch.autograd.grad(model(x).sum(), x)
+    choosing = torch._dynamo.eval_frame._callback_from_stance
+    with fe.collect(model):
+        loss = model(x).sum()
+    (gradient,) = torch.autograd.grad(loss, x)
+    assert torch.equal(gradient, expected)
+    del loss
+    gc.collect()
+    assert torch._dynamo.eval_frame._callback_from_stance is choosing
 
 
 class Masked(Checkpointed):
