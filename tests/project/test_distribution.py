@@ -18,6 +18,7 @@ SUFFIXES = {".py", ".j2", ".typed"}
 pytestmark = pytest.mark.slow
 
 COLLECT = """
+import runpy
 import sys
 from pathlib import Path
 
@@ -36,6 +37,9 @@ with fastentropy.collect(model) as collector:
     y = model(torch.tensor([[-1.0, 0.0], [2.0, -3.0], [-0.5, 4.0]]))
 assert y.tolist() == [[0, 0], [2, 0], [0, 4]]
 assert collector.compute()["1"].counts.tolist() == [[2, 0, 1], [1, 1, 1]]
+
+sys.argv[1:] = ["doctor"]
+runpy.run_module("fastentropy", run_name="__main__")
 """
 
 
@@ -117,12 +121,8 @@ def test_sdist_builds_the_same_wheel(built, tmp_path):
     assert wheel_contents(again) == wheel_contents(built)
 
 
-def test_installed_wheel_collects(installed, tmp_path):
+def test_installed_wheel_collects_and_its_doctor_succeeds(installed, tmp_path):
     run(sys.executable, "-c", COLLECT, installed, folder=tmp_path, PYTHONPATH=str(installed))
-
-
-def test_doctor_of_installed_wheel_succeeds(installed, tmp_path):
-    run(sys.executable, "-m", "fastentropy", "doctor", folder=tmp_path, PYTHONPATH=str(installed))
 
 
 def build(source, folder, *formats):
