@@ -25,17 +25,18 @@ def main() -> None:
     parser.add_argument("--networks", nargs="*", choices=NETWORKS, default=NETWORKS, metavar="NETWORK")
     parser.add_argument("--variants", nargs="*", choices=[*VARIANTS], default=[*VARIANTS])
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--name", help="keep the record as bench/results/NAME.json")
+    parser.add_argument("--name", help="keep the record as bench/results/NAME.json, or at an absolute path")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda [default: cpu]")
     arguments = parser.parse_args()
     path = RESULTS / f"{arguments.name}.json"
     command = f"python bench/record_networks.py --name {arguments.name}"
-    record = Record.load(path) if arguments.name and path.exists() else Record.begin("networks", "cpu", command)
+    record = Record.load(path) if arguments.name and path.exists() else Record.begin("networks", arguments.device, command)
     context = multiprocessing.get_context("spawn")
     for name, variant in ((name, variant) for name in arguments.networks for variant in arguments.variants):
         if (name, variant) in known_cases(record):
             continue
         with context.Pool(1) as pool:
-            measurements = pool.apply(measured, (name, variant, arguments.rounds))
+            measurements = pool.apply(measured, (name, variant, arguments.rounds, arguments.device))
         print(described(measurements), flush=True)
         record = record.with_more(measurements)
         if arguments.name:
@@ -47,10 +48,10 @@ def known_cases(record: Record) -> set[tuple[str, ...]]:
     return {tuple(case.split(", ")[0].rsplit(" ", 1)) for case in record.cases()}
 
 
-def measured(name: str, variant: str, rounds: int) -> list[Measurement]:
+def measured(name: str, variant: str, rounds: int, device: str) -> list[Measurement]:
     """Return the measurements of one case, in one thread."""
     torch.set_num_threads(1)
-    return measure(whole_network_case(name, variant), rounds=rounds, budget_seconds=40)
+    return measure(whole_network_case(name, variant, torch.device(device)), rounds=rounds, budget_seconds=40)
 
 
 def described(measurements: list[Measurement]) -> str:

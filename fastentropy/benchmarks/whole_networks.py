@@ -26,6 +26,7 @@ from fastentropy.benchmarks.networks import (
     infer,
     inside_blocks,
     linearised,
+    moved,
     random_half,
     randomize_batch_norm,
     timm_network,
@@ -76,26 +77,28 @@ def whole_network(name: str) -> Network:
     return randomize_batch_norm(timm_network(name, batch) if name in TIMM else HUGGING_FACE[name](batch=batch))
 
 
-def whole_network_case(name: str, variant: str) -> Case:
+def whole_network_case(name: str, variant: str, device: torch.device) -> Case:
     """Return the case of one network: the model, what `fuse` returns in each backend, and what its user would run instead.
 
     The operations are "model" (as its user calls it), "fused" (backend="eager"), "fused, auto" (backend="auto"),
     "torch.compile" of the model, "torch.compile, dense" of the network before activations were linearised (both with frozen
-    weights), and "ONNX Runtime" where it is installed.
+    weights, and as CUDA graphs on a GPU), and on a CPU "ONNX Runtime" where it is installed.
 
     Args:
         name: one of `NETWORKS`.
         variant: one of `VARIANTS`.
+        device: the device to run on.
     """
     torch.manual_seed(0)
-    dense = whole_network(name)
+    dense = moved(whole_network(name), device, torch.float32)
     model, inputs = linearised(dense, VARIANTS[variant])
     operations: dict[str, Callable[..., object]] = {"model": model}
     facts: dict[str, dict[str, Any]] = {}
     for operation, backend in BACKENDS.items():
         operations[operation], facts[operation] = _fused(model, inputs, backend)
     operations |= {"torch.compile": frozen(model), "torch.compile, dense": frozen(dense[0])}
-    operations["ONNX Runtime"] = in_onnx_runtime(model, inputs)
+    if device.type == "cpu":
+        operations["ONNX Runtime"] = in_onnx_runtime(model, inputs)
     return Case(
         name_case(f"{name} {variant}", inputs[0].shape, next(model.parameters()).dtype),
         {operation: partial(infer, run, inputs) for operation, run in operations.items()},
@@ -107,13 +110,14 @@ def whole_network_case(name: str, variant: str) -> Case:
 
 def _fused(model: nn.Module, inputs: tuple[Any, ...], backend: Backend) -> tuple[FusedModel, dict[str, Any]]:
     """Fuse a model, and return the result with what it cost: seconds, and the peak memory in bytes before and after."""
-    before, start = _peak_bytes(), time.perf_counter()
+    device = inputs[0].device
+    before, start = _peak_bytes(device), time.perf_counter()
     fused = fuse(model, inputs, backend=backend)
     report = fused.report
     return fused, {
         "seconds_to_fuse": time.perf_counter() - start,
         "peak_bytes_before": before,
-        "peak_bytes": _peak_bytes(),
+        "peak_bytes": _peak_bytes(device),
         "weight_bytes": sum(value.nbytes for value in model.state_dict().values()),
         "choice": report.choice,
         "backend": report.backend,
@@ -123,6 +127,8 @@ def _fused(model: nn.Module, inputs: tuple[Any, ...], backend: Backend) -> tuple
     }
 
 
-def _peak_bytes() -> int:
-    """Return the largest memory that the process has had so far."""
+def _peak_bytes(device: torch.device) -> int:
+    """Return the largest memory that the process has had so far: that of its tensors on a GPU, all of it on a CPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
