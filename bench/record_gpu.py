@@ -104,9 +104,8 @@ def main() -> None:
         "--calibrate", nargs=2, default=(), metavar=("MODEL", "TEXTS"), help="folders, for fastentropy calibrate"
     )
     options = parser.parse_args()
-    signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # a shell lets commands in the background ignore it, and theirs too
+    # A shell lets its commands in the background ignore interrupts, and so would the commands of the steps.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     output = options.output.resolve()
     output.mkdir(parents=True, exist_ok=True)
     data, calibrated = (
