@@ -140,15 +140,16 @@ def _published(model: nn.Module) -> Iterator[Callable[..., object]]:
         if hasattr(module, "inplace"):
             module.inplace = False  # type: ignore[assignment] # mypy knows only tensors and modules as attributes
     inputs: list[Tensor] = []
+    neurons_last = _neurons_last(model)
 
     def run(*batch: Tensor) -> object:
         y = model(*batch)
         for x in inputs:
-            published_entropy(x, neurons_last=_neurons_last(model, x))
+            published_entropy(x, neurons_last=neurons_last(x))
         inputs.clear()
         return y
 
-    _hook(model, lambda module, x: inputs.append(x))
+    _hook(model, lambda name, x: inputs.append(x))
     yield run
 
 
@@ -161,13 +162,14 @@ def _counting_hooks(count: Callable[[Tensor, Tensor, int], object], model: nn.Mo
             (int64 `[neurons, 3]`) to which it adds in place.
         model: the model.
     """
-    counts: dict[nn.Module, Tensor] = {}
+    counts: dict[str, Tensor] = {}
+    neurons_last = _neurons_last(model)
 
-    def count_input(module: nn.Module, x: Tensor) -> None:
-        axis = -1 if _neurons_last(model, x) else 1
-        if module not in counts:
-            counts[module] = torch.zeros(x.shape[axis], 3, dtype=torch.int64, device=x.device)
-        count(x, counts[module], axis)
+    def count_input(name: str, x: Tensor) -> None:
+        axis = -1 if neurons_last(x) else 1
+        if name not in counts:
+            counts[name] = torch.zeros(x.shape[axis], 3, dtype=torch.int64, device=x.device)
+        count(x, counts[name], axis)
 
     _hook(model, count_input)
     yield model
@@ -176,23 +178,28 @@ def _counting_hooks(count: Callable[[Tensor, Tensor, int], object], model: nn.Mo
 @contextlib.contextmanager
 def _observers(model: nn.Module) -> Iterator[nn.Module]:
     """Yield the model with a hook before each activation module that passes its input to PyTorch's histogram observer."""
-    observers: dict[nn.Module, Callable[[Tensor], object]] = {}
+    observers: dict[str, Callable[[Tensor], object]] = {}
 
-    def observe(module: nn.Module, x: Tensor) -> None:
-        observers.setdefault(module, histogram_observer(x.device))(x)
+    def observe(name: str, x: Tensor) -> None:
+        observers.setdefault(name, histogram_observer(x.device))(x)
 
     _hook(model, observe)
     yield model
 
 
-def _hook(model: nn.Module, call: Callable[[nn.Module, Tensor], None]) -> None:
-    """Register a hook that calls `call(module, input)` before each activation module of the model runs."""
-    for module in activation_modules(model).values():
-        module.register_forward_pre_hook(lambda module, args: call(module, args[0]))
+def _hook(model: nn.Module, call: Callable[[str, Tensor], None]) -> None:
+    """Register a hook that calls `call(name, input)` before each activation module of the model runs.
+
+    The hooks refer to no modules: code that is compiled while a collector is attached to another model may use its own only.
+    """
+    for name, module in activation_modules(model).items():
+        module.register_forward_pre_hook(lambda _, args, name=name: call(name, args[0]))
 
 
-def _neurons_last(model: nn.Module, x: Tensor) -> bool:
-    return x.ndim == 3 or type(model).__name__ == _NEURONS_LAST
+def _neurons_last(model: nn.Module) -> Callable[[Tensor], bool]:
+    """Return a function that returns whether the neurons of an input of the model's activations lie along its last axis."""
+    always = type(model).__name__ == _NEURONS_LAST
+    return lambda x: always or x.ndim == 3
 
 
 def _compiled_count(x: Tensor, counts: Tensor, channel_axis: int) -> None:

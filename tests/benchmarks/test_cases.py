@@ -219,16 +219,31 @@ def test_memory_of_procedures(residual):
     assert 24 * (6 + 6 + 8) <= peaks["collecting"] - peaks["plain"] < kept / 2
 
 
-def test_compiled_operations_compute_the_same(residual, monkeypatch):
+@pytest.fixture
+def compiled_quickly(monkeypatch):
+    """What is to be compiled is, in little time."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.usefixtures("compiled_quickly")
+def test_compiled_operations_compute_the_same(residual):
     model, inputs = residual
-    compile_quickly = functools.partial(torch.compile, backend="aot_eager")
-    monkeypatch.setattr(torch, "compile", compile_quickly)
     for case in collecting.compiled_cases("residual", residual):
         assert case.name == "residual, 4 × 1 × 5 × 5, float32, compiled"
         assert list(case.operations) == list(collecting.COMPILED)
         for run in case.operations.values():
             torch.testing.assert_close(run(), networks.infer(model, inputs))
-    torch.compiler.reset()
+
+
+@pytest.mark.usefixtures("compiled_quickly")
+@pytest.mark.filterwarnings("error:.*runs eagerly")
+def test_compiled_operations_are_compiled_while_collectors_are_attached():
+    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3), nn.ReLU())
+    for case in collecting.compiled_cases("layers", (model.eval(), (torch.ones(2, 3),))):
+        for run in case.operations.values():
+            run()
 
 
 @pytest.fixture
