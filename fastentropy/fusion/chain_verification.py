@@ -14,8 +14,10 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.node import map_arg
 
+from fastentropy.fusion.chains.blocks import linear
 from fastentropy.fusion.chains.finding import FoundChain
 from fastentropy.fusion.inputs import Inputs, clone, is_float
+from fastentropy.fusion.shared_tensors import SharedTensors
 from fastentropy.fusion.tracing import AddedForms, ChainForms, add_forms, rewrite
 from fastentropy.fusion.verification import (
     MOSTLY_ROUNDING,
@@ -46,6 +48,7 @@ def rewrite_equal(
     forms: ChainForms,
     sources: Mapping[Node, Tensor],
     check: EquivalenceCheck | None,
+    known: SharedTensors | None = None,
 ) -> Rewritten:
     """Rewrite the chains of a graph, except those that change the outputs of the model.
 
@@ -59,16 +62,18 @@ def rewrite_equal(
         forms: the new form of each chain, as in `rewrite`.
         sources: an example of each chain's input, by its node.
         check: compares networks with the model. Without it, all chains are rewritten, unchecked.
+        known: the constants of other graphs, which the network shares where it has equal ones.
     """
-    module, left = rewrite(traced, forms, sources), dict[FoundChain, str]()
+    known = known or SharedTensors()
+    module, left = rewrite(traced, forms, sources, known), dict[FoundChain, str]()
     if not forms or check is None or (judgement := check.judge(module)).error <= check.tolerance:
         return Rewritten(module, left, amplifies=False)
-    judgements = judge_chains(traced, forms, sources, check.smallest_inputs(), check.tolerance)
+    judgements = judge_chains(traced, forms, sources, check.smallest_inputs(), check.tolerance, known)
     for chain, own in judgements.items():
         if not own.holds:
             left[chain] = f"left as it was: its output differs by {own.error:.0e}, more than {own.bound}"
     if left:
-        module = rewrite(traced, _without(forms, left), sources)
+        module = rewrite(traced, _without(forms, left), sources, known)
         judgement = check.judge(module)
     as_traced = check.judge(traced)
     if judgement.allowed > MOSTLY_ROUNDING and as_traced.error > check.tolerance:
@@ -76,9 +81,9 @@ def rewrite_equal(
         return Rewritten(traced, left, amplifies=True)
     if judgement.holds or not as_traced.holds:
         return Rewritten(module, left, amplifies=True)
-    wrong = _bisect(traced, _without(forms, left), sources, check)
+    wrong = _bisect(traced, _without(forms, left), sources, check, known)
     left |= dict.fromkeys(wrong, "left as it was: rewriting it changes the outputs of the model")
-    return Rewritten(rewrite(traced, _without(forms, left), sources), left, amplifies=True)
+    return Rewritten(rewrite(traced, _without(forms, left), sources, known), left, amplifies=True)
 
 
 def judge_chains(
@@ -87,6 +92,7 @@ def judge_chains(
     sources: Mapping[Node, Tensor],
     inputs: Iterable[Inputs],
     tolerance: float,
+    known: SharedTensors | None = None,
 ) -> dict[FoundChain, Judgement]:
     """Judge a form of each chain of a graph by itself.
 
@@ -99,11 +105,12 @@ def judge_chains(
         sources: an example of each chain's input, by its node.
         inputs: the inputs on which the graph runs.
         tolerance: the largest relative error that is always allowed.
+        known: the constants of other graphs, which are read where a form has equal ones.
 
     Returns:
         The judgement on each chain, of its largest errors on all inputs.
     """
-    added = add_forms(traced, forms, sources)
+    added = add_forms(traced, forms, sources, known or SharedTensors())
     errors, own_errors = dict.fromkeys(forms, 0.0), dict.fromkeys(forms, 0.0)
     for each in inputs:
         comparison = _Comparison(added)
@@ -162,7 +169,12 @@ class _Comparison(Interpreter):
 
         with contextlib.suppress(Exception):  # whatever an operator raises in float64; what follows then has no operand
             assert callable(node.target)
-            self._exact[node.name] = node.target(*map_arg(node.args, exact), **map_arg(node.kwargs, exact))
+            if node.target is torch.ops.aten.linear.default:  # the constant weight can be large, and is converted in blocks
+                x: Any = map_arg(node.args[0], exact)
+                constants: Any = map_arg(node.args[1:], self.env.__getitem__)
+                self._exact[node.name] = linear(x, *constants)
+            else:
+                self._exact[node.name] = node.target(*map_arg(node.args, exact), **map_arg(node.kwargs, exact))
 
     def _run_added(self, node: Node, chain: FoundChain) -> Any:
         """Run a node of a form, and compare the output of the form. A form that raised an exception runs no further."""
@@ -187,7 +199,7 @@ def _without(forms: ChainForms, left: Collection[FoundChain]) -> ChainForms:
 
 
 def _bisect(
-    traced: GraphModule, forms: ChainForms, sources: Mapping[Node, Tensor], check: EquivalenceCheck
+    traced: GraphModule, forms: ChainForms, sources: Mapping[Node, Tensor], check: EquivalenceCheck, known: SharedTensors
 ) -> list[FoundChain]:
     """Return chains of which the network with all others rewritten holds, found by halving the chains that are tried at once.
 
@@ -201,7 +213,7 @@ def _bisect(
         tried = held.union(group)
         if (
             len(tried) < len(forms)
-            and check.judge(rewrite(traced, {c: f for c, f in forms.items() if c in tried}, sources)).holds
+            and check.judge(rewrite(traced, {c: f for c, f in forms.items() if c in tried}, sources, known)).holds
         ):
             held = tried
         elif len(group) == 1:

@@ -12,12 +12,14 @@ from fastentropy._compat import without_values
 from fastentropy.fusion.chain_verification import rewrite_equal
 from fastentropy.fusion.chains.elements import Chain, operators
 from fastentropy.fusion.chains.finding import FoundChain, find_chains
+from fastentropy.fusion.chains.passes import rounded
 from fastentropy.fusion.finishing import finish
 from fastentropy.fusion.inputs import Inputs, clone, outputs_of
 from fastentropy.fusion.memory_format import InOrder, lost_order, with_channels_last_weights
 from fastentropy.fusion.progress import Progress, ignore
 from fastentropy.fusion.report import ChainReport
-from fastentropy.fusion.tracing import in_channels_last, rewrite, share_equal_constants, visit_values
+from fastentropy.fusion.shared_tensors import SharedTensors
+from fastentropy.fusion.tracing import in_channels_last, rewrite, visit_values
 from fastentropy.fusion.verification import EquivalenceCheck
 
 #: The name of a form: "original", "folded" or "fused", and its memory format: "contiguous" or "channels_last".
@@ -26,8 +28,8 @@ Form: TypeAlias = tuple[str, str]
 #: A function that chooses the form of a chain, given the chain and its input, and that returns the form and a report.
 Plan: TypeAlias = Callable[[FoundChain, Tensor], tuple[Chain, ChainReport]]
 
-#: The planned form of a chain, or None if it is kept with batch norm folded, and the report.
-_Planned: TypeAlias = "tuple[Chain | None, ChainReport]"
+#: The planned form of a chain, and the report.
+_Planned: TypeAlias = tuple[Chain, ChainReport]
 
 
 def make_forms(
@@ -60,7 +62,9 @@ def make_forms(
         fold, and otherwise the fused one if no chain is faster in another form.
     """
     chains = [chain for chain in find_chains(traced) if len(operators(chain.elements)) > 1]
-    graphs = {"contiguous": traced, "channels_last": in_channels_last(traced) if channels_last else None}
+    known = SharedTensors(traced.buffers())
+    plan = plan and _plan_once(plan, known)
+    graphs = {"contiguous": traced, "channels_last": in_channels_last(traced, known) if channels_last else None}
     forms: dict[Form, nn.Module] = {}
     outputs = outputs_of(model, example_inputs)
     reports: dict[str, tuple[ChainReport, ...]] = {}
@@ -70,20 +74,41 @@ def make_forms(
         if memory_format == "channels_last" and not _runs(graph, example_inputs):
             continue
         forms["original", memory_format] = (
-            model if memory_format == "contiguous" else _in_channels_last(model, example_inputs, outputs)
+            model if memory_format == "contiguous" else _in_channels_last(model, example_inputs, outputs, known)
         )
         show = functools.partial(progress, f"plan chains, {memory_format.replace('_', '-')}")
         plans, sources = _planned(graph, chains, example_inputs, plan, show)
         if plan is None:
             folds = dict.fromkeys(chain for chain in chains if chain.has_folds)
-            made = {"folded": rewrite(graph, folds, sources)} if folds else {}
+            made = {"folded": rewrite(graph, folds, sources, known)} if folds else {}
         else:
             progress("compare with the model", len(chains), len(chains))
-            made, reports[memory_format] = _rewritten(graph, plans, sources, check)
+            made, reports[memory_format] = _rewritten(graph, plans, sources, check, known)
         finished = {id(form): finish(form, example_inputs, outputs) for form in made.values()}
         forms["folded", memory_format] = forms["original", memory_format]
         forms |= {(name, memory_format): finished[id(form)] for name, form in made.items()}
     return forms, reports
+
+
+def _plan_once(plan: Plan, known: SharedTensors) -> Plan:
+    """Return a function that plans each chain once for each layout of its input, and rounds the weights of its form.
+
+    The inputs of many chains have the same layout in both memory formats of the network.
+
+    Args:
+        plan: chooses the form of a chain.
+        known: the constants of all forms of the network so far.
+    """
+    planned: dict[tuple[Any, ...], _Planned] = {}
+
+    def plan_once(chain: FoundChain, x: Tensor) -> _Planned:
+        key = chain, x.shape, x.stride(), x.dtype
+        if key not in planned:
+            form, report = plan(chain, x)
+            planned[key] = rounded(form, x.dtype, known.shared), report
+        return planned[key]
+
+    return plan_once
 
 
 def _runs(graph: GraphModule, inputs: Inputs) -> bool:
@@ -118,8 +143,7 @@ def _planned(
         for chain in chains:
             if plan is not None and chain.source is source:
                 show(len(plans), len(chains))
-                form, report = plan(chain, x)
-                plans[chain] = None if report.choice == "keep" else form, report
+                plans[chain] = plan(chain, x)
 
     visit_values(graph, [chain.source for chain in chains], clone(inputs), visit)
     return {chain: plans[chain] for chain in chains if chain in plans}, sources
@@ -130,6 +154,7 @@ def _rewritten(
     plans: Mapping[FoundChain, _Planned],
     sources: Mapping[Node, Tensor],
     check: EquivalenceCheck | None,
+    known: SharedTensors,
 ) -> tuple[dict[str, GraphModule], tuple[ChainReport, ...]]:
     """Return the fused form of a graph and the folded one if anything is folded, by name, and the reports on the chains.
 
@@ -138,24 +163,25 @@ def _rewritten(
         plans: the chosen form of each chain, and its report.
         sources: an example of each chain's input, by its node.
         check: as in `make_forms`.
+        known: the constants of all forms of the network so far.
     """
     forms = {chain: form for chain, (form, report) in plans.items() if report.choice != "keep" or chain.has_folds}
-    fused, left, amplifies = rewrite_equal(graph, forms, sources, check)
+    fused, left, amplifies = rewrite_equal(graph, forms, sources, check, known)
     reports = tuple(_kept(report, left[chain]) if chain in left else report for chain, (_, report) in plans.items())
     if forms and all(report.choice == "keep" for report in reports):
         return {"folded": fused, "fused": fused}, reports
-    kept = dict.fromkeys(chain for chain in forms if chain.has_folds and chain not in left)
+    folds = [chain for chain in forms if chain.has_folds and chain not in left]
+    kept = {chain: forms[chain] if plans[chain][1].choice == "keep" else None for chain in folds}
     if not kept:
         return {"fused": fused}, reports
     # The folded chains are judged by themselves too, where comparing the outputs of networks does not suffice.
-    folded = rewrite_equal(graph, kept, sources, check if amplifies else None).module
-    share_equal_constants(folded, fused)
+    folded = rewrite_equal(graph, kept, sources, check if amplifies else None, known).module
     return {"folded": folded, "fused": fused}, reports
 
 
-def _in_channels_last(model: nn.Module, inputs: Inputs, expected: list[Any]) -> nn.Module:
+def _in_channels_last(model: nn.Module, inputs: Inputs, expected: list[Any], known: SharedTensors) -> nn.Module:
     """Return a copy of a model with its weights in channels-last, whose outputs have the strides of the expected ones."""
-    last = with_channels_last_weights(model)
+    last = with_channels_last_weights(model, known)
     actual = outputs_of(last, inputs)
     if any(lost_order(value, wanted) for value, wanted in zip(actual, expected, strict=True)):
         return InOrder(last, actual, expected)

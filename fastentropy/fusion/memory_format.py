@@ -8,26 +8,32 @@ import torch
 from torch import Tensor, nn
 
 from fastentropy._compat import tree_map
+from fastentropy.fusion.shared_tensors import SharedTensors
 
 #: The channels-last memory format by the number of axes: 4 for batches of images, 5 for batches of volumes.
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
-def with_channels_last_weights(model: nn.Module) -> nn.Module:
+def with_channels_last_weights(model: nn.Module, known: SharedTensors | None = None) -> nn.Module:
     """Return a copy of a model with its 4-d and 5-d weights in channels-last. Weights that need no other strides are shared.
 
     Convolutions with such weights also give their outputs in channels-last.
+
+    Args:
+        model: the model.
+        known: further tensors that the copy shares where it has equal ones.
     """
-    shared = {
+    known, taken = known or SharedTensors(), set[int]()
+    memo: dict[int, Any] = {
         id(value): value
         for value in [*model.parameters(), *model.buffers()]
         if value.ndim not in CHANNELS_LAST or value.is_contiguous(memory_format=CHANNELS_LAST[value.ndim])
     }
-    copied = copy.deepcopy(model, shared)
-    for parameter in copied.parameters():
-        if parameter.ndim in CHANNELS_LAST:
-            parameter.data = parameter.data.contiguous(memory_format=CHANNELS_LAST[parameter.ndim])
-    return copied
+    for parameter in model.parameters():
+        if id(parameter) not in memo:
+            last = parameter.detach().contiguous(memory_format=CHANNELS_LAST[parameter.ndim])
+            memo[id(parameter)] = nn.Parameter(known.shared(last, taken), parameter.requires_grad)
+    return copy.deepcopy(model, memo)
 
 
 def like_format(tensor: Tensor, like: Tensor) -> Tensor:

@@ -19,7 +19,15 @@ from fastentropy.fusion.chains.affine import AffineOperator, compose
 from fastentropy.fusion.chains.elements import Chain, Element, Flatten, Parallel, cost, operators, spatial_size
 from fastentropy.fusion.chains.finding import FoundChain
 from fastentropy.fusion.chains.lowering import compile_chain
-from fastentropy.fusion.chains.merging import Borders, composed_shape, crop_kernel, merge, placeholder_weights, with_tap_bias
+from fastentropy.fusion.chains.merging import (
+    Borders,
+    compose_chain,
+    composed_shape,
+    crop_kernel,
+    merge,
+    placeholder_weights,
+    with_tap_bias,
+)
 from fastentropy.fusion.chains.passes import fuse_pairs, move_pools_forward, move_upsampling_back
 from fastentropy.fusion.pricing import Price, SharedPrices, counted, counted_cost, measured
 from fastentropy.fusion.report import Candidate, ChainReport
@@ -35,6 +43,9 @@ MAX_COST_RATIO = 1.5
 #: A merged operator is not composed either if its weight has more elements than this number, and more than all weights of the
 #: chain. Taps that only read padding count as well, although they are removed later.
 MAX_NUMBERS = 2**26
+
+#: A merged weight with more elements than this number is stored in the dtype in which it is to run as soon as it is composed.
+LARGE = 2**20
 
 #: From each element on, merging is tried for 1, 2, 3, … elements, until this many lengths in a row are too costly. One costly
 #: length must not end the search. An example is a 1×1 convolution that increases the channels, a depthwise convolution, and a
@@ -89,7 +100,9 @@ class PlanContext(NamedTuple):
         key = (size, *map(id, chain))
         if key not in self.merged:
             form = merge(chain, size, self.borders, placeholder_weights)
-            materialize = functools.cache(functools.partial(merge, chain, size, self.borders))
+            dtype = x.dtype if operators(form)[0].weight.numel() > LARGE else torch.float64
+            composed = functools.partial(compose_chain, dtype=dtype)
+            materialize = functools.cache(functools.partial(merge, chain, size, self.borders, composed))
             self.merged[key] = chain, Merged(form, materialize)
         return self.merged[key][1].form
 

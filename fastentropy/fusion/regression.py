@@ -84,7 +84,7 @@ class Regression:
 
     def __init__(self, guess: AffineOperator) -> None:
         """Begin with no observations and this first guess."""
-        self.centre = guess
+        self.centre = guess = replace(guess, weight=guess.weight.double())
         self._groups, self._unknowns = guess.groups, guess.weight[0].numel() + 1
         sizes = (self._groups, self._unknowns, guess.out_channels // self._groups)
         self._fitted, self._held_out = _WeightedSums(*sizes, guess.weight), _WeightedSums(*sizes, guess.weight)

@@ -1,7 +1,6 @@
 """Trace a model into a graph of ATen operators, run the graph, and rewrite its chains (stretches of linear operators)."""
 
 import copy
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import attrgetter
 from typing import Any, NamedTuple, TypeAlias
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.fx import GraphModule, Interpreter, Node
 
-from fastentropy._compat import asserts_metadata
+from fastentropy._compat import asserts_metadata, storage_id
 from fastentropy._utils.errors import one_line
 from fastentropy.fusion.chains.constants import fold_constants
 from fastentropy.fusion.chains.elements import Chain
@@ -21,6 +20,7 @@ from fastentropy.fusion.chains.lowering import Lowering
 from fastentropy.fusion.chains.nodes import overwrites
 from fastentropy.fusion.inputs import Inputs, clone, has_batch, with_batch_size
 from fastentropy.fusion.memory_format import CHANNELS_LAST
+from fastentropy.fusion.shared_tensors import SharedTensors
 from fastentropy.fusion.traced_inputs import TracedInputs
 
 #: The new form of each chain of a graph. None stands for the chain with batch norm folded, which is built when it is needed.
@@ -156,7 +156,9 @@ def _with_constants(module: nn.Module, graph: torch.fx.Graph, added: Mapping[str
     return GraphModule({**detached, **added}, graph)
 
 
-def rewrite(traced: GraphModule, forms: ChainForms, sources: Mapping[Node, Tensor]) -> GraphModule:
+def rewrite(
+    traced: GraphModule, forms: ChainForms, sources: Mapping[Node, Tensor], known: SharedTensors | None = None
+) -> GraphModule:
     """Return a copy of a graph with chains rewritten.
 
     Args:
@@ -164,21 +166,32 @@ def rewrite(traced: GraphModule, forms: ChainForms, sources: Mapping[Node, Tenso
         forms: the new form of each chain, in the order of the graph.
         sources: an example of each chain's input, by its node. The constants of a new form get its dtype, memory format and
             device. Its values are not read.
+        known: the constants of other graphs, which the copy shares where it has equal ones.
     """
     graph = copy.deepcopy(traced.graph)
     copies = {node.name: node for node in graph.nodes}
     constants: dict[str, Tensor] = {}
+    known = known or SharedTensors()
+    taken = _storages_outside(traced, forms)
     for index, (chain, form) in enumerate(forms.items()):
         end = copies[chain.end.name]
         with graph.inserting_before(end):
             result, tensors = _insert_form(graph, chain, form, copies, sources[chain.source], f"{CHAIN_PREFIX}{index}")
-        constants |= tensors
+        constants |= {name: known.shared(tensor, taken) for name, tensor in tensors.items()}
         end.replace_all_uses_with(result)
         for node in reversed(chain.members):
             graph.erase_node(copies[node.name])
         copies[chain.end.name] = result  # the next chain may begin here
     _allow_all_strides(graph)
     return _with_constants(traced, graph, constants)
+
+
+def _storages_outside(traced: GraphModule, forms: ChainForms) -> set[int]:
+    """Return the storages of the constants of a graph that nodes outside of the given chains read."""
+    members = {node for chain in forms for node in chain.members}
+    read = [node for node in traced.graph.find_nodes(op="get_attr") if not members.issuperset(node.users)]
+    values = [attrgetter(str(node.target))(traced) for node in read]
+    return {storage_id(value) for value in values if isinstance(value, Tensor)}
 
 
 class AddedForms(NamedTuple):
@@ -198,7 +211,7 @@ class AddedForms(NamedTuple):
     last: dict[str, FoundChain]
 
 
-def add_forms(traced: GraphModule, forms: ChainForms, sources: Mapping[Node, Tensor]) -> AddedForms:
+def add_forms(traced: GraphModule, forms: ChainForms, sources: Mapping[Node, Tensor], known: SharedTensors) -> AddedForms:
     """Return a copy of a graph that also computes forms of its chains, each from the values that the chain itself gets.
 
     The arguments are as in `rewrite`.
@@ -213,7 +226,7 @@ def add_forms(traced: GraphModule, forms: ChainForms, sources: Mapping[Node, Ten
         after = end.next
         with graph.inserting_before(after):
             results[chain], tensors = _insert_form(graph, chain, form, copies, sources[chain.source], f"{CHAIN_PREFIX}{index}")
-        constants |= tensors
+        constants |= {name: known.shared(tensor) for name, tensor in tensors.items()}
         added = after.prev
         while added is not end:
             owners[added.name], added = chain, added.prev
@@ -225,22 +238,6 @@ def add_forms(traced: GraphModule, forms: ChainForms, sources: Mapping[Node, Ten
     last = {owners[name]: name for name in copied if name in owners}
     outputs = {chain: copied[node.name] for chain, node in results.items()}
     return AddedForms(module, owners, outputs, {name: chain for chain, name in last.items()})
-
-
-def share_equal_constants(module: GraphModule, other: GraphModule) -> None:
-    """Let a graph with rewritten chains hold the constants of these chains in common with another one, where they are equal."""
-    known = defaultdict(list)
-    for constant in other.buffers():
-        known[_layout(constant)].append(constant)
-    for name, constant in module.named_buffers():
-        equal = (each for each in known[_layout(constant)] if torch.equal(each, constant))
-        if name.startswith(CHAIN_PREFIX) and (shared := next(equal, None)) is not None:
-            setattr(module, name, shared)
-
-
-def _layout(x: Tensor) -> tuple[object, ...]:
-    """Return what equal constants have in common besides their values."""
-    return x.shape, x.stride(), x.dtype, x.device
 
 
 def _insert_form(
@@ -277,17 +274,23 @@ def _allow_all_strides(graph: torch.fx.Graph) -> None:
             node.target = torch.ops.aten.reshape.default
 
 
-def in_channels_last(traced: GraphModule) -> GraphModule | None:
+def in_channels_last(traced: GraphModule, known: SharedTensors | None = None) -> GraphModule | None:
     """Return a copy of a graph with the weights of its 2-d and 3-d convolutions in channels-last.
 
     The outputs of these convolutions are then in channels-last too. Returns None if the graph has no such convolution, or only
     convolutions that cut an image into patches, which are no faster in channels-last.
+
+    Args:
+        traced: the graph.
+        known: tensors that the copy shares where it has equal ones.
     """
     convolutions = [node for node in traced.graph.nodes if _is_spatial_convolution(node, traced)]
     values = {str(node.args[1].target): attrgetter(str(node.args[1].target))(traced) for node in convolutions}
     if all(_cuts_into_patches(node, values[str(node.args[1].target)]) for node in convolutions):
         return None
-    added = {name: value.contiguous(memory_format=CHANNELS_LAST[value.ndim]) for name, value in values.items()}
+    known, taken = known or SharedTensors(), set[int]()
+    last = {name: value.contiguous(memory_format=CHANNELS_LAST[value.ndim]) for name, value in values.items()}
+    added = {name: known.shared(value, taken) for name, value in last.items()}
     return _with_constants(traced, copy.deepcopy(traced.graph), added)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 from collections.abc import Callable, Iterable, Iterator
 from itertools import zip_longest
@@ -12,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastentropy.fusion.doubles import InDouble
 from fastentropy.fusion.inputs import (
     Inputs,
     has_batch,
@@ -130,7 +130,7 @@ class _Case:
         self._exact: list[Any] | None = None
         self._own_errors: list[float] | None = None
 
-    def own_errors(self, double: nn.Module | None) -> list[float]:
+    def own_errors(self, double: InDouble | None) -> list[float]:
         """Return the relative error of each output of the model against the model in float64, which runs only once.
 
         The errors are unknown (an empty list) if there is no model in float64, or it does not run.
@@ -176,13 +176,13 @@ class EquivalenceCheck:
         self._cases = cases[:1] + [case for case in cases[1:] if case.expected is not None]
 
     @functools.cached_property
-    def _double(self) -> nn.Module | None:
-        """Return a copy of the model in float64; None if it cannot be made or the model is in float64 already."""
+    def _double(self) -> InDouble | None:
+        """Return the model in float64; None if it cannot be copied or is in float64 already."""
         if {value.dtype for value in self._model.parameters()} == {torch.float64}:
             return None
         try:
-            return copy.deepcopy(self._model).double()
-        except Exception:  # no memory, or weights that do not convert
+            return InDouble(self._model)
+        except Exception:  # an attribute that cannot be copied
             return None
 
     def judge(self, form: Callable[..., Any], other_sizes: bool = True) -> Judgement:

@@ -21,7 +21,6 @@ from fastentropy.fusion.tracing import (
     in_channels_last,
     inference_module,
     rewrite,
-    share_equal_constants,
     values_of,
 )
 from tests._helpers.linear_networks import NETWORKS
@@ -257,12 +256,22 @@ def test_sample_inputs(dynamic_sizes):
     close(inference_module(program)(*inputs.args), model(*inputs.args))
 
 
-def test_constants_on_other_devices_are_not_shared():
-    name, values = f"{CHAIN_PREFIX}0", torch.randn(3)
-    modules = [torch.fx.GraphModule(nn.Module(), torch.fx.Graph()) for _ in range(3)]
-    for module, device in zip(modules, ("meta", "cpu", "cpu"), strict=True):
-        module.register_buffer(name, values.to(device, copy=True))
-    share_equal_constants(modules[1], modules[0])
-    assert torch.equal(getattr(modules[1], name), values)
-    share_equal_constants(modules[1], modules[2])
-    assert getattr(modules[1], name) is getattr(modules[2], name)
+def constants_of(module):
+    return {name: value for name, value in module.named_buffers() if name.startswith(CHAIN_PREFIX)}
+
+
+def test_rewritten_graph_reads_the_weights_of_the_model_where_they_are_unchanged():
+    model = nn.Sequential(nn.Linear(6, 7), nn.Linear(7, 5), nn.ReLU(), nn.Linear(5, 4), nn.Linear(4, 3)).eval()
+    result, traced = rewritten(model, torch.randn(2, 6))
+    addresses = {value.data_ptr() for value in traced.buffers()}
+    assert constants_of(result)
+    assert all(value.data_ptr() in addresses for name, value in constants_of(result).items() if value.ndim == 2)
+
+
+def test_tied_weights_get_memory_of_their_own():
+    """New weights may be loaded into a fused model, so that no tensor may be changed by loading another one."""
+    tied = nn.Linear(4, 4)
+    model = Reads(lambda m, x: m.b(m.a(x)) + m.a.weight, a=tied, b=tied).eval()
+    result, _ = rewritten(model, torch.randn(4, 4))
+    addresses = [value.untyped_storage().data_ptr() for value in result.buffers()]
+    assert len(addresses) == len(set(addresses)) == 5

@@ -11,7 +11,7 @@ s is the stride, d the dilation and p the padding. The rules of composition foll
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastentropy.fusion.chains.bias_slabs import BiasSlab
+from fastentropy.fusion.chains.blocks import in_blocks, linear, multiply
 from fastentropy.fusion.chains.geometry import Axis, add_axes, compose_axes, is_transposed, sizes_agree
 
 
@@ -29,7 +30,7 @@ class AffineOperator:
     Channels are axis 1 of the input, or its last axis if the operator has no spatial axes.
 
     Attributes:
-        weight: `[out_channels, in_channels / groups, *kernel]`, floating point.
+        weight: `[out_channels, in_channels / groups, *kernel]`, in float64 or, if it is one of the model's, in its own dtype.
         bias: `[out_channels]`, or `[out_channels, *output_size]` if the bias depends on the position (a bias map).
         stride: one number per spatial axis.
         padding: one entry per spatial axis: the pair of the numbers of zeros before and after, or one number for both.
@@ -105,7 +106,7 @@ class AffineOperator:
         """Return whether this is average pooling: each output channel is the mean of one input channel over the kernel."""
         depthwise = self.groups == self.in_channels == self.out_channels and self.has_uniform_bias and not self.is_pointwise
         dense = all(axis.upsampling == 1 and (axis.dilation == 1 or axis.kernel == 1) for axis in self.axes)
-        return depthwise and dense and bool((self.weight == 1 / math.prod(self.kernel)).all()) and not self.bias.any()
+        return depthwise and dense and bool((self.weight.double() == 1 / math.prod(self.kernel)).all()) and not self.bias.any()
 
     @property
     def reads_zeros(self) -> bool:
@@ -113,19 +114,20 @@ class AffineOperator:
         return any(axis.before > 0 or axis.after > 0 or axis.upsampling > 1 for axis in self.axes)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Apply the operator to x.
+        """Apply the operator to x, in the dtype of x.
 
         The shape of x is `[batch, in_channels, *spatial]`, or `[..., in_channels]` if the operator has no spatial axes. The
         batch axis may be missing.
         """
         if not self.axes:
-            return F.linear(x, self.dense_weight(), self.bias)
+            return linear(x, self.dense_weight(), self.bias)
         convolution = (F.conv1d, F.conv2d, F.conv3d)[len(self.axes) - 1]
         bias = self.bias if self.bias.ndim > 1 else self.bias.reshape(-1, *(1,) * len(self.axes))
         padding = [zeros for axis in reversed(self.axes) for zeros in (axis.before, axis.after)]
         padded = F.pad(self._upsample(x), [max(zeros, 0) for zeros in padding])
         cropped = F.pad(padded, [min(zeros, 0) for zeros in padding])
-        output = convolution(cropped, self.weight, None, self.stride, 0, self.dilation, self.groups) + bias
+        geometry = (self.stride, 0, self.dilation, self.groups)
+        output = convolution(cropped, self.weight.to(x.dtype), None, *geometry) + bias.to(x.dtype)
         for slab in self.border_bias:
             slab.add_to(output)
         return output
@@ -142,13 +144,15 @@ class AffineOperator:
 
     def tap_sum(self) -> Tensor:
         """Return the weight with which the operator reads an input that is constant per channel: `[out, in / groups]`."""
-        return self.weight.flatten(2).sum(2) if self.axes else self.weight
+        return self.weight.flatten(2).sum(2, dtype=torch.float64) if self.axes else self.weight
 
     def at_constant(self, values: Tensor) -> Tensor:
         """Return the output `[out_channels]`, far from any border, for an input with one value per channel, `[in_channels]`."""
         if values.is_meta:
             return values.new_empty(self.out_channels)
-        taps = self.tap_sum().reshape(self.groups, self.out_channels // self.groups, self.weight.shape[1])
+        if self.groups == 1:
+            return self.bias + torch.cat([block.double() @ values for block in in_blocks(self.tap_sum())])
+        taps = self.tap_sum().double().reshape(self.groups, self.out_channels // self.groups, self.weight.shape[1])
         return self.bias + torch.einsum("goi,gi->go", taps, values.reshape(self.groups, -1)).flatten()
 
     def dense_weight(self) -> Tensor:
@@ -169,19 +173,14 @@ class AffineOperator:
 
 
 def identity(channels: int, like: AffineOperator) -> AffineOperator:
-    """Return an operator that returns its input unchanged.
-
-    Args:
-        channels: number of channels.
-        like: gives the number of spatial axes, the dtype and the device.
-    """
+    """Return an operator that returns an input of `channels` channels unchanged, with the axes and the device of `like`."""
     axes = len(like.axes)
-    weight = like.weight.new_ones((channels, 1) + (1,) * axes)
+    weight = like.weight.new_ones((channels, 1) + (1,) * axes, dtype=torch.float64)
     return AffineOperator(weight, like.bias.new_zeros(channels), (1,) * axes, (0,) * axes, (1,) * axes, channels)
 
 
-def compose(first: AffineOperator, second: AffineOperator) -> AffineOperator:
-    """Return one operator that computes second(first(x)), exact except near the borders.
+def compose(first: AffineOperator, second: AffineOperator, dtype: torch.dtype = torch.float64) -> AffineOperator:
+    """Compute in float64 one operator that computes second(first(x)), exact except near the borders.
 
     The result is exact at every output position at which `second` reads no zero of its own padding or upsampling. If
     `second` reads such a zero, the result instead reads the value that `first` would compute at the position of the zero: the
@@ -191,6 +190,7 @@ def compose(first: AffineOperator, second: AffineOperator) -> AffineOperator:
     Args:
         first: the operator that is applied to x.
         second: the operator that is applied to the output of `first`.
+        dtype: the dtype in which the weight of the result is stored.
 
     Returns:
         The operator, with gcd(first.groups, second.groups) groups.
@@ -202,10 +202,15 @@ def compose(first: AffineOperator, second: AffineOperator) -> AffineOperator:
         raise ValueError(f"{_describe(second)} cannot follow {_describe(first)}")
     axes = [compose_axes(*pair) for pair in zip(first.axes, second.axes, strict=True)]
     groups = math.gcd(first.groups, second.groups)
-    weight = first.weight.new_zeros((second.out_channels, first.in_channels // groups, *(axis.kernel for axis in axes)))
-    bias = second.at_constant(first.bias)
-    if weight.is_meta:
-        return _from_axes(weight, bias, axes, groups, first.names + second.names)
+    shape = (second.out_channels, first.in_channels // groups, *(axis.kernel for axis in axes))
+    bias, names = second.at_constant(first.bias), first.names + second.names
+    if first.weight.is_meta:
+        return _from_axes(first.weight.new_empty(shape), bias, axes, groups, names)
+    if first.groups == second.groups == math.prod(second.kernel) == 1 and shape[1:] == first.weight.shape[1:]:
+        product = multiply(second.weight.flatten(1), first.weight.flatten(1), dtype)
+        return _from_axes(product.reshape(shape), bias, axes, groups, names)
+    weight = first.weight.new_zeros(shape, dtype=torch.float64)
+    first = replace(first, weight=first.weight.double())
     spread = [b.upsampling * a.dilation for a, b in zip(first.axes, second.axes, strict=True)]
     dilation = [axis.dilation for axis in axes]
     for tap in itertools.product(*map(range, second.kernel)):
@@ -213,8 +218,9 @@ def compose(first: AffineOperator, second: AffineOperator) -> AffineOperator:
         offset = [
             t * b.dilation * a.stride // step for t, a, b, step in zip(tap, first.axes, second.axes, dilation, strict=True)
         ]
-        weight[_window(first.kernel, offset, spread, dilation)] += _multiply(first, second.weight[at_tap], second.groups)
-    return _from_axes(weight, bias, axes, groups, first.names + second.names)
+        window = _window(first.kernel, offset, spread, dilation)
+        weight[window] += _multiply(first, second.weight[at_tap].double(), second.groups)
+    return _from_axes(weight.to(dtype), bias, axes, groups, names)
 
 
 def add(left: AffineOperator, right: AffineOperator) -> AffineOperator:
@@ -229,7 +235,7 @@ def add(left: AffineOperator, right: AffineOperator) -> AffineOperator:
     axes = [add_axes(*pair) for pair in zip(left.axes, right.axes, strict=True)]
     groups = math.gcd(left.groups, right.groups)
     blocks = [_blocks(operator, groups) for operator in (left, right)]
-    weight = blocks[0].new_zeros((*blocks[0].shape[:3], *(axis.kernel for axis in axes)))
+    weight = blocks[0].new_zeros((*blocks[0].shape[:3], *(axis.kernel for axis in axes)), dtype=torch.float64)
     if weight.is_meta:
         return _from_axes(weight.flatten(0, 1), left.bias, axes, groups)
     for operator, block in zip((left, right), blocks, strict=True):
@@ -248,7 +254,7 @@ def stack(operators: Sequence[AffineOperator]) -> AffineOperator:
     channels, first = sum(operator.out_channels for operator in operators), 0
     total: AffineOperator | None = None
     for operator in operators:
-        weight, bias = operator.dense_weight(), operator.bias
+        weight, bias = operator.dense_weight().double(), operator.bias
         rows = slice(first, first + operator.out_channels)
         among = weight.new_zeros((channels, *weight.shape[1:])), bias.new_zeros((channels, *bias.shape[1:]))
         among[0][rows], among[1][rows] = weight, bias
@@ -312,6 +318,8 @@ def _blocks(operator: AffineOperator, groups: int) -> Tensor:
     out, in_ = operator.out_channels // operator.groups, operator.weight.shape[1]
     if operator.weight.is_meta:
         return operator.weight.new_empty((groups, ratio * out, ratio * in_, *operator.kernel))
+    if ratio == 1:
+        return operator.weight.reshape(groups, out, in_, *operator.kernel)
     own = operator.weight.reshape(groups, ratio, out, in_, *operator.kernel)
     diagonal = torch.eye(ratio, dtype=own.dtype, device=own.device)
     return torch.einsum("gaoi...,ab->gaobi...", own, diagonal).reshape(groups, ratio * out, ratio * in_, *operator.kernel)

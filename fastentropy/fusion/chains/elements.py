@@ -144,7 +144,7 @@ class Cost(NamedTuple):
 def run(chain: Chain, x: Tensor) -> Tensor:
     """Apply the elements of a chain to x, one after the other.
 
-    x has the dtype of the chain's weights, and the shape that its first operator takes (see `AffineOperator`).
+    x has the shape that the first operator takes (see `AffineOperator`), and its dtype is that in which the chain runs.
     """
     for element in chain:
         x = _run_element(element, x)

@@ -78,7 +78,7 @@ class FoundChain:
 
     @property
     def elements(self) -> Chain:
-        """Return the function of the chain, with float64 weights, except for `view`. They are built anew, to save memory."""
+        """Return the function of the chain, except for `view`. They are built anew, to save memory."""
         return self.build()
 
     @property

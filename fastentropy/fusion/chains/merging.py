@@ -122,17 +122,27 @@ def crop_kernel(operator: AffineOperator, spatial_size: Sequence[int]) -> Affine
     return AffineOperator(weight, bias, ones, (0,) * len(ones), ones, operator.groups)
 
 
-def compose_chain(chain: Chain) -> AffineOperator:
-    """Compose all elements of a chain into one operator, which is exact except near the borders.
+def compose_chain(chain: Chain, dtype: torch.dtype = torch.float64) -> AffineOperator:
+    """Compose all elements of a chain into one operator in float64. It is exact except near the borders.
+
+    Args:
+        chain: the chain.
+        dtype: the dtype in which the composed weight is stored.
+
+    Returns:
+        The operator. Its weight is that of the chain if there is nothing to compose.
 
     Raises:
         ValueError: the composition is not an operator.
     """
     joined = [_join_branches(element) for element in chain]
+    if len(joined) == 1:
+        return joined[0].as_convolution() if isinstance(joined[0], Selection) else joined[0]
     if _is_cheaper_backwards(joined):
-        return functools.reduce(lambda later, earlier: compose(earlier, later), reversed(joined))
-    merged = functools.reduce(compose, joined)
-    return merged.as_convolution() if isinstance(merged, Selection) else merged
+        first, *others = joined
+        return compose(first, functools.reduce(lambda later, earlier: compose(earlier, later), reversed(others)), dtype)
+    *others, last = joined
+    return compose(functools.reduce(compose, others), last, dtype)
 
 
 def _is_cheaper_backwards(chain: Sequence[AffineOperator]) -> bool:
@@ -224,7 +234,7 @@ def with_tap_bias(chain: Chain) -> TapBiased:
     if isinstance(padded, Parallel) or not all(isinstance(each, AffineOperator) and not each.reads_zeros for each in others):
         raise ValueError("inner zero padding: more than a bias differs at the border")
     rest = compose_chain((padded, *others))
-    grouped = rest.weight.reshape(rest.groups, -1, *rest.weight.shape[1:])
+    grouped = rest.weight.double().reshape(rest.groups, -1, *rest.weight.shape[1:])
     tap_bias = torch.einsum("goi...,gi->go...", grouped, head.bias.reshape(rest.groups, -1)).flatten(0, 1)
     merged = replace(compose(head, rest), bias=rest.bias)
     if adds_input:

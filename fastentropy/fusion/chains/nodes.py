@@ -4,7 +4,7 @@ These facts do not depend on what the operator of the node computes.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from operator import attrgetter, getitem
 from typing import Any, TypeAlias
 
@@ -134,28 +134,8 @@ def constant(argument: Any, module: GraphModule) -> Tensor | None:
     return value.detach() if is_dense else None
 
 
-class _InDouble(Mapping[str, Tensor]):
-    """Tensors by name, each of which is converted to float64 when it is read. Most operators of a model belong to no chain."""
-
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over tensors of any floating-point dtype."""
-        self._tensors = tensors
-
-    def __getitem__(self, name: str) -> Tensor:
-        """Return a tensor in float64."""
-        return self._tensors[name].double()
-
-    def __iter__(self) -> Iterator[str]:
-        """Return an iterator over the names."""
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        """Return the number of tensors."""
-        return len(self._tensors)
-
-
-def arguments(node: Node, *tensors: str, module: GraphModule) -> tuple[dict[str, Any], Mapping[str, Tensor]] | None:
-    """Return the arguments of a node by name, and some of its tensors, which are converted to float64 when they are read.
+def arguments(node: Node, *tensors: str, module: GraphModule) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+    """Return the arguments of a node by name, and some of its tensors.
 
     Args:
         node: the node.
@@ -163,8 +143,8 @@ def arguments(node: Node, *tensors: str, module: GraphModule) -> tuple[dict[str,
         module: the traced model, which holds the constants.
 
     Returns:
-        All arguments by name, and the values of `tensors` by name, without the arguments that are None. None if one of
-        `tensors` is not a constant.
+        All arguments by name, and the values of `tensors` by name, in their own dtype and without the arguments that are None.
+        None if one of `tensors` is not a constant.
     """
     normalized = node.normalized_arguments(module, normalize_to_only_use_kwargs=True)
     assert normalized is not None
@@ -172,7 +152,7 @@ def arguments(node: Node, *tensors: str, module: GraphModule) -> tuple[dict[str,
     found = {name: constant(values[name], module) for name in tensors if values.get(name) is not None}
     if any(value is None for value in found.values()):
         return None
-    return values, _InDouble({name: value for name, value in found.items() if value is not None})
+    return values, {name: value for name, value in found.items() if value is not None}
 
 
 def weight_owner(name: str) -> str:

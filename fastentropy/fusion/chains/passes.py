@@ -1,12 +1,27 @@
-"""Rewrite a chain without changing its function: fold batch norm and padding, move pooling and upsampling, pair kernels.
+"""Rewrite a chain without changing its function: fold batch norm and padding, move pooling, pair kernels, round weights.
 
 A chain is a stretch of linear operators.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 
+import torch
+from torch import Tensor
+
 from fastentropy.fusion.chains.affine import AffineOperator, compose
-from fastentropy.fusion.chains.elements import Chain, Concatenation, Element, FusedPair, Parallel, Sum
+from fastentropy.fusion.chains.elements import (
+    Activation,
+    BorderCorrected,
+    Chain,
+    Concatenation,
+    Element,
+    Flatten,
+    FusedPair,
+    Parallel,
+    Sum,
+    TapBiased,
+)
 from fastentropy.fusion.chains.selections import Selection, Window, repeated_positions
 from fastentropy_kernels import MOST_MIDDLES
 
@@ -162,3 +177,37 @@ def _fused_pair(first: AffineOperator, second: Element) -> FusedPair | None:
     if len(first.axes) == 2 and symmetric and dense_or_depthwise and pointwise:
         return FusedPair("conv_pointwise", first, second)
     return None
+
+
+def rounded(chain: Chain, dtype: torch.dtype, share: Callable[[Tensor], Tensor] = lambda weight: weight) -> Chain:
+    """Round the weights of a chain to the dtype in which it is to run, because they take much memory in float64.
+
+    Depthwise operators and selections keep theirs, which are small, and from which the way in which they run is read.
+
+    Args:
+        chain: the chain.
+        dtype: the dtype.
+        share: returns what the result holds in place of a rounded weight, such as an equal tensor that exists already.
+    """
+
+    def of(operator: AffineOperator) -> AffineOperator:
+        if isinstance(operator, Selection) or operator.groups == operator.in_channels == operator.out_channels:
+            return operator
+        return replace(operator, weight=share(operator.weight.to(dtype)))
+
+    def rounded_element(element: Element) -> Element:
+        match element:
+            case Parallel(branches):
+                return replace(element, branches=tuple(rounded(branch, dtype, share) for branch in branches))
+            case BorderCorrected(interior, inner):
+                return replace(element, interior=of(interior), chain=rounded(inner, dtype, share))
+            case TapBiased(operator):
+                return replace(element, operator=of(operator))
+            case FusedPair(_, first, second):
+                return replace(element, first=of(first), second=of(second))
+            case Flatten() | Activation():
+                return element
+            case operator:
+                return of(operator)
+
+    return tuple(map(rounded_element, chain))

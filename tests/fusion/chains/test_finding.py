@@ -52,8 +52,10 @@ def assert_computes(module, *inputs):
     """Assert that the elements and views of each chain compute the value of its end from that of its source."""
     values, chains = values_of(module, *inputs), find_chains(module)
     for chain in chains:
-        assert {operator.weight.dtype for operator in operators(chain.elements)} == {torch.float64}
-        actual = run(chain.elements, values[chain.source].double()).float()
+        actual = run(chain.elements, values[chain.source].double())
+        assert actual.dtype == torch.float64
+        assert {operator.bias.dtype for operator in operators(chain.elements)} == {torch.float64}
+        actual = actual.float()
         if chain.view:
             actual = viewed(chain, actual)
         assert actual.shape == values[chain.end].shape

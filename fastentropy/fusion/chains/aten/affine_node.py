@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
@@ -18,7 +19,8 @@ class AffineNode:
     Attributes:
         operand: the node of that operand.
         axes: number of spatial axes, or None if the operand may have any number of them.
-        build: returns the operator in float64 for a given number of spatial axes; None if the node returns its operand.
+        build: returns the operator for a given number of spatial axes; None if the node returns its operand. A weight that is
+            a constant of the model is not copied, and keeps its dtype; all else is in float64.
         name: path of the module that holds the weight of a convolution or a linear layer; empty for other operators.
         flattens: whether the node also flattens channels and positions into one axis of features.
         is_view: whether the value of the node shares memory with the operand, although the two differ.
@@ -49,8 +51,8 @@ def weight_path(node: Any) -> str:
 
 
 def bias_or_zeros(tensors: Mapping[str, Tensor], weight: Tensor, channels: int) -> Tensor:
-    """Return the bias `[channels]` among the tensors, or zeros in the dtype of the weight if there is no bias."""
-    return tensors["bias"] if "bias" in tensors else weight.new_zeros(channels)
+    """Return the bias `[channels]` among the tensors in float64, or zeros on the device of the weight if there is no bias."""
+    return tensors["bias"].double() if "bias" in tensors else weight.new_zeros(channels, dtype=torch.float64)
 
 
 def per_axis(values: Any, axes: int) -> tuple[int, ...]:

@@ -49,7 +49,7 @@ def _read_addmm(node: Node, module: GraphModule) -> AffineNode | None:
     if values[0] is None or values[1] is None or node.kwargs or values[0].ndim != 1:
         return None
     transposed, bias = values[1].T, values[0].expand(values[1].shape[1])
-    return affine_in(operand, 0, lambda _: AffineOperator(transposed.double(), bias.double()), weight_path(matrix))
+    return affine_in(operand, 0, lambda _: AffineOperator(transposed, bias.double()), weight_path(matrix))
 
 
 def _read_matrix_product(node: Node, module: GraphModule) -> AffineNode | None:
@@ -116,7 +116,7 @@ def _pointwise(operand: Any, weight: Tensor, axes: int, path: str) -> AffineNode
     ones = (1,) * axes
 
     def build(_: int) -> AffineOperator:
-        kernel = weight.double().reshape(*weight.shape, *ones)
-        return AffineOperator(kernel, kernel.new_zeros(len(kernel)), ones, (0,) * axes, ones)
+        kernel = weight.reshape(*weight.shape, *ones)
+        return AffineOperator(kernel, bias_or_zeros({}, kernel, len(kernel)), ones, (0,) * axes, ones)
 
     return affine_in(operand, axes, build, path)

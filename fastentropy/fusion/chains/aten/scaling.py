@@ -31,9 +31,10 @@ def _read_batch_norm(node: Node, module: GraphModule) -> AffineNode | None:
         or not {"running_mean", "running_var"} <= set(named[1])
     ):
         return None
-    values, tensors = named
+    values, constants = named
 
     def build(axes: int) -> AffineOperator:
+        tensors = {name: value.double() for name, value in constants.items()}
         scale = torch.rsqrt(tensors["running_var"] + values["eps"])
         scale = scale * tensors["weight"] if "weight" in tensors else scale
         shift = -tensors["running_mean"] * scale
