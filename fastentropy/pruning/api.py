@@ -14,7 +14,7 @@ from fastentropy.pruning.criteria import Criterion
 from fastentropy.pruning.loop import Functions, PruningLoop, latency_table
 from fastentropy.pruning.options import Options
 from fastentropy.pruning.steps import Step, StepFolder
-from fastentropy.sites.activations import activation_modules
+from fastentropy.sites.activations import own_modules
 from fastentropy.sites.finding import find_sites
 from fastentropy.sites.inputs import ExampleInputs, check_function, check_inputs, check_model, described, site_names
 
@@ -111,7 +111,7 @@ def prune(
             A function `criterion(model, statistics)` that returns a dict from site to score: those with the lowest scores.
             Sites that are missing from the dict are kept. `checkpoint_dir` identifies the function by its name.
         zeros_together: also remove, in each step, all sites whose entropy is exactly 0, as the code of the paper does.
-        protect: the names of sites that are never removed.
+        protect: the names of sites that are never removed. They need not be modules of their own.
         target_speedup: stop when a call is predicted to be this many times as fast as a call of the given model. Each step
             computes the set of sites that reaches this speed-up at the least loss of entropy, with the entropies of that step,
             and removes only sites of this set. `max_drop` and `max_removed` may stop the run earlier. Requires the criterion
@@ -134,9 +134,10 @@ def prune(
 
     Raises:
         TypeError: `model`, `example_inputs` or a function is of another kind, or the model takes other inputs.
-        ValueError: the model calls no known activation, or an activation that is not a module of its own (see `isolate`); an
-            option is out of range; a latency cannot be reached; `calibrate` makes no forward pass; `train` replaces modules; a
-            score is not a finite number; `checkpoint_dir` is damaged, or holds a run of another model or with other options.
+        ValueError: the model calls no known activation, or one that is neither protected nor a module of its own (see
+            `isolate`); an option is out of range; a latency cannot be reached; `calibrate` makes no forward pass; `train`
+            replaces modules; a score is not a finite number; `checkpoint_dir` is damaged, or holds a run of another model or
+            with other options.
 
     Examples:
         >>> import torch
@@ -182,8 +183,8 @@ def prune(
         collapse,
     )
     sites = [site.name for site in find_sites(model, inputs)]
-    _check_own_modules(model, sites)
     check_names(options.protect, sites, "protect")
+    _check_own_modules(model, sites, options.protect)
     _check_statistics(calibrate, statistics, sites, collapse)
     folder = None if checkpoint_dir is None else StepFolder(checkpoint_dir, options.to_dict())
     dense = copy.deepcopy(model).eval()
@@ -245,11 +246,11 @@ def _check_statistics(calibrate: object, statistics: Statistics | None, sites: S
         raise ValueError(f"statistics belong to another model: they differ from the given one in the sites {named}")
 
 
-def _check_own_modules(model: nn.Module, sites: Sequence[str]) -> None:
-    """Raise ValueError if a site is not a module that is called once per forward pass."""
-    modules = activation_modules(model)
-    if others := [name for name in sites if name not in modules]:
+def _check_own_modules(model: nn.Module, sites: Sequence[str], protected: Sequence[str]) -> None:
+    """Raise ValueError if a site that may be removed is not a module that is called once per forward pass."""
+    removable = set(own_modules(model, sites)) | set(protected)
+    if others := [name for name in sites if name not in removable]:
         raise ValueError(
             f"{', '.join(others)}: an activation that is called as a function, or several times in one forward pass, cannot be "
-            "linearised on its own; prune the model that fe.isolate(model, example_inputs) returns"
+            "linearised on its own; prune the model that fe.isolate(model, example_inputs) returns, or protect these"
         )

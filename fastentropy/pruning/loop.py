@@ -15,7 +15,7 @@ from fastentropy.fusion.projection import Projection, install, project
 from fastentropy.pruning.criteria import best_trade, check_budget, lowest, scores
 from fastentropy.pruning.options import Options
 from fastentropy.pruning.steps import Step, StepFolder, random_state, set_random_state
-from fastentropy.sites.activations import activation_modules
+from fastentropy.sites.activations import activation_modules, own_modules
 from fastentropy.sites.inputs import ExampleInputs
 from fastentropy.surgery.linearization import linearize
 
@@ -51,12 +51,12 @@ def latency_table(
     """
     if not options.needs_latency:
         return None
-    known = folder.load_latency() if folder else None
-    table = known or measure_latency(model, example_inputs, sites, approximate=options.collapse is not None)
-    if table.sites != set(sites):
+    known, own = folder.load_latency() if folder else None, own_modules(model, sites)
+    table = known or measure_latency(model, example_inputs, own, approximate=options.collapse is not None)
+    if table.sites != set(own):
         raise ValueError(f"checkpoint_dir {folder and folder.path} holds a run of another model; name another folder")
     if (budget := options.budget(table)) is not None:
-        check_budget(table, [name for name in sites if name not in options.protect], budget)
+        check_budget(table, [name for name in own if name not in options.protect], budget)
     if folder and known is None:
         folder.save_latency(table)
     return table

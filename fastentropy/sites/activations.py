@@ -1,7 +1,7 @@
 """The table of activations: modules and functions with a state per neuron (off, zero, on), which is the sign of their input."""
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import FunctionType
 from typing import Any, NamedTuple
 
@@ -300,6 +300,12 @@ def _kernel_arguments(function: str, attributes: Mapping[str, Any]) -> tuple[str
 def activation_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Return the activation modules of a model by dotted path. A module with several paths is listed under the first."""
     return {name: module for name, module in model.named_modules() if activation_name(module)}
+
+
+def own_modules(model: nn.Module, sites: Sequence[str]) -> list[str]:
+    """Return those of a model's sites that are modules called once per forward pass, so that each can be removed by itself."""
+    modules = activation_modules(model)
+    return [name for name in sites if name in modules and f"{name}:1" not in sites]
 
 
 def _full_name(kind: type) -> str:

@@ -373,10 +373,30 @@ def test_model_without_activations():
         run(nn.Flatten())
 
 
-def test_module_called_twice():
+@pytest.mark.parametrize(("protect", "named"), [([], "1, 1:1"), (["1:1"], "1")])
+def test_module_called_twice(protect, named):
     relu = nn.ReLU()
-    with pytest.raises(ValueError, match=r"1:1: an activation that .* fe\.isolate\(model, example_inputs\)"):
-        run(nn.Sequential(nn.Flatten(), relu, nn.Linear(25, 25), relu))
+    with pytest.raises(ValueError, match=rf"^{named}: an activation that .* fe\.isolate\(model, example_inputs\)"):
+        run(nn.Sequential(nn.Flatten(), relu, nn.Linear(25, 25), relu), protect=protect)
+
+
+class PartlyIsolated(nn.Module):
+    """An activation that is a module, one that is a function, and one that is called twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.relu, self.gelu = nn.Linear(25, 25), nn.ReLU(), nn.GELU()
+
+    def forward(self, x):
+        x = torch.relu(self.fc(self.relu(self.fc(x.flatten(1)))))
+        return self.gelu(self.fc(self.gelu(self.fc(x))))
+
+
+@pytest.mark.parametrize("criterion", ["entropy", "entropy-per-latency", "random", "uniform"])
+def test_protected_sites_need_no_modules(criterion):
+    options = {"criterion": criterion, "zeros_together": criterion == "entropy", "evaluate": lambda model: 1.0}
+    result = run(PartlyIsolated(), train=lambda model: None, protect=["relu_1", "gelu", "gelu:1"], **options)
+    assert result.removed == ("relu",)
 
 
 @pytest.mark.parametrize(
