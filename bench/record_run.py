@@ -16,7 +16,7 @@ from fastentropy.reporting.run_report import plot_summary
 
 
 def main(folder: str, name: str) -> None:
-    """Copy the record of a run to bench/results, without the local path of its data.
+    """Copy the record of a run to bench/results, without the local paths of its data and its weights.
 
     Args:
         folder: the folder of a run of `fastentropy prune` or `fastentropy calibrate`.
@@ -26,7 +26,8 @@ def main(folder: str, name: str) -> None:
         record_calibration(json.loads((Path(folder) / "summary.json").read_text(encoding="utf-8")), name)
         return
     history = read_history(Path(folder) / "history.json")
-    history["options"].pop("data", None)
+    for path in ("data", "weights"):
+        history["options"].pop(path, None)
     save_json(history, RESULTS / f"{name}.json")
     plot_summary(history, RESULTS / f"{name}.png")
 

@@ -1,5 +1,8 @@
 """What a command shows in the terminal: progress bars while it runs, and a table when it has finished."""
 
+import contextlib
+import datetime
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -9,14 +12,15 @@ from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
-    Progress,
     ProgressColumn,
     Task,
+    TaskID,
     TaskProgressColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.progress import Progress as RichProgress
 from rich.table import Table
 from rich.text import Text
 
@@ -24,6 +28,7 @@ from fastentropy._utils.text import format_count, format_integer, plural
 from fastentropy.calibration.report import format_overhead
 from fastentropy.collector.statistics import Statistics
 from fastentropy.pruning.steps import Step
+from fastentropy.recipes import Progress, Report
 from fastentropy.reporting.history import RunHistory
 
 T = TypeVar("T")
@@ -31,6 +36,8 @@ Display = TypeVar("Display", bound="_Display")
 
 #: Maximum number of kinds of problems with the data that the terminal lists.
 MAX_PROBLEMS = 5
+#: Progress that comes sooner after the last one than this, in seconds, is not shown.
+SHORTEST_UPDATE = 0.2
 
 
 class _Display:
@@ -38,7 +45,7 @@ class _Display:
 
     def __init__(self, *columns: ProgressColumn, console: Console) -> None:
         self._console = console
-        self._progress = Progress(*columns, console=console)
+        self._progress = RichProgress(*columns, console=console)
 
     def __enter__(self: Display) -> Display:
         """Start to show the bars."""
@@ -65,16 +72,33 @@ class ProgressDisplay(_Display):
         """Yield the values, and show a bar that counts them and disappears after the last one.
 
         Args:
-            values: the values of the phase, such as the loss of each batch. A float is shown next to the bar as the loss.
+            values: the values of the phase. A float is shown next to the bar as the loss. For a `Progress` the bar counts
+                images, and images per second and the time left are shown.
             total: the number of values.
             title: the text next to the bar.
         """
         task = self._progress.add_task(title, total=total, figure="")
+        show = _ImageCounter(self._progress, task)
         try:
             for value in values:
-                figure = f"loss {value:.3f}" if isinstance(value, float) else ""
-                self._progress.update(task, advance=1, figure=figure)
+                if isinstance(value, Progress):
+                    show(value)
+                else:
+                    figure = f"loss {value:.3f}" if isinstance(value, float) else ""
+                    self._progress.update(task, advance=1, figure=figure)
                 yield value
+        finally:
+            self._progress.remove_task(task)
+
+    @contextlib.contextmanager
+    def phase(self, title: str) -> Iterator[Report]:
+        """Show a bar within a `with` block. The block gets a function that brings the bar to the progress it is given.
+
+        The bar appears with the first progress.
+        """
+        task = self._progress.add_task(title, total=None, figure="", visible=False)
+        try:
+            yield _ImageCounter(self._progress, task)
         finally:
             self._progress.remove_task(task)
 
@@ -87,6 +111,26 @@ class ProgressDisplay(_Display):
         total = len(steps[0].layer_entropy)
         self._progress.update(self._removed, completed=removed, total=total, figure=score, visible=True)
         self._console.print(f"step {len(steps) - 1}: {what}, {score}", highlight=False)
+
+
+class _ImageCounter:
+    """Shows on a progress bar how many images have been worked on, how many a second, and how long the rest will take."""
+
+    def __init__(self, progress: RichProgress, task: TaskID) -> None:
+        """Begin to measure the time of a task of `progress`."""
+        self._progress, self._task = progress, task
+        self._began = self._shown = time.monotonic()
+
+    def __call__(self, value: Progress) -> None:
+        """Bring the bar up to date, at most a few times a second, since reading a loss waits for the GPU."""
+        now = time.monotonic()
+        if now - self._shown < SHORTEST_UPDATE and value.done < value.total:
+            return
+        self._shown, seconds = now, max(now - self._began, 1e-9)
+        left = datetime.timedelta(seconds=round(seconds * (value.total - value.done) / value.done))
+        loss = "" if value.loss is None else f", loss {float(value.loss):.3f}"
+        figure = f"{format_count(round(value.done / seconds))} images/s, {left} left{loss}"
+        self._progress.update(self._task, completed=value.done, total=value.total, figure=figure, visible=True)
 
 
 class _TimeLeft(TimeRemainingColumn):

@@ -34,6 +34,9 @@ def prune(
         int | None, typer.Option(min=0, max=2**63 - 1, help="Random seed: the same seed gives the same removals. [default: 0]")
     ] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Epochs of each training. [default: set by the recipe]")] = None,
+    epochs_dense: Annotated[
+        int | None, typer.Option(min=1, help="Epochs of the training before the first removal. [default: as --epochs]")
+    ] = None,
     criterion: Annotated[
         str | None, typer.Option(help=f"How to choose what to remove first: {', '.join(CRITERIA)}. [default: entropy]")
     ] = None,
@@ -66,9 +69,38 @@ def prune(
     protect: Annotated[
         list[str] | None, typer.Option(help="Name of an activation to keep. Repeat the option to keep several. [default: none]")
     ] = None,
-    model: Annotated[str | None, typer.Option(help="Name of a network of the recipe. [default: set by the recipe]")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Name of a network of the recipe. For images: efficientnet_lite0, a name of torchvision or timm, or "
+            "package.module:factory. [default: set by the recipe]"
+        ),
+    ] = None,
     data: Annotated[
         str | None, typer.Option(help="Folder of the recipe's data, or a name to download it by (cifar10 only).")
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="images: weights to begin with, a safetensors file or a state dict. [default: see docs]")
+    ] = None,
+    image_size: Annotated[int | None, typer.Option(help="images: height and width in pixels. [default: 224]")] = None,
+    images_per_epoch: Annotated[
+        int | None, typer.Option(help="images: training images in an epoch, and for the entropies. [default: all]")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="images: images in a batch of training. [default: 64]")] = None,
+    optimizer: Annotated[str | None, typer.Option(help="images: sgd or adamw. [default: sgd]")] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="images: highest learning rate. [default: 0.02, adamw 0.0005]")
+    ] = None,
+    label_smoothing: Annotated[float | None, typer.Option(help="images: label smoothing. [default: 0.1]")] = None,
+    ema: Annotated[float | None, typer.Option(help="images: decay of a moving average of the weights. [default: off]")] = None,
+    distill: Annotated[
+        float | None, typer.Option(help="images: also learn from the dense network, with this temperature. [default: off]")
+    ] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="images: train in float32 or bfloat16. [default: the faster one, measured]")
+    ] = None,
+    cache_gb: Annotated[
+        float | None, typer.Option(help="images: keep decoded images in memory up to this size. [default: 4]")
     ] = None,
     compile: Annotated[bool, typer.Option("--compile", help="Train with torch.compile. [default: off]")] = False,
     output: Annotated[Path | None, typer.Option(help="Folder to write the run to. [default: runs/RECIPE-DATE]")] = None,
@@ -97,13 +129,25 @@ def prune(
         "model": model,
         "data": data,
         "compile": compile or None,
+        "epochs_dense": epochs_dense,
+        "weights": weights,
+        "image_size": image_size,
+        "images_per_epoch": images_per_epoch,
+        "batch_size": batch_size,
+        "optimizer": optimizer,
+        "learning_rate": learning_rate,
+        "label_smoothing": label_smoothing,
+        "ema": ema,
+        "distill": distill,
+        "precision": precision,
+        "cache_gb": cache_gb,
     }
     errors = Console(stderr=True)
     with one_line_errors():
         if resume is not None:
             run = _open(resume, recipe, {**options, "output": output, "device": device})
         else:
-            run = _create(recipe or "digits", options, output, device)
+            run = _create(recipe or "digits", options, output, device, errors)
     try:
         with one_line_errors(), ProgressDisplay(errors) as display:
             history = run.execute(display)
@@ -116,14 +160,19 @@ def prune(
         print_history(history, run.folder, Console())
 
 
-def _create(recipe: str, options: dict[str, Any], output: Path | None, device: str | None) -> Run:
+def _create(recipe: str, options: dict[str, Any], output: Path | None, device: str | None, errors: Console) -> Run:
     chosen = str(chosen_device(device))
     defaults = {"max_drop": 0.005, "max_removed": None, "per_step": 1, "seed": 0, "epochs": 1}
     given: dict[str, Any] = {**defaults, **{name: value for name, value in options.items() if value is not None}}
     settings = Settings(recipe=recipe, device=chosen, **given)
-    loaded = load_recipe(recipe, torch.device(chosen), **settings.recipe_options)
+    with ProgressDisplay(errors) as display, display.phase("read the data") as report:
+        loaded = load_recipe(recipe, torch.device(chosen), report, **settings.recipe_options)
+    for note in loaded.notes:
+        typer.echo(note, err=True)
+    protect, epochs = [*settings.protect, *loaded.protected], options["epochs"] or loaded.epochs
+    settings = dataclasses.replace(settings, epochs=epochs, protect=protect, **loaded.chosen)
     folder = output or Path("runs") / f"{recipe}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
-    return create_run(folder, dataclasses.replace(settings, epochs=options["epochs"] or loaded.epochs), loaded)
+    return create_run(folder, settings, loaded)
 
 
 def _open(folder: Path, recipe: str | None, options: dict[str, object]) -> Run:

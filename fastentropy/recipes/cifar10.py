@@ -6,9 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastentropy.recipes import Split
-from fastentropy.recipes.cifar10_data import PADDING, augment, data_folder, hold_out, read_images
+from fastentropy.recipes import Progress, Recipe, Report, Split, ignore
+from fastentropy.recipes.cifar10_data import CLASSES, PADDING, augment, data_folder, read_images
 from fastentropy.recipes.cifar10_models import MODELS
+from fastentropy.recipes.image_files import hold_out
+from fastentropy.recipes.training import compiled
 
 BATCH_SIZE = 128
 #: The initial learning rate of a network by its name. It is 0.1 for the networks that are not listed.
@@ -18,7 +20,7 @@ MEAN = (125.3, 123.0, 113.9)
 STD = (63.0, 62.1, 66.7)
 
 
-class Cifar10:
+class Cifar10(Recipe):
     """The recipe `cifar10`. It holds out 10 % of the training images for validation, and tests on the test images.
 
     Images and weights are in the channels-last memory format, because most of the networks run faster in it, also on a CPU.
@@ -27,7 +29,6 @@ class Cifar10:
     """
 
     epochs = 160
-    threads: int | None = None
 
     def __init__(
         self, device: torch.device, *, model: str = "resnet18", data: str | None = None, compile: bool = False
@@ -48,7 +49,7 @@ class Cifar10:
             raise ValueError(f"unknown model {model!r}; the models of the recipe cifar10 are {', '.join(MODELS)}")
         folder = data_folder(data)
         (images, labels), test = read_images(folder, "train"), read_images(folder, "test")
-        training, validation = hold_out(labels)
+        training, validation = hold_out(labels, CLASSES)
         splits = {"train": (images[training], labels[training]), "validation": (images[validation], labels[validation])}
         splits["test"] = test
         self._data = {name: (images.to(device), labels.to(device)) for name, (images, labels) in splits.items()}
@@ -70,19 +71,20 @@ class Cifar10:
             model: the network, in train mode.
             epochs: the length of the schedule.
         """
-        run = _compiled(model) if self._compile else model
+        run = compiled(model) if self._compile else model
         optimizer = torch.optim.SGD(model.parameters(), momentum=0.9, weight_decay=1e-4)
         for epoch in range(epochs):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(self._model, epoch, epochs)
             yield self._train_epoch(run, optimizer)
 
-    def evaluate(self, model: nn.Module, split: Split) -> float:
+    def evaluate(self, model: nn.Module, split: Split, report: Report = ignore) -> float:
         """Return the fraction of the images of a split that the model classifies correctly."""
         images, labels = self._data[split]
-        correct = torch.zeros((), dtype=torch.int64, device=self._device)
+        correct, done = torch.zeros((), dtype=torch.int64, device=self._device), 0
         for batch, target in zip(images.split(BATCH_SIZE), labels.split(BATCH_SIZE), strict=True):
             correct += (self._run(model, batch).argmax(1) == target).sum()
+            report(Progress(done := done + len(batch), len(labels)))
         return int(correct) / len(labels)
 
     def calibrate(self, model: nn.Module) -> Iterator[None]:
@@ -140,15 +142,3 @@ def learning_rate(model: str, epoch: int, epochs: int) -> float:
     """
     drops = (2 * epoch >= epochs) + (4 * epoch >= 3 * epochs)
     return LEARNING_RATES.get(model, 0.1) / 10**drops
-
-
-def _compiled(model: nn.Module) -> Callable[[Tensor], Tensor]:
-    """Return the compiled forward of the model.
-
-    It is compiled once for full batches and once for the smaller last batch of an epoch, because `dynamic` is False.
-    """
-    # The model is compiled anew after every removal of an activation. torch.compile gives up after eight compilations of the
-    # same code, so the earlier ones are cleared.
-    torch.compiler.reset()
-    # A lambda is compiled, because torch.compile(model) would add attributes to the model.
-    return torch.compile(lambda images: model(images), dynamic=False)

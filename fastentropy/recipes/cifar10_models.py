@@ -11,9 +11,8 @@ from torchvision.models.mobilenetv2 import MobileNetV2
 from torchvision.models.swin_transformer import SwinTransformer, SwinTransformerBlock
 from torchvision.models.vgg import cfgs, make_layers
 
+from fastentropy.recipes.cifar10_data import CLASSES
 from fastentropy.surgery.isolation import isolate
-
-CLASSES = 10
 
 
 def resnet18() -> nn.Module:

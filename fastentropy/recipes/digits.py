@@ -9,7 +9,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
-from fastentropy.recipes import Split
+from fastentropy.recipes import Progress, Recipe, Report, Split, ignore
 
 #: The seed of the splits. It is not the seed of the run, so all runs have the same splits.
 SPLIT_SEED = 0
@@ -76,7 +76,7 @@ def _convolution(in_channels: int, out_channels: int, stride: int) -> nn.Sequent
     return nn.Sequential(OrderedDict(conv=convolution, bn=nn.BatchNorm2d(out_channels), relu=nn.ReLU(inplace=True)))
 
 
-class Digits:
+class Digits(Recipe):
     """The recipe `digits`. It trains on 50 % of the images, and validates and tests on 25 % each.
 
     The splits are stratified: every class has the same share of each.
@@ -127,10 +127,12 @@ class Digits:
                 losses.append(loss.detach())
             yield float(torch.stack(losses).mean())
 
-    def evaluate(self, model: nn.Module, split: Split) -> float:
+    def evaluate(self, model: nn.Module, split: Split, report: Report = ignore) -> float:
         """Return the fraction of the images of a split that the model classifies correctly."""
         images, labels = self._data[split]
-        return float((model(images).argmax(1) == labels).double().mean())
+        correct = model(images).argmax(1) == labels
+        report(Progress(len(labels), len(labels)))
+        return float(correct.double().mean())
 
     def calibrate(self, model: nn.Module) -> Iterator[None]:
         """Run the training images forward through the model. Yield after each batch."""

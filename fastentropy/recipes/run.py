@@ -6,6 +6,7 @@ Every finished part of the work is written to the folder at once, so that an int
 import functools
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -25,7 +26,7 @@ from fastentropy.pruning.api import PruningResult, check_names, prune
 from fastentropy.pruning.loop import latency_table
 from fastentropy.pruning.options import Options
 from fastentropy.pruning.steps import Step, StepFolder
-from fastentropy.recipes import Recipe, load_recipe
+from fastentropy.recipes import Recipe, Report, load_recipe
 from fastentropy.recipes.settings import Settings
 from fastentropy.reporting.run_report import write_report
 from fastentropy.sites.finding import find_sites
@@ -40,10 +41,15 @@ class Display(Protocol):
         """Yield the values one by one, and show how many of them have been yielded.
 
         Args:
-            values: what a long operation yields. If the values are numbers, such as losses, the last one is shown too.
+            values: what a long operation yields. If the values are numbers, such as losses, the last one is shown too. If they
+                are `Progress`, the images are shown in place of the values.
             total: the number of values.
             title: what the operation does, in a few words.
         """
+        ...
+
+    def phase(self, title: str) -> AbstractContextManager[Report]:
+        """Return a context manager for a long operation that reports its progress to the function it gets."""
         ...
 
     def finish_step(self, steps: Sequence[Step]) -> None:
@@ -76,7 +82,8 @@ class Run:
         """
         remove_leftovers(self.folder)
         device, options = torch.device(self.settings.device), self.settings.recipe_options
-        recipe = self._recipe or load_recipe(self.settings.recipe, device, **options)
+        with display.phase("read the data") as report:
+            recipe = self._recipe or load_recipe(self.settings.recipe, device, report, **options)
         threads = torch.get_num_threads()
         torch.set_num_threads(recipe.threads or threads)
         try:
@@ -115,7 +122,7 @@ class Run:
             _load_weights(model, path)
         else:
             self._measure_latencies(model, recipe, display)
-            epochs = self.settings.epochs
+            epochs = self.settings.epochs_dense or self.settings.epochs
             for _ in display.track(recipe.train(model.train(), epochs), epochs, "train the dense network"):
                 pass
             save_tensors(model.state_dict(), path)
@@ -137,6 +144,7 @@ class Run:
 
     def _prune(self, dense: nn.Module, recipe: Recipe, display: Display) -> PruningResult:
         """Prune the dense network with the methods of the recipe. The history and the report are written after each step."""
+        recipe.teacher = dense
 
         def train(model: nn.Module) -> None:
             """Fine-tune the network by the recipe, and show the progress."""
@@ -149,6 +157,11 @@ class Run:
             for _ in display.track(recipe.calibrate(model), recipe.calibration_batches, "measure entropies"):
                 pass
 
+        def evaluate(model: nn.Module) -> float:
+            """Return the accuracy on the validation set, and show the progress."""
+            with display.phase("validate") as report:
+                return recipe.evaluate(model, "validation", report)
+
         def finish_step(steps: Sequence[Step]) -> None:
             """Write the history and the report after a step, and show its score."""
             history = self._history(steps)
@@ -159,12 +172,12 @@ class Run:
         return prune(
             dense,
             train=train,
-            evaluate=lambda model: recipe.evaluate(model, "validation"),
+            evaluate=evaluate,
             calibrate=calibrate,
             example_inputs=recipe.example_inputs(),
             **self.settings.pruning_options,
             checkpoint_dir=self.folder / "steps",
-            measure=lambda model: _measure(model, recipe),
+            measure=lambda model: _measure(model, recipe, display),
             on_step=finish_step,
         )
 
@@ -251,11 +264,13 @@ def read_history(path: Path) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _measure(model: nn.Module, recipe: Recipe) -> dict[str, float]:
+def _measure(model: nn.Module, recipe: Recipe, display: Display) -> dict[str, float]:
     """Return the test accuracy of a pruned network, and the milliseconds of one call of it before and after fusing."""
     report = fuse(model, recipe.example_inputs()).report
+    with display.phase("test") as show:
+        accuracy = recipe.evaluate(model, "test", show)
     return {
-        "test": recipe.evaluate(model, "test"),
+        "test": accuracy,
         "pruned_ms": report.milliseconds["original"],
         "fused_ms": report.milliseconds[report.choice],
     }

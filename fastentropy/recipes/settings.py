@@ -9,6 +9,46 @@ from fastentropy.pruning.criteria import CRITERIA
 from fastentropy.pruning.options import Options
 from fastentropy.recipes import RECIPES
 
+#: The type, the lowest and the highest value of each number.
+_LIMITS: dict[str, tuple[type, float, float]] = {
+    "seed": (int, 0, 2**63 - 1),
+    "max_drop": (float, 0, 1),
+    "max_removed": (int, 0, math.inf),
+    "per_step": (int, 1, math.inf),
+    "epochs": (int, 1, math.inf),
+    "epochs_dense": (int, 1, math.inf),
+    "target_speedup": (float, 0, math.inf),
+    "max_latency_ms": (float, 0, math.inf),
+    "image_size": (int, 8, 4096),
+    "images_per_epoch": (int, 2, math.inf),
+    "batch_size": (int, 2, math.inf),
+    "learning_rate": (float, 1e-8, 100),
+    "label_smoothing": (float, 0, 1),
+    "ema": (float, 0, 1),
+    "distill": (float, 0.01, math.inf),
+    "cache_gb": (float, 0, math.inf),
+}
+#: The numbers that may not be None.
+_REQUIRED = ("seed", "max_drop", "per_step", "epochs")
+#: The options of recipes that are passed on as they are.
+_RECIPE_OPTIONS = (
+    "model",
+    "data",
+    "weights",
+    "image_size",
+    "images_per_epoch",
+    "batch_size",
+    "optimizer",
+    "learning_rate",
+    "label_smoothing",
+    "ema",
+    "distill",
+    "precision",
+    "cache_gb",
+)
+#: The values of options that name one of several things.
+_CHOICES = {"optimizer": ("sgd", "adamw"), "precision": ("float32", "bfloat16")}
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -21,6 +61,7 @@ class Settings:
         max_removed: the largest number of activations to remove, or None for no limit.
         per_step: how many activations are removed in each step.
         epochs: the number of epochs of each training.
+        epochs_dense: the number of epochs of the training of the dense network; None for the same as `epochs`.
         device: the device of PyTorch on which the recipe runs.
         criterion: the rule that chooses the next activations to remove, in `CRITERIA`.
         zeros_together: whether each step also removes all activations whose entropy is 0.
@@ -32,6 +73,8 @@ class Settings:
         model: the network of the recipe; None leaves the choice to the recipe.
         data: the folder or the name of the recipe's data, or None. Not every recipe takes it.
         compile: whether training uses torch.compile.
+        weights, image_size, images_per_epoch, batch_size, optimizer, learning_rate, label_smoothing, ema, distill, precision,
+        cache_gb: further options of recipes, under the names of their arguments. None leaves the choice to the recipe.
     """
 
     recipe: str
@@ -50,35 +93,40 @@ class Settings:
     model: str | None = None
     data: str | None = None
     compile: bool = False
+    epochs_dense: int | None = None
+    weights: str | None = None
+    image_size: int | None = None
+    images_per_epoch: int | None = None
+    batch_size: int | None = None
+    optimizer: str | None = None
+    learning_rate: float | None = None
+    label_smoothing: float | None = None
+    ema: float | None = None
+    distill: float | None = None
+    precision: str | None = None
+    cache_gb: float | None = None
 
     def __post_init__(self) -> None:
         """Raise ValueError if a value is out of range or of another type."""
-        limits: dict[str, tuple[type, float, float]] = {
-            "seed": (int, 0, 2**63 - 1),
-            "max_drop": (float, 0, 1),
-            "max_removed": (int, 0, math.inf),
-            "per_step": (int, 1, math.inf),
-            "epochs": (int, 1, math.inf),
-            "target_speedup": (float, 0, math.inf),
-            "max_latency_ms": (float, 0, math.inf),
-        }
-        optional = ("max_removed", "target_speedup", "max_latency_ms")
         if self.recipe not in RECIPES:
             raise ValueError(f"unknown recipe {self.recipe!r}; the recipes are {', '.join(RECIPES)}")
-        for name, (kind, lowest, highest) in limits.items():
+        for name, (kind, lowest, highest) in _LIMITS.items():
             value = getattr(self, name)
-            if name in optional and value is None:
+            if value is None and name not in _REQUIRED:
                 continue
             if type(value) not in (kind, int) or not lowest <= value <= highest:
                 raise ValueError(f"{name} is {value!r}; expected a {kind.__name__} from {lowest} to {highest}")
         for name in ("zeros_together", "compile"):
             if type(getattr(self, name)) is not bool:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected true or false")
-        for name in ("model", "data"):
+        for name in ("model", "data", "weights"):
             if not isinstance(getattr(self, name), str | None):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected a text")
         if not isinstance(self.protect, list | tuple) or not all(isinstance(each, str) for each in self.protect):
             raise ValueError(f"protect is {self.protect!r}; expected a list of names")
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in (None, *choices):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(choices)}")
         if self.criterion not in CRITERIA:
             raise ValueError(f"criterion is {self.criterion!r}; expected one of {', '.join(CRITERIA)}")
         Options(**self.pruning_options)
@@ -92,4 +140,4 @@ class Settings:
     @property
     def recipe_options(self) -> dict[str, Any]:
         """The options that are passed to the recipe, by name. An option that is None is left to the recipe."""
-        return {"model": self.model, "data": self.data, "compile": self.compile or None}
+        return {name: getattr(self, name) for name in _RECIPE_OPTIONS} | {"compile": self.compile or None}

@@ -20,8 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastentropy as fe
 from fastentropy.recipes import cifar10, load_recipe
 from fastentropy.recipes.cifar10 import MEAN, STD, Cifar10, learning_rate
-from fastentropy.recipes.cifar10_data import augment, hold_out, read_images
+from fastentropy.recipes.cifar10_data import augment, read_images
 from fastentropy.recipes.cifar10_models import MODELS
+from fastentropy.recipes.image_files import hold_out
 
 CPU = torch.device("cpu")
 
@@ -105,17 +106,17 @@ def test_read_images_from_column_image_and_jpeg(arrays, tmp_path):
 def test_hold_out_a_tenth_of_each_class():
     labels = torch.randperm(1000, generator=torch.Generator().manual_seed(0)) % 10
     state = torch.get_rng_state()
-    training, validation = hold_out(labels)
+    training, validation = hold_out(labels, 10)
     assert torch.equal(torch.get_rng_state(), state)
     assert labels[validation].bincount().tolist() == [10] * 10
     assert torch.cat([training, validation]).sort().values.tolist() == list(range(1000))
     torch.manual_seed(5)
-    assert all(torch.equal(*pair) for pair in zip(hold_out(labels), (training, validation), strict=True))
+    assert all(torch.equal(*pair) for pair in zip(hold_out(labels, 10), (training, validation), strict=True))
 
 
 def test_held_out_images_are_not_used_for_training(recipe, arrays):
     pixels, labels = arrays["train"]
-    _, validation = hold_out(torch.tensor(labels))
+    _, validation = hold_out(torch.tensor(labels), 10)
     seen = []
     assert len(list(recipe.calibrate(seen.append))) == recipe.calibration_batches == 4
     training = np.delete(np.arange(60), validation)
@@ -237,7 +238,7 @@ def test_epoch_loss_is_the_mean_over_images(recipe, monkeypatch):
 def test_accuracy(split, recipe, arrays):
     pixels, labels = arrays["test" if split == "test" else "train"]
     if split == "validation":
-        indices = hold_out(torch.tensor(labels))[1]
+        indices = hold_out(torch.tensor(labels), 10)[1]
         pixels, labels = pixels[indices], labels[indices]
     known, answers = as_images(pixels), torch.tensor(labels)
     answers[::3] += 1  # every third is wrong

