@@ -35,7 +35,10 @@ def prune(
     ] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Epochs of each training. [default: set by the recipe]")] = None,
     epochs_dense: Annotated[
-        int | None, typer.Option(min=1, help="Epochs of the training before the first removal. [default: as --epochs]")
+        int | None,
+        typer.Option(
+            min=0, help="Epochs of the training before the first removal; 0 for a trained network. [default: as --epochs]"
+        ),
     ] = None,
     criterion: Annotated[
         str | None, typer.Option(help=f"How to choose what to remove first: {', '.join(CRITERIA)}. [default: entropy]")

@@ -60,6 +60,8 @@ class Recipe(Protocol):
     """The names of activation calls that the recipe's network cannot do without."""
     notes: Sequence[str] = ()
     """Sentences for the user about what the recipe has chosen and found."""
+    untrained: str | None = "its weights are random"
+    """Why the network of `build_model` is of no use before it is trained; None if it is."""
     teacher: nn.Module | None = None
     """The network to learn from in `train`, beside the labels. Only recipes with the option distill use it."""
 

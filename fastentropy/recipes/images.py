@@ -104,6 +104,7 @@ class Images(Recipe):
         self._precision = precision or _fastest(speeds)
         self.chosen: Mapping[str, Any] = {"precision": self._precision}
         self.protected: Sequence[str] = network.protected
+        self.untrained = network.untrained
         rates = ", ".join(f"{name} {speed:.0f} images/s" for name, speed in speeds.items())
         measured = [f"trains in {self._precision} (measured: {rates})"] if speeds else []
         self.notes: Sequence[str] = (*network.notes, data_note, *measured)

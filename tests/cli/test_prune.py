@@ -186,6 +186,10 @@ def test_resumed_run_has_the_same_result(finished, tmp_path, monkeypatch, when):
         (["prune", "--target-speedup", "2"], "target_speedup: give one of them, with criterion='entropy-per-latency'"),
         (["prune", "--criterion", "entropy-per-latency", "--target-speedup", "0"], "target_speedup is 0"),
         (["prune", "--data", "folder"], "the recipe digits takes no --data; leave it out"),
+        (
+            ["prune", "--epochs-dense", "0"],
+            "--epochs-dense 0 needs a trained network, but its weights are random; leave the option",
+        ),
         (["prune", "cifar10"], "needs its data: --data FOLDER"),
         (["prune", "cifar10", "--data", "nowhere"], "nowhere is not a folder"),
         (["prune", "cifar10", "--model", "resnet9"], "unknown model 'resnet9'"),

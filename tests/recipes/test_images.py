@@ -1,46 +1,24 @@
 """The recipe `images`: data, networks, training, and one line for what the user can mend."""
 
-import io
-
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
 from fastentropy.recipes.image_files import hold_out
 from fastentropy.recipes.images import Images
 from fastentropy.recipes.images_data import Pictures, Source, read_image_set, read_square
 from fastentropy.recipes.training import Schedule, classification_loss, draw_crops, random_crops
+from tests.recipes.image_cases import draw_images, image_file, write_parquet
 
 CPU = torch.device("cpu")
 SMALL = "tests.recipes.image_networks:Small"
 
 
-def image_file(pixels, kind="PNG"):
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, kind)
-    return buffer.getvalue()
-
-
-def drawn_pixels(labels, seed=0):
-    """Return noise around a brightness that depends on the class, so that there is something to learn."""
-    rng = np.random.default_rng(seed)
-    return (60 * labels[:, None, None, None] + rng.integers(0, 60, (len(labels), 12, 12, 3))).astype(np.uint8)
-
-
-def write_parquet(path, pixels, labels):
-    files = [{"bytes": image_file(image), "path": None} for image in pixels]
-    pq.write_table(pa.table({"img": files, "label": labels}), path)
-
-
 @pytest.fixture(scope="module")
 def arrays():
     """60 training and 21 test images of three classes."""
-    labels = np.arange(60) % 3
-    return {"train": (drawn_pixels(labels), labels), "test": (drawn_pixels(labels[:21], 1), labels[:21])}
+    return {"train": draw_images(60), "test": draw_images(21, seed=1)}
 
 
 @pytest.fixture(scope="module")
