@@ -1,6 +1,8 @@
 """`fastentropy prune images`: whole runs with a network and images of the user's own."""
 
 import json
+import os
+import signal
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from typer.testing import CliRunner
 
 from fastentropy.cli import app
 from fastentropy.recipes import run
+from tests._helpers.kill_points import die_at
 from tests.recipes.image_cases import draw_images, write_folders
 
 SMALL = ["--model", "tests.recipes.image_networks:Small", "--image-size", "12", "--batch-size", "8", "--precision", "float32"]
@@ -23,7 +26,7 @@ def invoke(*arguments):
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """Compute in one thread. Leave out the report, and the times of the last networks."""
+    """Compute in one thread, as a child of this process must. Leave out the report, and the times of the last networks."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as monkeypatch:
@@ -78,3 +81,17 @@ def test_dense_network_of_a_run_is_taken_as_it_is(finished, data, tmp_path):
     taken, given = load_file(tmp_path / "run" / "dense.safetensors"), load_file(weights)
     assert taken.keys() == given.keys()
     assert all(torch.equal(taken[name], given[name]) for name in given)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+def test_run_killed_three_times_ends_like_an_undisturbed_one(finished, data, tmp_path, drawn):
+    folder = tmp_path / "run"
+    options = ["images", *SMALL, *SHORT, "--data", data, "--output", folder]
+    for moment in (drawn.randrange(1, 16), drawn.randrange(16), drawn.randrange(16)):
+        if not (child := os.fork()):
+            die_at(moment)
+            os._exit(invoke(*options).exit_code)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) in (0, -signal.SIGKILL)
+        options = ["--resume", folder]
+    assert invoke(*options).exit_code == 0
+    assert outcome(folder) == outcome(finished[0])
