@@ -116,7 +116,8 @@ class Settings:
             if value is None and name not in _REQUIRED:
                 continue
             if type(value) not in (kind, int) or not lowest <= value <= highest:
-                raise ValueError(f"{name} is {value!r}; expected a {kind.__name__} from {lowest} to {highest}")
+                expected = "an int" if kind is int else "a float"
+                raise ValueError(f"{name} is {value!r}; expected {expected} from {lowest} to {highest}")
         for name in ("zeros_together", "compile"):
             if type(getattr(self, name)) is not bool:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected true or false")

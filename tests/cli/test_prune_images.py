@@ -2,7 +2,10 @@
 
 import json
 import os
+import re
+import shutil
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,13 +14,13 @@ from typer.testing import CliRunner
 
 from fastentropy.cli import app
 from fastentropy.recipes import run
+from fastentropy.recipes.images_data import read_image_set
 from tests._helpers.kill_points import die_at
 from tests.recipes.image_cases import draw_images, write_folders
 
-SMALL = ["--model", "tests.recipes.image_networks:Small", "--image-size", "12", "--batch-size", "8", "--precision", "float32"]
+FACTORIES = "tests.recipes.image_networks"
+SMALL = ["--model", f"{FACTORIES}:Small", "--image-size", "12", "--batch-size", "8", "--precision", "float32"]
 SHORT = ["--epochs", "1", "--epochs-dense", "4", "--max-removed", "1", "--max-drop", "1", "--device", "cpu"]
-
-pytestmark = pytest.mark.slow
 
 
 def invoke(*arguments):
@@ -60,6 +63,7 @@ def outcome(folder):
     return history["options"], steps, history["kept_step"], weights
 
 
+@pytest.mark.slow
 def test_run_says_what_it_has_found_and_chosen(finished):
     folder, output = finished
     assert "image_networks:Small begins with the weights that its factory sets" in output
@@ -71,6 +75,7 @@ def test_run_says_what_it_has_found_and_chosen(finished):
     assert not list(folder.rglob(".tmp-*"))
 
 
+@pytest.mark.slow
 def test_dense_network_of_a_run_is_taken_as_it_is(finished, data, tmp_path):
     weights = finished[0] / "dense.safetensors"
     options = ["--data", data, "--weights", weights, "--epochs-dense", "0", "--max-removed", "0", "--output", tmp_path / "run"]
@@ -83,6 +88,7 @@ def test_dense_network_of_a_run_is_taken_as_it_is(finished, data, tmp_path):
     assert all(torch.equal(taken[name], given[name]) for name in given)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 def test_run_killed_three_times_ends_like_an_undisturbed_one(finished, data, tmp_path, drawn):
     folder = tmp_path / "run"
@@ -95,3 +101,83 @@ def test_run_killed_three_times_ends_like_an_undisturbed_one(finished, data, tmp
         options = ["--resume", folder]
     assert invoke(*options).exit_code == 0
     assert outcome(folder) == outcome(finished[0])
+
+
+def assert_one_line(result, text):
+    assert result.exit_code == 2, result.output
+    assert "Traceback" not in result.output
+    (line,) = (line for line in result.output.splitlines() if line.startswith("Error"))
+    assert re.search(text, line), line
+
+
+@pytest.mark.slow
+def test_run_stopped_by_a_broken_image_goes_on_when_it_is_mended(data, tmp_path):
+    copied, folder = shutil.copytree(data, tmp_path / "data"), tmp_path / "run"
+    broken = Path(read_image_set(copied).splits["train"].sources[0].place)
+    content = broken.read_bytes()
+    broken.write_bytes(content[:50])
+    options = ["--data", copied, "--epochs", "1", "--max-removed", "0", "--cache-gb", "0", "--output", folder]
+    assert_one_line(invoke("images", *SMALL, *options), f"^Error: {broken}: the image cannot be decoded; expected a PNG")
+    broken.write_bytes(content)
+    result = invoke("--resume", folder)
+    assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["--model", ""], "needs a network: --model efficientnet_lite0"),
+        (["--data", ""], "needs its data: --data FOLDER"),
+        (["--data", "nowhere"], "nowhere is not a folder"),
+        (["--data", "empty"], "empty holds no images; expected a folder for each class, or parquet files"),
+        (["--data", "empty class"], "class 1 holds no images"),
+        (["--data", "broken"], "class 0/000.png: the image cannot be decoded"),
+        (["--data", "other classes"], "has other classes than .*: class 2"),
+        (["--model", f"{FACTORIES}:fails"], f"the factory {FACTORIES}:fails fails: RuntimeError: no such checkpoint"),
+        (["--model", f"{FACTORIES}:LoopedOnly"], "none of its activations can be isolated"),
+        (["--weights", "nowhere.safetensors"], "nowhere.safetensors cannot be read"),
+        (
+            ["--weights", "unfit.pth"],
+            "unfit.pth does not fit .*: 12 missing, such as expand.bias; 1 unknown, such as conv.weight",
+        ),
+        (
+            ["--epochs-dense", "0", "--model", f"{FACTORIES}:seven_classes"],
+            "needs a trained network, but its last layer fc is new",
+        ),
+        (["--epochs-dense", "-1"], "--epochs-dense"),
+        (["--protect", "gelu"], "protect names 'gelu', which is not a site"),
+        (["--image-size", "4"], "image_size is 4; expected an int from 8"),
+        (["--batch-size", "1"], "batch_size is 1; expected"),
+        (["--optimizer", "adam"], "optimizer is 'adam'; expected one of sgd, adamw"),
+        (["--precision", "float16"], "precision is 'float16'; expected one of float32, bfloat16"),
+        (["--learning-rate", "0"], "learning_rate is 0"),
+        (["--label-smoothing", "2"], "label_smoothing is 2"),
+        (["--ema", "-1"], "ema is -1"),
+        (["--distill", "0"], "distill is 0"),
+        (["--cache-gb", "-1"], "cache_gb is -1"),
+    ],
+)
+def test_bad_input_is_one_line_and_nothing_is_written(options, text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    prepare(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    given = (
+        dict(zip(SMALL[::2], SMALL[1::2], strict=True))
+        | {"--data": "good"}
+        | dict(zip(options[::2], options[1::2], strict=True))
+    )
+    assert_one_line(invoke("images", *(part for option in given.items() if option[1] for part in option)), text)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def prepare(folder):
+    """Write a few good images and several kinds of unusable data."""
+    pixels, labels = draw_images(9)
+    for name in ("good", "empty class", "broken", "other classes/train"):
+        write_folders(folder / name, pixels, labels)
+    write_folders(folder / "other classes" / "val", pixels[:2], labels[:2])
+    (folder / "empty").mkdir()
+    shutil.rmtree(folder / "empty class" / "class 1")
+    (folder / "empty class" / "class 1").mkdir()
+    (folder / "broken" / "class 0" / "000.png").write_bytes(b"no image")
+    torch.save({"conv.weight": torch.zeros(2)}, folder / "unfit.pth")

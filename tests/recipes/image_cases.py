@@ -12,10 +12,10 @@ SIZE = 12
 CLASSES = 3
 
 
-def image_file(pixels, kind="PNG"):
-    """Return the content of an image file."""
+def image_file(image, kind="PNG"):
+    """Return the content of an image file, of an image of Pillow or an array of pixels."""
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, kind)
+    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(buffer, kind)
     return buffer.getvalue()
 
 
