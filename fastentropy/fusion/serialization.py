@@ -17,6 +17,7 @@ from torch.export import ExportedProgram
 from fastentropy._compat import compile_package, load_package, tree_leaves
 from fastentropy._utils.errors import one_line
 from fastentropy._utils.files import replace_file
+from fastentropy.fusion.backends.functional import write_new_values
 from fastentropy.fusion.backends.inductor import freezing
 from fastentropy.fusion.backends.onnx_runtime import check_onnx, export_onnx, run_session, start_session
 from fastentropy.fusion.binding import Signature
@@ -81,6 +82,7 @@ def write_package(path: str | PathLike[str], program: ExportedProgram) -> None:
     def save(file: Path) -> None:
         package = file.with_name(f"{file.name}.pt2")  # AOTInductor refuses other names
         try:
+            write_new_values(program.graph)
             with freezing([*program.state_dict.values(), *program.constants.values()]):
                 compile_package(program, package)
             _check_equal(program, load_package(package))

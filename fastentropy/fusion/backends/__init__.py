@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from fastentropy.fusion.backends.functional import writing_new_values
 from fastentropy.fusion.backends.inductor import Compiled
 from fastentropy.fusion.backends.onnx_runtime import OnnxSession
 from fastentropy.fusion.traced_inputs import TracedInputs
@@ -26,7 +27,7 @@ def make_runner(backend: str, network: nn.Module, inputs: TracedInputs) -> Calla
         ValueError: the network cannot be exported for the backend.
     """
     if backend == "inductor":
-        return Compiled(network)
+        return Compiled(writing_new_values(network, inputs))
     if backend == "onnxruntime":
         return OnnxSession(network, inputs)
     return network

@@ -1,22 +1,44 @@
 """Write the borders of convolutions as new values instead of overwriting slices, for runtimes that overwrite nothing.
 
-ONNX would scatter each slice into a transposed copy of the whole value, which takes longer than most convolutions.
+ONNX would scatter each slice into a transposed copy of the whole value, which takes longer than most convolutions. Inductor
+refuses a convolution of such a value together with the ReLU6 behind it (pytorch#164920).
 """
 
 from collections.abc import Sequence
 from typing import cast
 
 import torch
-from torch import Tensor
-from torch.fx import Graph, Node
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule, Node
 
 from fastentropy.fusion.chains.aten import CONVOLUTIONS
 from fastentropy.fusion.chains.nodes import is_overwritten
+from fastentropy.fusion.traced_inputs import TracedInputs
+from fastentropy.fusion.tracing import export_again, inference_module
 
 _aten = torch.ops.aten
 
 #: Adds to a value, or replaces it.
 _WRITES = {_aten.add_.Tensor, _aten.copy_.default}
+
+
+def writing_new_values(network: nn.Module, inputs: TracedInputs) -> nn.Module:
+    """Return a network that writes borders as new values; the network itself if it overwrites no slices.
+
+    Args:
+        network: the network.
+        inputs: the inputs with which it was traced.
+    """
+    if not isinstance(network, GraphModule) or not any(map(_overwrites_slice, network.graph.nodes)):
+        return network
+    program = export_again(network, inputs)
+    write_new_values(program.graph)
+    return inference_module(program)
+
+
+def _overwrites_slice(node: Node) -> bool:
+    """Return whether a node overwrites a slice."""
+    return node.target in _WRITES and node.all_input_nodes[0].target is _aten.slice.Tensor
 
 
 def write_new_values(graph: Graph) -> None:

@@ -4,7 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from fastentropy.fusion.backends.functional import write_new_values
+from fastentropy.fusion.backends.functional import write_new_values, writing_new_values
+from fastentropy.fusion.inputs import Inputs
+from fastentropy.fusion.traced_inputs import TracedInputs
+from fastentropy.fusion.tracing import export, inference_module
 from tests._helpers.networks import Reads
 
 _aten = torch.ops.aten
@@ -63,6 +66,22 @@ def test_new_values_equal_those_that_were_overwritten(write):
     before, after = written(write)
     assert before >= 3
     assert after == 0
+
+
+@pytest.mark.parametrize("write", [adds_to_borders, None])
+def test_network_is_traced_again_only_if_it_overwrites_slices(write):
+    model, x = (
+        Reads(lambda m, x: write(m.a(x), x) if write else m.a(x), a=nn.Conv2d(2, 4, 3, padding=1)),
+        torch.randn(3, 2, 7, 6),
+    )
+    program = export(model, Inputs((x,), {}))
+    network = inference_module(program)
+    written = writing_new_values(network, TracedInputs.of(program))
+    assert (written is network) == (write is None)
+    assert not overwritten(written)
+    assert bool(overwritten(network)) == (write is not None)
+    x = torch.randn(5, *x.shape[1:])
+    torch.testing.assert_close(written(x), model(x))
 
 
 @pytest.mark.parametrize("shape", [(2, 2, 9), (2, 2, 4, 5, 6)])

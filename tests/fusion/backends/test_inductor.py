@@ -9,7 +9,10 @@ from torch import nn
 
 from fastentropy import fuse, load
 from fastentropy.fusion import choosing
-from fastentropy.fusion.backends import inductor
+from fastentropy.fusion.backends import inductor, make_runner
+from fastentropy.fusion.inputs import Inputs
+from fastentropy.fusion.traced_inputs import TracedInputs
+from fastentropy.fusion.tracing import export, inference_module
 from tests._helpers.fusing import assert_equal, inverted_residual
 
 pytestmark = pytest.mark.usefixtures("counted_times")
@@ -36,6 +39,32 @@ def test_inductor_in_earnest():
     assert set(fused.report.times) == {"eager", "inductor"}
     for batch in (3, 1, 5):
         assert_equal(fused, model, torch.randn(batch, *x.shape[1:]))
+
+
+class BorderAndReLU6(nn.Module):
+    """A convolution with another bias in the first row, as in merged chains, and one that Inductor joins with its ReLU6."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.row = (
+            nn.Conv2d(3, 3, 3, padding=1),
+            nn.Conv2d(3, 3, 1),
+            nn.Parameter(torch.randn(3, 1, 5)),
+        )
+
+    def forward(self, x):
+        y = self.first(x)
+        torch.ops.aten.slice.Tensor(y, 2, 0, 1).add_(self.row)
+        return nn.functional.relu6(self.second(y))
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_convolution_with_relu6_behind_a_border():
+    model, x = BorderAndReLU6(), torch.randn(2, 3, 5, 5)
+    program = export(model, Inputs((x,), {}))
+    run = make_runner("inductor", inference_module(program), TracedInputs.of(program))
+    torch.testing.assert_close(run(x), model(x))
 
 
 def fuse_compiled(monkeypatch, backend="inductor"):
