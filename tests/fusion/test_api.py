@@ -76,9 +76,6 @@ def test_linearised_network_is_merged_and_measured(network, images):
     assert_equal(fused, network, images)
     assert [chain.names for chain in fused.report.chains] == [("conv1", "conv2"), ("fc1", "fc2")]
     assert set(fused.report.milliseconds) == {"original", "folded", "fused"}
-    # The model itself is returned where the others are not faster by more than the noise.
-    times = fused.report.milliseconds
-    assert fused.report.choice == "original" or times[fused.report.choice] == min(times["folded"], times["fused"])
     assert fused.report.max_relative_error <= 1e-5
 
 
