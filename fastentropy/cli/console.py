@@ -11,17 +11,15 @@ from typing import Any, TypeVar
 from rich.console import Console
 from rich.progress import (
     BarColumn,
-    MofNCompleteColumn,
     ProgressColumn,
     Task,
     TaskID,
     TaskProgressColumn,
     TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
 )
 from rich.progress import Progress as RichProgress
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from fastentropy._utils.text import format_count, format_integer, plural
@@ -63,8 +61,8 @@ class ProgressDisplay(_Display):
     def __init__(self, console: Console) -> None:
         """Create the bars, which are drawn on `console`."""
         super().__init__(
-            TextColumn("{task.description}"), BarColumn(bar_width=16), MofNCompleteColumn(), TimeElapsedColumn(),
-            TextColumn("{task.fields[figure]}"), console=console,
+            TextColumn("{task.description}"), BarColumn(bar_width=None, table_column=Column(max_width=16)),
+            TextColumn("{task.completed}/{task.total}"), _Figure(table_column=Column(no_wrap=True)), console=console,
         )  # fmt: skip
         self._removed = self._progress.add_task("activations removed", total=None, figure="", visible=False)
 
@@ -127,10 +125,22 @@ class _ImageCounter:
         if now - self._shown < SHORTEST_UPDATE and value.done < value.total:
             return
         self._shown, seconds = now, max(now - self._began, 1e-9)
-        left = datetime.timedelta(seconds=round(seconds * (value.total - value.done) / value.done))
-        loss = "" if value.loss is None else f", loss {float(value.loss):.3f}"
-        figure = f"{format_count(round(value.done / seconds))} images/s, {left} left{loss}"
-        self._progress.update(self._task, completed=value.done, total=value.total, figure=figure, visible=True)
+        time_left = datetime.timedelta(seconds=round(seconds * (value.total - value.done) / value.done))
+        loss = "" if value.loss is None else f", loss {float(value.loss):.2f}"
+        speed = value.done / seconds
+        figure = f"{format_count(round(speed)) if speed >= 9.95 else f'{speed:.1f}'} images/s, {time_left} left{loss}"
+        self._progress.update(
+            self._task, completed=value.done, total=value.total, figure=figure, time_left=time_left, visible=True
+        )
+
+
+class _Figure(ProgressColumn):
+    """A column with the figure of a task, and with the time since its start where the figure does not tell the time left."""
+
+    def render(self, task: Task) -> Text:
+        """Return the text for a task, such as "0:01:23 loss 0.310" or "96 images/s, 0:01:23 left"."""
+        elapsed = datetime.timedelta(seconds=round(task.elapsed or 0))
+        return Text(task.fields["figure"] if "time_left" in task.fields else f"{elapsed} {task.fields['figure']}")
 
 
 class _TimeLeft(TimeRemainingColumn):

@@ -124,7 +124,7 @@ class Run:
             self._measure_latencies(model, recipe, display)
             settings = self.settings
             if epochs := settings.epochs if settings.epochs_dense is None else settings.epochs_dense:
-                for _ in display.track(recipe.train(model.train(), epochs), epochs, "train the dense network"):
+                for _ in display.track(recipe.train(model.train(), epochs), epochs, "train dense network"):
                     pass
             save_tensors(model.state_dict(), path)
         # From here on, a resumed run that has not trained must draw the same random numbers as a run that has.

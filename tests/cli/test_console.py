@@ -1,0 +1,60 @@
+"""What the terminal shows while a run works fits a line of 80 characters."""
+
+import io
+import time
+
+import pytest
+import torch
+from rich.console import Console
+
+from fastentropy.cli.console import ProgressDisplay
+from fastentropy.recipes import Progress
+
+
+def shown(display):
+    """Return the lines of a display on a terminal of 80 columns."""
+    console = Console(file=io.StringIO(), width=80, record=True)
+    console.print(display._progress.get_renderable())
+    return [line.rstrip() for line in console.export_text().splitlines()]
+
+
+@pytest.fixture
+def display(monkeypatch):
+    clock = iter(range(0, 1_000_000, 100))
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    display = ProgressDisplay(Console(file=io.StringIO()))
+    display._progress.update(display._removed, completed=12, total=33, figure="validation 95.12%", visible=True)
+    return display
+
+
+@pytest.mark.parametrize(
+    ("progress", "counted", "figure"),
+    [
+        (Progress(96, 480, torch.tensor(1.234)), "96/480", "1.0 images/s, 0:06:40 left, loss 1.23"),
+        (Progress(200_000, 1_281_167, torch.tensor(11.0)), "200000/1281167", "2.0 k images/s, 0:09:01 left, loss 11.00"),
+        (Progress(640, 640), "640/640", "6.4 images/s, 0:00:00 left"),
+    ],
+)
+def test_images_are_shown_in_one_line(progress, counted, figure, display):
+    values = display.track([progress], 3, "train dense network")
+    assert next(values) is progress
+    removed, line = shown(display)
+    assert removed.endswith("validation 95.12%")
+    assert line.startswith("train dense network ")
+    assert line.endswith(f"{counted} {figure}")
+    assert list(values) == []
+    assert len(shown(display)) == 1
+
+
+def test_phase_is_shown_from_its_first_progress(display):
+    with display.phase("validate") as report:
+        assert len(shown(display)) == 1
+        report(Progress(128, 500))
+        assert shown(display)[1].endswith("128/500 1.3 images/s, 0:04:51 left")
+    assert len(shown(display)) == 1
+
+
+def test_losses_of_epochs_are_shown_with_the_elapsed_time(display):
+    values = display.track([0.5, 0.25], 2, "fine-tune")
+    next(values), next(values)
+    assert shown(display)[1].split()[-4:] == ["2/2", "0:00:00", "loss", "0.250"]
