@@ -83,7 +83,11 @@ def prune(
         str | None, typer.Option(help="Folder of the recipe's data, or a name to download it by (cifar10 only).")
     ] = None,
     weights: Annotated[
-        str | None, typer.Option(help="images: weights to begin with, a safetensors file or a state dict. [default: see docs]")
+        str | None,
+        typer.Option(
+            help="images: weights to begin with, a safetensors file or a state dict. "
+            "[default: those of the package or the factory, or random ones]"
+        ),
     ] = None,
     image_size: Annotated[int | None, typer.Option(help="images: height and width in pixels. [default: 224]")] = None,
     images_per_epoch: Annotated[
