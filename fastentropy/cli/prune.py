@@ -82,6 +82,9 @@ def prune(
     data: Annotated[
         str | None, typer.Option(help="Folder of the recipe's data, or a name to download it by (cifar10 only).")
     ] = None,
+    width: Annotated[
+        float | None, typer.Option(help="cifar10: multiply the channels of all layers by this number. [default: 1]")
+    ] = None,
     weights: Annotated[
         str | None,
         typer.Option(
@@ -137,6 +140,7 @@ def prune(
         "data": data,
         "compile": compile or None,
         "epochs_dense": epochs_dense,
+        "width": width,
         "weights": weights,
         "image_size": image_size,
         "images_per_epoch": images_per_epoch,

@@ -31,7 +31,13 @@ class Cifar10(Recipe):
     epochs = 160
 
     def __init__(
-        self, device: torch.device, *, model: str = "resnet18", data: str | None = None, compile: bool = False
+        self,
+        device: torch.device,
+        *,
+        model: str = "resnet18",
+        data: str | None = None,
+        width: float = 1.0,
+        compile: bool = False,
     ) -> None:
         """Read all images, split them, and place them on a device.
 
@@ -40,6 +46,7 @@ class Cifar10(Recipe):
             model: a name in `MODELS`.
             data: a folder with the parquet files of the data set `uoft-cs/cifar10` of the Hugging Face Hub, or "cifar10" to
                 download them. It must be given.
+            width: by which the channels of all layers are multiplied.
             compile: whether the network is compiled with torch.compile for training.
 
         Raises:
@@ -54,12 +61,12 @@ class Cifar10(Recipe):
         splits["test"] = test
         self._data = {name: (images.to(device), labels.to(device)) for name, (images, labels) in splits.items()}
         self._mean, self._std = (torch.tensor(values, device=device)[:, None, None] for values in (MEAN, STD))
-        self._device, self._model, self._compile = device, model, compile
+        self._device, self._model, self._width, self._compile = device, model, width, compile
         self.calibration_batches = len(training.split(BATCH_SIZE))
 
     def build_model(self) -> nn.Module:
         """Return a new network on the device. Its weights are drawn from torch's default random generator."""
-        return MODELS[self._model]().to(self._device).to(memory_format=torch.channels_last)
+        return MODELS[self._model](self._width).to(self._device).to(memory_format=torch.channels_last)
 
     def train(self, model: nn.Module, epochs: int) -> Iterator[float]:
         """Train a network in place, and yield the mean loss after each epoch.

@@ -19,6 +19,7 @@ _LIMITS: dict[str, tuple[type, float, float]] = {
     "epochs_dense": (int, 0, math.inf),
     "target_speedup": (float, 0, math.inf),
     "max_latency_ms": (float, 0, math.inf),
+    "width": (float, 0.01, 100),
     "image_size": (int, 8, 4096),
     "images_per_epoch": (int, 2, math.inf),
     "batch_size": (int, 2, math.inf),
@@ -34,6 +35,7 @@ _REQUIRED = ("seed", "max_drop", "per_step", "epochs")
 _RECIPE_OPTIONS = (
     "model",
     "data",
+    "width",
     "weights",
     "image_size",
     "images_per_epoch",
@@ -74,8 +76,9 @@ class Settings:
         model: the network of the recipe; None leaves the choice to the recipe.
         data: the folder or the name of the recipe's data, or None. Not every recipe takes it.
         compile: whether training uses torch.compile.
-        weights, image_size, images_per_epoch, batch_size, optimizer, learning_rate, label_smoothing, ema, distill, precision,
-        cache_gb: further options of recipes, under the names of their arguments. None leaves the choice to the recipe.
+        width, weights, image_size, images_per_epoch, batch_size, optimizer, learning_rate, label_smoothing, ema, distill,
+        precision, cache_gb: further options of recipes, under the names of their arguments. None leaves the choice to the
+            recipe.
     """
 
     recipe: str
@@ -95,6 +98,7 @@ class Settings:
     data: str | None = None
     compile: bool = False
     epochs_dense: int | None = None
+    width: float | None = None
     weights: str | None = None
     image_size: int | None = None
     images_per_epoch: int | None = None

@@ -209,6 +209,11 @@ def test_short_schedules_start_at_the_first_rate(rates, recipe):
     assert used == expected * 2
 
 
+def test_networks_of_another_width(folder):
+    model = load_recipe("cifar10", CPU, model="resnet8", data=str(folder), width=0.5).build_model()
+    assert [layer.out_channels for layer in model.modules() if isinstance(layer, nn.Conv2d)][:2] == [8, 8]
+
+
 @pytest.mark.slow
 def test_training_is_reproducible(folder):
     recipe = Cifar10(CPU, model="resnet8", data=str(folder))

@@ -72,6 +72,22 @@ def test_weights_depend_on_the_seed_alone(name):
     assert any(not torch.equal(first[key], other[key]) for key in first)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("width", [0.25, 0.3])
+def test_width_scales_the_channels_and_keeps_the_activations(name, width, images):
+    model, full = MODELS[name](width).eval(), MODELS[name]()
+    assert model(images).shape == (2, 10)
+    assert len(fe.find_sites(model, (images,))) == ACTIVATIONS[name][0]
+    convolutions = [path for path, module in full.named_modules() if isinstance(module, nn.Conv2d)]
+    channels = [(model.get_submodule(path).out_channels, full.get_submodule(path).out_channels) for path in convolutions]
+    if name == "mobilenet_v2":
+        assert all(narrow % 8 == 0 and narrow <= wide for narrow, wide in channels)
+    else:
+        nearest = 3 if name == "swin_t" else 1
+        assert all(abs(narrow - width * wide) <= nearest / 2 for narrow, wide in channels)
+
+
 def test_resnet8_widths():
     layers = {name: module for name, module in resnet8().named_modules() if isinstance(module, nn.Conv2d | nn.Linear)}
     widths = [module.weight.shape[0] for name, module in layers.items() if "shortcut" not in name]
