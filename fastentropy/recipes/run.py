@@ -219,7 +219,8 @@ def create_run(folder: Path, settings: Settings, recipe: Recipe) -> Run:
         sites = find_sites(recipe.build_model(), recipe.example_inputs())
         check_names(settings.protect, [site.name for site in sites], "protect")
     try:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        # A process that was killed while it wrote the first file leaves a temporary one, which `Run.execute` removes.
+        if folder.exists() and (not folder.is_dir() or any(not each.name.startswith(".tmp-") for each in folder.iterdir())):
             raise ValueError(f"{folder} exists and is not an empty folder; name a new --output, or --resume {folder}")
         folder.mkdir(parents=True, exist_ok=True)
         run.save_settings()
