@@ -91,7 +91,7 @@ class Pictures:
             ValueError: an image cannot be decoded. The message names it.
         """
         assert isinstance(self._images, _Decoded)
-        kept = self._images.empty().to(self._device)
+        kept = self._images.empty(self._device)
         order = torch.arange(len(kept), device="cpu").split(DECODED)
         for indices, images in zip(order, self.batches(order), strict=True):
             kept[indices.to(self._device)] = images
@@ -137,9 +137,9 @@ class _Decoded(Dataset[Tensor]):
         """Store where the images come from, and their height and width in pixels."""
         self._sources, self._size = sources, size
 
-    def empty(self) -> Tensor:
-        """Return memory for all images on the CPU, uint8 [images, 3, size, size], not initialised."""
-        return torch.empty((len(self._sources), 3, self._size, self._size), dtype=torch.uint8, device="cpu")
+    def empty(self, device: torch.device) -> Tensor:
+        """Return memory for all images, uint8 [images, 3, size, size], not initialised."""
+        return torch.empty((len(self._sources), 3, self._size, self._size), dtype=torch.uint8, device=device)
 
     def __getitems__(self, indices: Sequence[int]) -> Tensor | str:
         """Return the images with these indices, uint8 [n, 3, size, size], or what is wrong with one of them.
