@@ -126,7 +126,7 @@ def fuse(
         backends = further_backends(backend, original)
         trace = _finished(traced, original, inputs) if backends else traced
         made = race(forms, trace, backends, make, inputs, measure)
-        if made.notes and backend != "auto":
+        if backend != "auto" and all(runs_in != backend for _, _, runs_in in made.modules):
             raise ValueError(f"backend={backend!r}: {made.notes[0]}")
         if not any(reports.values()):
             made = made._replace(notes=(*made.notes, why_nothing_is_fused(traced)))

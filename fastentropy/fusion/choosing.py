@@ -5,7 +5,7 @@ A form is one way to compute the same network. The baseline is the model as its 
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import median
 from typing import NamedTuple, TypeAlias
 
@@ -51,7 +51,7 @@ class Race(NamedTuple):
     Attributes:
         modules: the modules by form and backend.
         samples: the milliseconds of a call of each on the example inputs, one number per round; empty if nothing was measured.
-        notes: which backends could not run the network, and why.
+        notes: which backends could not run the network or a form of it, and why.
     """
 
     modules: dict[Entry, FusedModel]
@@ -73,8 +73,10 @@ class Race(NamedTuple):
         if not self.samples:
             return {}
         best = self.best()
-        backends = dict.fromkeys(backend for _, _, backend in self.modules)
-        return {backend: {name: median(self.samples[best[backend, name]]) for name in _NAMES} for backend in backends}
+        times: dict[str, dict[str, float]] = {}
+        for backend, name in dict.fromkeys((backend, name) for name, _, backend in self.modules):
+            times.setdefault(backend, {})[name] = median(self.samples[best[backend, name]])
+        return times
 
     def _order(self) -> list[Entry]:
         """Return the entries, the fastest first.
@@ -136,10 +138,12 @@ def race(
         modules |= _made({(*form, "eager"): module for form, module in forms.items()}, make)
     for backend in backends:
         compiled = _made(dict(_compiled_forms(forms, trace, backend)), make)
-        if failure := _failure(compiled.values(), inputs):
-            notes.append(f"{backend} cannot run this network: {failure}")
+        failures = _failures(compiled, inputs)
+        if len(failures) == len(compiled):
+            notes.append(f"{backend} cannot run this network: {next(iter(failures.values()))}")
         else:
-            modules |= compiled
+            notes += [f"{backend} cannot run the {name} form: {failure}" for name, failure in failures.items()]
+        modules |= {entry: module for entry, module in compiled.items() if entry[0] not in failures}
     return Race(modules, _samples(modules, inputs) if measure else {}, tuple(notes))
 
 
@@ -162,16 +166,17 @@ def _compiled_forms(forms: Mapping[Form, nn.Module], trace: nn.Module, backend: 
         yield (name, memory_format, backend), trace if form is forms["original", memory_format] else form
 
 
-def _failure(modules: Iterable[FusedModel], inputs: Inputs) -> str:
-    """Call each module once, and return why one of them cannot be compiled or run; "" if all can."""
-    try:
-        for module in modules:
+def _failures(modules: Mapping[Entry, FusedModel], inputs: Inputs) -> dict[str, str]:
+    """Call each module once, and return by the name of its form why it cannot be compiled or run, if it cannot."""
+    failures: dict[str, str] = {}
+    for (name, _, _), module in modules.items():
+        try:
             outputs_of(module, inputs)
-    except ImportError:
-        raise
-    except Exception as error:  # whatever a compiler raises
-        return joined_lines(error)[:300]
-    return ""
+        except ImportError:
+            raise
+        except Exception as error:  # whatever a compiler raises
+            failures[name] = joined_lines(error)[:300]
+    return failures
 
 
 def _samples(modules: Mapping[Entry, FusedModel], inputs: Inputs) -> dict[Entry, list[float]]:
@@ -201,7 +206,8 @@ def first_equal(
     formats = {name: memory_format for name, memory_format, _ in sorted(best.values(), key=lambda entry: entry[2] == "eager")}
     for (backend, name), entry in best.items():
         judged = _judge(made.modules[entry], check)
-        if trains and name == "fused" and _judge(made.modules[best[backend, "folded"]], check).holds:
+        folded = best.get((backend, "folded"))
+        if trains and name == "fused" and folded and _judge(made.modules[folded], check).holds:
             judged = Judgement(judged.error, math.inf, AT_BORDERS)
         if judged.holds:
             milliseconds = {**times[backend], "original": times["eager"]["original"]} if times else {}

@@ -92,7 +92,8 @@ class FusionReport:
         chains: the report on each chain.
         milliseconds: the median time of one call on the example inputs, by form: `original` (the model as given, in eager
             mode), `folded` (only batch norm folded) and `fused` (every chain in its chosen form), both in `backend`. What is
-            timed is the module that is returned. All are measured side by side. Empty if nothing was measured.
+            timed is the module that is returned. All are measured side by side. Empty if nothing was measured; without a form
+            that the backend cannot run.
         memory_formats: the fastest memory format of each of the three forms: `contiguous` or `channels_last`.
         choice: the form that `fuse` returned: `original`, `folded` or `fused`.
         max_relative_error: the largest absolute difference between an output of this form and that of the model, on all
@@ -101,7 +102,7 @@ class FusionReport:
         backend: what runs the returned form: `eager`, `inductor` or `onnxruntime`.
         times: the milliseconds of each form in each backend that was measured. `original` in `inductor` is the model compiled
             by torch.compile with frozen weights.
-        notes: what could not be measured, and why; why nothing was fused.
+        notes: which backend could not run the network or a form of it, and why; why nothing was fused.
         bound: the bound that the error was held to, as text: the tolerance, or 10 times the error that the model itself has
             against float64, where that is larger.
 
