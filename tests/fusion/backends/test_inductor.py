@@ -68,7 +68,7 @@ def test_convolution_with_relu6_behind_a_border():
 
 
 def fuse_compiled(monkeypatch, backend="inductor"):
-    """Return a model, its input, and the model fused and compiled. Compiled forms count as faster, the fused one most of all."""
+    """Return a model, its input, and the model fused and compiled. Compiled forms count as faster, the fused one most."""
     price = {"original": 3.0, "folded": 2.0, "fused": 1.0}
     samples = lambda functions, **options: {key: [price[key[0]] + 3 * (key[2] == "eager")] for key in functions}  # noqa: E731
     monkeypatch.setattr(choosing, "measure_samples", samples)
