@@ -78,11 +78,7 @@ def whole_network(name: str) -> Network:
 
 
 def whole_network_case(name: str, variant: str, device: torch.device) -> Case:
-    """Return the case of one network: the model, what `fuse` returns in each backend, and what its user would run instead.
-
-    The operations are "model" (as its user calls it), "fused" (backend="eager"), "fused, auto" (backend="auto"),
-    "torch.compile" of the model, "torch.compile, dense" of the network before activations were linearised (both with frozen
-    weights, and as CUDA graphs on a GPU), and on a CPU "ONNX Runtime" where it is installed.
+    """Return the case of one network with random weights, as `network_case` does.
 
     Args:
         name: one of `NETWORKS`.
@@ -91,16 +87,31 @@ def whole_network_case(name: str, variant: str, device: torch.device) -> Case:
     """
     torch.manual_seed(0)
     dense = moved(whole_network(name), device, torch.float32)
-    model, inputs = linearised(dense, VARIANTS[variant])
+    return network_case(f"{name} {variant}", dense[0], linearised(dense, VARIANTS[variant]))
+
+
+def network_case(name: str, dense: nn.Module, network: Network) -> Case:
+    """Return the case of one network: the model, what `fuse` returns in each backend, and what its user would run instead.
+
+    The operations are "model" (as its user calls it), "fused" (backend="eager"), "fused, auto" (backend="auto"),
+    "torch.compile" of the model, "torch.compile, dense" of the network before activations were linearised (both with frozen
+    weights, and as CUDA graphs on a GPU), and on a CPU "ONNX Runtime" where it is installed.
+
+    Args:
+        name: the name of the network.
+        dense: the network before activations were linearised.
+        network: the model and its inputs.
+    """
+    model, inputs = network
     operations: dict[str, Callable[..., object]] = {"model": model}
     facts: dict[str, dict[str, Any]] = {}
     for operation, backend in BACKENDS.items():
         operations[operation], facts[operation] = _fused(model, inputs, backend)
-    operations |= {"torch.compile": frozen(model), "torch.compile, dense": frozen(dense[0])}
-    if device.type == "cpu":
+    operations |= {"torch.compile": frozen(model), "torch.compile, dense": frozen(dense)}
+    if inputs[0].device.type == "cpu":
         operations["ONNX Runtime"] = in_onnx_runtime(model, inputs)
     return Case(
-        name_case(f"{name} {variant}", inputs[0].shape, next(model.parameters()).dtype),
+        name_case(name, inputs[0].shape, next(model.parameters()).dtype),
         {operation: partial(infer, run, inputs) for operation, run in operations.items()},
         denominator="model",
         facts=facts,

@@ -1,0 +1,61 @@
+"""Measure the networks of a finished pruning run, dense and pruned, next to what their user could run without fastentropy.
+
+python bench/record_speed.py RUN [--batches 1 16] [--name NAME]
+
+Each network is measured as given, fused and compiled, in one thread. What belongs to a case is measured side by side. With
+--name, the record is kept as bench/results/NAME.json. A run with approximated convolutions (--collapse) cannot be measured.
+"""
+
+import argparse
+import copy
+from pathlib import Path
+
+import torch
+from record_networks import described
+from records import RESULTS
+from safetensors.torch import load_file
+from torch import nn
+
+from fastentropy.benchmarks.measurements import measure
+from fastentropy.benchmarks.records import Record
+from fastentropy.benchmarks.whole_networks import network_case
+from fastentropy.recipes import load_recipe
+from fastentropy.recipes.run import open_run, read_history
+from fastentropy.surgery.linearization import linearize
+
+
+def main() -> None:
+    """Measure the two networks at each batch size."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="the folder of a finished run of `fastentropy prune`")
+    parser.add_argument("--batches", nargs="*", type=int, default=[1, 16])
+    parser.add_argument("--name", help="keep the record as bench/results/NAME.json")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    models, (images,) = networks_of(arguments.run)
+    record = Record.begin("networks", "cpu", f"python bench/record_speed.py RUN --name {arguments.name}")
+    for batch in arguments.batches:
+        for name, model in models.items():
+            inputs = (images[:batch].clone(memory_format=torch.preserve_format),)
+            measurements = measure(network_case(name, models["dense"], (model, inputs)), rounds=31, budget_seconds=40)
+            print(described(measurements), flush=True)
+            record = record.with_more(measurements)
+    if arguments.name:
+        record.save(RESULTS / f"{arguments.name}.json")
+
+
+def networks_of(folder: Path) -> tuple[dict[str, nn.Module], tuple[torch.Tensor, ...]]:
+    """Return the dense and the pruned network of a run, and the inputs for which it measured latency."""
+    run, history = open_run(folder), read_history(folder / "history.json")
+    recipe = load_recipe(run.settings.recipe, torch.device("cpu"), **run.settings.recipe_options)
+    dense = recipe.build_model()
+    dense.load_state_dict(load_file(folder / "dense.safetensors"))
+    pruned = copy.deepcopy(dense)
+    for step in history["steps"][: history["kept_step"] + 1]:
+        linearize(pruned, step["removed"])
+    pruned.load_state_dict(load_file(folder / "pruned.safetensors"))
+    return {"dense": dense.eval(), "pruned": pruned.eval()}, recipe.example_inputs()
+
+
+if __name__ == "__main__":
+    main()
