@@ -69,6 +69,13 @@ def prune(
             help="'project': approximate linearised convolutions by one where that is faster. [default: exact merging only]"
         ),
     ] = None,
+    statistics: Annotated[
+        str | None,
+        typer.Option(
+            help="'published': entropies of the last epoch's augmented batches, as the code of the paper has them. "
+            "[default: of the training images, in eval mode]"
+        ),
+    ] = None,
     protect: Annotated[
         list[str] | None, typer.Option(help="Name of an activation to keep. Repeat the option to keep several. [default: none]")
     ] = None,
@@ -135,6 +142,7 @@ def prune(
         "target_speedup": target_speedup,
         "max_latency_ms": max_latency_ms,
         "collapse": collapse,
+        "statistics": statistics,
         "protect": protect or None,
         "model": model,
         "data": data,

@@ -9,6 +9,7 @@ from typing import Literal
 from torch import nn
 
 from fastentropy._utils.errors import nearest_names
+from fastentropy.collector.site_statistics import Average, Zero
 from fastentropy.collector.statistics import Statistics
 from fastentropy.pruning.criteria import Criterion
 from fastentropy.pruning.loop import Functions, PruningLoop, latency_table
@@ -75,6 +76,8 @@ def prune(
     target_speedup: float | None = None,
     max_latency_ms: float | None = None,
     collapse: Literal["project"] | None = None,
+    zero: Zero = "discard",
+    average: Average = "dataset",
     statistics: Statistics | None = None,
     checkpoint_dir: str | PathLike[str] | None = None,
     measure: Callable[[nn.Module], Mapping[str, float]] | None = None,
@@ -121,6 +124,9 @@ def prune(
         collapse: "project" replaces a linearised series of convolutions by one convolution if the exact merged operator would
             be slower. The convolution is fitted by least squares on the calibration data, before the fine-tuning. None
             approximates nothing.
+        zero: how entropies treat values that are exactly 0, and
+        average: whether they are of all data, or means of the entropies of batches: see `Statistics.layer_entropy`. The code of
+            the paper has "on" and "batch".
         statistics: the statistics of the dense model, if they are known already. Step 0 then needs no calibration.
         checkpoint_dir: a folder to which every finished step is written. If it already holds steps of a run with the same
             options, the run continues after them. The result is the same as without the interruption if `train` draws its
@@ -181,6 +187,8 @@ def prune(
         target_speedup,
         max_latency_ms,
         collapse,
+        zero,
+        average,
     )
     sites = [site.name for site in find_sites(model, inputs)]
     check_names(options.protect, sites, "protect")

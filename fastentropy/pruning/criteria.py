@@ -19,18 +19,21 @@ Criterion: TypeAlias = NamedCriterion | Score
 CRITERIA: tuple[str, ...] = get_args(NamedCriterion)
 
 
-def scores(criterion: Criterion, model: nn.Module, statistics: Statistics, sites: Sequence[str]) -> dict[str, float]:
+def scores(
+    criterion: Criterion, model: nn.Module, statistics: Statistics, entropies: Mapping[str, float], sites: Sequence[str]
+) -> dict[str, float]:
     """Score each site (call of an activation) that has not been removed yet.
 
     Args:
         criterion: how the sites are scored.
-            "entropy": by the layer entropy (arXiv 2404.18949, equation 4).
+            "entropy": by their layer entropy.
             "random": by a number from torch's default generator.
             "uniform": the site farthest from all removed sites and from both ends of the network has the lowest score.
             A function is called as `criterion(model, statistics)` and returns a dict from site to score. Sites that are missing
             from the dict are not removed.
         model: the current model, without the activations that have been removed.
         statistics: the statistics of the remaining sites.
+        entropies: the layer entropy (arXiv 2404.18949, equation 4), in bits, of each remaining site.
         sites: the names of all sites of the dense model, in call order.
 
     Returns:
@@ -41,7 +44,7 @@ def scores(criterion: Criterion, model: nn.Module, statistics: Statistics, sites
     """
     names = list(statistics)
     if criterion == "entropy":
-        return statistics.layer_entropy()
+        return dict(entropies)
     if criterion == "random":
         return dict(zip(names, torch.rand(len(names), dtype=torch.float32, device="cpu").tolist(), strict=True))
     if criterion == "uniform":

@@ -150,13 +150,14 @@ class PruningLoop:
     def next_sites(self) -> tuple[str, ...]:
         """Return the names of the sites to remove in the next step. If there are none, the run is at its end."""
         options = self._options
-        losses = {name: bits for name, bits in self.steps[-1].layer_entropy.items() if name not in options.protect}
+        entropies = self.steps[-1].layer_entropy
+        losses = {name: bits for name, bits in entropies.items() if name not in options.protect}
         left = len(losses) if options.max_removed is None else options.max_removed - len(self.removed)
         set_random_state(self._random_state)
         if options.criterion == "entropy-per-latency":
             names = self._best_trades(losses, left)
         else:
-            scored = scores(options.criterion, self.model, self._statistics, self._sites)
+            scored = scores(options.criterion, self.model, self._statistics, entropies, self._sites)
             allowed = {name: score for name, score in scored.items() if name in losses}
             names = lowest(allowed, min(options.per_step, left))
         if names and options.zeros_together:
@@ -181,7 +182,8 @@ class PruningLoop:
         self.model.eval()
         score = self._score(names)
         self._statistics = self._calibrate() if statistics is None else statistics
-        step = Step(names, self._statistics.layer_entropy(), score, self._metrics(names), collapsed)
+        entropies = self._statistics.layer_entropy(self._options.zero, self._options.average)
+        step = Step(names, entropies, score, self._metrics(names), collapsed)
         self._random_state = random_state()
         if self._folder:
             self._folder.save(len(self.steps), step, self.model, self._statistics, self._random_state)
@@ -246,7 +248,7 @@ class PruningLoop:
             self._functions.train(self.model, EntropyCollector(self.model))
             statistics = Statistics({})
         else:
-            with collect(self.model) as collector:
+            with collect(self.model, average=self._options.average) as collector:
                 self._functions.train(self.model, collector)
             statistics = _compute(collector, "train")
         after = {name: type(module) for name, module in self.model.named_modules()}
@@ -280,7 +282,7 @@ class PruningLoop:
         assert self._functions.calibrate is not None
         if not activation_modules(self.model):
             return Statistics({})  # no activation is left
-        with collect(self.model) as collector:
+        with collect(self.model, average=self._options.average) as collector:
             self._functions.calibrate(self.model)
         return _compute(collector, "calibrate")
 

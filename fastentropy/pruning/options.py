@@ -2,8 +2,9 @@
 
 import math
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, get_args
 
+from fastentropy.collector.site_statistics import Average, Zero
 from fastentropy.fusion.latency import LatencyTable
 from fastentropy.pruning.criteria import CRITERIA, Criterion
 
@@ -24,6 +25,8 @@ class Options:
     target_speedup: float | None
     max_latency_ms: float | None
     collapse: str | None
+    zero: Zero
+    average: Average
 
     def __post_init__(self) -> None:
         """Raise ValueError if a value is out of range."""
@@ -37,6 +40,9 @@ class Options:
             raise ValueError(f"criterion is {self.criterion!r}; expected one of {', '.join(CRITERIA)}, or a function")
         if self.collapse not in (None, "project"):
             raise ValueError(f"collapse is {self.collapse!r}; expected 'project' or None")
+        for name, known in (("zero", get_args(Zero)), ("average", get_args(Average))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(known)}")
         budgets = {"target_speedup": self.target_speedup, "max_latency_ms": self.max_latency_ms}
         given = {name: value for name, value in budgets.items() if value is not None}
         for name, value in given.items():

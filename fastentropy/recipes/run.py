@@ -3,7 +3,7 @@
 Every finished part of the work is written to the folder at once, so that an interrupted run can be resumed.
 """
 
-import functools
+import contextlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -19,14 +19,16 @@ from torch import nn
 from fastentropy._utils.errors import joined_lines
 from fastentropy._utils.files import remove_leftovers, save_json, save_tensors
 from fastentropy._utils.machine import describe_machine
-from fastentropy._utils.timing import measure_times
-from fastentropy.fusion import FusedModel, fuse
-from fastentropy.fusion.memory_format import with_channels_last_weights
+from fastentropy.collector.api import collect
+from fastentropy.collector.collector import EntropyCollector
+from fastentropy.collector.statistics import Statistics
+from fastentropy.fusion import fuse
 from fastentropy.pruning.api import PruningResult, check_names, prune
 from fastentropy.pruning.loop import latency_table
 from fastentropy.pruning.options import Options
 from fastentropy.pruning.steps import Step, StepFolder
-from fastentropy.recipes import Recipe, Report, load_recipe
+from fastentropy.recipes import Progress, Recipe, Report, load_recipe
+from fastentropy.recipes.latencies import final_latencies
 from fastentropy.recipes.settings import Settings
 from fastentropy.reporting.run_report import write_report
 from fastentropy.sites.finding import find_sites
@@ -104,11 +106,16 @@ class Run:
             **self._history(result.steps),
             "kept_step": result.kept_step,
             "fusion": fused.report.to_dict(),
-            "latency_ms": _latency(dense, result.model, fused, recipe),
+            "latency_ms": final_latencies(dense, result.model, fused, recipe.example_inputs()),
         }
         save_json(history, self.folder / "history.json")
         write_report(history, self.folder / "report.html")
         return history
+
+    @property
+    def _dense_statistics(self) -> Path:
+        """The file with the statistics of the last epoch of the dense network's training, if they are collected there."""
+        return self.folder / "dense-statistics.safetensors"
 
     def save_settings(self) -> None:
         """Write a history that holds the settings but no steps, so that the run can be resumed from its folder."""
@@ -123,9 +130,13 @@ class Run:
         else:
             self._measure_latencies(model, recipe, display)
             settings = self.settings
-            if epochs := settings.epochs if settings.epochs_dense is None else settings.epochs_dense:
-                for _ in display.track(recipe.train(model.train(), epochs), epochs, "train dense network"):
-                    pass
+            epochs = settings.epochs if settings.epochs_dense is None else settings.epochs_dense
+            with contextlib.ExitStack() as stack:
+                collector = stack.enter_context(collect(model, average="batch")) if settings.statistics else None
+                if epochs:
+                    _train(recipe, model.train(), epochs, display, "train dense network", collector)
+            if collector is not None:
+                collector.compute().save(self._dense_statistics)
             save_tensors(model.state_dict(), path)
         # From here on, a resumed run that has not trained must draw the same random numbers as a run that has.
         torch.manual_seed(self.settings.seed)
@@ -147,11 +158,9 @@ class Run:
         """Prune the dense network with the methods of the recipe. The history and the report are written after each step."""
         recipe.teacher = dense
 
-        def train(model: nn.Module) -> None:
+        def train(model: nn.Module, collector: EntropyCollector | None = None) -> None:
             """Fine-tune the network by the recipe, and show the progress."""
-            epochs = self.settings.epochs
-            for _ in display.track(recipe.train(model, epochs), epochs, "fine-tune"):
-                pass
+            _train(recipe, model, self.settings.epochs, display, "fine-tune", collector)
 
         def calibrate(model: nn.Module) -> None:
             """Run the training set forward through the network, and show the progress."""
@@ -170,11 +179,13 @@ class Run:
             write_report(history, self.folder / "report.html")
             display.finish_step(steps)
 
+        published = self.settings.statistics == "published"
         return prune(
             dense,
             train=train,
             evaluate=evaluate,
-            calibrate=calibrate,
+            calibrate=None if published else calibrate,
+            statistics=_load_statistics(self._dense_statistics) if published else None,
             example_inputs=recipe.example_inputs(),
             **self.settings.pruning_options,
             checkpoint_dir=self.folder / "steps",
@@ -197,6 +208,28 @@ class Run:
         }
 
 
+def _train(
+    recipe: Recipe, model: nn.Module, epochs: int, display: Display, title: str, collector: EntropyCollector | None
+) -> None:
+    """Train a network by its recipe, and show the progress.
+
+    Args:
+        recipe: the recipe.
+        model: the network, in train mode, which is changed.
+        epochs: the length of the schedule.
+        display: receives the progress.
+        title: what the training is, in a few words.
+        collector: an attached collector, which gets to see the last epoch only, or None.
+    """
+    with contextlib.ExitStack() as earlier:
+        if collector is not None and epochs > 1:
+            earlier.enter_context(collector.paused())
+        for count, progress in enumerate(display.track(recipe.train(model, epochs), epochs, title), 1):
+            done = epochs * progress.done / progress.total if isinstance(progress, Progress) else count
+            if done >= epochs - 1:
+                earlier.close()
+
+
 def create_run(folder: Path, settings: Settings, recipe: Recipe) -> Run:
     """Begin a run in a new or empty folder.
 
@@ -210,11 +243,13 @@ def create_run(folder: Path, settings: Settings, recipe: Recipe) -> Run:
 
     Raises:
         ValueError: the folder is not empty or cannot be written, the network has no activation of a name in
-            `settings.protect`, or it is not trained and `settings.epochs_dense` is 0.
+            `settings.protect`, or it is not trained, or to be counted in training, and `settings.epochs_dense` is 0.
     """
     run = Run(folder, settings, recipe)
     if settings.epochs_dense == 0 and recipe.untrained:
         raise ValueError(f"--epochs-dense 0 needs a trained network, but {recipe.untrained}; leave the option out")
+    if settings.epochs_dense == 0 and settings.statistics:
+        raise ValueError("--statistics published needs the last epoch of a training; leave out --epochs-dense 0")
     if settings.protect:
         sites = find_sites(recipe.build_model(), recipe.example_inputs())
         check_names(settings.protect, [site.name for site in sites], "protect")
@@ -280,30 +315,6 @@ def _measure(model: nn.Module, recipe: Recipe, display: Display) -> dict[str, fl
     }
 
 
-@torch.no_grad()
-def _latency(dense: nn.Module, pruned: nn.Module, fused: FusedModel, recipe: Recipe) -> dict[str, float]:
-    """Measure the time of one call of four networks in milliseconds. They are timed in alternation.
-
-    The dense network and the pruned one are each run in both memory formats (contiguous and channels-last), and the lower time
-    counts. The two fused networks are in the format that `fuse` chose.
-
-    Args:
-        dense: the trained network before any removal.
-        pruned: the network after the removals.
-        fused: the result of `fuse` for `pruned`.
-        recipe: gives the inputs.
-
-    Returns:
-        Milliseconds under the names "dense", "dense_fused", "pruned" and "fused".
-    """
-    inputs = recipe.example_inputs()
-    models = {"dense": dense, "dense_fused": fuse(dense.eval(), inputs), "pruned": pruned, "fused": fused}
-    models |= {f"{name} in channels-last": with_channels_last_weights(models[name]) for name in ("dense", "pruned")}
-    times = measure_times({name: functools.partial(model.eval(), *inputs) for name, model in models.items()}, rounds=31)
-    best = {name: min(times[name], times.pop(f"{name} in channels-last")) for name in ("dense", "pruned")}
-    return times | best
-
-
 def _step_dict(step: Step) -> dict[str, Any]:
     """Return a step as a dict for history.json. Raise ValueError if figures that this run always measures are missing."""
     if missing := {"test", "pruned_ms", "fused_ms"} - set(step.metrics):
@@ -316,6 +327,14 @@ def _step_dict(step: Step) -> dict[str, Any]:
         "latency_ms": {"pruned": step.metrics["pruned_ms"], "fused": step.metrics["fused_ms"]},
         "collapsed": [asdict(projection) for projection in step.collapsed],
     }
+
+
+def _load_statistics(path: Path) -> Statistics:
+    """Read the statistics of the dense network. Raise ValueError if the file is missing or damaged."""
+    try:
+        return Statistics.load(path)
+    except OSError as error:
+        raise ValueError(f"{path} is missing; begin the run anew") from error
 
 
 def _load_weights(model: nn.Module, path: Path) -> None:

@@ -49,7 +49,7 @@ _RECIPE_OPTIONS = (
     "cache_gb",
 )
 #: The values of options that name one of several things.
-_CHOICES = {"optimizer": ("sgd", "adamw"), "precision": ("float32", "bfloat16")}
+_CHOICES = {"statistics": ("published",), "optimizer": ("sgd", "adamw"), "precision": ("float32", "bfloat16")}
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,8 @@ class Settings:
         model: the network of the recipe; None leaves the choice to the recipe.
         data: the folder or the name of the recipe's data, or None. Not every recipe takes it.
         compile: whether training uses torch.compile.
+        statistics: "published" for entropies as in the code of EASIER: of the batches of the last epoch of each training, with
+            0 counted as on, averaged. None for entropies of the training images without augmentation, in eval mode.
         width, weights, image_size, images_per_epoch, batch_size, optimizer, learning_rate, label_smoothing, ema, distill,
         precision, cache_gb: further options of recipes, under the names of their arguments. None leaves the choice to the
             recipe.
@@ -98,6 +100,7 @@ class Settings:
     data: str | None = None
     compile: bool = False
     epochs_dense: int | None = None
+    statistics: str | None = None
     width: float | None = None
     weights: str | None = None
     image_size: int | None = None
@@ -135,13 +138,17 @@ class Settings:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(choices)}")
         if self.criterion not in CRITERIA:
             raise ValueError(f"criterion is {self.criterion!r}; expected one of {', '.join(CRITERIA)}")
+        if self.statistics and self.collapse:
+            raise ValueError("collapse fits convolutions to the training images in eval mode; leave out statistics 'published'")
         Options(**self.pruning_options)
 
     @property
     def pruning_options(self) -> dict[str, Any]:
         """The options that are passed to `prune`, by name."""
-        names = [field.name for field in fields(Options)]
-        return {name: getattr(self, name) for name in names} | {"protect": tuple(self.protect)}
+        published = self.statistics == "published"
+        figures = {"zero": "on" if published else "discard", "average": "batch" if published else "dataset"}
+        names = [field.name for field in fields(Options) if field.name not in figures]
+        return {name: getattr(self, name) for name in names} | figures | {"protect": tuple(self.protect)}
 
     @property
     def recipe_options(self) -> dict[str, Any]:

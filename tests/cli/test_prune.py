@@ -40,7 +40,7 @@ def small_networks():
 def without_pages(monkeypatch):
     """Leave out what a run shows of its result, which `finished` has: the report, and the times of the last networks."""
     monkeypatch.setattr(run, "write_report", lambda history, path: None)
-    monkeypatch.setattr(run, "_latency", lambda *networks: {})
+    monkeypatch.setattr(run, "final_latencies", lambda *networks: {})
 
 
 @pytest.fixture(scope="module")
@@ -165,9 +165,29 @@ def test_resumed_run_has_the_same_result(finished, tmp_path, monkeypatch, when):
     assert outcome(json.loads((folder / "history.json").read_text())) == outcome(expected)
 
 
+@pytest.mark.usefixtures("without_pages")
+def test_published_statistics_are_those_of_the_last_epoch(tmp_path):
+    """They are kept for a resumed run, which trains the dense network no more."""
+    folder = tmp_path / "run"
+    options = ["--statistics", "published", "--max-removed", "1", "--epochs-dense", "3"]
+    assert (result := invoke(*SHORT, *options, "--output", folder)).exit_code == 0, result.output
+    history = json.loads((folder / "history.json").read_text())
+    counted = Statistics.load(folder / "dense-statistics.safetensors")
+    assert history["steps"][0]["layer_entropy"] == counted.layer_entropy(zero="on", average="batch")
+    site = next(iter(counted.values()))
+    assert site.counts[0].sum() == 8 * 8 * 898  # the positions of all training images
+    for file in (folder / "steps").glob("0*/*"):
+        file.unlink()
+    resumed = invoke("prune", "--resume", folder)
+    assert resumed.exit_code == 0, resumed.output
+    assert outcome(json.loads((folder / "history.json").read_text())) == outcome(history)
+
+
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
+        (["prune", "--statistics", "ours"], "statistics is 'ours'; expected one of published"),
+        (["prune", "--statistics", "published", "--collapse", "project"], "leave out statistics 'published'"),
         (["prune", "digit"], "unknown recipe 'digit'; the recipes are digits"),
         (["prune", "--max-drop", "-1"], "--max-drop"),
         (["prune", "--max-drop", "nan"], "max.drop"),

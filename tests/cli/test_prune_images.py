@@ -34,7 +34,7 @@ def one_thread():
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(run, "write_report", lambda history, path: None)
-        monkeypatch.setattr(run, "_latency", lambda *networks: {})
+        monkeypatch.setattr(run, "final_latencies", lambda *networks: {})
         yield
     torch.set_num_threads(threads)
 
@@ -145,6 +145,7 @@ def test_run_stopped_by_a_broken_image_goes_on_when_it_is_mended(data, tmp_path)
             "needs a trained network, but its last layer fc is new",
         ),
         (["--epochs-dense", "-1"], "--epochs-dense"),
+        (["--epochs-dense", "0", "--statistics", "published"], "--statistics published needs the last epoch of a training"),
         (["--protect", "gelu"], "protect names 'gelu', which is not a site"),
         (["--image-size", "4"], "image_size is 4; expected an int from 8"),
         (["--batch-size", "1"], "batch_size is 1; expected"),

@@ -63,8 +63,8 @@ SIGNATURES = {
         "load": "(path)",
         "prune": "(model, *, train, evaluate, calibrate, example_inputs, max_drop=0.01, max_removed=None, "
         "per_step=1, criterion='entropy', zeros_together=False, protect=(), target_speedup=None, "
-        "max_latency_ms=None, collapse=None, statistics=None, checkpoint_dir=None, measure=None, "
-        "on_step=None)",
+        "max_latency_ms=None, collapse=None, zero='discard', average='dataset', statistics=None, checkpoint_dir=None, "
+        "measure=None, on_step=None)",
         "register_activation": "(activation, name)",
         "statistics_of": "(counts)",
     },

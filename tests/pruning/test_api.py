@@ -208,6 +208,27 @@ def test_entropies_of_training_passes():
     assert len(counted.steps) == 5
 
 
+def test_entropies_as_in_the_code_of_the_paper():
+    """Zero counts as on, and the entropies of the batches are averaged."""
+    model = Saturated().eval()
+    with collect(model, average="batch") as collector:
+        calibrate(model)
+    result = run(model, zero="on", average="batch", max_removed=1)
+    entropies = collector.compute().layer_entropy("on", "batch")
+    assert result.steps[0].layer_entropy == entropies
+    assert result.steps[0].layer_entropy != run(model, max_removed=0).steps[0].layer_entropy
+    assert result.removed == (min(entropies, key=entropies.get),)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"), [({"zero": "off"}, "expected one of discard, on"), ({"average": "mean"}, "dataset, batch")]
+)
+def test_unknown_kind_of_entropy(option, message):
+    ((name, value),) = option.items()
+    with pytest.raises(ValueError, match=f"^{name} is '{value}'; .*{message}"):
+        run(Saturated(), **option)
+
+
 def test_given_statistics_replace_the_first_calibration(network):
     with collect(network.eval()) as collector:
         calibrate(network)

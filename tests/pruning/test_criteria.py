@@ -23,16 +23,16 @@ def test_lowest_breaks_ties_by_call_order():
 
 
 def test_entropy_scores():
-    assert scores("entropy", None, FOUR, SITES) == FOUR.layer_entropy()
+    assert scores("entropy", None, FOUR, {"b": 0.5, "a": 1.0}, SITES) == {"b": 0.5, "a": 1.0}
 
 
 def test_random_scores_ignore_entropies():
     firsts = set()
     for seed in range(40):
         torch.manual_seed(seed)
-        scored = scores("random", None, FOUR, SITES)
+        scored = scores("random", None, FOUR, {}, SITES)
         torch.manual_seed(seed)
-        assert scored == scores("random", None, FOUR, SITES)
+        assert scored == scores("random", None, FOUR, {}, SITES)
         firsts |= set(lowest(scored, 1))
     assert firsts == set(SITES)
 
@@ -43,7 +43,7 @@ def test_uniform_removals_halve_the_longest_gaps(count):
     names = [f"s{index:02}" for index in range(count)]
     left, order = list(names), []
     while left:
-        (name,) = lowest(scores("uniform", None, statistics(**dict.fromkeys(left, 50)), names), 1)
+        (name,) = lowest(scores("uniform", None, statistics(**dict.fromkeys(left, 50)), {}, names), 1)
         left.remove(name)
         order.append(names.index(name))
         if len(order) in (1, 3, 7, 15):
@@ -61,7 +61,7 @@ def test_scores_of_a_function():
         seen.append((model, given))
         return {"d": 2, "b": 1.5}
 
-    assert scores(depth, "the model", FOUR, SITES) == {"b": 1.5, "d": 2.0}
+    assert scores(depth, "the model", FOUR, {}, SITES) == {"b": 1.5, "d": 2.0}
     assert seen == [("the model", FOUR)]
 
 
@@ -71,7 +71,7 @@ def test_scores_of_a_function():
 )
 def test_invalid_scores_of_a_function(given, message):
     with pytest.raises(ValueError, match=message):
-        scores(lambda model, statistics: given, None, FOUR, SITES)
+        scores(lambda model, statistics: given, None, FOUR, {}, SITES)
 
 
 #: Four activations between operators. Without c and d, all operators after b merge into one; removing a alone saves little.
