@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastentropy._compat import is_replica, module_identity, path_when_uncompiled
+from fastentropy._utils.frames import local_variable
 from fastentropy.sites.activations import activation_name, function_name
 from fastentropy.sites.padding import Mask, MaskArgument, mask_argument
 
@@ -102,12 +103,9 @@ class WatchedModules:
         return path if path is not None and (self.kinds[path][0] is value or is_replica(value)) else None
 
     def path_in(self, frame: FrameType) -> str | None:
-        """Return the path of the module of which a stack frame runs a method; None if it runs other code.
-
-        The local variables of other frames are not asked for: Python would keep them alive.
-        """
+        """Return the path of the module of which a stack frame runs a method; None if it runs other code."""
         code = frame.f_code
-        return self.path_of(frame.f_locals.get(code.co_varnames[0])) if code in self._methods else None
+        return self.path_of(local_variable(frame, code.co_varnames[0])) if code in self._methods else None
 
     def activation_in(self, frame: FrameType) -> str | None:
         """Return the path of the activation module of which a stack frame runs a method; None if it runs other code."""

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from fastentropy._compat import children_of, is_compiled, tree_leaves
 from fastentropy._utils.errors import one_line
+from fastentropy._utils.frames import local_variable
 from fastentropy.sites import channel_axis, finding, interception, operators, reporter, watcher
 from fastentropy.sites.activations import activation_name, function_name
 from fastentropy.sites.fast_paths import fast_paths
@@ -152,7 +153,7 @@ class _Tracer(NoObserver):
         """Record the code that calls an activation, then run the activation."""
         frame = _calling_frame()
         code = frame.f_code
-        caller = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+        caller = local_variable(frame, code.co_varnames[0]) if code.co_argcount else None
         self.calls.append(
             _Traced(
                 call.site.name,

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import functools
 import pickle
+import weakref
 from unittest import mock
 
 import pytest
@@ -349,3 +350,30 @@ def test_modules_of_others_are_not_touched():
 
     collector = assert_invisible(other, run, collect(model))
     assert not collector._statistics()
+
+
+class FreesItsInput(nn.Module):
+    """It drops a value that it has passed to an activation."""
+
+    def __init__(self):
+        super().__init__()
+        self.relu, self.kept = nn.ReLU(), []
+
+    def forward(self, x):
+        x = x + 1
+        kept = weakref.ref(x)
+        y = self.relu(x)
+        x = None
+        self.kept.append(kept() is not None)
+        return y
+
+
+@pytest.mark.parametrize("other", [False, True])
+@torch.no_grad()
+def test_values_that_a_model_drops_are_freed(other):
+    """Also in a model of the same class that nobody watches, as a teacher may be."""
+    model = FreesItsInput()
+    with collect(FreesItsInput() if other else model):
+        for _ in range(3):
+            model(torch.ones(2, 3))
+    assert model.kept == [False] * 3
