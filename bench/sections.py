@@ -159,7 +159,7 @@ def baselines(results: str) -> str:
     rows = []
     for machine in MACHINES:
         kernel, collect, fuse = (Record.load(RESULTS / f"{each}-{machine}.json") for each in ("kernels", "collect", "fuse"))
-        where = kernel.machine.removesuffix(" HBM3")
+        where, collected, fused_on = (record.machine.removesuffix(" HBM3") for record in (kernel, collect, fuse))
         for name, ours, eager in largest_cases(kernel):
             if name.startswith("relu"):
                 others = [median(eager.get(each)) for each in ("PyTorch counting", "torch.compile", "published procedure")]
@@ -168,11 +168,13 @@ def baselines(results: str) -> str:
                     rows.append((where, "the same as eager calls", quartiles(eager["activation_states"].ratio), *others))
         for case, operations in ((name, by_operation(each)) for name, each in collect.cases().items()):
             others = [median(operations.get(each)) for each in ("PyTorch hooks", "compiled hooks", "published procedure")]
-            rows.append((where, f"{case}: collecting / plain", quartiles(operations["collecting"].ratio), *others))
+            rows.append((collected, f"{case}: collecting / plain", quartiles(operations["collecting"].ratio), *others))
         for name, operations in ((name, by_operation(each)) for name, each in fuse.cases().items()):
             if name.startswith(FUSED):
                 frozen = operations.get("torch.compile, frozen")
-                rows.append((where, f"{name}: fused / folded", quartiles(operations["fused"].ratio), "–", median(frozen), "–"))
+                rows.append(
+                    (fused_on, f"{name}: fused / folded", quartiles(operations["fused"].ratio), "–", median(frozen), "–")
+                )
     head = ("machine", "time of", "fastentropy", "plain PyTorch", "`torch.compile`", "published code")
     return f"{table(head, rows)}\n\n{missing(results)}"
 
