@@ -7,6 +7,7 @@ operation of its case. The argument `results` of the functions is the path from 
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from statistics import median as median_of
 
 from markdown_tables import (
     MACHINES,
@@ -141,7 +142,7 @@ def networks(results: str) -> str:
     """
     record = Record.load(RESULTS / "networks-epyc.json")
     head = ("", "model", *NETWORK_OPERATIONS, "fused in", "memory (weights)")
-    return f"{of_record('networks-epyc', record, results)}\n\n{table(head, case_rows(network_row, record))}"
+    return f"{of_record('networks-epyc', record, results)}\n\n{table(head, sorted(case_rows(network_row, record)))}"
 
 
 def network_row(case: str, operations: dict[str, Measurement]) -> Sequence[str]:
@@ -152,6 +153,26 @@ def network_row(case: str, operations: dict[str, Measurement]) -> Sequence[str]:
     memory = f"{(facts['peak_bytes'] - facts['peak_bytes_before']) / 1e6:.0f} MB ({facts['weight_bytes'] / 1e6:.0f} MB)"
     seconds = f"{facts['seconds_to_fuse']:.0f} s"
     return case, f"{operations['model'].milliseconds.median:.3g} ms", *speeds, seconds, memory
+
+
+def whole_networks(results: str) -> str:
+    """Return a paragraph of the README on the worst and the usual cases of the table of whole networks."""
+    record = Record.load(RESULTS / "networks-epyc.json")
+    cases = {name: by_operation(each) for name, each in record.cases().items()}
+    times = {
+        name: {operation: each.ratio.median for operation, each in case.items() if each.ratio} for name, case in cases.items()
+    }
+    slowest = max(max(case["fused"], case["fused, auto"]) for case in times.values())
+    against = max(case["fused, auto"] / case["torch.compile"] for case in times.values())
+    gains = [case["torch.compile, dense"] / case["fused, auto"] for name, case in times.items() if " all, " in name]
+    networks = len({name.split(", ")[0].rsplit(" ", 1)[0] for name in times})
+    return (
+        f"{networks} whole networks were measured ({record.machine}): dense, with a random half of their activations "
+        f"linearised, and with those of all blocks or MLPs. What `fuse` returns takes at most {slowest:.2f} of the time of the "
+        f'model as given. With `backend="auto"` it takes at most {against:.2f} of that of `torch.compile` with frozen weights, '
+        f"and the linearised networks are {min(gains):.2f} to {max(gains):.2f} times as fast as `torch.compile` runs the dense "
+        f"ones (median {median_of(gains):.2f}). The record is [networks-epyc.json]({results}/networks-epyc.json)."
+    )
 
 
 def baselines(results: str) -> str:
@@ -328,6 +349,7 @@ SECTIONS: dict[str, Callable[[str], str]] = {
     "collect": collecting,
     "fuse": fusing,
     "networks": networks,
+    "whole-networks": whole_networks,
     "goals": goals,
     "baselines": baselines,
     "digits": digits,
