@@ -5,6 +5,8 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,6 @@ from typer.testing import CliRunner
 from fastentropy.cli import app
 from fastentropy.recipes import run
 from fastentropy.recipes.images_data import read_image_set
-from tests._helpers.kill_points import die_at
 from tests.recipes.image_cases import draw_images, write_folders
 
 FACTORIES = "tests.recipes.image_networks"
@@ -93,13 +94,13 @@ def test_dense_network_of_a_run_is_taken_as_it_is(finished, data, tmp_path):
 def test_run_killed_at_any_moment_ends_like_an_undisturbed_one(finished, data, tmp_path, drawn):
     folder = tmp_path / "run"
     options = ["images", *SMALL, *SHORT, "--data", data, "--output", folder]
-    for moment in (0, drawn.randrange(1, 16), drawn.randrange(16), drawn.randrange(16)):
-        if not (child := os.fork()):
-            die_at(moment)
-            os._exit(invoke(*options).exit_code)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) in (0, -signal.SIGKILL)
-        options = ["--resume", folder] if (folder / "history.json").exists() else options
-    assert invoke(*options).exit_code == 0
+    moments = [0, drawn.randrange(1, 16), drawn.randrange(16), drawn.randrange(16)]
+    job = json.dumps({"folder": str(folder), "options": [*map(str, options)], "moments": moments})
+    command = [sys.executable, "-m", "tests.cli.killed_runs", job]
+    killed = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    assert killed.returncode == 0, killed.stderr
+    assert set(json.loads(killed.stdout)) <= {0, -signal.SIGKILL}, killed.stderr
+    assert invoke(*["--resume", folder] if (folder / "history.json").exists() else options).exit_code == 0
     assert outcome(folder) == outcome(finished[0])
 
 
