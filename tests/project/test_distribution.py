@@ -76,7 +76,7 @@ def test_wheel_metadata_list_dependencies(built):
     metadata = email.message_from_bytes(dist_info_file(built, "METADATA"))
     (version,) = re.findall(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
     assert (metadata["Name"], metadata["Version"], metadata["Requires-Python"]) == ("fastentropy", version, ">=3.10")
-    extras = {"bench", "calibrate", "cifar10", "cli", "dev", "docs", "onnx", "test"}
+    extras = {"bench", "calibrate", "cifar10", "cli", "dev", "docs", "images", "onnx", "pretrained", "test"}
     assert set(metadata.get_all("Provides-Extra")) == extras
     needed = {re.split(r"[ ;>=]", line)[0] for line in metadata.get_all("Requires-Dist") if "extra ==" not in line}
     assert needed == {"torch", "triton", "numpy", "numba", "safetensors", "executing"}
