@@ -16,6 +16,7 @@ from fastentropy import Statistics, load
 from fastentropy.cli import app
 from fastentropy.recipes import run
 from fastentropy.recipes.digits import Digits, DigitsNet
+from tests._helpers.command_line import assert_one_line
 
 SHORT = ["prune", "--epochs", "2", "--max-removed", "2", "--max-drop", "1", "--seed", "3"]
 
@@ -56,13 +57,6 @@ def outcome(history):
     """Return what the same seed must reproduce: everything but times and dates."""
     steps = [{key: step[key] for key in ("removed", "layer_entropy", "validation", "test")} for step in history["steps"]]
     return history["recipe"], history["seed"], history["options"], steps, history["kept_step"]
-
-
-def assert_one_line(result, text):
-    assert result.exit_code == 2, result.output
-    assert "Traceback" not in result.output
-    (line,) = (line for line in result.output.splitlines() if line.startswith("Error"))
-    assert re.search(text, line), line
 
 
 @pytest.mark.slow

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -17,6 +16,7 @@ from typer.testing import CliRunner
 from fastentropy.cli import app
 from fastentropy.recipes import run
 from fastentropy.recipes.images_data import read_image_set
+from tests._helpers.command_line import assert_one_line
 from tests.recipes.image_cases import draw_images, write_folders
 
 FACTORIES = "tests.recipes.image_networks"
@@ -102,13 +102,6 @@ def test_run_killed_at_any_moment_ends_like_an_undisturbed_one(finished, data, t
     assert set(json.loads(killed.stdout)) <= {0, -signal.SIGKILL}, killed.stderr
     assert invoke(*["--resume", folder] if (folder / "history.json").exists() else options).exit_code == 0
     assert outcome(folder) == outcome(finished[0])
-
-
-def assert_one_line(result, text):
-    assert result.exit_code == 2, result.output
-    assert "Traceback" not in result.output
-    (line,) = (line for line in result.output.splitlines() if line.startswith("Error"))
-    assert re.search(text, line), line
 
 
 @pytest.mark.slow
