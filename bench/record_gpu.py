@@ -108,10 +108,8 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     output = options.output.resolve()
     output.mkdir(parents=True, exist_ok=True)
-    data, calibrated = (
-        options.data and str(Path(options.data).resolve()),
-        [str(Path(each).resolve()) for each in options.calibrate],
-    )
+    data = options.data and str(Path(options.data).resolve())
+    calibrated = [str(Path(each).resolve()) for each in options.calibrate]
     summary = run_steps(steps(output, options.device, data, calibrated), 60 * options.minutes, output, options.device)
     open_steps = [name for name, step in summary["steps"].items() if step["ended"] != "finished"]
     print(f"Missing: {', '.join(open_steps) or 'nothing'}. The records are in {output}")
