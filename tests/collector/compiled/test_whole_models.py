@@ -106,7 +106,10 @@ class Reads(nn.Module):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("shape", "axis"),
-    [((7,), 0), ((0, 3), 1), ((1037, 5), 1), ((3, 1025, 6), -1), ((2, 6, 37, 5), 1), ((2, 3, 5, 17), 1), ((2, 6, 3, 4, 7), 1)],
+    [
+        *[((7,), 0), ((0, 3), 1), ((1037, 5), 1), ((3, 1025, 6), -1), ((2, 6, 3, 4, 7), 1)],
+        *[((2, 6, *image), 1) for image in [(37, 5), (5, 17), (7, 7), (8, 4), (24, 41), (37, 41), (0, 32)]],
+    ],
 )
 def test_every_position_is_counted(backend, dtype, shape, axis):
     model, x = Reads(), torch.randn(shape).to(dtype)
