@@ -2,8 +2,9 @@
 
 import contextlib
 import datetime
+import functools
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -36,6 +37,8 @@ Display = TypeVar("Display", bound="_Display")
 MAX_PROBLEMS = 5
 #: Progress that comes sooner after the last one than this, in seconds, is not shown.
 SHORTEST_UPDATE = 0.2
+#: Where no terminal shows the bars, a line about the progress is printed at most once in so many seconds.
+BETWEEN_LINES = 60.0
 
 
 class _Display:
@@ -44,6 +47,18 @@ class _Display:
     def __init__(self, *columns: ProgressColumn, console: Console) -> None:
         self._console = console
         self._progress = RichProgress(*columns, console=console)
+        self._printed = time.monotonic()
+
+    def _update(self, task: TaskID, **changes: Any) -> None:
+        """Bring a bar up to date, and print a line about it from time to time if it goes to a file in place of a terminal."""
+        self._progress.update(task, **changes)
+        now = time.monotonic()
+        if self._console.is_terminal or now - self._printed < BETWEEN_LINES:
+            return
+        self._printed = now
+        bar = next(each for each in self._progress.tasks if each.id == task)
+        share = "" if bar.total is None else f" {bar.percentage:.0f}%,"
+        self._console.print(f"{bar.description}:{share} {bar.fields['figure']}", highlight=False, soft_wrap=True)
 
     def __enter__(self: Display) -> Display:
         """Start to show the bars."""
@@ -76,14 +91,14 @@ class ProgressDisplay(_Display):
             title: the text next to the bar.
         """
         task = self._progress.add_task(title, total=total, figure="")
-        show = _ImageCounter(self._progress, task)
+        show = _ImageCounter(functools.partial(self._update, task))
         try:
             for value in values:
                 if isinstance(value, Progress):
                     show(value)
                 else:
                     figure = f"loss {value:.3f}" if isinstance(value, float) else ""
-                    self._progress.update(task, advance=1, figure=figure)
+                    self._update(task, advance=1, figure=figure)
                 yield value
         finally:
             self._progress.remove_task(task)
@@ -96,7 +111,7 @@ class ProgressDisplay(_Display):
         """
         task = self._progress.add_task(title, total=None, figure="", visible=False)
         try:
-            yield _ImageCounter(self._progress, task)
+            yield _ImageCounter(functools.partial(self._update, task))
         finally:
             self._progress.remove_task(task)
 
@@ -114,9 +129,9 @@ class ProgressDisplay(_Display):
 class _ImageCounter:
     """Shows on a progress bar how many images have been worked on, how many a second, and how long the rest will take."""
 
-    def __init__(self, progress: RichProgress, task: TaskID) -> None:
-        """Begin to measure the time of a task of `progress`."""
-        self._progress, self._task = progress, task
+    def __init__(self, update: Callable[..., None]) -> None:
+        """Begin to measure the time. `update` brings the bar up to date."""
+        self._update = update
         self._began = self._shown = time.monotonic()
 
     def __call__(self, value: Progress) -> None:
@@ -129,9 +144,7 @@ class _ImageCounter:
         loss = "" if value.loss is None else f", loss {float(value.loss):.2f}"
         speed = value.done / seconds
         figure = f"{format_count(round(speed)) if speed >= 9.95 else f'{speed:.1f}'} images/s, {time_left} left{loss}"
-        self._progress.update(
-            self._task, completed=value.done, total=value.total, figure=figure, time_left=time_left, visible=True
-        )
+        self._update(completed=value.done, total=value.total, figure=figure, time_left=time_left, visible=True)
 
 
 class _Figure(ProgressColumn):
@@ -164,10 +177,10 @@ class CalibrationDisplay(_Display):
             shows_units: whether the bar shows units instead of bytes.
         """
         super().__init__(
-            TextColumn("calibrate"), BarColumn(bar_width=16), TaskProgressColumn(), TextColumn("{task.fields[figure]}"),
-            _TimeLeft(compact=True), console=console,
+            TextColumn("{task.description}"), BarColumn(bar_width=16), TaskProgressColumn(),
+            TextColumn("{task.fields[figure]}"), _TimeLeft(compact=True), console=console,
         )  # fmt: skip
-        self._task = self._progress.add_task("", total=total, figure="")
+        self._task = self._progress.add_task("calibrate", total=total, figure="")
         self._unit, self._shows_units = unit, shows_units
 
     def show(self, read: int, tokens: int, tokens_per_second: float, overhead: float | None) -> None:
@@ -181,7 +194,7 @@ class CalibrationDisplay(_Display):
         """
         cost = "" if overhead is None else f", time ×{overhead:.3f}"
         figure = f"{format_count(tokens)} {self._unit}, {format_count(round(tokens_per_second))}/s{cost}"
-        self._progress.update(self._task, completed=tokens if self._shows_units else read, figure=figure)
+        self._update(self._task, completed=tokens if self._shows_units else read, figure=figure)
 
 
 def print_calibration(statistics: Statistics, summary: Mapping[str, Any], folder: Path, console: Console) -> None:

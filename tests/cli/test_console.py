@@ -58,3 +58,21 @@ def test_losses_of_epochs_are_shown_with_the_elapsed_time(display):
     values = display.track([0.5, 0.25], 2, "fine-tune")
     next(values), next(values)
     assert shown(display)[1].split()[-4:] == ["2/2", "0:00:00", "loss", "0.250"]
+
+
+def test_file_gets_a_line_from_time_to_time(monkeypatch):
+    clock = iter(range(0, 1_000_000, 25))
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    file, total = io.StringIO(), 8
+    display = ProgressDisplay(Console(file=file))
+    for _ in display.track([Progress(done, total) for done in range(1, total + 1)], total, "fine-tune"):
+        pass
+    lines = file.getvalue().splitlines()
+    assert 1 < len(lines) < total
+    assert lines[-1].startswith("fine-tune: 88%, 0.0 images/s, 0:00:")
+
+
+def test_terminal_gets_no_lines_beside_the_bars(display):
+    terminal = ProgressDisplay(Console(file=io.StringIO(), force_terminal=True))
+    list(terminal.track([0.5, 0.25], 2, "fine-tune"))
+    assert terminal._console.file.getvalue() == ""
