@@ -3,6 +3,7 @@
 import contextlib
 import warnings
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 from functools import reduce
 from operator import add
 from typing import Any
@@ -307,8 +308,12 @@ class EntropyCollector:
 
     def _statistics(self) -> Statistics:
         """Return the loaded counts plus everything counted since, without sites that have no values yet."""
-        counted = self._counting.statistics(self._watcher.sites)
-        counted = {name: site for name, site in counted.items() if site.observations + site.nan}
+        axis_from_end = self._watcher.registry.axis_from_end
+        counted = {
+            name: replace(site, channel_axis=axis_from_end(name))
+            for name, site in self._counting.statistics(self._watcher.sites).items()
+            if site.observations + site.nan
+        }
         names = [*self._restored, *(name for name in counted if name not in self._restored)]
         parts = {name: [part[name] for part in (self._restored, counted) if name in part] for name in names}
         notes = tuple(dict.fromkeys((*self._restored.notes, *self._notes, *self._watcher.registry.notes)))

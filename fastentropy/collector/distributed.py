@@ -21,6 +21,7 @@ class _Entry(NamedTuple):
     share: RankShare  # where the rank's counts belong in the counts of all ranks
     tells_batches_apart: bool  # the rank has entropies per batch, of whole batches
     axis_is_inferred: bool  # the axis of the neurons is a default
+    channel_axis: int | None  # the axis of the neurons, counted from the end
 
 
 class _Rank(NamedTuple):
@@ -68,7 +69,11 @@ def sum_over_ranks(
     for name in dict.fromkeys(name for rank in ranks for name in rank.sites):
         entries = [rank.sites[name] for rank in ranks if name in rank.sites]
         keeps_batches = all(entry.tells_batches_apart for entry in entries)
-        entry = entries[0]._replace(axis_is_inferred=any(entry.axis_is_inferred for entry in entries))
+        axes = {entry.channel_axis for entry in entries}
+        entry = entries[0]._replace(
+            axis_is_inferred=any(entry.axis_is_inferred for entry in entries),
+            channel_axis=axes.pop() if len(axes) == 1 else None,
+        )
         parts[name] = _part(statistics.get(name), shares.get(name), entry, keeps_batches)
     return Statistics(_summed(parts, device), tuple(dict.fromkeys(note for rank in ranks for note in rank.notes)))
 
@@ -81,6 +86,7 @@ def _all_ranks(statistics: Statistics, shares: Mapping[str, RankShare], modules:
             shares[name],
             site.batch_entropies is not None and shares[name].has_whole_batches,
             site.axis_is_inferred,
+            site.channel_axis,
         )
         for name, site in statistics.items()
     }
@@ -153,7 +159,14 @@ def _part(site: SiteStatistics | None, share: RankShare | None, entry: _Entry, k
     neurons = entry.share.neurons
     counts = torch.zeros(neurons, 3, dtype=torch.int64, device="cpu")
     entropies = torch.zeros(neurons, 2, dtype=torch.float64, device="cpu") if keeps_batches else None
-    part = SiteStatistics(entry.activation, counts, 0, entropies, axis_is_inferred=entry.axis_is_inferred)
+    part = SiteStatistics(
+        entry.activation,
+        counts,
+        0,
+        entropies,
+        axis_is_inferred=entry.axis_is_inferred,
+        channel_axis=entry.channel_axis,
+    )
     if site is None or share is None or not share.is_counted:
         return part
     place = slice(share.start, share.start + site.neurons)

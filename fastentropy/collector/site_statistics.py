@@ -29,6 +29,8 @@ class SiteStatistics:
         axis_is_inferred: whether the axis of the neurons is a default, because nothing told where they lie.
         neuron_batches: int64 [neurons], the number of batches in which the neuron had a value that was not NaN. Its entropies
             per batch are averaged over these batches. None if the number is `batches` for every neuron.
+        channel_axis: the axis of the activation's input whose entries are the neurons, counted from the end: -1 after a linear
+            layer, -3 after a 2-D convolution. None if it is not known, or not the same in all runs that were added.
 
     Examples:
         >>> import torch
@@ -47,6 +49,7 @@ class SiteStatistics:
     batches: int = 0
     axis_is_inferred: bool = False
     neuron_batches: Tensor | None = None
+    channel_axis: int | None = None
 
     def __post_init__(self) -> None:
         """Replace `neuron_batches` by None if it tells nothing that `batches` does not."""
@@ -135,6 +138,7 @@ class SiteStatistics:
             self.counts + other.counts,
             self.nan + other.nan,
             axis_is_inferred=self.axis_is_inferred or other.axis_is_inferred,
+            channel_axis=self.channel_axis if self.channel_axis == other.channel_axis else None,
         )
         if self.batch_entropies is None or other.batch_entropies is None:
             return both

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 #: The columns of `Statistics.to_dict` and `Statistics.to_pandas`.
 _FIGURES = ["activation", "neurons", "observations", "nan", "entropy", "dead", "always_on", "off", "zero", "on"]
+#: The values of a site in `Statistics.state_dict` that are no tensors.
+_VALUES = ("activation", "nan", "batches", "axis_is_inferred", "channel_axis")
 #: The keys in the metadata of a file under which the sites and the notes are stored, as JSON.
 _SITES, _NOTES = "fastentropy_sites", "fastentropy_notes"
 #: The line below a table in which names have an asterisk.
@@ -230,16 +232,7 @@ class Statistics(Mapping[str, SiteStatistics]):
             for key in ("batch_entropies", "neuron_batches"):
                 if (tensor := getattr(site, key)) is not None:
                     tensors[f"{name}/{key}"] = tensor
-        sites = [
-            {
-                "name": name,
-                "activation": site.activation,
-                "nan": site.nan,
-                "batches": site.batches,
-                "axis_is_inferred": site.axis_is_inferred,
-            }
-            for name, site in self.items()
-        ]
+        sites = [{"name": name, **{key: getattr(site, key) for key in _VALUES}} for name, site in self.items()]
         return {"sites": sites, **({"notes": list(self.notes)} if self.notes else {}), **tensors}
 
     @classmethod
@@ -346,4 +339,5 @@ def _site_from_state_dict(site: Mapping[str, Any], state: Mapping[str, Any]) -> 
         int(site["batches"]),
         bool(site.get("axis_is_inferred", False)),
         state.get(f"{name}/neuron_batches"),
+        site.get("channel_axis"),
     )

@@ -123,6 +123,11 @@ class SiteRegistry:
         """Return the channel axis of a known site, and its token axes."""
         return self.sites[name].channel_axis, self._token_axes[name]
 
+    def axis_from_end(self, name: str) -> int | None:
+        """Return the channel axis of a site, counted from the end: -1 is the last one. None if the site has none."""
+        site = self.sites.get(name)
+        return None if site is None or site.channel_axis is None else site.channel_axis - self._ranks[name]
+
     def known_or_new(self, name: str, like: Site, ndim: int) -> Site | None:
         """Return the site of a call in a compiled graph; None if it is left out.
 

@@ -346,7 +346,7 @@ def notes_of_ranks():
     sites = {name: replace(site, axis_is_inferred=rank == 1) for name, site in statistics.items()}
     shares = {name: RankShare(0, site.neurons) for name, site in sites.items()}
     summed = sum_over_ranks(fe.Statistics(sites, ["all", f"rank {rank}"]), shares, {"1": "relu"})
-    return summed.notes, summed["1"].axis_is_inferred
+    return summed.notes, summed["1"].axis_is_inferred, summed["1"].channel_axis
 
 
 def run_each(model, x):

@@ -164,6 +164,22 @@ def test_parts_with_code_of_the_user_between_them():
     assert collector.compute()["1"].axis_is_inferred
 
 
+@pytest.mark.parametrize(
+    ("layer", "shape", "axis"),
+    [
+        (nn.Linear(3, 4), (2, 3), -1),
+        (nn.Linear(3, 4), (2, 5, 3), -1),
+        (nn.Conv1d(3, 4, 1), (2, 3, 5), -2),
+        (nn.Conv2d(3, 4, 1), (2, 3, 5, 6), -3),
+    ],
+)
+def test_channel_axis_is_counted_from_the_end(layer, shape, axis):
+    model = nn.Sequential(layer, nn.ReLU())
+    collector = fe.collect(model)
+    collector.update(torch.randn(shape))
+    assert collector.compute()["1"].channel_axis == axis
+
+
 class Shared(nn.Module):
     """One activation that several layers share, of which a pass may leave some out."""
 

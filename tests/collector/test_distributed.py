@@ -123,7 +123,7 @@ def test_batches_without_values_count_as_none(outcomes, divided):
 
 
 def test_notes_and_marks_of_all_ranks_are_kept(outcomes):
-    assert outcomes("notes_of_ranks") == [(("all", "rank 0", "rank 1"), True)] * 2
+    assert outcomes("notes_of_ranks") == [(("all", "rank 0", "rank 1"), True, -1)] * 2
 
 
 def test_batches_whose_tokens_are_divided_are_not_told_apart(outcomes):

@@ -273,7 +273,8 @@ NOTES = ("conv.relu: COO tensors were not counted", f"{'encoder.' * 30}relu was 
 def with_notes(case="long names", notes=NOTES):
     sites = dict(make_hard(case))
     marked = {
-        name: dataclasses.replace(site, axis_is_inferred=not index % 2) for index, (name, site) in enumerate(sites.items())
+        name: dataclasses.replace(site, axis_is_inferred=not index % 2, channel_axis=-1 - index)
+        for index, (name, site) in enumerate(sites.items())
     }
     return Statistics(marked, notes)
 
@@ -302,13 +303,15 @@ def test_notes_and_marks_are_saved(tmp_path):
     for loaded in (Statistics.load(tmp_path / "s"), Statistics.from_state_dict(statistics.state_dict())):
         assert loaded.notes == NOTES
         assert [site.axis_is_inferred for site in loaded.values()] == [site.axis_is_inferred for site in statistics.values()]
+        assert [site.channel_axis for site in loaded.values()] == [-1 - index for index in range(len(statistics))]
 
 
 def test_files_without_notes_and_marks_load(tmp_path):
     statistics = make(1, batches=2)
     tensors, metadata = file_content(statistics)
     sites = [
-        {key: value for key, value in site.items() if key != "axis_is_inferred"} for site in statistics.state_dict()["sites"]
+        {key: value for key, value in site.items() if key not in ("axis_is_inferred", "channel_axis")}
+        for site in statistics.state_dict()["sites"]
     ]
     save_file(tensors, tmp_path / "s", {"fastentropy_sites": json.dumps(sites)})
     assert set(metadata) == {"fastentropy_sites"}
@@ -316,6 +319,7 @@ def test_files_without_notes_and_marks_load(tmp_path):
     assert_same(loaded, statistics)
     assert loaded.notes == ()
     assert not any(site.axis_is_inferred for site in loaded.values())
+    assert [site.channel_axis for site in loaded.values()] == [None, None]
 
 
 def test_sum_keeps_each_note_once_and_every_mark():
@@ -323,3 +327,10 @@ def test_sum_keeps_each_note_once_and_every_mark():
     for both in (left + right, right + left):
         assert sorted(both.notes) == ["a", "b", "c"]
         assert [site.axis_is_inferred for site in both.values()] == [site.axis_is_inferred for site in left.values()]
+
+
+@pytest.mark.parametrize(("left", "right", "both"), [(-1, -1, -1), (-3, -1, None), (-1, None, None), (None, None, None)])
+def test_sum_keeps_a_channel_axis_that_both_have(left, right, both):
+    counts = torch.ones(2, 3, dtype=torch.int64)
+    sites = [SiteStatistics("relu", counts, channel_axis=axis) for axis in (left, right)]
+    assert (sites[0] + sites[1]).channel_axis == both

@@ -36,7 +36,8 @@ SIGNATURES = {
         "PruningResult": "(model, removed, steps, kept_step)",
         "Site": "(name, activation, neurons, channel_axis, axis_is_inferred=False)",
         "SiteStatistics": (
-            "(activation, counts, nan=0, batch_entropies=None, batches=0, axis_is_inferred=False, neuron_batches=None)"
+            "(activation, counts, nan=0, batch_entropies=None, batches=0, axis_is_inferred=False, neuron_batches=None, "
+            "channel_axis=None)"
         ),
         "SiteStatistics.always_on": "property",
         "SiteStatistics.dead": "property",
