@@ -228,16 +228,24 @@ def digits(results: str) -> str:
 
 
 def minilm(results: str) -> str:
-    """Return a paragraph and a table on the recorded calibration of MiniLM, with the entropy of each activation."""
-    record = load_json("minilm")
-    machine, overhead = record["machine"], record["overhead"]
-    rows = [(name, f"{bits:.3f}") for name, bits in record["layer_entropy"].items()]
+    """Return a sentence on each recorded calibration of MiniLM, eager and compiled, and a table of its entropies."""
+    eager, compiled = load_json("minilm"), load_json("minilm-compiled")
+    machine = eager["machine"]
+    begin = f"{machine['device']}, {machine['date']}: {eager['tokens']:,} tokens in {eager['documents']:,} documents."
+    sentences = [_calibration_speed(eager, "Eagerly", "minilm", results)]
+    sentences.append(_calibration_speed(compiled, "With `--compile`", "minilm-compiled", results))
+    bits = eager["layer_entropy"]
+    rows = [(name, f"{bits[name]:.3f}", f"{compiled['layer_entropy'][name]:.3f}") for name in bits]
+    return f"{begin} {' '.join(sentences)}\n\n{table(('activation', 'entropy, bits', 'with `--compile`'), rows)}"
+
+
+def _calibration_speed(record: dict, title: str, name: str, results: str) -> str:
+    """Return a sentence on the speed of a recorded calibration."""
+    overhead = record["overhead"]
     return (
-        f"{machine['device']}, {machine['date']}: {record['tokens']:,} tokens in {record['documents']:,} documents, "
-        f"{record['tokens_per_second']:.0f} tokens per second on {plural(record['ranks'], 'process', 'processes')}. Inference "
-        f"while collecting takes {overhead['ratio']:.3f} of the time without, "
-        f"median of {plural(overhead['samples'], 'batch', 'batches')}. "
-        f"The record is [minilm.json]({results}/minilm.json).\n\n{table(('activation', 'entropy, bits'), rows)}"
+        f"{title}, inference while collecting takes {overhead['ratio']:.3f} of the time without, median of "
+        f"{plural(overhead['samples'], 'batch', 'batches')}, at {record['tokens_per_second']:.0f} tokens per second "
+        f"([{name}.json]({results}/{name}.json))."
     )
 
 
