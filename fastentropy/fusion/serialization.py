@@ -1,5 +1,6 @@
 """Write fused models as torch.export archives without pickled objects, AOTInductor packages or ONNX, and read archives."""
 
+import copy
 import functools
 import json
 import re
@@ -44,7 +45,7 @@ def write(
 
     Args:
         path: the file to write. Its name must end in `.pt2`.
-        program: the network. Its sample inputs are removed.
+        program: the network. Its sample inputs are not written.
         report: the report on the fusion.
         guards: conditions on the input sizes, as `guards_of` returns them.
         signature: the signature of the original model.
@@ -69,11 +70,12 @@ def write_archive(
     """Write a fused model as a torch.export archive, without a check; the arguments are as in `write`."""
     texts = {"report.json": json.dumps(report.to_dict()), "guards.json": json.dumps(guards)}
     texts["signature.json"] = json.dumps(signature.to_dict())
-    program.example_inputs = None
+    written = copy.copy(program)  # a caller may still compile the program, which takes its sample inputs
+    written.example_inputs = None
     with warnings.catch_warnings():
         # PyTorch mistakes weights in channels-last for parts of larger tensors. `write` reads the file back and compares.
         warnings.filterwarnings("ignore", message="No complete tensor found in the group")
-        torch.export.save(program, file, extra_files=texts)
+        torch.export.save(written, file, extra_files=texts)
 
 
 def write_package(path: str | PathLike[str], program: ExportedProgram) -> None:

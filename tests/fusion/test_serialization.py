@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from fastentropy import fuse, load
-from fastentropy.fusion import verification
+from fastentropy.fusion import serialization, verification
 from fastentropy.fusion.backends import onnx_runtime
+from fastentropy.fusion.binding import Signature
 from tests._helpers.fusing import Amplifier, assert_equal, inverted_residual, ringed
 
 pytestmark = pytest.mark.usefixtures("counted_times")
@@ -21,6 +22,24 @@ def test_package_for_this_machine(tmp_path):
     loaded = torch._inductor.aoti_load_package(str(tmp_path / "model.pt2"))
     assert_equal(loaded, model, torch.randn(5, *x.shape[1:]))
     assert [path.name for path in tmp_path.iterdir()] == ["model.pt2"]
+
+
+@pytest.mark.slow
+def test_package_after_saving_and_loading(tmp_path):
+    model, x = inverted_residual()
+    fused = fuse(model, (x,))
+    fused.save(tmp_path / "model.pt2")
+    for name, each in {"saved": fused, "loaded": load(tmp_path / "model.pt2")}.items():
+        each.save_package(tmp_path / f"{name}.pt2")
+        assert_equal(torch._inductor.aoti_load_package(str(tmp_path / f"{name}.pt2")), model, x)
+
+
+def test_written_program_keeps_its_sample_inputs(tmp_path):
+    model, x = inverted_residual()
+    fused = fuse(model, (x,), measure=False)
+    program = torch.export.export(model, (x,))
+    serialization.write(tmp_path / "model.pt2", program, fused.report, (), Signature())
+    assert torch.equal(program.example_inputs[0][0], x)
 
 
 @pytest.mark.slow
