@@ -7,6 +7,7 @@ operators. README.md has an example of each.
 from fastentropy.collector.api import collect
 from fastentropy.collector.collector import EntropyCollector
 from fastentropy.collector.exported import instrument, statistics_of
+from fastentropy.collector.idle_neurons import IdleNeurons, find_idle_neurons
 from fastentropy.collector.site_statistics import SiteStatistics
 from fastentropy.collector.statistics import Statistics
 from fastentropy.fusion import FusedModel, FusionReport, fuse, load
@@ -22,12 +23,14 @@ __all__ = [
     "EntropyCollector",
     "FusedModel",
     "FusionReport",
+    "IdleNeurons",
     "PruningResult",
     "Site",
     "SiteStatistics",
     "Statistics",
     "Step",
     "collect",
+    "find_idle_neurons",
     "find_sites",
     "fuse",
     "instrument",

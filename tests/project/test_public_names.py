@@ -33,6 +33,7 @@ SIGNATURES = {
         "FusionReport.from_dict": "(values)",
         "FusionReport.speedup": "property",
         "FusionReport.to_dict": "(self)",
+        "IdleNeurons": "(neurons, never_on, never_off)",
         "PruningResult": "(model, removed, steps, kept_step)",
         "Site": "(name, activation, neurons, channel_axis, axis_is_inferred=False)",
         "SiteStatistics": (
@@ -56,6 +57,7 @@ SIGNATURES = {
         "Statistics.to_pandas": "(self, zero='discard', average='dataset')",
         "Step": "(removed, layer_entropy, score, metrics=<factory>, collapsed=())",
         "collect": f"(model, {COLLECT})",
+        "find_idle_neurons": "(statistics)",
         "find_sites": "(model, example_inputs)",
         "fuse": f"(model, example_inputs, *, {FUSE})",
         "instrument": "(program, *, channel_axis=None, exclude=())",
