@@ -18,12 +18,14 @@ from fastentropy.sites.finding import find_sites
 from fastentropy.sites.site import Site
 from fastentropy.surgery.isolation import isolate
 from fastentropy.surgery.linearization import linearize
+from fastentropy.surgery.neuronwise import NeuronwiseActivation
 
 __all__ = [
     "EntropyCollector",
     "FusedModel",
     "FusionReport",
     "IdleNeurons",
+    "NeuronwiseActivation",
     "PruningResult",
     "Site",
     "SiteStatistics",

@@ -48,6 +48,7 @@ _MODULES: dict[str, str] = {
             "XIELUActivation": "xielu",
         }.items()
     },
+    "fastentropy.surgery.neuronwise.NeuronwiseActivation": "neuronwise",
     **{
         f"timm.layers.{kind}": name
         for kind, name in {
@@ -298,8 +299,12 @@ def _kernel_arguments(function: str, attributes: Mapping[str, Any]) -> tuple[str
 
 
 def activation_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the activation modules of a model by dotted path. A module with several paths is listed under the first."""
-    return {name: module for name, module in model.named_modules() if activation_name(module)}
+    """Return the activation modules of a model by dotted path. A module with several paths is listed under the first.
+
+    Modules inside of an activation module are not listed, because they are a part of it.
+    """
+    modules = {name: module for name, module in model.named_modules() if activation_name(module)}
+    return {name: module for name, module in modules.items() if not name or name.rpartition(".")[0] not in modules}
 
 
 def own_modules(model: nn.Module, sites: Sequence[str]) -> list[str]:

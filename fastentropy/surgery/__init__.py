@@ -1,6 +1,7 @@
-"""Change a model: give each call of an activation a module of its own, or replace activations by the identity."""
+"""Change a model: give each call of an activation a module of its own, or replace activations, whole or by neuron."""
 
 from fastentropy.surgery.isolation import isolate
 from fastentropy.surgery.linearization import linearize
+from fastentropy.surgery.neuronwise import NeuronwiseActivation
 
-__all__ = ["isolate", "linearize"]
+__all__ = ["NeuronwiseActivation", "isolate", "linearize"]

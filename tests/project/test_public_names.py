@@ -34,6 +34,12 @@ SIGNATURES = {
         "FusionReport.speedup": "property",
         "FusionReport.to_dict": "(self)",
         "IdleNeurons": "(neurons, never_on, never_off)",
+        "NeuronwiseActivation": "(activation, linear, constant, values=None, *, channel_axis)",
+        "NeuronwiseActivation.active": "property",
+        "NeuronwiseActivation.constant": "property",
+        "NeuronwiseActivation.extra_repr": "(self)",
+        "NeuronwiseActivation.forward": "(self, x)",
+        "NeuronwiseActivation.linear": "property",
         "PruningResult": "(model, removed, steps, kept_step)",
         "Site": "(name, activation, neurons, channel_axis, axis_is_inferred=False)",
         "SiteStatistics": (
