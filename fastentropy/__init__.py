@@ -18,6 +18,7 @@ from fastentropy.sites.finding import find_sites
 from fastentropy.sites.site import Site
 from fastentropy.surgery.isolation import isolate
 from fastentropy.surgery.linearization import linearize
+from fastentropy.surgery.neuron_linearization import NeuronStates, linearize_neurons
 from fastentropy.surgery.neuronwise import NeuronwiseActivation
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "FusedModel",
     "FusionReport",
     "IdleNeurons",
+    "NeuronStates",
     "NeuronwiseActivation",
     "PruningResult",
     "Site",
@@ -38,6 +40,7 @@ __all__ = [
     "instrument",
     "isolate",
     "linearize",
+    "linearize_neurons",
     "load",
     "prune",
     "register_activation",

@@ -2,6 +2,7 @@
 
 from fastentropy.surgery.isolation import isolate
 from fastentropy.surgery.linearization import linearize
+from fastentropy.surgery.neuron_linearization import NeuronStates, linearize_neurons
 from fastentropy.surgery.neuronwise import NeuronwiseActivation
 
-__all__ = ["NeuronwiseActivation", "isolate", "linearize"]
+__all__ = ["NeuronStates", "NeuronwiseActivation", "isolate", "linearize", "linearize_neurons"]

@@ -1,6 +1,6 @@
 """Replace activations by the identity."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
@@ -42,12 +42,25 @@ def linearize(model: nn.Module, names: Sequence[str]) -> None:
         text = no_sites(model, "has no module of a known activation")
         isolated = "; functions that it calls become modules with fe.isolate(model, example_inputs)"
         raise ValueError(text if any(map(is_exported, model.modules())) else text + isolated)
+    check_replaceable(model, modules, names)
+    for name in names:
+        replace_activation(model, name, nn.Identity())
+
+
+def check_replaceable(model: nn.Module, modules: Mapping[str, nn.Module], names: Sequence[str]) -> None:
+    """Raise ValueError if names are not those of activation modules that the model holds in one place.
+
+    Args:
+        model: the model.
+        modules: its activation modules by path.
+        names: the names.
+    """
     paths = [id(module) for _, module in model.named_modules(remove_duplicate=False)]
     for name in names:
         if name not in modules:
             nearest = nearest_names(name, modules)
             raise ValueError(f"{name!r} is not an activation module of the model; the nearest are {nearest}")
+        if not name:
+            raise ValueError("the model is itself an activation; put it into a module, such as torch.nn.Sequential(model)")
         if paths.count(id(modules[name])) > 1:
             raise ValueError(f"the model holds the module {name!r} in several places; give each its own activation module")
-    for name in names:
-        replace_activation(model, name, nn.Identity())

@@ -34,6 +34,7 @@ SIGNATURES = {
         "FusionReport.speedup": "property",
         "FusionReport.to_dict": "(self)",
         "IdleNeurons": "(neurons, never_on, never_off)",
+        "NeuronStates": "(activation, active, linear, constant)",
         "NeuronwiseActivation": "(activation, linear, constant, values=None, *, channel_axis)",
         "NeuronwiseActivation.active": "property",
         "NeuronwiseActivation.constant": "property",
@@ -69,6 +70,7 @@ SIGNATURES = {
         "instrument": "(program, *, channel_axis=None, exclude=())",
         "isolate": "(model, example_inputs)",
         "linearize": "(model, names)",
+        "linearize_neurons": "(model, statistics, *, max_entropy=0.0, min_observations=1000)",
         "load": "(path)",
         "prune": "(model, *, train, evaluate, calibrate, example_inputs, max_drop=0.01, max_removed=None, "
         "per_step=1, criterion='entropy', zeros_together=False, protect=(), target_speedup=None, "

@@ -20,6 +20,11 @@ def test_linearize_names_the_nearest_sites_and_changes_nothing(network):
     assert_unchanged(network, before)
 
 
+def test_linearize_refuses_a_model_that_is_itself_an_activation():
+    with pytest.raises(ValueError, match="the model is itself an activation"):
+        linearize(nn.ReLU(), [""])
+
+
 def test_linearize_refuses_a_string(network):
     with pytest.raises(ValueError, match=r"\['relu1'\]"):
         linearize(network, "relu1")
