@@ -167,12 +167,7 @@ def prune(
             run = _open(resume, recipe, {**options, "output": output, "device": device})
         else:
             run = _create(recipe or "digits", options, output, device, errors)
-    try:
-        with one_line_errors(), ProgressDisplay(errors) as display:
-            history = run.execute(display)
-    except KeyboardInterrupt:
-        typer.echo(f"Interrupted. Finished steps are on disk; continue with: fastentropy prune --resume {run.folder}", err=True)
-        raise typer.Exit(130) from None
+    history = run.outcome or _execute(run, errors)
     if as_json:
         typer.echo(json.dumps(history, indent=2))
     else:
@@ -194,6 +189,15 @@ def _create(recipe: str, options: dict[str, Any], output: Path | None, device: s
     return create_run(folder, settings, loaded)
 
 
+def _execute(run: Run, errors: Console) -> dict[str, Any]:
+    try:
+        with one_line_errors(), ProgressDisplay(errors) as display:
+            return run.execute(display)
+    except KeyboardInterrupt:
+        typer.echo(f"Interrupted. Finished steps are on disk; continue with: fastentropy prune --resume {run.folder}", err=True)
+        raise typer.Exit(130) from None
+
+
 def _open(folder: Path, recipe: str | None, options: dict[str, object]) -> Run:
     run = open_run(folder)
     if recipe not in (None, run.settings.recipe):
@@ -201,5 +205,8 @@ def _open(folder: Path, recipe: str | None, options: dict[str, object]) -> Run:
     changed = [f"--{name.replace('_', '-')}" for name, value in options.items() if value is not None]
     if changed:
         raise ValueError(f"--resume takes the options of the run; leave out {', '.join(changed)}")
-    chosen_device(run.settings.device)
+    if run.outcome:
+        typer.echo(f"{folder} is already finished, and was left as it is", err=True)
+    else:
+        chosen_device(run.settings.device)
     return run

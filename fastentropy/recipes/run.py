@@ -30,6 +30,7 @@ from fastentropy.pruning.steps import Step, StepFolder
 from fastentropy.recipes import Progress, Recipe, Report, load_recipe
 from fastentropy.recipes.latencies import final_latencies
 from fastentropy.recipes.settings import Settings
+from fastentropy.reporting.history import check_history
 from fastentropy.reporting.run_report import write_report
 from fastentropy.sites.finding import find_sites
 
@@ -66,9 +67,18 @@ class Run:
     (dense.safetensors, pruned.safetensors and fused.pt2) and report.html.
     """
 
-    def __init__(self, folder: Path, settings: Settings, recipe: Recipe | None = None) -> None:
-        """Store the arguments; use `create_run` or `open_run` instead. Without a recipe, `execute` loads it."""
-        self.folder, self.settings, self._recipe = folder, settings, recipe
+    def __init__(
+        self, folder: Path, settings: Settings, recipe: Recipe | None = None, outcome: dict[str, Any] | None = None
+    ) -> None:
+        """Store the arguments; use `create_run` or `open_run` instead.
+
+        Args:
+            folder: the folder of the run.
+            settings: its options.
+            recipe: the recipe that `settings` names; None to load it in `execute`.
+            outcome: the history of a run that was finished before, which needs no `execute`; otherwise None.
+        """
+        self.folder, self.settings, self._recipe, self.outcome = folder, settings, recipe, outcome
 
     def execute(self, display: Display) -> dict[str, Any]:
         """Do the part of the work that is not done yet. Equal settings give equal removals, also after an interruption.
@@ -108,8 +118,8 @@ class Run:
             "fusion": fused.report.to_dict(),
             "latency_ms": final_latencies(dense, result.model, fused, recipe.example_inputs()),
         }
-        save_json(history, self.folder / "history.json")
         write_report(history, self.folder / "report.html")
+        save_json(history, self.folder / "history.json")  # the last file: with it the run is finished
         return history
 
     @property
@@ -271,13 +281,21 @@ def open_run(folder: Path) -> Run:
         folder: the folder of the run.
 
     Returns:
-        The run, with the settings in its history.json.
+        The run, with the settings in its history.json. If it is finished, its outcome is there too.
 
     Raises:
         ValueError: history.json is missing or damaged.
     """
-    history = read_history(folder / "history.json")
-    return Run(folder, Settings(recipe=history["recipe"], seed=history["seed"], **history["options"]))
+    path = folder / "history.json"
+    history = read_history(path)
+    settings = Settings(recipe=history["recipe"], seed=history["seed"], **history["options"])
+    if history["kept_step"] is None:
+        return Run(folder, settings)
+    try:
+        check_history(history)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    return Run(folder, settings, outcome=history)
 
 
 def read_history(path: Path) -> dict[str, Any]:

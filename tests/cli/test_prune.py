@@ -126,6 +126,7 @@ def test_resume_of_a_run_by_latency_with_approximations(tmp_path):
         collapsed = json.loads(file.metadata()["collapsed"])
     assert collapsed == [projection for step in history["steps"] for projection in step["collapsed"]]
     shutil.rmtree(folder / "steps" / "01")
+    reopen(folder)
     assert invoke("prune", "--resume", folder).exit_code == 0
     assert outcome(json.loads((folder / "history.json").read_text())) == outcome(history)
 
@@ -172,6 +173,7 @@ def test_published_statistics_are_those_of_the_last_epoch(tmp_path):
     assert site.counts[0].sum() == 8 * 8 * 898  # the positions of all training images
     for file in (folder / "steps").glob("0*/*"):
         file.unlink()
+    reopen(folder)
     resumed = invoke("prune", "--resume", folder)
     assert resumed.exit_code == 0, resumed.output
     assert outcome(json.loads((folder / "history.json").read_text())) == outcome(history)
@@ -225,10 +227,36 @@ def test_unwritable_output_is_one_line(tmp_path):
     assert_one_line(invoke("prune", "--output", "/proc/run"), "/proc/run cannot be written")
 
 
+def reopen(folder):
+    """Turn a finished run into one that was killed after its last step."""
+    path = folder / "history.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "kept_step": None, "fusion": None, "latency_ms": None}))
+    return folder
+
+
 @pytest.fixture
 def copied(finished, tmp_path):
-    """Return a copy of the finished run that a test may damage."""
-    return Path(shutil.copytree(finished[0], tmp_path / "copy"))
+    """Return a copy of the run, killed after its last step, that a test may damage."""
+    return reopen(Path(shutil.copytree(finished[0], tmp_path / "copy")))
+
+
+@pytest.mark.slow
+def test_resume_of_a_finished_run_leaves_it_alone(finished):
+    folder, output = finished
+    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.rglob("*") if path.is_file()}
+    again = CliRunner().invoke(app, ["prune", "--resume", str(folder)])
+    assert (again.exit_code, again.stderr) == (0, f"{folder} is already finished, and was left as it is\n")
+    assert again.stdout
+    assert output.endswith(again.stdout)
+    assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.slow
+def test_damaged_outcome_of_a_finished_run_is_one_line(finished, tmp_path):
+    folder = shutil.copytree(finished[0], tmp_path / "copy")
+    history = json.loads((folder / "history.json").read_text())
+    (folder / "history.json").write_text(json.dumps({**history, "fusion": {}}))
+    assert_one_line(invoke("prune", "--resume", folder), r"history\.json is damaged: fusion lacks max_relative_error")
 
 
 @pytest.mark.slow
