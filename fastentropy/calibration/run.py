@@ -4,8 +4,11 @@ During the run, the folder holds a checkpoint. At the end, it holds the statisti
 """
 
 import contextlib
+import hashlib
+import json
 import os
 import re
+import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +16,7 @@ from typing import Any
 
 import torch
 
+from fastentropy._utils.errors import one_line
 from fastentropy._utils.files import remove_leftovers, save_json
 from fastentropy._utils.machine import describe_machine
 from fastentropy.calibration.compiling import compile_layers
@@ -24,9 +28,29 @@ from fastentropy.calibration.ranks import Ranks
 from fastentropy.calibration.report import write_report
 from fastentropy.collector.api import collect
 from fastentropy.collector.statistics import Statistics
+from fastentropy.reporting.history import check_form
 
 #: The names of the files in the folder.
 CHECKPOINT, STATISTICS, SUMMARY, PAGE = "checkpoint.safetensors", "statistics.safetensors", "summary.json", "report.html"
+
+#: The values of a summary that the terminal and the report show, in the form that `check_form` describes.
+_SUMMARY_FORM = {
+    "settings": {str: object},
+    "unit": str,
+    "tokens": int,
+    "documents": int,
+    "truncated": int,
+    "tokens_cut": int,
+    "problems": [{"path": str, "what": str, "times": int}],
+    "notices": [str],
+    "ranks": int,
+    "seconds": float,
+    "tokens_per_second": float,
+    "overhead": {"ratio": object, "samples": int},
+    "sync_seconds": float,
+    "counter_bytes": int,
+    "machine": {"device": str, "torch": str},
+}
 
 
 @dataclass(frozen=True)
@@ -74,12 +98,15 @@ class Options:
 
     @property
     def default_folder(self) -> Path:
-        """The folder for a run that names none: runs/calibrate-MODEL-DATA.
+        """The folder for a run that names none: runs/calibrate-MODEL-DATA-DIGEST.
 
-        The name is the same each time, so repeating a command continues its interrupted run.
+        The name is the same each time, so repeating a command continues its interrupted run. The digest is that of the whole
+        paths, since models are often in folders of the same name.
         """
-        names = [os.path.basename(os.path.abspath(source)).partition(":")[0] for source in (self.model, self.data)]
-        return Path("runs") / re.sub(r"[^\w.-]+", "_", "-".join(["calibrate", *names]))
+        sources = [os.path.relpath(source) for source in (self.model, self.data)]
+        names = [os.path.basename(os.path.abspath(source)).partition(":")[0] for source in sources]
+        digest = hashlib.sha256("\0".join(sources).encode()).hexdigest()[:6]
+        return Path("runs") / re.sub(r"[^\w.-]+", "_", "-".join(["calibrate", *names, digest]))
 
 
 #: A function that opens the display of a run. Its arguments are the amount of work, and the unit of the data: "tokens" or
@@ -130,21 +157,56 @@ def run_calibration(
     return outcome.statistics, summary
 
 
+def read_outcome(folder: Path) -> tuple[Statistics, dict[str, Any]]:
+    """Read what a finished calibration left in its folder.
+
+    Args:
+        folder: the folder of the run.
+
+    Returns:
+        The statistics and the summary, as `run_calibration` returned them.
+
+    Raises:
+        OSError: a file is missing or cannot be read.
+        ValueError: a file is damaged, or lacks a value that the report shows.
+    """
+    statistics, path = Statistics.load(folder / STATISTICS), folder / SUMMARY
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+        check_form(summary, _SUMMARY_FORM, "the summary")
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {one_line(error)}") from error
+    return statistics, summary
+
+
+def is_finished(folder: Path) -> bool:
+    """Return whether a folder holds a finished calibration."""
+    return (folder / SUMMARY).is_file() and not (folder / CHECKPOINT).exists()
+
+
 def _check_folder(folder: Path) -> None:
     """Check that a run can use the folder: raise ValueError if it holds other files or cannot be written to.
 
-    Temporary files of a killed run are removed.
+    A file is written for a moment, since permissions do not tell whether that works. Temporary files of a killed run are
+    removed.
     """
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not existing.is_dir():
         raise ValueError(f"{existing} is a file; name a folder with --output")
-    if not os.access(existing, os.W_OK):
-        raise ValueError(f"{existing} cannot be written to; name another folder with --output")
-    if existing != folder:
-        return
-    if not (folder / CHECKPOINT).exists() and any(not path.name.startswith(".tmp-") for path in folder.iterdir()):
-        what = "a finished calibration" if (folder / SUMMARY).exists() else "other files"
-        raise ValueError(f"{folder} holds {what}; name another folder with --output")
+    if (
+        existing == folder
+        and not (folder / CHECKPOINT).exists()
+        and any(not path.name.startswith(".tmp-") for path in folder.iterdir())
+    ):
+        if is_finished(folder):
+            shown = f"show it with: fastentropy report {folder}"
+            raise ValueError(f"{folder} holds a finished calibration; {shown}, or name another folder with --output")
+        raise ValueError(f"{folder} holds other files; name another folder with --output")
+    try:
+        with tempfile.TemporaryDirectory(prefix=".tmp-0-", dir=existing) as probe:  # `remove_leftovers` knows the prefix
+            Path(probe, "file").write_bytes(b"some")
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be written to ({error.strerror}); name another folder with --output") from error
     remove_leftovers(folder)
 
 

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from fastentropy.calibration.pretrained import DTYPES
 from fastentropy.calibration.ranks import Ranks, init_ranks
-from fastentropy.calibration.run import Options, run_calibration
+from fastentropy.calibration.run import PAGE, Options, run_calibration
 from fastentropy.cli.console import CalibrationDisplay, print_calibration
 from fastentropy.cli.options import chosen_device, one_line_errors
 
@@ -54,7 +54,7 @@ def calibrate(
         typer.Option("--compile", help="Compile the repeated layers with torch.compile, and count inside. [default: off]"),
     ] = False,
     output: Annotated[
-        Path | None, typer.Option(help="Folder to write the run to. [default: runs/calibrate-MODEL-DATA]")
+        Path | None, typer.Option(help="Folder to write the run to. [default: runs/calibrate-MODEL-DATA-DIGEST]")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON instead of a table.")] = False,
 ) -> None:
@@ -92,7 +92,7 @@ def calibrate(
         if as_json:
             typer.echo(json.dumps(summary, indent=2))
         else:
-            print_calibration(statistics, summary, folder, Console())
+            print_calibration(statistics, summary, folder / PAGE, Console())
 
 
 def _calibration_display(ranks: Ranks, options: Options, total: int | None, unit: str) -> CalibrationDisplay:

@@ -197,13 +197,13 @@ class CalibrationDisplay(_Display):
         self._update(self._task, completed=tokens if self._shows_units else read, figure=figure)
 
 
-def print_calibration(statistics: Statistics, summary: Mapping[str, Any], folder: Path, console: Console) -> None:
+def print_calibration(statistics: Statistics, summary: Mapping[str, Any], page: Path, console: Console) -> None:
     """Print the outcome of a calibration: a table of the activations, and a few lines of figures.
 
     Args:
         statistics: the statistics of the activations.
         summary: the summary of the run, as `run_calibration` returns it.
-        folder: the folder of the run, which holds its report.
+        page: the report of the run.
         console: the console to print to.
     """
     unit, problems = summary["unit"], summary["problems"]
@@ -218,7 +218,7 @@ def print_calibration(statistics: Statistics, summary: Mapping[str, Any], folder
         *(f"note     {notice}" for notice in summary["notices"]),
         *(f"left out {problem['path']}: {problem['what']} ({problem['times']} ×)" for problem in problems[:MAX_PROBLEMS]),
         *([f"left out {plural(more, 'more kind')}: see the report"] if more > 0 else []),
-        f"report   {folder / 'report.html'}",
+        f"report   {page}",
     ]
     for line in lines:
         console.print(line, highlight=False, soft_wrap=True, markup=False)

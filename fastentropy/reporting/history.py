@@ -94,10 +94,10 @@ def check_history(history: Mapping[str, Any]) -> None:
     Raises:
         ValueError: a value is missing, or has a wrong type or range. The message names the value.
     """
-    _check(history, _HISTORY, "the history")
+    check_form(history, _HISTORY, "the history")
     for name, form in _WHEN_FINISHED.items():
         if history["kept_step"] is not None or history[name] is not None:
-            _check(history[name], form, name)
+            check_form(history[name], form, name)
     steps = history["steps"]
     if history["kept_step"] is not None and not 0 <= history["kept_step"] < len(steps):
         raise ValueError(f"kept_step is {history['kept_step']}; the history has only {plural(len(steps), 'step')}")
@@ -110,8 +110,7 @@ def check_history(history: Mapping[str, Any]) -> None:
         raise ValueError("a latency is 0 or less; expected milliseconds")
 
 
-#: The expected form of a history. A form is `[form of each item]`, `{name: form of its value}`, `{str: form of every value}` or
-#: a type: `object` allows anything, and `float` also allows an int.
+#: The expected form of a history, as `check_form` takes it.
 _PROJECTION = {"modules": [str], "relative_error": float, "centre_error": float}
 _STEP = {
     "removed": [str],
@@ -145,13 +144,14 @@ _WHEN_FINISHED = {
 _NAMES = {float: "a number", int: "an integer", str: "a text", list: "a list", dict: "an object"}
 
 
-def _check(value: Any, form: Any, where: str) -> None:
+def check_form(value: Any, form: Any, where: str) -> None:
     """Raise ValueError if a value that was read from JSON does not have the expected form.
 
     Args:
         value: the value.
-        form: its expected form, as described in the comment above `_PROJECTION`.
-        where: the path of the value in the history, for the message.
+        form: its expected form: `[form of each item]`, `{name: form of its value}`, `{str: form of every value}` or a type.
+            `object` allows anything, and `float` also allows an int.
+        where: the path of the value, for the message; for the whole content of a file, "the" and what it is.
     """
     if form is object:
         return
@@ -162,9 +162,10 @@ def _check(value: Any, form: Any, where: str) -> None:
         raise ValueError(f"{where} is {value}; expected a finite number")
     if kind is list:
         for index, each in enumerate(value):
-            _check(each, form[0], f"{where}[{index}]")
+            check_form(each, form[0], f"{where}[{index}]")
     elif kind is dict:
         for name in value if str in form else form:
             if name not in value:
                 raise ValueError(f"{where} lacks {name}")
-            _check(value[name], form[str] if str in form else form[name], name if where == "the history" else f"{where}.{name}")
+            inside = name if where.startswith("the ") else f"{where}.{name}"
+            check_form(value[name], form[str] if str in form else form[name], inside)

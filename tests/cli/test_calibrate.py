@@ -133,7 +133,9 @@ def test_default_folder_is_named_by_model_and_data(place, tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     arguments = ["calibrate", f"{place}/llama/", "--data", f"{place}/texts/*.txt"]
     assert CliRunner().invoke(app, arguments).exit_code == 0
-    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["calibrate-llama-_.txt"]
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == [
+        run.Options(model=f"{place}/llama", data=f"{place}/texts/*.txt").default_folder.name
+    ]
 
 
 @pytest.mark.parametrize(
@@ -147,7 +149,15 @@ def test_default_folder_is_named_by_model_and_data(place, tmp_path, monkeypatch)
 def test_names_of_folders(model, data, name, tmp_path, monkeypatch):
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
-    assert str(run.Options(model=model, data=data).default_folder) == f"runs/{name}"
+    assert re.fullmatch(f"runs/{name}-[0-9a-f]{{6}}", str(run.Options(model=model, data=data).default_folder))
+
+
+def test_folders_of_models_of_the_same_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first, other = ("a/model", "texts"), ("b/model", "texts")
+    folders = [run.Options(model=model, data=data).default_folder for model, data in (first, other)]
+    assert folders[0] != folders[1]
+    assert run.Options(model=f"{tmp_path}/a/model/", data="./texts").default_folder == folders[0]
 
 
 # Models ------------------------------------------------------------------------------------------------------------------
@@ -320,7 +330,9 @@ def test_foreign_folder_is_left_alone(place, finished, output):
     assert cases.contents_of(output) == before
     assert (output / ".tmp-1-model.pt").exists()
     before = cases.contents_of(finished[0])
-    assert_one_line(calibrate(place / "llama", place / "texts", finished[0]), "holds a finished calibration; name another")
+    assert_one_line(
+        calibrate(place / "llama", place / "texts", finished[0]), "holds a finished calibration; show it with: .* name another"
+    )
     assert cases.contents_of(finished[0]) == before
 
 
@@ -328,9 +340,37 @@ def test_unmakeable_folder_is_one_line(place, tmp_path):
     (tmp_path / "file").write_text("")
     for folder in (tmp_path / "file", tmp_path / "file" / "run"):
         assert_one_line(calibrate(place / "llama", place / "texts", folder), r"file is a file; name a folder with --output")
-    result = calibrate(place / "llama", place / "texts", "/proc/run")
-    assert result.exit_code == 2
-    assert "/proc/run" in result.stderr.splitlines()[-1]
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs a folder that even root cannot write to")
+def test_folder_that_cannot_be_written_is_found_out_first(place):
+    assert_one_line(calibrate(place / "llama", place / "texts", "/proc/run"), "/proc/run cannot be written to")
+
+
+def report(folder, *options):
+    return CliRunner(env={"COLUMNS": "80"}).invoke(app, ["report", str(folder), *map(str, options)])
+
+
+def test_finished_calibration_is_shown_again(finished, tmp_path):
+    folder = shutil.copytree(finished[0], tmp_path / "copy")
+    page = (folder / "report.html").read_bytes()
+    (folder / "report.html").unlink()
+    shown = report(folder)
+    assert (shown.exit_code, shown.stdout) == (0, finished[1].stdout.replace(str(finished[0]), str(folder)))
+    assert (folder / "report.html").read_bytes() == page
+    assert json.loads(report(folder, "--json", "--output", tmp_path / "page.html").stdout) == json.loads(
+        (folder / "summary.json").read_text()
+    )
+    assert (tmp_path / "page.html").read_bytes() == page
+
+
+def test_damaged_calibration_is_one_line(finished, tmp_path):
+    folder = shutil.copytree(finished[0], tmp_path / "copy")
+    assert_one_line(report(folder, finished[0]), "reported by itself")
+    edit(folder / "summary.json", overhead=1)
+    assert_one_line(report(folder), "summary.json is damaged: overhead is 1; expected an object")
+    (folder / "statistics.safetensors").write_bytes(b"")
+    assert_one_line(report(folder), "statistics.safetensors")
 
 
 def test_empty_folder_with_leftovers_is_accepted(place, output):

@@ -52,6 +52,13 @@ def test_several_runs_are_compared(folders):
     assert all(f"<code>{label}</code>" in page for label in ("a/run", "b/run", "begun"))
 
 
+@pytest.mark.slow
+def test_json_is_the_history_or_the_histories_by_name(folders):
+    histories = [json.loads(Path(name, "history.json").read_text()) for name in ("a/run", "b/run")]
+    assert json.loads(invoke("a/run", "--json").output) == histories[0]
+    assert json.loads(invoke("a/run", "b/run", "--json").output) == dict(zip(("a/run", "b/run"), histories, strict=True))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
