@@ -25,7 +25,7 @@ def main() -> None:
         path.write_text(rewrite_sections(path.read_text(encoding="utf-8"), path_to_records(path)), encoding="utf-8")
     for name in (*(f"kernels-{machine}" for machine in MACHINES), *(f"fuse-{machine}" for machine in MACHINES)):
         plot_record(Record.load(RESULTS / f"{name}.json"), RESULTS / f"{name}.png")
-    for name in ("digits", "cifar10-resnet8"):
+    for name in ("digits", "cifar10-resnet8", "efficientnet-lite0"):
         plot_summary(load_json(name), RESULTS / f"{name}.png")
 
 

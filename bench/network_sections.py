@@ -1,16 +1,20 @@
-"""The sections on whole networks, of one record: a table for docs/results.md and a paragraph for README.md."""
+"""The sections on whole networks: of the record of many, and of the run that pruned a pretrained one."""
 
 from collections.abc import Sequence
 from statistics import median
 
-from markdown_tables import RESULTS, by_operation, case_rows, of_record, table
+from markdown_tables import RESULTS, by_operation, case_rows, load_json, of_record, origin, table
 
+from fastentropy._utils.text import format_percent
 from fastentropy.benchmarks.measurements import Measurement
 from fastentropy.benchmarks.records import Record
+from fastentropy.reporting.history import RunHistory
 
 #: The operations that the table of whole networks shows, in the order of their columns, and the names of the backends there.
 NETWORK_OPERATIONS = ("fused", "fused, auto", "torch.compile", "ONNX Runtime", "torch.compile, dense")
 BACKENDS = {"eager": "eager", "inductor": "torch.compile", "onnxruntime": "ONNX Runtime"}
+#: The operations that the table of a pruned network shows.
+PRUNED_OPERATIONS = ("model", "fused", "fused, auto", "torch.compile", "ONNX Runtime")
 
 
 def networks(results: str) -> str:
@@ -50,4 +54,52 @@ def whole_networks(results: str) -> str:
         f'model as given. With `backend="auto"` it takes at most {against:.2f} of that of `torch.compile` with frozen weights, '
         f"and the linearised networks are {min(gains):.2f} to {max(gains):.2f} times as fast as `torch.compile` runs the dense "
         f"ones (median {median(gains):.2f}). The record is [networks-epyc.json]({results}/networks-epyc.json)."
+    )
+
+
+def pretrained(results: str) -> str:
+    """Return a paragraph on the recorded run that pruned EfficientNet-Lite0, and a table of the speed of its last network."""
+    history, speed = load_json("efficientnet-lite0"), Record.load(RESULTS / "efficientnet-lite0-speed.json")
+    run, machine = RunHistory(history), history["machine"]
+    entropies, last = run.dense["layer_entropy"].values(), run.steps[-1]
+    names = ", ".join(f"`{name}`" for step in run.steps for name in step["removed"])
+    return (
+        f"The layer entropies of the dense network range from {min(entropies):.2f} to {max(entropies):.2f} bits. Without "
+        f"{run.depths[-1]} of its {len(run.sites)} activations ({names}) the network classifies "
+        f"{format_percent(last['test'])} % of the test images correctly, in place of {format_percent(run.dense['test'])} %. "
+        f"{origin('efficientnet-lite0', machine['device'], machine['date'], None, _command(run), results)}\n\n"
+        f"How many times as fast as `torch.compile` with frozen weights runs the dense network: "
+        f"{of_record('efficientnet-lite0-speed', speed, results)}\n\n"
+        f"{table(('', 'as given', *PRUNED_OPERATIONS[1:]), case_rows(pruned_row, speed))}"
+    )
+
+
+def pretrained_lead(results: str) -> str:
+    """Return a paragraph of the README on the run that pruned EfficientNet-Lite0, for a batch of 16 images."""
+    history, speed = load_json("efficientnet-lite0"), Record.load(RESULTS / "efficientnet-lite0-speed.json")
+    run = RunHistory(history)
+    case = next(by_operation(each) for name, each in speed.cases().items() if name.startswith("pruned, 16 "))
+    dense = next(by_operation(each) for name, each in speed.cases().items() if name.startswith("dense, 16 "))
+    fused = case["fused, auto"].ratio.median / case["torch.compile, dense"].ratio.median
+    best = dense["ONNX Runtime"].ratio.median / dense["torch.compile, dense"].ratio.median
+    points = 100 * (run.dense["test"] - run.steps[-1]["test"])
+    return (
+        f"In EfficientNet-Lite0 with ImageNet weights, fine-tuned on CIFAR-10 at 64 × 64 pixels, the entropies spread. Without "
+        f"{run.depths[-1]} of its {len(run.sites)} activations it classifies {points:.1f} points fewer of the test images "
+        f"correctly, and a batch of 16 runs {1 / fused:.2f}× as fast as the dense network in `torch.compile` with frozen "
+        f"weights, and {best / fused:.2f}× as fast as that in ONNX Runtime ([results](docs/results.md#pruning))."
+    )
+
+
+def pruned_row(case: str, operations: dict[str, Measurement]) -> Sequence[str]:
+    """Return the row of one network in the table of the speed of a pruned network."""
+    times = {name: each.ratio.median if each.ratio else 1.0 for name, each in operations.items()}
+    return case, *(f"{times['torch.compile, dense'] / times[name]:.2f}" if name in times else "–" for name in PRUNED_OPERATIONS)
+
+
+def _command(run: RunHistory) -> str:
+    """Return the command of a run, but for the paths of its data and its weights."""
+    options = {name.replace("_", "-"): value for name, value in run.options.items()}
+    return " ".join(
+        ["fastentropy prune images", *(f"--{name}{'' if value is True else f' {value}'}" for name, value in options.items())]
     )

@@ -1,6 +1,6 @@
 """Measure the networks of a finished pruning run, dense and pruned, next to what their user could run without fastentropy.
 
-python bench/record_speed.py RUN [--batches 1 16] [--name NAME]
+python bench/record_speed.py RUN [--step N] [--batches 1 16] [--name NAME]
 
 Each network is measured as given, fused and compiled, in one thread. What belongs to a case is measured side by side. With
 --name, the record is kept as bench/results/NAME.json. A run with approximated convolutions (--collapse) cannot be measured.
@@ -8,6 +8,7 @@ Each network is measured as given, fused and compiled, in one thread. What belon
 
 import argparse
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -28,12 +29,14 @@ def main() -> None:
     """Measure the two networks at each batch size."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="the folder of a finished run of `fastentropy prune`")
+    parser.add_argument("--step", type=int, help="take the network of this step for the pruned one (default: the step kept)")
     parser.add_argument("--batches", nargs="*", type=int, default=[1, 16])
     parser.add_argument("--name", help="keep the record as bench/results/NAME.json")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    models, (images,) = networks_of(arguments.run)
-    record = Record.begin("networks", "cpu", f"python bench/record_speed.py RUN --name {arguments.name}")
+    models, (images,) = networks_of(arguments.run, arguments.step)
+    step = "" if arguments.step is None else f" --step {arguments.step}"
+    record = Record.begin("networks", "cpu", f"python bench/record_speed.py RUN{step} --name {arguments.name}")
     for batch in arguments.batches:
         for name, model in models.items():
             inputs = (images[:batch].clone(memory_format=torch.preserve_format),)
@@ -41,19 +44,25 @@ def main() -> None:
             print(described(measurements), flush=True)
             record = record.with_more(measurements)
     if arguments.name:
-        record.save(RESULTS / f"{arguments.name}.json")
+        replace(record, complete=True).save(RESULTS / f"{arguments.name}.json")
 
 
-def networks_of(folder: Path) -> tuple[dict[str, nn.Module], tuple[torch.Tensor, ...]]:
-    """Return the dense and the pruned network of a run, and the inputs for which it measured latency."""
+def networks_of(folder: Path, step: int | None) -> tuple[dict[str, nn.Module], tuple[torch.Tensor, ...]]:
+    """Return the dense and the pruned network of a run, and the inputs for which it measured latency.
+
+    Args:
+        folder: the folder of the run.
+        step: the step whose network is the pruned one, kept or not; None for the step kept.
+    """
     run, history = open_run(folder), read_history(folder / "history.json")
     recipe = load_recipe(run.settings.recipe, torch.device("cpu"), **run.settings.recipe_options)
     dense = recipe.build_model()
     dense.load_state_dict(load_file(folder / "dense.safetensors"))
     pruned = copy.deepcopy(dense)
-    for step in history["steps"][: history["kept_step"] + 1]:
-        linearize(pruned, step["removed"])
-    pruned.load_state_dict(load_file(folder / "pruned.safetensors"))
+    last = history["kept_step"] if step is None else step
+    for each in history["steps"][: last + 1]:
+        linearize(pruned, each["removed"])
+    pruned.load_state_dict(load_file(folder / "steps" / f"{last:02}" / "model.safetensors"))
     return {"dense": dense.eval(), "pruned": pruned.eval()}, recipe.example_inputs()
 
 

@@ -21,7 +21,7 @@ from markdown_tables import (
     quartiles,
     table,
 )
-from network_sections import networks, whole_networks
+from network_sections import networks, pretrained, pretrained_lead, whole_networks
 
 from fastentropy._utils.text import format_percent, plural
 from fastentropy.benchmarks.measurements import Measurement, Quartiles
@@ -326,4 +326,6 @@ SECTIONS: dict[str, Callable[[str], str]] = {
     "calibrate": calibrate,
     "criteria": criteria,
     "cifar10": cifar10,
+    "pretrained": pretrained,
+    "pretrained-lead": pretrained_lead,
 }
