@@ -11,7 +11,7 @@ from pathlib import Path
 from records import RESULTS
 
 from fastentropy._utils.files import save_json
-from fastentropy.recipes.run import read_history
+from fastentropy.recipes.settings import read_history
 from fastentropy.reporting.run_report import plot_summary
 
 

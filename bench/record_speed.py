@@ -21,7 +21,8 @@ from fastentropy.benchmarks.measurements import measure
 from fastentropy.benchmarks.records import Record
 from fastentropy.benchmarks.whole_networks import network_case
 from fastentropy.recipes import load_recipe
-from fastentropy.recipes.run import open_run, read_history
+from fastentropy.recipes.run import open_run
+from fastentropy.recipes.settings import read_history
 from fastentropy.surgery.linearization import linearize
 
 

@@ -12,7 +12,7 @@ from fastentropy.calibration.report import write_report as write_calibration
 from fastentropy.calibration.run import PAGE, is_finished, read_outcome
 from fastentropy.cli.console import print_calibration
 from fastentropy.cli.options import one_line_errors
-from fastentropy.recipes.run import read_history
+from fastentropy.recipes.settings import read_history
 from fastentropy.reporting.compared_runs import label_runs
 from fastentropy.reporting.comparison import format_comparison, plot_comparison, write_comparison
 from fastentropy.reporting.history import check_history

@@ -29,7 +29,7 @@ from fastentropy.pruning.options import Options
 from fastentropy.pruning.steps import Step, StepFolder
 from fastentropy.recipes import Progress, Recipe, Report, load_recipe
 from fastentropy.recipes.latencies import final_latencies
-from fastentropy.recipes.settings import Settings
+from fastentropy.recipes.settings import Settings, read_history
 from fastentropy.reporting.history import check_history
 from fastentropy.reporting.run_report import write_report
 from fastentropy.sites.finding import find_sites
@@ -296,28 +296,6 @@ def open_run(folder: Path) -> Run:
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
     return Run(folder, settings, outcome=history)
-
-
-def read_history(path: Path) -> dict[str, Any]:
-    """Read the history of a run.
-
-    Args:
-        path: the file history.json of the run.
-
-    Returns:
-        The content of the file. Its settings have been checked.
-
-    Raises:
-        ValueError: the file is missing, damaged or not the history of a run.
-    """
-    try:
-        history = json.loads(path.read_text(encoding="utf-8"))
-        settings = Settings(recipe=history["recipe"], seed=history["seed"], **history["options"])
-        torch.device(settings.device)
-        history["steps"], history["kept_step"], history["fusion"]
-        return dict(history)
-    except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{path} is missing, damaged or not the history of a run: {error!r}") from error
 
 
 @torch.no_grad()

@@ -1,9 +1,13 @@
-"""The settings of a run of a recipe, and the checks of their values."""
+"""The settings of a run of a recipe, the checks of their values, and the history that holds them."""
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
+
+import torch
 
 from fastentropy.pruning.criteria import CRITERIA
 from fastentropy.pruning.options import Options
@@ -154,3 +158,25 @@ class Settings:
     def recipe_options(self) -> dict[str, Any]:
         """The options that are passed to the recipe, by name. An option that is None is left to the recipe."""
         return {name: getattr(self, name) for name in _RECIPE_OPTIONS} | {"compile": self.compile or None}
+
+
+def read_history(path: Path) -> dict[str, Any]:
+    """Read the history of a run.
+
+    Args:
+        path: the file history.json of the run.
+
+    Returns:
+        The content of the file. Its settings have been checked.
+
+    Raises:
+        ValueError: the file is missing, damaged or not the history of a run.
+    """
+    try:
+        history = json.loads(path.read_text(encoding="utf-8"))
+        settings = Settings(recipe=history["recipe"], seed=history["seed"], **history["options"])
+        torch.device(settings.device)
+        history["steps"], history["kept_step"], history["fusion"]
+        return dict(history)
+    except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{path} is missing, damaged or not the history of a run: {error!r}") from error
