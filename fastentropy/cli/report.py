@@ -12,10 +12,9 @@ from fastentropy.calibration.report import write_report as write_calibration
 from fastentropy.calibration.run import PAGE, is_finished, read_outcome
 from fastentropy.cli.console import print_calibration
 from fastentropy.cli.options import one_line_errors
-from fastentropy.recipes.settings import read_history
+from fastentropy.recipes.settings import check_read_history, read_history
 from fastentropy.reporting.compared_runs import label_runs
 from fastentropy.reporting.comparison import format_comparison, plot_comparison, write_comparison
-from fastentropy.reporting.history import check_history
 from fastentropy.reporting.run_report import plot_summary, write_report
 
 
@@ -94,10 +93,7 @@ def _read_histories(runs: Sequence[Path]) -> dict[Path, dict[str, Any]]:
         if path.resolve() in map(Path.resolve, histories):
             raise ValueError(f"{run} is named twice; name each run once")
         histories[path] = read_history(path)
-        try:
-            check_history(histories[path])
-        except ValueError as error:
-            raise ValueError(f"{path} is damaged: {error}") from error
+        check_read_history(histories[path], path)
     return histories
 
 

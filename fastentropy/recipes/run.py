@@ -29,8 +29,7 @@ from fastentropy.pruning.options import Options
 from fastentropy.pruning.steps import Step, StepFolder
 from fastentropy.recipes import Progress, Recipe, Report, load_recipe
 from fastentropy.recipes.latencies import final_latencies
-from fastentropy.recipes.settings import Settings, read_history
-from fastentropy.reporting.history import check_history
+from fastentropy.recipes.settings import Settings, check_read_history, read_history, settings_of
 from fastentropy.reporting.run_report import write_report
 from fastentropy.sites.finding import find_sites
 
@@ -288,14 +287,10 @@ def open_run(folder: Path) -> Run:
     """
     path = folder / "history.json"
     history = read_history(path)
-    settings = Settings(recipe=history["recipe"], seed=history["seed"], **history["options"])
     if history["kept_step"] is None:
-        return Run(folder, settings)
-    try:
-        check_history(history)
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    return Run(folder, settings, outcome=history)
+        return Run(folder, settings_of(history))
+    check_read_history(history, path)
+    return Run(folder, settings_of(history), outcome=history)
 
 
 @torch.no_grad()

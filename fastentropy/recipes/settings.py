@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from fastentropy.pruning.criteria import CRITERIA
 from fastentropy.pruning.options import Options
 from fastentropy.recipes import RECIPES
+from fastentropy.reporting.history import check_history
 
 #: The type, the lowest and the highest value of each number.
 _LIMITS: dict[str, tuple[type, float, float]] = {
@@ -160,6 +161,11 @@ class Settings:
         return {name: getattr(self, name) for name in _RECIPE_OPTIONS} | {"compile": self.compile or None}
 
 
+def settings_of(history: Mapping[str, Any]) -> Settings:
+    """Return the settings in the history of a run."""
+    return Settings(recipe=history["recipe"], seed=history["seed"], **history["options"])
+
+
 def read_history(path: Path) -> dict[str, Any]:
     """Read the history of a run.
 
@@ -174,9 +180,16 @@ def read_history(path: Path) -> dict[str, Any]:
     """
     try:
         history = json.loads(path.read_text(encoding="utf-8"))
-        settings = Settings(recipe=history["recipe"], seed=history["seed"], **history["options"])
-        torch.device(settings.device)
+        torch.device(settings_of(history).device)
         history["steps"], history["kept_step"], history["fusion"]
         return dict(history)
     except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path} is missing, damaged or not the history of a run: {error!r}") from error
+
+
+def check_read_history(history: Mapping[str, Any], path: Path) -> None:
+    """Raise ValueError if a history that was read from `path` lacks a value that the reports show."""
+    try:
+        check_history(history)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
