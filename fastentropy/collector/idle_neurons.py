@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 
 from fastentropy._utils.text import format_integer, format_table, plural
-from fastentropy.collector.statistics import Statistics
-from fastentropy.sites.inputs import described
+from fastentropy.collector.statistics import Statistics, check_statistics
 
 
 @dataclass(frozen=True)
@@ -70,8 +69,7 @@ def find_idle_neurons(statistics: Statistics) -> IdleNeuronsBySite:
         <BLANKLINE>
         2 neurons of 3 never changed their state
     """
-    if not isinstance(statistics, Statistics):
-        raise TypeError(f"statistics: got {described(statistics)}, expected Statistics, such as collector.compute() returns")
+    check_statistics(statistics)
     found = IdleNeuronsBySite()
     for name, site in statistics.items():
         off, _, on = site.counts.unbind(1)

@@ -15,6 +15,7 @@ from torch import Tensor
 from fastentropy._utils.files import save_tensors
 from fastentropy._utils.text import WIDTH, format_count, format_integer, format_share, format_table, plural, shorten_names
 from fastentropy.collector.site_statistics import Average, SiteStatistics, Zero
+from fastentropy.sites.inputs import described
 
 if TYPE_CHECKING:
     import pandas
@@ -341,3 +342,9 @@ def _site_from_state_dict(site: Mapping[str, Any], state: Mapping[str, Any]) -> 
         state.get(f"{name}/neuron_batches"),
         site.get("channel_axis"),
     )
+
+
+def check_statistics(statistics: object) -> None:
+    """Raise TypeError if an argument of a user is no `Statistics`."""
+    if not isinstance(statistics, Statistics):
+        raise TypeError(f"statistics: got {described(statistics)}, expected Statistics, such as collector.compute() returns")

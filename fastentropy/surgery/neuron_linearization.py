@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastentropy._utils.errors import nearest_names
 from fastentropy._utils.text import format_integer, format_table, plural
 from fastentropy.collector.site_statistics import SiteStatistics
-from fastentropy.collector.statistics import Statistics
+from fastentropy.collector.statistics import Statistics, check_statistics
 from fastentropy.sites.activations import activation_modules, activation_name, has_registered_functions, own_modules
 from fastentropy.sites.fast_paths import replace_activation
 from fastentropy.sites.inputs import check_model, described
@@ -120,11 +120,12 @@ def linearize_neurons(
     _check_same_model(model, modules, statistics)
     report = NeuronStatesBySite()
     replacements: dict[str, NeuronwiseActivation] = {}
+    own = own_modules(model, list(statistics))
     for name, site in statistics.items():
         module = modules.get(name.partition(":")[0])
         linear, constant = _replaced_neurons(site, module, max_entropy)
         if bool((linear | constant).any()):
-            _check_site(model, statistics, name, linear | constant, min_observations)
+            _check_site(name, site, name in own, linear | constant, min_observations)
             replacements[name] = _replacement(modules[name], linear, constant, site, _device_around(model, name))
         report[name] = _states(site, replacements.get(name, module))
     check_replaceable(model, modules, list(replacements))
@@ -135,8 +136,7 @@ def linearize_neurons(
 
 def _check_arguments(statistics: object, max_entropy: object, min_observations: object) -> None:
     """Raise if an argument of `linearize_neurons` is of another kind, or out of its range."""
-    if not isinstance(statistics, Statistics):
-        raise TypeError(f"statistics: got {described(statistics)}, expected Statistics, such as collector.compute() returns")
+    check_statistics(statistics)
     if not isinstance(max_entropy, int | float) or not 0 <= max_entropy <= 1:
         raise ValueError(f"max_entropy: got {described(max_entropy)}, expected a number of bits from 0 to 1")
     if not isinstance(min_observations, int) or min_observations < 1:
@@ -200,28 +200,28 @@ def _replaced_neurons(site: SiteStatistics, module: nn.Module | None, max_entrop
     return linear, constant
 
 
-def _check_site(model: nn.Module, statistics: Statistics, name: str, replaced: Tensor, min_observations: int) -> None:
+def _check_site(name: str, site: SiteStatistics, is_own: bool, replaced: Tensor, min_observations: int) -> None:
     """Raise ValueError if the neurons of a site cannot be replaced.
 
     Args:
-        model: the model.
-        statistics: the statistics.
         name: the name of the site.
+        site: its statistics.
+        is_own: whether it has a module of its own.
         replaced: bool [neurons], True for the neurons to replace.
         min_observations: how many values of each of them must have been counted.
     """
-    if name not in own_modules(model, list(statistics)):
+    if not is_own:
         raise ValueError(
             f"site {name!r} has neurons to replace, but no module of its own; make one with "
             "fe.isolate(model, example_inputs), and collect again"
         )
-    observations = int(statistics[name].counts.sum(1).cpu()[replaced].min())
+    observations = int(site.counts.sum(1).cpu()[replaced].min())
     if observations < min_observations:
         raise ValueError(
             f"site {name!r} has a neuron to replace of which {plural(observations, 'value')} were counted, expected at least "
             f"{format_integer(min_observations)}; collect on more data, or set min_observations"
         )
-    if statistics[name].channel_axis is None:
+    if site.channel_axis is None:
         raise ValueError(f"the statistics do not tell on which axis the neurons of site {name!r} lie; collect again")
 
 
