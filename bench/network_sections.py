@@ -40,10 +40,7 @@ def network_row(case: str, operations: dict[str, Measurement]) -> Sequence[str]:
 def whole_networks(results: str) -> str:
     """Return a paragraph of the README on the worst and the usual cases of the table of whole networks."""
     record = Record.load(RESULTS / "networks-epyc.json")
-    cases = {name: by_operation(each) for name, each in record.cases().items()}
-    times = {
-        name: {operation: each.ratio.median for operation, each in case.items() if each.ratio} for name, case in cases.items()
-    }
+    times = {name: _times(by_operation(each)) for name, each in record.cases().items()}
     slowest = max(max(case["fused"], case["fused, auto"]) for case in times.values())
     against = max(case["fused, auto"] / case["torch.compile"] for case in times.values())
     gains = [case["torch.compile, dense"] / case["fused, auto"] for name, case in times.items() if " all, " in name]
@@ -78,10 +75,10 @@ def pretrained_lead(results: str) -> str:
     """Return a paragraph of the README on the run that pruned EfficientNet-Lite0, for a batch of 16 images."""
     history, speed = load_json("efficientnet-lite0"), Record.load(RESULTS / "efficientnet-lite0-speed.json")
     run = RunHistory(history)
-    case = next(by_operation(each) for name, each in speed.cases().items() if name.startswith("pruned, 16 "))
-    dense = next(by_operation(each) for name, each in speed.cases().items() if name.startswith("dense, 16 "))
-    fused = case["fused, auto"].ratio.median / case["torch.compile, dense"].ratio.median
-    best = dense["ONNX Runtime"].ratio.median / dense["torch.compile, dense"].ratio.median
+    times = {name.partition(" × ")[0]: _times(by_operation(each)) for name, each in speed.cases().items()}
+    dense, pruned = times["dense, 16"], times["pruned, 16"]
+    fused = pruned["fused, auto"] / pruned["torch.compile, dense"]
+    best = dense["ONNX Runtime"] / dense["torch.compile, dense"]
     points = 100 * (run.dense["test"] - run.steps[-1]["test"])
     return (
         f"In EfficientNet-Lite0 with ImageNet weights, fine-tuned on CIFAR-10 at 64 × 64 pixels, the entropies spread. Without "
@@ -93,8 +90,13 @@ def pretrained_lead(results: str) -> str:
 
 def pruned_row(case: str, operations: dict[str, Measurement]) -> Sequence[str]:
     """Return the row of one network in the table of the speed of a pruned network."""
-    times = {name: each.ratio.median if each.ratio else 1.0 for name, each in operations.items()}
+    times = _times(operations)
     return case, *(f"{times['torch.compile, dense'] / times[name]:.2f}" if name in times else "–" for name in PRUNED_OPERATIONS)
+
+
+def _times(operations: dict[str, Measurement]) -> dict[str, float]:
+    """Return the times of the operations of a case, relative to that of the model as given."""
+    return {name: each.ratio.median if each.ratio else 1.0 for name, each in operations.items()}
 
 
 def _command(run: RunHistory) -> str:
