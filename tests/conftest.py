@@ -8,6 +8,7 @@ import hypothesis
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 
 from fastentropy.fusion import FusionReport
 from fastentropy.fusion.latency import profiler
@@ -27,6 +28,17 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
 def pytest_collection_modifyitems(items):
     """Put the longest tests first, so that no process runs them at the end while the others have nothing left to do."""
     items.sort(key=lambda item: item.name != "test_in_the_interpreter")
+
+
+@pytest.fixture(autouse=True)
+def _without_compiled_code():
+    """Let each test begin without compiled code.
+
+    Code of PyTorch that many models share, such as the forward pass of `nn.Linear`, is else compiled anew for each, and
+    after eight times no longer.
+    """
+    torch._dynamo.reset()
+    counters.clear()
 
 
 @pytest.fixture

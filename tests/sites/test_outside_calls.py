@@ -17,11 +17,6 @@ from tests._helpers.compiling import Blocks, NotingBackend, assert_same, batches
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*fe.isolate")]
 
 
-@pytest.fixture(autouse=True)
-def _without_compiled_code():
-    torch._dynamo.reset()
-
-
 class RunningBackend(NotingBackend):
     """Also notes how often a graph runs."""
 

@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from torch._dynamo.utils import counters as dynamo_counters
+from torch._dynamo.utils import counters
 
 import fastentropy as fe
 from tests._helpers.compiling import NotingBackend, assert_same
@@ -36,8 +36,6 @@ NETWORKS = {
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_networks(name):
-    torch._dynamo.reset()
-    dynamo_counters.clear()
     torch.manual_seed(0)
     model, inputs = NETWORKS[name]()
     model.eval()
@@ -60,4 +58,4 @@ def test_networks(name):
             assert_same(collector.compute(), expected.compute())
         compiled(*args, **kwargs)
     assert backend.compilations() == 0
-    assert not dynamo_counters["graph_break"]
+    assert not counters["graph_break"]

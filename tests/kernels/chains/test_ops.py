@@ -13,11 +13,6 @@ ops = torch.ops.fastentropy_kernels
 GEOMETRY = {"stride": (2, 1), "padding": (1, 2), "dilation": (1, 2)}
 
 
-@pytest.fixture(autouse=True)
-def forget_compiled():
-    torch._dynamo.reset()
-
-
 class Chain(nn.Module):
     """A function with its weights: a call with x returns y and, where the name says so, counts states."""
 

@@ -35,11 +35,6 @@ SOME = ("states", "relu", "prelu along the last axis", "parameters", "regions", 
 some = pytest.mark.parametrize("asked", [ASKED[name] for name in SOME], ids=SOME)
 
 
-@pytest.fixture(autouse=True)
-def forget_compiled():
-    torch._dynamo.reset()
-
-
 def fresh(*shape, device="cpu"):
     """Normal values with zeros, edges and NaN."""
     special = torch.tensor([0.0, -0.0, 0.1, -3.0, 3.0, 6.0, torch.nan, torch.inf, -torch.inf])
