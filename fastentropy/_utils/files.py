@@ -22,12 +22,15 @@ def replace_file(path: str | PathLike[str], write: Callable[[Path], object]) -> 
     Args:
         path: the file to create or to replace.
         write: called with the path of the temporary file, which exists and is empty. It writes the content.
+
+    Raises:
+        OSError: the file cannot be written. The error names `path`, not the temporary file.
     """
     path = Path(path)
     folder = path.with_name(f".tmp-{os.getpid()}-{path.name}")
     temporary = folder / path.name
-    folder.mkdir(exist_ok=True)
     try:
+        folder.mkdir(exist_ok=True)
         temporary.touch()
         mode = temporary.stat().st_mode
         write(temporary)
@@ -35,6 +38,10 @@ def replace_file(path: str | PathLike[str], write: Callable[[Path], object]) -> 
         _sync(temporary)
         temporary.replace(path)
         _sync(path.parent)
+    except OSError as error:
+        if not str(error.filename).startswith(str(folder)):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

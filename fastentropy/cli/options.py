@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import torch
 import typer
 
-from fastentropy._utils.errors import one_line
+from fastentropy._utils.errors import joined_lines, one_line
 from fastentropy.calibration.ranks import RemoteRankError
 
 
@@ -43,7 +43,7 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
-        typer.echo(f"Error: {error}", err=True)
+        typer.echo(f"Error: {one_line(error) if isinstance(error, OSError) else joined_lines(error)}", err=True)
         raise typer.Exit(2) from None
     except RemoteRankError:
         raise typer.Exit(2) from None

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from fastentropy._utils.errors import reason
 from fastentropy.collector.counting import PassCounting
 from fastentropy.collector.distributed import sum_over_ranks
 from fastentropy.collector.site_statistics import Average
@@ -282,7 +283,7 @@ class EntropyCollector:
         try:
             shares = {name: RankShare(**share) for name, share in state.get("shares", {}).items()}
         except (AttributeError, TypeError) as error:
-            raise ValueError(f"not the state of a collector (make one with collector.state_dict()): {error!r}") from error
+            raise ValueError(f"not the state of a collector (make one with collector.state_dict()): {reason(error)}") from error
         for name, site in restored.items():
             known = self._watcher.sites.get(name)
             if known and (known.activation, known.neurons) != (site.activation, site.neurons):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -174,3 +175,21 @@ def state_entropy(counts: Tensor, zero: Zero = "discard") -> Tensor:
         on = on + zeros
     p = on / (on + off).clamp_min(1)
     return torch.where(on + off > 0, -(torch.special.xlogy(p, p) + torch.special.xlogy(1 - p, 1 - p)), 0) / _LN2
+
+
+def site_from_state_dict(site: Mapping[str, Any], state: Mapping[str, Any]) -> SiteStatistics:
+    """Return the statistics of one site from its entry in `state["sites"]` and the tensors in `state`."""
+    name = site["name"]
+    counts = state[f"{name}/counts"]
+    if counts.dtype != torch.int64 or counts.ndim != 2 or counts.shape[1] != 3:
+        raise ValueError(f"counts are {counts.dtype} {list(counts.shape)}, expected torch.int64 [neurons, 3]")
+    return SiteStatistics(
+        site["activation"],
+        counts,
+        int(site["nan"]),
+        state.get(f"{name}/batch_entropies"),
+        int(site["batches"]),
+        bool(site.get("axis_is_inferred", False)),
+        state.get(f"{name}/neuron_batches"),
+        site.get("channel_axis"),
+    )

@@ -8,13 +8,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from fastentropy._utils.errors import reason
 from fastentropy._utils.files import save_tensors
 from fastentropy._utils.text import WIDTH, format_count, format_integer, format_share, format_table, plural, shorten_names
-from fastentropy.collector.site_statistics import Average, SiteStatistics, Zero
+from fastentropy.collector.site_statistics import Average, SiteStatistics, Zero, site_from_state_dict
 from fastentropy.sites.inputs import described
 
 if TYPE_CHECKING:
@@ -258,9 +258,9 @@ class Statistics(Mapping[str, SiteStatistics]):
         """
         try:
             sites, notes = state["sites"], [str(note) for note in state.get("notes", ())]
-            return cls({site["name"]: _site_from_state_dict(site, state) for site in sites}, notes)
+            return cls({site["name"]: site_from_state_dict(site, state) for site in sites}, notes)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"not the state of statistics (make one with stats.state_dict()): {error!r}") from error
+            raise ValueError(f"not the state of statistics (make one with stats.state_dict()): {reason(error)}") from error
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the statistics to a safetensors file. An existing file is replaced only when the new one is complete.
@@ -304,7 +304,7 @@ class Statistics(Mapping[str, SiteStatistics]):
                 return cls.from_state_dict({**state, **{key: file.get_tensor(key) for key in file.keys()}})  # noqa: SIM118
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
-                f"{path} is damaged or not a statistics file (write one with stats.save(path)): {error}"
+                f"{path} is damaged or not a statistics file (write one with stats.save(path)): {reason(error)}"
             ) from error
 
 
@@ -324,24 +324,6 @@ def _figures(site: SiteStatistics, entropy: float) -> dict[str, Any]:
     states = [count / max(observations, 1) for count in site.counts.sum(0).tolist()]
     figures = (site.activation, site.neurons, observations, site.nan, entropy, *neurons, *states)
     return dict(zip(_FIGURES, figures, strict=True))
-
-
-def _site_from_state_dict(site: Mapping[str, Any], state: Mapping[str, Any]) -> SiteStatistics:
-    """Return the statistics of one site from its entry in `state["sites"]` and the tensors in `state`."""
-    name = site["name"]
-    counts = state[f"{name}/counts"]
-    if counts.dtype != torch.int64 or counts.ndim != 2 or counts.shape[1] != 3:
-        raise ValueError(f"counts are {counts.dtype} {list(counts.shape)}, expected torch.int64 [neurons, 3]")
-    return SiteStatistics(
-        site["activation"],
-        counts,
-        int(site["nan"]),
-        state.get(f"{name}/batch_entropies"),
-        int(site["batches"]),
-        bool(site.get("axis_is_inferred", False)),
-        state.get(f"{name}/neuron_batches"),
-        site.get("channel_axis"),
-    )
 
 
 def check_statistics(statistics: object) -> None:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastentropy._utils.errors import reason
 from fastentropy.collector.api import collect
 from fastentropy.collector.collector import EntropyCollector
 from fastentropy.collector.statistics import Statistics
@@ -138,7 +139,7 @@ class PruningLoop:
                 try:
                     install(model, projection)
                 except (AttributeError, RuntimeError, StopIteration, TypeError, ValueError) as error:
-                    text = f"{self._folder.path} holds a step that approximates modules the model does not have: {error!r}"
+                    text = f"{self._folder.path} holds a step that approximates modules that the model lacks: {reason(error)}"
                     raise ValueError(text) from error
         self._folder.load_weights(index, model)
         return model

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fastentropy._utils.errors import joined_lines
+from fastentropy._utils.errors import joined_lines, reason
 from fastentropy._utils.files import remove_leftovers, save_json, save_tensors
 from fastentropy.collector.statistics import Statistics
 from fastentropy.fusion.latency import LatencyTable
@@ -116,7 +116,7 @@ class StepFolder:
         try:
             return LatencyTable.from_dict(_load_json(path))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is damaged: {error!r}; delete {self.path} to start the run again") from error
+            raise ValueError(f"{path} is damaged: {reason(error)}; delete {self.path} to start the run again") from error
 
     def load_statistics(self, index: int) -> Statistics:
         """Return the statistics of the step with this index."""
@@ -172,7 +172,7 @@ class StepFolder:
             collapsed = tuple(map(Projection.from_dict, values["collapsed"]))
             step = Step(tuple(map(str, values["removed"])), entropies, float(values["score"]), metrics, collapsed)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is damaged: {error!r}; delete {folder} to continue before this step") from error
+            raise ValueError(f"{path} is damaged: {reason(error)}; delete {folder} to continue before this step") from error
         if not math.isfinite(step.score):
             raise ValueError(f"{path} is damaged: its score is {step.score}; delete {folder} to continue before this step")
         return step

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from fastentropy._utils.errors import reason
 from fastentropy.pruning.criteria import CRITERIA
 from fastentropy.pruning.options import Options
 from fastentropy.recipes import RECIPES
@@ -184,7 +185,7 @@ def read_history(path: Path) -> dict[str, Any]:
         history["steps"], history["kept_step"], history["fusion"]
         return dict(history)
     except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{path} is missing, damaged or not the history of a run: {error!r}") from error
+        raise ValueError(f"{path} is missing, damaged or not the history of a run: {reason(error)}") from error
 
 
 def check_read_history(history: Mapping[str, Any], path: Path) -> None:

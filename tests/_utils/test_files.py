@@ -30,6 +30,19 @@ def test_old_file_stays_when_writing_fails(tmp_path, error):
     assert [path.name for path in tmp_path.iterdir()] == ["f"]
 
 
+def test_an_error_names_the_file_and_not_the_temporary_one(tmp_path):
+    with pytest.raises(FileNotFoundError) as error:
+        save_json({}, tmp_path / "none" / "f.json")
+    assert error.value.filename == str(tmp_path / "none" / "f.json")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(IsADirectoryError) as error:
+        save_json({}, tmp_path / "folder")
+    assert (error.value.filename, error.value.filename2) == (str(tmp_path / "folder"), None)
+    with pytest.raises(FileNotFoundError) as error:
+        replace_file(tmp_path / "f", lambda path: (tmp_path / "other").read_text())
+    assert error.value.filename == str(tmp_path / "other")
+
+
 def test_only_leftovers_of_killed_processes_are_removed(tmp_path):
     """The leftovers are the folder of a temporary file, with the file that safetensors makes next to it."""
     (tmp_path / ".tmp-123-f.json").mkdir()

@@ -62,7 +62,7 @@ def test_json_is_the_history_or_the_histories_by_name(folders):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["a/run", "none"], r"none/history\.json is missing"),
+        (["a/run", "none"], r"none/history\.json is missing, damaged or not the history of a run: No such file or directory$"),
         (["a/run", "torn"], r"torn/history\.json is missing, damaged or not"),
         (["torn"], r"torn/history\.json is missing, damaged or not"),
         (["a/run", "lacking"], r"lacking/history\.json is damaged: steps\[1\] lacks test"),

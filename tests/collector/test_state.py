@@ -65,8 +65,13 @@ def test_a_state_of_another_model_changes_nothing(network, images):
     with collect(network.eval()) as collector:
         network(images)
         before = counted(collector)
-        for state in ({}, {"sites": [{"name": "relu1"}]}, {"sites": 3}, {**foreign.state_dict(), "1/counts": torch.zeros(3)}):
-            with pytest.raises(ValueError, match="not the state of statistics"):
+        for state, lack in (
+            ({}, "'sites' is missing"),
+            ({"sites": [{"name": "relu1"}]}, "'relu1/counts' is missing"),
+            ({"sites": 3}, "'int' object is not iterable"),
+            ({**foreign.state_dict(), "1/counts": torch.zeros(3)}, r"counts are torch.float32 \[3\]"),
+        ):
+            with pytest.raises(ValueError, match=rf"not the state of statistics .*: {lack}"):
                 collector.load_state_dict(state)
         state = foreign.state_dict()
         state = {"sites": [{**state["sites"][0], "name": "relu1"}], "relu1/counts": state["1/counts"]}

@@ -1,5 +1,6 @@
 import json
 import pickle
+import re
 
 import pytest
 import torch
@@ -73,11 +74,19 @@ def test_options_of_another_run(folder):
         StepFolder(folder.path, {"max_drop": 0.5})
 
 
-@pytest.mark.parametrize("change", [{"score": float("nan")}, {"score": "high"}, {"metrics": {"test": "?"}}, {"removed": None}])
-def test_invalid_step(folder, change):
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"score": float("nan")}, "its score is nan"),
+        ({"score": "high"}, "could not convert string to float: 'high'"),
+        ({"metrics": {"test": "?"}}, "could not convert string to float: '?'"),
+        ({"removed": None}, "'NoneType' object is not iterable"),
+    ],
+)
+def test_invalid_step(folder, change, reason):
     path = folder.path / "00" / "step.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
-    with pytest.raises(ValueError, match=r"step\.json is damaged"):
+    with pytest.raises(ValueError, match=rf"step\.json is damaged: {re.escape(reason)}; delete"):
         folder.load()
 
 
