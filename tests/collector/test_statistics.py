@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from fastentropy import SiteStatistics, Statistics
+from fastentropy._utils.optional import install_command
 from fastentropy.collector.site_statistics import state_entropy
 from fastentropy.collector.statistics import file_content
 
@@ -250,7 +251,7 @@ def test_plot_draws_the_layer_entropies():
     ("missing", "method", "message"),
     [
         ("pandas", "to_pandas", "stats.to_pandas() needs pandas: pip install pandas"),
-        ("matplotlib", "plot", 'stats.plot() needs matplotlib: pip install "fastentropy[cli]"'),
+        ("matplotlib", "plot", f"stats.plot() needs matplotlib: {install_command('cli')}"),
     ],
 )
 def test_a_missing_library_is_named_with_its_installation(monkeypatch, missing, method, message):

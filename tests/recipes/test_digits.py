@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from fastentropy import find_sites
+from fastentropy._utils.optional import install_command
 from fastentropy.recipes import RECIPES, load_recipe
 from fastentropy.recipes.digits import BATCH_SIZE, Digits
 
@@ -41,7 +42,7 @@ def test_missing_package(recipe, package, extra, monkeypatch):
     for module in [name for name in sys.modules if name.startswith((f"{package}.", *ours))]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, package, None)
-    message = f"the recipe {recipe} needs {package}; install it with: pip install 'fastentropy[{extra}]'"
+    message = f"the recipe {recipe} needs {package}; install it with: {install_command(extra)}"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         load_recipe(recipe, torch.device("cpu"))
 

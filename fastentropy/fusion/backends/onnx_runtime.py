@@ -12,6 +12,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import TensorArgument
 
 from fastentropy._compat import tree_leaves, tree_unflatten
+from fastentropy._utils.optional import install_command
 from fastentropy.fusion.backends.functional import write_new_values
 from fastentropy.fusion.chains.nodes import overwrites
 from fastentropy.fusion.traced_inputs import TracedInputs
@@ -63,7 +64,7 @@ def missing_packages() -> list[str]:
 def check_onnx() -> None:
     """Raise ImportError if onnx, onnxscript or onnxruntime is missing."""
     if missing := missing_packages():
-        raise ImportError(f"{', '.join(missing)}: not installed; pip install 'fastentropy[onnx]'")
+        raise ImportError(f"{', '.join(missing)}: not installed; {install_command('onnx')}")
 
 
 def export_onnx(program: ExportedProgram, file: Path) -> None:
