@@ -8,6 +8,7 @@ from markdown_tables import RESULTS, by_operation, case_rows, load_json, of_reco
 from fastentropy._utils.text import format_percent
 from fastentropy.benchmarks.measurements import Measurement
 from fastentropy.benchmarks.records import Record
+from fastentropy.cli.options import option_of
 from fastentropy.reporting.history import RunHistory
 
 #: The operations that the table of whole networks shows, in the order of their columns, and the names of the backends there.
@@ -101,7 +102,5 @@ def _times(operations: dict[str, Measurement]) -> dict[str, float]:
 
 def _command(run: RunHistory) -> str:
     """Return the command of a run, but for the paths of its data and its weights."""
-    options = {name.replace("_", "-"): value for name, value in run.options.items()}
-    return " ".join(
-        ["fastentropy prune images", *(f"--{name}{'' if value is True else f' {value}'}" for name, value in options.items())]
-    )
+    options = (f"{option_of(name)}{'' if value is True else f' {value}'}" for name, value in run.options.items())
+    return " ".join(["fastentropy prune images", *options])

@@ -66,7 +66,7 @@ def steps(output: Path, device: str, data: str | None, calibrated: Sequence[str]
     calibrate = [*ours, "calibrate", model, "--data", texts, *on, "--output", str(output / "runs" / "calibrate")]
 
     def bench(name: str, share: float) -> Step:
-        return Step(name, share, [*ours, "bench", name, *on, "--json", str(output / f"{name}.json")])
+        return Step(name, share, [*ours, "bench", name, *on, "--record", str(output / f"{name}.json")])
 
     def prune(name: str, share: float, options: Sequence[str], missing: str = "") -> Step:
         folder = output / "runs" / name

@@ -62,10 +62,14 @@ class Record:
             cases.setdefault(measurement.case, []).append(measurement)
         return cases
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the record as a dict of JSON types."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {**values, "measurements": [measurement.to_dict() for measurement in self.measurements]}
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the record to a JSON file. An existing file is replaced."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        save_json({**values, "measurements": [measurement.to_dict() for measurement in self.measurements]}, path)
+        save_json(self.to_dict(), path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Record:
@@ -87,7 +91,7 @@ class Record:
             record._check()
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(
-                f"{path} is damaged or no record of `fastentropy bench`; name a file that its --json wrote"
+                f"{path} is damaged or no record of `fastentropy bench`; name a file that its --record wrote"
             ) from error
         return record
 

@@ -12,7 +12,7 @@ from fastentropy.calibration.pretrained import DTYPES
 from fastentropy.calibration.ranks import Ranks, init_ranks
 from fastentropy.calibration.run import PAGE, Options, run_calibration
 from fastentropy.cli.console import CalibrationDisplay, print_calibration
-from fastentropy.cli.options import chosen_device, one_line_errors
+from fastentropy.cli.options import AsJson, chosen_device, one_line_errors
 
 
 def calibrate(
@@ -56,7 +56,7 @@ def calibrate(
     output: Annotated[
         Path | None, typer.Option(help="Folder to write the run to. [default: runs/calibrate-MODEL-DATA-DIGEST]")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON instead of a table.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Measure the entropy of a model's activations over a corpus.
 

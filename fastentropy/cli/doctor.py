@@ -1,10 +1,11 @@
 """The command `fastentropy doctor`: check whether fastentropy can run on this machine, and with which kernels."""
 
+import dataclasses
 import importlib.metadata
+import json
 import platform
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 import typer
@@ -12,10 +13,11 @@ from rich.console import Console
 from rich.table import Table
 
 from fastentropy._utils.text import plural
+from fastentropy.cli.options import AsJson
 from fastentropy_kernels import available_implementations, count_states
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Finding:
     """One line of the diagnosis.
 
@@ -30,16 +32,19 @@ class Finding:
     ok: bool = True
 
 
-def doctor() -> None:
+def doctor(as_json: AsJson = False) -> None:
     """Check that fastentropy can run on this machine.
 
     Shows the versions, the devices, and the kernels that run on each device. The exit status is 1 if a check fails.
     """
     findings = examine()
-    table = Table(box=None, show_header=False, pad_edge=False)
-    for finding in findings:
-        table.add_row("ok" if finding.ok else "NO", finding.name, finding.text)
-    Console().print(table)
+    if as_json:
+        typer.echo(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=2))
+    else:
+        table = Table(box=None, show_header=False, pad_edge=False)
+        for finding in findings:
+            table.add_row("ok" if finding.ok else "NO", finding.name, finding.text)
+        Console().print(table)
     if not all(finding.ok for finding in findings):
         raise typer.Exit(1)
 

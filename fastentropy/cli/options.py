@@ -2,12 +2,16 @@
 
 import contextlib
 from collections.abc import Iterator
+from typing import Annotated
 
 import torch
 import typer
 
 from fastentropy._utils.errors import joined_lines, one_line
 from fastentropy.calibration.ranks import RemoteRankError
+
+#: The option that all commands have: print a result as JSON in place of tables, and nothing else, on standard output.
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON instead of tables. [default: off]")]
 
 
 def chosen_device(name: str | None) -> torch.device:
@@ -32,6 +36,11 @@ def chosen_device(name: str | None) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name} cannot be used here: {one_line(error)}") from error
     return device
+
+
+def option_of(name: str) -> str:
+    """Return how the command line writes the option of a parameter: --max-drop for "max_drop"."""
+    return f"--{name.replace('_', '-')}"
 
 
 @contextlib.contextmanager

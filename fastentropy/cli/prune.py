@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from fastentropy.cli.console import ProgressDisplay, print_history
-from fastentropy.cli.options import chosen_device, one_line_errors
+from fastentropy.cli.options import AsJson, chosen_device, one_line_errors, option_of
 from fastentropy.pruning.criteria import CRITERIA
 from fastentropy.recipes import RECIPES, load_recipe
 from fastentropy.recipes.run import Run, create_run, open_run
@@ -125,7 +125,7 @@ def prune(
     resume: Annotated[
         Path | None, typer.Option(help="Folder of an interrupted run to continue, with the options it was started with.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the history as JSON instead of a table.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Train, prune and fuse a network, and write a report.
 
@@ -202,7 +202,7 @@ def _open(folder: Path, recipe: str | None, options: dict[str, object]) -> Run:
     run = open_run(folder)
     if recipe not in (None, run.settings.recipe):
         raise ValueError(f"{folder} is a run of the recipe {run.settings.recipe!r}, not of {recipe!r}; leave the recipe out")
-    changed = [f"--{name.replace('_', '-')}" for name, value in options.items() if value is not None]
+    changed = [option_of(name) for name, value in options.items() if value is not None]
     if changed:
         raise ValueError(f"--resume takes the options of the run; leave out {', '.join(changed)}")
     if run.outcome:

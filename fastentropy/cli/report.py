@@ -11,7 +11,7 @@ from rich.console import Console
 from fastentropy.calibration.report import write_report as write_calibration
 from fastentropy.calibration.run import PAGE, is_finished, read_outcome
 from fastentropy.cli.console import print_calibration
-from fastentropy.cli.options import one_line_errors
+from fastentropy.cli.options import AsJson, one_line_errors
 from fastentropy.recipes.settings import check_read_history, read_history
 from fastentropy.reporting.compared_runs import label_runs
 from fastentropy.reporting.comparison import format_comparison, plot_comparison, write_comparison
@@ -30,14 +30,13 @@ def report(
         Path | None,
         typer.Option(help="Also write the plots of pruning runs as a picture to this .png file. [default: no picture]"),
     ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print history or summary as JSON, for several runs by name. [default: off]")
-    ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Write the report of a run again, or compare several pruning runs.
 
     For a calibration, its table is printed too. A comparison shows accuracy against the number of activations removed, and
-    against latency.
+    against latency. --json prints the history of a run or the summary of a calibration, and for several runs their histories
+    by name.
     """
     with one_line_errors():
         if any(map(is_finished, runs)):

@@ -62,7 +62,7 @@ def kernels(tmp_path_factory):
     options = ("--device", "cpu", "--dtype", "float32", "--sizes", "4k", "--rounds", 2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fastentropy.benchmarks.kernels.compiled", lambda function: function)
-        return folder, invoke("kernels", *options, "--json", folder / "record.json")
+        return folder, invoke("kernels", *options, "--record", folder / "record.json")
 
 
 @pytest.mark.slow
@@ -105,10 +105,16 @@ def test_files_go_to_the_folder_runs_by_default(asked, tmp_path):
 
 
 def test_files_go_to_the_named_paths(asked, tmp_path):
-    result = invoke("collect", "--device", "cpu", "--json", "a.json", "--plot", "b.svg")
+    result = invoke("collect", "--device", "cpu", "--record", "a.json", "--plot", "b.svg")
     assert result.exit_code == 0, result.output
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "b.svg"]
     assert Record.load("a.json").complete
+
+
+def test_json_is_the_record_and_nothing_else(asked, tmp_path):
+    result = invoke("collect", "--device", "cpu", "--json", "--record", "a.json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout) == json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))
 
 
 @pytest.mark.slow
@@ -128,16 +134,18 @@ def test_options_select_device_dtype_and_sizes(asked):
         (["--sizes", "0"], "'0' is no size"),
         (["--device", "toaster"], "--device toaster cannot be used here"),
         (["--rounds", "1"], "--rounds"),
-        (["--json", "missing/record.json"], r"missing/record\.json cannot be written; name a file in a folder that exists"),
-        (["--json", "record.txt"], r"record\.txt cannot be written; name a file that ends in \.json"),
-        (["--json", "record.png"], r"record\.png cannot be written; name a file that ends in \.json"),
+        (["--record", "missing/record.json"], r"missing/record\.json cannot be written; name a file in a folder that exists"),
+        (["--record", "record.txt"], r"record\.txt cannot be written; name a file that ends in \.json"),
+        (["--record", "record.png"], r"record\.png cannot be written; name a file that ends in \.json"),
         (["--plot", "picture.jpg"], r"picture\.jpg: a plot is saved as \.png, \.svg, \.pdf"),
         (["--plot", "missing/picture.png"], r"missing/picture\.png cannot be written"),
         (["--compare", "missing.json"], r"missing\.json"),
         (["--compare", "."], "Is a directory"),
+        (["--json", "--compare", "old.json"], "--json prints the record without the table of --compare"),
         (["--sweep"], "--sweep tries launch configurations of the state kernels on a GPU, not of 'kernels' on cpu"),
         (["fuse", "--sweep"], "not of 'fuse' on cpu"),
-        (["--sweep", "--dtype", "float32", "--json", "a.json"], "leave out --dtype, --json"),
+        (["--sweep", "--dtype", "float32", "--record", "a.json"], "leave out --dtype, --record"),
+        (["--sweep", "--json"], "leave out --json"),
     ],
 )
 def test_bad_input_is_one_line_and_has_no_effect(asked, tmp_path, arguments, text):
@@ -147,7 +155,7 @@ def test_bad_input_is_one_line_and_has_no_effect(asked, tmp_path, arguments, tex
 
 def test_folder_at_the_path_of_the_record_is_refused(asked, tmp_path):
     (tmp_path / "a.json").mkdir()
-    assert_refused(invoke("--json", "a.json"), r"a\.json cannot be written", asked, tmp_path, ["a.json"])
+    assert_refused(invoke("--record", "a.json"), r"a\.json cannot be written", asked, tmp_path, ["a.json"])
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"recipe": "digits"}'])
@@ -173,12 +181,12 @@ def test_missing_packages_are_named(asked, tmp_path, monkeypatch, name, missing)
 
 @pytest.mark.slow
 def test_changes_since_an_older_record_are_shown(asked):
-    assert invoke("--device", "cpu", "--json", "old.json").exit_code == 0
+    assert invoke("--device", "cpu", "--record", "old.json").exit_code == 0
     values = json.loads(Path("old.json").read_text(encoding="utf-8"))
     for each in values["measurements"]:
         each["milliseconds"] = dict.fromkeys(each["milliseconds"], 1000.0)
     Path("old.json").write_text(json.dumps(values), encoding="utf-8")
-    result = invoke("--device", "cpu", "--json", "new.json", "--compare", "old.json")
+    result = invoke("--device", "cpu", "--record", "new.json", "--compare", "old.json")
     assert result.exit_code == 0, result.output
     assert result.output.count("faster") == 4
     assert "4 of 4 changed by more than the noise within the two runs" in result.output
@@ -186,8 +194,8 @@ def test_changes_since_an_older_record_are_shown(asked):
 
 @pytest.mark.slow
 def test_compared_record_may_be_overwritten(asked):
-    assert invoke("--device", "cpu", "--json", "a.json").exit_code == 0
-    result = invoke("--device", "cpu", "--json", "a.json", "--compare", "a.json")
+    assert invoke("--device", "cpu", "--record", "a.json").exit_code == 0
+    result = invoke("--device", "cpu", "--record", "a.json", "--compare", "a.json")
     assert "of 4 changed" in result.output
 
 
@@ -197,7 +205,7 @@ def test_interruption_keeps_finished_cases(asked, monkeypatch, tmp_path):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Record, "save", interrupted)
-    result = invoke("--device", "cpu", "--json", "a.json")
+    result = invoke("--device", "cpu", "--record", "a.json")
     assert result.exit_code == 130
     assert "Interrupted. The cases measured before, if any, are in a.json" in result.output
     record = Record.load("a.json")
@@ -211,7 +219,7 @@ def test_out_of_memory_is_one_line(monkeypatch):
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory: you tried 1 byte")
 
     monkeypatch.setitem(runner.BENCHMARKS, "fuse", dataclasses.replace(runner.BENCHMARKS["fuse"], cases=cases))
-    result = invoke("fuse", "--device", "cpu", "--json", "a.json")
+    result = invoke("fuse", "--device", "cpu", "--record", "a.json")
     assert result.exit_code == 2
     assert "Error: a tensor of the next case does not fit into memory; give smaller --sizes" in result.output
     assert list(Record.load("a.json").cases()) == ["one"]

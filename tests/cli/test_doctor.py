@@ -1,5 +1,6 @@
 """`fastentropy doctor`: what it shows, and its exit status."""
 
+import json
 import sys
 
 from typer.testing import CliRunner
@@ -12,6 +13,12 @@ def test_doctor_lists_what_runs():
     assert result.exit_code == 0, result.output
     for word in ("python", "torch", "triton", "numba", "executing", "cpu", "reference"):
         assert word in result.output
+
+
+def test_json_is_a_list_of_findings():
+    findings = json.loads(CliRunner().invoke(app, ["doctor", "--json"]).stdout)
+    assert {"name", "text", "ok"} == set(findings[0])
+    assert {"torch", "cpu kernels: reference"} <= {finding["name"] for finding in findings if finding["ok"]}
 
 
 def test_doctor_fails_if_the_main_job_cannot_run(monkeypatch):
