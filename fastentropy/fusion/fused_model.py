@@ -2,7 +2,7 @@
 
 import copy
 import io
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from os import PathLike
 from typing import Any
 
@@ -179,20 +179,30 @@ class FusedModel(nn.Module):
         _check_path(path, "a .pt2 package to write")
         serialization.write_package(path, self._program())
 
-    def save_onnx(self, path: str | PathLike[str]) -> None:
+    def save_onnx(
+        self, path: str | PathLike[str], *, input_names: Sequence[str] = (), output_names: Sequence[str] = ()
+    ) -> None:
         """Write the model as ONNX, checked with onnxruntime as in `save`.
 
         Args:
             path: the file to write.
+            input_names: the names of the inputs in the file, one for each tensor of the example inputs, in their order. If
+                empty, they are called as the parameters of the model's `forward`.
+            output_names: the names of the outputs in the file, in their order. If empty, they are called after the operators
+                that compute them.
 
         Raises:
-            TypeError: `path` is not the name of a file.
+            TypeError: `path` is not the name of a file, or the names are no list of texts.
             ImportError: onnx, onnxscript or onnxruntime is missing.
-            ValueError: the weights were converted to another dtype or device after fusing.
+            ValueError: the weights were converted to another dtype or device after fusing, or the names are not as many as the
+                inputs or outputs, or not all different.
             RuntimeError: the written file gives other outputs than the model.
         """
         _check_path(path, "an .onnx file to write")
-        serialization.write_onnx(path, self._program())
+        for argument, names in (("input_names", input_names), ("output_names", output_names)):
+            if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+                raise TypeError(f"{argument}: got {names!r}, expected a list of names: {argument}=['x']")
+        serialization.write_onnx(path, self._program(), input_names, output_names)
 
     @property
     def _runs_the_model(self) -> bool:

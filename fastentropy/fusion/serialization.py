@@ -6,7 +6,7 @@ import json
 import re
 import warnings
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from io import BytesIO
 from os import PathLike
 from pathlib import Path
@@ -95,15 +95,17 @@ def write_package(path: str | PathLike[str], program: ExportedProgram) -> None:
     replace_file(path, save)
 
 
-def write_onnx(path: str | PathLike[str], program: ExportedProgram) -> None:
-    """Write a program as ONNX, checked with onnxruntime as in `write`.
+def write_onnx(
+    path: str | PathLike[str], program: ExportedProgram, input_names: Sequence[str], output_names: Sequence[str]
+) -> None:
+    """Write a program as ONNX, checked with onnxruntime as in `write`. The names are those of `export_onnx`.
 
     Raises ImportError if onnx, onnxscript or onnxruntime is missing.
     """
     check_onnx()
 
     def save(file: Path) -> None:
-        export_onnx(program, file)
+        export_onnx(program, file, input_names, output_names)
         session = start_session(file, program)
         _check_equal(program, lambda *inputs, **keywords: run_session(session, tree_leaves((inputs, keywords))))
 

@@ -1,10 +1,12 @@
 """Fused models in files: written whole or not at all, and read without running anything."""
 
+import re
 import zipfile
 from unittest.mock import Mock
 
 import pytest
 import torch
+from torch import nn
 
 from fastentropy import fuse, load
 from fastentropy.fusion import serialization, verification
@@ -53,6 +55,45 @@ def test_onnx(build, tmp_path, merged):
     name = session.get_inputs()[0].name
     run = lambda y: torch.from_numpy(session.run(None, {name: y.numpy()})[0])  # noqa: E731
     assert_equal(run, model, torch.randn(5, *x.shape[1:]))
+
+
+class TwoSums(nn.Module):
+    """Takes two inputs and returns two outputs."""
+
+    def forward(self, x, y):
+        return torch.relu(x + y), x - y
+
+
+@pytest.mark.slow
+def test_onnx_has_the_chosen_names(tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    fused = fuse(TwoSums().eval(), (torch.randn(2, 3), torch.randn(2, 3)), measure=False)
+    # "add" is also the name of the sum inside.
+    fused.save_onnx(tmp_path / "a.onnx", input_names=["left", "right"], output_names=["add", "difference"])
+    session = onnxruntime.InferenceSession(tmp_path / "a.onnx")
+    x, y = torch.randn(5, 3), torch.randn(5, 3)
+    difference, total = session.run(["difference", "add"], {"right": y.numpy(), "left": x.numpy()})
+    assert torch.equal(torch.from_numpy(total), torch.relu(x + y))
+    assert torch.equal(torch.from_numpy(difference), x - y)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("names", "error", "message"),
+    [
+        ({"input_names": ["a"]}, ValueError, "input_names: got 1 name, expected 2, for x, y"),
+        ({"output_names": ["a", "b", "c"]}, ValueError, "output_names: got 3 names, expected 2"),
+        ({"input_names": ["a", "b"], "output_names": ["c", "a"]}, ValueError, "a is there twice"),
+        ({"input_names": "ab"}, TypeError, "input_names: got 'ab', expected a list of names"),
+    ],
+)
+def test_names_that_do_not_fit_are_refused(names, error, message, tmp_path):
+    pytest.importorskip("onnxscript")
+    fused = fuse(TwoSums().eval(), (torch.randn(2, 3), torch.randn(2, 3)), measure=False)
+    with pytest.raises(error, match=re.escape(message)):
+        fused.save_onnx(tmp_path / "a.onnx", **names)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

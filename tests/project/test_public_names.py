@@ -26,7 +26,7 @@ SIGNATURES = {
         "FusedModel.forward": "(self, *inputs, **keywords)",
         "FusedModel.graph_module": "property",
         "FusedModel.save": "(self, path)",
-        "FusedModel.save_onnx": "(self, path)",
+        "FusedModel.save_onnx": "(self, path, *, input_names=(), output_names=())",
         "FusedModel.save_package": "(self, path)",
         "FusedModel.train": "(self, mode=True)",
         "FusionReport": f"(chains, milliseconds, memory_formats, choice, max_relative_error, {REPORT})",

@@ -2,6 +2,7 @@
 
 import re
 import tempfile
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
-from torch.export.graph_signature import TensorArgument
+from torch.export.graph_signature import InputKind, TensorArgument
 
 from fastentropy._compat import tree_leaves, tree_unflatten
 from fastentropy._utils.optional import install_command
+from fastentropy._utils.text import plural
 from fastentropy.fusion.backends.functional import write_new_values
 from fastentropy.fusion.chains.nodes import overwrites
 from fastentropy.fusion.traced_inputs import TracedInputs
@@ -67,20 +69,64 @@ def check_onnx() -> None:
         raise ImportError(f"{', '.join(missing)}: not installed; {install_command('onnx')}")
 
 
-def export_onnx(program: ExportedProgram, file: Path) -> None:
+def export_onnx(
+    program: ExportedProgram, file: Path, input_names: Sequence[str] = (), output_names: Sequence[str] = ()
+) -> None:
     """Write a program as ONNX.
 
-    Raises ValueError if the program does what ONNX cannot express: it returns other values than tensors, or overwrites inputs.
+    Args:
+        program: the program, which is changed where ONNX needs another form.
+        file: the file to write.
+        input_names: the names of the inputs that are tensors, in flat order. If empty, they have those of the program.
+        output_names: the names of the outputs, likewise.
+
+    Raises:
+        ValueError: the program does what ONNX cannot express: it returns other values than tensors, or overwrites inputs; or
+            the names do not fit it.
     """
     if not all(isinstance(spec.arg, TensorArgument) for spec in program.graph_signature.output_specs):
         raise ValueError("the model returns values that are not tensors, which ONNX cannot; use backend='eager' or save")
     inputs = program.graph.find_nodes(op="placeholder")
     if any(overwrites(user, node) for node in inputs for user in node.users):
         raise ValueError("the model overwrites its inputs, which ONNX cannot; use backend='eager' or save")
+    signature = program.graph_signature
+    _check_onnx_names(
+        {
+            "input_names": (input_names, [spec.arg for spec in signature.input_specs if spec.kind is InputKind.USER_INPUT]),
+            "output_names": (output_names, [spec.arg for spec in signature.output_specs]),
+        }
+    )
     write_new_values(program.graph)
     exported = torch.onnx.export(program, dynamo=True, verbose=False)
     assert exported is not None
+    _rename(exported.model.graph, input_names, output_names)
     exported.save(file)
+
+
+def _check_onnx_names(given: dict[str, tuple[Sequence[str], list[Any]]]) -> None:
+    """Raise ValueError if chosen names are not as many as the tensors that they are for, or one of them is there twice.
+
+    Args:
+        given: for each argument that holds names, the names and the inputs or outputs of the program.
+    """
+    for argument, (names, values) in given.items():
+        present = [value.name for value in values if isinstance(value, TensorArgument)]
+        if names and len(names) != len(present):
+            raise ValueError(f"{argument}: got {plural(len(names), 'name')}, expected {len(present)}, for {', '.join(present)}")
+    chosen = [name for names, _ in given.values() for name in names]
+    if twice := sorted({name for name in chosen if chosen.count(name) > 1}):
+        raise ValueError(f"input_names and output_names: {', '.join(twice)} is there twice; every name must be another one")
+
+
+def _rename(graph: Any, input_names: Sequence[str], output_names: Sequence[str]) -> None:
+    """Give the inputs and outputs of an ONNX graph their chosen names, and others to the values that had these names."""
+    chosen = {*input_names, *output_names}
+    for value in [*graph.initializers.values(), *(value for node in graph for value in node.outputs)]:
+        if value.name in chosen:
+            value.name = f"{value.name}.inner"
+    for values, names in ((graph.inputs, input_names), (graph.outputs, output_names)):
+        for value, name in zip(values, names, strict=False):  # without names, none is changed
+            value.name = name
 
 
 def session_of(program: ExportedProgram) -> Any:
