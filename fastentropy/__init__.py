@@ -19,6 +19,7 @@ from fastentropy.sites.site import Site
 from fastentropy.surgery.isolation import isolate
 from fastentropy.surgery.linearization import linearize
 from fastentropy.surgery.neuron_linearization import NeuronStates, linearize_neurons
+from fastentropy.surgery.neuron_replacement import ReplacedNeurons
 from fastentropy.surgery.neuronwise import NeuronwiseActivation
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "NeuronStates",
     "NeuronwiseActivation",
     "PruningResult",
+    "ReplacedNeurons",
     "Site",
     "SiteStatistics",
     "Statistics",

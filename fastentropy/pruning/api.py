@@ -13,7 +13,7 @@ from fastentropy.collector.site_statistics import Average, Zero
 from fastentropy.collector.statistics import Statistics
 from fastentropy.pruning.criteria import Criterion
 from fastentropy.pruning.loop import Functions, PruningLoop, latency_table
-from fastentropy.pruning.options import Options
+from fastentropy.pruning.options import Granularity, Options
 from fastentropy.pruning.steps import Step, StepFolder
 from fastentropy.sites.activations import own_modules
 from fastentropy.sites.finding import find_sites
@@ -69,7 +69,7 @@ def prune(
     example_inputs: ExampleInputs,
     max_drop: float = 0.01,
     max_removed: int | None = None,
-    per_step: int = 1,
+    per_step: int | None = None,
     criterion: Criterion = "entropy",
     zeros_together: bool = False,
     protect: Iterable[str] = (),
@@ -80,6 +80,7 @@ def prune(
     average: Average = "dataset",
     statistics: Statistics | None = None,
     checkpoint_dir: str | PathLike[str] | None = None,
+    granularity: Granularity = "layer",
     measure: Callable[[nn.Module], Mapping[str, float]] | None = None,
     on_step: Callable[[Sequence[Step]], object] | None = None,
 ) -> PruningResult:
@@ -103,7 +104,8 @@ def prune(
             is measured for their shapes and device.
         max_drop: stop when the score is more than this below the score of the dense model. In the units of `evaluate`.
         max_removed: the largest number of sites to remove. None sets no limit.
-        per_step: how many sites to remove in each step. With `per_step` equal to `max_removed`, there is one step.
+        per_step: how many sites to remove in each step; None is 1. With `per_step` equal to `max_removed`, there is one step.
+            With the granularity "neuron" it is how many percent of the neurons lose their activation; None is 10.
         criterion: which sites are removed first.
             "entropy": those of lowest layer entropy; among equals, the first in call order.
             "entropy-per-latency": the set of sites that loses the least entropy per millisecond saved. The saved time is that
@@ -131,6 +133,10 @@ def prune(
         checkpoint_dir: a folder to which every finished step is written. If it already holds steps of a run with the same
             options, the run continues after them. The result is the same as without the interruption if `train` draws its
             random numbers from torch's default generators. None writes nothing.
+        granularity: "layer" linearises whole activations. "neuron" replaces the activation of those neurons that have the
+            lowest entropies in the whole network: by the identity where the neuron is mostly on, and by 0 where it is mostly
+            off, if the activation is close to 0 there. If all neurons of an activation are linear, it is removed; otherwise it
+            becomes a `NeuronwiseActivation`. The criterion is "entropy" or "random".
         measure: a function `measure(model)` that returns a dict of further figures by name. They are stored with each step.
             None measures nothing.
         on_step: a function `on_step(steps)` that is called after each step with all steps so far. None calls nothing.
@@ -189,6 +195,7 @@ def prune(
         collapse,
         zero,
         average,
+        granularity,
     )
     sites = [site.name for site in find_sites(model, inputs)]
     check_names(options.protect, sites, "protect")
@@ -199,13 +206,14 @@ def prune(
     loop = PruningLoop(dense, sites, functions, options, folder, latency_table(dense, inputs, sites, options, folder))
     loop.resume()
     if not loop.steps:
-        loop.run_step((), statistics)
+        loop.run_step((), {}, statistics)
     kept = None
     while loop.within_max_drop():
         kept = copy.deepcopy(loop.model)
-        if not (names := loop.next_sites()):
+        names, neurons = loop.next_removal()
+        if not (names or neurons):
             break
-        loop.run_step(names)
+        loop.run_step(names, neurons)
     kept_step = len(loop.steps) - (1 if loop.within_max_drop() else 2)
     removed = tuple(name for step in loop.steps[: kept_step + 1] for name in step.removed)
     if kept is None:

@@ -14,11 +14,13 @@ from fastentropy.collector.statistics import Statistics
 from fastentropy.fusion.latency import LatencyTable, measure_latency
 from fastentropy.fusion.projection import Projection, install, project
 from fastentropy.pruning.criteria import best_trade, check_budget, lowest, scores
+from fastentropy.pruning.neurons import next_neurons
 from fastentropy.pruning.options import Options
 from fastentropy.pruning.steps import Step, StepFolder, random_state, set_random_state
 from fastentropy.sites.activations import activation_modules, own_modules
 from fastentropy.sites.inputs import ExampleInputs
 from fastentropy.surgery.linearization import linearize
+from fastentropy.surgery.neuron_replacement import ReplacedNeurons, replace_neurons
 
 
 class Functions(NamedTuple):
@@ -135,6 +137,11 @@ class PruningLoop:
         assert self._folder is not None
         for step in self.steps[: index + 1]:
             linearize(model, step.removed)
+            try:
+                replace_neurons(model, step.neurons)
+            except (IndexError, ValueError) as error:
+                text = f"{self._folder.path} holds a step that replaces neurons that the model lacks: {reason(error)}"
+                raise ValueError(text) from error
             for projection in step.collapsed:
                 try:
                     install(model, projection)
@@ -148,43 +155,54 @@ class PruningLoop:
         """Return whether the last score is at most `max_drop` below the score of the dense model, apart from rounding."""
         return self.steps[0].score - self.steps[-1].score <= self._options.max_drop + 1e-9
 
-    def next_sites(self) -> tuple[str, ...]:
-        """Return the names of the sites to remove in the next step. If there are none, the run is at its end."""
+    def next_removal(self) -> tuple[tuple[str, ...], dict[str, ReplacedNeurons]]:
+        """Return the sites to linearise in the next step, and the neurons to replace. Without both, the run is at its end."""
+        set_random_state(self._random_state)
+        if self._options.granularity == "neuron":
+            return next_neurons(self.model, self._statistics, self._options)
+        return self._next_sites(), {}
+
+    def _next_sites(self) -> tuple[str, ...]:
+        """Return the names of the sites to linearise in the next step."""
         options = self._options
         entropies = self.steps[-1].layer_entropy
         losses = {name: bits for name, bits in entropies.items() if name not in options.protect}
         left = len(losses) if options.max_removed is None else options.max_removed - len(self.removed)
-        set_random_state(self._random_state)
         if options.criterion == "entropy-per-latency":
             names = self._best_trades(losses, left)
         else:
             scored = scores(options.criterion, self.model, self._statistics, entropies, self._sites)
             allowed = {name: score for name, score in scored.items() if name in losses}
-            names = lowest(allowed, min(options.per_step, left))
+            names = lowest(allowed, min(options.sites_per_step, left))
         if names and options.zeros_together:
             zeros = [name for name, bits in losses.items() if bits == 0 and name not in names]
             names += tuple(zeros[: left - len(names)])
         return names
 
-    def run_step(self, names: tuple[str, ...], statistics: Statistics | None = None) -> None:
-        """Linearise the sites with these names, fine-tune, evaluate and calibrate, and store the step.
+    def run_step(
+        self, names: tuple[str, ...], neurons: Mapping[str, ReplacedNeurons], statistics: Statistics | None = None
+    ) -> None:
+        """Linearise sites, replace neurons, fine-tune, evaluate and calibrate, and store the step.
 
         Args:
-            names: the sites to linearise. If there are none (in step 0), the model is only evaluated and calibrated.
+            names: the sites to linearise.
+            neurons: the neurons to replace, by site. If nothing is removed (in step 0), the model is only evaluated and
+                calibrated.
             statistics: in step 0, the statistics of the dense model if they are known. They replace the calibration.
         """
         collapsed: tuple[Projection, ...] = ()
-        if names:
+        if names or neurons:
             linearize(self.model, names)
+            replace_neurons(self.model, neurons)
             collapsed = self._collapse([*self.removed, *names])
             self._update_table(collapsed)
             set_random_state(self._random_state)
             statistics = self._train()
         self.model.eval()
-        score = self._score(names)
+        score = self._score([*names, *neurons])
         self._statistics = self._calibrate() if statistics is None else statistics
         entropies = self._statistics.layer_entropy(self._options.zero, self._options.average)
-        step = Step(names, entropies, score, self._metrics(names), collapsed)
+        step = Step(names, entropies, score, self._metrics(names), collapsed, dict(neurons))
         self._random_state = random_state()
         if self._folder:
             self._folder.save(len(self.steps), step, self.model, self._statistics, self._random_state)
@@ -204,7 +222,7 @@ class PruningLoop:
         """
         assert self._table is not None
         budget, chosen = self._options.budget(self._table), set[str]()
-        for _ in range(self._options.per_step):
+        for _ in range(self._options.sites_per_step):
             removed = [*self.removed, *chosen]
             if budget is not None and self._table.fastest(removed).milliseconds <= budget:
                 break
@@ -260,11 +278,11 @@ class PruningLoop:
         return statistics
 
     @torch.no_grad()
-    def _score(self, names: tuple[str, ...]) -> float:
+    def _score(self, names: Sequence[str]) -> float:
         """Return the score that `evaluate` gives the model. Raise ValueError if it is not a finite number.
 
         Args:
-            names: the sites that this step has linearised, for the message.
+            names: the sites that this step has changed, for the message.
         """
         value = self._functions.evaluate(self.model)
         when = f"after the removal of {', '.join(names) or 'nothing'}"

@@ -2,11 +2,14 @@
 
 import math
 from dataclasses import dataclass, fields
-from typing import Any, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 from fastentropy.collector.site_statistics import Average, Zero
 from fastentropy.fusion.latency import LatencyTable
 from fastentropy.pruning.criteria import CRITERIA, Criterion
+
+#: What is removed in each step: whole activations, or the activation of single neurons.
+Granularity: TypeAlias = Literal["layer", "neuron"]
 
 
 @dataclass(frozen=True)
@@ -18,7 +21,7 @@ class Options:
 
     max_drop: float
     max_removed: int | None
-    per_step: int
+    per_step: int | None
     criterion: Criterion
     zeros_together: bool
     protect: tuple[str, ...]
@@ -27,6 +30,7 @@ class Options:
     collapse: str | None
     zero: Zero
     average: Average
+    granularity: Granularity
 
     def __post_init__(self) -> None:
         """Raise ValueError if a value is out of range."""
@@ -34,13 +38,14 @@ class Options:
             raise ValueError(f"max_drop is {self.max_drop}; expected 0 or more, in the units of evaluate")
         if self.max_removed is not None and self.max_removed < 0:
             raise ValueError(f"max_removed is {self.max_removed}; expected 0 or more, or None for no limit")
-        if not isinstance(self.per_step, int) or self.per_step < 1:
+        if self.per_step is not None and (not isinstance(self.per_step, int) or self.per_step < 1):
             raise ValueError(f"per_step is {self.per_step}; expected a whole number, 1 or more")
         if self.criterion not in CRITERIA and not callable(self.criterion):
             raise ValueError(f"criterion is {self.criterion!r}; expected one of {', '.join(CRITERIA)}, or a function")
         if self.collapse not in (None, "project"):
             raise ValueError(f"collapse is {self.collapse!r}; expected 'project' or None")
-        for name, known in (("zero", get_args(Zero)), ("average", get_args(Average))):
+        kinds = {"zero": Zero, "average": Average, "granularity": Granularity}
+        for name, known in ((name, get_args(kind)) for name, kind in kinds.items()):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(known)}")
         budgets = {"target_speedup": self.target_speedup, "max_latency_ms": self.max_latency_ms}
@@ -50,6 +55,29 @@ class Options:
                 raise ValueError(f"{name} is {value}; expected a number above 0")
         if given and (self.criterion != "entropy-per-latency" or len(given) > 1):
             raise ValueError(f"{' and '.join(given)}: give one of them, with criterion='entropy-per-latency'")
+
+        if self.granularity == "neuron":
+            self._check_neurons()
+
+    def _check_neurons(self) -> None:
+        """Raise ValueError if options are given that choose whole activations."""
+        if self.criterion not in ("entropy", "random"):
+            raise ValueError("granularity='neuron' chooses neurons by criterion='entropy' or 'random'; give one of the two")
+        whole = {"max_removed": self.max_removed is not None, "zeros_together": self.zeros_together, "collapse": self.collapse}
+        if given := [name for name, value in whole.items() if value]:
+            raise ValueError(f"{' and '.join(given)}: for whole activations only; leave it out with granularity='neuron'")
+        if self.per_step is not None and self.per_step > 100:
+            raise ValueError(f"per_step is {self.per_step}; with granularity='neuron' expected a percentage from 1 to 100")
+
+    @property
+    def sites_per_step(self) -> int:
+        """Return how many sites, or sets of sites, are removed in each step."""
+        return 1 if self.per_step is None else self.per_step
+
+    @property
+    def share(self) -> float:
+        """Return the share of the neurons that is replaced in each step."""
+        return (10 if self.per_step is None else self.per_step) / 100
 
     @property
     def needs_latency(self) -> bool:

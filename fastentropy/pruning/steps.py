@@ -18,6 +18,7 @@ from fastentropy._utils.files import remove_leftovers, save_json, save_tensors
 from fastentropy.collector.statistics import Statistics
 from fastentropy.fusion.latency import LatencyTable
 from fastentropy.fusion.projection import Projection
+from fastentropy.surgery.neuron_replacement import ReplacedNeurons
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Step:
             among them: the predicted time of one call in milliseconds.
         collapsed: the approximations of this step. Each is a series of modules that was replaced by one fitted convolution
             before the fine-tuning.
+        neurons: the neurons of which this step replaced the activation, by the name of their site.
 
     Examples:
         >>> import fastentropy as fe
@@ -48,6 +50,7 @@ class Step:
     score: float
     metrics: dict[str, float] = field(default_factory=dict)
     collapsed: tuple[Projection, ...] = ()
+    neurons: dict[str, ReplacedNeurons] = field(default_factory=dict)
 
 
 class StepFolder:
@@ -170,7 +173,9 @@ class StepFolder:
         try:
             metrics = {str(name): float(value) for name, value in values["metrics"].items()}
             collapsed = tuple(map(Projection.from_dict, values["collapsed"]))
-            step = Step(tuple(map(str, values["removed"])), entropies, float(values["score"]), metrics, collapsed)
+            neurons = {name: _read_neurons(**value) for name, value in values["neurons"].items()}
+            removed, score = tuple(map(str, values["removed"])), float(values["score"])
+            step = Step(removed, entropies, score, metrics, collapsed, neurons)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is damaged: {reason(error)}; delete {folder} to continue before this step") from error
         if not math.isfinite(step.score):
@@ -197,6 +202,11 @@ def set_random_state(states: dict[str, Tensor]) -> None:
             torch.set_rng_state(state)
         elif torch.device(device).index < torch.cuda.device_count():
             torch.cuda.set_rng_state(state, device)
+
+
+def _read_neurons(neurons: int, linear: list[int], constant: list[int], channel_axis: int) -> ReplacedNeurons:
+    """Return the neurons that a step has stored as values of JSON types."""
+    return ReplacedNeurons(int(neurons), tuple(map(int, linear)), tuple(map(int, constant)), int(channel_axis))
 
 
 def _load_json(path: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from fastentropy.surgery.isolation import isolate
 from fastentropy.surgery.linearization import linearize
 from fastentropy.surgery.neuron_linearization import NeuronStates, linearize_neurons
+from fastentropy.surgery.neuron_replacement import ReplacedNeurons
 from fastentropy.surgery.neuronwise import NeuronwiseActivation
 
-__all__ = ["NeuronStates", "NeuronwiseActivation", "isolate", "linearize", "linearize_neurons"]
+__all__ = ["NeuronStates", "NeuronwiseActivation", "ReplacedNeurons", "isolate", "linearize", "linearize_neurons"]

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from fastentropy._utils.errors import nearest_names
@@ -14,9 +12,8 @@ from fastentropy._utils.text import format_integer, format_table, plural
 from fastentropy.collector.site_statistics import SiteStatistics
 from fastentropy.collector.statistics import Statistics, check_statistics
 from fastentropy.sites.activations import activation_modules, activation_name, has_registered_functions, own_modules
-from fastentropy.sites.fast_paths import replace_activation
 from fastentropy.sites.inputs import check_model, described
-from fastentropy.surgery.linearization import check_replaceable
+from fastentropy.surgery.neuron_replacement import ReplacedNeurons, replace_neurons
 from fastentropy.surgery.neuronwise import NeuronwiseActivation
 
 #: The activations that are the identity for inputs above 0, and those that are 0 for inputs below 0. Of ReLU6, the counters do
@@ -118,20 +115,17 @@ def linearize_neurons(
     _check_arguments(statistics, max_entropy, min_observations)
     modules = activation_modules(model)
     _check_same_model(model, modules, statistics)
-    report = NeuronStatesBySite()
-    replacements: dict[str, NeuronwiseActivation] = {}
+    replaced: dict[str, ReplacedNeurons] = {}
     own = own_modules(model, list(statistics))
     for name, site in statistics.items():
-        module = modules.get(name.partition(":")[0])
-        linear, constant = _replaced_neurons(site, module, max_entropy)
+        linear, constant = _replaced_neurons(site, modules.get(name.partition(":")[0]), max_entropy)
         if bool((linear | constant).any()):
-            _check_site(name, site, name in own, linear | constant, min_observations)
-            replacements[name] = _replacement(modules[name], linear, constant, site, _device_around(model, name))
-        report[name] = _states(site, replacements.get(name, module))
-    check_replaceable(model, modules, list(replacements))
-    for name, replacement in replacements.items():
-        replace_activation(model, name, replacement)
-    return report
+            axis = _check_site(name, site, name in own, linear | constant, min_observations)
+            replaced[name] = ReplacedNeurons.from_masks(linear, constant, axis)
+    replace_neurons(model, replaced)
+    modules = activation_modules(model)
+    states = {name: _states(site, modules.get(name.partition(":")[0])) for name, site in statistics.items()}
+    return NeuronStatesBySite(states)
 
 
 def _check_arguments(statistics: object, max_entropy: object, min_observations: object) -> None:
@@ -200,8 +194,8 @@ def _replaced_neurons(site: SiteStatistics, module: nn.Module | None, max_entrop
     return linear, constant
 
 
-def _check_site(name: str, site: SiteStatistics, is_own: bool, replaced: Tensor, min_observations: int) -> None:
-    """Raise ValueError if the neurons of a site cannot be replaced.
+def _check_site(name: str, site: SiteStatistics, is_own: bool, replaced: Tensor, min_observations: int) -> int:
+    """Return the axis of the neurons of a site, counted from the end, or raise ValueError if they cannot be replaced.
 
     Args:
         name: the name of the site.
@@ -223,35 +217,7 @@ def _check_site(name: str, site: SiteStatistics, is_own: bool, replaced: Tensor,
         )
     if site.channel_axis is None:
         raise ValueError(f"the statistics do not tell on which axis the neurons of site {name!r} lie; collect again")
-
-
-def _replacement(
-    module: nn.Module, linear: Tensor, constant: Tensor, site: SiteStatistics, device: torch.device
-) -> NeuronwiseActivation:
-    """Return the module that replaces an activation module.
-
-    Args:
-        module: the activation module. If it replaces another one already, its neurons keep their states.
-        linear: bool [neurons], the neurons that become linear.
-        constant: bool [neurons], the neurons that become 0.
-        site: the statistics of the site, which tell the axis of the neurons.
-        device: where the new module has its buffers.
-    """
-    assert site.channel_axis is not None
-    linear, constant, values = linear.to(device), constant.to(device), None
-    if isinstance(module, NeuronwiseActivation):
-        linear, constant, values = linear | module.linear, constant | module.constant, module.values.flatten()
-        module = module.activation
-    return NeuronwiseActivation(module, linear, constant, values, channel_axis=site.channel_axis)
-
-
-def _device_around(model: nn.Module, name: str) -> torch.device:
-    """Return the device of the first tensor of a module, or of the smallest module around it that has one."""
-    owner = model.get_submodule(name)
-    tensor = next(itertools.chain(owner.buffers(), owner.parameters()), None)
-    if tensor is not None:
-        return tensor.device
-    return _device_around(model, name.rpartition(".")[0]) if name else torch.device("cpu")
+    return site.channel_axis
 
 
 def _states(site: SiteStatistics, module: nn.Module | None) -> NeuronStates:
