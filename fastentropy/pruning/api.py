@@ -69,7 +69,7 @@ def prune(
     example_inputs: ExampleInputs,
     max_drop: float = 0.01,
     max_removed: int | None = None,
-    per_step: int | None = None,
+    per_step: int = 1,
     criterion: Criterion = "entropy",
     zeros_together: bool = False,
     protect: Iterable[str] = (),
@@ -104,8 +104,8 @@ def prune(
             is measured for their shapes and device.
         max_drop: stop when the score is more than this below the score of the dense model. In the units of `evaluate`.
         max_removed: the largest number of sites to remove. None sets no limit.
-        per_step: how many sites to remove in each step; None is 1. With `per_step` equal to `max_removed`, there is one step.
-            With the granularity "neuron" it is how many percent of the neurons lose their activation; None is 10.
+        per_step: how many sites to remove in each step. With `per_step` equal to `max_removed`, there is one step. With the
+            granularity "neuron" it is a percentage: how many of all neurons lose their activation in each step.
         criterion: which sites are removed first.
             "entropy": those of lowest layer entropy; among equals, the first in call order.
             "entropy-per-latency": the set of sites that loses the least entropy per millisecond saved. The saved time is that

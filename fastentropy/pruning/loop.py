@@ -173,7 +173,7 @@ class PruningLoop:
         else:
             scored = scores(options.criterion, self.model, self._statistics, entropies, self._sites)
             allowed = {name: score for name, score in scored.items() if name in losses}
-            names = lowest(allowed, min(options.sites_per_step, left))
+            names = lowest(allowed, min(options.per_step, left))
         if names and options.zeros_together:
             zeros = [name for name, bits in losses.items() if bits == 0 and name not in names]
             names += tuple(zeros[: left - len(names)])
@@ -222,7 +222,7 @@ class PruningLoop:
         """
         assert self._table is not None
         budget, chosen = self._options.budget(self._table), set[str]()
-        for _ in range(self._options.sites_per_step):
+        for _ in range(self._options.per_step):
             removed = [*self.removed, *chosen]
             if budget is not None and self._table.fastest(removed).milliseconds <= budget:
                 break

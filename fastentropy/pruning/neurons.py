@@ -42,7 +42,7 @@ def next_neurons(
     sites = {name: site for name, site in statistics.items() if name in modules and name not in options.protect}
     candidates = {name: _candidates(site, modules[name]) for name, site in sites.items()}
     scores = {name: _scores(site, candidates[name].sum(0) > 0, options) for name, site in sites.items()}
-    count = math.ceil(options.share * sum(site.neurons for site in sites.values()))
+    count = math.ceil(options.per_step / 100 * sum(site.neurons for site in sites.values()))
     chosen = _lowest(scores, count)
     linear, replaced = [], {}
     for name, mask in chosen.items():

@@ -21,7 +21,7 @@ class Options:
 
     max_drop: float
     max_removed: int | None
-    per_step: int | None
+    per_step: int
     criterion: Criterion
     zeros_together: bool
     protect: tuple[str, ...]
@@ -38,7 +38,7 @@ class Options:
             raise ValueError(f"max_drop is {self.max_drop}; expected 0 or more, in the units of evaluate")
         if self.max_removed is not None and self.max_removed < 0:
             raise ValueError(f"max_removed is {self.max_removed}; expected 0 or more, or None for no limit")
-        if self.per_step is not None and (not isinstance(self.per_step, int) or self.per_step < 1):
+        if not isinstance(self.per_step, int) or self.per_step < 1:
             raise ValueError(f"per_step is {self.per_step}; expected a whole number, 1 or more")
         if self.criterion not in CRITERIA and not callable(self.criterion):
             raise ValueError(f"criterion is {self.criterion!r}; expected one of {', '.join(CRITERIA)}, or a function")
@@ -66,18 +66,8 @@ class Options:
         whole = {"max_removed": self.max_removed is not None, "zeros_together": self.zeros_together, "collapse": self.collapse}
         if given := [name for name, value in whole.items() if value]:
             raise ValueError(f"{' and '.join(given)}: for whole activations only; leave it out with granularity='neuron'")
-        if self.per_step is not None and self.per_step > 100:
+        if self.per_step > 100:
             raise ValueError(f"per_step is {self.per_step}; with granularity='neuron' expected a percentage from 1 to 100")
-
-    @property
-    def sites_per_step(self) -> int:
-        """Return how many sites, or sets of sites, are removed in each step."""
-        return 1 if self.per_step is None else self.per_step
-
-    @property
-    def share(self) -> float:
-        """Return the share of the neurons that is replaced in each step."""
-        return (10 if self.per_step is None else self.per_step) / 100
 
     @property
     def needs_latency(self) -> bool:

@@ -36,12 +36,28 @@ class ReplacedNeurons:
 
     @classmethod
     def from_masks(cls, linear: Tensor, constant: Tensor, channel_axis: int) -> "ReplacedNeurons":
-        """Return the neurons that two masks, bool [neurons] each, select."""
+        """Name neurons by masks.
+
+        Args:
+            linear: bool [neurons], True for those that are passed on unchanged.
+            constant: bool [neurons], True for those that are replaced by 0.
+            channel_axis: the axis of the neurons in the input of the activation, counted from the end.
+
+        Returns:
+            The neurons.
+        """
         on, off = (tuple(mask.nonzero().flatten().tolist()) for mask in (linear, constant))
         return cls(linear.numel(), on, off, channel_axis)
 
     def masks(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return the linear and the constant neurons as masks, bool [neurons] each."""
+        """Return the neurons as masks.
+
+        Args:
+            device: the device of the masks.
+
+        Returns:
+            The linear and the constant neurons, bool [neurons] each.
+        """
         masks = torch.zeros(2, self.neurons, dtype=torch.bool)
         masks[0, list(self.linear)] = True
         masks[1, list(self.constant)] = True

@@ -42,6 +42,9 @@ SIGNATURES = {
         "NeuronwiseActivation.forward": "(self, x)",
         "NeuronwiseActivation.linear": "property",
         "PruningResult": "(model, removed, steps, kept_step)",
+        "ReplacedNeurons": "(neurons, linear, constant, channel_axis)",
+        "ReplacedNeurons.from_masks": "(linear, constant, channel_axis)",
+        "ReplacedNeurons.masks": "(self, device)",
         "Site": "(name, activation, neurons, channel_axis, axis_is_inferred=False)",
         "SiteStatistics": (
             "(activation, counts, nan=0, batch_entropies=None, batches=0, axis_is_inferred=False, neuron_batches=None, "
@@ -62,7 +65,7 @@ SIGNATURES = {
         "Statistics.state_dict": "(self)",
         "Statistics.to_dict": "(self, zero='discard', average='dataset')",
         "Statistics.to_pandas": "(self, zero='discard', average='dataset')",
-        "Step": "(removed, layer_entropy, score, metrics=<factory>, collapsed=())",
+        "Step": "(removed, layer_entropy, score, metrics=<factory>, collapsed=(), neurons=<factory>)",
         "collect": f"(model, {COLLECT})",
         "find_idle_neurons": "(statistics)",
         "find_sites": "(model, example_inputs)",
@@ -75,7 +78,7 @@ SIGNATURES = {
         "prune": "(model, *, train, evaluate, calibrate, example_inputs, max_drop=0.01, max_removed=None, "
         "per_step=1, criterion='entropy', zeros_together=False, protect=(), target_speedup=None, "
         "max_latency_ms=None, collapse=None, zero='discard', average='dataset', statistics=None, checkpoint_dir=None, "
-        "measure=None, on_step=None)",
+        "granularity='layer', measure=None, on_step=None)",
         "register_activation": "(activation, name)",
         "statistics_of": "(counts)",
     },

@@ -19,7 +19,14 @@ OPTIONS = {"granularity": "neuron", "per_step": 20}
 def draw(activation=nn.ReLU):
     torch.manual_seed(0)
     model = nn.Sequential(
-        nn.Conv2d(1, 6, 3), activation(), nn.Conv2d(6, 7, 3), activation(), nn.Flatten(), nn.Linear(7, 5), nn.ReLU(), nn.Linear(5, 3)
+        nn.Conv2d(1, 6, 3),
+        activation(),
+        nn.Conv2d(6, 7, 3),
+        activation(),
+        nn.Flatten(),
+        nn.Linear(7, 5),
+        nn.ReLU(),
+        nn.Linear(5, 3),
     )
     with torch.no_grad():
         for index, spread in ((0, 1), (2, 1), (5, 1)):
@@ -28,8 +35,8 @@ def draw(activation=nn.ReLU):
 
 
 def options(**given):
-    defaults = dict.fromkeys(("max_removed", "per_step", "target_speedup", "max_latency_ms", "collapse"))
-    fixed = {"max_drop": 1, "criterion": "entropy", "zeros_together": False, "protect": (), "zero": "discard"}
+    defaults = dict.fromkeys(("max_removed", "target_speedup", "max_latency_ms", "collapse"))
+    fixed = {"max_drop": 1, "per_step": 1, "criterion": "entropy", "zeros_together": False, "protect": (), "zero": "discard"}
     return Options(**{**defaults, **fixed, "average": "dataset", "granularity": "neuron", **given})
 
 
