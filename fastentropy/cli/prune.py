@@ -13,6 +13,7 @@ from rich.console import Console
 from fastentropy.cli.console import ProgressDisplay, print_history
 from fastentropy.cli.options import AsJson, chosen_device, one_line_errors, option_of
 from fastentropy.pruning.criteria import CRITERIA
+from fastentropy.pruning.options import MAX_DROP
 from fastentropy.recipes import RECIPES, load_recipe
 from fastentropy.recipes.run import Run, create_run, open_run
 from fastentropy.recipes.settings import Settings
@@ -24,7 +25,7 @@ def prune(
     ] = None,
     max_drop: Annotated[
         float | None,
-        typer.Option(min=0, max=1, help="Accept at most this loss of validation accuracy, as a fraction. [default: 0.005]"),
+        typer.Option(min=0, max=1, help=f"Accept at most this loss of validation accuracy, from 0 to 1. [default: {MAX_DROP}]"),
     ] = None,
     max_removed: Annotated[
         int | None, typer.Option(min=0, help="Remove at most this many activations. [default: no limit]")
@@ -176,7 +177,7 @@ def prune(
 
 def _create(recipe: str, options: dict[str, Any], output: Path | None, device: str | None, errors: Console) -> Run:
     chosen = str(chosen_device(device))
-    defaults = {"max_drop": 0.005, "max_removed": None, "per_step": 1, "seed": 0, "epochs": 1}
+    defaults = {"max_drop": MAX_DROP, "max_removed": None, "per_step": 1, "seed": 0, "epochs": 1}
     given: dict[str, Any] = {**defaults, **{name: value for name, value in options.items() if value is not None}}
     settings = Settings(recipe=recipe, device=chosen, **given)
     with ProgressDisplay(errors) as display, display.phase("read the data") as report:

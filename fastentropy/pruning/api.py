@@ -13,7 +13,7 @@ from fastentropy.collector.site_statistics import Average, Zero
 from fastentropy.collector.statistics import Statistics
 from fastentropy.pruning.criteria import Criterion
 from fastentropy.pruning.loop import Functions, PruningLoop, latency_table
-from fastentropy.pruning.options import Granularity, Options
+from fastentropy.pruning.options import MAX_DROP, Granularity, Options
 from fastentropy.pruning.steps import Step, StepFolder
 from fastentropy.sites.activations import own_modules
 from fastentropy.sites.finding import find_sites
@@ -67,7 +67,7 @@ def prune(
     evaluate: Callable[[nn.Module], float],
     calibrate: Callable[[nn.Module], object] | None,
     example_inputs: ExampleInputs,
-    max_drop: float = 0.01,
+    max_drop: float = MAX_DROP,
     max_removed: int | None = None,
     per_step: int = 1,
     criterion: Criterion = "entropy",

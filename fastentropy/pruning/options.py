@@ -12,6 +12,10 @@ from fastentropy.pruning.criteria import CRITERIA, Criterion
 Granularity: TypeAlias = Literal["layer", "neuron"]
 
 
+#: The default of `max_drop`, also on the command line.
+MAX_DROP = 0.01
+
+
 @dataclass(frozen=True)
 class Options:
     """The options that determine the outcome of a run, together with the model and the user's functions.

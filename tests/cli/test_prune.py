@@ -1,18 +1,20 @@
 """`fastentropy prune`: the run folder, interruptions, and one line for every error that the user can fix."""
 
+import inspect
 import json
 import os
 import pickle
 import re
 import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 from safetensors import safe_open
 from typer.testing import CliRunner
 
-from fastentropy import Statistics, load
+from fastentropy import Statistics, load, prune
 from fastentropy.cli import app
 from fastentropy.recipes import run
 from fastentropy.recipes.digits import Digits, DigitsNet
@@ -110,6 +112,13 @@ def test_json_run_with_the_same_seed_is_the_same(finished, tmp_path):
     again = json.loads(result.stdout)
     assert again == json.loads((tmp_path / "run" / "history.json").read_text())
     assert outcome(again) == outcome(json.loads((finished[0] / "history.json").read_text()))
+
+
+def test_max_drop_has_the_default_of_the_function(tmp_path, monkeypatch):
+    monkeypatch.setattr(run.Run, "execute", Mock(side_effect=KeyboardInterrupt))
+    assert invoke("prune", "--output", tmp_path / "run").exit_code == 130
+    options = json.loads((tmp_path / "run" / "history.json").read_text())["options"]
+    assert options["max_drop"] == inspect.signature(prune).parameters["max_drop"].default
 
 
 @pytest.mark.usefixtures("without_pages")
