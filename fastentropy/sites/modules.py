@@ -76,7 +76,10 @@ class WatchedModules:
             new[name] = self.kinds[name] = submodule, self._kind(submodule)
             self._paths[module_identity(submodule)] = name
             kind: Any = type(submodule)
-            self._methods |= _methods(kind).union(*(_codes(value) for value in vars(submodule).values()))
+            self._methods |= _methods(kind)
+            for value in vars(submodule).values():
+                if isinstance(value, _WITH_CODE):
+                    self._methods |= _codes(value)
             if activation := activation_name(submodule):
                 self.activations[name] = activation
                 self._activation_methods |= _methods(kind)
@@ -147,6 +150,8 @@ class WatchedModules:
         return LAYER if (is_layer or isinstance(module, torch.jit.ScriptModule)) and module is not self._model else CONTAINER
 
 
+#: The classes of what `_codes` looks into. A tuple, since `isinstance` takes several times as long with a union of types.
+_WITH_CODE = (FunctionType, MethodType, property, classmethod, functools.cached_property)
 #: What `_methods` returns, by class. A class is held weakly, because code that was compiled lives as long as the class.
 _METHODS: "weakref.WeakKeyDictionary[type, frozenset[CodeType]]" = weakref.WeakKeyDictionary()
 
@@ -163,7 +168,7 @@ def _methods(kind: Any) -> frozenset[CodeType]:
 
 def _codes(method: Any) -> set[CodeType]:
     """Return the code of a method, also of one that is decorated or a property; empty for anything else."""
-    if not isinstance(method, FunctionType | MethodType | property | classmethod | functools.cached_property):
+    if not isinstance(method, _WITH_CODE):
         return set()
     inner = [getattr(method, name, None) for name in ("fget", "func", "__func__", "__wrapped__")]
     codes = set[CodeType]().union(*(_codes(each) for each in inner if callable(each)))
