@@ -1,12 +1,12 @@
-"""The sections on whole networks: of the record of many, and of the run that pruned a pretrained one."""
+"""The sections on whole networks: the records of many, of training with a monitor, and of pruning a pretrained one."""
 
 from collections.abc import Sequence
 from statistics import median
 
-from markdown_tables import RESULTS, by_operation, case_rows, load_json, of_record, origin, table
+from markdown_tables import RESULTS, by_operation, case_rows, load_json, of_record, origin, quartiles, table
 
 from fastentropy._utils.text import format_percent
-from fastentropy.benchmarks.measurements import Measurement
+from fastentropy.benchmarks.measurements import Measurement, Quartiles
 from fastentropy.benchmarks.records import Record
 from fastentropy.cli.options import option_of
 from fastentropy.reporting.history import RunHistory
@@ -104,3 +104,23 @@ def _command(run: RunHistory) -> str:
     """Return the command of a run, but for the paths of its data and its weights."""
     options = (f"{option_of(name)}{'' if value is True else f' {value}'}" for name, value in run.options.items())
     return " ".join(["fastentropy prune images", *options])
+
+
+def monitor(results: str) -> str:
+    """Return the table of `record_monitor.py`: what an `EntropyMonitor` costs the training of some networks."""
+    record = load_json("monitor-epyc")
+    rows = [
+        (
+            case["case"],
+            f"{case['sites']}",
+            f"{case['step_milliseconds']:.0f} ms",
+            quartiles(Quartiles(**case["measured_over_plain"])),
+            f"{case['idle_step_microseconds']:.1f} µs",
+            f"{100 * case['overhead']['median']:.2f} %",
+            f"{100 * case['overhead']['upper']:.2f} %",
+        )
+        for case in record["cases"]
+    ]
+    head = ("", "sites", "step", "measured step", "each other step", "overhead", "upper quartile")
+    line = origin("monitor-epyc", record["machine"], record["date"], record["commit"], record["command"], results)
+    return f"{line}\n\n{table(head, rows)}"

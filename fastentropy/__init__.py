@@ -11,6 +11,8 @@ from fastentropy.collector.idle_neurons import IdleNeurons, find_idle_neurons
 from fastentropy.collector.site_statistics import SiteStatistics
 from fastentropy.collector.statistics import Statistics
 from fastentropy.fusion import FusedModel, FusionReport, fuse, load
+from fastentropy.monitoring.monitor import EntropyMonitor
+from fastentropy.monitoring.writers import json_lines_writer, tensorboard_writer, wandb_writer
 from fastentropy.pruning.api import PruningResult, prune
 from fastentropy.pruning.steps import Step
 from fastentropy.sites.activations import register_activation
@@ -24,6 +26,7 @@ from fastentropy.surgery.neuronwise import NeuronwiseActivation
 
 __all__ = [
     "EntropyCollector",
+    "EntropyMonitor",
     "FusedModel",
     "FusionReport",
     "IdleNeurons",
@@ -41,10 +44,13 @@ __all__ = [
     "fuse",
     "instrument",
     "isolate",
+    "json_lines_writer",
     "linearize",
     "linearize_neurons",
     "load",
     "prune",
     "register_activation",
     "statistics_of",
+    "tensorboard_writer",
+    "wandb_writer",
 ]
