@@ -120,7 +120,8 @@ class ProgressDisplay(_Display):
         step = steps[-1]
         removed = sum(len(each.removed) for each in steps)
         score = f"validation {step.score:.2%}"
-        what = ", ".join(step.removed) or "dense network"
+        neurons = sum(len(each.linear) + len(each.constant) for each in step.neurons.values())
+        what = plural(neurons, "neuron") if neurons else ", ".join(step.removed) or "dense network"
         total = len(steps[0].layer_entropy)
         self._progress.update(self._removed, completed=removed, total=total, figure=score, visible=True)
         self._console.print(f"step {len(steps) - 1}: {what}, {score}", highlight=False)
@@ -232,7 +233,7 @@ def print_history(history: Mapping[str, Any], folder: Path, console: Console) ->
         folder: the folder of the run, which holds its report.
         console: the console to print to.
     """
-    steps, kept = history["steps"], history["kept_step"]
+    run, steps, kept = RunHistory(history), history["steps"], history["kept_step"]
     table = Table(title="Steps (* kept)", title_justify="left")
     for name in ("step", "removed", "bits", "valid.", "test", "ms", "fused ms"):
         table.add_column(name, justify="left" if name == "removed" else "right", overflow="fold")
@@ -240,8 +241,8 @@ def print_history(history: Mapping[str, Any], folder: Path, console: Console) ->
         entropies = steps[index - 1]["layer_entropy"] if index else {}
         table.add_row(
             f"{index}{' *' if index == kept else ''}",
-            "\n".join(step["removed"]) or "(dense)",
-            "\n".join(f"{entropies[name]:.3f}" for name in step["removed"]),
+            _removal(run, index) if index else "(dense)",
+            "" if run.is_by_neuron else "\n".join(f"{entropies[name]:.3f}" for name in step["removed"]),
             f"{step['validation']:.2%}",
             f"{step['test']:.2%}",
             f"{step['latency_ms']['pruned']:.2f}",
@@ -252,14 +253,23 @@ def print_history(history: Mapping[str, Any], folder: Path, console: Console) ->
     _print_outcome(history, folder, console)
 
 
+def _removal(run: RunHistory, index: int) -> str:
+    """Return what the step with this index removed: the names of activations, or the number of neurons."""
+    if run.is_by_neuron:
+        return plural(run.depths[index] - run.depths[index - 1], "neuron")
+    return "\n".join(run.steps[index]["removed"])
+
+
 def _print_outcome(history: Mapping[str, Any], folder: Path, console: Console) -> None:
     run = RunHistory(history)
     times = run.latency
     largest = max((projection["relative_error"] for projection in run.collapsed), default=0.0)
     stretches = plural(len(run.collapsed), "stretch", "stretches")
     approximated = f"approx.  {stretches}, each by one convolution: error up to {largest:.0%} before training"
+    neurons = [f"neurons  {run.depths[run.kept_step]} replaced"] if run.is_by_neuron else []
     lines = [
         f"removed  {run.removed} of {plural(len(run.sites), 'activation')}",
+        *neurons,
         f"test     {run.dense['test']:.2%} -> {run.kept['test']:.2%}",
         f"latency  dense {times['dense']:.2f} ms, pruned {times['pruned']:.2f} ms, fused {times['fused']:.2f} ms: "
         f"{run.speedup:.2f}x as fast as dense",

@@ -30,7 +30,9 @@ def prune(
     max_removed: Annotated[
         int | None, typer.Option(min=0, help="Remove at most this many activations. [default: no limit]")
     ] = None,
-    per_step: Annotated[int | None, typer.Option(min=1, help="Activations to remove in each step. [default: 1]")] = None,
+    per_step: Annotated[
+        int | None, typer.Option(min=1, help="Activations, or percent of the neurons, to remove in each step. [default: 1]")
+    ] = None,
     seed: Annotated[
         int | None, typer.Option(min=0, max=2**63 - 1, help="Random seed: the same seed gives the same removals. [default: 0]")
     ] = None,
@@ -43,6 +45,10 @@ def prune(
     ] = None,
     criterion: Annotated[
         str | None, typer.Option(help=f"How to choose what to remove first: {', '.join(CRITERIA)}. [default: entropy]")
+    ] = None,
+    granularity: Annotated[
+        str | None,
+        typer.Option(help="What to remove: layer, whole activations, or neuron, those of single neurons. [default: layer]"),
     ] = None,
     zeros_together: Annotated[
         bool,
@@ -139,6 +145,7 @@ def prune(
         "seed": seed,
         "epochs": epochs,
         "criterion": criterion,
+        "granularity": granularity,
         "zeros_together": zeros_together or None,
         "target_speedup": target_speedup,
         "max_latency_ms": max_latency_ms,

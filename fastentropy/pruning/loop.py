@@ -136,12 +136,12 @@ class PruningLoop:
         """
         assert self._folder is not None
         for step in self.steps[: index + 1]:
-            linearize(model, step.removed)
             try:
                 replace_neurons(model, step.neurons)
             except (IndexError, ValueError) as error:
                 text = f"{self._folder.path} holds a step that replaces neurons that the model lacks: {reason(error)}"
                 raise ValueError(text) from error
+            linearize(model, step.removed)
             for projection in step.collapsed:
                 try:
                     install(model, projection)
@@ -192,14 +192,14 @@ class PruningLoop:
         """
         collapsed: tuple[Projection, ...] = ()
         if names or neurons:
-            linearize(self.model, names)
             replace_neurons(self.model, neurons)
+            linearize(self.model, names)
             collapsed = self._collapse([*self.removed, *names])
             self._update_table(collapsed)
             set_random_state(self._random_state)
             statistics = self._train()
         self.model.eval()
-        score = self._score([*names, *neurons])
+        score = self._score(list({**dict.fromkeys(names), **neurons}))
         self._statistics = self._calibrate() if statistics is None else statistics
         entropies = self._statistics.layer_entropy(self._options.zero, self._options.average)
         step = Step(names, entropies, score, self._metrics(names), collapsed, dict(neurons))

@@ -33,7 +33,7 @@ def next_neurons(
         options: the options of the run.
 
     Returns:
-        The names of the sites (calls of activations) all of whose neurons are linear then, and the neurons of the others.
+        The names of the sites (calls of activations) all of whose neurons are linear then, and the neurons by site.
 
     Raises:
         ValueError: the statistics do not tell on which axis the neurons of a site lie.
@@ -47,10 +47,10 @@ def next_neurons(
     linear, replaced = [], {}
     for name, mask in chosen.items():
         masks = candidates[name] & mask
+        if bool(mask.any()):
+            replaced[name] = ReplacedNeurons.from_masks(masks[0], masks[1], _channel_axis(name, sites[name]))
         if bool((masks[0] | _linear(modules[name], masks[0])).all()):
             linear.append(name)
-        elif bool(mask.any()):
-            replaced[name] = ReplacedNeurons.from_masks(masks[0], masks[1], _channel_axis(name, sites[name]))
     return tuple(linear), replaced
 
 

@@ -36,7 +36,8 @@ class Step:
             among them: the predicted time of one call in milliseconds.
         collapsed: the approximations of this step. Each is a series of modules that was replaced by one fitted convolution
             before the fine-tuning.
-        neurons: the neurons of which this step replaced the activation, by the name of their site.
+        neurons: the neurons of which this step replaced the activation, by the name of their site. Where all neurons of a site
+            are linear then, it is also in `removed`.
 
     Examples:
         >>> import fastentropy as fe

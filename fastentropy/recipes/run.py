@@ -108,7 +108,9 @@ class Run:
         result = self._prune(dense, recipe, display)
         fused = fuse(result.model, recipe.example_inputs())
         collapsed = [asdict(each) for step in result.steps[: result.kept_step + 1] for each in step.collapsed]
-        structure = {"removed": json.dumps(result.removed), "collapsed": json.dumps(collapsed)}
+        neurons = [asdict(step)["neurons"] for step in result.steps[: result.kept_step + 1]]
+        parts = {"removed": result.removed, "collapsed": collapsed, "neurons": neurons}
+        structure = {name: json.dumps(part) for name, part in parts.items()}
         save_tensors(result.model.state_dict(), self.folder / "pruned.safetensors", structure)
         fused.save(self.folder / "fused.pt2")
         history = {
@@ -317,6 +319,10 @@ def _step_dict(step: Step) -> dict[str, Any]:
         "test": step.metrics["test"],
         "latency_ms": {"pruned": step.metrics["pruned_ms"], "fused": step.metrics["fused_ms"]},
         "collapsed": [asdict(projection) for projection in step.collapsed],
+        "neurons": {
+            name: {"neurons": each.neurons, "linear": len(each.linear), "constant": len(each.constant)}
+            for name, each in step.neurons.items()
+        },
     }
 
 

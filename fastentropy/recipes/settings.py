@@ -67,12 +67,13 @@ class Settings:
         seed: the seed of torch's random generators.
         max_drop: the largest accepted loss of validation accuracy, from 0 to 1.
         max_removed: the largest number of activations to remove, or None for no limit.
-        per_step: how many activations are removed in each step.
+        per_step: how many activations are removed in each step, or how many percent of the neurons.
         epochs: the number of epochs of each training.
         epochs_dense: the number of epochs of the training of the dense network; None for the same as `epochs`. With 0 it
             keeps the weights that it begins with.
         device: the device of PyTorch on which the recipe runs.
         criterion: the rule that chooses the next activations to remove, in `CRITERIA`.
+        granularity: "layer" to remove whole activations, "neuron" to remove the activation of single neurons.
         zeros_together: whether each step also removes all activations whose entropy is 0.
         target_speedup: stop as soon as the network is predicted to be this many times as fast; None for no target.
         max_latency_ms: stop as soon as a call is predicted to take at most this many milliseconds; None for no limit.
@@ -97,6 +98,7 @@ class Settings:
     epochs: int
     device: str
     criterion: str = "entropy"
+    granularity: str = "layer"
     zeros_together: bool = False
     target_speedup: float | None = None
     max_latency_ms: float | None = None

@@ -33,11 +33,13 @@ PUBLISHED_STYLE: dict[str, Any] = {"color": INK, "linestyle": ":", "linewidth": 
 def draw_removed(axes: Axes, runs: Runs) -> dict[str, Line2D]:
     """Draw the test accuracy after each step against the number of activations removed, and the published results.
 
+    Runs that replace single neurons are left out.
+
     Returns:
         The lines that the legend explains, by their text in the legend.
     """
     axes.set_xlabel("activations removed")
-    entries = _draw_runs(axes, runs, {label: run.depths for label, run in runs.started.items()})
+    entries = _draw_runs(axes, runs, {label: run.depths for label, run in runs.started.items() if not run.is_by_neuron})
     for published, marker in zip(runs.published, PUBLISHED_MARKERS, strict=False):
         (line,) = axes.plot(*zip(*published.tests, strict=True), marker=marker, **PUBLISHED_STYLE)
         entries[f"{published.model}, published"] = line
@@ -67,7 +69,7 @@ def _draw_runs(axes: Axes, runs: Runs, positions: Mapping[str, Sequence[float]])
     Args:
         axes: the axes to draw on.
         runs: the runs.
-        positions: the x coordinate of each step of a run, by the label of the run.
+        positions: the x coordinate of each step of a run, by the label of the run. Runs that are missing are not drawn.
 
     Returns:
         The lines that the legend explains, by their text in the legend.
@@ -77,7 +79,7 @@ def _draw_runs(axes: Axes, runs: Runs, positions: Mapping[str, Sequence[float]])
     axes.set_axisbelow(True)
     entries, kinds = {}, {}
     for index, (label, text) in enumerate(runs.entries.items()):
-        if label not in runs.started:
+        if label not in positions:
             continue
         run, at = runs.started[label], positions[label]
         kept, scores = run.kept_step, [100 * step["test"] for step in run.steps]

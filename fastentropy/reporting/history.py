@@ -21,7 +21,9 @@ class RunHistory:
         dense: the entry of step 0.
         kept: the entry of the kept step.
         sites: the names of the sites (calls of an activation) of the dense network, in call order.
-        depths: for each step, the number of activations removed up to and including it.
+        is_by_neuron: whether the run replaced the activation of single neurons.
+        depths: for each step, the number of activations removed up to and including it, or of neurons replaced.
+        unit: what `depths` counts: "activations removed" or "neurons replaced".
         tried_at: the index of the step that removed an activation, by name, also if that step was rejected.
     """
 
@@ -33,7 +35,10 @@ class RunHistory:
         self.fusion: Mapping[str, Any] | None = history["fusion"]
         self.dense, self.kept = self.steps[0], self.steps[self.kept_step]
         self.sites: list[str] = list(self.dense["layer_entropy"])
-        self.depths = list(itertools.accumulate(len(step["removed"]) for step in self.steps))
+        self.is_by_neuron = self.options.get("granularity") == "neuron"
+        self.unit = "neurons replaced" if self.is_by_neuron else "activations removed"
+        count = _replaced if self.is_by_neuron else _removed
+        self.depths = list(itertools.accumulate(map(count, self.steps)))
         self.tried_at = {name: index for index, step in enumerate(self.steps) for name in step["removed"]}
 
     @property
@@ -45,7 +50,17 @@ class RunHistory:
     @property
     def removed(self) -> int:
         """Return the number of activations that are removed in the kept network."""
-        return self.depths[self.kept_step]
+        return sum(map(_removed, self.steps[: self.kept_step + 1]))
+
+    @property
+    def neuron_shares(self) -> dict[str, tuple[float, float]]:
+        """Return the shares of linear and of constant neurons in the kept network, by name of the site, in call order."""
+        shares = dict.fromkeys(self.sites, (0.0, 0.0))
+        for step in self.steps[: self.kept_step + 1]:
+            for name, each in step.get("neurons", {}).items():
+                linear, constant = shares[name]
+                shares[name] = linear + each["linear"] / each["neurons"], constant + each["constant"] / each["neurons"]
+        return shares
 
     @property
     def rejected_step(self) -> int | None:
@@ -85,6 +100,16 @@ class RunHistory:
         return {name: self.steps[index - 1]["layer_entropy"][name] for name in self.steps[index]["removed"]}
 
 
+def _removed(step: Mapping[str, Any]) -> int:
+    """Return how many activations a step removed."""
+    return len(step["removed"])
+
+
+def _replaced(step: Mapping[str, Any]) -> int:
+    """Return how many neurons a step replaced."""
+    return sum(each["linear"] + each["constant"] for each in step.get("neurons", {}).values())
+
+
 def check_history(history: Mapping[str, Any]) -> None:
     """Check that a history has every value that pages show, in the right type and range.
 
@@ -102,6 +127,11 @@ def check_history(history: Mapping[str, Any]) -> None:
     if history["kept_step"] is not None and not 0 <= history["kept_step"] < len(steps):
         raise ValueError(f"kept_step is {history['kept_step']}; the history has only {plural(len(steps), 'step')}")
     for index, step in enumerate(steps):
+        check_form(step.get("neurons", {}), _NEURONS, f"steps[{index}].neurons")
+        if unknown := set(step.get("neurons", {})) - set(steps[0]["layer_entropy"]):
+            raise ValueError(f"step {index} replaced neurons of {', '.join(sorted(unknown))}, which the dense network lacks")
+        if any(not 0 < each["linear"] + each["constant"] <= each["neurons"] for each in step.get("neurons", {}).values()):
+            raise ValueError(f"step {index} replaced no neurons of a site, or more than it has")
         left = set(steps[0]["layer_entropy"]).intersection(steps[index - 1]["layer_entropy"]) if index else set()
         if unknown := set(step["removed"]) - left:
             raise ValueError(f"step {index} removed {', '.join(sorted(unknown))}, for which the steps before have no entropy")
@@ -112,6 +142,7 @@ def check_history(history: Mapping[str, Any]) -> None:
 
 #: The expected form of a history, as `check_form` takes it.
 _PROJECTION = {"modules": [str], "relative_error": float, "centre_error": float}
+_NEURONS = {str: {"neurons": int, "linear": int, "constant": int}}
 _STEP = {
     "removed": [str],
     "layer_entropy": {str: float},

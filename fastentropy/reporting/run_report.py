@@ -14,9 +14,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from fastentropy._utils.files import replace_file
+from fastentropy._utils.text import plural
 from fastentropy.reporting.history import RunHistory
 from fastentropy.reporting.pages import draw_svg, write_page
-from fastentropy.reporting.plots import BLUE, GREY, INK, MARGIN, ORANGE, ROW, STYLE, draw_layer_entropy, label_sites
+from fastentropy.reporting.plots import BAR, BLUE, GREY, INK, MARGIN, ORANGE, ROW, STYLE, draw_layer_entropy, label_sites
 
 
 def write_report(history: Mapping[str, Any], path: str | PathLike[str]) -> None:
@@ -52,6 +53,8 @@ def _headline(run: RunHistory) -> str:
     sites = len(run.sites)
     exceptions = {0: "No activation is", sites: f"All {sites} activations are" if sites > 1 else "The only activation is"}
     removed = exceptions.get(run.removed, f"{run.removed} of {sites} activations {'are' if run.removed > 1 else 'is'}")
+    if run.is_by_neuron:
+        removed = f"The activation of {plural(run.depths[run.kept_step], 'neuron')} is"
     change = round(100 * (run.kept["test"] - run.dense["test"]), 2)
     points = f"{abs(change):.2f} points {'more' if change > 0 else 'less'}" if change else "the same"
     so_far = " so far" if run.fusion is None else ""
@@ -67,6 +70,8 @@ def _figures(run: RunHistory) -> dict[str, Markup]:
         "accuracy": (_draw_accuracy, 3.2, "Lines: accuracy in percent against activations removed"),
         "latency": (_draw_latency, 3.2, "Lines: milliseconds per call against activations removed"),
     }
+    if run.is_by_neuron:
+        drawn["neurons"] = (_draw_neurons, rows, "Bars: the shares of active, linear and constant neurons of each activation")
     return {name: draw_svg(partial(draw, run=run), height, text) for name, (draw, height, text) in drawn.items()}
 
 
@@ -105,6 +110,20 @@ def _draw_entropy_map(axes: Axes, run: RunHistory) -> None:
     axes.figure.colorbar(mesh, ax=axes, label="entropy (bits)", aspect=30, pad=0.02)
 
 
+def _draw_neurons(axes: Axes, run: RunHistory) -> None:
+    """Draw a bar for each site that is divided into its active, linear and constant neurons in the kept network."""
+    shares = list(run.neuron_shares.values())
+    linear, constant = [100 * share for share, _ in shares], [100 * share for _, share in shares]
+    rows, ends = range(len(shares)), [a + b for a, b in zip(linear, constant, strict=True)]
+    axes.barh(rows, linear, BAR, color=ORANGE, label="linear")
+    axes.barh(rows, constant, BAR, linear, color=GREY, label="constant")
+    axes.barh(rows, [100 - end for end in ends], BAR, ends, color=BLUE, label="active")
+    label_sites(axes, run.sites)
+    axes.set_xlim(0, 100)
+    axes.set_xlabel("neurons (%)")
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3)
+
+
 def _entropy_range(entropies: Sequence[Sequence[float]]) -> Normalize:
     """Return the colour range of the entropies, rounded outwards to tenths of a bit.
 
@@ -135,9 +154,9 @@ def _draw_latency(axes: Axes, run: RunHistory) -> None:
 
 
 def _finish_lines(axes: Axes, run: RunHistory) -> None:
-    axes.axvline(run.removed, color=INK, linewidth=0.8, zorder=1)
+    axes.axvline(run.depths[run.kept_step], color=INK, linewidth=0.8, zorder=1)
     _label_steps(axes, run, run.depths)
-    axes.set_xlabel("activations removed")
+    axes.set_xlabel(run.unit)
     axes.grid(axis="y")
     axes.legend()
 

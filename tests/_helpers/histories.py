@@ -56,6 +56,21 @@ def make_history(sites, steps, *, kept_step=None, fusion=FUSION, per_step=1):
     return history
 
 
+def make_neuron_history(sites, steps, **options):
+    """Return the history of a run that replaces single neurons; other arguments are those of `make_history`.
+
+    Each step after step 0 makes 2 of 16 neurons of each site linear and 1 constant, and step 5 removes the last site.
+    """
+    history = make_history(sites, steps, **options)
+    history["options"]["granularity"] = "neuron"
+    for index, step in enumerate(history["steps"]):
+        step["removed"] = [sites[-1]] if index == 5 else []
+        step["layer_entropy"] = dict.fromkeys(sites[: -1 if index >= 5 else None], 0.5)
+        changed = {"neurons": 16, "linear": 2, "constant": 1}
+        step["neurons"] = dict.fromkeys(sites, changed) if index else {}
+    return history
+
+
 def make_run(sites=6, steps=4, fused=1.6, test=0.0, recipe="digits", machine="a processor", seed=0, **options):
     """Return a history in which the last step is rejected, if there is more than one step.
 

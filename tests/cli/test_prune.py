@@ -104,6 +104,26 @@ def test_table_names_each_step_and_fits_80_columns(finished):
     assert max(map(len, table)) <= 80
 
 
+@pytest.mark.slow
+def test_run_by_neuron_is_resumed(tmp_path):
+    folder = tmp_path / "run"
+    options = ["--granularity", "neuron", "--per-step", "60", "--max-drop", "1"]
+    result = invoke("prune", "--epochs", "1", *options, "--output", folder)
+    assert result.exit_code == 0, result.output
+    history = json.loads((folder / "history.json").read_text())
+    replaced = [sum(each["linear"] + each["constant"] for each in step["neurons"].values()) for step in history["steps"]]
+    assert replaced[0] == 0
+    assert replaced[1] > replaced[2] > 0
+    with safe_open(folder / "pruned.safetensors", framework="pt") as file:
+        neurons = json.loads(file.metadata()["neurons"])
+    kept = [sum(len(each["linear"]) + len(each["constant"]) for each in step.values()) for step in neurons]
+    assert kept == replaced[: history["kept_step"] + 1]
+    shutil.rmtree(folder / "steps" / "02")
+    reopen(folder)
+    assert invoke("prune", "--resume", folder).exit_code == 0
+    assert outcome(json.loads((folder / "history.json").read_text())) == outcome(history)
+
+
 @pytest.mark.usefixtures("without_pages")
 @pytest.mark.slow
 def test_json_run_with_the_same_seed_is_the_same(finished, tmp_path):
