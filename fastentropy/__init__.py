@@ -13,7 +13,8 @@ from fastentropy.collector.statistics import Statistics
 from fastentropy.fusion import FusedModel, FusionReport, fuse, load
 from fastentropy.monitoring.monitor import EntropyMonitor
 from fastentropy.monitoring.writers import json_lines_writer, tensorboard_writer, wandb_writer
-from fastentropy.pruning.api import PruningResult, prune
+from fastentropy.pruning.api import prune
+from fastentropy.pruning.result import PruningResult
 from fastentropy.pruning.steps import Step
 from fastentropy.sites.activations import register_activation
 from fastentropy.sites.finding import find_sites

@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from os import PathLike
 from typing import Literal
 
@@ -10,54 +9,16 @@ from torch import nn
 
 from fastentropy._utils.errors import nearest_names
 from fastentropy.collector.site_statistics import Average, Zero
-from fastentropy.collector.statistics import Statistics
+from fastentropy.collector.statistics import Statistics, check_statistics
+from fastentropy.fusion.progress import shown
 from fastentropy.pruning.criteria import Criterion
 from fastentropy.pruning.loop import Functions, PruningLoop, latency_table
 from fastentropy.pruning.options import MAX_DROP, Granularity, Options
+from fastentropy.pruning.result import PruningResult
 from fastentropy.pruning.steps import Step, StepFolder
 from fastentropy.sites.activations import own_modules
 from fastentropy.sites.finding import find_sites
-from fastentropy.sites.inputs import ExampleInputs, check_function, check_inputs, check_model, described, site_names
-
-
-@dataclass(frozen=True)
-class PruningResult:
-    """The last network whose score was within `max_drop`, and every step of the run.
-
-    Attributes:
-        model: the network that was kept, in eval mode.
-        removed: the names of the sites (calls of activations) that are linearised in `model`, in the order of their removal. A
-            linearised activation is replaced by the identity.
-        steps: every step that was run; step 0 is the dense network.
-        kept_step: the index in `steps` of the step that `model` comes from. If there is a later step, its score fell by more
-            than `max_drop`.
-
-    Examples:
-        >>> import torch
-        >>> import fastentropy as fe
-        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
-        >>> x = torch.randn(16, 4)
-        >>> result = fe.prune(
-        ...     model,
-        ...     train=lambda model: None,
-        ...     evaluate=lambda model: 1.0,
-        ...     calibrate=lambda model: model(x),
-        ...     example_inputs=(x,),
-        ... )
-        >>> result.removed, result.kept_step, len(result.steps)
-        (('1',), 1, 2)
-        >>> result.model
-        Sequential(
-          (0): Linear(in_features=4, out_features=8, bias=True)
-          (1): Identity()
-          (2): Linear(in_features=8, out_features=2, bias=True)
-        )
-    """
-
-    model: nn.Module
-    removed: tuple[str, ...]
-    steps: tuple[Step, ...]
-    kept_step: int
+from fastentropy.sites.inputs import ExampleInputs, check_function, check_inputs, check_model, site_names
 
 
 def prune(
@@ -83,6 +44,7 @@ def prune(
     granularity: Granularity = "layer",
     measure: Callable[[nn.Module], Mapping[str, float]] | None = None,
     on_step: Callable[[Sequence[Step]], object] | None = None,
+    progress: bool | None = None,
 ) -> PruningResult:
     """Linearise the activations of lowest entropy, step by step, until the score falls by more than `max_drop`.
 
@@ -140,6 +102,8 @@ def prune(
         measure: a function `measure(model)` that returns a dict of further figures by name. They are stored with each step.
             None measures nothing.
         on_step: a function `on_step(steps)` that is called after each step with all steps so far. None calls nothing.
+        progress: whether to show the phase, and how many activations are removed, on a line of the standard error. By default,
+            only a terminal shows it.
 
     Returns:
         The kept network and all steps.
@@ -203,7 +167,27 @@ def prune(
     _check_statistics(calibrate, statistics, sites, collapse)
     folder = None if checkpoint_dir is None else StepFolder(checkpoint_dir, options.to_dict())
     dense = copy.deepcopy(model).eval()
-    loop = PruningLoop(dense, sites, functions, options, folder, latency_table(dense, inputs, sites, options, folder))
+    with shown(progress, command="prune") as show:
+        table = latency_table(dense, inputs, sites, options, folder, show)
+        loop = PruningLoop(dense, sites, functions, options, folder, table, show)
+        kept = _run(loop, statistics)
+    kept_step = len(loop.steps) - (1 if loop.within_max_drop() else 2)
+    removed = tuple(name for step in loop.steps[: kept_step + 1] for name in step.removed)
+    if kept is None:
+        kept = loop.restore(copy.deepcopy(model), kept_step)
+    return PruningResult(kept.eval(), removed, tuple(loop.steps), kept_step, inputs)
+
+
+def _run(loop: PruningLoop, statistics: Statistics | None) -> nn.Module | None:
+    """Run all steps that are not finished yet.
+
+    Args:
+        loop: the state of the run.
+        statistics: the statistics of the dense model, if they are known.
+
+    Returns:
+        The last network within `max_drop`, or None if the run had ended before, so that only its folder holds this network.
+    """
     loop.resume()
     if not loop.steps:
         loop.run_step((), {}, statistics)
@@ -214,11 +198,7 @@ def prune(
         if not (names or neurons):
             break
         loop.run_step(names, neurons)
-    kept_step = len(loop.steps) - (1 if loop.within_max_drop() else 2)
-    removed = tuple(name for step in loop.steps[: kept_step + 1] for name in step.removed)
-    if kept is None:
-        kept = loop.restore(copy.deepcopy(model), kept_step)
-    return PruningResult(kept.eval(), removed, tuple(loop.steps), kept_step)
+    return kept
 
 
 def check_names(names: Sequence[str], sites: Sequence[str], option: str) -> None:
@@ -252,8 +232,8 @@ def _check_functions(functions: Functions) -> None:
 
 def _check_statistics(calibrate: object, statistics: Statistics | None, sites: Sequence[str], collapse: object) -> None:
     """Raise ValueError if the entropies cannot be measured with these options, or `statistics` are of another model."""
-    if statistics is not None and not isinstance(statistics, Mapping):
-        raise TypeError(f"statistics: got {described(statistics)}, expected Statistics: fe.Statistics.load(path)")
+    if statistics is not None:
+        check_statistics(statistics)
     if calibrate is None and (statistics is None or collapse):
         lacking = "collapse needs calibrate" if collapse else "without calibrate, the dense model's statistics= are needed"
         raise ValueError(f"{lacking}; collect them in its last epoch with fe.collect, or give a function calibrate(model)")

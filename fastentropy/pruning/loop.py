@@ -12,6 +12,7 @@ from fastentropy.collector.api import collect
 from fastentropy.collector.collector import EntropyCollector
 from fastentropy.collector.statistics import Statistics
 from fastentropy.fusion.latency import LatencyTable, measure_latency
+from fastentropy.fusion.progress import Progress, ignore
 from fastentropy.fusion.projection import Projection, install, project
 from fastentropy.pruning.criteria import best_trade, check_budget, lowest, scores
 from fastentropy.pruning.neurons import next_neurons
@@ -34,7 +35,12 @@ class Functions(NamedTuple):
 
 
 def latency_table(
-    model: nn.Module, example_inputs: ExampleInputs, sites: Sequence[str], options: Options, folder: StepFolder | None
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    sites: Sequence[str],
+    options: Options,
+    folder: StepFolder | None,
+    show: Progress = ignore,
 ) -> LatencyTable | None:
     """Measure the latency of a dense model and of its parts, or read the latencies that a resumed run began with.
 
@@ -45,6 +51,7 @@ def latency_table(
         sites: the names of all sites (calls of activations) of the model.
         options: the options of the run.
         folder: the folder of the run, or None. Measured latencies are written to it.
+        show: receives the phase of the work.
 
     Returns:
         The latencies, or None if the options need none.
@@ -54,6 +61,7 @@ def latency_table(
     """
     if not options.needs_latency:
         return None
+    show("measure latencies", 0, 0)
     known, own = folder.load_latency() if folder else None, own_modules(model, sites)
     table = known or measure_latency(model, example_inputs, own, approximate=options.collapse is not None)
     if table.sites != set(own):
@@ -81,6 +89,7 @@ class PruningLoop:
         options: Options,
         folder: StepFolder | None,
         table: LatencyTable | None,
+        show: Progress = ignore,
     ) -> None:
         """Begin with a dense model, which the loop changes.
 
@@ -91,10 +100,11 @@ class PruningLoop:
             options: the options of the run.
             folder: where the steps are stored, or None.
             table: the latencies of the dense model, or None if the options do not need them.
+            show: receives the phase of the work, the number of removed sites, and the number of sites that may be removed.
         """
         self.model, self.steps = model, list[Step]()
         self._sites, self._functions, self._options = sites, functions, options
-        self._folder, self._table = folder, table
+        self._folder, self._table, self._show = folder, table, show
         self._statistics = Statistics({})
         self._random_state: dict[str, Tensor] = {}
 
@@ -102,6 +112,10 @@ class PruningLoop:
     def removed(self) -> list[str]:
         """Return the names of the sites that are linearised so far, in the order of their removal."""
         return [name for step in self.steps for name in step.removed]
+
+    def _report(self, phase: str) -> None:
+        """Show how far the run is, and what it does now."""
+        self._show(f"step {len(self.steps)}, {phase}", len(self.removed), self._options.most_removed(self._sites))
 
     def resume(self) -> None:
         """Load the finished steps of an interrupted run from the folder, so that the run continues after them.
@@ -197,9 +211,13 @@ class PruningLoop:
             collapsed = self._collapse([*self.removed, *names])
             self._update_table(collapsed)
             set_random_state(self._random_state)
+            self._report("train")
             statistics = self._train()
         self.model.eval()
+        self._report("evaluate")
         score = self._score(list({**dict.fromkeys(names), **neurons}))
+        if statistics is None:
+            self._report("measure entropies")
         self._statistics = self._calibrate() if statistics is None else statistics
         entropies = self._statistics.layer_entropy(self._options.zero, self._options.average)
         step = Step(names, entropies, score, self._metrics(names), collapsed, dict(neurons))

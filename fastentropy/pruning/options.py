@@ -1,6 +1,7 @@
 """The options of `prune`, and their checks."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -77,6 +78,13 @@ class Options:
     def needs_latency(self) -> bool:
         """Return whether the latency of the network must be measured before the first step."""
         return self.criterion == "entropy-per-latency" or self.collapse is not None
+
+    def most_removed(self, sites: Sequence[str]) -> int:
+        """Return how many of these sites may be removed at most, or 0 if single neurons are removed."""
+        if self.granularity == "neuron":
+            return 0
+        left = sum(name not in self.protect for name in sites)
+        return left if self.max_removed is None else min(left, self.max_removed)
 
     def budget(self, table: LatencyTable) -> float | None:
         """Return how many milliseconds one call may take, or None if there is no limit.

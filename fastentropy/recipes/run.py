@@ -23,9 +23,10 @@ from fastentropy.collector.api import collect
 from fastentropy.collector.collector import EntropyCollector
 from fastentropy.collector.statistics import Statistics
 from fastentropy.fusion import fuse
-from fastentropy.pruning.api import PruningResult, check_names, prune
+from fastentropy.pruning.api import check_names, prune
 from fastentropy.pruning.loop import latency_table
 from fastentropy.pruning.options import Options
+from fastentropy.pruning.result import PruningResult
 from fastentropy.pruning.steps import Step, StepFolder
 from fastentropy.recipes import Progress, Recipe, Report, load_recipe
 from fastentropy.recipes.latencies import final_latencies
@@ -202,6 +203,7 @@ class Run:
             checkpoint_dir=self.folder / "steps",
             measure=lambda model: _measure(model, recipe, display),
             on_step=finish_step,
+            progress=False,  # `display` shows more
         )
 
     def _history(self, steps: Sequence[Step]) -> dict[str, Any]:

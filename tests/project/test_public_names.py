@@ -49,7 +49,8 @@ SIGNATURES = {
         "NeuronwiseActivation.extra_repr": "(self)",
         "NeuronwiseActivation.forward": "(self, x)",
         "NeuronwiseActivation.linear": "property",
-        "PruningResult": "(model, removed, steps, kept_step)",
+        "PruningResult": "(model, removed, steps, kept_step, example_inputs=())",
+        "PruningResult.fuse": "(self, **options)",
         "ReplacedNeurons": "(neurons, linear, constant, channel_axis)",
         "ReplacedNeurons.from_masks": "(linear, constant, channel_axis)",
         "ReplacedNeurons.masks": "(self, device)",
@@ -87,7 +88,7 @@ SIGNATURES = {
         "prune": "(model, *, train, evaluate, calibrate, example_inputs, max_drop=0.01, max_removed=None, "
         "per_step=1, criterion='entropy', zeros_together=False, protect=(), target_speedup=None, "
         "max_latency_ms=None, collapse=None, zero='discard', average='dataset', statistics=None, checkpoint_dir=None, "
-        "granularity='layer', measure=None, on_step=None)",
+        "granularity='layer', measure=None, on_step=None, progress=None)",
         "register_activation": "(activation, name)",
         "statistics_of": "(counts)",
         "tensorboard_writer": "(target)",

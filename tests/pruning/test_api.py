@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastentropy import collect, fuse, linearize, prune
+from fastentropy import FusedModel, collect, fuse, linearize, prune
 from fastentropy.sites.activations import activation_modules
 from tests._helpers.networks import Residual
 from tests._helpers.snapshots import assert_unchanged, snapshot
@@ -682,3 +682,37 @@ def test_criterion_that_cannot_be_copied(network, tmp_path):
     first = run(network, criterion=judge, checkpoint_dir=tmp_path)
     shutil.rmtree(tmp_path / "03")
     assert run(network, criterion=judge, checkpoint_dir=tmp_path).steps == first.steps
+
+
+def test_result_prints_the_steps_and_what_was_kept(network):
+    scores = iter([0.5, 0.75, 0.25])
+    result = run(network, per_step=2, max_drop=0.0, evaluate=lambda model: next(scores), measure=lambda model: {"test": 0.4444})
+    first, second, third = [*result.steps[1].removed, *result.steps[2].removed]
+    dense = result.steps[0].layer_entropy
+    lines = str(result).splitlines()
+    assert [line.split() for line in (lines[0], *lines[2:6])] == [
+        ["removed", "step", "bits", "score", "test"],
+        ["(nothing)", "0", "0.5000", "0.4444"],
+        [first, "*", "1", f"{dense[first]:.3f}", "0.7500", "0.4444"],
+        [second, "*", "1", f"{dense[second]:.3f}"],
+        [third, "2", f"{result.steps[1].layer_entropy[third]:.3f}", "0.2500", "0.4444"],
+    ]
+    assert lines[-1] == "2 of 3 activations removed up to step 1 (*): score 0.7500, 0.5000 before"
+
+
+def test_result_is_fused_for_the_example_inputs(network):
+    result = run(network, max_removed=1, evaluate=lambda model: 1.0, train=lambda model: None)
+    fused = result.fuse(measure=False)
+    assert isinstance(fused, FusedModel)
+    torch.testing.assert_close(fused(DATA), result.model(DATA))
+
+
+@pytest.mark.parametrize("progress", [True, None])
+def test_progress_names_the_phase_and_the_total(network, progress, capsys):
+    run(network, max_removed=2, evaluate=lambda model: 1.0, train=lambda model: None, progress=progress)
+    captured = capsys.readouterr()
+    assert not captured.out
+    for line in ("step 0, measure entropies ", "step 1, train ", "step 2, evaluate "):
+        assert (f"prune: {line}" in captured.err) == (progress is True)
+    assert ("1/2" in captured.err) == (progress is True)
+    assert not captured.err.rpartition("\r\r")[2].strip()

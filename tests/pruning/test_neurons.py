@@ -112,6 +112,15 @@ def test_a_site_of_linear_neurons_is_a_removed_activation():
     assert isinstance(result.model[3], nn.Identity)
 
 
+def test_result_prints_how_many_neurons_were_replaced():
+    result = run(draw(), **OPTIONS, evaluate=lambda model: 1.0, train=lambda model: None)
+    step = result.steps[1]
+    others = [site for name, site in step.neurons.items() if name not in step.removed]
+    neurons = sum(len(site.linear) + len(site.constant) for site in others)
+    assert f"{neurons} neurons of {len(others)} activation" in str(result)
+    assert f"{len(result.removed)} of 3 activations removed" in str(result)
+
+
 def test_activations_that_are_not_close_to_0_lose_only_neurons_that_are_on():
     model = draw(nn.ELU)
     names, neurons = next_neurons(model, counted(model), options(per_step=100))
