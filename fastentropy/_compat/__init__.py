@@ -42,6 +42,7 @@ from fastentropy._compat.graphs import add_input as add_input
 from fastentropy._compat.graphs import bodies as bodies
 from fastentropy._compat.graphs import identity_in_stack as identity_in_stack
 from fastentropy._compat.graphs import in_fake_mode_of as in_fake_mode_of
+from fastentropy._compat.graphs import in_trace_of as in_trace_of
 from fastentropy._compat.graphs import is_checkpoint as is_checkpoint
 from fastentropy._compat.graphs import own_graph as own_graph
 from fastentropy._compat.graphs import size_of as size_of

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -68,6 +70,13 @@ def in_fake_mode_of(x: torch.Tensor) -> AbstractContextManager[object]:
     """Return a context in which new tensors have no values, like `x` of a tracer."""
     mode: AbstractContextManager[object] = attribute(x, "fake_mode")
     return mode
+
+
+@contextlib.contextmanager
+def in_trace_of(x: torch.Tensor) -> Iterator[None]:
+    """Let operators compute shapes alone while the context is active, as in the trace that `x` is from, for free sizes too."""
+    with in_fake_mode_of(x), named("torch._dispatch.python", "enable_python_dispatcher")():
+        yield
 
 
 def add_input(graph: torch.fx.Graph, name: str, value: torch.Tensor) -> torch.fx.Node:

@@ -4,6 +4,7 @@ A chain is a stretch of linear operators. A form is one way to compute the same 
 folded.
 """
 
+import dataclasses
 import functools
 
 import torch
@@ -22,6 +23,7 @@ from fastentropy.fusion.forms import make_forms
 from fastentropy.fusion.fused_model import FusedModel, make_trainable
 from fastentropy.fusion.guards import Conditions, guards_of
 from fastentropy.fusion.inputs import Inputs, outputs_of
+from fastentropy.fusion.neurons.taking_apart import take_apart
 from fastentropy.fusion.planner import plan_chain, shared_prices
 from fastentropy.fusion.progress import shown
 from fastentropy.fusion.report import FusionReport
@@ -112,6 +114,8 @@ def fuse(
         conditions = Conditions(traced_inputs, guards)
         check = EquivalenceCheck(original, inputs, lambda given: not conditions.refusal(given.leaves), tolerance)
         guards += _smallest_sizes(traced_inputs, check, traced, inputs)
+        apart = take_apart(traced)
+        apart = apart if apart and check.judge(apart.network).holds else None
         plan = functools.partial(
             plan_chain, tolerance=tolerance, measure=measure, borders=borders, prices=shared_prices(measure)
         )
@@ -119,8 +123,9 @@ def fuse(
         def make(form: nn.Module, runs_in: str) -> FusedModel:
             return FusedModel(form, traced_inputs, FusionReport((), {}, {}, "", 0.0, runs_in), guards, signature)
 
+        network = apart.network if apart else traced
         forms, reports = make_forms(
-            original, traced, inputs, plan, None if borders == "train" else check, channels_last=measure, progress=show
+            original, network, inputs, plan, None if borders == "train" else check, channels_last=measure, progress=show
         )
         show("time the network" if measure else "compare with the model", 0, 0)
         backends = further_backends(backend, original)
@@ -128,9 +133,11 @@ def fuse(
         made = race(forms, trace, backends, make, inputs, measure)
         if backend != "auto" and all(runs_in != backend for _, _, runs_in in made.modules):
             raise ValueError(f"backend={backend!r}: {made.notes[0]}")
-        if not any(reports.values()):
+        if not any(reports.values()) and not apart:
             made = made._replace(notes=(*made.notes, why_nothing_is_fused(traced)))
         fused = first_equal(made, check, reports, trains=borders == "train")
+        if apart:
+            fused.report = dataclasses.replace(fused.report, neurons=apart.neurons, multiplications=apart.multiplications)
         if borders == "train":
             make_trainable(fused, dict(original.named_parameters()))
         return fused

@@ -25,6 +25,7 @@ _DENSE_OPERATORS = {
     *(getattr(_aten, f"conv{axes}d").default for axes in (1, 2, 3)),
     *(_aten.conv_transpose1d.default, _aten.conv_transpose2d.input, _aten.conv_transpose3d.input),
     *(_aten.linear.default, _aten.addmm.default, _aten.batch_norm.default, _aten.addcmul.default, _aten.add.Tensor),
+    *(_aten.clamp_min.Tensor, _aten.clamp_min_.Tensor),
 }
 
 #: Activations by their form that overwrites its operand.
@@ -38,6 +39,8 @@ _IN_PLACE = {
     _aten.gelu.default: _aten.gelu_.default,
     _aten.leaky_relu.default: _aten.leaky_relu_.default,
     _aten.elu.default: _aten.elu_.default,
+    _aten.clamp_min.Tensor: _aten.clamp_min_.Tensor,
+    _aten.clamp_max.Tensor: _aten.clamp_max_.Tensor,
 }
 
 #: The position of the argument that names the activation, for each kernel of a chain.

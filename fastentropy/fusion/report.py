@@ -105,6 +105,11 @@ class FusionReport:
         notes: which backend could not run the network or a form of it, and why; why nothing was fused.
         bound: the bound that the error was held to, as text: the tolerance, or 10 times the error that the model itself has
             against float64, where that is larger.
+        neurons: for the path of each `NeuronwiseActivation`, how many of its neurons are `active`, `linear` and `constant`, and
+            how many of all are `cut` out in the folded and the fused form. Empty if the model has none.
+        multiplications: those of all convolutions and linear layers `before` and `after` neurons were cut out, with every chain
+            as it is. They are those of a call on the example inputs, or on two samples if these are a batch of one. Empty if
+            `neurons` is.
 
     Examples:
         >>> import torch
@@ -126,6 +131,8 @@ class FusionReport:
     times: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
     bound: str = ""
+    neurons: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
+    multiplications: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def speedup(self) -> float | None:
@@ -171,18 +178,20 @@ class FusionReport:
             "times": values["times"],
             "notes": tuple(values["notes"]),
             "bound": values.get("bound", ""),
+            "neurons": values.get("neurons", {}),
+            "multiplications": values.get("multiplications", {}),
         }
         return cls(chains, *(values[name] for name in names), **further)
 
     def __str__(self) -> str:
-        """Return each chain with its candidates, then the times of the whole model, then the chosen form."""
+        """Return each chain with its candidates, the neurons cut out, the times of the whole model, and the chosen form."""
         gain = f", {self.speedup:.2f}× as fast as the original" if self.speedup else ""
         backend = "" if self.backend == "eager" else f" in {self.backend}"
         kept = f"kept: {self.choice}{backend}{gain}, relative error {self.max_relative_error:.0e}"
         kept += f", within {self.bound}" if self.bound else ""
         has_another = self.choice != "fused" and any(chain.choice != "keep" for chain in self.chains)
         slower = ["the fused form is not used: it was slower or not verified"] * has_another
-        return "\n".join([*map(str, self.chains), *self._times(), kept, *slower, *self.notes])
+        return "\n".join([*map(str, self.chains), *self._neurons(), *self._times(), kept, *slower, *self.notes])
 
     def _times(self) -> list[str]:
         """Return a line with the times of the whole model for each backend that was measured."""
@@ -192,6 +201,14 @@ class FusionReport:
             each = [f"{name} {ms:.3f} ms{f' ({formats[name]})' if formats else ''}" for name, ms in times.items()]
             lines.append(f"model{'' if backend == 'eager' else f' in {backend}'}: {', '.join(each)}")
         return lines or ["model: not measured"]
+
+    def _neurons(self) -> list[str]:
+        """Return a line with the number of neurons that are cut out and of the multiplications left, if any neuron is."""
+        cut = sum(states["cut"] for states in self.neurons.values())
+        if not cut:
+            return []
+        before, after = (self.multiplications[name] / 1e6 for name in ("before", "after"))
+        return [f"{plural(cut, 'neuron')} cut out: {after:.2f} of {before:.2f} M multiplications left"]
 
     def _by_backend(self) -> dict[str, dict[str, float]]:
         """Return the milliseconds of each form by backend: those of `backend` alone if `times` was not given."""
