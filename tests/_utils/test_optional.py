@@ -56,6 +56,7 @@ def test_without_metadata_only_the_name_is_known(tmp_path, monkeypatch):
 
 
 def test_a_missing_package_is_named_with_its_installation():
+    assert require("json", "reading it") is json
     with pytest.raises(ValueError, match=r"^reading it needs no_such_package: ") as error:
         require("no_such_package.part", "reading it")
     assert str(error.value).endswith(install_command("calibrate"))
