@@ -184,7 +184,6 @@ def test_table():
     ]
 
 
-SHARED = nn.ReLU()
 IDLE = [[0, 0, 2000]] * 3
 
 

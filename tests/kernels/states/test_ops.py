@@ -16,7 +16,6 @@ from tests._helpers.tensors import assert_same
 ops = torch.ops.fastentropy_kernels
 
 EDGES = (-math.inf, -1e-50, 0.1, math.inf)
-MASK = torch.rand(4) > 0.5
 # Name -> arguments besides x [batch, 5, 4], counts and nan. Without an activation only the states are counted.
 ASKED = {
     "states": {},
