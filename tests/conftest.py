@@ -13,6 +13,7 @@ from torch._dynamo.utils import counters
 from fastentropy.fusion import FusionReport
 from fastentropy.fusion.latency import profiler
 from fastentropy.fusion.planner import counted
+from fastentropy.sites import activations
 from tests._helpers.networks import Residual
 
 # The first example of a test pays for imports and compilation.
@@ -31,14 +32,19 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(autouse=True)
-def _without_compiled_code():
-    """Let each test begin without compiled code.
+def _same_beginning():
+    """Let each test begin alike, whatever ran before: with the same random numbers, without compiled code or registrations.
 
     Code of PyTorch that many models share, such as the forward pass of `nn.Linear`, is else compiled anew for each, and
     after eight times no longer.
     """
+    torch.manual_seed(0)
     torch._dynamo.reset()
     counters.clear()
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        for table in ("_MODULES", "_REGISTERED_FUNCTIONS"):
+            monkeypatch.setattr(activations, table, dict(getattr(activations, table)))
+        yield
 
 
 @pytest.fixture

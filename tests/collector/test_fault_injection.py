@@ -29,10 +29,7 @@ def imported():
 
 
 @pytest.fixture(autouse=True)
-def squared_relu(monkeypatch):
-    from fastentropy.sites import activations
-
-    monkeypatch.setattr(activations, "_MODULES", dict(activations._MODULES))
+def squared_relu():
     register_activation(SquaredReLU, "squared_relu")
 
 

@@ -14,11 +14,6 @@ from tests._helpers.series import NAMES, rms, series, smooth
 from tests._helpers.snapshots import assert_unchanged, snapshot
 
 
-@pytest.fixture(autouse=True)
-def _seeded():
-    torch.manual_seed(0)
-
-
 def test_an_exact_smaller_kernel_is_found():
     """If the taps beyond the centre are zero, the smaller kernel is exact."""
     model = series(norm=False)

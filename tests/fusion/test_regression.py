@@ -11,11 +11,6 @@ from fastentropy.fusion.projection import project
 from tests._helpers.series import NAMES, rms, series, smooth
 
 
-@pytest.fixture(autouse=True)
-def _seeded():
-    torch.manual_seed(0)
-
-
 @pytest.mark.parametrize("norm", [True, False])
 @pytest.mark.parametrize(
     ("axes", "stride", "groups", "kernel"),

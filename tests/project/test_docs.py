@@ -10,7 +10,6 @@ from importlib.util import find_spec
 
 import pytest
 
-from fastentropy.sites import activations
 from tests._helpers.paths import ROOT
 from tests.project.documented import LANGUAGES, blocks, commands, prepare, run_page
 
@@ -22,10 +21,8 @@ RUNNING = [name for name, path in PAGES.items() if {"python", "sh"} & {block.lan
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """Change to an empty folder. Activations that a page registers are removed afterwards."""
+    """Change to an empty folder."""
     monkeypatch.chdir(tmp_path)
-    for table in ("_MODULES", "_REGISTERED_FUNCTIONS"):
-        monkeypatch.setattr(activations, table, dict(getattr(activations, table)))
     return tmp_path
 
 

@@ -7,7 +7,6 @@ import transformers.activations
 from torch import nn
 
 import fastentropy as fe
-from fastentropy.sites import activations
 from fastentropy.sites.activations import activation_modules, activation_name, function_name, fused_activation, kernel_of
 from fastentropy_kernels import activation_states
 
@@ -28,13 +27,6 @@ RECTIFIERS = {
     nn.Hardtanh: "hardtanh",
 }
 NOT_RECTIFIERS = {"linear", "laplace", "sigmoid", "tanh", "sqrtsoftplus"}
-
-
-@pytest.fixture
-def table(monkeypatch):
-    """Undo what a test registers."""
-    for name in ("_MODULES", "_REGISTERED_FUNCTIONS"):
-        monkeypatch.setattr(activations, name, dict(getattr(activations, name)))
 
 
 @pytest.mark.parametrize(("kind", "name"), RECTIFIERS.items())
@@ -155,7 +147,6 @@ def test_modules_come_by_their_first_path():
     assert list(activation_modules(model)) == ["0", "2.1"]
 
 
-@pytest.mark.usefixtures("table")
 def test_a_module_that_the_user_registers_is_a_site():
     class Squared(nn.Module):
         def forward(self, x):
@@ -169,7 +160,6 @@ def test_a_module_that_the_user_registers_is_a_site():
     assert collector.compute()["1"].counts.sum() == 12
 
 
-@pytest.mark.usefixtures("table")
 def test_a_function_that_the_user_registers_is_a_site():
     class Model(nn.Module):
         def forward(self, x):

@@ -21,11 +21,6 @@ LEFT = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1], [0, 1, 1, 1, 
 RIGHT = LEFT.flip(1)
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
 def tokens(batch=3, length=7):
     return torch.randint(3, 97, (batch, length))
 
