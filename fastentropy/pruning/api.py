@@ -1,13 +1,14 @@
 """The loop of EASIER (arXiv 2404.18949): linearise an activation (replace it by the identity), fine-tune, validate, repeat."""
 
 import copy
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from os import PathLike
 from typing import Literal
 
 from torch import nn
 
-from fastentropy._utils.errors import nearest_names
 from fastentropy.collector.site_statistics import Average, Zero
 from fastentropy.collector.statistics import Statistics, check_statistics
 from fastentropy.fusion.progress import shown
@@ -19,6 +20,10 @@ from fastentropy.pruning.steps import Step, StepFolder
 from fastentropy.sites.activations import own_modules
 from fastentropy.sites.finding import find_sites
 from fastentropy.sites.inputs import ExampleInputs, check_function, check_inputs, check_model, site_names
+from fastentropy.surgery.site_names import explain_unknown, named_as_now, names_since_isolation
+
+#: What is said of calls that `isolate` has left as they are.
+_NOT_OWN = "fe.isolate could give these calls no module of their own"
 
 
 def prune(
@@ -78,7 +83,8 @@ def prune(
             A function `criterion(model, statistics)` that returns a dict from site to score: those with the lowest scores.
             Sites that are missing from the dict are kept. `checkpoint_dir` identifies the function by its name.
         zeros_together: also remove, in each step, all sites whose entropy is exactly 0, as the code of the paper does.
-        protect: the names of sites that are never removed. They need not be modules of their own.
+        protect: the names of sites that are never removed. They need not be modules of their own. The calls of an isolated
+            model that have no module of their own are protected in any case, with a warning.
         target_speedup: stop when a call is predicted to be this many times as fast as a call of the given model. Each step
             computes the set of sites that reaches this speed-up at the least loss of entropy, with the entropies of that step,
             and removes only sites of this set. `max_drop` and `max_removed` may stop the run earlier. Requires the criterion
@@ -91,7 +97,8 @@ def prune(
         zero: how entropies treat values that are exactly 0, and
         average: whether they are of all data, or means of the entropies of batches: see `Statistics.layer_entropy`. The code of
             the paper has "on" and "batch".
-        statistics: the statistics of the dense model, if they are known already. Step 0 then needs no calibration.
+        statistics: the statistics of the dense model, if they are known already, also those from before `isolate`. Step 0
+            then needs no calibration.
         checkpoint_dir: a folder to which every finished step is written. If it already holds steps of a run with the same
             options, the run continues after them. The result is the same as without the interruption if `train` draws its
             random numbers from torch's default generators. None writes nothing.
@@ -110,10 +117,10 @@ def prune(
 
     Raises:
         TypeError: `model`, `example_inputs` or a function is of another kind, or the model takes other inputs.
-        ValueError: the model calls no known activation, or one that is neither protected nor a module of its own (see
-            `isolate`); an option is out of range; a latency cannot be reached; `calibrate` makes no forward pass; `train`
-            replaces modules; a score is not a finite number; `checkpoint_dir` is damaged, or holds a run of another model or
-            with other options.
+        ValueError: the model calls no known activation, or one that is neither protected nor a module of its own, and it was
+            not isolated (see `isolate`); an option is out of range; a latency cannot be reached; `calibrate` makes no forward
+            pass; `train` replaces modules; a score is not a finite number; `checkpoint_dir` is damaged, or holds a run of
+            another model or with other options.
 
     Examples:
         >>> import torch
@@ -162,8 +169,11 @@ def prune(
         granularity,
     )
     sites = [site.name for site in find_sites(model, inputs)]
-    check_names(options.protect, sites, "protect")
-    _check_own_modules(model, sites, options.protect)
+    check_names(options.protect, sites, "protect", model)
+    options = _protected(model, sites, options)
+    if statistics is not None:
+        check_statistics(statistics)
+        statistics = named_as_now(statistics, model)
     _check_statistics(calibrate, statistics, sites, collapse)
     folder = None if checkpoint_dir is None else StepFolder(checkpoint_dir, options.to_dict())
     dense = copy.deepcopy(model).eval()
@@ -201,18 +211,19 @@ def _run(loop: PruningLoop, statistics: Statistics | None) -> nn.Module | None:
     return kept
 
 
-def check_names(names: Sequence[str], sites: Sequence[str], option: str) -> None:
+def check_names(names: Sequence[str], sites: Sequence[str], option: str, model: nn.Module) -> None:
     """Raise ValueError if an option names something that is not a site of the model.
 
     Args:
         names: the names that were given.
         sites: the names of all sites of the model.
         option: the name of the option, for the message.
+        model: the model.
     """
     for name in names:
         if name not in sites:
-            nearest = nearest_names(name, sites)
-            raise ValueError(f"{option} names {name!r}, which is not a site of the model; the nearest are {nearest}")
+            explanation = explain_unknown(name, model, sites, all_calls=True)
+            raise ValueError(f"{option} names {name!r}, which is not a site of the model{explanation}")
 
 
 def _check_functions(functions: Functions) -> None:
@@ -232,8 +243,6 @@ def _check_functions(functions: Functions) -> None:
 
 def _check_statistics(calibrate: object, statistics: Statistics | None, sites: Sequence[str], collapse: object) -> None:
     """Raise ValueError if the entropies cannot be measured with these options, or `statistics` are of another model."""
-    if statistics is not None:
-        check_statistics(statistics)
     if calibrate is None and (statistics is None or collapse):
         lacking = "collapse needs calibrate" if collapse else "without calibrate, the dense model's statistics= are needed"
         raise ValueError(f"{lacking}; collect them in its last epoch with fe.collect, or give a function calibrate(model)")
@@ -242,11 +251,31 @@ def _check_statistics(calibrate: object, statistics: Statistics | None, sites: S
         raise ValueError(f"statistics belong to another model: they differ from the given one in the sites {named}")
 
 
-def _check_own_modules(model: nn.Module, sites: Sequence[str], protected: Sequence[str]) -> None:
-    """Raise ValueError if a site that may be removed is not a module that is called once per forward pass."""
-    removable = set(own_modules(model, sites)) | set(protected)
-    if others := [name for name in sites if name not in removable]:
+def _protected(model: nn.Module, sites: Sequence[str], options: Options) -> Options:
+    """Return the options with those sites protected, too, that `isolate` could give no module of their own.
+
+    Args:
+        model: the model.
+        sites: the names of its sites.
+        options: the options of the run.
+
+    Returns:
+        The options.
+
+    Raises:
+        ValueError: the model was not isolated, and a site that may be removed is not a module that is called once per forward
+            pass; or no site may be removed any more.
+    """
+    removable = own_modules(model, sites)
+    others = [name for name in sites if name not in removable and name not in options.protect]
+    if not others:
+        return options
+    if names_since_isolation(model) is None:
         raise ValueError(
             f"{', '.join(others)}: an activation that is called as a function, or several times in one forward pass, cannot be "
             "linearised on its own; prune the model that fe.isolate(model, example_inputs) returns, or protect these"
         )
+    if not set(removable) - set(options.protect):
+        raise ValueError(f"{', '.join(others)}: {_NOT_OWN}, so no activation of the model can be removed")
+    warnings.warn(f"{', '.join(others)}: protected, because {_NOT_OWN}", stacklevel=3)
+    return replace(options, protect=(*options.protect, *others))

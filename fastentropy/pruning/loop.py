@@ -20,7 +20,7 @@ from fastentropy.pruning.options import Options
 from fastentropy.pruning.steps import Step, StepFolder, random_state, set_random_state
 from fastentropy.sites.activations import activation_modules, own_modules
 from fastentropy.sites.inputs import ExampleInputs
-from fastentropy.surgery.linearization import linearize
+from fastentropy.surgery.linearization import replace_by_identity
 from fastentropy.surgery.neuron_replacement import ReplacedNeurons, replace_neurons
 
 
@@ -155,7 +155,7 @@ class PruningLoop:
             except (IndexError, ValueError) as error:
                 text = f"{self._folder.path} holds a step that replaces neurons that the model lacks: {reason(error)}"
                 raise ValueError(text) from error
-            linearize(model, step.removed)
+            replace_by_identity(model, step.removed)
             for projection in step.collapsed:
                 try:
                     install(model, projection)
@@ -207,7 +207,7 @@ class PruningLoop:
         collapsed: tuple[Projection, ...] = ()
         if names or neurons:
             replace_neurons(self.model, neurons)
-            linearize(self.model, names)
+            replace_by_identity(self.model, names)
             collapsed = self._collapse([*self.removed, *names])
             self._update_table(collapsed)
             set_random_state(self._random_state)

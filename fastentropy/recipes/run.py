@@ -264,8 +264,9 @@ def create_run(folder: Path, settings: Settings, recipe: Recipe) -> Run:
     if settings.epochs_dense == 0 and settings.statistics:
         raise ValueError("--statistics published needs the last epoch of a training; leave out --epochs-dense 0")
     if settings.protect:
-        sites = find_sites(recipe.build_model(), recipe.example_inputs())
-        check_names(settings.protect, [site.name for site in sites], "protect")
+        model = recipe.build_model()
+        sites = find_sites(model, recipe.example_inputs())
+        check_names(settings.protect, [site.name for site in sites], "protect", model)
     try:
         # A process that was killed while it wrote the first file leaves a temporary one, which `Run.execute` removes.
         if folder.exists() and (not folder.is_dir() or any(not each.name.startswith(".tmp-") for each in folder.iterdir())):

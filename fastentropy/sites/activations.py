@@ -213,6 +213,11 @@ def function_name(function: Callable[..., Any]) -> str | None:
         return None
 
 
+def function_names() -> set[str]:
+    """Return the names of all functions that are known activations, without underscores at their ends."""
+    return {getattr(function, "__name__", "").strip("_") for function in (*_FUNCTIONS, *_REGISTERED_FUNCTIONS)}
+
+
 def called_name(function: Callable[..., Any]) -> str | None:
     """Return the name of the activation that an operator or a registered function computes; None for anything else.
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from fastentropy._compat import children_of, is_compiled, tree_leaves
 from fastentropy._utils.errors import one_line
 from fastentropy._utils.frames import local_variable
+from fastentropy._utils.text import plural
 from fastentropy.sites import channel_axis, finding, interception, operators, reporter, watcher
 from fastentropy.sites.activations import activation_name, function_name
 from fastentropy.sites.fast_paths import fast_paths
@@ -30,6 +31,7 @@ from fastentropy.sites.observer import NoObserver
 from fastentropy.sites.site import Call
 from fastentropy.sites.watcher import SiteWatcher
 from fastentropy.surgery.rewriting import Arguments, CannotBeRewrittenError, MethodRewriter, Place
+from fastentropy.surgery.site_names import keep_names
 
 #: Name of an activation function -> the class of the module that computes the same, and the names of the function's arguments
 #: after the input, in order.
@@ -71,9 +73,10 @@ def isolate(model: nn.Module, example_inputs: ExampleInputs) -> nn.Module:
     """Return a copy of a model in which each call of an activation has a module of its own.
 
     The copy computes the same as the given model, which is not changed. The two share parameters and buffers, but no modules:
-    training one trains both, an optimizer stays valid, and the state dict has the same keys. If the methods of a module call an
-    activation function, or call one activation module several times, the module gets a subclass of its class with these methods
-    rewritten: F.relu(x) becomes self.relu(x), and further calls become self.relu_1(x), …
+    training one trains both, an optimizer stays valid, and the state dict has the same keys. The copy remembers how its sites
+    were called before, so that `prune` and `linearize_neurons` take statistics of the given model. If the methods of a module
+    call an activation function, or call one activation module several times, the module gets a subclass of its class with these
+    methods rewritten: F.relu(x) becomes self.relu(x), and further calls become self.relu_1(x), …
 
     Some calls cannot be isolated. They stay as they are, and a warning names them:
 
@@ -111,6 +114,7 @@ def isolate(model: nn.Module, example_inputs: ExampleInputs) -> nn.Module:
         raise RuntimeError(
             f"{compiled[0] or type(model).__name__!r} is compiled; isolate the model as it was before torch.compile"
         )
+    before = [call.name for call in _trace(model, inputs).calls]
     isolated = copy_sharing_tensors(model)
     _separate_places(isolated)
     calls = _trace(isolated, inputs).calls
@@ -119,11 +123,13 @@ def isolate(model: nn.Module, example_inputs: ExampleInputs) -> nn.Module:
     for module, name, value in fast_paths(isolated):
         setattr(module, name, value)
     _compare(model, isolated, inputs)
-    if left := _not_isolated(isolated, inputs):
+    calls = _trace(isolated, inputs).calls
+    keep_names(isolated, model, before, [call.name for call in calls])
+    if left := [call.name for call in calls if call.module is None or ":" in call.name]:
         warnings.warn(
-            f"{len(left)} activation calls of {type(model).__name__} have no module of their own: {', '.join(left)} "
-            "(in a loop, in a module that is called several times, with arguments that are not constants, or in code without "
-            "a source file); write them as modules by hand",
+            f"{plural(len(left), 'activation call')} of {type(model).__name__} could be given no module: {', '.join(left)} (in "
+            "a loop, in a module that is called several times, with arguments that are not constants, or in code without a "
+            "source file); fe.prune keeps them, unless you write them as modules by hand",
             stacklevel=2,
         )
     return isolated
@@ -335,8 +341,3 @@ def _different(model: nn.Module, how: str) -> RuntimeError:
     return RuntimeError(
         f"{type(model).__name__} cannot be isolated: its outputs would differ ({how}); does it return the same each time?"
     )
-
-
-def _not_isolated(model: nn.Module, inputs: tuple[Any, ...] | Mapping[str, Any]) -> list[str]:
-    """Return the names of the sites that have no module of their own."""
-    return [call.name for call in _trace(model, inputs).calls if call.module is None or ":" in call.name]

@@ -15,6 +15,7 @@ from fastentropy.sites.activations import activation_modules, activation_name, h
 from fastentropy.sites.inputs import check_model, described
 from fastentropy.surgery.neuron_replacement import ReplacedNeurons, replace_neurons
 from fastentropy.surgery.neuronwise import NeuronwiseActivation
+from fastentropy.surgery.site_names import named_as_now
 
 #: The activations that are the identity for inputs above 0, and those that are 0 for inputs below 0. Of ReLU6, the counters do
 #: not tell whether a neuron was ever above 6.
@@ -113,7 +114,7 @@ def linearize_neurons(
     """
     check_model(model)
     _check_arguments(statistics, max_entropy, min_observations)
-    modules = activation_modules(model)
+    statistics, modules = named_as_now(statistics, model), activation_modules(model)
     _check_same_model(model, modules, statistics)
     replaced: dict[str, ReplacedNeurons] = {}
     own = own_modules(model, list(statistics))
@@ -206,8 +207,7 @@ def _check_site(name: str, site: SiteStatistics, is_own: bool, replaced: Tensor,
     """
     if not is_own:
         raise ValueError(
-            f"site {name!r} has neurons to replace, but no module of its own; make one with "
-            "fe.isolate(model, example_inputs), and collect again"
+            f"site {name!r} has neurons to replace, but no module of its own; make one with fe.isolate(model, example_inputs)"
         )
     observations = int(site.counts.sum(1).cpu()[replaced].min())
     if observations < min_observations:

@@ -5,12 +5,13 @@ import math
 import shutil
 import threading
 from collections import OrderedDict
+from unittest.mock import Mock
 
 import pytest
 import torch
 from torch import nn
 
-from fastentropy import FusedModel, collect, fuse, linearize, prune
+from fastentropy import FusedModel, collect, find_sites, fuse, isolate, linearize, prune
 from fastentropy.sites.activations import activation_modules
 from tests._helpers.networks import Residual
 from tests._helpers.snapshots import assert_unchanged, snapshot
@@ -413,6 +414,58 @@ class PartlyIsolated(nn.Module):
         return self.gelu(self.fc(self.gelu(self.fc(x))))
 
 
+class Loop(nn.Module):
+    """An activation that is called in a loop, so that it cannot be isolated, and possibly one more."""
+
+    def __init__(self, last):
+        super().__init__()
+        self.fc, self.relu, self.last = nn.Linear(25, 25), nn.ReLU(), last
+
+    def forward(self, x):
+        x = x.flatten(1)
+        for _ in range(2):
+            x = self.relu(self.fc(x))
+        return self.last(self.fc(x))
+
+
+@pytest.mark.filterwarnings("ignore:1 activation call of Loop could be given no module")
+def test_calls_that_cannot_be_isolated_are_protected_with_one_warning(recwarn):
+    isolated = isolate(Loop(nn.GELU()), (DATA[:2],))
+    recwarn.clear()
+    result = run(isolated, evaluate=lambda model: 1.0, train=lambda model: None)
+    assert result.removed == ("last",)
+    (warning,) = recwarn
+    assert str(warning.message) == "relu, relu:1: protected, because fe.isolate could give these calls no module of their own"
+    assert warning.filename == __file__
+
+
+@pytest.mark.filterwarnings("ignore:1 activation call of Loop could be given no module")
+def test_a_model_of_calls_that_cannot_be_isolated_is_refused():
+    with pytest.raises(ValueError, match=r"^relu, relu:1: fe\.isolate could .* no activation of the model can be removed$"):
+        run(isolate(Loop(nn.Identity()), (DATA[:2],)))
+
+
+def test_statistics_from_before_isolation():
+    model = PartlyIsolated().eval()
+    with pytest.warns(UserWarning, match="calls 1 of its activations as functions"), collect(model) as collector:
+        calibrate(model)
+    isolated = isolate(model, (DATA[:2],))
+    calibration = Mock(side_effect=calibrate)
+    options = {"evaluate": lambda model: 1.0, "train": lambda model: None, "max_removed": 1}
+    result = run(isolated, statistics=collector.compute(), calibrate=calibration, **options)
+    assert calibration.call_count == 1  # after the removal
+    before = sorted(collector.compute().layer_entropy().values())
+    assert sorted(result.steps[0].layer_entropy.values()) == before
+    assert set(result.steps[0].layer_entropy) == {site.name for site in find_sites(isolated, (DATA[:2],))}
+
+
+@pytest.mark.parametrize("protect", ["gelu_2", "fc"])
+def test_unknown_names_to_protect_are_explained(protect):
+    expected = {"gelu_2": "; the nearest are ", "fc": ": it is a Linear; the nearest are "}[protect]
+    with pytest.raises(ValueError, match=f"^protect names '{protect}', which is not a site of the model{expected}"):
+        run(PartlyIsolated(), protect=[protect])
+
+
 @pytest.mark.parametrize("criterion", ["entropy", "entropy-per-latency", "random", "uniform"])
 def test_protected_sites_need_no_modules(criterion):
     options = {"criterion": criterion, "zeros_together": criterion == "entropy", "evaluate": lambda model: 1.0}
@@ -645,7 +698,7 @@ def test_stored_projection_that_does_not_fit(blocks, tmp_path, name, value):
     values = json.loads(path.read_text())
     values["collapsed"][0][name] = value
     path.write_text(json.dumps(values))
-    with pytest.raises(ValueError, match="holds a step that approximates modules the model does not have"):
+    with pytest.raises(ValueError, match="holds a step that approximates modules that the model lacks"):
         run(blocks, **options)
 
 
