@@ -6,12 +6,15 @@ from os import PathLike
 from typing import Any
 
 from fastentropy._utils.text import format_count, format_integer, plural
+from fastentropy.collector.idle_neurons import find_idle_neurons
 from fastentropy.collector.statistics import Statistics
 from fastentropy.reporting.pages import draw_svg, write_page
 from fastentropy.reporting.plots import MARGIN, ROW, draw_distributions, draw_layer_entropy
 
-#: How many activations a notice names at most.
+#: How many activations a sentence names at most.
 MAX_NAMED = 3
+#: An activation is called nearly linear below this layer entropy in bits. It is that of a neuron with 1.3 % of its values on.
+NEARLY_LINEAR = 0.1
 
 
 def write_report(statistics: Statistics, summary: Mapping[str, Any], path: str | PathLike[str]) -> None:
@@ -34,6 +37,8 @@ def write_report(statistics: Statistics, summary: Mapping[str, Any], path: str |
         numbers=_numbers(statistics, bits, summary),
         notices=_notices(statistics, summary),
         words=_words(summary),
+        verdict=_verdict(statistics, bits),
+        code=_next_step(statistics),
         bars=draw_svg(
             partial(draw_layer_entropy, layer_entropy=bits),
             height,
@@ -57,8 +62,9 @@ def format_overhead(summary: Mapping[str, Any]) -> str:
 
 def _headline(bits: Mapping[str, float]) -> str:
     """Return the sentence at the top of the report. `bits` holds the entropy of each activation."""
-    lowest = min(bits, key=bits.__getitem__)
-    return f"{plural(len(bits), 'activation')}; the lowest entropy is {bits[lowest]:.3f} bits, of {lowest}."
+    linear = sum(entropy < NEARLY_LINEAR for entropy in bits.values())
+    which = f"{linear} of {plural(len(bits), 'activation')}" if linear else f"None of {plural(len(bits), 'activation')}"
+    return f"{which} {'are' if linear > 1 else 'is'} nearly linear; the lowest entropy is {min(bits.values()):.3f} bits."
 
 
 def _numbers(statistics: Statistics, bits: Mapping[str, float], summary: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
@@ -80,6 +86,45 @@ def _numbers(statistics: Statistics, bits: Mapping[str, float], summary: Mapping
             "relative to the same batches without" if overhead else "too few batches to measure it",
         ),
     }
+
+
+def _verdict(statistics: Statistics, bits: Mapping[str, float]) -> list[str]:
+    """Return sentences on which activations and neurons may be removed. `bits` holds the entropy of each activation."""
+    ranked = sorted(bits, key=bits.__getitem__)
+    linear = [name for name in ranked if bits[name] < NEARLY_LINEAR]
+    if linear:
+        are = "is" if len(linear) == 1 else "are"
+        verdict = (
+            f"{len(linear)} of {plural(len(bits), 'activation')} {are} nearly linear, with less than {NEARLY_LINEAR} bits: "
+            f"{_named(linear)}. Removing them, with fine-tuning, is likely to cost little."
+        )
+    else:
+        verdict = (
+            f"No activation is nearly linear: the lowest entropy is {bits[ranked[0]]:.3f} bits. Removing any of them changes "
+            f"what the model computes. With fine-tuning, try those of lowest entropy first: {_named(ranked)}."
+        )
+    idle, neurons = _idle_neurons(statistics), sum(site.neurons for site in statistics.values())
+    if not idle:
+        return [verdict, "Every neuron changed its state in this data, so no single one can be removed without a change."]
+    return [
+        verdict,
+        f"{plural(idle, 'neuron')} of {format_integer(neurons)} never changed {'its' if idle == 1 else 'their'} state in this "
+        "data. There the activation can be replaced by what it computes, without fine-tuning.",
+    ]
+
+
+def _next_step(statistics: Statistics) -> str:
+    """Return the code that goes on from the statistics."""
+    lines = ["import fastentropy as fe", "", 'statistics = fe.Statistics.load("statistics.safetensors")  # beside this page']
+    if _idle_neurons(statistics):
+        lines.append("states = fe.linearize_neurons(model, statistics)")
+    arguments = ("model, train=train, evaluate=evaluate,", "calibrate=calibrate, example_inputs=inputs,")
+    return "\n".join([*lines, "result = fe.prune(", *(f"    {part}" for part in arguments), ")"])
+
+
+def _idle_neurons(statistics: Statistics) -> int:
+    """Return how many neurons never changed their state."""
+    return sum(len(site.never_on) + len(site.never_off) for site in find_idle_neurons(statistics).values())
 
 
 def _notices(statistics: Statistics, summary: Mapping[str, Any]) -> list[str]:

@@ -97,12 +97,16 @@ def _draw_runs(axes: Axes, runs: Runs, positions: Mapping[str, Sequence[float]])
 def draw_legend(figure: Figure, entries: Mapping[str, Line2D]) -> None:
     """Add a legend below the plots of a figure, with as many columns as fit. The figure grows by the height of the legend.
 
+    Texts that are wider than the figure are cut off. They begin with the label of their run.
+
     Args:
         figure: the figure, whose width is fixed.
         entries: the lines that the legend explains, by their text.
     """
-    widths = [MARK + CHARACTER * len(text) for text in entries]
+    longest = int((figure.get_figwidth() - MARK) / CHARACTER)
+    texts = [text if len(text) <= longest else f"{text[: longest - 1]}…" for text in entries]
+    widths = [MARK + CHARACTER * len(text) for text in texts]
     shapes = ((columns, np.array_split(widths, columns)) for columns in range(len(widths), 0, -1))
     columns = next((columns for columns, parts in shapes if sum(map(max, parts)) <= figure.get_figwidth()), 1)
     figure.set_figheight(figure.get_figheight() + LINE * math.ceil(len(widths) / columns))
-    figure.legend(list(entries.values()), list(entries), loc="outside lower left", ncols=columns, fontsize=8)
+    figure.legend(list(entries.values()), texts, loc="outside lower left", ncols=columns, fontsize=8)

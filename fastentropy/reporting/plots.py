@@ -46,8 +46,10 @@ STYLE = {
 ROW, MARGIN = 0.2, 0.9
 #: The height of a bar relative to its row.
 BAR = 0.72
-#: Maximum number of characters of a site's name in a plot.
-LABEL_LENGTH = 42
+#: The width of a figure for a phone, in inches.
+PHONE_WIDTH = 3.7
+#: Maximum number of characters of a site's name in a plot, and in one for a phone.
+LABEL_LENGTH, PHONE_LABEL_LENGTH = 42, 18
 #: Number of bins of the distribution of neuron entropies, which range from 0 to 1 bit.
 BINS = 20
 #: Colours of a bin, from "no neuron" to "all neurons". One hue gets darker, so the plot is readable without colour vision.
@@ -124,9 +126,16 @@ def draw_layer_entropy(
 
 def label_sites(axes: Axes, names: Sequence[str]) -> None:
     """Label the rows of a plot with the names of the sites, the first one at the top."""
-    axes.set_yticks(range(len(names)), shorten_names(names, LABEL_LENGTH), fontsize=8)
+    length = PHONE_LABEL_LENGTH if is_for_phone(axes) else LABEL_LENGTH
+    axes.set_yticks(range(len(names)), shorten_names(names, length), fontsize=8)
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.tick_params(axis="y", length=0)
+
+
+def is_for_phone(axes: Axes) -> bool:
+    """Return whether axes are part of a figure for a phone, which has less room for text."""
+    figure = axes.get_figure(root=True)
+    return figure is not None and figure.get_figwidth() <= PHONE_WIDTH
 
 
 def draw_distributions(axes: Axes, neuron_entropies: Mapping[str, Tensor], are_labelled: bool = True) -> None:

@@ -121,3 +121,34 @@ def test_overhead_not_measured(page):
 
 def test_one_document_in_the_singular(page):
     assert "in 1 document" in words(page(tokens=1, documents=1, unit="images", ranks=1))
+
+
+def sites_with(**on):
+    """Return statistics of sites with one neuron each, of which some values of a hundred are on."""
+    return fe.Statistics({name: SiteStatistics("relu", torch.tensor([[100 - count, 0, count]])) for name, count in on.items()})
+
+
+def verdict(html):
+    """Return the text of the last section of a page, and its code."""
+    text, code = re.search(r"<h2>What follows</h2>(.*?)<pre>(.*?)</pre>\s*</main>", html, re.DOTALL).groups()
+    return words(text), words(code)
+
+
+def test_page_ends_with_nearly_linear_activations_and_the_next_step(page):
+    html = page(sites_with(first=50, second=99, third=1))
+    text, code = verdict(html)
+    assert text.startswith("2 of 3 activations are nearly linear, with less than 0.1 bits: third, second. ")
+    assert text.endswith("so no single one can be removed without a change.")
+    assert "2 of 3 activations are nearly linear; the lowest entropy is 0.081 bits." in words(html)
+    assert "fe.prune(" in code
+    assert "linearize_neurons" not in code
+
+
+def test_page_ends_with_idle_neurons(page):
+    text, code = verdict(page(sites_with(first=50, second=40)))
+    assert text.startswith("No activation is nearly linear: the lowest entropy is 0.971 bits.")
+    assert "try those of lowest entropy first: second, first." in text
+    text, code = verdict(page(sites_with(first=50, second=100)))
+    assert "1 of 2 activations is nearly linear" in text
+    assert "1 neuron of 2 never changed its state in this data." in text
+    assert "fe.linearize_neurons(model, statistics)" in code

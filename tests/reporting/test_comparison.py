@@ -96,7 +96,7 @@ def test_page_is_self_contained_and_has_every_run(case, page_of):
     page = page_of(case)
     outside = re.sub(r'xmlns(:\w+)?="[^"]*"', "", page)
     assert not re.search(r"https?://|<script|<link|\bsrc=|@import|url\((?!#)|href=\"(?!#|data:)", outside)
-    assert page.count("<svg") == page.count("</svg>") == page.count("aria-label=") == 2
+    assert page.count("<svg") == page.count("</svg>") == page.count("aria-label=") == 2 * 2  # for a screen and for a phone
     identifiers = re.findall(r'\bid="([^"]*)"', page)
     assert len(identifiers) == len(set(identifiers))
     for title in ("The runs", "Machines and dates"):

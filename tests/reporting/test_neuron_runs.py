@@ -36,7 +36,7 @@ def test_page_shows_the_states(tmp_path):
     write_report(HISTORY, tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "The activation of 24 neurons is removed" in page
-    assert page.count("<svg") == 5
+    assert page.count('<svg class="phone"') == page.count('<svg class="screen"') == 5
     assert page.count("2 linear, 1 constant") == 12
     assert page.count("the dense network\n") == 1
 
