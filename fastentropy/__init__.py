@@ -25,6 +25,8 @@ from fastentropy.surgery.neuron_linearization import NeuronStates, linearize_neu
 from fastentropy.surgery.neuron_replacement import ReplacedNeurons
 from fastentropy.surgery.neuronwise import NeuronwiseActivation
 
+__version__ = "0.1.0"
+
 __all__ = [
     "EntropyCollector",
     "EntropyMonitor",

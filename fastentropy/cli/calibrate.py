@@ -12,7 +12,7 @@ from fastentropy.calibration.pretrained import DTYPES
 from fastentropy.calibration.ranks import Ranks, init_ranks
 from fastentropy.calibration.run import PAGE, Options, run_calibration
 from fastentropy.cli.console import CalibrationDisplay, print_calibration
-from fastentropy.cli.options import AsJson, chosen_device, one_line_errors
+from fastentropy.cli.options import AsJson, chosen_device, messages, one_line_errors
 
 
 def calibrate(
@@ -96,5 +96,6 @@ def calibrate(
 
 
 def _calibration_display(ranks: Ranks, options: Options, total: int | None, unit: str) -> CalibrationDisplay:
-    console = Console(stderr=True, quiet=not ranks.is_first)
+    console = messages()
+    console.quiet = console.quiet or not ranks.is_first
     return CalibrationDisplay(console, total, unit, shows_units=options.max_tokens is not None)

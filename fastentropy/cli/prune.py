@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from fastentropy.cli.console import ProgressDisplay, print_history
-from fastentropy.cli.options import AsJson, chosen_device, one_line_errors, option_of
+from fastentropy.cli.options import AsJson, chosen_device, messages, note, one_line_errors, option_of
 from fastentropy.pruning.criteria import CRITERIA
 from fastentropy.pruning.options import MAX_DROP
 from fastentropy.recipes import RECIPES, load_recipe
@@ -169,7 +169,7 @@ def prune(
         "precision": precision,
         "cache_gb": cache_gb,
     }
-    errors = Console(stderr=True)
+    errors = messages()
     with one_line_errors():
         if resume is not None:
             run = _open(resume, recipe, {**options, "output": output, "device": device})
@@ -189,8 +189,8 @@ def _create(recipe: str, options: dict[str, Any], output: Path | None, device: s
     settings = Settings(recipe=recipe, device=chosen, **given)
     with ProgressDisplay(errors) as display, display.phase("read the data") as report:
         loaded = load_recipe(recipe, torch.device(chosen), report, **settings.recipe_options)
-    for note in loaded.notes:
-        typer.echo(note, err=True)
+    for text in loaded.notes:
+        note(text)
     protect, epochs = [*settings.protect, *loaded.protected], options["epochs"] or loaded.epochs
     settings = dataclasses.replace(settings, epochs=epochs, protect=protect, **loaded.chosen)
     folder = output or Path("runs") / f"{recipe}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
@@ -214,7 +214,7 @@ def _open(folder: Path, recipe: str | None, options: dict[str, object]) -> Run:
     if changed:
         raise ValueError(f"--resume takes the options of the run; leave out {', '.join(changed)}")
     if run.outcome:
-        typer.echo(f"{folder} is already finished, and was left as it is", err=True)
+        note(f"{folder} is already finished, and was left as it is")
     else:
         chosen_device(run.settings.device)
     return run

@@ -10,6 +10,7 @@ import zipfile
 
 import pytest
 
+import fastentropy
 from tests._helpers.paths import ROOT
 
 PACKAGES = {"fastentropy": ROOT / "fastentropy", "fastentropy_kernels": ROOT / "kernels" / "fastentropy_kernels"}
@@ -74,8 +75,8 @@ def test_wheel_holds_only_the_two_packages(built):
 
 def test_wheel_metadata_list_dependencies(built):
     metadata = email.message_from_bytes(dist_info_file(built, "METADATA"))
-    (version,) = re.findall(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
-    assert (metadata["Name"], metadata["Version"], metadata["Requires-Python"]) == ("fastentropy", version, ">=3.10")
+    expected = ("fastentropy", fastentropy.__version__, ">=3.10")
+    assert (metadata["Name"], metadata["Version"], metadata["Requires-Python"]) == expected
     extras = {"bench", "calibrate", "cifar10", "cli", "dev", "docs", "images", "onnx", "pretrained", "test"}
     assert set(metadata.get_all("Provides-Extra")) == extras
     needed = {re.split(r"[ ;>=]", line)[0] for line in metadata.get_all("Requires-Dist") if "extra ==" not in line}
