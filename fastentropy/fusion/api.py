@@ -24,6 +24,7 @@ from fastentropy.fusion.fused_model import FusedModel, make_trainable
 from fastentropy.fusion.guards import Conditions, guards_of
 from fastentropy.fusion.inputs import Inputs, outputs_of
 from fastentropy.fusion.neurons.taking_apart import take_apart
+from fastentropy.fusion.path_choice import split_linear_paths
 from fastentropy.fusion.planner import plan_chain, shared_prices
 from fastentropy.fusion.progress import shown
 from fastentropy.fusion.report import FusionReport
@@ -114,11 +115,11 @@ def fuse(
         conditions = Conditions(traced_inputs, guards)
         check = EquivalenceCheck(original, inputs, lambda given: not conditions.refusal(given.leaves), tolerance)
         guards += _smallest_sizes(traced_inputs, check, traced, inputs)
-        apart = take_apart(traced)
-        apart = apart if apart and check.judge(apart.network).holds else None
         plan = functools.partial(
             plan_chain, tolerance=tolerance, measure=measure, borders=borders, prices=shared_prices(measure)
         )
+        apart = take_apart(traced, functools.partial(split_linear_paths, inputs=inputs, plan=plan, measure=measure))
+        apart = apart if apart and check.judge(apart.network).holds else None
 
         def make(form: nn.Module, runs_in: str) -> FusedModel:
             return FusedModel(form, traced_inputs, FusionReport((), {}, {}, "", 0.0, runs_in), guards, signature)

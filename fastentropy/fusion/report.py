@@ -106,7 +106,8 @@ class FusionReport:
         bound: the bound that the error was held to, as text: the tolerance, or 10 times the error that the model itself has
             against float64, where that is larger.
         neurons: for the path of each `NeuronwiseActivation`, how many of its neurons are `active`, `linear` and `constant`, and
-            how many of all are `cut` out in the folded and the fused form. Empty if the model has none.
+            how many of all are `cut` out in the folded and the fused form, and how many linear ones are `split` off there: they
+            have a path of their own, without the activation. Empty if the model has none.
         multiplications: those of all convolutions and linear layers `before` and `after` neurons were cut out, with every chain
             as it is. They are those of a call on the example inputs, or on two samples if these are a batch of one. Empty if
             `neurons` is.
@@ -203,12 +204,13 @@ class FusionReport:
         return lines or ["model: not measured"]
 
     def _neurons(self) -> list[str]:
-        """Return a line with the number of neurons that are cut out and of the multiplications left, if any neuron is."""
-        cut = sum(states["cut"] for states in self.neurons.values())
-        if not cut:
+        """Return a line with the numbers of neurons that are cut out and split off, and of the multiplications left."""
+        cut, split = (sum(states[name] for states in self.neurons.values()) for name in ("cut", "split"))
+        if not cut and not split:
             return []
         before, after = (self.multiplications[name] / 1e6 for name in ("before", "after"))
-        return [f"{plural(cut, 'neuron')} cut out: {after:.2f} of {before:.2f} M multiplications left"]
+        left = f"{after:.2f} of {before:.2f} M multiplications left"
+        return [f"{plural(cut, 'neuron')} cut out, {split} linear on paths of their own: {left}"]
 
     def _by_backend(self) -> dict[str, dict[str, float]]:
         """Return the milliseconds of each form by backend: those of `backend` alone if `times` was not given."""

@@ -9,6 +9,19 @@ from torch import Tensor, nn
 
 import fastentropy as fe
 
+
+def neuronwise(states, activation=None, values=None, axis=-1):
+    """Return an activation of neurons that are active ("a"), linear ("l") or constant ("c")."""
+    linear, constant = (torch.tensor([state == each for state in states]) for each in "lc")
+    values = None if values is None else torch.tensor(values)
+    return fe.NeuronwiseActivation(activation or nn.ReLU(), linear, constant, values, channel_axis=axis)
+
+
+def images(states, *further, **options):
+    """Return such an activation of images."""
+    return neuronwise(states, *further, axis=-3, **options)
+
+
 #: The activations, some of which overwrite their input. ReLU6 is 0 below and 6 above.
 ACTIVATIONS = (
     *(nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.LeakyReLU, nn.Hardswish, nn.ELU, nn.PReLU),

@@ -1,6 +1,6 @@
 """Follow the channels of the values of a traced graph: which are constant, and which can only be cut out together."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
@@ -21,12 +21,15 @@ class Channels:
             one channel, such as the features of an image that was flattened.
         constant: bool [channels], True if the channel has one value that does not depend on the input or the position.
         values: float64 [channels], that value, and 0 for all other channels.
+        linear: bool [channels], True if the channel is an affine function of the output of the convolution or the linear layer
+            that it comes from.
     """
 
     axis: int
     numbers: Tensor
     constant: Tensor
     values: Tensor
+    linear: Tensor
 
     def __len__(self) -> int:
         """Return the number of channels."""
@@ -38,23 +41,29 @@ class Channels:
 
     def chosen(self, index: Tensor) -> "Channels":
         """Return the channels with the given indices."""
-        return Channels(self.axis, self.numbers[index], self.constant[index], self.values[index])
+        return self.moved(self.axis, lambda each: each[index])
+
+    def moved(self, axis: int, move: Callable[[Tensor], Tensor]) -> "Channels":
+        """Return the channels in another axis, in the order that a function gives them."""
+        return Channels(axis, *map(move, (self.numbers, self.constant, self.values, self.linear)))
 
 
 #: The channels of the values that can be followed, by node.
 Followed: TypeAlias = Mapping[Node, Channels]
 
 
-def varying(numbers: Tensor, axis: int) -> Channels:
-    """Return channels that are not constant."""
-    return Channels(axis, numbers, torch.zeros(len(numbers), dtype=torch.bool), torch.zeros(len(numbers), dtype=torch.float64))
+def varying(axis: int, numbers: Tensor, linear: Tensor | None = None) -> Channels:
+    """Return channels that are not constant. By default, all are linear."""
+    constant = torch.zeros(len(numbers), dtype=torch.bool, device="cpu")
+    return Channels(axis, numbers, constant, constant.double(), ~constant if linear is None else linear)
 
 
-def constant_where(axis: int, numbers: Tensor, constant: Tensor, values: Tensor) -> Channels:
-    """Return channels of which some are constant; `values` may hold anything for the others."""
+def constant_where(axis: int, numbers: Tensor, constant: Tensor, values: Tensor, linear: Tensor | None = None) -> Channels:
+    """Return channels of which some are constant; `values` may hold anything for the others, and `linear` for these."""
     values = values.double()
     constant = constant & values.isfinite()
-    return Channels(axis, numbers, constant, values.where(constant, values.new_zeros(())))
+    linear = torch.ones_like(constant) if linear is None else linear | constant
+    return Channels(axis, numbers, constant, values.where(constant, values.new_zeros(())), linear)
 
 
 class Rewriting(Protocol):

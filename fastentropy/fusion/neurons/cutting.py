@@ -1,7 +1,8 @@
 """Cut constant channels out of a traced graph: their rows of the operator before, and their columns of the one behind."""
 
 import copy
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator
 from operator import attrgetter
 from typing import NamedTuple
 
@@ -18,6 +19,9 @@ from fastentropy.fusion.neurons.links import Links
 from fastentropy.fusion.neurons.operators import read_operator
 
 _aten = torch.ops.aten
+
+#: The key of the name of an activation with masks, in the notes on the node of its output.
+SITE = "fastentropy_site"
 
 #: How the names of the constants of operators begin that have fewer channels.
 NEURONS_PREFIX = "fastentropy_neurons_"
@@ -50,7 +54,7 @@ class Following:
         if step and channels:
             self.channels[node], self.steps[node] = channels, step
             return
-        for operand in values_of(node):
+        for operand in read_values(node):
             if operand in self.channels:
                 self.links.keep(self.channels[operand].numbers)
 
@@ -72,13 +76,13 @@ class Following:
             self.links.keep(torch.cat(empty))
 
 
-def values_of(node: Node) -> Iterator[Node]:
+def read_values(node: Node) -> Iterator[Node]:
     """Yield the operands of a node. Those of a part of a split value are those of the split."""
     for operand in node.all_input_nodes:
         yield from operand.all_input_nodes if operand.target in SPLITS else (operand,)
 
 
-class _Cutting:
+class Cutting:
     """A copy of a graph from which channels are cut out; see `Rewriting`."""
 
     def __init__(self, module: GraphModule, kept: Tensor) -> None:
@@ -91,7 +95,8 @@ class _Cutting:
         self.graph = copy.deepcopy(module.graph)
         self.constants: dict[str, Tensor] = {}
         self._copies = {node.name: node for node in self.graph.nodes}
-        self._kept, self._names = kept, 0
+        self._kept, self._names = kept, itertools.count()
+        self._taken = {str(node.target).rpartition("_")[0] for node in self.graph.find_nodes(op="get_attr")}
 
     def kept(self, channels: Channels) -> Tensor | None:
         """Return the indices of the channels that stay, int64, or None if all do."""
@@ -105,28 +110,38 @@ class _Cutting:
 
     def constant(self, value: Tensor) -> Node:
         """Add a constant and return the node that reads it."""
-        name = self.new_name()
+        name = f"{self.new_name()}_0"
         self.constants[name] = value
         reader: Node = self.graph.create_node("get_attr", name)
         return reader
 
     def new_name(self) -> str:
         """Return how the names of further constants may begin."""
-        self._names += 1
-        return f"{NEURONS_PREFIX}{self._names}"
+        names = (f"{NEURONS_PREFIX}{number}" for number in self._names)
+        return next(name for name in names if name not in self._taken)
 
     def rewrite(self, node: Node, step: Step, channels: dict[Node, Channels]) -> None:
         """Put an operator with fewer channels in the place of a node of the original graph."""
+        self.replace(node, lambda: step.cut(channels, self))
+
+    def replace(self, node: Node, append: Callable[[], Node]) -> None:
+        """Put what a function appends in the place of a node of the original graph."""
         old = self._copies[node.name]
         last = old.prev
         with self.graph.inserting_before(old):
-            new = step.cut(channels, self)
+            new = append()
         while last.next is not old:
             last = last.next
             last.meta = {key: value for key, value in {**old.meta, **last.meta}.items() if key != "val"}
         old.replace_all_uses_with(new)
         self.graph.erase_node(old)
         self._copies[node.name] = new
+
+    def finished(self, module: GraphModule) -> GraphModule:
+        """Return the new graph as a module; `module` holds the constants of the original one."""
+        self.graph.eliminate_dead_code()
+        names = {str(node.target) for node in self.graph.find_nodes(op="get_attr")} - set(self.constants)
+        return GraphModule({**{name: attrgetter(name)(module) for name in names}, **self.constants}, self.graph)
 
 
 class Cut(NamedTuple):
@@ -148,15 +163,12 @@ def cut_constant_channels(module: GraphModule) -> Cut:
         module: the graph of a model in eval mode. Each of its nodes knows an example of its value.
     """
     following = Following(module)
-    cutting = _Cutting(module, following.links.kept())
+    cutting = Cutting(module, following.links.kept())
     kept = {node: len(index) for node, each in following.channels.items() if (index := cutting.kept(each)) is not None}
     for node, step in following.steps.items():
-        if node in kept or not kept.keys().isdisjoint(values_of(node)):
+        if node in kept or not kept.keys().isdisjoint(read_values(node)):
             cutting.rewrite(node, step, following.channels)
-    graph = cutting.graph
-    graph.eliminate_dead_code()
-    names = {str(node.target) for node in graph.find_nodes(op="get_attr")} - set(cutting.constants)
-    return Cut(GraphModule({**{name: attrgetter(name)(module) for name in names}, **cutting.constants}, graph), kept)
+    return Cut(cutting.finished(module), kept)
 
 
 def note_values(module: GraphModule) -> None:

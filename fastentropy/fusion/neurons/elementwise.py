@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from fastentropy._compat import operator_schema, to_copy
-from fastentropy.fusion.chains.aten import read_concatenation, read_node, read_reduction, read_view
+from fastentropy.fusion.chains.aten import read_concatenation, read_node, read_reduction, read_view, read_weighted_sum
 from fastentropy.fusion.chains.layouts import Part, natural_layout
 from fastentropy.fusion.chains.nodes import base_of, fixed_size, is_view, mutates, shape_of
 from fastentropy.fusion.neurons.channels import Channels, Followed, Rewriting, Step, constant_where
@@ -37,6 +37,9 @@ _POOLS = {
     **{_aten.upsample_trilinear3d.vec: 3, _aten.upsample_nearest2d.vec: 2, _aten.upsample_nearest1d.vec: 1},
 }
 
+#: Pools that are not linear.
+_MAXIMA = {getattr(_aten, f"max_pool{axes}d").default for axes in (1, 2, 3)}
+
 #: Reshapes whose second argument is the new shape.
 _RESHAPES = {_aten.view.default, _aten.reshape.default, _aten.expand.default}
 
@@ -58,7 +61,8 @@ def read_elementwise(node: Node, module: GraphModule) -> Step | None:
         return View(node)
     if concatenation := read_concatenation(node):
         return Concatenated(node, *concatenation)
-    if target in _ELEMENTWISE or torch.Tag.pointwise in getattr(target, "tags", ()):
+    tags = getattr(target, "tags", ())
+    if target in _ELEMENTWISE or (torch.Tag.pointwise in tags and torch.Tag.nondeterministic_seeded not in tags):
         return _read_elementwise(node, module)
     return None
 
@@ -75,7 +79,8 @@ def _read_elementwise(node: Node, module: GraphModule) -> "Elementwise | None":
     operands = [each for each in node.all_input_nodes if each not in constants]
     if target is None or not operands or not all(isinstance(each, Tensor) for each in constants.values()):
         return None
-    return Elementwise(node, target, tuple(operands), {each: value.detach() for each, value in constants.items()})
+    is_affine = bool(read_node(node, module)) if len(operands) == 1 else read_weighted_sum(node) is not None
+    return Elementwise(node, target, tuple(operands), {each: value.detach() for each, value in constants.items()}, is_affine)
 
 
 def functional(node: Node) -> Any:
@@ -103,12 +108,14 @@ class Elementwise:
         target: its operator, in the form that overwrites nothing.
         operands: the nodes of the values.
         constants: the values of the nodes of constants.
+        is_affine: whether the operator is a sum of values, or a scale and a shift of one by constants.
     """
 
     node: Node
     target: Any
     operands: tuple[Node, ...]
     constants: Mapping[Node, Tensor]
+    is_affine: bool
 
     def follow(self, followed: Followed, links: Links) -> Channels | None:
         """Link the channels of the operands. A channel is constant if it is in all operands that count."""
@@ -123,7 +130,8 @@ class Elementwise:
             return None
         for each in others[1:]:
             links.join(first.numbers, each.numbers)
-        return constant_where(first.axis, first.numbers, self._constant(followed, first), self._values(followed, dimensions))
+        constant, linear = self._states(followed, first, "constant"), self._states(followed, first, "linear")
+        return constant_where(first.axis, first.numbers, constant, self._values(followed, dimensions), linear)
 
     def _axis(self, value: Tensor, channels: Channels) -> int | None:
         """Return the axis of a constant that holds the channels; 0 for a number in it; None if it holds another axis."""
@@ -133,26 +141,21 @@ class Elementwise:
         is_per_channel = value.ndim >= -axis and value.shape[axis] == value.numel() == len(channels)
         return axis if is_per_channel else None
 
-    def _constant(self, followed: Followed, first: Channels) -> Tensor:
-        """Return which channels of the output are constant."""
-        each = [self._is_constant(operand, followed, first) for operand in self.node.args]
+    def _states(self, followed: Followed, first: Channels, state: str) -> Tensor:
+        """Return which channels of the output are in a state: "constant" or "linear"."""
+        known: list[Tensor] = [getattr(followed[operand], state) for operand in self.operands]
         if self.target == _aten.where.self and self.node.args[0] in self.constants:
-            mask = self._mask(first)
-            return each[1].where(mask, each[2])
-        constant = torch.stack([followed[operand].constant for operand in self.operands]).all(0)
-        if self.target in _PRODUCTS:
-            for operand in self.operands:
-                constant = constant | (followed[operand].constant & (followed[operand].values == 0))
-        return constant
-
-    def _mask(self, first: Channels) -> Tensor:
-        """Return the first operand, a constant mask, bool [channels]."""
-        mask: Any = self.node.args[0]
-        return self.constants[mask].flatten().cpu().expand(len(first))
-
-    def _is_constant(self, operand: Any, followed: Followed, first: Channels) -> Tensor:
-        """Return which channels of an operand are constant."""
-        return followed[operand].constant if operand in self.operands else torch.ones_like(first.constant)
+            mask: Any = self.node.args[0]
+            chosen = (known[self.operands.index(each)] if each in self.operands else None for each in self.node.args[1:])
+            left, right = (torch.ones_like(first.constant) if each is None else each for each in chosen)
+            return left.where(self.constants[mask].flatten().cpu().expand(len(first)), right)
+        if state == "linear" and not self.is_affine:
+            return torch.zeros_like(first.linear)
+        all_are = torch.stack(known).all(0)
+        if self.target in _PRODUCTS and state == "constant":
+            for each in map(followed.__getitem__, self.operands):
+                all_are = all_are | (each.constant & (each.values == 0))
+        return all_are
 
     def _values(self, followed: Followed, dimensions: int) -> Tensor:
         """Return what the operator computes where all operands are constant."""
@@ -161,7 +164,9 @@ class Elementwise:
             if operand in self.constants:
                 constant = self.constants[operand].cpu()
                 return constant.double() if constant.is_floating_point() else constant
-            return followed[operand].values.reshape(followed[operand].shape(dimensions))
+            dtype = operand.meta["val"].dtype
+            values = followed[operand].values.to(torch.float64 if dtype.is_floating_point else dtype)
+            return values.reshape(followed[operand].shape(dimensions))
 
         result: Tensor = self.target(*map_arg(self.node.args, value), **map_arg(self.node.kwargs, value))
         return result.flatten()
@@ -196,11 +201,12 @@ class PerChannel:
             return None
         reduction = read_reduction(self.node)
         if reduction is None:
-            return channels
+            linear = channels.linear if self.node.target not in _MAXIMA else channels.constant
+            return replace(channels, linear=linear)
         if min(reduction.axes) <= before + channels.axis:
             return None
         constant = channels.constant & ((channels.values == 0) | reduction.is_mean)
-        return constant_where(channels.axis + before - after, channels.numbers, constant, channels.values)
+        return constant_where(channels.axis + before - after, channels.numbers, constant, channels.values, channels.linear)
 
     def cut(self, followed: Followed, cut: Rewriting) -> Node:
         """Append the operator to a graph, as it is."""
@@ -236,9 +242,7 @@ class View:
         if (found := self._follow(followed)) is None or self.node.target not in _RESHAPES | _MOVES:
             return None
         axis, repeated = found
-        channels: Any = followed[self.node.args[0]]  # type: ignore[index]
-        fields = map(repeated, (channels.numbers, channels.constant, channels.values))
-        return Channels(axis - len(shape_of(self.node) or ()), *fields)
+        return followed[self.node.all_input_nodes[0]].moved(axis - len(shape_of(self.node) or ()), repeated)
 
     def cut(self, followed: Followed, cut: Rewriting) -> Node:
         """Append the view to a graph, with the number of channels that stay."""
@@ -268,8 +272,8 @@ class Concatenated:
         axis = self.dim - len(shape_of(self.node) or ())
         if len(parts) < len(known) or any(each.axis != axis for each in parts):
             return None
-        joined = (torch.cat([getattr(each, name) for each in parts]) for name in ("numbers", "constant", "values"))
-        return Channels(axis, *joined)
+        fields = ("numbers", "constant", "values", "linear")
+        return Channels(axis, *(torch.cat([getattr(each, name) for each in parts]) for name in fields))
 
     def cut(self, followed: Followed, cut: Rewriting) -> Node:
         """Append the concatenation to a graph, as it is."""

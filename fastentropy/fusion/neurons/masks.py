@@ -47,6 +47,12 @@ def masks_of(node: Node, module: GraphModule) -> tuple[Tensor, Tensor] | None:
     return None if active is None or linear is None or active.shape != linear.shape else (active, linear)
 
 
+def is_cheap(node: Node) -> bool:
+    """Return whether a node takes no more time than limits: it is a limit, a choice, or no elementwise operator."""
+    is_elementwise = torch.Tag.pointwise in getattr(node.target, "tags", ())
+    return not is_elementwise or node.target in _LIMITS or node.target == _aten.where.self
+
+
 def lower_masks(module: GraphModule) -> None:
     """Replace masks in a graph by something cheaper, in place, where that does not change the value.
 

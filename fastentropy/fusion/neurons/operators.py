@@ -65,13 +65,13 @@ class Dense:
         numbers, axis = links.add(self.operator.out_channels), -len(self.operator.axes) - 1
         channels = followed.get(self.operand)
         if channels is None:
-            return varying(numbers, axis)
+            return varying(axis, numbers)
         needed = ~channels.constant
         if any(each.upsampling > 1 for each in self.operator.axes):
             needed = needed | (channels.values != 0)
-        links.keep(channels.numbers[needed])
+        links.keep(channels.numbers[needed], self)
         if not bool(channels.constant.any()):
-            return varying(numbers, axis)
+            return varying(axis, numbers)
         reads = _reads(self.operator)
         constant = ~(reads & needed).any(1)
         if self.operator.reads_zeros:
@@ -145,19 +145,20 @@ class Grouped:
         if channels is None:
             return None
         groups, rows = operator.groups, operator.out_channels // operator.groups
-        numbers, constant, values = (
-            each.reshape(groups, -1) for each in (channels.numbers, channels.constant, channels.values)
+        numbers, constant, values, linear = (
+            each.reshape(groups, -1) for each in (channels.numbers, channels.constant, channels.values, channels.linear)
         )
         for column in numbers.unbind(1)[1:]:
             links.join(numbers[:, 0], column)
         out = numbers[:, :1].expand(-1, rows).flatten()
+        linear = linear.all(1, keepdim=True).expand(-1, rows).flatten()
         if not bool(constant.any()):
-            return varying(out, channels.axis)
+            return varying(channels.axis, out, linear)
         reads = _reads(operator).reshape(groups, rows, -1)
         hidden = operator.reads_zeros and not (isinstance(operator, Selection) and operator.repeats)
         needed = ~constant | (values != 0) if hidden else ~constant
         known = ~(reads & needed.unsqueeze(1)).any(2).flatten()
-        return constant_where(channels.axis, out, known, _at_constant(operator, channels.values))
+        return constant_where(channels.axis, out, known, _at_constant(operator, channels.values), linear)
 
     def cut(self, followed: Followed, cut: Rewriting) -> Node:
         """Append the operator on the groups that stay to a graph."""

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import fastentropy as fe
+from fastentropy.fusion import path_choice
 from tests._helpers.neuronwise_networks import draw_neuronwise_network
 
 #: The number of networks; all but the first few are drawn in slow tests only.
@@ -13,8 +14,10 @@ SEEDS = [pytest.param(seed, marks=[pytest.mark.slow] * (seed >= FAST)) for seed 
 
 
 @pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("splits", [False, True], ids=["masks", "paths"])
 @torch.no_grad()
-def test_drawn_networks_compute_the_same_without_idle_neurons(seed):
+def test_drawn_networks_compute_the_same_without_idle_neurons(seed, splits, monkeypatch):
+    monkeypatch.setattr(path_choice, "_is_promising", lambda *arguments: splits)
     drawn = draw_neuronwise_network(seed)
     fused = fe.fuse(drawn.model, (torch.randn(2, *drawn.shape),), measure=False)
     assert fused.report.choice == "fused", drawn.blocks

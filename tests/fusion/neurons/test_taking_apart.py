@@ -10,20 +10,7 @@ from fastentropy.fusion.inputs import Inputs
 from fastentropy.fusion.neurons.taking_apart import take_apart
 from fastentropy.fusion.tracing import export, prepared_module
 from tests._helpers.fusing import assert_equal
-
-aten = torch.ops.aten
-
-
-def neuronwise(states, activation=None, values=None, axis=-1):
-    """Return an activation of neurons that are active ("a"), linear ("l") or constant ("c")."""
-    linear, constant = (torch.tensor([state == each for state in states]) for each in "lc")
-    values = None if values is None else torch.tensor(values)
-    return fe.NeuronwiseActivation(activation or nn.ReLU(), linear, constant, values, channel_axis=axis)
-
-
-def images(states, *further, **options):
-    """Return such an activation of images."""
-    return neuronwise(states, *further, axis=-3, **options)
+from tests._helpers.neuronwise_networks import images, neuronwise
 
 
 def apart(model, x, dynamic_sizes=False):
@@ -44,7 +31,7 @@ def test_constant_neurons_are_cut_out_of_linear_layers():
     model = nn.Sequential(nn.Linear(3, 5), neuronwise("aclca", values=[0.0, 2.0, 0.0, -1.0, 0.0]), nn.Linear(5, 2))
     taken = apart(model, torch.randn(4, 3))
     assert targets(taken.network) == ["linear", "clamp_min", "linear"]
-    assert taken.neurons == {"1": {"active": 2, "linear": 1, "constant": 2, "cut": 2}}
+    assert taken.neurons == {"1": {"active": 2, "linear": 1, "constant": 2, "cut": 2, "split": 0}}
     assert taken.multiplications == {"before": 4 * (15 + 10), "after": 4 * (9 + 6)}
 
 
@@ -85,6 +72,19 @@ def test_a_relu6_has_bounds_on_both_sides():
 def test_other_activations_are_chosen_by_one_mask():
     model = nn.Sequential(nn.Linear(3, 5), neuronwise("alaca", nn.GELU()), nn.Linear(5, 2))
     assert targets(apart(model, torch.randn(4, 3)).network) == ["linear", "gelu", "where", "linear"]
+
+
+class Leaky(nn.Module):
+    """An activation of several operators."""
+
+    def forward(self, x):
+        return torch.where(x > 0, x, 0.1 * x)
+
+
+def test_activations_of_several_operators():
+    layers = nn.Linear(3, 5), neuronwise("alaca", Leaky()), nn.Linear(5, 4), neuronwise("ccla", Leaky(), [1.0, -1.0, 0.0, 0.0])
+    taken = apart(nn.Sequential(*layers, Leaky(), nn.Linear(4, 2)), torch.randn(4, 3))
+    assert [states["cut"] for states in taken.neurons.values()] == [1, 2]
 
 
 @pytest.mark.parametrize("dynamic_sizes", [False, True])
@@ -240,7 +240,7 @@ def test_report_and_files(tmp_path):
     layers = nn.Conv2d(2, 6, 3, padding=1), images("aclcal", values=[0.0, 0.5] * 3), nn.Conv2d(6, 3, 3, padding=1)
     model = nn.Sequential(*layers).eval()
     fused = fe.fuse(model, (torch.randn(2, 2, 6, 5),), measure=False)
-    assert "2 neurons cut out: 0.01 of 0.02 M multiplications left" in str(fused.report)
+    assert "2 neurons cut out, 0 linear on paths of their own: 0.01 of 0.02 M multiplications left" in str(fused.report)
     assert fe.FusionReport.from_dict(fused.report.to_dict()) == fused.report
     fused.save(tmp_path / "model.pt2")
     loaded = fe.load(tmp_path / "model.pt2")
