@@ -308,8 +308,13 @@ def activation_modules(model: nn.Module) -> dict[str, nn.Module]:
 
     Modules inside of an activation module are not listed, because they are a part of it.
     """
-    modules = {name: module for name, module in model.named_modules() if activation_name(module)}
-    return {name: module for name, module in modules.items() if not name or name.rpartition(".")[0] not in modules}
+    modules: dict[str, nn.Module] = {}
+    inside = None  # how the paths of the modules inside of the last activation module begin, which follow it
+    for name, module in model.named_modules():
+        if activation_name(module) and (inside is None or not name.startswith(inside)):
+            modules[name] = module
+            inside = f"{name}." if name else ""
+    return modules
 
 
 def own_modules(model: nn.Module, sites: Sequence[str]) -> list[str]:

@@ -147,6 +147,16 @@ def test_modules_come_by_their_first_path():
     assert list(activation_modules(model)) == ["0", "2.1"]
 
 
+def test_modules_inside_of_an_activation_are_a_part_of_it():
+    class Own(nn.Sequential):
+        pass
+
+    fe.register_activation(Own, "own")
+    own = Own(nn.Sequential(nn.ReLU(), nn.Identity()), nn.GELU())
+    assert list(activation_modules(nn.Sequential(own, nn.ReLU(), nn.Sequential(nn.SiLU())))) == ["0", "1", "2.0"]
+    assert list(activation_modules(own)) == [""]
+
+
 def test_a_module_that_the_user_registers_is_a_site():
     class Squared(nn.Module):
         def forward(self, x):
