@@ -31,7 +31,8 @@ class SiteStatistics:
         neuron_batches: int64 [neurons], the number of batches in which the neuron had a value that was not NaN. Its entropies
             per batch are averaged over these batches. None if the number is `batches` for every neuron.
         channel_axis: the axis of the activation's input whose entries are the neurons, counted from the end: -1 after a linear
-            layer, -3 after a 2-D convolution. None if it is not known, or not the same in all runs that were added.
+            layer, -3 after a 2-D convolution. None if it is not known, as for an exported program, or not the same in all
+            runs that were added.
 
     Examples:
         >>> import torch

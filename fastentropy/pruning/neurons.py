@@ -10,7 +10,7 @@ from fastentropy.collector.site_statistics import SiteStatistics
 from fastentropy.collector.statistics import Statistics
 from fastentropy.pruning.options import Options
 from fastentropy.sites.activations import activation_modules, activation_name
-from fastentropy.surgery.neuron_replacement import ReplacedNeurons
+from fastentropy.surgery.neuron_replacement import ReplacedNeurons, known_axis
 from fastentropy.surgery.neuronwise import NeuronwiseActivation
 
 #: The activations that are 0, or close to it, for most inputs below 0. A neuron of theirs that is mostly off becomes 0. Of all
@@ -48,7 +48,7 @@ def next_neurons(
     for name, mask in chosen.items():
         masks = candidates[name] & mask
         if bool(mask.any()):
-            replaced[name] = ReplacedNeurons.from_masks(masks[0], masks[1], _channel_axis(name, sites[name]))
+            replaced[name] = ReplacedNeurons.from_masks(masks[0], masks[1], known_axis(name, sites[name]))
         if bool((masks[0] | _linear(modules[name], masks[0])).all()):
             linear.append(name)
     return tuple(linear), replaced
@@ -99,10 +99,3 @@ def _lowest(scores: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
 def _linear(module: nn.Module, like: Tensor) -> Tensor:
     """Return which neurons of a module are linear already, bool [neurons], as many as `like` has."""
     return module.linear.cpu() if isinstance(module, NeuronwiseActivation) else torch.zeros_like(like)
-
-
-def _channel_axis(name: str, site: SiteStatistics) -> int:
-    """Return the axis of the neurons of a site, counted from the end, or raise ValueError if it is not known."""
-    if site.channel_axis is None:
-        raise ValueError(f"the statistics do not tell on which axis the neurons of site {name!r} lie; collect again")
-    return site.channel_axis

@@ -13,7 +13,7 @@ from fastentropy.collector.site_statistics import SiteStatistics
 from fastentropy.collector.statistics import Statistics, check_statistics
 from fastentropy.sites.activations import activation_modules, activation_name, has_registered_functions, own_modules
 from fastentropy.sites.inputs import check_model, described
-from fastentropy.surgery.neuron_replacement import ReplacedNeurons, replace_neurons
+from fastentropy.surgery.neuron_replacement import ReplacedNeurons, known_axis, replace_neurons
 from fastentropy.surgery.neuronwise import NeuronwiseActivation
 from fastentropy.surgery.site_names import named_as_now
 
@@ -215,9 +215,7 @@ def _check_site(name: str, site: SiteStatistics, is_own: bool, replaced: Tensor,
             f"site {name!r} has a neuron to replace of which {plural(observations, 'value')} were counted, expected at least "
             f"{format_integer(min_observations)}; collect on more data, or set min_observations"
         )
-    if site.channel_axis is None:
-        raise ValueError(f"the statistics do not tell on which axis the neurons of site {name!r} lie; collect again")
-    return site.channel_axis
+    return known_axis(name, site)
 
 
 def _states(site: SiteStatistics, module: nn.Module | None) -> NeuronStates:

@@ -7,6 +7,7 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
+from fastentropy.collector.site_statistics import SiteStatistics
 from fastentropy.sites.activations import activation_modules
 from fastentropy.sites.fast_paths import replace_activation
 from fastentropy.surgery.linearization import check_replaceable
@@ -63,6 +64,14 @@ class ReplacedNeurons:
         masks[1, list(self.constant)] = True
         linear, constant = masks.to(device)
         return linear, constant
+
+
+def known_axis(name: str, site: SiteStatistics) -> int:
+    """Return the axis of the neurons of a site, counted from the end, or raise ValueError if its statistics do not tell it."""
+    if site.channel_axis is None:
+        text = f"the statistics do not tell on which axis the neurons of site {name!r} lie"
+        raise ValueError(f"{text}; count with fe.collect(model), in passes whose inputs have the same axes")
+    return site.channel_axis
 
 
 def replace_neurons(model: nn.Module, replaced: Mapping[str, ReplacedNeurons]) -> None:

@@ -140,6 +140,17 @@ def test_saved_statistics_are_enough(tmp_path):
     assert torch.equal(model(x), expected)
 
 
+def test_counts_of_an_exported_program_do_not_tell_the_axis():
+    model = small()
+    with torch.no_grad():
+        model[0].bias += 30
+    program = fe.instrument(torch.export.export(model, (torch.randn(9, 2),)))
+    before, (_, counts) = snapshot(model), program.module()(torch.randn(9, 2))
+    with pytest.raises(ValueError, match=r"'1' lie; count with fe\.collect\(model\)"):
+        linearize_neurons(model, fe.statistics_of(counts), min_observations=1)
+    assert_unchanged(model, before)
+
+
 def test_transformer_layer_calls_the_new_activation():
     torch.manual_seed(0)
     model = nn.TransformerEncoderLayer(8, 2, 16, dropout=0, batch_first=True).eval()
@@ -199,7 +210,12 @@ def functional():
         (small, given(IDLE, "gelu"), {}, r"site '1' is relu, and gelu with 3 neurons in the statistics"),
         (small, given([[0, 0, 999]] * 3), {}, r"site '1' has a neuron to replace of which 999 values were counted"),
         (small, given([[0, 0, 0]] * 3), {"min_observations": 1}, r"of which 0 values were counted, expected at least 1;"),
-        (small, given(IDLE, axis=None), {}, r"do not tell on which axis the neurons of site '1' lie; collect again"),
+        (
+            small,
+            given(IDLE, axis=None),
+            {},
+            r"do not tell on which axis the neurons of site '1' lie; count with fe\.collect\(model\)",
+        ),
         (small, given(IDLE), {"max_entropy": 1.5}, r"max_entropy: got 1\.5, expected a number of bits from 0 to 1"),
         (small, given(IDLE), {"max_entropy": float("nan")}, r"max_entropy: got nan"),
         (small, given(IDLE), {"min_observations": 0}, r"min_observations: got 0, expected a whole number"),
