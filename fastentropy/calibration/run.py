@@ -35,6 +35,8 @@ CHECKPOINT, STATISTICS, SUMMARY, PAGE = "checkpoint.safetensors", "statistics.sa
 
 #: The values of a summary that the terminal and the report show, in the form that `check_form` describes.
 _SUMMARY_FORM = {
+    "model": str,
+    "data": str,
     "settings": {str: object},
     "unit": str,
     "tokens": int,
@@ -46,10 +48,10 @@ _SUMMARY_FORM = {
     "ranks": int,
     "seconds": float,
     "tokens_per_second": float,
-    "overhead": {"ratio": object, "samples": int},
+    "overhead": {"ratio": object, "samples": int},  # the ratio is None if it was not measured
     "sync_seconds": float,
     "counter_bytes": int,
-    "machine": {"device": str, "torch": str},
+    "machine": {"device": str, "torch": str, "date": str},
 }
 
 
@@ -174,6 +176,8 @@ def read_outcome(folder: Path) -> tuple[Statistics, dict[str, Any]]:
     try:
         summary = json.loads(path.read_text(encoding="utf-8"))
         check_form(summary, _SUMMARY_FORM, "the summary")
+        if summary["overhead"]["ratio"] is not None:
+            check_form(summary["overhead"]["ratio"], float, "overhead.ratio")
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {one_line(error)}") from error
     return statistics, summary

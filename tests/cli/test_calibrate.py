@@ -367,8 +367,15 @@ def test_finished_calibration_is_shown_again(finished, tmp_path):
 def test_damaged_calibration_is_one_line(finished, tmp_path):
     folder = shutil.copytree(finished[0], tmp_path / "copy")
     assert_one_line(report(folder, finished[0]), "reported by itself")
-    edit(folder / "summary.json", overhead=1)
-    assert_one_line(report(folder), "summary.json is damaged: overhead is 1; expected an object")
+    for damage, text in (
+        ({"overhead": {"ratio": "1.0", "samples": 3}}, "overhead.ratio is '1.0'; expected a number"),
+        ({"overhead": 1}, "overhead is 1; expected an object"),
+        ({"model": 3}, "model is 3; expected a text"),
+        ({"machine": {"device": "", "torch": ""}}, "machine lacks date"),
+    ):
+        shutil.copy(finished[0] / "summary.json", folder)
+        edit(folder / "summary.json", **damage)
+        assert_one_line(report(folder), f"summary.json is damaged: {text}")
     (folder / "statistics.safetensors").write_bytes(b"")
     assert_one_line(report(folder), "statistics.safetensors")
 
