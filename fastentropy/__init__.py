@@ -4,6 +4,7 @@ The steps are: `collect` measures `Statistics`, `prune` removes activations, and
 operators. README.md has an example of each.
 """
 
+from fastentropy._utils.version import __version__ as __version__
 from fastentropy.collector.api import collect
 from fastentropy.collector.collector import EntropyCollector
 from fastentropy.collector.exported import instrument, statistics_of
@@ -24,8 +25,6 @@ from fastentropy.surgery.linearization import linearize
 from fastentropy.surgery.neuron_linearization import NeuronStates, linearize_neurons
 from fastentropy.surgery.neuron_replacement import ReplacedNeurons
 from fastentropy.surgery.neuronwise import NeuronwiseActivation
-
-__version__ = "0.1.0"
 
 __all__ = [
     "EntropyCollector",

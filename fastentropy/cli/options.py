@@ -8,6 +8,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -103,6 +104,12 @@ def chosen_device(name: str | None) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name} cannot be used here: {one_line(error)}") from error
     return device
+
+
+def check_writable(path: Path, suffix: str) -> None:
+    """Raise ValueError if a file has another suffix or is in no folder that exists."""
+    if path.suffix != suffix or not path.parent.is_dir():
+        raise ValueError(f"{path} cannot be written; name a file that ends in {suffix}, in a folder that exists")
 
 
 def option_of(name: str) -> str:

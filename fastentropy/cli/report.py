@@ -11,7 +11,7 @@ from rich.console import Console
 from fastentropy.calibration.report import write_report as write_calibration
 from fastentropy.calibration.run import PAGE, is_finished, read_outcome
 from fastentropy.cli.console import print_calibration
-from fastentropy.cli.options import AsJson, one_line_errors
+from fastentropy.cli.options import AsJson, check_writable, one_line_errors
 from fastentropy.recipes.settings import check_read_history, read_history
 from fastentropy.reporting.compared_runs import label_runs
 from fastentropy.reporting.comparison import format_comparison, plot_comparison, write_comparison
@@ -47,7 +47,7 @@ def report(
         page = output or (Path("comparison.html") if several else next(iter(histories)).parent / "report.html")
         for path, suffix in ((page, ".html"), (png, ".png")):
             if path:
-                _check_writable(path, suffix)
+                check_writable(path, suffix)
         found: dict[str, Any] = _labelled(histories) if several else next(iter(histories.values()))
         written = _compare(found, page, png) if several else _report_again(*histories.popitem(), page, png)
     typer.echo(json.dumps(found, indent=2) if as_json else written)
@@ -59,19 +59,13 @@ def _report_calibration(runs: Sequence[Path], output: Path | None, png: Path | N
     if others or png:
         raise ValueError("a calibration is reported by itself, without a comparison or --png; name only its folder")
     page = output or folder / PAGE
-    _check_writable(page, ".html")
+    check_writable(page, ".html")
     statistics, summary = read_outcome(folder)
     write_calibration(statistics, summary, page)
     if as_json:
         typer.echo(json.dumps(summary, indent=2))
     else:
         print_calibration(statistics, summary, page, Console())
-
-
-def _check_writable(path: Path, suffix: str) -> None:
-    """Raise ValueError if a file has another suffix or is in no folder that exists."""
-    if path.suffix != suffix or not path.parent.is_dir():
-        raise ValueError(f"{path} cannot be written; name a file that ends in {suffix}, in a folder that exists")
 
 
 def _read_histories(runs: Sequence[Path]) -> dict[Path, dict[str, Any]]:

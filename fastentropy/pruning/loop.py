@@ -7,13 +7,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastentropy._utils.errors import reason
 from fastentropy.collector.api import collect
 from fastentropy.collector.collector import EntropyCollector
 from fastentropy.collector.statistics import Statistics
 from fastentropy.fusion.latency import LatencyTable, measure_latency
 from fastentropy.fusion.progress import Progress, ignore
-from fastentropy.fusion.projection import Projection, install, project
+from fastentropy.fusion.projection import Projection, project
 from fastentropy.pruning.criteria import best_trade, check_budget, lowest, scores
 from fastentropy.pruning.neurons import next_neurons
 from fastentropy.pruning.options import Options
@@ -149,21 +148,7 @@ class PruningLoop:
             ValueError: the folder is damaged, or its step does not fit the model.
         """
         assert self._folder is not None
-        for step in self.steps[: index + 1]:
-            try:
-                replace_neurons(model, step.neurons)
-            except (IndexError, ValueError) as error:
-                text = f"{self._folder.path} holds a step that replaces neurons that the model lacks: {reason(error)}"
-                raise ValueError(text) from error
-            replace_by_identity(model, step.removed)
-            for projection in step.collapsed:
-                try:
-                    install(model, projection)
-                except (AttributeError, RuntimeError, StopIteration, TypeError, ValueError) as error:
-                    text = f"{self._folder.path} holds a step that approximates modules that the model lacks: {reason(error)}"
-                    raise ValueError(text) from error
-        self._folder.load_weights(index, model)
-        return model
+        return self._folder.restore(model, self.steps[: index + 1])
 
     def within_max_drop(self) -> bool:
         """Return whether the last score is at most `max_drop` below the score of the dense model, apart from rounding."""

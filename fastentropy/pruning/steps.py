@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -17,8 +17,9 @@ from fastentropy._utils.errors import joined_lines, reason
 from fastentropy._utils.files import remove_leftovers, save_json, save_tensors
 from fastentropy.collector.statistics import Statistics
 from fastentropy.fusion.latency import LatencyTable
-from fastentropy.fusion.projection import Projection
-from fastentropy.surgery.neuron_replacement import ReplacedNeurons
+from fastentropy.fusion.projection import Projection, install
+from fastentropy.surgery.linearization import replace_by_identity
+from fastentropy.surgery.neuron_replacement import ReplacedNeurons, replace_neurons
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,35 @@ class StepFolder:
         while (self._folder(len(steps)) / "step.json").exists():
             steps.append(self._load_step(len(steps)))
         return steps
+
+    def restore(self, model: nn.Module, steps: Sequence[Step]) -> nn.Module:
+        """Turn a copy of the dense model, in place, into the network at the end of a finished step.
+
+        Args:
+            model: the copy, which is changed.
+            steps: the finished steps up to this one.
+
+        Returns:
+            The same model.
+
+        Raises:
+            ValueError: the folder is damaged, or its steps do not fit the model.
+        """
+        for step in steps:
+            try:
+                replace_neurons(model, step.neurons)
+            except (IndexError, ValueError) as error:
+                text = f"{self.path} holds a step that replaces neurons that the model lacks: {reason(error)}"
+                raise ValueError(text) from error
+            replace_by_identity(model, step.removed)
+            for projection in step.collapsed:
+                try:
+                    install(model, projection)
+                except (AttributeError, RuntimeError, StopIteration, TypeError, ValueError) as error:
+                    text = f"{self.path} holds a step that approximates modules that the model lacks: {reason(error)}"
+                    raise ValueError(text) from error
+        self.load_weights(len(steps) - 1, model)
+        return model
 
     def load_weights(self, index: int, model: nn.Module) -> None:
         """Load the weights of a step into a model.

@@ -2,26 +2,17 @@
 
 import copy
 import importlib
-import importlib.util
-import inspect
-import operator
-import os
-import pickle
-import sys
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
-from fastentropy._utils.errors import nearest_names, one_line
+from fastentropy._utils.errors import one_line
 from fastentropy._utils.optional import install_command
+from fastentropy.recipes.named_networks import Pixels, call_factory, library_network, load_state, read_state
 from fastentropy.sites.activations import own_modules
 from fastentropy.sites.finding import find_sites
 from fastentropy.surgery.isolation import isolate
@@ -33,10 +24,6 @@ EFFICIENTNET_LITE = ((127 / 255,) * 3, (128 / 255,) * 3)
 
 #: What to do where a network cannot be used as it is.
 _FACTORY = "name a function that builds it as needed: --model package.module:factory"
-
-
-#: Mean and standard deviation of red, green and blue.
-Pixels = tuple[tuple[float, ...], tuple[float, ...]]
 
 
 @dataclass(frozen=True)
@@ -150,48 +137,13 @@ def _create(name: str, classes: int, size: int) -> tuple[nn.Module, Pixels]:
     The arguments are those of `build_network`.
     """
     if ":" in name:
-        return _call_factory(name, classes), IMAGENET
+        return call_factory(name, num_classes=classes), IMAGENET
     if name == "efficientnet_lite0":
         lite = _pretrained_package("efficientnet_lite_pytorch")
         # The padding of its convolutions is fixed when it is created.
         return lite.EfficientNet.from_name("efficientnet-lite0", image_size=size), EFFICIENTNET_LITE
-    from torchvision import models  # not needed by the others
-
-    known = models.list_models(module=models)
-    if name in known:
-        return models.get_model(name, weights=None), IMAGENET
-    if importlib.util.find_spec("timm"):
-        import timm
-
-        if timm.is_model(name):
-            model = timm.create_model(name, pretrained=False)
-            return model, (model.pretrained_cfg["mean"], model.pretrained_cfg["std"])
-        known = [*known, *timm.list_models()]
-    known = ["efficientnet_lite0", *known]
-    raise ValueError(f"unknown model {name!r}; the nearest are {nearest_names(name, known)}; or name a package.module:factory")
-
-
-def _call_factory(name: str, classes: int) -> nn.Module:
-    """Return the network of the user's own function. It is imported as `python -m` would, with the working directory first.
-
-    Args:
-        name: "package.module:factory".
-        classes: the number of classes, which is passed on if the function takes an argument `num_classes`.
-    """
-    module, _, attribute = name.partition(":")
-    path = sys.path
-    sys.path = [os.getcwd(), *path]
-    try:
-        factory = operator.attrgetter(attribute)(importlib.import_module(module))
-        takes_classes = "num_classes" in inspect.signature(factory).parameters
-        model = factory(num_classes=classes) if takes_classes else factory()
-    except (Exception, SystemExit) as error:
-        raise ValueError(f"the factory {name} fails: {type(error).__name__}: {one_line(error)}") from error
-    finally:
-        sys.path = path
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"the factory {name} returned {type(model).__name__}; expected a torch.nn.Module")
-    return model
+    model, normalization = library_network(name, ("efficientnet_lite0",))
+    return model, normalization or IMAGENET
 
 
 def _pretrained_package(package: str) -> Any:
@@ -219,39 +171,12 @@ def _load(model: nn.Module, name: str, path: Path, images: Tensor) -> None:
         path: the file.
         images: inputs of the network.
     """
-    state = _read_state(path)
+    state = read_state(path)
     outputs = _outputs(model, name, images)
     weight = state.get(f"{_head_name(model, outputs)}.weight")
     if weight is not None and len(weight) != outputs:
         _replace_head(model, name, outputs, len(weight))
-    expected = model.state_dict()
-    missing = sorted(key for key in expected.keys() - state.keys() if not key.endswith("num_batches_tracked"))
-    unexpected = sorted(state.keys() - expected.keys())
-    others = [key for key in expected.keys() & state.keys() if expected[key].shape != state[key].shape]
-    wrong = {"missing": missing, "unknown": unexpected, "of another shape": sorted(others)}
-    if told := [f"{len(keys)} {what}, such as {keys[0]}" for what, keys in wrong.items() if keys]:
-        raise ValueError(f"{path} does not fit {name}: {'; '.join(told)}")
-    model.load_state_dict(state)
-
-
-def _read_state(path: Path) -> dict[str, Tensor]:
-    """Read a state dict from a safetensors file, or from a file of torch.save without running what is pickled in it."""
-    try:
-        state: Any = (
-            load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
-        )
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror or one_line(error)}") from error
-    except (SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as error:
-        raise ValueError(f"{path} is damaged, or holds more than tensors: {one_line(error)}") from error
-    for key in ("state_dict", "model"):  # checkpoints of common training programs
-        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
-            state = state[key]
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{path} holds no state dict; expected tensors by name, as in torch.save(model.state_dict(), path)")
-    state = dict(state)
-    consume_prefix_in_state_dict_if_present(state, "module.")
-    return state
+    load_state(model, name, state, path)
 
 
 def _outputs(model: nn.Module, name: str, images: Tensor) -> int:
