@@ -1,6 +1,7 @@
-"""Hooks of MkDocs. They add files from outside this folder, turn formulas into MathML, and insert the help of each command."""
+"""Hooks of MkDocs: files from outside this folder, formulas as MathML, pictures of runs as SVG, and the help of commands."""
 
 import html
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,10 @@ from typer.testing import CliRunner
 ROOT = Path(__file__).parent.parent
 #: Files that pages link to as they lie in the repository, so that the links work there too. The site has copies of them.
 LINKED = ("bench/results/*.json", "bench/results/*.png", "examples/*.py")
+#: A picture of a record. That of a pruning run is drawn anew, in the colours and for the width of the page.
+PICTURE = re.compile(r'<img alt="([^"]*)" src="[^"]*bench/results/([\w-]+)\.png" ?/?>')
+#: The figures of a run that a page shows: the first across its whole width, the others beside each other where there is room.
+FIGURES = ("entropy", "accuracy", "latency")
 #: Stands where the help of the commands is to be.
 HELP = "<!-- help of each command -->"
 
@@ -34,8 +39,22 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 
 def on_page_content(content: str, **_: Any) -> str:
-    """Turn formulas, as the extension arithmatex marks them, into MathML, which browsers show without a script."""
-    return re.sub(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', _mathml, content, flags=re.DOTALL)
+    """Turn formulas, as the extension arithmatex marks them, into MathML, which browsers show without a script. Draw runs."""
+    content = re.sub(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', _mathml, content, flags=re.DOTALL)
+    return PICTURE.sub(_drawn, content)
+
+
+def _drawn(picture: re.Match[str]) -> str:
+    """Return the figures of a pruning run in place of its picture. A picture of another record stays."""
+    from fastentropy.reporting.run_report import draw_figures  # imports matplotlib and PyTorch
+
+    alternative, name = picture.groups()
+    record = json.loads((ROOT / "bench" / "results" / f"{name}.json").read_text(encoding="utf-8"))
+    if "steps" not in record:
+        return picture[0]
+    figures = draw_figures(record, FIGURES, f" in {name}")
+    parts = "".join(f'<span class="{figure}">{svg}</span>' for figure, svg in figures.items())
+    return f'<span class="run" role="figure" aria-label="{alternative}">{parts}</span>'
 
 
 def _mathml(formula: re.Match[str]) -> str:

@@ -61,8 +61,19 @@ def _headline(run: RunHistory) -> str:
     return f"{removed} removed{so_far}: {run.speedup:.2f} times as fast as the dense network, {points} test accuracy."
 
 
-def _figures(run: RunHistory) -> dict[str, Markup]:
-    """Return the figures of the page as inline SVG, by name."""
+def draw_figures(history: Mapping[str, Any], names: Sequence[str], of: str) -> dict[str, Markup]:
+    """Return some figures of the page of a run as inline SVG, by name, to be shown on another page.
+
+    Args:
+        history: the parsed `history.json`, with at least one step.
+        names: the names of the figures: "entropy", "map", "accuracy" or "latency".
+        of: text that is added to the descriptions of the figures, so that they are unique on the page.
+    """
+    return _figures(RunHistory(history), names, of)
+
+
+def _figures(run: RunHistory, names: Sequence[str] | None = None, of: str = "") -> dict[str, Markup]:
+    """Return the figures of the page as inline SVG, by name; see `draw_figures`. By default, all are returned."""
     rows = _rows_height(run)
     drawn = {
         "entropy": (_draw_entropy, rows, "Bars: the entropy of each activation in the dense network"),
@@ -72,7 +83,8 @@ def _figures(run: RunHistory) -> dict[str, Markup]:
     }
     if run.is_by_neuron:
         drawn["neurons"] = (_draw_neurons, rows, "Bars: the shares of active, linear and constant neurons of each activation")
-    return {name: draw_svg(partial(draw, run=run), height, text) for name, (draw, height, text) in drawn.items()}
+    shown = {name: drawn[name] for name in (names or drawn)}
+    return {name: draw_svg(partial(draw, run=run), height, f"{text}{of}") for name, (draw, height, text) in shown.items()}
 
 
 def _rows_height(run: RunHistory) -> float:

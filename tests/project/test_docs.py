@@ -84,3 +84,11 @@ def test_website_builds_without_warnings_or_external_resources(tmp_path):
         assert not re.findall(r'<(?:script|img|iframe)[^>]*\bsrc="(?:https?:)?//', text)
         assert not [tag for tag in re.findall(r"<link [^>]*>", text) if re.search(r'href="(?:https?:)?//', tag)]
         assert "arithmatex" not in text  # every formula is MathML
+        assert not re.findall(r'<img [^>]*src="[^"]*/(?:digits|cifar10-resnet8|efficientnet-lite0)\.png"', text)
+    pictures = {
+        page.relative_to(tmp_path).as_posix(): page.read_text(encoding="utf-8").count('<span class="run"') for page in pages
+    }
+    assert {name: count for name, count in pictures.items() if count} == {"index.html": 1, "results.html": 2}
+    for svgs in (re.findall(r"<svg class.*?</svg>", page.read_text(encoding="utf-8"), re.DOTALL) for page in pages):
+        identifiers = re.findall(r'\bid="([^"]*)"', "".join(svgs))
+        assert len(identifiers) == len(set(identifiers))
