@@ -9,8 +9,10 @@ from tests._helpers.paths import ROOT
 
 sys.path.append(str(ROOT / "bench"))
 
+import benchmark_sections
 import draw_figures
 
+from fastentropy.benchmarks.records import Record
 from tests.project.documented import run_page
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -114,3 +116,12 @@ def test_changed_figure_is_noticed():
     page = README.replace("% before and", "1 % before and")
     assert page != README
     assert draw_figures.rewrite_sections(page, "bench/results") == README
+
+
+def test_kernels_are_compared_with_alternatives_that_are_called_alike():
+    record = Record.load(draw_figures.RESULTS / "kernels-h100.json")
+    cases = [eager for *_, eager in benchmark_sections.largest_cases(record) if "PyTorch counting" in eager]
+    assert not any(eager["activation_states"].facts["cuda_graph"] for eager in cases)
+    for (_, ratio, speedups), eager in zip(benchmark_sections.compared_kernels(record), cases, strict=True):
+        assert ratio == eager["activation_states"].ratio
+        assert speedups["plain PyTorch"] == eager["PyTorch counting"].ratio.median / ratio.median
