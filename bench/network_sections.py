@@ -97,7 +97,7 @@ def pruned_row(case: str, operations: dict[str, Measurement]) -> Sequence[str]:
 
 def _times(operations: dict[str, Measurement]) -> dict[str, float]:
     """Return the times of the operations of a case, relative to that of the model as given."""
-    return {name: each.ratio.median if each.ratio else 1.0 for name, each in operations.items()}
+    return {name: each.ratio.median for name, each in operations.items()}
 
 
 def _command(run: RunHistory) -> str:
