@@ -1,6 +1,7 @@
 """Describe the machine and the commit with which a measurement was made."""
 
 import datetime
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -58,3 +59,8 @@ def _processor() -> str:
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+
+
+def usable_cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

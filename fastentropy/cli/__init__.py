@@ -10,7 +10,7 @@ import torch
 import typer
 
 from fastentropy._utils.version import __version__
-from fastentropy.cli import bench, calibrate, doctor, fuse, prune, report
+from fastentropy.cli import bench, calibrate, collect, doctor, fuse, prune, report
 from fastentropy.cli.options import with_verbosity
 
 app = typer.Typer(
@@ -20,7 +20,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-for command in (prune.prune, calibrate.calibrate, fuse.fuse, bench.bench, report.report, doctor.doctor):
+for command in (prune.prune, collect.collect, calibrate.calibrate, fuse.fuse, bench.bench, report.report, doctor.doctor):
     app.command()(with_verbosity(command))
 
 

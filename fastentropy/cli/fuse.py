@@ -18,8 +18,8 @@ def fuse(
     model: Annotated[
         str,
         typer.Argument(
-            help="A name of torchvision or timm, package.module:factory for a function that returns a network, or the folder "
-            "of a finished run of fastentropy prune."
+            help="efficientnet_lite0, a name of torchvision or timm, package.module:factory for a function that returns a "
+            "network, or the folder of a finished run of fastentropy prune."
         ),
     ],
     shape: Annotated[

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fastentropy.pruning.options import Options
 from fastentropy.pruning.steps import StepFolder
 from fastentropy.recipes import load_recipe
+from fastentropy.recipes.images_models import create_network
 from fastentropy.recipes.named_networks import call_factory, library_network, load_state, read_state
 from fastentropy.recipes.run import open_run
 
@@ -49,10 +50,9 @@ def given_network(name: str, shapes: Sequence[Sequence[int]], weights: Path | No
         model, inputs = _network_of_run(Path(name), device)
         notes: tuple[str, ...] = ()
     else:
-        model, inputs, notes = _named(name, weights)
+        model, inputs, notes = _named(name, weights, shapes[0][-1] if shapes else _IMAGES[-1])
     if shapes:
-        generator = torch.Generator().manual_seed(0)
-        inputs = tuple(torch.randn(tuple(shape), generator=generator) for shape in shapes)
+        inputs = tuple(map(_random, shapes))
     if not inputs:
         raise ValueError(f"the sizes of the inputs of {name} are not known; name them, such as --shape 16,3,224,224")
     return GivenNetwork(model.to(device).eval(), tuple(each.to(device) for each in inputs), notes)
@@ -65,13 +65,16 @@ def parse_shape(text: str) -> tuple[int, ...]:
     return tuple(map(int, re.split("[,x]", text)))
 
 
-def _named(name: str, weights: Path | None) -> tuple[nn.Module, tuple[Tensor, ...], tuple[str, ...]]:
-    """Return a network that is no run, inputs for it if they are known, and notes."""
+def _named(name: str, weights: Path | None, size: int) -> tuple[nn.Module, tuple[Tensor, ...], tuple[str, ...]]:
+    """Return a network that is no run, inputs for it if they are known, and notes. `size` is the last one of its input."""
+    if name == "efficientnet_lite0":  # its paddings depend on the size of the images
+        network = create_network(name, weights, size)
+        return network.model, (_random((16, 3, size, size)),), network.notes
     if ":" in name:
         model, inputs, note = call_factory(name), tuple[Tensor, ...](), f"{name} has the weights that its factory sets"
     else:
         model, _ = library_network(name)
-        inputs = (torch.randn(_IMAGES, generator=torch.Generator().manual_seed(0)),)
+        inputs = (_random(_IMAGES),)
         note = f"{name} has random weights (--weights FILE loads others)"
     if weights:
         load_state(model, name, read_state(weights), weights)
@@ -90,3 +93,8 @@ def _network_of_run(folder: Path, device: torch.device) -> tuple[nn.Module, tupl
     if len(kept) <= run.outcome["kept_step"]:
         raise ValueError(f"{folder}/steps lacks the step {run.outcome['kept_step']}, which the run has kept")
     return steps.restore(recipe.build_model(), kept), recipe.example_inputs()
+
+
+def _random(shape: Sequence[int]) -> Tensor:
+    """Return random values of this shape, always the same."""
+    return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu")

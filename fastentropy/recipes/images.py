@@ -1,6 +1,5 @@
 """The recipe `images`: the user's own images, and a pretrained classifier or one of the user's."""
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -9,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from fastentropy._utils.machine import usable_cores
 from fastentropy._utils.timing import measure_seconds
 from fastentropy.recipes import Progress, Recipe, Report, Split, ignore
 from fastentropy.recipes.image_files import SPLIT_SEED
@@ -182,7 +182,7 @@ class Images(Recipe):
         gigabytes, done = total * 3 * self._size**2 / 1e9, 0
         self._labels = {name: split.labels.to(self._device) for name, split in found.splits.items()}
         self._pictures = {
-            name: Pictures(split.sources, self._size, workers=_cores() - 1, device=self._device)
+            name: Pictures(split.sources, self._size, workers=usable_cores() - 1, device=self._device)
             for name, split in found.splits.items()
         }
         if keep := gigabytes <= cache_gb:
@@ -263,8 +263,3 @@ def _fastest(speeds: Mapping[str, float]) -> str:
 def _moving_average(model: nn.Module, decay: float | None) -> AveragedModel | None:
     """Return the moving average of a model's weights and buffers, or None without a decay."""
     return None if decay is None else AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
-
-
-def _cores() -> int:
-    """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

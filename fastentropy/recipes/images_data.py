@@ -193,6 +193,29 @@ def read_image_set(folder: Path) -> ImageSet:
     return ImageSet(classes, found, held_out)
 
 
+def list_images(folder: Path) -> list[Source]:
+    """List the images in a folder, whatever their classes are.
+
+    Args:
+        folder: a folder with parquet files or image files, in it or in its folders. If there are several splits, the images for
+            the training are listed.
+
+    Returns:
+        The images, at least one, in the order of their files.
+
+    Raises:
+        ValueError: there is no such folder, it holds no images, or a parquet file cannot be read.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder; --data FOLDER must hold image files or parquet files")
+    if found := _read_parquet(folder):
+        return found.get("train", next(iter(found.values()))).sources
+    paths = sorted(path for path in _split_folders(folder)["train"].rglob("[!.]*") if path.suffix.lower() in ENDINGS)
+    if not paths:
+        raise ValueError(f"{folder} holds no images; expected parquet files, or files with {', '.join(ENDINGS)}")
+    return [Source(str(path), None) for path in paths]
+
+
 def read_square(source: Source, size: int) -> Tensor:
     """Read an image, resize it so that its shorter side has `size` pixels, and cut out the square in its middle.
 

@@ -131,13 +131,33 @@ def _protected(model: nn.Module, name: str, example: tuple[Tensor, ...]) -> tupl
     return tuple(site for site in sites if site not in own)
 
 
-def _create(name: str, classes: int, size: int) -> tuple[nn.Module, Pixels]:
+def create_network(name: str, weights: Path | None, size: int) -> Network:
+    """Build a network as its factory or its library has it, with the weights of a file.
+
+    Args:
+        name: as for `build_network`.
+        weights: as for `build_network`.
+        size: height and width of the images in pixels.
+
+    Returns:
+        The network on the CPU. Nothing is isolated, nothing is protected, and the number of classes is its own.
+
+    Raises:
+        ValueError: the network is unknown, a package is missing, the factory fails, the weights do not fit, or the network is
+            no classifier of such images.
+    """
+    model, pixels = _create(name, None, size)
+    beginning, untrained = _begin(model, name, weights, torch.zeros(2, 3, size, size, dtype=torch.float32, device="cpu"))
+    return Network(model, pixels, (), untrained, (beginning,))
+
+
+def _create(name: str, classes: int | None, size: int) -> tuple[nn.Module, Pixels]:
     """Create a network, and return it with the mean and the standard deviation of the pixels that it expects.
 
-    The arguments are those of `build_network`.
+    The arguments are those of `build_network`. The number of classes is offered to a factory; with None it is not.
     """
     if ":" in name:
-        return call_factory(name, num_classes=classes), IMAGENET
+        return call_factory(name, **({} if classes is None else {"num_classes": classes})), IMAGENET
     if name == "efficientnet_lite0":
         lite = _pretrained_package("efficientnet_lite_pytorch")
         # The padding of its convolutions is fixed when it is created.

