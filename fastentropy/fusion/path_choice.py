@@ -6,7 +6,7 @@ The linear neurons between two layers are a chain, which may become one operator
 import functools
 from collections import Counter
 
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from fastentropy._utils.timing import measure_times
@@ -80,7 +80,7 @@ def _is_faster(candidate: GraphModule, end: str, network: GraphModule, path: Lin
     values = values_of(network, path.sources, clone(inputs))
     given = Inputs(tuple(values[source] for source in path.sources))
     forms = [_fused(part, given, plan) for part in parts if part is not None]
-    gpu = next((value.device for value in values.values() if value.is_cuda), None)
+    gpu = next((value.device for value in given.leaves if isinstance(value, Tensor) and value.is_cuda), None)
     calls = {index: functools.partial(form, *given.args) for index, form in enumerate(forms)}
     times = measure_times(calls, graphs_on=gpu, budget_seconds=BUDGET_SECONDS)
     return times[1] <= (1 - TIE) * times[0]

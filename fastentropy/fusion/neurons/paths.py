@@ -201,9 +201,11 @@ def region(module: GraphModule, sources: tuple[Node, ...], end: str) -> GraphMod
         end: the name of the node whose value is the output.
 
     Returns:
-        The part; None if the output depends on other inputs, too.
+        The part; None if the output depends on other inputs, too, or the graph computes one of the values with fewer channels.
     """
     nodes = {node.name: node for node in module.graph.nodes}
+    if not all(source.name in nodes for source in sources):
+        return None
     starts, needed, left = [nodes[source.name] for source in sources], set[Node](), [nodes[end]]
     while left:
         node = left.pop()

@@ -119,3 +119,47 @@ def test_hopeless_paths_are_not_measured(monkeypatch):
     monkeypatch.setattr(path_choice, "measure_times", lambda *arguments, **options: pytest.fail("measured"))
     model = nn.Sequential(nn.Linear(30, 30), neuronwise("l" * 2 + "a" * 28), nn.Linear(30, 30)).eval()
     assert fe.fuse(model, (torch.randn(4, 30),)).report.neurons["1"]["split"] == 0
+
+
+class Viewed(nn.Module):
+    """Read the features of an image, whose shape depends on the batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.activation, self.last = nn.Conv2d(2, 8, 1), images("lllllaac"), nn.Linear(8 * 6, 3)
+
+    def forward(self, x):
+        return self.last(self.activation(self.first(x)).view(x.shape[0], -1))
+
+
+def test_sizes_are_no_values_of_a_path(monkeypatch):
+    monkeypatch.setattr(path_choice, "_is_promising", lambda *arguments: True)
+    monkeypatch.setattr(path_choice, "measure_times", lambda calls, **options: dict.fromkeys(calls, 1.0))
+    model = Viewed().eval()
+    fused = fe.fuse(model, (torch.randn(4, 2, 3, 2),))
+    assert fused.report.neurons["activation"] == {"active": 2, "linear": 5, "constant": 1, "cut": 1, "split": 0}
+    assert_equal(fused, model, torch.randn(5, 2, 3, 2))
+
+
+class Block(nn.Module):
+    """A residual block in which a neuron is constant between two layers, and linear around them."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.before, self.depthwise = nn.Conv2d(2, 4, 1), images("lala"), nn.Conv2d(4, 4, 1, groups=4)
+        self.between, self.second, self.last = images("caaa"), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 3, 1)
+        self.after = images("llaa")
+
+    def forward(self, x):
+        y = self.before(self.first(x))
+        return self.last(self.after(y + self.second(self.between(self.depthwise(y)))))
+
+
+def test_a_path_around_a_layer_that_does_not_need_it(monkeypatch):
+    network = traced(Block(), torch.randn(2, 2, 3, 2))
+    assert [path.count for path in linear_paths(Following(network))] == [1]
+    x = torch.randn(3, 2, 3, 2)
+    torch.testing.assert_close(split_all(network)(x), network(x), rtol=1e-5, atol=1e-5)
+    monkeypatch.setattr(path_choice, "_is_promising", lambda *arguments: True)
+    fused = fe.fuse(Block().eval(), (x,))
+    assert sum(states["split"] for states in fused.report.neurons.values()) == 0  # the part is not one of values of full width
