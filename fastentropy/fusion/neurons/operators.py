@@ -122,7 +122,7 @@ def _scatter(columns: Tensor, values: Tensor, like: AffineOperator) -> AffineOpe
     """
     axes = len(like.axes)
     weight = torch.zeros(len(values), len(columns), dtype=torch.float64, device=values.device)
-    weight[columns, torch.arange(len(columns))] = 1
+    weight[columns, torch.arange(len(columns), device=columns.device)] = 1
     ones = (1,) * axes
     return AffineOperator(weight.reshape(*weight.shape, *ones), values, ones, (0,) * axes, ones)
 

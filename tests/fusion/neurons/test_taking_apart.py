@@ -267,3 +267,17 @@ def test_package(tmp_path):
     fe.fuse(model, (torch.randn(4, 3),), measure=False).save_package(tmp_path / "model.pt2")
     loaded = torch._inductor.aoti_load_package(str(tmp_path / "model.pt2"))
     assert_equal(loaded, model, torch.randn(5, 3))
+
+
+def test_the_default_device_and_dtype_do_not_matter():
+    layers = nn.Conv2d(2, 6, 3, padding=1), images("aclcal", values=[0.0, 0.5] * 3), nn.Conv2d(6, 3, 3, padding=1)
+    model, x = nn.Sequential(*layers).eval(), torch.randn(2, 2, 6, 5)
+    torch.set_default_device("meta")
+    torch.set_default_dtype(torch.float64)
+    try:
+        fused = fe.fuse(model, (x,), measure=False)
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+    assert fused.report.neurons["1"]["cut"] == 2
+    assert_equal(fused, model, torch.randn(5, 2, 6, 5))
