@@ -115,14 +115,19 @@ class ProgressDisplay(_Display):
         finally:
             self._progress.remove_task(task)
 
-    def finish_step(self, steps: Sequence[Step]) -> None:
-        """Print a line about the last of the steps, and update the bar that counts the removed activations."""
+    def finish_step(self, steps: Sequence[Step], most_removed: int) -> None:
+        """Print a line about the last of the steps, and update the bar that counts the removed activations.
+
+        Args:
+            steps: the finished steps.
+            most_removed: how many activations are removed at most; 0 if that is not known, so that it may be all.
+        """
         step = steps[-1]
         removed = sum(len(each.removed) for each in steps)
         score = f"validation {step.score:.2%}"
         neurons = sum(len(each.linear) + len(each.constant) for each in step.neurons.values())
         what = plural(neurons, "neuron") if neurons else ", ".join(step.removed) or "dense network"
-        total = len(steps[0].layer_entropy)
+        total = most_removed or len(steps[0].layer_entropy)
         self._progress.update(self._removed, completed=removed, total=total, figure=score, visible=True)
         self._console.print(f"step {len(steps) - 1}: {what}, {score}", highlight=False)
 

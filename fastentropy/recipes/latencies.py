@@ -26,7 +26,7 @@ def final_latencies(dense: nn.Module, pruned: nn.Module, fused: FusedModel, inpu
     Returns:
         Milliseconds under the names "dense", "dense_fused", "pruned" and "fused".
     """
-    models = {"dense": dense, "dense_fused": fuse(dense.eval(), inputs), "pruned": pruned, "fused": fused}
+    models = {"dense": dense, "dense_fused": fuse(dense.eval(), inputs, progress=False), "pruned": pruned, "fused": fused}
     models |= {f"{name} in channels-last": with_channels_last_weights(models[name]) for name in ("dense", "pruned")}
     times = measure_times({name: functools.partial(model.eval(), *inputs) for name, model in models.items()}, rounds=31)
     best = {name: min(times[name], times.pop(f"{name} in channels-last")) for name in ("dense", "pruned")}

@@ -55,8 +55,8 @@ class Display(Protocol):
         """Return a context manager for a long operation that reports its progress to the function it gets."""
         ...
 
-    def finish_step(self, steps: Sequence[Step]) -> None:
-        """Show the score of the step that has just finished: the last of `steps`."""
+    def finish_step(self, steps: Sequence[Step], most_removed: int) -> None:
+        """Show the score of the last of `steps`. At most `most_removed` activations are removed; 0 if that is not known."""
         ...
 
 
@@ -107,18 +107,21 @@ class Run:
         """Train, prune, fuse and write all results; return the history."""
         dense = self._train_dense(recipe, display)
         result = self._prune(dense, recipe, display)
-        fused = fuse(result.model, recipe.example_inputs())
+        for _ in display.track([None], 1, "fuse the kept network"):
+            fused = fuse(result.model, recipe.example_inputs(), progress=False)
         collapsed = [asdict(each) for step in result.steps[: result.kept_step + 1] for each in step.collapsed]
         neurons = [asdict(step)["neurons"] for step in result.steps[: result.kept_step + 1]]
         parts = {"removed": result.removed, "collapsed": collapsed, "neurons": neurons}
         structure = {name: json.dumps(part) for name, part in parts.items()}
         save_tensors(result.model.state_dict(), self.folder / "pruned.safetensors", structure)
         fused.save(self.folder / "fused.pt2")
+        for _ in display.track([None], 1, "time the networks"):
+            latencies = final_latencies(dense, result.model, fused, recipe.example_inputs())
         history = {
             **self._history(result.steps),
             "kept_step": result.kept_step,
             "fusion": fused.report.to_dict(),
-            "latency_ms": final_latencies(dense, result.model, fused, recipe.example_inputs()),
+            "latency_ms": latencies,
         }
         write_report(history, self.folder / "report.html")
         save_json(history, self.folder / "history.json")  # the last file: with it the run is finished
@@ -168,7 +171,7 @@ class Run:
 
     def _prune(self, dense: nn.Module, recipe: Recipe, display: Display) -> PruningResult:
         """Prune the dense network with the methods of the recipe. The history and the report are written after each step."""
-        recipe.teacher = dense
+        recipe.teacher, options = dense, Options(**self.settings.pruning_options)
 
         def train(model: nn.Module, collector: EntropyCollector | None = None) -> None:
             """Fine-tune the network by the recipe, and show the progress."""
@@ -189,7 +192,7 @@ class Run:
             history = self._history(steps)
             save_json(history, self.folder / "history.json")
             write_report(history, self.folder / "report.html")
-            display.finish_step(steps)
+            display.finish_step(steps, options.most_removed(list(steps[0].layer_entropy)))
 
         published = self.settings.statistics == "published"
         return prune(
@@ -301,7 +304,8 @@ def open_run(folder: Path) -> Run:
 @torch.no_grad()
 def _measure(model: nn.Module, recipe: Recipe, display: Display) -> dict[str, float]:
     """Return the test accuracy of a pruned network, and the milliseconds of one call of it before and after fusing."""
-    report = fuse(model, recipe.example_inputs()).report
+    for _ in display.track([None], 1, "fuse and time"):
+        report = fuse(model, recipe.example_inputs(), progress=False).report
     with display.phase("test") as show:
         accuracy = recipe.evaluate(model, "test", show)
     return {

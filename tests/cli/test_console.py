@@ -8,6 +8,7 @@ import torch
 from rich.console import Console
 
 from fastentropy.cli.console import ProgressDisplay
+from fastentropy.pruning.steps import Step
 from fastentropy.recipes import Progress
 
 
@@ -52,6 +53,17 @@ def test_phase_is_shown_from_its_first_progress(display):
         report(Progress(128, 500))
         assert shown(display)[1].endswith("128/500 1.3 images/s, 0:04:51 left")
     assert len(shown(display)) == 1
+
+
+@pytest.mark.parametrize(("most", "counted"), [(2, "1/2"), (0, "1/3")])
+def test_removed_activations_are_counted_up_to_those_that_may_be_removed(most, counted):
+    display = ProgressDisplay(Console(file=io.StringIO()))
+    entropies = {"a": 0.1, "b": 0.2, "c": 0.3}
+    display.finish_step([Step((), entropies, 0.5), Step(("a",), {"b": 0.2, "c": 0.3}, 0.4)], most)
+    (line,) = shown(display)
+    assert line.split()[-3:] == ["0:00:00", "validation", "40.00%"]
+    assert line.split()[-4] == counted
+    assert display._console.file.getvalue() == "step 1: a, validation 40.00%\n"
 
 
 def test_losses_of_epochs_are_shown_with_the_elapsed_time(display):
