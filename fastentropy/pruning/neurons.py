@@ -62,7 +62,7 @@ def _candidates(site: SiteStatistics, module: nn.Module) -> Tensor:
         module: its activation module.
     """
     off, _, on = site.counts.cpu().unbind(1)
-    active, activation = torch.ones(site.neurons, dtype=torch.bool), site.activation
+    active, activation = torch.ones(site.neurons, dtype=torch.bool, device="cpu"), site.activation
     if isinstance(module, NeuronwiseActivation):
         active, activation = module.active.cpu(), activation_name(module.activation) or ""
     constant = on <= off if activation in _NEAR_ZERO_BELOW_0 else torch.zeros_like(active)
@@ -90,7 +90,7 @@ def _lowest(scores: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
         return {}
     flat = torch.cat(list(scores.values()))
     order = torch.argsort(flat, stable=True)[:count]
-    mask = torch.zeros(len(flat), dtype=torch.bool)
+    mask = torch.zeros(len(flat), dtype=torch.bool, device="cpu")
     mask[order] = flat[order] < math.inf
     parts = torch.split(mask, [len(each) for each in scores.values()])
     return dict(zip(scores, parts, strict=True))

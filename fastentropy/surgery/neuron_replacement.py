@@ -59,7 +59,7 @@ class ReplacedNeurons:
         Returns:
             The linear and the constant neurons, bool [neurons] each.
         """
-        masks = torch.zeros(2, self.neurons, dtype=torch.bool)
+        masks = torch.zeros(2, self.neurons, dtype=torch.bool, device="cpu")
         masks[0, list(self.linear)] = True
         masks[1, list(self.constant)] = True
         linear, constant = masks.to(device)

@@ -9,7 +9,7 @@ import fastentropy_kernels
 
 COLLECT = "*, average='dataset', channel_axis=None, mask='attention_mask', exclude=(), misfits='raise'"
 FUSE = "tolerance=None, measure=True, dynamic_sizes=False, borders='exact', backend='eager', progress=None"
-REPORT = "backend='eager', times=<factory>, notes=(), bound=''"
+REPORT = "backend='eager', times=<factory>, notes=(), bound='', neurons=<factory>, multiplications=<factory>"
 SIGNATURES = {
     "fastentropy": {
         "EntropyCollector": f"(model, {COLLECT})",
