@@ -68,11 +68,14 @@ class Halves(nn.Module):
         super().__init__()
         half = channels // 2
         self.layer = nn.Conv2d(half, half, 3, padding=1, groups=draft.random.choice([1, half]))
-        self.activation = draft.activation(half, -3)
+        self.activation, self.by_views = draft.activation(half, -3), draft.random.random() < 0.5
 
     def forward(self, x: Tensor) -> Tensor:
         left, right = x.chunk(2, 1)
-        return F.channel_shuffle(torch.cat([left, self.activation(self.layer(right))], 1), 2)
+        y = torch.cat([left, self.activation(self.layer(right))], 1)
+        if not self.by_views:
+            return F.channel_shuffle(y, 2)
+        return y.view(x.shape[0], 2, -1, *x.shape[2:]).transpose(1, 2).contiguous().view(x.shape)
 
 
 class Residual(nn.Module):

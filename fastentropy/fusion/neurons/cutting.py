@@ -17,6 +17,7 @@ from fastentropy.fusion.neurons.channels import Channels, Step
 from fastentropy.fusion.neurons.elementwise import read_elementwise
 from fastentropy.fusion.neurons.links import Links
 from fastentropy.fusion.neurons.operators import read_operator
+from fastentropy.fusion.neurons.shuffles import Shuffles
 
 _aten = torch.ops.aten
 
@@ -41,6 +42,7 @@ class Following:
         self.channels: dict[Node, Channels] = {}
         self.steps: dict[Node, Step] = {}
         self.links = Links()
+        self._shuffles = Shuffles()
         for node in module.graph.nodes:
             self._visit(node, module)
         self._keep_one_of_each()
@@ -51,12 +53,28 @@ class Following:
             return
         step = node.op == "call_function" and (read_elementwise(node, module) or read_operator(node, module, self.channels))
         channels = step and step.follow(self.channels, self.links)
+        shuffle = None if step and channels else self._shuffles.read(node, module, self.channels)
+        if shuffle:
+            step, channels = shuffle, shuffle.follow(self.channels, self.links)
         if step and channels:
             self.channels[node], self.steps[node] = channels, step
+        if shuffle or node in self._shuffles.sources:
             return
-        for operand in read_values(node):
-            if operand in self.channels:
-                self.links.keep(self.channels[operand].numbers)
+        for operand in self._read_values(node):
+            value = self._shuffles.sources.get(operand)
+            value = operand if value is None and node not in self.steps else value
+            if value in self.channels:
+                self.links.keep(self.channels[value].numbers)
+
+    def operands(self, node: Node) -> Iterator[Node]:
+        """Yield the values that the step of a node reads."""
+        operand = getattr(self.steps[node], "operand", None)
+        yield from self._read_values(node) if operand is None else (operand,)
+
+    def _read_values(self, node: Node) -> Iterator[Node]:
+        """Yield the operands of a node. Those of a part of a split value are those of the split."""
+        for operand in node.all_input_nodes:
+            yield from operand.all_input_nodes if operand.target in SPLITS else (operand,)
 
     def _reads_other_size(self, node: Node) -> bool:
         """Return whether a node reads the size of an axis that does not hold the channels."""
@@ -74,12 +92,6 @@ class Following:
             if not empty:
                 return
             self.links.keep(torch.cat(empty))
-
-
-def read_values(node: Node) -> Iterator[Node]:
-    """Yield the operands of a node. Those of a part of a split value are those of the split."""
-    for operand in node.all_input_nodes:
-        yield from operand.all_input_nodes if operand.target in SPLITS else (operand,)
 
 
 class Cutting:
@@ -166,7 +178,7 @@ def cut_constant_channels(module: GraphModule) -> Cut:
     cutting = Cutting(module, following.links.kept())
     kept = {node: len(index) for node, each in following.channels.items() if (index := cutting.kept(each)) is not None}
     for node, step in following.steps.items():
-        if node in kept or not kept.keys().isdisjoint(read_values(node)):
+        if node in kept or not kept.keys().isdisjoint(following.operands(node)):
             cutting.rewrite(node, step, following.channels)
     return Cut(cutting.finished(module), kept)
 

@@ -55,7 +55,7 @@ _MOVES = {
 def read_elementwise(node: Node, module: GraphModule) -> Step | None:
     """Read a node as an operator through which channels can be followed, or return None."""
     target: Any = node.target
-    if target in _CASTS or _returns_operand(node, module) or target in _POOLS or read_reduction(node):
+    if target in _CASTS or returns_operand(node, module) or target in _POOLS or read_reduction(node):
         return PerChannel(node)
     if read_view(node):
         return View(node)
@@ -67,8 +67,8 @@ def read_elementwise(node: Node, module: GraphModule) -> Step | None:
     return None
 
 
-def _returns_operand(node: Node, module: GraphModule) -> bool:
-    """Return whether an operator returns its operand unchanged."""
+def returns_operand(node: Node, module: GraphModule) -> bool:
+    """Return whether an operator returns its operand, as it is or as a copy."""
     return any(affine.build is None and affine.axes is None for affine in read_node(node, module)) and not mutates(node)
 
 

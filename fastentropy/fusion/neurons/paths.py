@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from fastentropy.fusion.neurons.channels import Channels
-from fastentropy.fusion.neurons.cutting import SITE, Cutting, Following, note_values, read_values
+from fastentropy.fusion.neurons.cutting import SITE, Cutting, Following, note_values
 from fastentropy.fusion.neurons.operators import Dense, Grouped
 
 _aten = torch.ops.aten
@@ -25,20 +25,14 @@ class LinearPath:
         nodes: the nodes that compute its input, from the layers before on, in call order.
         members: the numbers of the neurons in `Links`, as bool by number.
         count: the number of its input channels that are on the path.
+        sources: the nodes that the first layers of the path read.
     """
 
     reader: Dense
     nodes: tuple[Node, ...]
+    sources: tuple[Node, ...]
     members: Tensor
     count: int
-
-    @property
-    def sources(self) -> tuple[Node, ...]:
-        """Return the nodes that the first layers of the path read."""
-        inside = set(self.nodes)
-        return tuple(
-            dict.fromkeys(each for node in self.nodes for each in read_values(node) if each not in inside and _is_value(each))
-        )
 
     def multiplications(self, following: Following) -> tuple[float, float]:
         """Return the multiplications per position as the path is, and as one operator.
@@ -64,11 +58,6 @@ class LinearPath:
         """Return how many neurons of each activation are on the path."""
         sites = {node.meta[SITE]: following.channels[node] for node in self.nodes if SITE in node.meta}
         return {name: int(self.members[channels.numbers].sum()) for name, channels in sites.items()}
-
-
-def _is_value(node: Node) -> bool:
-    """Return whether a node computes a value, and reads no constant."""
-    return node.op != "get_attr"
 
 
 def linear_paths(following: Following) -> Iterator[LinearPath]:
@@ -105,13 +94,15 @@ def _path_to(reader: Dense, channels: Channels, following: Following) -> LinearP
         if node not in nodes:
             nodes.add(node)
             if not isinstance(following.steps[node], Dense):
-                left += [each for each in read_values(node) if each in following.channels]
+                left += [each for each in following.operands(node) if each in following.channels]
     for node in nodes:
         on_path = members[following.channels[node].numbers]
         if not bool(on_path.any()) or bool(on_path.all()):
             return None
     inside = tuple(node for node in reader.node.graph.nodes if node in nodes)
-    return LinearPath(reader, inside, members, int(chosen.sum()))
+    read = [operand for node in inside for operand in following.operands(node) if operand.op != "get_attr"]
+    sources = tuple(operand for operand in dict.fromkeys(read) if operand not in nodes)
+    return LinearPath(reader, inside, sources, members, int(chosen.sum()))
 
 
 class _Path:
@@ -168,7 +159,7 @@ def split(module: GraphModule, following: Following, path: LinearPath) -> tuple[
     for node, step in following.steps.items():
         if node is path.reader.node:
             cutting.replace(node, lambda: _sum(cutting, following, path))
-        elif node in touched or not touched.isdisjoint(read_values(node)):
+        elif node in touched or not touched.isdisjoint(following.operands(node)):
             cutting.rewrite(node, step, following.channels)
     result = cutting.finished(module)
     note_values(result)

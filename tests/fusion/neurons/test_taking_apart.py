@@ -281,3 +281,28 @@ def test_the_default_device_and_dtype_do_not_matter():
         torch.set_default_dtype(torch.float32)
     assert fused.report.neurons["1"]["cut"] == 2
     assert_equal(fused, model, torch.randn(5, 2, 6, 5))
+
+
+class Shuffled(nn.Module):
+    """Shuffle the channels of an activation by views, which may be read in between."""
+
+    def __init__(self, reads_between=False, dims=(1, 2)):
+        super().__init__()
+        self.first, self.activation, self.last = nn.Conv2d(2, 6, 1), images("aclcla"), nn.Conv2d(6, 3, 1)
+        self.reads_between, self.dims = reads_between, dims
+
+    def forward(self, x):
+        split = self.activation(self.first(x)).view(x.shape[0], 2, 3, *x.shape[2:])
+        y = self.last(split.transpose(*self.dims).contiguous().view(x.shape[0], 6, *x.shape[2:]))
+        return y + split.amax((1, 2)).unsqueeze(1) if self.reads_between else y
+
+
+def test_channels_are_cut_out_of_shuffles_by_views():
+    taken = apart(Shuffled(), torch.randn(2, 2, 4, 4))
+    assert taken.neurons["activation"]["cut"] == 2
+    assert "view" not in targets(taken.network)
+
+
+@pytest.mark.parametrize("options", [{"reads_between": True}, {"dims": (3, 4)}, {"dims": (1, 3)}])
+def test_channels_stay_that_are_read_while_split_up(options):
+    assert apart(Shuffled(**options), torch.randn(2, 2, 4, 4)).neurons["activation"]["cut"] == 0
