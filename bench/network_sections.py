@@ -1,6 +1,6 @@
 """The sections on whole networks: the records of many, of training with a monitor, and of pruning a pretrained one."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from statistics import median
 
 from markdown_tables import RESULTS, by_operation, case_rows, load_json, of_record, origin, quartiles, table
@@ -87,6 +87,23 @@ def pretrained_lead(results: str) -> str:
         f"correctly, and a batch of 16 runs {1 / fused:.2f}× as fast as the dense network in `torch.compile` with frozen "
         f"weights, and {best / fused:.2f}× as fast as that in ONNX Runtime ([results](docs/results.md#pruning))."
     )
+
+
+def pretrained_criteria(results: str) -> str:
+    """Return the table of the runs that pruned EfficientNet-Lite0 by entropy and at random, from the same dense network."""
+    names = [f"efficientnet-lite0-{criterion}-{seed}" for seed in (0, 1) for criterion in ("entropy", "random")]
+    runs = {name: RunHistory(load_json(name)) for name in names}
+    titles = [f"{run.history['options']['criterion']}, seed {run.history['seed']}" for run in runs.values()]
+    first, machine = runs[names[0]], runs[names[0]].history["machine"]
+    line = origin(names[0], machine["device"], machine["date"], None, _command(first), results)
+    return f"{line}\n\n{table(('removed', *titles), accuracy_rows(list(runs.values())))}"
+
+
+def accuracy_rows(runs: Sequence[RunHistory]) -> Iterator[Sequence[str]]:
+    """Yield a row for each number of removed activations: the number, and the test accuracy of each run in percent."""
+    accuracies = [dict(zip(run.depths, (step["test"] for step in run.steps), strict=True)) for run in runs]
+    for removed in sorted(set().union(*accuracies)):
+        yield str(removed), *(f"{format_percent(each[removed])} %" if removed in each else "–" for each in accuracies)
 
 
 def pruned_row(case: str, operations: dict[str, Measurement]) -> Sequence[str]:

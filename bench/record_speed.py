@@ -20,7 +20,7 @@ from torch import nn
 from fastentropy.benchmarks.measurements import measure
 from fastentropy.benchmarks.records import Record
 from fastentropy.benchmarks.whole_networks import network_case
-from fastentropy.recipes import load_recipe
+from fastentropy.recipes import Recipe, load_recipe
 from fastentropy.recipes.run import open_run
 from fastentropy.recipes.settings import read_history
 from fastentropy.surgery.linearization import linearize
@@ -55,16 +55,22 @@ def networks_of(folder: Path, step: int | None) -> tuple[dict[str, nn.Module], t
         folder: the folder of the run.
         step: the step whose network is the pruned one, kept or not; None for the step kept.
     """
-    run, history = open_run(folder), read_history(folder / "history.json")
-    recipe = load_recipe(run.settings.recipe, torch.device("cpu"), **run.settings.recipe_options)
-    dense = recipe.build_model()
-    dense.load_state_dict(load_file(folder / "dense.safetensors"))
-    pruned = copy.deepcopy(dense)
+    dense, recipe = dense_network(folder)
+    history, pruned = read_history(folder / "history.json"), copy.deepcopy(dense)
     last = history["kept_step"] if step is None else step
     for each in history["steps"][: last + 1]:
         linearize(pruned, each["removed"])
     pruned.load_state_dict(load_file(folder / "steps" / f"{last:02}" / "model.safetensors"))
-    return {"dense": dense.eval(), "pruned": pruned.eval()}, recipe.example_inputs()
+    return {"dense": dense, "pruned": pruned.eval()}, recipe.example_inputs()
+
+
+def dense_network(folder: Path) -> tuple[nn.Module, Recipe]:
+    """Return the dense network of a run, in eval mode, and the recipe that trained it."""
+    settings = open_run(folder).settings
+    recipe = load_recipe(settings.recipe, torch.device("cpu"), **settings.recipe_options)
+    dense = recipe.build_model()
+    dense.load_state_dict(load_file(folder / "dense.safetensors"))
+    return dense.eval(), recipe
 
 
 if __name__ == "__main__":
