@@ -14,6 +14,12 @@ from fastentropy.reporting.history import RunHistory
 #: The operations that the table of whole networks shows, in the order of their columns, and the names of the backends there.
 NETWORK_OPERATIONS = ("fused", "fused, auto", "torch.compile", "ONNX Runtime", "torch.compile, dense")
 BACKENDS = {"eager": "eager", "inductor": "torch.compile", "onnxruntime": "ONNX Runtime"}
+#: The records of the runs that pruned EfficientNet-Lite0 by two criteria, by their titles.
+CRITERIA_RUNS = {
+    f"{criterion}, seed {seed}": f"efficientnet-lite0-{criterion}-{seed}"
+    for criterion in ("entropy", "random")
+    for seed in (0, 1)
+}
 #: The operations that the table of a pruned network shows.
 PRUNED_OPERATIONS = ("model", "fused", "fused, auto", "torch.compile", "ONNX Runtime")
 
@@ -91,12 +97,11 @@ def pretrained_lead(results: str) -> str:
 
 def pretrained_criteria(results: str) -> str:
     """Return the table of the runs that pruned EfficientNet-Lite0 by entropy and at random, from the same dense network."""
-    names = [f"efficientnet-lite0-{criterion}-{seed}" for seed in (0, 1) for criterion in ("entropy", "random")]
-    runs = {name: RunHistory(load_json(name)) for name in names}
-    titles = [f"{run.history['options']['criterion']}, seed {run.history['seed']}" for run in runs.values()]
-    first, machine = runs[names[0]], runs[names[0]].history["machine"]
-    line = origin(names[0], machine["device"], machine["date"], None, _command(first), results)
-    return f"{line}\n\n{table(('removed', *titles), accuracy_rows(list(runs.values())))}"
+    runs = {title: RunHistory(load_json(name)) for title, name in CRITERIA_RUNS.items()}
+    name, first = next(iter(CRITERIA_RUNS.values())), next(iter(runs.values()))
+    machine = first.history["machine"]
+    line = origin(name, machine["device"], machine["date"], None, _command(first), results)
+    return f"The first run: {line}\n\n{table(('removed, of 33', *runs), accuracy_rows(list(runs.values())))}"
 
 
 def accuracy_rows(runs: Sequence[RunHistory]) -> Iterator[Sequence[str]]:
