@@ -104,6 +104,29 @@ def pretrained_criteria(results: str) -> str:
     return f"The first run: {line}\n\n{table(('removed, of 33', *runs), accuracy_rows(list(runs.values())))}"
 
 
+def idle_neurons(results: str) -> str:
+    """Return the table of `record_neurons.py`, with a row for each limit of the entropy."""
+    record = load_json("efficientnet-lite0-neurons")
+    neurons = record["neurons"]
+    rows = [
+        (
+            f"{case['max_entropy']}",
+            f"{case['linear']}",
+            f"{case['constant']}",
+            f"{format_percent(case['test'])} %",
+            f"{case['multiplications']['after'] / case['multiplications']['before']:.3f}",
+            f"{case['milliseconds']['dense, fused'] / case['milliseconds']['fused']:.3f}",
+        )
+        for case in record["cases"]
+    ]
+    head = ("entropy at most, bits", "linear", "constant", "test accuracy", "multiplications left", "times as fast, both fused")
+    line = origin("efficientnet-lite0-neurons", record["machine"], record["date"], record["commit"], record["command"], results)
+    return (
+        f"Of {neurons['all']} neurons, {neurons['never_on']} were never on and {neurons['never_off']} never off. The dense "
+        f"network classifies {format_percent(record['test'])} % of the test images correctly. {line}\n\n{table(head, rows)}"
+    )
+
+
 def accuracy_rows(runs: Sequence[RunHistory]) -> Iterator[Sequence[str]]:
     """Yield a row for each number of removed activations: the number, and the test accuracy of each run in percent."""
     accuracies = [dict(zip(run.depths, (step["test"] for step in run.steps), strict=True)) for run in runs]

@@ -44,7 +44,8 @@ def main() -> None:
             "never_on": sum(len(each.never_on) for each in idle.values()),
             "never_off": sum(len(each.never_off) for each in idle.values()),
         }
-        save_record(arguments.name, "cpu", neurons=neurons, test=accuracy, cases=cases)
+        command = f"python bench/record_neurons.py RUN --name {arguments.name}"
+        save_record(arguments.name, "cpu", command=command, neurons=neurons, test=accuracy, cases=cases)
 
 
 def counted(model: nn.Module, recipe: Recipe) -> fe.Statistics:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from benchmark_sections import collecting, fusing, goals, kernels, speedups
 from markdown_tables import load_json, origin, quartiles, table
-from network_sections import monitor, networks, pretrained, pretrained_criteria, pretrained_lead, whole_networks
+from network_sections import idle_neurons, monitor, networks, pretrained, pretrained_criteria, pretrained_lead, whole_networks
 
 from fastentropy._utils.text import format_percent, plural
 from fastentropy.benchmarks.measurements import Quartiles
@@ -136,6 +136,7 @@ SECTIONS: dict[str, Callable[[str], str]] = {
     "criteria": criteria,
     "cifar10": cifar10,
     "pretrained": pretrained,
+    "idle-neurons": idle_neurons,
     "pretrained-criteria": pretrained_criteria,
     "pretrained-lead": pretrained_lead,
 }
