@@ -330,4 +330,6 @@ def _figures(site: SiteStatistics, entropy: float) -> dict[str, Any]:
 def check_statistics(statistics: object) -> None:
     """Raise TypeError if an argument of a user is no `Statistics`."""
     if not isinstance(statistics, Statistics):
-        raise TypeError(f"statistics: got {described(statistics)}, expected Statistics, such as collector.compute() returns")
+        raise TypeError(
+            f"statistics: got {described(statistics)}, expected Statistics: fe.Statistics.load(path) or collector.compute()"
+        )

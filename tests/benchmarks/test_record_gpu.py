@@ -23,7 +23,7 @@ def python(name, code, share=1.0, missing=""):
 def test_steps_end_with_their_share_of_the_time_and_later_ones_run(tmp_path):
     kept = "import pathlib, time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: pathlib.Path({!r}).write_text('kept')"
     planned = [
-        python("long", kept.format(str(tmp_path / "a")), share=0.1),
+        python("long", kept.format(str(tmp_path / "a")), share=0.2),
         python("short", "print('several'); print('lines')", share=1),
         python("broken", "raise SystemExit(3)"),
         python("unknown", "", missing="--data"),

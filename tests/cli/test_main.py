@@ -53,7 +53,9 @@ def test_short_help_is_the_help(arguments):
     assert "--help" in invoke(*arguments, "-h").output
 
 
-def test_shell_completion_is_offered():
+def test_shell_completion_is_offered(monkeypatch):
+    """Typer looks for the shell that started the process, unless this variable tells it to take the name that is given."""
+    monkeypatch.setenv("_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION", "1")
     result = CliRunner().invoke(app, ["--show-completion", "bash"], prog_name="fastentropy")
     assert result.exit_code == 0
     assert "_FASTENTROPY_COMPLETE" in result.output
